@@ -1,0 +1,133 @@
+"""Folders that appear whole or not at all, and the hashes that say whether they are still whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from gap_export.errors import BundleError
+
+HASHED_ON_OPEN = 64 * 2**20
+"""Files up to this many bytes are hashed whenever a bundle is opened; larger ones have their size checked, and their
+hash only by `validate` and `inspect --verify`, so that opening a 13 GB bundle takes no seconds."""
+
+
+class FileRecord(BaseModel):
+    """Size in bytes and SHA-256 of one file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    sha256: str
+
+
+def record_of(path: Path) -> FileRecord:
+    """Hash a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(bytes=path.stat().st_size, sha256=digest)
+
+
+def verify(folder: Path, files: dict[str, FileRecord], *, every_hash: bool) -> None:
+    """Compare a folder with its records.
+
+    Args:
+        folder: where the files lie.
+        files: path relative to the folder -> record.
+        every_hash: hash large files too.
+
+    Raises:
+        BundleError: the first file that is missing or differs.
+    """
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(
+                "is listed in the manifest but missing", subject=str(path), hint="build the bundle again"
+            )
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise BundleError(
+                f"has {size} bytes where the manifest says {expected.bytes}",
+                subject=str(path),
+                hint="the file was changed or cut short: build the bundle again",
+            )
+        if (every_hash or size <= HASHED_ON_OPEN) and record_of(path).sha256 != expected.sha256:
+            raise BundleError(
+                "does not have the hash that the manifest lists",
+                subject=str(path),
+                hint="the file was changed after the build: build the bundle again",
+            )
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a scratch folder beside `target`; rename it into place on success, remove it on any failure.
+
+    An existing `target` is replaced (by rename, so that it is never seen half-written). Scratch folders of builds that were
+    killed are removed by the next build of the same target.
+
+    Raises:
+        BundleError: the parent cannot be written to.
+    """
+    target = target.absolute()
+    prefix = f".{target.name}.building-"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    except OSError as error:
+        raise BundleError(
+            f"cannot be created: {error.strerror}",
+            subject=str(target),
+            hint="choose a folder you can write to",
+        ) from error
+    scratch.chmod(0o755)
+    try:
+        yield scratch
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            os.rename(target, retired / target.name)
+            os.rename(scratch, target)
+            shutil.rmtree(retired)
+        else:
+            os.rename(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def place_file(source: Path, target: Path, *, copy: bool) -> int:
+    """Put a file into a bundle: a hard link where the file system allows it, else a copy.
+
+    ONNX Runtime and TensorRT refuse external data behind `..`, absolute paths and symbolic links, and accept hard links.
+
+    Returns:
+        Bytes newly written (0 for a link).
+    """
+    source = source.resolve()
+    if not copy:
+        try:
+            os.link(source, target)
+            return 0
+        except (
+            OSError
+        ):  # another file system, or one without links: a copy costs space and changes nothing else
+            pass
+    shutil.copyfile(source, target)
+    return target.stat().st_size

@@ -1,0 +1,231 @@
+"""The bundle: one folder with plain ONNX graphs, weights, tokenizer and a manifest that explains them.
+
+Everything a runtime needs to turn a picture and an expression into a box stands in `manifest.json`; neither torch nor
+transformers is needed to read it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gap_export.artifact import FileRecord, verify, write_atomically
+from gap_export.errors import BundleError
+from gap_export.positions import PositionPolicy
+from gap_export.spec import GraphSpec
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class Stored(BaseModel):
+    """Base of everything that is written to disk: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preprocessing(Stored):
+    """How a picture becomes `pixel_values` [B, 3, size, size] float32.
+
+    Attributes:
+        size: side in pixels.
+        fit: `pad` to a square, `crop` the centre of the resized short side, or `stretch`.
+        background: RGB 0..255 that padding is filled with.
+        resample: Pillow's filter name.
+        mean: per channel, after scaling to 0..1.
+        std: per channel, after scaling to 0..1.
+    """
+
+    size: int
+    fit: Literal["pad", "crop", "stretch"]
+    background: tuple[int, int, int]
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class PromptTemplate(Stored):
+    """How an expression becomes token ids.
+
+    Attributes:
+        grounding: the whole prompt with `{expression}` and one image placeholder.
+        image_token_id: the placeholder's id; exactly one per prompt.
+        add_special_tokens: whether the tokenizer adds its own (BOS) on top of the template.
+        eos_token_ids: ids that end an answer.
+    """
+
+    grounding: str
+    image_token_id: int
+    add_special_tokens: bool
+    eos_token_ids: tuple[int, ...]
+
+
+class BoxFormat(Stored):
+    """How the model writes a box, and in which frame.
+
+    Attributes:
+        codec: name in `grounding.boxes.CODECS`.
+        frame: `padded_square` (0..1 of the padded square) or `image` (of the original width and height).
+    """
+
+    codec: str
+    frame: Literal["padded_square", "image"]
+
+
+class ModelFacts(Stored):
+    """Sizes of the exported model."""
+
+    hidden_size: int
+    layers: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    visual_tokens: int
+    grid: tuple[int, int]
+    """(rows, columns) of the visual tokens."""
+    max_positions: int
+
+
+class Pruning(Stored):
+    """What is pruned and how survivors are numbered.
+
+    Attributes:
+        pruner: name in the table of strategies.
+        keep: fraction of visual tokens kept, in (0, 1].
+        kept: the count.
+        positions: numbering policy.
+        seed: seed of strategies that draw at random.
+    """
+
+    pruner: str
+    keep: float
+    kept: int
+    positions: PositionPolicy
+    seed: int
+
+
+class Graph(Stored):
+    """One ONNX file of the bundle and what it takes and gives."""
+
+    file: str
+    spec: GraphSpec
+
+
+class Engine(Stored):
+    """One serialized TensorRT or TensorRT-RTX engine.
+
+    Attributes:
+        file: path inside the bundle.
+        target: the runtime it was built for.
+        version: of the library that built it; engines load only in the same one.
+        compute_capabilities: e.g. ("8.6", "8.9").
+        graph_sha256: of the ONNX file it was built from.
+    """
+
+    file: str
+    target: Literal["tensorrt-rtx", "tensorrt"]
+    version: str
+    compute_capabilities: tuple[str, ...]
+    graph_sha256: str
+
+
+class Manifest(Stored):
+    """Everything a runtime needs, and where everything came from."""
+
+    schema_version: int = SCHEMA_VERSION
+    gap_export: str
+    name: str
+    family: str
+    checkpoint: str
+    """Folder or hub id the weights came from (`random` for random weights)."""
+    precision: Precision
+    model: ModelFacts
+    pruning: Pruning
+    capacity: int
+    """Slots of the static cache: the longest prompt plus answer, in tokens after pruning."""
+    max_new_tokens: int
+    preprocessing: Preprocessing
+    prompt: PromptTemplate
+    box: BoxFormat
+    graphs: dict[str, Graph]
+    engines: dict[str, dict[str, Engine]] = Field(default_factory=dict)
+    """target -> graph name -> engine."""
+    gates: dict[str, float] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+
+class Bundle:
+    """An opened bundle folder.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what is inside.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def graph_path(self, name: str) -> Path:
+        """Path of one ONNX graph."""
+        return self.folder / self.manifest.graphs[name].file
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Path of the tokenizer."""
+        return self.folder / "tokenizer.json"
+
+    @property
+    def reports(self) -> Path:
+        """Folder of the records that measuring commands leave behind; not part of the hashed content."""
+        return self.folder / "reports"
+
+
+def open_bundle(folder: Path, *, every_hash: bool = False) -> Bundle:
+    """Read and verify a bundle.
+
+    Args:
+        folder: the bundle.
+        every_hash: verify the hashes of large files too.
+
+    Raises:
+        BundleError: no bundle there, another schema, a damaged manifest, a file that does not match.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            "is not a bundle (no manifest.json)",
+            subject=str(folder),
+            hint="build one: gap-export build --help",
+        )
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BundleError(
+            f"cannot be read: {where}: {first['msg']}",
+            subject=str(path),
+            hint="the bundle is damaged or was made by another version: build it again",
+        ) from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise BundleError(
+            f"has schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}",
+            subject=str(path),
+            hint="build the bundle again with this version",
+        )
+    verify(folder, manifest.files, every_hash=every_hash)
+    return Bundle(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a bundle."""
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""The error tree: every failure says where it happened, what it is about and what to do next.
+
+    GapExportError
+    ├── RecipeError        a recipe or a command-line option that cannot work
+    ├── CheckpointError    config.json, tokenizer or weights: missing, truncated, of another kind
+    ├── TraceError         a component could not be turned into a graph
+    ├── LintError          an exported graph would not carry gapped position ids
+    ├── EngineError        TensorRT or TensorRT-RTX refused a graph, a profile or a device
+    ├── BundleError        a bundle folder: damaged, foreign, or in the way
+    ├── InputError         an image, an expression or a data file from the user
+    ├── SessionError       a runtime refused to load or run a bundle
+    └── EnvironmentLacks   an optional dependency, memory, disk or device that is not there
+
+The command line prints these without a traceback and exits with 2. Any other exception is a bug of ours.
+"""
+
+from __future__ import annotations
+
+
+class GapExportError(Exception):
+    """A failure the user can act on.
+
+    Args:
+        message: what went wrong, one sentence.
+        subject: the thing it is about: a file, a tensor, an option, a node.
+        hint: what to do next, one sentence.
+    """
+
+    stage = "gap-export"
+
+    def __init__(self, message: str, *, subject: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.subject = subject
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.subject}: {self.message} ({self.hint})"
+
+
+class RecipeError(GapExportError):
+    """A recipe or an option is unknown, out of range or contradicts another."""
+
+    stage = "recipe"
+
+
+class CheckpointError(GapExportError):
+    """A checkpoint is missing, truncated, or of a family that is not supported."""
+
+    stage = "checkpoint"
+
+
+class TraceError(GapExportError):
+    """A component could not be traced or translated into a graph."""
+
+    stage = "trace"
+
+
+class LintError(GapExportError):
+    """A graph breaks a rule without which gapped position ids do not survive."""
+
+    stage = "lint"
+
+
+class EngineError(GapExportError):
+    """TensorRT or TensorRT-RTX refused a graph, a profile, a precision or a device."""
+
+    stage = "engine"
+
+
+class BundleError(GapExportError):
+    """A bundle folder is damaged, foreign, or in the way of a new one."""
+
+    stage = "bundle"
+
+
+class InputError(GapExportError):
+    """An image, an expression or a data file that cannot be used."""
+
+    stage = "input"
+
+
+class SessionError(GapExportError):
+    """A runtime refused to load or to run a graph of a bundle."""
+
+    stage = "session"
+
+
+class EnvironmentLacks(GapExportError):
+    """An optional dependency, memory, disk space or a device is not there."""
+
+    stage = "environment"

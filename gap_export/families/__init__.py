@@ -1,0 +1,88 @@
+"""Model families: the table and the contract. One file per family, found by the checkpoint's `model_type`."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate
+from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError
+from gap_export.positions import PositionPolicy
+from gap_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gap_export.spec import Component
+
+FAMILIES = {"llava": "gap_export.families.llava"}
+"""`model_type` of config.json -> module that describes it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers that shape a build's graphs, after recipe and checkpoint have been read.
+
+    Attributes:
+        precision: element type of weights and activations.
+        pruner: strategy.
+        kept: K.
+        positions: numbering policy.
+        seed: for strategies that draw at random.
+        capacity: cache slots C.
+        max_text: text tokens of the longest prompt, placeholder included.
+        max_batch: most rows per call.
+    """
+
+    precision: Precision
+    pruner: str
+    kept: int
+    positions: PositionPolicy
+    seed: int
+    capacity: int
+    max_text: int
+    max_batch: int
+
+
+class Family(Protocol):
+    """What a module of this package offers for the checkpoints it knows."""
+
+    def facts(self, checkpoint: Checkpoint) -> ModelFacts:
+        """Sizes of the model."""
+        ...
+
+    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+        """How pictures become pixel values."""
+        ...
+
+    def prompt(self, checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
+        """How expressions become token ids."""
+        ...
+
+    def box(self) -> BoxFormat:
+        """How boxes are written."""
+        ...
+
+    def components(self, checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+        """`vision`, `splice`, `embed` and `decoder`, hollow, ready to be traced."""
+        ...
+
+
+def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
+    """The family that knows a checkpoint.
+
+    Returns:
+        (name, family).
+
+    Raises:
+        CheckpointError: none does.
+    """
+    module = FAMILIES.get(checkpoint.model_type)
+    if module is None:
+        raise CheckpointError(
+            f"has model_type {checkpoint.model_type!r}, which is not supported",
+            subject=str(checkpoint.folder / "config.json"),
+            hint=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    family: Family = importlib.import_module(module)  # type: ignore[assignment]
+    return checkpoint.model_type, family

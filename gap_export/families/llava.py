@@ -1,0 +1,368 @@
+"""LLaVA-1.5: CLIP tower, two-layer projector, Llama decoder (`model_type: llava`).
+
+Facts: the decoder gets `hidden_states[vision_feature_layer]` (usually -2) without the class token; pictures are padded to
+a square with the mean colour for grounding, and boxes are `[x1, y1, x2, y2]` in 0..1 of that square. (The processor that
+Hugging Face ships with these checkpoints crops the centre instead, which cuts off what is to be found: `fit: crop`.)
+
+The modules of transformers are traced unchanged; only the tower is walked layer by layer, to stop at the feature layer
+and to see its class token's query.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from gap_export import prune
+from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate
+from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError
+from gap_export.families import Plan
+from gap_export.families.hollow import fake_mode, hollow
+from gap_export.families.splice import Embed, Splice
+from gap_export.graph.attention import IMPLEMENTATION, SlotCache, slot_mask
+from gap_export.positions import PositionPolicy
+from gap_export.recipe import Recipe
+from gap_export.spec import Component, Dim, DType, GraphSpec, TensorSpec
+
+GROUNDING_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions. USER: <image>\nPlease provide the bounding box coordinate of the region this "
+    "sentence describes: {expression}. ASSISTANT:"
+)
+
+DTYPES: dict[Precision, tuple[torch.dtype, DType]] = {
+    "fp32": (torch.float32, "float32"),
+    "fp16": (torch.float16, "float16"),
+    "bf16": (torch.bfloat16, "bfloat16"),
+}
+
+# Where published checkpoints keep what the module calls by the name on the left: transformers before and after 4.52.
+_PREFIXES = {
+    "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
+    "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+    "language_model.": ("language_model.model.", "model.language_model."),
+    "lm_head.": ("language_model.lm_head.", "lm_head."),
+}  # fmt: skip
+
+
+def facts(checkpoint: Checkpoint) -> ModelFacts:
+    """See `Family.facts`."""
+    config = _config(checkpoint)
+    text, vision = config.text_config, config.vision_config
+    side = vision.image_size // vision.patch_size
+    return ModelFacts(
+        hidden_size=text.hidden_size,
+        layers=text.num_hidden_layers,
+        attention_heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocabulary=text.vocab_size,
+        visual_tokens=side * side,
+        grid=(side, side),
+        max_positions=text.max_position_embeddings,
+    )
+
+
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+    """See `Family.preprocessing`."""
+    stored = checkpoint.json("preprocessor_config.json") or checkpoint.json("processor_config.json").get(
+        "image_processor", {}
+    )
+    mean, std = stored.get("image_mean"), stored.get("image_std")
+    if mean is None or std is None:
+        raise CheckpointError(
+            "has no image processor settings (preprocessor_config.json)",
+            subject=str(checkpoint.folder),
+            hint="download the checkpoint's preprocessor_config.json",
+        )
+    red, green, blue = (int(channel * 255) for channel in mean)
+    return Preprocessing(
+        size=_config(checkpoint).vision_config.image_size,
+        fit=recipe.fit or "pad",
+        background=(red, green, blue),
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
+    """See `Family.prompt`."""
+    config = _config(checkpoint)
+    ends = checkpoint.json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
+    return PromptTemplate(
+        grounding=recipe.prompt or GROUNDING_PROMPT,
+        image_token_id=config.image_token_id,
+        add_special_tokens=True,
+        eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,),
+    )
+
+
+def box() -> BoxFormat:
+    """See `Family.box`."""
+    return BoxFormat(codec="llava", frame="padded_square")
+
+
+def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+    """See `Family.components`."""
+    config = _config(checkpoint)
+    sizes = facts(checkpoint)
+    torch_dtype, dtype = DTYPES[plan.precision]
+    mode = fake_mode()
+    model = _hollow_model(config, torch_dtype, mode)
+
+    batch = Dim(name="batch", minimum=1, optimum=1, maximum=plan.max_batch)
+    text = Dim(name="text", minimum=2, optimum=plan.max_text, maximum=plan.max_text)
+    longest = plan.max_text - 1 + plan.kept
+    sequence = Dim(name="sequence", minimum=1, optimum=longest, maximum=longest)
+    spliced = Dim(name="spliced", minimum=plan.kept + 1, optimum=longest, maximum=longest)
+
+    def tensor(name: str, kind: DType, *shape: int | Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype=kind, shape=shape)
+
+    visual_embeds = tensor("visual_embeds", dtype, batch, plan.kept, sizes.hidden_size)
+    kept_indices = tensor("kept_indices", "int64", batch, plan.kept)
+    side = config.vision_config.image_size
+    cache = [
+        (layer, part, (batch, sizes.kv_heads, plan.capacity, sizes.head_dim))
+        for layer in range(sizes.layers)
+        for part in ("key", "value")
+    ]
+    past = [tensor(f"past.{layer}.{part}", dtype, *shape) for layer, part, shape in cache]
+    present = [tensor(f"present.{layer}.{part}", dtype, *shape) for layer, part, shape in cache]
+
+    embedding = model.model.language_model.embed_tokens
+    specs_and_modules: list[tuple[GraphSpec, nn.Module]] = [
+        (
+            GraphSpec(
+                name="vision",
+                inputs=(tensor("pixel_values", "float32", batch, 3, side, side),),
+                outputs=(visual_embeds, kept_indices),
+            ),
+            ClipVision(model, prune.load(plan.pruner), plan.kept, plan.seed, plan.positions),
+        ),
+        (
+            GraphSpec(
+                name="splice",
+                inputs=(tensor("input_ids", "int64", batch, text), visual_embeds, kept_indices),
+                outputs=(
+                    tensor("inputs_embeds", dtype, batch, spliced, sizes.hidden_size),
+                    tensor("position_ids", "int64", batch, spliced),
+                    tensor("next_position", "int64", batch),
+                    tensor("next_slot", "int64", batch),
+                ),
+            ),
+            Splice(
+                embedding,
+                image_token_id=config.image_token_id,
+                visual_tokens=sizes.visual_tokens,
+                policy=plan.positions,
+            ),
+        ),
+        (
+            GraphSpec(
+                name="embed",
+                inputs=(tensor("input_ids", "int64", batch, Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text)),),
+                outputs=(
+                    tensor(
+                        "inputs_embeds",
+                        dtype,
+                        batch,
+                        Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text),
+                        sizes.hidden_size,
+                    ),
+                ),
+            ),
+            Embed(embedding),
+        ),
+        (
+            GraphSpec(
+                name="decoder",
+                inputs=(
+                    tensor("inputs_embeds", dtype, batch, sequence, sizes.hidden_size),
+                    tensor("position_ids", "int64", batch, sequence),
+                    tensor("write_index", "int64", batch),
+                    tensor("last_index", "int64", batch),
+                    *past,
+                ),
+                outputs=(tensor("logits", "float32", batch, sizes.vocabulary), *present),
+                aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
+            ),
+            Decoder(model),
+        ),
+    ]  # fmt: skip
+    return [
+        Component(module=module.eval(), spec=spec, weight_key=lambda name: weight_key(checkpoint, name))
+        for spec, module in specs_and_modules
+    ]
+
+
+def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
+    """Checkpoint key of a parameter of one of the components below.
+
+    Raises:
+        CheckpointError: the checkpoint has it under none of the known names.
+    """
+    if parameter.startswith("embed_tokens."):
+        parameter = f"language_model.{parameter}"
+    for prefix, candidates in _PREFIXES.items():
+        if parameter.startswith(prefix):
+            rest = parameter.removeprefix(prefix)
+            for candidate in candidates:
+                if candidate + rest in checkpoint.weights:
+                    return candidate + rest
+            if prefix == "lm_head." and _config(checkpoint).text_config.tie_word_embeddings:
+                return weight_key(checkpoint, "embed_tokens.weight")
+    raise CheckpointError(
+        f"has no weight for {parameter}",
+        subject=str(checkpoint.folder),
+        hint="a shard is missing, or the layout is not one of the published ones",
+    )
+
+
+class ClipVision(nn.Module):
+    """CLIP tower up to the feature layer, pruner, projector.
+
+    Only the kept tokens are projected: the projector works token by token, so the order does not matter.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        pruner: prune.Pruner,
+        kept: int,
+        seed: int,
+        policy: PositionPolicy,
+    ) -> None:
+        super().__init__()
+        config = model.config
+        self.vision_tower = model.model.vision_tower
+        self.multi_modal_projector = model.model.multi_modal_projector
+        self._pruner, self._kept, self._seed, self._policy = pruner, kept, seed, policy
+        layers = len(self.vision_tower.encoder.layers)
+        feature = config.vision_feature_layer
+        self._run = feature if feature >= 0 else layers + 1 + feature
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        self._grid = (side, side)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, size, size] float32 -> visual_embeds [B, K, H], kept_indices [B, K] int64."""
+        hidden_BTE = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
+        layers = self.vision_tower.encoder.layers[: self._run]
+        for layer in layers[:-1]:
+            hidden_BTE = layer(hidden_BTE, None)
+        scoring = layers[-1]
+        normed_BTE = scoring.layer_norm1(hidden_BTE)
+        attention = scoring.self_attn
+        heads = (attention.num_heads, attention.head_dim)
+        class_query_BAD = attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads)
+        keys_BATD = attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2)
+        patches_BNE = scoring(hidden_BTE, None)[:, 1:]
+
+        features = prune.VisionFeatures(
+            patches_BNE=patches_BNE, grid=self._grid, class_query_BAD=class_query_BAD, keys_BATD=keys_BATD
+        )
+        kept_BK = prune.in_decoder_order(self._pruner.select(features, self._kept, self._seed), self._policy)
+        survivors_BKE = patches_BNE.gather(1, kept_BK[:, :, None].expand(-1, -1, patches_BNE.shape[-1]))
+        return self.multi_modal_projector(survivors_BKE), kept_BK
+
+
+class Decoder(nn.Module):
+    """The language model over a static cache: one graph for prefill and decode, logits of one row."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.language_model = model.model.language_model
+        self.language_model.embed_tokens = None  # embeddings come in; the table lives in `splice` and `embed`
+        self.lm_head = model.lm_head
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        write_index: Tensor,
+        last_index: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One call.
+
+        Args:
+            inputs_embeds: [B, S, H].
+            position_ids: [B, S] int64: what RoPE reads.
+            write_index: [B] int64: the slot of the first token of this call.
+            last_index: [B] int64: the row of S whose logits are wanted.
+            past: key and value of every layer, [B, Hkv, C, D].
+
+        Returns:
+            logits [B, V] float32, then the updated caches.
+        """
+        cache = SlotCache(past, write_index)
+        hidden_BSH = self.language_model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=slot_mask(write_index, inputs_embeds.shape[1], past[0].shape[2]),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        row_B1H = last_index[:, None, None].expand(-1, 1, hidden_BSH.shape[-1])
+        logits_BV = self.lm_head(hidden_BSH.gather(1, row_B1H)[:, 0]).float()
+        return (logits_BV, *cache.present)
+
+
+def _config(checkpoint: Checkpoint) -> LlavaConfig:
+    if "auto_map" in checkpoint.config:
+        raise CheckpointError(
+            "asks for code of its own to be run (auto_map)",
+            subject=str(checkpoint.folder / "config.json"),
+            hint="use a checkpoint that transformers supports without remote code",
+        )
+    try:
+        config = cast(LlavaConfig, AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"is not a configuration transformers accepts: {str(error).splitlines()[0]}",
+            subject=str(checkpoint.folder / "config.json"),
+            hint="fetch the checkpoint's config.json again",
+        ) from error
+    _require(
+        checkpoint,
+        "vision_feature_layer",
+        isinstance(config.vision_feature_layer, int),
+        "one layer, not a list",
+    )
+    _require(
+        checkpoint,
+        "vision_feature_select_strategy",
+        config.vision_feature_select_strategy == "default",
+        "default",
+    )
+    _require(
+        checkpoint, "vision_config.model_type", config.vision_config.model_type == "clip_vision_model", "CLIP"
+    )
+    _require(checkpoint, "text_config.model_type", config.text_config.model_type == "llama", "llama")
+    return config
+
+
+def _require(checkpoint: Checkpoint, field: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise CheckpointError(
+            f"{field} is not supported (supported: {wanted})",
+            subject=str(checkpoint.folder / "config.json"),
+            hint="this model is not LLaVA-1.5 as published; see `gap-export models`",
+        )
+
+
+def _hollow_model(
+    config: LlavaConfig, dtype: torch.dtype, mode: FakeTensorMode
+) -> LlavaForConditionalGeneration:
+    def build() -> LlavaForConditionalGeneration:
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
+        return cast(
+            LlavaForConditionalGeneration, LlavaForConditionalGeneration._from_config(config, **options)
+        )
+
+    return hollow(build, mode)

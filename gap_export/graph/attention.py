@@ -1,0 +1,105 @@
+"""Attention and cache as ONNX operators, reached through transformers' own seams.
+
+transformers lets a model be built with a named attention function and hands its cache to every layer. We register one
+function that emits ONNX `Attention` with an explicit mask, and pass a cache whose `update` emits `TensorScatter` into a
+buffer of fixed capacity. The modelling code itself is traced unchanged: it stays the reference by construction.
+
+Shape letters: B batch, H heads, S query tokens, C cache capacity, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+IMPLEMENTATION = "gap_export"
+OPSET = 24
+_SEQUENCE_AXIS = 2
+
+
+def onnx_attention(
+    module: nn.Module,
+    query_BHSD: Tensor,
+    key_BHCD: Tensor,
+    value_BHCD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One `Attention` node with one output and `is_causal=0`.
+
+    Causal flags are aligned to the upper left in both runtimes, which is wrong as soon as there is a cache; and fused
+    rotary variants count positions up from the first one. So the mask is explicit, and rotary stays outside.
+
+    Args:
+        attention_mask: bool [B, 1, S, C], true where a query may look; None for full attention.
+
+    Returns:
+        [B, S, H, D] as transformers expects it, and no attention weights.
+    """
+    batch, heads, queries, _width = query_BHSD.shape
+    scale = scaling if scaling is not None else query_BHSD.shape[-1] ** -0.5
+    inputs = [query_BHSD, key_BHCD, value_BHCD] + ([] if attention_mask is None else [attention_mask])
+    context_BHSD = torch.onnx.ops.symbolic(
+        "Attention",
+        inputs,
+        {"scale": float(scale), "is_causal": 0},
+        dtype=query_BHSD.dtype,
+        shape=(batch, heads, queries, value_BHCD.shape[-1]),
+        version=OPSET,
+    )
+    return context_BHSD.transpose(1, 2), None
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """The caller always passes a finished 4-D mask; anything transformers would build by itself is unwanted."""
+    return None
+
+
+AttentionInterface.register(IMPLEMENTATION, onnx_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+
+
+def slot_mask(write_index_B: Tensor, queries: int, capacity: int) -> Tensor:
+    """Causality by cache slot: query q of a row may look at slots up to `write_index + q`.
+
+    Returns:
+        bool [B, 1, S, C].
+    """
+    query_slots_BS = write_index_B[:, None] + torch.arange(queries)
+    return (torch.arange(capacity)[None, None, :] <= query_slots_BS[:, :, None])[:, None]
+
+
+class SlotCache:
+    """Duck-typed transformers cache over static buffers.
+
+    Args:
+        past: for each layer key and value, [B, Hkv, C, D] each: `key.0, value.0, key.1, ...`.
+        write_index: [B] int64, the slot of this call's first token.
+    """
+
+    def __init__(self, past: Sequence[Tensor], write_index: Tensor) -> None:
+        self._past = past
+        self._write_index = write_index
+        self.present: list[Tensor] = list(past)
+
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write this call's keys and values into their slots; give back the whole buffers."""
+        for index, fresh in ((2 * layer, key), (2 * layer + 1, value)):
+            past = self._past[index]
+            self.present[index] = torch.onnx.ops.symbolic(
+                "TensorScatter",
+                (past, fresh, self._write_index),
+                {"axis": _SEQUENCE_AXIS, "mode": "linear"},
+                dtype=past.dtype,
+                shape=past.shape,
+                version=OPSET,
+            )
+        return self.present[2 * layer], self.present[2 * layer + 1]

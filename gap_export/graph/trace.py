@@ -1,0 +1,150 @@
+"""Component to graph: torch.export, translation to ONNX, names and symbols from the spec.
+
+Nothing has storage here: parameters and example inputs are fake, so a 7B decoder is traced in the memory of its graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch._subclasses import FakeTensor
+
+from gap_export.errors import TraceError
+from gap_export.graph.attention import OPSET
+from gap_export.spec import Component, Dim, TensorSpec
+
+_TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+
+
+def graph_from_component(component: Component) -> ir.Model:
+    """Trace one component.
+
+    Args:
+        component: hollow module and spec.
+
+    Returns:
+        An ONNX model (opset 24) whose inputs and outputs carry the names, and whose shapes carry the symbols, of the
+        spec. Initializers that are parameters still hold fake tensors.
+
+    Raises:
+        TraceError: the module does not export; with torch's own reason.
+    """
+    spec = component.spec
+    try:
+        with _quiet():
+            exported = torch.export.export(
+                component.module,
+                _example_inputs(component),
+                dynamic_shapes=_dynamic_shapes(component),
+                strict=False,
+            )
+            program = torch.onnx.export(
+                exported,
+                (),
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # torch raises a dozen unrelated types here; all mean "does not export"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TraceError(
+            f"could not be exported: {reason}",
+            subject=spec.name,
+            hint="the versions in constraints.txt are the tested ones; otherwise please report this",
+        ) from error
+    if program is None:
+        raise TraceError("gave no graph", subject=spec.name, hint="please report this")
+    model: ir.Model = program.model
+    _name_symbols(model, spec.inputs)
+    return model
+
+
+def is_hollow(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether an initializer's value is a fake tensor, that is, a parameter still to be attached."""
+    return isinstance(getattr(tensor, "raw", None), FakeTensor)
+
+
+def _example_inputs(component: Component) -> tuple[torch.Tensor, ...]:
+    """Fake inputs; every symbol gets an extent of its own, so that no two are taken for the same."""
+    mode = next(component.module.parameters()).fake_mode  # type: ignore[attr-defined]
+    extents: dict[str, int] = {}
+
+    def extent(dim: int | Dim) -> int:
+        if isinstance(dim, int):
+            return dim
+        return extents.setdefault(dim.name, max(2, dim.minimum) + len(extents))
+
+    with mode:
+        return tuple(
+            torch.zeros([extent(dim) for dim in tensor.shape], dtype=_TORCH_DTYPES[tensor.dtype])
+            for tensor in component.spec.inputs
+        )
+
+
+def _dynamic_shapes(component: Component) -> tuple[Any, ...]:
+    """Per input, axis -> symbol; inputs taken by `*args` are grouped, as torch.export wants them."""
+    symbols: dict[str, Any] = {}
+
+    def symbol(dim: Dim) -> Any:
+        return symbols.setdefault(
+            dim.name, torch.export.Dim(dim.name, min=dim.minimum, max=max(dim.maximum, 2))
+        )
+
+    shapes = [
+        {axis: symbol(dim) for axis, dim in enumerate(tensor.shape) if isinstance(dim, Dim)}
+        for tensor in component.spec.inputs
+    ]
+    parameters = inspect.signature(component.module.forward).parameters.values()
+    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+    rest = tuple(shapes[named:])
+    return (*shapes[:named], *((rest,) if rest else ()))
+
+
+def _name_symbols(model: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
+    """Replace torch's symbol names (`s10`) by the spec's (`batch`) wherever they stand alone."""
+    names: dict[str, str] = {}
+    for value, tensor in zip(model.graph.inputs, inputs, strict=True):
+        for axis, dim in enumerate(tensor.shape):
+            if isinstance(dim, Dim) and value.shape is not None:
+                names[str(value.shape[axis])] = dim.name
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [d if isinstance(d, int) else names.get(str(d), str(d)) for d in value.shape]
+            )
+    for node in model.graph:
+        for output in node.outputs:
+            if output.shape is not None:
+                output.shape = ir.Shape(
+                    [d if isinstance(d, int) else names.get(str(d), str(d)) for d in output.shape]
+                )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back notes of torch's exporter that concern its developers (missing torchvision, deprecations of its own)."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

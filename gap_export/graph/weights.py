@@ -1,0 +1,182 @@
+"""Weights by reference: initializers point into the checkpoint's own files; only what must change is written.
+
+A safetensors file is raw tensor bytes at known offsets, which is exactly what ONNX external data refers to. So the
+checkpoint's file is hard-linked into the bundle and every initializer becomes (file, offset, length). Where the element
+type differs from the bundle's precision, the tensor is converted, one at a time, into a file of the bundle's own.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gap_export.artifact import place_file
+from gap_export.bundle import Precision
+from gap_export.checkpoint import Checkpoint, WeightLocation
+from gap_export.errors import CheckpointError, EnvironmentLacks, TraceError
+from gap_export.graph.trace import is_hollow
+
+_STORED: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_NUMPY = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_IR = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_ALIGNMENT = 64
+_CHUNK_ELEMENTS = 4 * 2**20
+
+
+@dataclass
+class WeightStore:
+    """Puts the weights that graphs ask for into a bundle folder, each once.
+
+    Attributes:
+        checkpoint: where they come from.
+        precision: element type they must have.
+        folder: the bundle being built.
+        self_contained: copy instead of linking.
+        written_bytes: bytes newly written so far (links cost none).
+    """
+
+    checkpoint: Checkpoint
+    precision: Precision
+    folder: Path
+    self_contained: bool = False
+    written_bytes: int = 0
+    _placed: dict[Path, str] = field(default_factory=dict)
+    _converted: dict[str, WeightLocation] = field(default_factory=dict)
+
+    def prepare(self, keys: list[str]) -> None:
+        """Convert, in one file, all tensors that are not stored in the bundle's precision.
+
+        Raises:
+            CheckpointError: a tensor that cannot be represented (overflow, or not a floating-point type).
+            EnvironmentLacks: no room on the disk.
+        """
+        wanted = _STORED[self.precision]
+        foreign = [key for key in dict.fromkeys(keys) if self.checkpoint.weights[key].dtype != wanted]
+        if foreign:
+            path = self.folder / f"weights-{self.precision}.safetensors"
+            self._converted = self._write_converted(path, foreign, wanted)
+
+    def tensor(self, key: str, name: str) -> ir.ExternalTensor:
+        """An initializer that refers to the weight's bytes in the bundle folder."""
+        location = self._converted.get(key) or self.checkpoint.weights[key]
+        return ir.ExternalTensor(
+            location=self._place(location.file),
+            offset=location.offset,
+            length=location.length,
+            dtype=_IR[location.dtype],
+            shape=ir.Shape(location.shape),
+            name=name,
+            base_dir=str(self.folder),
+        )
+
+    def _place(self, file: Path) -> str:
+        if file.parent == self.folder:
+            return file.name
+        if file not in self._placed:
+            self.written_bytes += place_file(file, self.folder / file.name, copy=self.self_contained)
+            self._placed[file] = file.name
+        return self._placed[file]
+
+    def _write_converted(self, path: Path, keys: list[str], wanted: str) -> dict[str, WeightLocation]:
+        width = _NUMPY[wanted].itemsize
+        header: dict[str, object] = {}
+        end = 0
+        for key in keys:
+            source = self.checkpoint.weights[key]
+            if source.dtype not in _NUMPY:
+                raise CheckpointError(
+                    f"{key} is stored as {source.dtype}, which has no conversion to {self.precision}",
+                    subject=str(source.file),
+                    hint="use a checkpoint in fp32, fp16 or bf16",
+                )
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = start + int(np.prod(source.shape, dtype=np.int64)) * width
+            header[key] = {"dtype": wanted, "shape": list(source.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        base = 8 + len(text)
+        converted: dict[str, WeightLocation] = {}
+        try:
+            with path.open("wb") as out:
+                out.write(struct.pack("<Q", len(text)) + text)
+                for key in keys:
+                    entry = header[key]
+                    assert isinstance(entry, dict)
+                    start, end = entry["data_offsets"]
+                    out.seek(base + start)
+                    self._stream(key, out.write, wanted)
+                    converted[key] = WeightLocation(
+                        path, wanted, self.checkpoint.weights[key].shape, base + start, end - start
+                    )
+                self.written_bytes += out.tell()
+        except OSError as error:
+            raise EnvironmentLacks(
+                f"could not be written: {error.strerror}",
+                subject=str(path),
+                hint="free disk space and build again",
+            ) from error
+        return converted
+
+    def _stream(self, key: str, write: Callable[[bytes], object], wanted: str) -> None:
+        """Convert one tensor in pieces of a few megabytes."""
+        source = self.checkpoint.weights[key]
+        elements = source.length // _NUMPY[source.dtype].itemsize
+        stored: NDArray[np.generic] = np.memmap(
+            source.file, dtype=_NUMPY[source.dtype], mode="r", offset=source.offset, shape=(elements,)
+        )
+        for start in range(0, elements, _CHUNK_ELEMENTS):
+            piece = stored[start : start + _CHUNK_ELEMENTS].astype(np.float32)
+            with np.errstate(over="ignore"):
+                changed = piece.astype(_NUMPY[wanted])
+            if not np.isfinite(changed.astype(np.float32)).all() and np.isfinite(piece).all():
+                raise CheckpointError(
+                    f"{key} has values up to {np.abs(piece).max():g}, beyond what {self.precision} can hold",
+                    subject=str(source.file),
+                    hint="use --precision bf16 or fp32",
+                )
+            write(changed.tobytes())
+
+
+def parameters_of(model: ir.Model) -> list[str]:
+    """Names of the initializers that are parameters of the traced module."""
+    return [name for name, value in model.graph.initializers.items() if is_hollow(value.const_value)]
+
+
+def attach_weights(model: ir.Model, store: WeightStore, weight_key: Callable[[str], str]) -> None:
+    """Replace every fake initializer by a reference into the bundle's weight files.
+
+    Args:
+        model: a traced graph; changed in place.
+        store: prepared for the keys of this graph.
+        weight_key: parameter name -> checkpoint key.
+
+    Raises:
+        CheckpointError: a weight whose shape is not what the config says.
+    """
+    for name in parameters_of(model):
+        value = model.graph.initializers[name]
+        key = weight_key(name)
+        tensor = store.tensor(key, name)
+        if value.shape is None or list(value.shape) != list(tensor.shape):
+            raise CheckpointError(
+                f"{key} has shape {list(tensor.shape)} where config.json implies {value.shape}",
+                subject=str(store.checkpoint.folder),
+                hint="config and weights do not belong together",
+            )
+        value.const_value = tensor
+    left = parameters_of(model)
+    if left:
+        raise TraceError("weights were not attached", subject=", ".join(left[:3]), hint="please report this")

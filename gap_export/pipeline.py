@@ -1,0 +1,278 @@
+"""The order of the stages, and nothing else. Read this first.
+
+    Checkpoint -> Family -> Component -> Graph -> lint -> Bundle -> Engine
+
+Each stage is one function of its own room; no room calls the next.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from gap_export import __version__, prune
+from gap_export.artifact import atomic_folder, record_of
+from gap_export.bundle import (
+    MANIFEST,
+    Bundle,
+    Engine,
+    Graph,
+    Manifest,
+    ModelFacts,
+    Pruning,
+    open_bundle,
+    write_manifest,
+)
+from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
+from gap_export.errors import BundleError, CheckpointError, RecipeError
+from gap_export.families import Plan, family_of
+from gap_export.recipe import Recipe, Target
+
+Progress = Callable[[str], None]
+"""Called with a few words whenever a stage begins."""
+
+_CAPACITY_STEP = 16
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished build.
+
+    Attributes:
+        bundle: opened.
+        written_bytes: what the build added to the disk; linked weights cost nothing.
+    """
+
+    bundle: Bundle
+    written_bytes: int
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    *,
+    replace: bool = False,
+    self_contained: bool = False,
+    progress: Progress = lambda words: None,
+) -> Built:
+    """Checkpoint to bundle.
+
+    Args:
+        recipe: what to build.
+        out: the bundle folder; appears when it is complete, or not at all.
+        replace: replace another bundle that is already there.
+        self_contained: copy the weights instead of linking them.
+        progress: told when a stage begins.
+
+    Raises:
+        GapExportError: a stage failed; `out` is as it was before.
+    """
+    _refuse_foreign_folder(out, recipe, replace)
+    progress("reading the checkpoint")
+    checkpoint = open_checkpoint(resolve(recipe.checkpoint), name=recipe.checkpoint)
+    family_name, family = family_of(checkpoint)
+    if recipe.family not in (None, family_name):
+        raise CheckpointError(
+            f"is of family {family_name!r}, the recipe says {recipe.family!r}",
+            subject=str(checkpoint.folder),
+            hint="use a recipe of the checkpoint's family",
+        )
+    facts = family.facts(checkpoint)
+    plan = plan_for(recipe, facts)
+
+    from gap_export.graph import lint, passes, trace, weights
+
+    components = family.components(checkpoint, plan)
+    models = []
+    for component in components:
+        progress(f"tracing {component.spec.name}")
+        models.append(trace.graph_from_component(component))
+
+    with atomic_folder(out) as folder:
+        progress("placing the weights")
+        store = weights.WeightStore(checkpoint, recipe.precision, folder, self_contained)
+        store.prepare(
+            [
+                component.weight_key(name)
+                for component, model in zip(components, models, strict=True)
+                for name in weights.parameters_of(model)
+            ]
+        )
+        graphs: dict[str, Graph] = {}
+        for component, model in zip(components, models, strict=True):
+            name = component.spec.name
+            progress(f"writing and linting {name}.onnx")
+            weights.attach_weights(model, store, component.weight_key)
+            passes.simplify(model)
+            graph = Graph(file=f"{name}.onnx", spec=component.spec)
+            passes.write_graph(model, folder / graph.file)
+            lint.lint_graph(
+                folder / graph.file, profile=name, own=True, ascending=plan.positions.keeps_raster_order
+            ).require()
+            graphs[name] = graph
+        _copy_tokenizer(checkpoint, folder)
+        engines = {
+            target: _build_engines(target, graphs, folder, recipe, progress)
+            for target in recipe.targets
+            if target != "onnx"
+        }
+        progress("writing the manifest")
+        manifest = Manifest(
+            gap_export=__version__,
+            name=recipe.name,
+            family=family_name,
+            checkpoint=recipe.checkpoint,
+            precision=recipe.precision,
+            model=facts,
+            pruning=Pruning(
+                pruner=recipe.pruner,
+                keep=recipe.keep,
+                kept=plan.kept,
+                positions=recipe.positions,
+                seed=recipe.seed,
+            ),
+            capacity=plan.capacity,
+            max_new_tokens=recipe.max_new_tokens,
+            preprocessing=family.preprocessing(checkpoint, recipe),
+            prompt=family.prompt(checkpoint, recipe),
+            box=family.box(),
+            graphs=graphs,
+            engines=engines,
+            gates=recipe.gates.model_dump(),
+            files={
+                str(path.relative_to(folder)): record_of(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and path.name != MANIFEST
+            },
+            versions=_versions(),
+            recipe=recipe.model_dump(mode="json"),
+        )
+        write_manifest(folder, manifest)
+        written = store.written_bytes + sum(
+            path.stat().st_size
+            for path in folder.rglob("*")
+            if path.suffix != ".safetensors" and path.is_file()
+        )
+    return Built(bundle=open_bundle(out), written_bytes=written)
+
+
+def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:
+    """The numbers that shape the graphs.
+
+    Raises:
+        RecipeError: numbers that contradict each other or the model.
+    """
+    prune.load(recipe.pruner)
+    kept = prune.kept_count(recipe.keep, facts.visual_tokens)
+    if recipe.pruner == "none" and kept != facts.visual_tokens:
+        raise RecipeError(
+            f"keeps all {facts.visual_tokens} tokens, and keep is {recipe.keep:g}",
+            subject="pruner none",
+            hint="use --keep 1.0, or another pruner",
+        )
+    longest_answer = recipe.max_text - 1 + facts.visual_tokens + recipe.max_new_tokens
+    if longest_answer > facts.max_positions:
+        raise RecipeError(
+            f"positions up to {longest_answer} are needed (unpruned), the model knows {facts.max_positions}",
+            subject="max_text + max_new_tokens",
+            hint="lower max_text or max_new_tokens",
+        )
+    # One slot more than the longest answer needs: `validate` writes one too far on purpose.
+    needed = recipe.max_text - 1 + kept + recipe.max_new_tokens + 1
+    if recipe.capacity is not None and recipe.capacity < needed:
+        raise RecipeError(
+            f"is too small: {recipe.max_text} text tokens, {kept} visual tokens and {recipe.max_new_tokens} new tokens "
+            f"need {needed}",
+            subject=f"capacity {recipe.capacity}",
+            hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
+        )
+    return Plan(
+        precision=recipe.precision,
+        pruner=recipe.pruner,
+        kept=kept,
+        positions=recipe.positions,
+        seed=recipe.seed,
+        capacity=recipe.capacity or -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP,
+        max_text=recipe.max_text,
+        max_batch=recipe.max_batch,
+    )
+
+
+def _build_engines(
+    target: Target, graphs: dict[str, Graph], folder: Path, recipe: Recipe, progress: Progress
+) -> dict[str, Engine]:
+    from gap_export.engine import build as engine_room
+
+    if target == "onnx":
+        return {}
+    engines: dict[str, Engine] = {}
+    for name, graph in graphs.items():
+        progress(f"building the {target} engine of {name}")
+        engines[name] = engine_room.engine_from_graph(
+            folder / graph.file,
+            graph.spec,
+            target=target,
+            compute_capabilities=recipe.compute_capabilities,
+            folder=folder,
+        )
+    return engines
+
+
+def _refuse_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
+    """Never overwrite what this build did not make."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise BundleError("is a file", subject=str(out), hint="choose another output folder")
+    if not any(out.iterdir()) or (replace and (out / MANIFEST).is_file()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise BundleError(
+            "is not empty and holds no bundle", subject=str(out), hint="choose another output folder"
+        )
+    try:
+        same = open_bundle(out).manifest.recipe == recipe.model_dump(mode="json")
+    except BundleError:
+        same = False
+    if not same:
+        raise BundleError(
+            "already holds another bundle",
+            subject=str(out),
+            hint="choose another output folder, or pass --replace",
+        )
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    source = checkpoint.folder / _TOKENIZER
+    if not source.is_file():
+        raise CheckpointError(
+            "has no tokenizer.json",
+            subject=str(checkpoint.folder),
+            hint="download the checkpoint's tokenizer.json",
+        )
+    shutil.copyfile(source, folder / _TOKENIZER)
+
+
+def _versions() -> dict[str, str]:
+    packages = (
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxruntime",
+        "tensorrt-rtx",
+        "tensorrt",
+    )
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,218 @@
+"""The heart: which position id and which cache slot every token of a pruned prompt gets.
+
+A position id is what RoPE reads; a slot is where a token's key and value lie in the cache. They are two different
+integers for every token after the first pruned one. GAP (arXiv 2506.21873, section 3) keeps for every survivor the
+position id it had before pruning; slots are always contiguous.
+
+    token                       position id under GAP    slot
+    text before the image, j    j                        j
+    kept visual token k         T_pre + i_k              T_pre + k
+    text after the image, j     T_pre + N + j            T_pre + K + j
+    generated token t           T_pre + N + T_post + t   T_pre + K + T_post + t
+
+with N visual tokens, K kept, raster indices i_1 .. i_K. `shifted` and `permuted` are the paper's two failure modes
+(section 3.1, figure 2), kept so that anyone can see the damage on their own model.
+
+This is NumPy, for runtimes, checks and tests. The same arithmetic inside the exported graph is `families/splice.py`,
+written independently so that each can be held against the other.
+
+Shape letters: B batch, N visual tokens, K kept, S spliced sequence, R rotary rows (3 for M-RoPE).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+class PositionPolicy(StrEnum):
+    """How the tokens of a pruned prompt are numbered."""
+
+    GAP = "gap"
+    """Ascending raster order, every token keeps the id it had before pruning."""
+    SHIFTED = "shifted"
+    """Ascending raster order, ids renumbered 0.. without gaps."""
+    PERMUTED = "permuted"
+    """Score order as the pruner emitted it, ids renumbered 0.. without gaps."""
+
+    @property
+    def keeps_raster_order(self) -> bool:
+        """Whether kept indices are sorted ascending before they enter the decoder."""
+        return self is not PositionPolicy.PERMUTED
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a batch of prompts stands: ids and slots of the prompt, and the two counters decoding goes on from.
+
+    Attributes:
+        position_ids: [B, S] int64, what RoPE reads. Padding at the end of a short row holds values never attended to.
+        write_index: [B] int64, the slot of the first token of this call.
+        last_index: [B] int64, the index within S of each row's last real token.
+        next_position: [B] int64, the position id of the first generated token.
+        next_slot: [B] int64, the cache slot of the first generated token.
+    """
+
+    position_ids: Ids
+    write_index: Ids
+    last_index: Ids
+    next_position: Ids
+    next_slot: Ids
+
+
+def kept_position_ids(kept_K: Ids, text_before: int, policy: PositionPolicy) -> Ids:
+    """Position ids of the kept visual tokens of one image.
+
+    Args:
+        kept_K: [K] int64 raster indices, in the order in which the tokens enter the decoder.
+        text_before: tokens before the image (T_pre).
+        policy: how to number them.
+
+    Returns:
+        [K] int64.
+    """
+    if policy is PositionPolicy.GAP:
+        return text_before + kept_K.astype(np.int64)
+    return text_before + np.arange(len(kept_K), dtype=np.int64)
+
+
+def sequence_position_ids(
+    kept_K: Ids, *, text_before: int, text_after: int, visual_tokens: int, policy: PositionPolicy
+) -> Ids:
+    """Position ids of one spliced prompt: text before, kept visual tokens, text after.
+
+    Args:
+        kept_K: [K] raster indices in 0..N-1, in the order in which the tokens enter the decoder.
+        text_before: T_pre.
+        text_after: T_post.
+        visual_tokens: N, the number before pruning.
+        policy: how to number them.
+
+    Returns:
+        [T_pre + K + T_post] int64.
+
+    Raises:
+        ValueError: kept indices out of range or repeated.
+    """
+    if len(np.unique(kept_K)) != len(kept_K) or (
+        len(kept_K) and not 0 <= kept_K.min() <= kept_K.max() < visual_tokens
+    ):
+        raise ValueError(f"kept indices must be distinct and within 0..{visual_tokens - 1}")
+    image_extent = visual_tokens if policy is PositionPolicy.GAP else len(kept_K)
+    return np.concatenate(
+        [
+            np.arange(text_before, dtype=np.int64),
+            kept_position_ids(kept_K, text_before, policy),
+            text_before + image_extent + np.arange(text_after, dtype=np.int64),
+        ]
+    )
+
+
+def place(
+    kept_BK: Ids, *, text_before: Ids, text_after: Ids, visual_tokens: int, policy: PositionPolicy
+) -> Placement:
+    """Placement of a batch of right-padded prompts with one image each.
+
+    Args:
+        kept_BK: [B, K] raster indices in the order in which the tokens enter the decoder.
+        text_before: [B] T_pre of each row.
+        text_after: [B] T_post of each row.
+        visual_tokens: N.
+        policy: how to number.
+
+    Returns:
+        Placement with S = max over rows of T_pre + K + T_post; ids of padding go on counting.
+    """
+    kept = kept_BK.shape[1]
+    lengths = text_before + kept + text_after
+    longest = int(lengths.max())
+    rows = [
+        sequence_position_ids(
+            row,
+            text_before=int(before),
+            text_after=longest - kept - int(before),
+            visual_tokens=visual_tokens,
+            policy=policy,
+        )
+        for row, before in zip(kept_BK, text_before, strict=True)
+    ]
+    extent = visual_tokens if policy is PositionPolicy.GAP else kept
+    return Placement(
+        position_ids=np.stack(rows),
+        write_index=np.zeros(len(rows), np.int64),
+        last_index=lengths - 1,
+        next_position=text_before + extent + text_after,
+        next_slot=lengths,
+    )
+
+
+def advance(placement: Placement) -> Placement:
+    """Placement of the next single-token decode call: both counters move by one, each on its own.
+
+    Returns:
+        Placement with `position_ids` [B, 1], the id of the token about to be fed, and `write_index` its slot.
+    """
+    return Placement(
+        position_ids=placement.next_position[:, None],
+        write_index=placement.next_slot,
+        last_index=np.zeros_like(placement.last_index),
+        next_position=placement.next_position + 1,
+        next_slot=placement.next_slot + 1,
+    )
+
+
+def gather_mrope_ids(position_ids_RS: Ids, surviving_P: Ids) -> tuple[Ids, int]:
+    """GAP for M-RoPE: keep the columns of the surviving tokens, go on from the unpruned maximum.
+
+    Args:
+        position_ids_RS: [R, S] ids of the unpruned prompt (R = 3: time, height, width).
+        surviving_P: [P] ascending indices into S of all surviving tokens, text included.
+
+    Returns:
+        ([R, P] ids of the survivors, position id of the first generated token).
+    """
+    return position_ids_RS[:, surviving_P], int(position_ids_RS.max()) + 1
+
+
+# Negative controls: placements that are wrong on purpose. A parity check that does not notice them proves nothing.
+
+
+def renumbered(placement: Placement) -> Placement:
+    """What exporters do: ids count the slots, decoding continues at the kept length."""
+    ids = np.broadcast_to(
+        np.arange(placement.position_ids.shape[1], dtype=np.int64), placement.position_ids.shape
+    )
+    return replace(placement, position_ids=ids.copy(), next_position=placement.next_slot)
+
+
+def with_image_ids_reversed(placement: Placement, text_before: Ids, kept: int) -> Placement:
+    """The kept visual tokens' ids in reverse: right values, wrong order."""
+    ids = placement.position_ids.copy()
+    for row, before in enumerate(text_before):
+        image = slice(int(before), int(before) + kept)
+        ids[row, image] = ids[row, image][::-1]
+    return replace(placement, position_ids=ids)
+
+
+def with_two_ids_swapped(placement: Placement, text_before: Ids, kept: int) -> Placement:
+    """The first and the last kept visual token exchange ids: the smallest wrong order."""
+    ids = placement.position_ids.copy()
+    for row, before in enumerate(text_before):
+        first, last = int(before), int(before) + kept - 1
+        ids[row, [first, last]] = ids[row, [last, first]]
+    return replace(placement, position_ids=ids)
+
+
+def with_write_index_off_by_one(placement: Placement) -> Placement:
+    """Generated tokens land one slot too far, leaving a slot of stale cache inside the mask."""
+    return replace(placement, next_slot=placement.next_slot + 1)
+
+
+def continuing_at_kept_length(placement: Placement) -> Placement:
+    """A right prefill, but decoding numbers its tokens by cache slot."""
+    return replace(placement, next_position=placement.next_slot)

@@ -1,0 +1,37 @@
+"""Class-token attention: keep the patches that the class token looks at most.
+
+Source: FasterVLM (arXiv 2412.01818), score: attention of the class token to each patch, mean over heads, in the layer
+whose output the decoder gets; top-k. The other rows of the attention map are not needed, so only that one is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gap_export.prune import VisionFeatures
+
+
+class ClsAttention:
+    """Top-k by class-token attention."""
+
+    name = "cls_attention"
+    needs_class_token = True
+    needs_seed = False
+
+    def scores(self, features: VisionFeatures) -> Tensor:
+        """Score of every patch.
+
+        Returns:
+            [B, N] float32: softmax over class token and patches, class column dropped without renormalising.
+        """
+        query_BAD, keys_BATD = features.class_query_BAD, features.keys_BATD
+        if query_BAD is None or keys_BATD is None:
+            raise ValueError("cls_attention needs a vision tower with a class token")
+        scale = query_BAD.shape[-1] ** -0.5
+        logits_BAT = torch.matmul(keys_BATD.float(), query_BAD.float()[..., None])[..., 0] * scale
+        return logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
+
+    def select(self, features: VisionFeatures, kept: int, seed: int) -> Tensor:
+        """See `Pruner.select`."""
+        return self.scores(features).topk(kept, dim=-1).indices

@@ -1,0 +1,155 @@
+"""The recipe: everything a build is told, validated once, stored in the bundle.
+
+A recipe file is YAML in `recipes/` (or any path); command-line options replace single fields. Fields left out take the
+family's defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from gap_export.bundle import Precision
+from gap_export.errors import RecipeError
+from gap_export.positions import PositionPolicy
+
+Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
+
+
+class Gates(BaseModel):
+    """What `validate` demands of the exported graphs against the PyTorch reference."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_logit_difference: float = Field(default=1e-3, gt=0)
+    """Largest absolute difference of first-token logits."""
+    min_logit_cosine: float = Field(default=0.99999, le=1)
+    max_norm_deviation: float = Field(default=1e-3, gt=0)
+    """Largest |1 - ratio of logit norms|."""
+    min_token_agreement: float = Field(default=0.99, le=1)
+    min_box_iou: float = Field(default=0.99, le=1)
+    """Mean IoU between the boxes of both backends."""
+    max_accuracy_drop: float = Field(default=0.005, ge=0)
+
+
+class Recipe(BaseModel):
+    """One build.
+
+    Attributes:
+        name: of the recipe.
+        family: name in the table of families; found from the checkpoint when left out.
+        checkpoint: `bundled:NAME`, a folder, or a hub id.
+        keep: fraction of visual tokens kept, in (0, 1].
+        pruner: strategy.
+        positions: numbering policy.
+        seed: for strategies that draw at random.
+        precision: element type of weights and activations.
+        max_new_tokens: longest answer.
+        max_text: longest prompt in text tokens, the placeholder counted as one.
+        max_batch: most pictures per call.
+        capacity: cache slots; by default just enough for the longest prompt after pruning plus the longest answer.
+        prompt: grounding prompt with `{expression}` and the image placeholder.
+        fit: how pictures become squares.
+        targets: what to build besides the ONNX graphs.
+        compute_capabilities: GPUs that engines are built for.
+        gates: for `validate`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    family: str | None = None
+    checkpoint: str
+    summary: str = ""
+    keep: float = 0.25
+    pruner: str = "cls_attention"
+    positions: PositionPolicy = PositionPolicy.GAP
+    seed: int = Field(default=0, ge=0)
+    precision: Precision = "fp32"
+    max_new_tokens: int = Field(default=32, ge=1)
+    max_text: int = Field(default=128, ge=2)
+    max_batch: int = Field(default=8, ge=1)
+    capacity: int | None = Field(default=None, ge=1)
+    prompt: str | None = None
+    fit: Literal["pad", "crop", "stretch"] | None = None
+    targets: tuple[Target, ...] = ("onnx",)
+    compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
+    gates: Gates = Gates()
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_is_a_fraction(cls, keep: float) -> float:
+        if not 0 < keep <= 1:
+            raise ValueError("is the fraction of visual tokens kept and must be above 0 and at most 1")
+        return keep
+
+    def replaced(self, **options: Any) -> Recipe:
+        """A copy with the options that are not None replaced, validated again.
+
+        Raises:
+            RecipeError: the result is not valid.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        return _validated({**self.model_dump(), **given}, subject=self.name)
+
+
+def known_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    folder = Path(str(resources.files("gap_export"))) / "recipes"
+    if not folder.is_dir():  # an editable install keeps them beside the package
+        folder = Path(__file__).resolve().parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(model: str) -> Recipe:
+    """A recipe by name, by file, or a default one around a checkpoint folder or hub id.
+
+    Args:
+        model: recipe name, path of a YAML file, checkpoint folder, or hub id `owner/name`.
+
+    Raises:
+        RecipeError: nothing of that name, or a file that is not a valid recipe.
+    """
+    recipes = known_recipes()
+    path = Path(model)
+    if model in recipes:
+        path = recipes[model]
+    elif path.is_dir():
+        return Recipe(name=path.resolve().name, checkpoint=str(path.resolve()))
+    elif path.suffix not in (".yaml", ".yml"):
+        if model.count("/") == 1 and not model.startswith((".", "/")):
+            return Recipe(name=model.rpartition("/")[2], checkpoint=model)
+        near = difflib.get_close_matches(model, recipes, n=1)
+        raise RecipeError(
+            "is not a recipe, a folder or a hub id" + (f"; did you mean {near[0]!r}?" if near else ""),
+            subject=repr(model),
+            hint=f"recipes: {', '.join(recipes)}",
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            "cannot be read as YAML", subject=str(path), hint=str(error).splitlines()[0]
+        ) from error
+    if not isinstance(content, dict):
+        raise RecipeError("is not a mapping", subject=str(path), hint="see recipes/shapes.yaml")
+    return _validated({"name": path.stem, **content}, subject=str(path))
+
+
+def _validated(content: dict[str, Any], *, subject: str) -> Recipe:
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        given = first["input"]
+        shown = f" {given!r}" if isinstance(given, str | int | float) else ""
+        raise RecipeError(
+            f"{field}{shown}: {message}", subject=subject, hint="see recipes/ and `gap-export build --help`"
+        ) from error

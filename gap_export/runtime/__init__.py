@@ -1,0 +1,1 @@
+"""Runs a bundle: preprocessing, prompts, the session contract, and the one decode loop."""

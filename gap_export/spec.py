@@ -1,0 +1,84 @@
+"""What a graph takes and gives: names, element types, shapes with named dimensions.
+
+A spec is stored in the bundle's manifest, checked by the runtimes, and turned into dynamic shapes for tracing and
+into TensorRT profiles. One definition serves all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
+
+
+class Dim(BaseModel):
+    """A named dimension that varies between calls, with the values an engine must serve.
+
+    Attributes:
+        name: one of `batch`, `text`, `sequence` (the symbol in the graph).
+        minimum: smallest extent.
+        optimum: the extent engines are tuned for.
+        maximum: largest extent.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    minimum: int = Field(ge=1)
+    optimum: int = Field(ge=1)
+    maximum: int = Field(ge=1)
+
+
+class TensorSpec(BaseModel):
+    """Name, element type and shape of one graph input or output."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    dtype: DType
+    shape: tuple[int | Dim, ...]
+
+    def extents(self, which: Literal["minimum", "optimum", "maximum"]) -> tuple[int, ...]:
+        """The shape with every named dimension at its minimum, optimum or maximum."""
+        return tuple(d if isinstance(d, int) else int(getattr(d, which)) for d in self.shape)
+
+
+class GraphSpec(BaseModel):
+    """Inputs and outputs of one graph.
+
+    Attributes:
+        name: `vision`, `splice`, `embed` or `decoder`.
+        inputs: in graph order.
+        outputs: in graph order.
+        aliased: output name -> input name of tensors that share one buffer at run time (the cache).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliased: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A piece of a model on its way to becoming a graph.
+
+    Attributes:
+        module: takes the spec's inputs in order and gives its outputs in order. Its parameters are hollow (shapes and
+            types without storage), its buffers real.
+        spec: inputs and outputs.
+        weight_key: name of a parameter of the module -> key in the checkpoint.
+    """
+
+    module: nn.Module
+    spec: GraphSpec
+    weight_key: Callable[[str], str]
