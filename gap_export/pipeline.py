@@ -1,6 +1,7 @@
 """The order of the stages, and nothing else. Read this first.
 
-    Checkpoint -> Family -> Component -> Graph -> lint -> Bundle -> Engine
+    build:     Checkpoint -> Family -> Component -> Graph -> lint -> Engine -> Bundle
+    validate:  Bundle -> Session -> ParityReport
 
 Each stage is one function of its own room; no room calls the next.
 """
@@ -9,13 +10,16 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from gap_export import __version__, prune
-from gap_export.artifact import atomic_folder, record_of
+from gap_export import __version__, parity, prune
+from gap_export.artifact import atomic_folder, record_of, write_atomically
 from gap_export.bundle import (
     MANIFEST,
     Bundle,
@@ -30,11 +34,23 @@ from gap_export.bundle import (
 from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
 from gap_export.errors import BundleError, CheckpointError, RecipeError
 from gap_export.families import Plan, family_of
+from gap_export.grounding import scenes
+from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
+from gap_export.runtime.ground import Grounder, open_session
 
 Progress = Callable[[str], None]
 """Called with a few words whenever a stage begins."""
 
+CONTROL_CASES = 48
+"""Cases each negative control is run on."""
+
+_COMPANIONS: dict[str, dict[str, Any]] = {
+    "full": {"pruner": "none", "keep": 1.0},
+    "shifted": {"positions": PositionPolicy.SHIFTED},
+    "permuted": {"positions": PositionPolicy.PERMUTED},
+    "gap": {"positions": PositionPolicy.GAP},
+}
 _CAPACITY_STEP = 16
 _TOKENIZER = "tokenizer.json"
 
@@ -110,10 +126,8 @@ def build(
             weights.attach_weights(model, store, component.weight_key)
             passes.simplify(model)
             graph = Graph(file=f"{name}.onnx", spec=component.spec)
-            passes.write_graph(model, folder / graph.file)
-            lint.lint_graph(
-                folder / graph.file, profile=name, own=True, ascending=plan.positions.keeps_raster_order
-            ).require()
+            passes.write_graph(model, component.spec, folder / graph.file)
+            lint.lint_graph(folder / graph.file, profile=name, own=True, policy=plan.positions).require()
             graphs[name] = graph
         _copy_tokenizer(checkpoint, folder)
         engines = {
@@ -143,7 +157,7 @@ def build(
             box=family.box(),
             graphs=graphs,
             engines=engines,
-            gates=recipe.gates.model_dump(),
+            gates=recipe.demands.model_dump(),
             files={
                 str(path.relative_to(folder)): record_of(path)
                 for path in sorted(folder.rglob("*"))
@@ -159,6 +173,103 @@ def build(
             if path.suffix != ".safetensors" and path.is_file()
         )
     return Built(bundle=open_bundle(out), written_bytes=written)
+
+
+def validate(
+    folder: Path,
+    *,
+    cases: int,
+    backend: str = "onnxruntime",
+    checkpoint: Path | None = None,
+    batch: int = 16,
+    threads: int = 0,
+    progress: Progress = lambda words: None,
+    tick: parity.Tick = lambda count: None,
+) -> parity.ParityReport:
+    """Bundle to parity report, which is also stored in the bundle.
+
+    The bundle is compared with PyTorch on held-out scenes; then it and companions that differ in one thing each (nothing
+    pruned, ids shifted, ids permuted) are scored; then placements that are wrong on purpose must be noticed.
+
+    Args:
+        folder: the bundle.
+        cases: how many scenes.
+        backend: runtime to put it through.
+        checkpoint: where the weights lie; by default where the bundle was built from.
+        batch: rows per call, at most what the bundle was built for.
+        threads: of ONNX Runtime; 0 lets it choose.
+        progress: told when a stage begins.
+        tick: told how many answers were finished since the last call; `validation_work` says how many there will be.
+
+    Raises:
+        GapExportError: something could not be run. Gates that are not met are in the report.
+    """
+    from gap_export.runtime.torch_reference import TorchSession
+
+    bundle = open_bundle(folder, every_hash=True)
+    manifest = bundle.manifest
+    recipe = Recipe.model_validate(manifest.recipe)
+    source = checkpoint or resolve(manifest.checkpoint)
+    batch = min(batch, recipe.max_batch)
+    questions = list(scenes.cases(cases))
+    grounder = Grounder(bundle)
+    session = open_session(bundle, backend, threads=threads)
+
+    progress("answering with PyTorch")
+    reference = parity.run_cases(
+        grounder, TorchSession(source, manifest.pruning), questions, batch=batch, tick=tick, keep_logits=True
+    )
+    progress(f"answering with {backend}")
+    runs = parity.run_cases(grounder, session, questions, batch=batch, tick=tick, keep_logits=True)
+    measured = parity.measure(runs, reference, questions, manifest)
+    gates = parity.judge(measured, recipe.demands)
+
+    few = questions[:CONTROL_CASES]
+    few_batches = -(-len(few) // batch)
+    caught = []
+    for name, adjust in parity.controls(manifest.pruning.kept).items():
+        progress(f"negative control: {name}")
+        wrong = parity.run_cases(grounder, session, few, batch=batch, tick=tick, adjust=adjust, keep_logits=True)
+        seen = parity.measure(wrong, reference[:few_batches], few, manifest)
+        caught.append(parity.check_control(name, seen, recipe.demands))
+
+    accuracy = {str(manifest.pruning.positions): measured.accuracy}
+    for name, changes in _COMPANIONS.items():
+        if name not in accuracy:
+            with _companion(bundle, recipe.replaced(checkpoint=str(source), **changes), backend, progress) as companion:
+                progress(f"answering with {name}")
+                other = open_session(companion, backend, threads=threads)
+                answers = parity.run_cases(Grounder(companion), other, questions, batch=batch, tick=tick)
+                accuracy[name] = parity.accuracy_of(answers, questions)
+
+    report = parity.ParityReport(
+        ok=all(gate.passed for gate in gates) and all(control.caught for control in caught),
+        bundle=manifest.name,
+        backend=backend,
+        precision=manifest.precision,
+        measurement=measured,
+        gates=gates,
+        controls=caught,
+        grounding=parity.Grounding(
+            **accuracy, cases=cases, kept=manifest.pruning.kept, visual_tokens=manifest.model.visual_tokens
+        ),
+        versions=_versions(),
+    )
+    write_atomically(bundle.reports / "parity.json", report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def validation_work(cases: int) -> int:
+    """How many answers `validate` makes."""
+    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls(1))
+
+
+@contextmanager
+def _companion(bundle: Bundle, recipe: Recipe, backend: str, progress: Progress) -> Iterator[Bundle]:
+    """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
+    targets = ("onnx",) if backend == "onnxruntime" else (backend,)
+    with TemporaryDirectory(prefix=f".{bundle.folder.name}.companion-", dir=bundle.folder.absolute().parent) as scratch:
+        yield build(recipe.replaced(targets=targets), Path(scratch) / "bundle", progress=progress).bundle
 
 
 def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:

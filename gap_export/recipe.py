@@ -26,8 +26,10 @@ class Gates(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    min_kept_sets_equal: float = Field(default=1.0, le=1)
+    """Share of cases whose kept visual tokens are the reference's, ties of score excepted."""
     max_logit_difference: float = Field(default=1e-3, gt=0)
-    """Largest absolute difference of first-token logits."""
+    """Largest absolute difference of logits, any step."""
     min_logit_cosine: float = Field(default=0.99999, le=1)
     max_norm_deviation: float = Field(default=1e-3, gt=0)
     """Largest |1 - ratio of logit norms|."""
@@ -35,6 +37,19 @@ class Gates(BaseModel):
     min_box_iou: float = Field(default=0.99, le=1)
     """Mean IoU between the boxes of both backends."""
     max_accuracy_drop: float = Field(default=0.005, ge=0)
+
+
+_HALF = Gates(
+    min_kept_sets_equal=0.95,
+    max_logit_difference=0.25,
+    min_logit_cosine=0.999,
+    max_norm_deviation=0.02,
+    min_token_agreement=0.95,
+    min_box_iou=0.95,
+    max_accuracy_drop=0.01,
+)
+DEFAULT_GATES: dict[Precision, Gates] = {"fp32": Gates(), "fp16": _HALF, "bf16": _HALF}
+"""Half precision is held against the reference in fp32, so its gates leave room for rounding."""
 
 
 class Recipe(BaseModel):
@@ -57,7 +72,7 @@ class Recipe(BaseModel):
         fit: how pictures become squares.
         targets: what to build besides the ONNX graphs.
         compute_capabilities: GPUs that engines are built for.
-        gates: for `validate`.
+        gates: for `validate`; by default those of the precision.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,7 +94,7 @@ class Recipe(BaseModel):
     fit: Literal["pad", "crop", "stretch"] | None = None
     targets: tuple[Target, ...] = ("onnx",)
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
-    gates: Gates = Gates()
+    gates: Gates | None = None
 
     @field_validator("keep")
     @classmethod
@@ -87,6 +102,11 @@ class Recipe(BaseModel):
         if not 0 < keep <= 1:
             raise ValueError("is the fraction of visual tokens kept and must be above 0 and at most 1")
         return keep
+
+    @property
+    def demands(self) -> Gates:
+        """The gates in force."""
+        return self.gates or DEFAULT_GATES[self.precision]
 
     def replaced(self, **options: Any) -> Recipe:
         """A copy with the options that are not None replaced, validated again.

@@ -9,6 +9,8 @@ import onnxscript.optimizer
 from onnx_ir.passes import common
 
 from gap_export import __version__
+from gap_export.errors import TraceError
+from gap_export.spec import GraphSpec
 
 
 def simplify(model: ir.Model) -> None:
@@ -22,6 +24,7 @@ def simplify(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
+        common.OutputFixPass(),  # where the two counters are equal (nothing pruned), both outputs stay
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
@@ -47,6 +50,18 @@ def _foldable(node: ir.Node) -> bool | None:
     )
 
 
-def write_graph(model: ir.Model, path: Path) -> None:
-    """Write the ONNX file; external tensors stay references (`ir.save` would inline them)."""
+def write_graph(model: ir.Model, spec: GraphSpec, path: Path) -> None:
+    """Write the ONNX file; external tensors stay references (`ir.save` would inline them).
+
+    Raises:
+        TraceError: clean-up lost an input or output.
+    """
+    inputs = [value.name for value in model.graph.inputs]
+    if inputs != [tensor.name for tensor in spec.inputs] or len(model.graph.outputs) != len(spec.outputs):
+        raise TraceError("lost an input or an output in clean-up", subject=spec.name, hint="please report this")
+    # Where two outputs had equal values, clean-up computed one and aliased the other, under a name of its own.
+    for position, value in enumerate(model.graph.outputs):
+        value.name = f"output_{position}"
+    for value, tensor in zip(model.graph.outputs, spec.outputs, strict=True):
+        value.name = tensor.name
     path.write_bytes(ir.to_proto(model).SerializeToString())

@@ -24,15 +24,17 @@ class Generation:
 
     Attributes:
         tokens: per row, the ids generated, end token excluded.
-        first_logits: [B, V] float32, of the first generated token.
+        logits: per generated token [B, V] float32; the first only, unless all were asked for.
         kept_indices: [B, K] int64.
         placement: of the prompt, after any adjustment.
+        scores: [B, N] float32 of the selection, where the session tells them.
     """
 
     tokens: list[list[int]]
-    first_logits: NDArray[np.float32]
+    logits: list[NDArray[np.float32]]
     kept_indices: Ids
     placement: Placement
+    scores: NDArray[np.float32] | None
 
 
 def generate(
@@ -43,6 +45,7 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
     adjust: Adjust | None = None,
+    keep_logits: bool = False,
 ) -> Generation:
     """Answer a batch of prompts greedily.
 
@@ -53,6 +56,7 @@ def generate(
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
         adjust: changes the placement before it is used; negative controls are made with it.
+        keep_logits: keep those of every step, not of the first alone.
 
     Raises:
         InputError: prompt and answer do not fit into the cache.
@@ -68,22 +72,20 @@ def generate(
             subject="prompt",
             hint="shorten the expression, ask for fewer new tokens, or build with a larger --capacity",
         )
-    first_logits = session.prefill(spliced.embeds, placement).copy()
-    rows = len(first_logits)
-    ended = np.zeros(rows, bool)
-    tokens: list[list[int]] = [[] for _ in range(rows)]
-    logits = first_logits
+    logits = session.prefill(spliced.embeds, placement)
+    kept_logits = [logits.copy()]
+    ended = np.zeros(len(logits), bool)
+    tokens: list[list[int]] = [[] for _ in range(len(logits))]
     turn = placement
-    for count in range(max_new_tokens):
-        if count:
-            turn = advance(turn)
-            logits = session.step(chosen, turn)  # noqa: F821  (bound by the first pass)
+    while True:
         chosen = logits.argmax(axis=-1).astype(np.int64)
         ended |= np.isin(chosen, eos_token_ids)
         for row in np.flatnonzero(~ended):
             tokens[row].append(int(chosen[row]))
-        if ended.all():
+        if ended.all() or max(map(len, tokens)) == max_new_tokens:
             break
-    return Generation(
-        tokens=tokens, first_logits=first_logits, kept_indices=visual.kept_indices, placement=placement
-    )
+        turn = advance(turn)
+        logits = session.step(chosen, turn)
+        if keep_logits:
+            kept_logits.append(logits.copy())
+    return Generation(tokens, kept_logits, visual.kept_indices, placement, visual.scores)

@@ -30,10 +30,12 @@ class VisualTokens:
     Attributes:
         embeds: [B, K, H] in the session's own form.
         kept_indices: [B, K] int64 raster indices.
+        scores: [B, N] float32 the selection was made by; only the reference tells.
     """
 
     embeds: Buffer
     kept_indices: Ids
+    scores: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,12 @@ class TorchSession:
         feature = self._model.config.vision_feature_layer
         patches_BNE = seen.hidden_states[feature][:, 1:]
         # hidden_states starts with the embeddings and attentions does not: from the end, both count alike.
-        kept_BK = self._select(patches_BNE, seen.attentions[feature if feature < 0 else feature - 1])
+        kept_BK, scores_BN = self._select(patches_BNE, seen.attentions[feature if feature < 0 else feature - 1])
         if self._pruning.positions.keeps_raster_order:
             kept_BK = np.sort(kept_BK, axis=1)
         rows = torch.arange(len(kept_BK))[:, None]
         embeds_BKH = inner.multi_modal_projector(patches_BNE)[rows, torch.from_numpy(kept_BK)]
-        return VisualTokens(embeds=embeds_BKH, kept_indices=kept_BK)
+        return VisualTokens(embeds=embeds_BKH, kept_indices=kept_BK, scores=scores_BN)
 
     @torch.inference_mode()
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
@@ -153,11 +153,14 @@ class TorchSession:
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
 
-    def _select(self, patches_BNE: Tensor, attention_BATT: Tensor) -> Ids:
-        """Kept raster indices [B, K], best first."""
+    def _select(
+        self, patches_BNE: Tensor, attention_BATT: Tensor
+    ) -> tuple[Ids, NDArray[np.float32] | None]:
+        """Kept raster indices [B, K], best first, and the scores [B, N] where there are any."""
         kept = self._pruning.kept
         if self._pruning.pruner == "cls_attention":
             scores_BN = attention_BATT.float().mean(dim=1)[:, 0, 1:].numpy()
-            return np.argsort(-scores_BN, axis=1, kind="stable")[:, :kept].astype(np.int64)
+            return np.argsort(-scores_BN, axis=1, kind="stable")[:, :kept].astype(np.int64), scores_BN
         features = prune.VisionFeatures(patches_BNE=patches_BNE, grid=self._grid)
-        return prune.load(self._pruning.pruner).select(features, kept, self._pruning.seed).numpy()
+        selected_BK = prune.load(self._pruning.pruner).select(features, kept, self._pruning.seed)
+        return selected_BK.numpy(), None

@@ -1,0 +1,317 @@
+"""Grounding parity: does the exported bundle answer as PyTorch does, and would we notice if it did not?
+
+A run is measured against the reference case by case. Measuring and judging are apart, so that the measurement that must
+pass the gates for the bundle is the one that must fail them for every negative control.
+
+Shape letters: B batch, V vocabulary, K kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from gap_export.grounding import metrics
+from gap_export.grounding.boxes import Box
+from gap_export.grounding.scenes import Case
+from gap_export.bundle import Manifest
+from gap_export.positions import (
+    Ids,
+    Placement,
+    continuing_at_kept_length,
+    place,
+    renumbered,
+    with_image_ids_reversed,
+    with_two_ids_swapped,
+    with_write_index_off_by_one,
+)
+from gap_export.recipe import Gates
+from gap_export.runtime.generate import Adjust, Generation
+from gap_export.runtime.ground import Grounded, Grounder
+from gap_export.runtime.session import Session
+
+SCORE_MARGIN = 1e-3
+"""Relative difference to the score of the last token kept below which the choice between two tokens is a tie."""
+
+Tick = Callable[[int], None]
+"""Called with the number of cases finished since the last call."""
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measurement(_Stored):
+    """How a run differs from the reference, over all cases.
+
+    Attributes:
+        cases: how many.
+        kept_sets_equal: share of cases in which both kept the same visual tokens, or exchanged only tokens whose scores
+            the reference itself cannot tell apart (relative margin `SCORE_MARGIN`).
+        position_ids_equal: share of cases whose ids, slots and both decode counters are what `positions.place` derives
+            from the tokens the run kept.
+        max_logit_difference: largest absolute difference, over all steps up to the first diverging token, of the cases
+            with identical kept sets.
+        min_logit_cosine: smallest cosine similarity of logit rows, same steps.
+        max_norm_deviation: largest |1 - ratio of norms| of logit rows, same steps.
+        token_agreement: share of generated tokens that are equal, position by position.
+        first_diverging_token: earliest step at which any case diverges; None when none does.
+        mean_box_iou: between the boxes of both runs.
+        identical_boxes: share of cases.
+        reference_accuracy: accuracy@0.5 of the reference.
+        accuracy: accuracy@0.5 of the run.
+    """
+
+    cases: int
+    kept_sets_equal: float
+    position_ids_equal: float
+    max_logit_difference: float
+    min_logit_cosine: float
+    max_norm_deviation: float
+    token_agreement: float
+    first_diverging_token: int | None
+    mean_box_iou: float
+    identical_boxes: float
+    reference_accuracy: float
+    accuracy: float
+
+
+class Gate(_Stored):
+    """One demand and whether it was met."""
+
+    name: str
+    demand: str
+    limit: float
+    measured: float
+    passed: bool
+
+
+class Control(_Stored):
+    """One wrong placement and whether the gates noticed it.
+
+    Attributes:
+        name: what was made wrong.
+        caught: at least one gate failed.
+        by: the gates that failed.
+    """
+
+    name: str
+    caught: bool
+    by: tuple[str, ...]
+
+
+def run_cases(
+    grounder: Grounder,
+    session: Session,
+    cases: Sequence[Case],
+    *,
+    batch: int,
+    tick: Tick = lambda count: None,
+    adjust: Callable[[Placement, Ids], Placement] | None = None,
+    keep_logits: bool = False,
+) -> list[Grounded]:
+    """Answer all cases in batches.
+
+    Args:
+        grounder: of the bundle.
+        session: whose answers are wanted.
+        cases: in order.
+        batch: rows per call.
+        tick: for progress.
+        adjust: (placement, text tokens before the image [B]) -> placement, for negative controls.
+        keep_logits: needed to measure parity, not to measure accuracy.
+    """
+    results = []
+    for start in range(0, len(cases), batch):
+        part = cases[start : start + batch]
+        images, expressions = [case.image for case in part], [case.expression for case in part]
+        change: Adjust | None = None
+        if adjust is not None:
+            text_before = grounder.text_before(expressions)
+            change = lambda placement, before=text_before: adjust(placement, before)  # noqa: E731
+        results.append(
+            grounder.ground(session, images, expressions, adjust=change, keep_logits=keep_logits)
+        )
+        tick(len(part))
+    return results
+
+
+def boxes_of(runs: Sequence[Grounded]) -> list[Box | None]:
+    """One box per case."""
+    return [answer.box for run in runs for answer in run.answers]
+
+
+def accuracy_of(runs: Sequence[Grounded], cases: Sequence[Case]) -> float:
+    """Accuracy@0.5 (IoU >= 0.5) against the true boxes; an answer without a box is a miss."""
+    overlaps = metrics.iou(metrics.as_rows(boxes_of(runs)), metrics.as_rows([case.box for case in cases]))
+    return metrics.accuracy(overlaps, comparator=">=").value
+
+
+def measure(
+    runs: Sequence[Grounded], reference: Sequence[Grounded], cases: Sequence[Case], manifest: Manifest
+) -> Measurement:
+    """Compare two runs over the same cases in the same batches.
+
+    Args:
+        runs: of the bundle.
+        reference: of PyTorch.
+        cases: what both were asked.
+        manifest: of the bundle.
+
+    Raises:
+        ValueError: the runs do not line up, or were made without their logits.
+    """
+    kept_equal, ids_equal, differences, cosines, deviations = [], [], [0.0], [1.0], [0.0]
+    tokens_equal = tokens_seen = 0
+    earliest: int | None = None
+    for run, truth in zip(runs, reference, strict=True):
+        mine, theirs = run.generation, truth.generation
+        expected = place(
+            mine.kept_indices,
+            text_before=run.prompts.text_before,
+            text_after=run.prompts.text_after,
+            visual_tokens=manifest.model.visual_tokens,
+            policy=manifest.pruning.positions,
+        )
+        for row in range(len(truth.answers)):
+            identical = set(mine.kept_indices[row]) == set(theirs.kept_indices[row])
+            kept_equal.append(identical or _is_tie(mine.kept_indices[row], theirs, row))
+            ids_equal.append(_same_ids(mine.placement, expected, row))
+            a, b = mine.tokens[row], theirs.tokens[row]
+            longest = max(len(a), len(b))
+            same = sum(x == y for x, y in zip(a, b, strict=False))
+            diverging = next((i for i in range(longest) if a[i : i + 1] != b[i : i + 1]), None)
+            # An empty answer of both counts as one equal token, so that it is not lost.
+            tokens_equal, tokens_seen = tokens_equal + (same if longest else 1), tokens_seen + max(longest, 1)
+            if diverging is not None:
+                earliest = diverging if earliest is None else min(earliest, diverging)
+            if not identical:
+                continue
+            # Logits can be compared as long as both were fed the same tokens: one step past the last equal one.
+            steps = (diverging if diverging is not None else longest) + 1
+            for mine_BV, theirs_BV in zip(mine.logits[:steps], theirs.logits[:steps], strict=False):
+                x, y = mine_BV[row].astype(np.float64), theirs_BV[row].astype(np.float64)
+                norms = np.linalg.norm(x), np.linalg.norm(y)
+                differences.append(float(np.abs(x - y).max()))
+                cosines.append(float(x @ y / (norms[0] * norms[1])))
+                deviations.append(float(abs(1 - norms[0] / norms[1])))
+    agreement = metrics.agreement(boxes_of(runs), boxes_of(reference))
+    return Measurement(
+        cases=len(kept_equal),
+        kept_sets_equal=float(np.mean(kept_equal)),
+        position_ids_equal=float(np.mean(ids_equal)),
+        max_logit_difference=_worst(max(differences), np.inf, differences),
+        min_logit_cosine=_worst(min(cosines), -1.0, cosines),
+        max_norm_deviation=_worst(max(deviations), np.inf, deviations),
+        token_agreement=tokens_equal / tokens_seen,
+        first_diverging_token=earliest,
+        mean_box_iou=agreement.mean_iou,
+        identical_boxes=agreement.identical,
+        reference_accuracy=accuracy_of(reference, cases),
+        accuracy=accuracy_of(runs, cases),
+    )
+
+
+def judge(measured: Measurement, gates: Gates) -> list[Gate]:
+    """Hold a measurement against the gates."""
+
+    def at_most(name: str, value: float, limit: float) -> Gate:
+        return Gate(name=name, demand="<=", limit=limit, measured=value, passed=value <= limit)
+
+    def at_least(name: str, value: float, limit: float) -> Gate:
+        return Gate(name=name, demand=">=", limit=limit, measured=value, passed=value >= limit)
+
+    return [
+        at_least("kept_sets", measured.kept_sets_equal, gates.min_kept_sets_equal),
+        at_least("position_ids", measured.position_ids_equal, 1.0),
+        at_most("logit_difference", measured.max_logit_difference, gates.max_logit_difference),
+        at_least("logit_cosine", measured.min_logit_cosine, gates.min_logit_cosine),
+        at_most("logit_norm", measured.max_norm_deviation, gates.max_norm_deviation),
+        at_least("token_agreement", measured.token_agreement, gates.min_token_agreement),
+        at_least("box_iou", measured.mean_box_iou, gates.min_box_iou),
+        at_most("accuracy_drop", measured.reference_accuracy - measured.accuracy, gates.max_accuracy_drop),
+    ]
+
+
+def controls(kept: int) -> dict[str, Callable[[Placement, Ids], Placement]]:
+    """Placements that are wrong on purpose: name -> (placement, text before the image) -> placement."""
+    return {
+        "ids shifted": lambda placement, before: renumbered(placement),
+        "ids permuted": lambda placement, before: with_image_ids_reversed(placement, before, kept),
+        "two ids swapped": lambda placement, before: with_two_ids_swapped(placement, before, kept),
+        "write index off by one": lambda placement, before: with_write_index_off_by_one(placement),
+        "decoding continues at kept length": lambda placement, before: continuing_at_kept_length(placement),
+    }
+
+
+def check_control(name: str, measured: Measurement, gates: Gates) -> Control:
+    """A control is caught when what the model computed gives it away.
+
+    The comparison of position ids themselves does not count: it would notice any change of the input by definition.
+    """
+    failed = tuple(gate.name for gate in judge(measured, gates) if not gate.passed and gate.name != "position_ids")
+    return Control(name=name, caught=bool(failed), by=failed)
+
+
+def _same_ids(mine: Placement, expected: Placement, row: int) -> bool:
+    length = int(expected.next_slot[row])
+    return bool(
+        mine.next_slot[row] == length
+        and mine.last_index[row] == length - 1
+        and mine.next_position[row] == expected.next_position[row]
+        and np.array_equal(mine.position_ids[row, :length], expected.position_ids[row, :length])
+    )
+
+
+def _is_tie(mine_K: Ids, theirs: Generation, row: int) -> bool:
+    """Whether the tokens that only one side kept have scores that count as equal."""
+    if theirs.scores is None:
+        return False
+    scores_N = theirs.scores[row]
+    kept_K = theirs.kept_indices[row]
+    last = scores_N[kept_K].min()
+    disputed = list(set(mine_K) ^ set(kept_K))
+    return bool((np.abs(scores_N[disputed] - last) <= SCORE_MARGIN * abs(last)).all())
+
+
+def _worst(value: float, if_broken: float, values: list[float]) -> float:
+    """NaN compares as fine with every limit; it is the worst there is."""
+    return if_broken if np.isnan(values).any() else value
+
+
+class Grounding(_Stored):
+    """Accuracy@0.5 of the exported graphs under each position policy.
+
+    Attributes:
+        full: unpruned.
+        shifted: pruned, ids renumbered.
+        permuted: pruned, score order, ids renumbered.
+        gap: pruned, ids kept.
+        cases: how many expressions.
+        kept: visual tokens after pruning.
+        visual_tokens: before.
+    """
+
+    full: float
+    shifted: float
+    permuted: float
+    gap: float
+    cases: int
+    kept: int
+    visual_tokens: int
+
+
+class ParityReport(_Stored):
+    """The record `validate` leaves in `reports/parity.json`."""
+
+    ok: bool
+    bundle: str
+    backend: str
+    precision: str
+    measurement: Measurement
+    gates: list[Gate]
+    controls: list[Control]
+    grounding: Grounding
+    versions: dict[str, str]

@@ -1,0 +1,144 @@
+"""Pictures and expressions in, boxes out: what `run`, `validate` and `eval` share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from gap_export.bundle import Bundle
+from gap_export.errors import InputError, SessionError
+from gap_export.grounding.boxes import CODECS, Box, Unparsable, to_pixels
+from gap_export.positions import Ids
+from gap_export.runtime.generate import Adjust, Generation, generate
+from gap_export.runtime.preprocess import pixel_values
+from gap_export.runtime.prompt import Prompts, decode_answer, encode_prompts, load_tokenizer
+from gap_export.runtime.session import Session
+
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: as generated.
+        box: in pixels of the picture, clamped to it; None when the text holds no box.
+        kept_indices: [K] int64 raster indices of the surviving visual tokens.
+    """
+
+    text: str
+    box: Box | None
+    kept_indices: Ids
+
+
+@dataclass(frozen=True)
+class Grounded:
+    """A batch of answers and what they were made from."""
+
+    answers: list[Answer]
+    generation: Generation
+    prompts: Prompts
+
+
+class Grounder:
+    """Everything around a session: preprocessing, prompt, box codec, as the manifest says.
+
+    Args:
+        bundle: opened.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._manifest = bundle.manifest
+        self._tokenizer = load_tokenizer(bundle.tokenizer_path)
+        self._codec = CODECS[bundle.manifest.box.codec]
+
+    def ground(
+        self,
+        session: Session,
+        images: Sequence[Image.Image],
+        expressions: Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        adjust: Adjust | None = None,
+        keep_logits: bool = False,
+    ) -> Grounded:
+        """Answer a batch.
+
+        Args:
+            session: of this bundle, or the reference of its checkpoint.
+            images: RGB pictures, one per expression.
+            expressions: what to find.
+            max_new_tokens: longest answer; the manifest's by default.
+            adjust: see `generate`.
+            keep_logits: see `generate`.
+
+        Raises:
+            InputError: an expression that is empty or does not fit.
+        """
+        manifest = self._manifest
+        longest = max_new_tokens if max_new_tokens is not None else manifest.max_new_tokens
+        if longest < 1:
+            raise InputError("must be at least 1", subject="max_new_tokens", hint="ask for one token or more")
+        prompts = self._prompts(expressions, longest)
+        generation = generate(
+            session,
+            pixel_values(images, manifest.preprocessing),
+            prompts.input_ids,
+            max_new_tokens=longest,
+            eos_token_ids=manifest.prompt.eos_token_ids,
+            adjust=adjust,
+            keep_logits=keep_logits,
+        )
+        answers = [
+            self._answer(tokens, image, kept)
+            for tokens, image, kept in zip(generation.tokens, images, generation.kept_indices, strict=True)
+        ]
+        return Grounded(answers=answers, generation=generation, prompts=prompts)
+
+    def text_before(self, expressions: Sequence[str]) -> Ids:
+        """[B] int64 text tokens before the image in the prompt of each expression."""
+        return self._prompts(expressions, self._manifest.max_new_tokens).text_before
+
+    def _prompts(self, expressions: Sequence[str], max_new_tokens: int) -> Prompts:
+        return encode_prompts(
+            self._tokenizer,
+            self._manifest.prompt,
+            expressions,
+            kept=self._manifest.pruning.kept,
+            capacity=self._manifest.capacity,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def _answer(self, tokens: list[int], image: Image.Image, kept: Ids) -> Answer:
+        text = decode_answer(self._tokenizer, tokens)
+        box = self._codec.decode_one(text)
+        if isinstance(box, Unparsable):
+            return Answer(text=text, box=None, kept_indices=kept)
+        pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)
+        return Answer(text=text, box=pixels, kept_indices=kept)
+
+
+def open_session(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
+    """Load a bundle into a runtime.
+
+    Args:
+        bundle: opened.
+        backend: one of `BACKENDS`.
+        threads: of ONNX Runtime; 0 lets it choose.
+
+    Raises:
+        SessionError: unknown backend, or the runtime refuses.
+        EnvironmentLacks: no GPU, or the runtime is not installed.
+    """
+    if backend == "onnxruntime":
+        from gap_export.runtime.ort import OnnxRuntimeSession
+
+        return OnnxRuntimeSession(bundle, threads=threads)
+    if backend in ("tensorrt-rtx", "tensorrt"):
+        from gap_export.runtime.trt import TensorRTSession
+
+        return TensorRTSession(bundle, backend)
+    raise SessionError("is not a backend", subject=repr(backend), hint=f"choose one of {', '.join(BACKENDS)}")
