@@ -1,0 +1,233 @@
+"""How models write a box, and in which frame it is meant.
+
+A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the picture:
+
+    codec        text                                  several boxes   source
+    llava        [0.12, 0.30, 0.55, 0.90]              the first       lmms-eval's and ConvLLaVA's evaluators
+    shikra       [0.123,0.300,0.550,0.900]             refused         Shikra's REC metric
+    minigpt_v2   {<12><30><55><90>}                    refused         MiniGPT-4's eval_ref.py
+
+    frame           0..1 spans
+    image           the picture's own width and height
+    padded_square   the square of the longer side, the picture centred on it with offset (max - min) // 2
+
+Normalised boxes in the wrong frame look plausible and score low; nothing in the text tells the frame.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from gap_export.runtime.preprocess import padding
+
+Box = tuple[float, float, float, float]
+"""(x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, normalised or in pixels."""
+
+Frame = Literal["padded_square", "image"]
+
+# ------------------------------------------------------------------------------------------------------------
+# Codecs
+
+
+@dataclass(frozen=True)
+class Unparsable:
+    """An answer from which no box could be read. It counts as a miss, and the reason can be reported.
+
+    Attributes:
+        text: the whole answer.
+        reason: what is wrong with it.
+    """
+
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BoxCodec:
+    """Reads and writes boxes the way one model family does.
+
+    Attributes:
+        name: key in `CODECS`.
+        pattern: finds one box, or one group of boxes, in an answer.
+        unit: the number that stands for the far edge of the frame.
+        write: normalised box -> text.
+        several: what an answer with more than one box means: the first counts, or the answer is refused.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    unit: float
+    write: Callable[[Box], str]
+    several: Literal["first", "refuse"]
+
+    def encode(self, box: Box) -> str:
+        """Text of a normalised box.
+
+        Raises:
+            ValueError: a coordinate that is not finite or not within 0..1, or an inverted box.
+        """
+        fault = _fault(box)
+        if fault:
+            raise ValueError(f"box {box} {fault}")
+        x1, y1, x2, y2 = (abs(value) for value in box)  # -0.0 would be written with its sign
+        return self.write((x1, y1, x2, y2))
+
+    def decode(self, text: str) -> tuple[Box, ...] | Unparsable:
+        """All boxes of an answer, normalised, in the order in which they are written.
+
+        Returns:
+            At least one box; or `Unparsable` if there is none, or if one that counts is out of 0..1 or
+            inverted. Where the first box alone counts, unsound later ones are left out.
+        """
+        boxes: list[Box] = []
+        for match in self.pattern.finditer(text):
+            numbers = [float(number) / self.unit + 0.0 for number in _NUMBER.findall(match.group())]
+            boxes.extend((x1, y1, x2, y2) for x1, y1, x2, y2 in zip(*[iter(numbers)] * 4, strict=True))
+        if not boxes:
+            return Unparsable(text, f"no box of the form {self.write(_EXAMPLE)}")
+        for box in boxes[:1] if self.several == "first" else boxes:
+            fault = _fault(box)
+            if fault:
+                return Unparsable(text, f"box {box} {fault}")
+        return tuple(box for box in boxes if not _fault(box))
+
+    def decode_one(self, text: str) -> Box | Unparsable:
+        """The one box that answers a referring expression.
+
+        Returns:
+            The box; or `Unparsable`, also where several boxes stand and the family's protocol accepts only
+            one.
+        """
+        boxes = self.decode(text)
+        if isinstance(boxes, Unparsable):
+            return boxes
+        if len(boxes) > 1 and self.several == "refuse":
+            return Unparsable(text, f"{len(boxes)} boxes where one is expected")
+        return boxes[0]
+
+
+def _fault(box: Box) -> str | None:
+    """What makes a normalised box unusable, or None."""
+    x1, y1, x2, y2 = box
+    if not all(math.isfinite(value) for value in box):
+        return "is not finite"
+    if not all(0.0 <= value <= 1.0 for value in box):
+        return "leaves its frame"
+    if x1 > x2 or y1 > y2:
+        return "is inverted"
+    return None
+
+
+def _write_llava(box: Box) -> str:
+    return "[" + ", ".join(f"{value:.2f}" for value in box) + "]"
+
+
+def _write_shikra(box: Box) -> str:
+    return "[" + ",".join(f"{value:.3f}" for value in box) + "]"
+
+
+def _write_minigpt_v2(box: Box) -> str:
+    # Truncated, as the training boxes were; the 1e-9 keeps 0.29 * 100 = 28.999... at 29.
+    return "{" + "".join(f"<{int(value * 100 + 1e-9)}>" for value in box) + "}"
+
+
+_EXAMPLE: Box = (0.1, 0.2, 0.3, 0.4)
+_NUMBER = re.compile(r"-?\d+(?:\.\d*)?")
+_DECIMAL = r"-?\d+(?:\.\d*)?"
+_FOUR = rf"{_DECIMAL}(?:\s*,\s*{_DECIMAL}){{3}}"
+
+CODECS: dict[str, BoxCodec] = {
+    codec.name: codec
+    for codec in (
+        BoxCodec("llava", re.compile(rf"\[\s*{_FOUR}\s*\]"), 1.0, _write_llava, "first"),
+        BoxCodec(
+            "shikra", re.compile(rf"\[\s*{_FOUR}(?:\s*;\s*{_FOUR})*\s*\]"), 1.0, _write_shikra, "refuse"
+        ),
+        BoxCodec(
+            "minigpt_v2", re.compile(r"\{\s*(?:<\s*\d{1,3}\s*>\s*){4}\}"), 100.0, _write_minigpt_v2, "refuse"
+        ),
+    )
+}
+"""name -> codec. Names are what `BoxFormat.codec` stores."""
+
+# ------------------------------------------------------------------------------------------------------------
+# Frames
+
+
+def to_pixels(box: Box, frame: Frame, width: int, height: int, *, clamp: bool = False) -> Box:
+    """A normalised box in pixels of the original picture.
+
+    Args:
+        box: normalised in `frame`; may leave 0..1.
+        frame: what 0..1 spans.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        clamp: cut to the picture. A box that lies wholly in the padding becomes one without area on the edge.
+
+    Returns:
+        (x1, y1, x2, y2) in pixels, not rounded.
+
+    Raises:
+        ValueError: a coordinate that is not finite, an inverted box, a picture without area.
+    """
+    span_x, span_y, left, top = _spans(frame, width, height)
+    x1, y1, x2, y2 = _ordered(box)
+    pixels = (x1 * span_x - left, y1 * span_y - top, x2 * span_x - left, y2 * span_y - top)
+    return _clamped(pixels, width, height) if clamp else pixels
+
+
+def from_pixels(box: Box, frame: Frame, width: int, height: int, *, clamp: bool = False) -> Box:
+    """A box in pixels of the original picture, normalised.
+
+    Args:
+        box: in pixels; may leave the picture.
+        frame: what 0..1 shall span.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        clamp: cut to the frame, 0..1.
+
+    Returns:
+        (x1, y1, x2, y2) normalised; the inverse of `to_pixels` up to float64 rounding.
+
+    Raises:
+        ValueError: as `to_pixels`.
+    """
+    span_x, span_y, left, top = _spans(frame, width, height)
+    x1, y1, x2, y2 = _ordered(box)
+    normalised = ((x1 + left) / span_x, (y1 + top) / span_y, (x2 + left) / span_x, (y2 + top) / span_y)
+    return _clamped(normalised, 1, 1) if clamp else normalised
+
+
+def _spans(frame: Frame, width: int, height: int) -> tuple[int, int, int, int]:
+    """(pixels of 0..1 across, down, pixels left of the picture, above it)."""
+    if width < 1 or height < 1:
+        raise ValueError(f"a picture of {width}x{height} pixels has no area")
+    if frame == "image":
+        return width, height, 0, 0
+    if frame == "padded_square":
+        side, left, top = padding(width, height)
+        return side, side, left, top
+    raise ValueError(f"unknown frame {frame!r}")
+
+
+def _ordered(box: Box) -> Box:
+    x1, y1, x2, y2 = box
+    if not all(math.isfinite(value) for value in box):
+        raise ValueError(f"box {box} is not finite")
+    if x1 > x2 or y1 > y2:
+        raise ValueError(f"box {box} is inverted")
+    return box
+
+
+def _clamped(box: Box, width: float, height: float) -> Box:
+    x1, y1, x2, y2 = box
+    return (
+        min(max(x1, 0.0), width),
+        min(max(y1, 0.0), height),
+        min(max(x2, 0.0), width),
+        min(max(y2, 0.0), height),
+    )
