@@ -1,0 +1,347 @@
+"""The table of commands, the words on the screen, the exit codes.
+
+0: fine. 1: a gate was not met. 2: the user can do something about it (message and hint, no traceback). Anything that shows
+a traceback is a bug of ours. Heavy imports happen inside the commands, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gap_export import __version__
+from gap_export.errors import GapExportError
+
+app = typer.Typer(
+    name="gap-export",
+    help="Export pruned multimodal LLMs to ONNX and TensorRT with their position ids intact.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+console = Console(stderr=True)
+"""Words for people go to standard error; standard output carries results."""
+out = Console()
+
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
+BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, turn errors of ours into a message and exit code 2."""
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except GapExportError as error:
+        code = _report(error.stage, error.subject, error.message, error.hint)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("[yellow]interrupted[/]: nothing half-written was left behind; run the same command again")
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
+            raise
+        code = _report("usage", "command line", error.format_message(), "see gap-export --help")
+    sys.exit(code)
+
+
+def _report(stage: str, subject: str, message: str, hint: str) -> int:
+    console.print(f"[bold red]{stage}[/]: {_plain(subject)}: {_plain(message)}", highlight=False, soft_wrap=True)
+    console.print(f"  [cyan]hint[/]: {_plain(hint)}", highlight=False, soft_wrap=True)
+    return 2
+
+
+def _plain(text: str) -> str:
+    """Square brackets in paths and node names are not markup."""
+    return text.replace("[", r"\[")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """Recipes, families, and what each needs."""
+    from gap_export import prune, recipe
+
+    recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
+    if as_json:
+        _print_json(
+            {
+                "recipes": [
+                    {"name": r.name, "family": r.family, "checkpoint": r.checkpoint, "pruners": list(prune.names()), "summary": r.summary}
+                    for r in recipes
+                ]
+            }
+        )  # fmt: skip
+        return
+    table = Table("recipe", "family", "checkpoint", "what it is")
+    for r in recipes:
+        table.add_row(r.name, r.family or "", r.checkpoint, r.summary)
+    out.print(table)
+    out.print(f"pruners: {', '.join(prune.names())}", highlight=False)
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to make.")],
+    keep: Annotated[float | None, typer.Option(help="Fraction of visual tokens kept, in (0, 1].")] = None,
+    pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
+    positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")] = None,
+    capacity: Annotated[int | None, typer.Option(help="Cache slots; by default just enough.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of strategies that draw at random.")] = None,
+    self_contained: Annotated[bool, typer.Option(help="Copy weights instead of linking them.")] = False,
+    replace: Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Checkpoint to bundle: graphs, then engines for every --target."""
+    from gap_export import recipe as recipes
+
+    recipe = recipes.load_recipe(model).replaced(
+        keep=keep,
+        pruner=pruner,
+        positions=positions,
+        precision=precision,
+        targets=target,
+        checkpoint=checkpoint,
+        capacity=capacity,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    pipeline = _pipeline()
+    with console.status("starting") as status:
+        built = pipeline.build(
+            recipe,
+            output,
+            replace=replace,
+            self_contained=self_contained,
+            progress=lambda words: status.update(f"{words} ..."),
+        )
+    manifest = built.bundle.manifest
+    pruning = manifest.pruning
+    if as_json:
+        _print_json(
+            {
+                "bundle": str(output),
+                "name": manifest.name,
+                "family": manifest.family,
+                "precision": manifest.precision,
+                "pruner": pruning.pruner,
+                "kept": pruning.kept,
+                "visual_tokens": manifest.model.visual_tokens,
+                "positions": pruning.positions,
+                "capacity": manifest.capacity,
+                "graphs": sorted(manifest.graphs),
+                "engines": {target: sorted(engines) for target, engines in manifest.engines.items()},
+                "written_bytes": built.written_bytes,
+            }
+        )
+        return
+    out.print(
+        f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, keep {pruning.kept} of "
+        f"{manifest.model.visual_tokens} ({pruning.pruner}), positions {pruning.positions}, cache {manifest.capacity} slots",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, engines in manifest.engines.items():
+        out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
+    out.print(f"  {_size(built.written_bytes)} written besides linked weights", highlight=False)
+
+
+@app.command()
+def validate(
+    bundle: BundleArgument,
+    cases: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
+    backend: BackendOption = "onnxruntime",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    pipeline = _pipeline()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=pipeline.validation_work(cases))
+        report = pipeline.validate(
+            bundle,
+            cases=cases,
+            backend=backend,
+            checkpoint=checkpoint,
+            batch=batch,
+            threads=threads,
+            progress=lambda words: bar.update(task, description=words),
+            tick=lambda count: bar.advance(task, count),
+        )
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        from gap_export import report as page
+
+        page.print_parity(report, out)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    image: Annotated[Path, typer.Option(help="A picture.")],
+    refer: Annotated[str, typer.Option(help="The referring expression: what to find.")],
+    draw: Annotated[Path | None, typer.Option(help="Write the picture with the box and the kept patches.")] = None,
+    backend: BackendOption = "onnxruntime",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what an expression refers to in a picture."""
+    from gap_export.bundle import open_bundle
+    from gap_export.runtime.ground import Grounder, open_session
+    from gap_export.runtime.preprocess import load_image
+    from gap_export.runtime.prompt import load_tokenizer, unknown_words
+
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    picture = load_image(image)
+    unknown = unknown_words(load_tokenizer(opened.tokenizer_path), refer)
+    session = open_session(opened, backend, threads=threads)
+    grounded = Grounder(opened).ground(session, [picture], [refer], max_new_tokens=max_new_tokens)
+    answer = grounded.answers[0]
+    if draw is not None:
+        _draw(draw, picture, answer, manifest, refer)
+    box = None if answer.box is None else [round(float(edge), 2) for edge in answer.box]
+    if as_json:
+        _print_json(
+            {
+                "box": box,
+                "answer": answer.text,
+                "kept": len(answer.kept_indices),
+                "kept_indices": [int(index) for index in answer.kept_indices],
+                "image_size": list(picture.size),
+                "unknown_words": list(unknown),
+                "backend": session.backend,
+            }
+        )
+        return
+    if unknown:
+        console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)
+    shown = "no box in the answer" if box is None else f"box {box} in pixels of {picture.width} x {picture.height}"
+    out.print(f"{_plain(shown)}", highlight=False)
+    out.print(f"  answer {_plain(answer.text)}, keep {len(answer.kept_indices)} of {manifest.model.visual_tokens}", highlight=False)  # fmt: skip
+    if draw is not None:
+        out.print(f"  drawn to {draw}", highlight=False)
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    verify: Annotated[bool, typer.Option(help="Hash large files too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What is inside a bundle: ids, slots, ops, engines, sizes."""
+    from gap_export import report as page
+    from gap_export.bundle import open_bundle
+
+    facts = page.bundle_facts(open_bundle(bundle, every_hash=verify))
+    if as_json:
+        _print_json(facts)
+    else:
+        page.print_bundle(facts, out)
+
+
+@app.command()
+def lint(
+    graph: Annotated[Path, typer.Argument(help="An ONNX file, ours or another exporter's.")],
+    own: Annotated[bool, typer.Option(help="Hold it to the contract of this project's bundles too.")] = False,
+    kind: Annotated[str, typer.Option(help="decoder, vision, splice, embed or auto.")] = "auto",
+    ids_input: Annotated[str, typer.Option(help="Name of the input with position ids.")] = "position_ids",
+    as_json: JsonOption = False,
+) -> None:
+    """Would gapped position ids survive this graph? Exit 1 when they would not."""
+    from gap_export.errors import InputError
+
+    kinds = ("auto", "decoder", "vision", "splice", "embed")
+    if kind not in kinds:
+        raise InputError("is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(kinds)}")
+    try:
+        from gap_export.graph.lint import lint_graph
+    except ImportError as error:
+        raise _needs_build_extra(error) from error
+
+    report = lint_graph(graph, profile=kind, own=own, ids_input=ids_input)  # type: ignore[arg-type]
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        verdict = report.verdict
+        word = "[bold green]survive[/]" if verdict.survives else "[bold red]do not survive[/]"
+        out.print(f"{_plain(report.subject)}: gapped ids {word}: {_plain(verdict.reason)}", highlight=False, soft_wrap=True)
+        for finding in report.findings:
+            console.print(f"  {_plain(str(finding))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
+
+
+def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: str) -> None:
+    from gap_export.errors import InputError
+    from gap_export.grounding.draw import draw
+
+    image = draw(
+        picture, answer.box, answer.kept_indices, manifest.model.grid, manifest.preprocessing, caption=expression
+    )
+    try:
+        image.save(target)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot be written: {error}", subject=str(target), hint="use a .png or .jpg path in a folder that exists"
+        ) from error
+
+
+def _pipeline() -> Any:
+    try:
+        from gap_export import pipeline
+        from gap_export.graph import trace  # noqa: F401  (fails early where torch is missing)
+    except ImportError as error:
+        raise _needs_build_extra(error) from error
+    return pipeline
+
+
+def _needs_build_extra(error: ImportError) -> GapExportError:
+    from gap_export.errors import EnvironmentLacks
+
+    return EnvironmentLacks(
+        "is needed for this command and not installed",
+        subject=error.name or str(error),
+        hint="pip install 'gap-export[build]'",
+    )
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, allow_nan=False))
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
