@@ -7,7 +7,7 @@ transformers is needed to read it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,8 @@ from gap_export.spec import GraphSpec
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
+Positive = Annotated[float, Field(gt=0)]
+EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
@@ -40,12 +42,12 @@ class Preprocessing(Stored):
         std: per channel, after scaling to 0..1.
     """
 
-    size: int
+    size: int = Field(ge=1)
     fit: Literal["pad", "crop", "stretch"]
     background: tuple[int, int, int]
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
 
 
 class PromptTemplate(Stored):
@@ -128,7 +130,7 @@ class Engine(Stored):
     """
 
     file: str
-    target: Literal["tensorrt-rtx", "tensorrt"]
+    target: EngineTarget
     version: str
     compute_capabilities: tuple[str, ...]
     graph_sha256: str
@@ -153,7 +155,7 @@ class Manifest(Stored):
     prompt: PromptTemplate
     box: BoxFormat
     graphs: dict[str, Graph]
-    engines: dict[str, dict[str, Engine]] = Field(default_factory=dict)
+    engines: dict[EngineTarget, dict[str, Engine]] = Field(default_factory=dict)
     """target -> graph name -> engine."""
     gates: dict[str, float] = Field(default_factory=dict)
     files: dict[str, FileRecord] = Field(default_factory=dict)

@@ -39,14 +39,17 @@ ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0
 def main() -> NoReturn:
     """Entry point: run a command, turn errors of ours into a message and exit code 2."""
     try:
-        app(standalone_mode=False)
-        code = 0
+        # Outside standalone mode, typer gives the code of a raised Exit back instead of letting it pass.
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
     except GapExportError as error:
         code = _report(error.stage, error.subject, error.message, error.hint)
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.print("[yellow]interrupted[/]: nothing half-written was left behind; run the same command again")
+        console.print(
+            "[yellow]interrupted[/]: nothing half-written was left behind; run the same command again"
+        )
         code = 130
     except Exception as error:
         if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
@@ -56,7 +59,9 @@ def main() -> NoReturn:
 
 
 def _report(stage: str, subject: str, message: str, hint: str) -> int:
-    console.print(f"[bold red]{stage}[/]: {_plain(subject)}: {_plain(message)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold red]{stage}[/]: {_plain(subject)}: {_plain(message)}", highlight=False, soft_wrap=True
+    )
     console.print(f"  [cyan]hint[/]: {_plain(hint)}", highlight=False, soft_wrap=True)
     return 2
 
@@ -104,8 +109,12 @@ def build(
     pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
     positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")
+    ] = None,
     capacity: Annotated[int | None, typer.Option(help="Cache slots; by default just enough.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of strategies that draw at random.")] = None,
@@ -208,7 +217,9 @@ def run(
     bundle: BundleArgument,
     image: Annotated[Path, typer.Option(help="A picture.")],
     refer: Annotated[str, typer.Option(help="The referring expression: what to find.")],
-    draw: Annotated[Path | None, typer.Option(help="Write the picture with the box and the kept patches.")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Write the picture with the box and the kept patches.")
+    ] = None,
     backend: BackendOption = "onnxruntime",
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     threads: ThreadsOption = 0,
@@ -245,7 +256,11 @@ def run(
         return
     if unknown:
         console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)
-    shown = "no box in the answer" if box is None else f"box {box} in pixels of {picture.width} x {picture.height}"
+    shown = (
+        "no box in the answer"
+        if box is None
+        else f"box {box} in pixels of {picture.width} x {picture.height}"
+    )
     out.print(f"{_plain(shown)}", highlight=False)
     out.print(f"  answer {_plain(answer.text)}, keep {len(answer.kept_indices)} of {manifest.model.visual_tokens}", highlight=False)  # fmt: skip
     if draw is not None:
@@ -282,7 +297,9 @@ def lint(
 
     kinds = ("auto", "decoder", "vision", "splice", "embed")
     if kind not in kinds:
-        raise InputError("is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(kinds)}")
+        raise InputError(
+            "is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(kinds)}"
+        )
     try:
         from gap_export.graph.lint import lint_graph
     except ImportError as error:
@@ -294,7 +311,11 @@ def lint(
     else:
         verdict = report.verdict
         word = "[bold green]survive[/]" if verdict.survives else "[bold red]do not survive[/]"
-        out.print(f"{_plain(report.subject)}: gapped ids {word}: {_plain(verdict.reason)}", highlight=False, soft_wrap=True)
+        out.print(
+            f"{_plain(report.subject)}: gapped ids {word}: {_plain(verdict.reason)}",
+            highlight=False,
+            soft_wrap=True,
+        )
         for finding in report.findings:
             console.print(f"  {_plain(str(finding))}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
@@ -305,13 +326,20 @@ def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: st
     from gap_export.grounding.draw import draw
 
     image = draw(
-        picture, answer.box, answer.kept_indices, manifest.model.grid, manifest.preprocessing, caption=expression
+        picture,
+        answer.box,
+        answer.kept_indices,
+        manifest.model.grid,
+        manifest.preprocessing,
+        caption=expression,
     )
     try:
         image.save(target)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot be written: {error}", subject=str(target), hint="use a .png or .jpg path in a folder that exists"
+            f"cannot be written: {error}",
+            subject=str(target),
+            hint="use a .png or .jpg path in a folder that exists",
         ) from error
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from gap_export.bundle import Manifest
 from gap_export.grounding import metrics
 from gap_export.grounding.boxes import Box
 from gap_export.grounding.scenes import Case
-from gap_export.bundle import Manifest
 from gap_export.positions import (
     Ids,
     Placement,
@@ -131,9 +131,7 @@ def run_cases(
         if adjust is not None:
             text_before = grounder.text_before(expressions)
             change = lambda placement, before=text_before: adjust(placement, before)  # noqa: E731
-        results.append(
-            grounder.ground(session, images, expressions, adjust=change, keep_logits=keep_logits)
-        )
+        results.append(grounder.ground(session, images, expressions, adjust=change, keep_logits=keep_logits))
         tick(len(part))
     return results
 
@@ -251,7 +249,9 @@ def check_control(name: str, measured: Measurement, gates: Gates) -> Control:
 
     The comparison of position ids themselves does not count: it would notice any change of the input by definition.
     """
-    failed = tuple(gate.name for gate in judge(measured, gates) if not gate.passed and gate.name != "position_ids")
+    failed = tuple(
+        gate.name for gate in judge(measured, gates) if not gate.passed and gate.name != "position_ids"
+    )
     return Control(name=name, caught=bool(failed), by=failed)
 
 

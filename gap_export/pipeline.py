@@ -27,6 +27,7 @@ from gap_export.bundle import (
     Graph,
     Manifest,
     ModelFacts,
+    PromptTemplate,
     Pruning,
     open_bundle,
     write_manifest,
@@ -38,6 +39,7 @@ from gap_export.grounding import scenes
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
 from gap_export.runtime.ground import Grounder, open_session
+from gap_export.runtime.prompt import encode_prompts, load_tokenizer
 
 Progress = Callable[[str], None]
 """Called with a few words whenever a stage begins."""
@@ -100,6 +102,8 @@ def build(
         )
     facts = family.facts(checkpoint)
     plan = plan_for(recipe, facts)
+    prompt, box = family.prompt(checkpoint, recipe), family.box(recipe)
+    _check_prompt(checkpoint, prompt, plan, recipe)
 
     from gap_export.graph import lint, passes, trace, weights
 
@@ -129,7 +133,7 @@ def build(
             passes.write_graph(model, component.spec, folder / graph.file)
             lint.lint_graph(folder / graph.file, profile=name, own=True, policy=plan.positions).require()
             graphs[name] = graph
-        _copy_tokenizer(checkpoint, folder)
+        shutil.copyfile(checkpoint.folder / _TOKENIZER, folder / _TOKENIZER)
         engines = {
             target: _build_engines(target, graphs, folder, recipe, progress)
             for target in recipe.targets
@@ -153,8 +157,8 @@ def build(
             capacity=plan.capacity,
             max_new_tokens=recipe.max_new_tokens,
             preprocessing=family.preprocessing(checkpoint, recipe),
-            prompt=family.prompt(checkpoint, recipe),
-            box=family.box(),
+            prompt=prompt,
+            box=box,
             graphs=graphs,
             engines=engines,
             gates=recipe.demands.model_dump(),
@@ -229,14 +233,18 @@ def validate(
     caught = []
     for name, adjust in parity.controls(manifest.pruning.kept).items():
         progress(f"negative control: {name}")
-        wrong = parity.run_cases(grounder, session, few, batch=batch, tick=tick, adjust=adjust, keep_logits=True)
+        wrong = parity.run_cases(
+            grounder, session, few, batch=batch, tick=tick, adjust=adjust, keep_logits=True
+        )
         seen = parity.measure(wrong, reference[:few_batches], few, manifest)
         caught.append(parity.check_control(name, seen, recipe.demands))
 
     accuracy = {str(manifest.pruning.positions): measured.accuracy}
     for name, changes in _COMPANIONS.items():
         if name not in accuracy:
-            with _companion(bundle, recipe.replaced(checkpoint=str(source), **changes), backend, progress) as companion:
+            with _companion(
+                bundle, recipe.replaced(checkpoint=str(source), **changes), backend, progress
+            ) as companion:
                 progress(f"answering with {name}")
                 other = open_session(companion, backend, threads=threads)
                 answers = parity.run_cases(Grounder(companion), other, questions, batch=batch, tick=tick)
@@ -268,7 +276,9 @@ def validation_work(cases: int) -> int:
 def _companion(bundle: Bundle, recipe: Recipe, backend: str, progress: Progress) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
     targets = ("onnx",) if backend == "onnxruntime" else (backend,)
-    with TemporaryDirectory(prefix=f".{bundle.folder.name}.companion-", dir=bundle.folder.absolute().parent) as scratch:
+    with TemporaryDirectory(
+        prefix=f".{bundle.folder.name}.companion-", dir=bundle.folder.absolute().parent
+    ) as scratch:
         yield build(recipe.replaced(targets=targets), Path(scratch) / "bundle", progress=progress).bundle
 
 
@@ -358,15 +368,16 @@ def _refuse_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
         )
 
 
-def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    source = checkpoint.folder / _TOKENIZER
-    if not source.is_file():
-        raise CheckpointError(
-            "has no tokenizer.json",
-            subject=str(checkpoint.folder),
-            hint="download the checkpoint's tokenizer.json",
-        )
-    shutil.copyfile(source, folder / _TOKENIZER)
+def _check_prompt(checkpoint: Checkpoint, prompt: PromptTemplate, plan: Plan, recipe: Recipe) -> None:
+    """Tokenize one prompt, so that a template or tokenizer that cannot work is refused before the long part."""
+    encode_prompts(
+        load_tokenizer(checkpoint.folder / _TOKENIZER),
+        prompt,
+        ["object"],
+        kept=plan.kept,
+        capacity=plan.capacity,
+        max_new_tokens=recipe.max_new_tokens,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -14,7 +14,9 @@ from gap_export.spec import TensorSpec
 
 def print_parity(report: ParityReport, console: Console) -> None:
     """Gates, controls and the grounding table."""
-    gates = Table("gate", "measured", "demand", "", title=f"{report.bundle} in {report.backend} against PyTorch")
+    gates = Table(
+        "gate", "measured", "demand", "", title=f"{report.bundle} in {report.backend} against PyTorch"
+    )
     for gate in report.gates:
         gates.add_row(gate.name, f"{gate.measured:.6g}", f"{gate.demand} {gate.limit:g}", _mark(gate.passed))
     console.print(gates)
@@ -30,8 +32,13 @@ def print_parity(report: ParityReport, console: Console) -> None:
 def grounding_table(report: ParityReport) -> Table:
     """Accuracy per position policy, all through exported graphs."""
     grounding = report.grounding
-    whole, pruned = f"{grounding.visual_tokens}/{grounding.visual_tokens}", f"{grounding.kept}/{grounding.visual_tokens}"
-    table = Table("positions", "tokens", "acc@0.5", "of full", "std. error", title=f"{report.bundle}, {report.backend}")
+    whole, pruned = (
+        f"{grounding.visual_tokens}/{grounding.visual_tokens}",
+        f"{grounding.kept}/{grounding.visual_tokens}",
+    )
+    table = Table(
+        "positions", "tokens", "acc@0.5", "of full", "std. error", title=f"{report.bundle}, {report.backend}"
+    )
     for name, tokens, accuracy in (
         ("none (unpruned)", whole, grounding.full),
         ("shifted", pruned, grounding.shifted),
@@ -90,7 +97,11 @@ def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
             "position_id": "T_pre + i_k" if pruning.positions == "gap" else "T_pre + k",
             "slot": "T_pre + k",
         },
-        {"token": "text after the image, j", "position_id": f"T_pre + {extent} + j", "slot": f"T_pre + {kept} + j"},
+        {
+            "token": "text after the image, j",
+            "position_id": f"T_pre + {extent} + j",
+            "slot": f"T_pre + {kept} + j",
+        },
         {
             "token": "generated token t",
             "position_id": f"T_pre + {extent} + T_post + t",
@@ -113,13 +124,17 @@ def print_bundle(facts: dict[str, Any], console: Console) -> None:
     console.print(rule)
     graphs = Table("graph", "size", "inputs", "outputs")
     for name, graph in facts["graphs"].items():
-        graphs.add_row(name, f"{graph['bytes'] / 1e3:.0f} kB", _some(graph["inputs"]), _some(graph["outputs"]))
+        graphs.add_row(
+            name, f"{graph['bytes'] / 1e3:.0f} kB", _some(graph["inputs"]), _some(graph["outputs"])
+        )
     console.print(graphs)
     for target, engines in facts["engines"].items():
         table = Table("engine", "size", "built by", "for", title=target)
         for name, engine in engines.items():
             size = facts["files"][engine["file"]]
-            table.add_row(name, f"{size / 1e6:.2f} MB", engine["version"], ", ".join(engine["compute_capabilities"]))
+            table.add_row(
+                name, f"{size / 1e6:.2f} MB", engine["version"], ", ".join(engine["compute_capabilities"])
+            )
         console.print(table)
     files = Table("file", "bytes")
     for name, size in facts["files"].items():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
+GraphName = Literal["vision", "splice", "embed", "decoder"]
 
 
 class Dim(BaseModel):
@@ -54,7 +55,7 @@ class GraphSpec(BaseModel):
     """Inputs and outputs of one graph.
 
     Attributes:
-        name: `vision`, `splice`, `embed` or `decoder`.
+        name: which of the four.
         inputs: in graph order.
         outputs: in graph order.
         aliased: output name -> input name of tensors that share one buffer at run time (the cache).
@@ -62,7 +63,7 @@ class GraphSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: GraphName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     aliased: dict[str, str] = Field(default_factory=dict)

@@ -59,7 +59,7 @@ class Family(Protocol):
         """How expressions become token ids."""
         ...
 
-    def box(self) -> BoxFormat:
+    def box(self, recipe: Recipe) -> BoxFormat:
         """How boxes are written."""
         ...
 
@@ -84,5 +84,5 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
             subject=str(checkpoint.folder / "config.json"),
             hint=f"supported: {', '.join(sorted(FAMILIES))}",
         )
-    family: Family = importlib.import_module(module)  # type: ignore[assignment]
+    family: Family = importlib.import_module(module)
     return checkpoint.model_type, family

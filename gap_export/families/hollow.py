@@ -42,7 +42,8 @@ def hollow(build: Callable[[], Model], mode: FakeTensorMode) -> Model:
         TraceError: a buffer whose value transformers does not supply.
     """
     with torch.device("meta"):
-        model = build().eval()
+        model = build()
+    model.eval()
     _hollow_out(model, model, mode)
     return model
 

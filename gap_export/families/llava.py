@@ -2,7 +2,7 @@
 
 Facts: the decoder gets `hidden_states[vision_feature_layer]` (usually -2) without the class token; pictures are padded to
 a square with the mean colour for grounding, and boxes are `[x1, y1, x2, y2]` in 0..1 of that square. (The processor that
-Hugging Face ships with these checkpoints crops the centre instead, which cuts off what is to be found: `fit: crop`.)
+Hugging Face ships with these checkpoints crops the centre instead, which cuts off what is to be found.)
 
 The modules of transformers are traced unchanged; only the tower is walked layer by layer, to stop at the feature layer
 and to see its class token's query.
@@ -20,13 +20,14 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 from gap_export import prune
 from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import Plan
 from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.splice import Embed, Splice
 from gap_export.graph.attention import IMPLEMENTATION, SlotCache, slot_mask
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe
+from gap_export.runtime.preprocess import mean_colour
 from gap_export.spec import Component, Dim, DType, GraphSpec, TensorSpec
 
 GROUNDING_PROMPT = (
@@ -80,11 +81,10 @@ def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
             subject=str(checkpoint.folder),
             hint="download the checkpoint's preprocessor_config.json",
         )
-    red, green, blue = (int(channel * 255) for channel in mean)
     return Preprocessing(
         size=_config(checkpoint).vision_config.image_size,
         fit=recipe.fit or "pad",
-        background=(red, green, blue),
+        background=mean_colour(tuple(mean)),
         mean=tuple(mean),
         std=tuple(std),
     )
@@ -102,9 +102,15 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
     )
 
 
-def box() -> BoxFormat:
+def box(recipe: Recipe) -> BoxFormat:
     """See `Family.box`."""
-    return BoxFormat(codec="llava", frame="padded_square")
+    if recipe.fit == "crop":
+        raise RecipeError(
+            "cuts off parts of the picture, and no box can be found there",
+            subject="fit: crop",
+            hint="use fit: pad, which is what the model was trained with for grounding",
+        )
+    return BoxFormat(codec="llava", frame="image" if recipe.fit == "stretch" else "padded_square")
 
 
 def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:

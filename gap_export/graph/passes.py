@@ -58,7 +58,9 @@ def write_graph(model: ir.Model, spec: GraphSpec, path: Path) -> None:
     """
     inputs = [value.name for value in model.graph.inputs]
     if inputs != [tensor.name for tensor in spec.inputs] or len(model.graph.outputs) != len(spec.outputs):
-        raise TraceError("lost an input or an output in clean-up", subject=spec.name, hint="please report this")
+        raise TraceError(
+            "lost an input or an output in clean-up", subject=spec.name, hint="please report this"
+        )
     # Where two outputs had equal values, clean-up computed one and aliased the other, under a name of its own.
     for position, value in enumerate(model.graph.outputs):
         value.name = f"output_{position}"

@@ -30,7 +30,8 @@ class ClsAttention:
             raise ValueError("cls_attention needs a vision tower with a class token")
         scale = query_BAD.shape[-1] ** -0.5
         logits_BAT = torch.matmul(keys_BATD.float(), query_BAD.float()[..., None])[..., 0] * scale
-        return logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
+        scores_BN: Tensor = logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
+        return scores_BN
 
     def select(self, features: VisionFeatures, kept: int, seed: int) -> Tensor:
         """See `Pruner.select`."""

@@ -137,8 +137,8 @@ def open_session(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
         from gap_export.runtime.ort import OnnxRuntimeSession
 
         return OnnxRuntimeSession(bundle, threads=threads)
-    if backend in ("tensorrt-rtx", "tensorrt"):
+    if backend == "tensorrt-rtx" or backend == "tensorrt":
         from gap_export.runtime.trt import TensorRTSession
 
-        return TensorRTSession(bundle, backend)
+        return TensorRTSession(bundle, target=backend)
     raise SessionError("is not a backend", subject=repr(backend), hint=f"choose one of {', '.join(BACKENDS)}")

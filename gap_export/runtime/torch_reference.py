@@ -81,7 +81,9 @@ class TorchSession:
         feature = self._model.config.vision_feature_layer
         patches_BNE = seen.hidden_states[feature][:, 1:]
         # hidden_states starts with the embeddings and attentions does not: from the end, both count alike.
-        kept_BK, scores_BN = self._select(patches_BNE, seen.attentions[feature if feature < 0 else feature - 1])
+        kept_BK, scores_BN = self._select(
+            patches_BNE, seen.attentions[feature if feature < 0 else feature - 1]
+        )
         if self._pruning.positions.keeps_raster_order:
             kept_BK = np.sort(kept_BK, axis=1)
         rows = torch.arange(len(kept_BK))[:, None]
@@ -153,9 +155,7 @@ class TorchSession:
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
 
-    def _select(
-        self, patches_BNE: Tensor, attention_BATT: Tensor
-    ) -> tuple[Ids, NDArray[np.float32] | None]:
+    def _select(self, patches_BNE: Tensor, attention_BATT: Tensor) -> tuple[Ids, NDArray[np.float32] | None]:
         """Kept raster indices [B, K], best first, and the scores [B, N] where there are any."""
         kept = self._pruning.kept
         if self._pruning.pruner == "cls_attention":
