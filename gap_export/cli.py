@@ -189,6 +189,8 @@ def validate(
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from gap_export.runtime.ground import backend_of
+
     pipeline = _pipeline()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -196,7 +198,7 @@ def validate(
         report = pipeline.validate(
             bundle,
             cases=cases,
-            backend=backend,
+            backend=backend_of(backend),
             checkpoint=checkpoint,
             batch=batch,
             threads=threads,
@@ -227,7 +229,7 @@ def run(
 ) -> None:
     """Find what an expression refers to in a picture."""
     from gap_export.bundle import open_bundle
-    from gap_export.runtime.ground import Grounder, open_session
+    from gap_export.runtime.ground import Grounder, backend_of, open_session
     from gap_export.runtime.preprocess import load_image
     from gap_export.runtime.prompt import load_tokenizer, unknown_words
 
@@ -235,7 +237,7 @@ def run(
     manifest = opened.manifest
     picture = load_image(image)
     unknown = unknown_words(load_tokenizer(opened.tokenizer_path), refer)
-    session = open_session(opened, backend, threads=threads)
+    session = open_session(opened, backend_of(backend), threads=threads)
     grounded = Grounder(opened).ground(session, [picture], [refer], max_new_tokens=max_new_tokens)
     answer = grounded.answers[0]
     if draw is not None:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +39,7 @@ from gap_export.families import Plan, family_of
 from gap_export.grounding import scenes
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
-from gap_export.runtime.ground import Grounder, open_session
+from gap_export.runtime.ground import Backend, Grounder, open_session
 from gap_export.runtime.prompt import encode_prompts, load_tokenizer
 
 Progress = Callable[[str], None]
@@ -183,7 +184,7 @@ def validate(
     folder: Path,
     *,
     cases: int,
-    backend: str = "onnxruntime",
+    backend: Backend = "onnxruntime",
     checkpoint: Path | None = None,
     batch: int = 16,
     threads: int = 0,
@@ -273,9 +274,9 @@ def validation_work(cases: int) -> int:
 
 
 @contextmanager
-def _companion(bundle: Bundle, recipe: Recipe, backend: str, progress: Progress) -> Iterator[Bundle]:
+def _companion(bundle: Bundle, recipe: Recipe, backend: Backend, progress: Progress) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
-    targets = ("onnx",) if backend == "onnxruntime" else (backend,)
+    targets: tuple[Target, ...] = ("onnx",) if backend == "onnxruntime" else (backend,)
     with TemporaryDirectory(
         prefix=f".{bundle.folder.name}.companion-", dir=bundle.folder.absolute().parent
     ) as scratch:
@@ -340,8 +341,13 @@ def _build_engines(
             target=target,
             compute_capabilities=recipe.compute_capabilities,
             folder=folder,
+            progress=partial(_report_phase, progress, f"{target} engine of {name}"),
         )
     return engines
+
+
+def _report_phase(progress: Progress, subject: str, phase: str, done: int, total: int) -> None:
+    progress(f"{subject}: {phase} {done}/{total}")
 
 
 def _refuse_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gap_export.bundle import Bundle
+from gap_export.engine.inspect import engine_facts
 from gap_export.parity import ParityReport
 from gap_export.spec import TensorSpec
 
@@ -78,7 +79,10 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             for name, graph in manifest.graphs.items()
         },
         "engines": {
-            target: {name: engine.model_dump() for name, engine in engines.items()}
+            target: {
+                name: engine_facts(bundle.folder / engine.file, engine, manifest.graphs[name].spec)
+                for name, engine in engines.items()
+            }
             for target, engines in manifest.engines.items()
         },
         "files": {name: record.bytes for name, record in manifest.files.items()},

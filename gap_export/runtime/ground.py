@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from PIL import Image
 
@@ -16,7 +17,8 @@ from gap_export.runtime.preprocess import pixel_values
 from gap_export.runtime.prompt import Prompts, decode_answer, encode_prompts, load_tokenizer
 from gap_export.runtime.session import Session
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -121,24 +123,34 @@ class Grounder:
         return Answer(text=text, box=pixels, kept_indices=kept)
 
 
-def open_session(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
+def backend_of(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        SessionError: there is none.
+    """
+    for backend in BACKENDS:
+        if name == backend:
+            return backend
+    raise SessionError("is not a backend", subject=repr(name), hint=f"choose one of {', '.join(BACKENDS)}")
+
+
+def open_session(bundle: Bundle, backend: Backend, *, threads: int = 0) -> Session:
     """Load a bundle into a runtime.
 
     Args:
         bundle: opened.
-        backend: one of `BACKENDS`.
+        backend: the runtime.
         threads: of ONNX Runtime; 0 lets it choose.
 
     Raises:
-        SessionError: unknown backend, or the runtime refuses.
+        SessionError: the runtime refuses, or the bundle has nothing for it.
         EnvironmentLacks: no GPU, or the runtime is not installed.
     """
     if backend == "onnxruntime":
         from gap_export.runtime.ort import OnnxRuntimeSession
 
         return OnnxRuntimeSession(bundle, threads=threads)
-    if backend == "tensorrt-rtx" or backend == "tensorrt":
-        from gap_export.runtime.trt import TensorRTSession
+    from gap_export.runtime.trt import TensorRTSession
 
-        return TensorRTSession(bundle, target=backend)
-    raise SessionError("is not a backend", subject=repr(backend), hint=f"choose one of {', '.join(BACKENDS)}")
+    return TensorRTSession(bundle, target=backend)

@@ -1,0 +1,139 @@
+"""The few CUDA runtime calls a session needs: memory, copies, one stream.
+
+Polygraphy finds and loads the CUDA runtime library (on Windows, in wheels, in toolkits). The calls themselves go straight
+to it, because Polygraphy's own wrappers print to the terminal and report a bare status number. `polygraphy.cuda` imports
+neither TensorRT, so it does not matter which of the two is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from numpy.typing import NDArray
+
+from gap_export.errors import EnvironmentLacks, SessionError
+
+_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ...Minor
+_OUT_OF_MEMORY = 2
+_GPU_HINT = "run it on a machine with an NVIDIA GPU and a current driver, or use the onnx target"
+
+
+class Device:
+    """The current GPU: memory and one stream on which everything happens in order.
+
+    Raises:
+        EnvironmentLacks: no CUDA runtime library, no driver, or no GPU.
+    """
+
+    def __init__(self) -> None:
+        self._runtime = _load_runtime()
+        count = ctypes.c_int()
+        status = int(self._runtime.cudaGetDeviceCount(ctypes.byref(count)))
+        if status or not count.value:
+            reason = self._words(status) if status else "no CUDA device is visible"
+            raise EnvironmentLacks(f"cannot be used: {reason}", subject="the GPU", hint=_GPU_HINT)
+        stream = ctypes.c_void_p()
+        self._check(self._runtime.cudaStreamCreate(ctypes.byref(stream)), "making a stream")
+        self.stream = int(stream.value or 0)
+
+    @property
+    def compute_capability(self) -> str:
+        """For example `8.9`."""
+        index = ctypes.c_int()
+        self._check(self._runtime.cudaGetDevice(ctypes.byref(index)), "asking for the device")
+        parts = []
+        for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+            value = ctypes.c_int()
+            status = self._runtime.cudaDeviceGetAttribute(ctypes.byref(value), attribute, index)
+            self._check(status, "asking for the compute capability")
+            parts.append(str(value.value))
+        return ".".join(parts)
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory.
+
+        Returns:
+            Its address.
+
+        Raises:
+            EnvironmentLacks: not enough memory is free.
+        """
+        address = ctypes.c_void_p()
+        status = int(self._runtime.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1))))
+        if status == _OUT_OF_MEMORY:
+            raise EnvironmentLacks(
+                f"has not {nbytes / 2**20:.0f} MiB free",
+                subject="the GPU's memory",
+                hint="close other programs, or build with a smaller max_batch or capacity",
+            )
+        self._check(status, "allocating memory")
+        return int(address.value or 0)
+
+    def free(self, address: int) -> None:
+        """Give device memory back."""
+        self._check(self._runtime.cudaFree(ctypes.c_void_p(address)), "freeing memory")
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Fill device memory with zero bytes."""
+        status = self._runtime.cudaMemsetAsync(
+            ctypes.c_void_p(address), 0, ctypes.c_size_t(nbytes), ctypes.c_void_p(self.stream)
+        )
+        self._check(status, "clearing memory")
+
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        """Copy a contiguous array to the device; it may be changed as soon as this returns."""
+        self._copy(address, array.ctypes.data, array.nbytes, _HOST_TO_DEVICE)
+
+    def download(self, array: NDArray[Any], address: int) -> None:
+        """Copy from the device into a contiguous array, after all work on the stream is done."""
+        self._copy(array.ctypes.data, address, array.nbytes, _DEVICE_TO_HOST)
+        self._check(self._runtime.cudaStreamSynchronize(ctypes.c_void_p(self.stream)), "running the engine")
+
+    def close(self) -> None:
+        """Give the stream back."""
+        self._runtime.cudaStreamDestroy(ctypes.c_void_p(self.stream))
+
+    def _copy(self, to: int, source: int, nbytes: int, kind: int) -> None:
+        status = self._runtime.cudaMemcpyAsync(
+            ctypes.c_void_p(to),
+            ctypes.c_void_p(source),
+            ctypes.c_size_t(nbytes),
+            ctypes.c_int(kind),
+            ctypes.c_void_p(self.stream),
+        )
+        self._check(status, "copying")
+
+    def _check(self, status: int, doing: str) -> None:
+        if status:
+            raise SessionError(
+                f"CUDA failed while {doing}: {self._words(int(status))}",
+                subject="the GPU",
+                hint="an earlier kernel may have failed: start a new process; if it happens again, please report this",
+            )
+
+    def _words(self, status: int) -> str:
+        describe = self._runtime.cudaGetErrorString
+        describe.restype = ctypes.c_char_p
+        text: bytes = describe(ctypes.c_int(status))
+        return f"{text.decode(errors='replace')} (CUDA error {status})"
+
+
+def _load_runtime() -> Any:
+    try:
+        from polygraphy import cuda
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise EnvironmentLacks(
+            "is not installed", subject="polygraphy", hint="install it: pip install 'gap-export[rtx]'"
+        ) from error
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            return cuda.wrapper().handle
+    except Exception as error:  # Polygraphy's exception class, or OSError from the loader
+        raise EnvironmentLacks(
+            f"was not found: {str(error).splitlines()[0]}",
+            subject="the CUDA runtime library (libcudart)",
+            hint="install the CUDA toolkit, or pip install nvidia-cuda-runtime-cu12",
+        ) from error

@@ -1,0 +1,365 @@
+"""A bundle in TensorRT or TensorRT-RTX: engines, one stream, one cache, nothing allocated per token.
+
+Position ids and write index are two inputs of the decoder and are copied to the device for every call, as they are. The
+cache is one buffer per layer and part, bound as past and as present. Prompts and single tokens run under different
+optimisation profiles of the same engine (`engine/profiles.py`).
+
+Embeddings stay on the device: `encode` and `splice` hand out `DeviceTensor`s, whose memory goes back to the session's pool
+when they are dropped.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.bundle import Bundle, EngineTarget
+from gap_export.engine import messages
+from gap_export.engine.buffers import empty_wire, from_wire, plan_buffers, size_of, to_wire
+from gap_export.engine.device import Device
+from gap_export.engine.inspect import check_engine, open_engine
+from gap_export.engine.library import Library, load_library
+from gap_export.engine.profiles import choose_profile, profiles_from_spec
+from gap_export.errors import SessionError
+from gap_export.positions import Ids, Placement
+from gap_export.runtime.session import Buffer, Spliced, VisualTokens
+from gap_export.spec import DType, GraphName, GraphSpec
+
+_GRAPHS: tuple[GraphName, ...] = ("vision", "splice", "embed", "decoder")
+
+# Tensors that go from one graph to the next without touching the host.
+_TRAVELLING: dict[GraphName, tuple[str, ...]] = {
+    "vision": ("visual_embeds",),
+    "splice": ("visual_embeds", "inputs_embeds"),
+    "embed": ("inputs_embeds",),
+    "decoder": ("inputs_embeds",),
+}
+
+
+class _Pool:
+    """Device memory for tensors that come and go with prompts; what was given back is handed out again."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._idle: dict[int, list[int]] = {}
+        self._open = True
+
+    def take(self, nbytes: int) -> int:
+        idle = self._idle.get(nbytes)
+        return idle.pop() if idle else self._device.allocate(nbytes)
+
+    def give_back(self, address: int, nbytes: int) -> None:
+        if self._open:
+            self._idle.setdefault(nbytes, []).append(address)
+        else:
+            self._device.free(address)
+
+    def close(self) -> None:
+        self._open = False
+        for addresses in self._idle.values():
+            for address in addresses:
+                self._device.free(address)
+        self._idle.clear()
+
+
+class DeviceTensor:
+    """A tensor on the GPU. `np.asarray` copies it to the host, as float32 where it is a float.
+
+    Attributes:
+        shape: extents.
+        dtype: element type on the device.
+        address: where it lies.
+
+    Args:
+        shape: extents.
+        dtype: element type.
+        device: that it lies on.
+        pool: that its memory comes from.
+        nbytes: how much of it; by default just enough.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], dtype: DType, device: Device, pool: _Pool, *, nbytes: int | None = None
+    ) -> None:
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self._device = device
+        nbytes = nbytes or size_of(dtype, self.shape)
+        self.address = pool.take(nbytes)
+        # Everything runs on one stream: memory given back while a kernel still reads it is next written after that kernel.
+        weakref.finalize(self, pool.give_back, self.address, nbytes).atexit = False
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        host = empty_wire(self.dtype, self.shape)
+        self._device.download(host, self.address)
+        return from_wire(host, self.dtype).astype(dtype, copy=False) if dtype else from_wire(host, self.dtype)
+
+
+class _LoadedGraph:
+    """One engine with its context and its buffers."""
+
+    def __init__(self, spec: GraphSpec, engine: Any, library: Library, device: Device) -> None:
+        self.spec = spec
+        self._library = library
+        self._device = device
+        self._engine = engine  # a context is valid as long as its engine
+        self._dtypes = {tensor.name: tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
+        self._cache_extents = {
+            tensor.name: tensor.extents("maximum")[1:]
+            for tensor in spec.inputs
+            if tensor.name in spec.aliased.values()
+        }
+        self._profiles = profiles_from_spec(spec)
+        self._profile = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._travelling: Mapping[str, int] = {}
+        self._addresses_set = False
+        self._context = self._created_context()
+        plan = plan_buffers(spec, travelling=_TRAVELLING[spec.name])
+        self._buffers: dict[str, int] = {}
+        for name, nbytes in plan.nbytes.items():
+            self._buffers[name] = device.allocate(nbytes)
+            # A masked slot counts for nothing in attention unless it holds NaN, as fresh memory may: 0 * NaN is NaN.
+            device.clear(self._buffers[name], nbytes)
+        self._address_of = {tensor: self._buffers[buffer] for tensor, buffer in plan.buffer_of.items()}
+
+    def prepare(self, inputs: Mapping[str, NDArray[Any] | DeviceTensor]) -> None:
+        """Choose the profile, set shapes, copy host arrays to the device.
+
+        Args:
+            inputs: every input but the cache, batch first.
+        """
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        if any(self._shapes.get(name) != shape for name, shape in shapes.items()):
+            batch = next(iter(shapes.values()))[0]
+            self._set_shapes(
+                shapes | {past: (batch, *extents) for past, extents in self._cache_extents.items()}
+            )
+        for name, value in inputs.items():
+            if isinstance(value, np.ndarray):
+                self._device.upload(self._address_of[name], to_wire(value, self._dtypes[name]))
+
+    def run(self, travelling: Mapping[str, int]) -> None:
+        """Run what was prepared.
+
+        Args:
+            travelling: addresses of tensors that bring their own memory.
+        """
+        if not self._addresses_set or travelling != self._travelling:
+            for name, address in {**self._address_of, **travelling}.items():
+                self._must(
+                    self._context.set_tensor_address(name, address), f"tensor {name}", "take its buffer"
+                )
+            self._addresses_set, self._travelling = True, dict(travelling)
+        with self._library.log.collecting() as log:
+            if not self._context.execute_async_v3(self._device.stream):
+                raise messages.error_from_complaints(
+                    messages.complaints_of_log(log),
+                    subject=f"graph {self.spec.name}",
+                    library=self._library.title,
+                    doing="run the engine",
+                )
+
+    def output_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an output for the inputs that were prepared."""
+        shape = tuple(int(extent) for extent in self._context.get_tensor_shape(name))
+        self._must(all(extent >= 0 for extent in shape), f"output {name}", "tell its shape")
+        return shape
+
+    def dtype(self, name: str) -> DType:
+        """Element type of an input or output."""
+        return self._dtypes[name]
+
+    def largest(self, name: str) -> int:
+        """Bytes of an output at its largest."""
+        tensor = next(tensor for tensor in self.spec.outputs if tensor.name == name)
+        return size_of(tensor.dtype, tensor.extents("maximum"))
+
+    def download(self, name: str) -> NDArray[Any]:
+        """Copy an output to the host, after the run."""
+        host = empty_wire(self._dtypes[name], self.output_shape(name))
+        self._device.download(host, self._address_of[name])
+        return from_wire(host, self._dtypes[name])
+
+    def close(self) -> None:
+        for address in self._buffers.values():
+            self._device.free(address)
+        self._buffers.clear()
+        self._context = self._engine = None
+
+    def _created_context(self) -> Any:
+        with self._library.log.collecting() as log:
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise messages.error_from_complaints(
+                    messages.complaints_of_log(log),
+                    subject=f"graph {self.spec.name}",
+                    library=self._library.title,
+                    doing="prepare the engine",
+                )
+        return context
+
+    def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        index = choose_profile(self.spec, self._profiles, shapes)
+        if index != self._profile:
+            switched = self._context.set_optimization_profile_async(index, self._device.stream)
+            self._must(switched, f"profile {self._profiles[index].name}", "be selected")
+            self._profile = index
+            self._addresses_set = False
+        for (
+            name,
+            shape,
+        ) in shapes.items():  # all of them: a context forgets its shapes when the profile changes
+            self._must(
+                self._context.set_input_shape(name, shape), f"input {name}", f"take the shape {list(shape)}"
+            )
+        self._shapes = shapes
+
+    def _must(self, done: Any, what: str, doing: str) -> None:
+        if not done:
+            raise SessionError(
+                f"{self._library.title} did not let it {doing}",
+                subject=f"graph {self.spec.name}, {what}",
+                hint="the engine and the manifest do not belong together: build the bundle again",
+            )
+
+
+class TensorRTSession:
+    """See `Session`.
+
+    Args:
+        bundle: opened and verified.
+        target: whose engines to run: `tensorrt-rtx` or `tensorrt`.
+
+    Raises:
+        SessionError: the bundle holds no engines for this target.
+        EngineError: an engine is damaged, of another library version, or of another graph.
+        EnvironmentLacks: the library, the CUDA runtime, a GPU, or memory on it is missing.
+    """
+
+    def __init__(self, bundle: Bundle, *, target: EngineTarget = "tensorrt-rtx") -> None:
+        manifest = bundle.manifest
+        engines = manifest.engines.get(target, {})
+        absent = [name for name in _GRAPHS if name not in engines]
+        if absent:
+            raise SessionError(
+                f"holds no {target} engine for {', '.join(absent)}",
+                subject=str(bundle.folder),
+                hint=f"build it with --target {target}",
+            )
+        self.backend: str = target
+        self.capacity = manifest.capacity
+        library = load_library(target)
+        paths = {name: bundle.folder / engines[name].file for name in _GRAPHS}
+        for name in _GRAPHS:
+            graph_sha256 = manifest.files[manifest.graphs[name].file].sha256
+            check_engine(paths[name], engines[name], graph_sha256=graph_sha256, library=library)
+        self._device = Device()
+        self._pool = _Pool(self._device)
+        self._graphs: dict[str, _LoadedGraph] = {}
+        self._token_embeds: DeviceTensor | None = None
+        try:
+            for name in _GRAPHS:
+                opened = open_engine(paths[name], library)
+                self._graphs[name] = _LoadedGraph(manifest.graphs[name].spec, opened, library, self._device)
+        except BaseException:
+            self.close()
+            raise
+
+    def encode(self, pixel_values_BCHW: NDArray[np.float32]) -> VisualTokens:
+        """See `Session.encode`; the embeddings are a `DeviceTensor`."""
+        vision = self._graphs["vision"]
+        vision.prepare({"pixel_values": pixel_values_BCHW})
+        embeds = self._tensor(vision, "visual_embeds")
+        vision.run({"visual_embeds": embeds.address})
+        return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"))
+
+    def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
+        """See `Session.splice`; the embeddings are a `DeviceTensor`."""
+        splice = self._graphs["splice"]
+        seen = self._on_device(splice, "visual_embeds", visual.embeds)
+        splice.prepare(
+            {"input_ids": input_ids_BT, "visual_embeds": seen, "kept_indices": visual.kept_indices}
+        )
+        embeds = self._tensor(splice, "inputs_embeds")
+        splice.run({"visual_embeds": seen.address, "inputs_embeds": embeds.address})
+        slots = splice.download("next_slot")
+        placement = Placement(
+            position_ids=splice.download("position_ids"),
+            write_index=np.zeros_like(slots),
+            last_index=slots - 1,
+            next_position=splice.download("next_position"),
+            next_slot=slots,
+        )
+        return Spliced(embeds=embeds, placement=placement)
+
+    def prefill(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """See `Session.prefill`.
+
+        Raises:
+            SessionError: the prompt is longer than the engine or the cache allows, or the batch larger.
+        """
+        return self._decode(embeds, placement, tokens=placement.last_index + 1)
+
+    def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
+        """See `Session.step`.
+
+        Raises:
+            SessionError: the cache is full.
+        """
+        embed = self._graphs["embed"]
+        embed.prepare({"input_ids": token_ids_B[:, None]})
+        if self._token_embeds is None or self._token_embeds.shape[0] != len(token_ids_B):
+            self._token_embeds = None  # its memory first goes back, so that the new one can have it
+            self._token_embeds = self._tensor(embed, "inputs_embeds")
+        embed.run({"inputs_embeds": self._token_embeds.address})
+        return self._decode(self._token_embeds, placement, tokens=np.ones_like(placement.write_index))
+
+    def close(self) -> None:
+        """Give the GPU's memory back. The session cannot be used afterwards."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        self._token_embeds = None
+        self._pool.close()
+        self._device.close()
+
+    def _decode(self, embeds: Buffer, placement: Placement, tokens: Ids) -> NDArray[np.float32]:
+        """One call of the decoder; `tokens` [B] counts the real ones of each row."""
+        needed = int((placement.write_index + tokens).max())
+        if needed > self.capacity:
+            raise SessionError(
+                f"has {self.capacity} slots, this call needs {needed}",
+                subject="the cache",
+                hint="ask for fewer new tokens, or build with a larger capacity",
+            )
+        decoder = self._graphs["decoder"]
+        fed = self._on_device(decoder, "inputs_embeds", embeds)
+        decoder.prepare(
+            {
+                "inputs_embeds": fed,
+                "position_ids": placement.position_ids,
+                "write_index": placement.write_index,
+                "last_index": placement.last_index,
+            }
+        )
+        decoder.run({"inputs_embeds": fed.address})
+        return decoder.download("logits")
+
+    def _tensor(self, graph: _LoadedGraph, name: str) -> DeviceTensor:
+        """An output's memory, always of the largest size: prompts of every length can then reuse it."""
+        shape, dtype = graph.output_shape(name), graph.dtype(name)
+        return DeviceTensor(shape, dtype, self._device, self._pool, nbytes=graph.largest(name))
+
+    def _on_device(self, graph: _LoadedGraph, name: str, value: Buffer) -> DeviceTensor:
+        """A tensor of this session as it is; an array, say from another runtime, copied to the device."""
+        if isinstance(value, DeviceTensor):
+            return value
+        array = to_wire(np.asarray(value), graph.dtype(name))
+        tensor = DeviceTensor(array.shape, graph.dtype(name), self._device, self._pool)
+        self._device.upload(tensor.address, array)
+        return tensor
