@@ -1,0 +1,88 @@
+"""The documents do not drift: their commands parse, their links lead somewhere, the generated page is current."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from gap_export.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "bench/*.md", "training/**/*.md", "gap_export/assets/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+GENERATED = ROOT / "docs" / "commands.md"
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        if document != GENERATED:
+            for line in document.read_text(encoding="utf-8").splitlines():
+                if line.startswith("    gap-export "):
+                    found.append((document.name, line.strip()))
+    return found
+
+
+def test_the_readme_shows_the_main_commands() -> None:
+    shown = {shlex.split(line)[1] for name, line in commands() if name == "README.md"}
+    assert {"build", "validate", "run"} <= shown
+
+
+@pytest.mark.parametrize(("document", "line"), commands())
+def test_a_documented_command_parses(document: str, line: str) -> None:
+    """Every option exists and every value has the right type; nothing is run."""
+    name, *arguments = shlex.split(line)[1:]
+    group = typer.main.get_command(app)
+    command = group.get_command(group.make_context("gap-export", [name, "--help"], resilient_parsing=True), name)  # type: ignore[attr-defined]
+    assert command is not None, f"{document}: no command {name}"
+    command.make_context(name, arguments)
+
+
+def test_a_wrong_command_would_be_noticed() -> None:
+    group = typer.main.get_command(app)
+    build = group.get_command(group.make_context("gap-export", ["build", "--help"], resilient_parsing=True), "build")  # type: ignore[attr-defined]
+    with pytest.raises(Exception, match="--kepe"):
+        build.make_context("build", ["--model", "shapes", "-o", "x", "--kepe", "0.25"])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_make_targets_exist(document: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^    make ([a-z-]+)$|`make ([a-z-]+)`", document.read_text(encoding="utf-8"), re.MULTILINE):
+        name = target[0] or target[1]
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE), f"{document.name}: make {name}"
+
+
+def test_the_page_of_commands_is_current() -> None:
+    """`make docs` regenerates it."""
+    page = GENERATED.read_text(encoding="utf-8")
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert f"`gap-export {name}`" in page, f"run `make docs`: {name} is missing"
+        for parameter in command.params:
+            for option in (*parameter.opts, *parameter.secondary_opts):
+                if option.startswith("--") and option != "--help":
+                    assert option in page, f"run `make docs`: {name} {option} is missing"
+
+
+def test_help_of_every_command_is_a_sentence() -> None:
+    group = typer.main.get_command(app)
+    for name in group.commands:  # type: ignore[attr-defined]
+        shown = CliRunner().invoke(app, [name, "--help"])
+        assert shown.exit_code == 0
+        assert group.commands[name].help, f"{name} has no help text"  # type: ignore[attr-defined]
