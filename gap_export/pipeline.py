@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gap_export import __version__, parity, prune
+from gap_export import __version__, parity
 from gap_export.artifact import atomic_folder, record_of, write_atomically
 from gap_export.bundle import (
     MANIFEST,
@@ -27,16 +27,16 @@ from gap_export.bundle import (
     Engine,
     Graph,
     Manifest,
-    ModelFacts,
     PromptTemplate,
     Pruning,
     open_bundle,
     write_manifest,
 )
 from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
-from gap_export.errors import BundleError, CheckpointError, RecipeError
-from gap_export.families import Plan, family_of
+from gap_export.errors import BundleError, CheckpointError
+from gap_export.families import family_of
 from gap_export.grounding import scenes
+from gap_export.plan import Plan, plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
 from gap_export.runtime.ground import Backend, Grounder, open_session
@@ -54,7 +54,6 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "permuted": {"positions": PositionPolicy.PERMUTED},
     "gap": {"positions": PositionPolicy.GAP},
 }
-_CAPACITY_STEP = 16
 _TOKENIZER = "tokenizer.json"
 
 
@@ -281,48 +280,6 @@ def _companion(bundle: Bundle, recipe: Recipe, backend: Backend, progress: Progr
         prefix=f".{bundle.folder.name}.companion-", dir=bundle.folder.absolute().parent
     ) as scratch:
         yield build(recipe.replaced(targets=targets), Path(scratch) / "bundle", progress=progress).bundle
-
-
-def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:
-    """The numbers that shape the graphs.
-
-    Raises:
-        RecipeError: numbers that contradict each other or the model.
-    """
-    prune.load(recipe.pruner)
-    kept = prune.kept_count(recipe.keep, facts.visual_tokens)
-    if recipe.pruner == "none" and kept != facts.visual_tokens:
-        raise RecipeError(
-            f"keeps all {facts.visual_tokens} tokens, and keep is {recipe.keep:g}",
-            subject="pruner none",
-            hint="use --keep 1.0, or another pruner",
-        )
-    longest_answer = recipe.max_text - 1 + facts.visual_tokens + recipe.max_new_tokens
-    if longest_answer > facts.max_positions:
-        raise RecipeError(
-            f"positions up to {longest_answer} are needed (unpruned), the model knows {facts.max_positions}",
-            subject="max_text + max_new_tokens",
-            hint="lower max_text or max_new_tokens",
-        )
-    # One slot more than the longest answer needs: `validate` writes one too far on purpose.
-    needed = recipe.max_text - 1 + kept + recipe.max_new_tokens + 1
-    if recipe.capacity is not None and recipe.capacity < needed:
-        raise RecipeError(
-            f"is too small: {recipe.max_text} text tokens, {kept} visual tokens and {recipe.max_new_tokens} new tokens "
-            f"need {needed}",
-            subject=f"capacity {recipe.capacity}",
-            hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
-        )
-    return Plan(
-        precision=recipe.precision,
-        pruner=recipe.pruner,
-        kept=kept,
-        positions=recipe.positions,
-        seed=recipe.seed,
-        capacity=recipe.capacity or -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP,
-        max_text=recipe.max_text,
-        max_batch=recipe.max_batch,
-    )
 
 
 def _build_engines(

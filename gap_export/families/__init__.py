@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate
+from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.positions import PositionPolicy
+from gap_export.plan import Plan
 from gap_export.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,31 +16,6 @@ if TYPE_CHECKING:
 
 FAMILIES = {"llava": "gap_export.families.llava"}
 """`model_type` of config.json -> module that describes it."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The numbers that shape a build's graphs, after recipe and checkpoint have been read.
-
-    Attributes:
-        precision: element type of weights and activations.
-        pruner: strategy.
-        kept: K.
-        positions: numbering policy.
-        seed: for strategies that draw at random.
-        capacity: cache slots C.
-        max_text: text tokens of the longest prompt, placeholder included.
-        max_batch: most rows per call.
-    """
-
-    precision: Precision
-    pruner: str
-    kept: int
-    positions: PositionPolicy
-    seed: int
-    capacity: int
-    max_text: int
-    max_batch: int
 
 
 class Family(Protocol):

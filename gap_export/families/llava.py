@@ -21,10 +21,10 @@ from gap_export import prune
 from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import Plan
 from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.splice import Embed, Splice
 from gap_export.graph.attention import IMPLEMENTATION, SlotCache, slot_mask
+from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe
 from gap_export.runtime.preprocess import mean_colour
