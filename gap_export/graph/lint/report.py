@@ -1,0 +1,148 @@
+"""What a lint says: findings, a verdict on the position ids, and a report that can be stored as JSON."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from gap_export.errors import LintError
+
+Severity = Literal["error", "warning"]
+Profile = Literal["decoder", "vision", "splice", "embed"]
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Finding(_Stored):
+    """One thing that is wrong with a graph, said once however many nodes share it.
+
+    Attributes:
+        rule: the stable id of the rule.
+        severity: `error` stops an export of ours; `warning` is worth knowing.
+        breaks_ids: gapped position ids do not survive because of this.
+        node: name of the first node (or graph input or output) that shows it.
+        count: how many nodes show it.
+        sentence: what is wrong.
+        hint: what to do about it.
+    """
+
+    rule: str
+    severity: Severity
+    breaks_ids: bool
+    node: str
+    count: int = 1
+    sentence: str
+    hint: str
+
+    def __str__(self) -> str:
+        others = f" (and {self.count - 1} more)" if self.count > 1 else ""
+        return f"{self.severity} {self.rule}: {self.node}{others}: {self.sentence} ({self.hint})"
+
+
+class Rule(_Stored):
+    """A rule that was checked.
+
+    Attributes:
+        id: stable identifier.
+        title: the rule as one sentence.
+    """
+
+    id: str
+    title: str
+
+
+class Verdict(_Stored):
+    """Whether gapped position ids survive this graph.
+
+    Attributes:
+        survives: the ids that a caller feeds are the ids that RoPE uses, token by token.
+        reason: one line.
+        findings: everything the rules found, errors first.
+    """
+
+    survives: bool
+    reason: str
+    findings: tuple[Finding, ...]
+
+
+class Report(_Stored):
+    """The result of linting one graph.
+
+    Attributes:
+        subject: file name, or the name of a graph in memory.
+        profile: which kind of graph it was taken for.
+        own: whether it was held to the contract of this project's bundles.
+        attention_layers: number of attention operations found (decoder only, otherwise 0).
+        rules: what was checked.
+        verdict: the answer.
+    """
+
+    subject: str
+    profile: Profile
+    own: bool
+    attention_layers: int
+    rules: tuple[Rule, ...]
+    verdict: Verdict
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything the rules found, errors first."""
+        return self.verdict.findings
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings that stop an export."""
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """Findings that are worth knowing."""
+        return tuple(f for f in self.findings if f.severity == "warning")
+
+    def require(self) -> None:
+        """Accept the graph or refuse it.
+
+        Raises:
+            LintError: there is at least one error.
+        """
+        if self.errors:
+            first = self.errors[0]
+            others = f"; and {len(self.errors) - 1} more" if len(self.errors) > 1 else ""
+            raise LintError(
+                f"[{first.rule}] {first.node}: {first.sentence}{others}",
+                subject=self.subject,
+                hint=first.hint,
+            )
+
+
+def merge(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Say each thing once: equal rule and sentence become one finding with a count; breaking ones and errors first."""
+    merged: dict[tuple[str, str, str], Finding] = {}
+    for finding in findings:
+        key = (finding.rule, finding.severity, finding.sentence)
+        seen = merged.get(key)
+        merged[key] = (
+            finding if seen is None else seen.model_copy(update={"count": seen.count + finding.count})
+        )
+    return tuple(sorted(merged.values(), key=lambda f: (not f.breaks_ids, f.severity != "error")))
+
+
+def verdict_of(findings: list[Finding], *, good: str) -> Verdict:
+    """The verdict that follows from the findings.
+
+    Args:
+        findings: of all rules.
+        good: the reason to give when nothing breaks the ids.
+    """
+    ordered = merge(findings)
+    breaking = [f for f in ordered if f.breaks_ids]
+    if breaking:
+        first = breaking[0]
+        others = f"; and {len(breaking) - 1} other reasons" if len(breaking) > 1 else ""
+        return Verdict(survives=False, reason=f"{first.node}: {first.sentence}{others}", findings=ordered)
+    errors = [f for f in ordered if f.severity == "error"]
+    aside = f"; apart from the ids: {errors[0].sentence}" if errors else ""
+    return Verdict(survives=True, reason=good + aside, findings=ordered)

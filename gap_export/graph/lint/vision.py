@@ -1,0 +1,242 @@
+"""Rules of vision graphs: survivors come in raster order, and the indices that are given out are those that were used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from gap_export.graph.lint.dataflow import Flow, constant, integer, is_op, name_of, operand
+from gap_export.graph.lint.report import Finding, Rule
+
+ASCENDING = Rule(
+    id="kept-indices-ascending",
+    title="kept_indices are sorted ascending and visual_embeds are gathered with them",
+)
+
+KEPT, EMBEDS = "kept_indices", "visual_embeds"
+_SELECTING = ("TopK", "NonZero", "Compress", "NonMaxSuppression", "ArgMax", "Multinomial")
+_ORDER_KEEPING = (
+    "Cast",
+    "Identity",
+    "Unsqueeze",
+    "Squeeze",
+    "Reshape",
+    "Flatten",
+    "Expand",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Clip",
+)
+_INDEX_MOVEMENT = (*_ORDER_KEEPING, "Concat", "Transpose", "Tile", "Add", "Mul", "Slice")
+_GATHERS = ("Gather", "GatherElements", "GatherND")
+
+
+def check_vision(flow: Flow, *, sorted_wanted: bool) -> list[Finding]:
+    """Check order and use of the kept indices.
+
+    Args:
+        flow: the graph.
+        sorted_wanted: False where score order is the policy; then only their use is checked.
+    """
+    outputs = {v.name: v for v in flow.outputs}
+    kept = outputs.get(KEPT)
+    if kept is None:
+        if not any(is_op(node, *_SELECTING) for node in flow.nodes):
+            return []
+        return [
+            _finding(
+                "(outputs)",
+                "tokens seem to be selected, but there is no kept_indices output: nobody can know their position ids",
+                "give out the indices that the embeddings were gathered with",
+            )
+        ]
+    findings = []
+    if sorted_wanted:
+        direction, why = _Order(flow).of(kept)
+        if direction != 1:
+            findings.append(_finding(KEPT, why, "sort the kept indices ascending before gathering with them"))
+    embeds = outputs.get(EMBEDS)
+    if embeds is None:
+        findings.append(
+            _finding("(outputs)", "there is no visual_embeds output", "name the embeddings visual_embeds")
+        )
+    elif not _gathered_with(flow, embeds, kept):
+        findings.append(
+            _finding(
+                EMBEDS,
+                "the embeddings are not gathered with kept_indices: ids and tokens would not belong together",
+                "gather with the very tensor that is given out",
+            )
+        )
+    return findings
+
+
+def _finding(node: str, sentence: str, hint: str) -> Finding:
+    return Finding(
+        rule=ASCENDING.id, severity="error", breaks_ids=True, node=node, sentence=sentence, hint=hint
+    )
+
+
+class _Order:
+    """Proves by structure that the last axis of a tensor of indices is sorted."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+
+    def of(self, value: ir.Value) -> tuple[int, str]:
+        """(1 ascending, -1 descending, 0 neither shown; why not ascending)."""
+        sign = 1
+        current = value
+        for _ in range(len(self.flow.nodes) + 1):
+            definitions = self.flow.definitions(current)
+            if len(definitions) > 1:
+                results = [self.of(v) for v in definitions]
+                return next((r for r in results if r[0] != sign), (1, ""))
+            current = definitions[0]
+            content = constant(current)
+            if content is not None:
+                return self._of_constant(content, sign)
+            node = current.producer()
+            if node is None:
+                return 0, f"the order of {name_of(current)} is not known"
+            step = self._step(node, current)
+            if isinstance(step, str):
+                return 0, step
+            factor, following = step
+            sign *= factor
+            if following is None:
+                return sign, "" if sign == 1 else f"the indices come from {name_of(node)} in descending order"
+            current = following
+        return 0, "the graph runs in circles"
+
+    @staticmethod
+    def _of_constant(
+        content: np.ndarray[tuple[int, ...], np.dtype[np.generic]], sign: int
+    ) -> tuple[int, str]:
+        steps = np.diff(content.astype(np.float64), axis=-1) if content.ndim else np.zeros(1)
+        if bool((steps * sign > 0).all()):
+            return 1, ""
+        return 0, "the indices are a constant that is not ascending"
+
+    def _step(self, node: ir.Node, value: ir.Value) -> tuple[int, ir.Value | None] | str:
+        """(factor of the direction, operand to go on with or None where the order is proved), or why not."""
+        first = operand(node, 0)
+        name = name_of(node)
+        if is_op(node, *_ORDER_KEEPING):
+            return 1, first
+        if is_op(node, "Neg"):
+            return -1, first
+        if is_op(node, "Slice") and first is not None:
+            steps = constant(operand(node, 4))
+            if operand(node, 4) is None:
+                return 1, first
+            forward = steps is not None and bool((steps.astype(np.int64) > 0).all())
+            return (1, first) if forward else f"{name} reverses or reorders the indices"
+        if is_op(node, "Add", "Sub", "Mul", "Div"):
+            return self._arithmetic(node)
+        if is_op(node, "Range"):
+            delta = constant(operand(node, 2))
+            if delta is None or float(delta) == 0:
+                return f"the step of {name} is not known"
+            return (1 if float(delta) > 0 else -1), None
+        if is_op(node, "TopK"):
+            return self._top_k(node, value)
+        if is_op(node, "GatherElements", "Gather"):
+            return self._reordered(node)
+        if is_op(node, "NonZero"):
+            return 1, None
+        return f"the order of the indices that {node.op_type} {name} gives is not known"
+
+    def _arithmetic(self, node: ir.Node) -> tuple[int, ir.Value | None] | str:
+        a, b = node.inputs
+        if a is None or b is None:
+            return f"{name_of(node)} lacks an operand"
+        scalar_a, scalar_b = self._scalar(a), self._scalar(b)
+        if scalar_a is None and scalar_b is None:
+            return f"{name_of(node)} combines the indices with values that differ from token to token"
+        if node.op_type == "Add":
+            return 1, (a if scalar_b is not None else b)
+        if node.op_type == "Sub":
+            return (1, a) if scalar_b is not None else (-1, b)
+        factor = scalar_b if scalar_b is not None else scalar_a
+        if factor is None or factor == 0 or (node.op_type == "Div" and scalar_b is None):
+            return f"{name_of(node)} does not keep the order of the indices"
+        return (1 if factor > 0 else -1), (a if scalar_b is not None else b)
+
+    @staticmethod
+    def _scalar(value: ir.Value) -> float | None:
+        content = constant(value)
+        return float(content.reshape(-1)[0]) if content is not None and content.size == 1 else None
+
+    @staticmethod
+    def _top_k(node: ir.Node, value: ir.Value) -> tuple[int, ir.Value | None] | str:
+        name = name_of(node)
+        if value is node.outputs[1]:
+            return f"the indices come from TopK {name} in score order"
+        if not integer(node, "sorted", 1):
+            return f"TopK {name} does not sort"
+        source = operand(node, 0)
+        axis, rank = (
+            integer(node, "axis", -1),
+            len(source.shape) if source is not None and source.shape is not None else None,
+        )
+        if axis != -1 and axis + 1 != rank:
+            return f"TopK {name} does not sort along the last axis"
+        return (-1 if integer(node, "largest", 1) else 1), None
+
+    def _reordered(self, node: ir.Node) -> tuple[int, ir.Value | None] | str:
+        """x[argsort(x)], and an ascending table read at ascending indices."""
+        data, index = operand(node, 0), operand(node, 1)
+        sorter = self._producer(index)
+        if data is None or index is None:
+            return f"{name_of(node)} lacks an operand"
+        if is_op(sorter, "TopK") and sorter is not None and operand(sorter, 0) is not None:
+            same = self._behind(operand(sorter, 0)) is self._behind(data)
+            if same and integer(sorter, "sorted", 1):
+                return (-1 if integer(sorter, "largest", 1) else 1), None
+        table = constant(data)
+        if table is not None and table.ndim and self._of_constant(table, 1)[0] == 1:
+            return 1, index
+        return f"{name_of(node)} reorders the indices in a way that is not known"
+
+    def _behind(self, value: ir.Value | None) -> ir.Value | None:
+        while value is not None and is_op(value.producer(), *_ORDER_KEEPING):
+            node = value.producer()
+            value = operand(node, 0) if node is not None else None
+        return value
+
+    def _producer(self, value: ir.Value | None) -> ir.Node | None:
+        behind = self._behind(value)
+        return behind.producer() if behind is not None else None
+
+
+def _gathered_with(flow: Flow, embeds: ir.Value, kept: ir.Value) -> bool:
+    """Whether some gather above the embeddings reads at the kept indices, however they were reshaped."""
+
+    def movement(node: ir.Node) -> Iterable[ir.Value | None]:
+        return node.inputs if is_op(node, *_INDEX_MOVEMENT) else ()
+
+    def reshaping(node: ir.Node) -> Iterable[ir.Value | None]:
+        return node.inputs[:1] if is_op(node, *_ORDER_KEEPING) else ()
+
+    origins = {v for v in flow.upstream(kept, reshaping) if not is_op(v.producer(), *_ORDER_KEEPING)}
+    fixed = [c for v in origins if (c := constant(v)) is not None]
+    for value in flow.ancestors(embeds):
+        node = value.producer()
+        if node is None or not is_op(node, *_GATHERS) or node.inputs[1] is None:
+            continue
+        for source in flow.upstream(node.inputs[1], movement):
+            content = constant(source)
+            if source in origins or (content is not None and any(_same(content, c) for c in fixed)):
+                return True
+    return False
+
+
+def _same(
+    a: np.ndarray[tuple[int, ...], np.dtype[np.generic]], b: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+) -> bool:
+    """Whether two constants hold the same indices, whatever their shape."""
+    return a.size == b.size and bool((a.reshape(-1) == b.reshape(-1)).all())
