@@ -8,13 +8,11 @@ Each stage is one function of its own room; no room calls the next.
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +34,7 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
 from gap_export.errors import BundleError, CheckpointError
 from gap_export.families import family_of
 from gap_export.grounding import scenes
+from gap_export.machine import versions
 from gap_export.plan import Plan, plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
@@ -55,6 +54,17 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "gap": {"positions": PositionPolicy.GAP},
 }
 _TOKENIZER = "tokenizer.json"
+_PACKAGES = (
+    "gap-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,7 @@ def build(
                 for path in sorted(folder.rglob("*"))
                 if path.is_file() and path.name != MANIFEST
             },
-            versions=_versions(),
+            versions=versions(_PACKAGES),
             recipe=recipe.model_dump(mode="json"),
         )
         write_manifest(folder, manifest)
@@ -261,7 +271,7 @@ def validate(
         grounding=parity.Grounding(
             **accuracy, cases=cases, kept=manifest.pruning.kept, visual_tokens=manifest.model.visual_tokens
         ),
-        versions=_versions(),
+        versions=versions(_PACKAGES),
     )
     write_atomically(bundle.reports / "parity.json", report.model_dump_json(indent=2) + "\n")
     return report
@@ -341,23 +351,3 @@ def _check_prompt(checkpoint: Checkpoint, prompt: PromptTemplate, plan: Plan, re
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = (
-        "torch",
-        "transformers",
-        "onnx",
-        "onnx-ir",
-        "onnxscript",
-        "onnxruntime",
-        "tensorrt-rtx",
-        "tensorrt",
-    )
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -1,0 +1,147 @@
+"""The record of a latency measurement: what is stored, and its tables for the screen."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+QUANTITIES = {
+    "encode_ms": "encode",
+    "splice_ms": "splice",
+    "prefill_ms": "prefill",
+    "ttft_ms": "time to first token",
+    "tpot_ms": "time per output token",
+    "total_ms": "whole request",
+}
+"""Field of a row -> words for the screen, in the order in which they are measured."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Percentiles(_Record):
+    """Over all rounds, in milliseconds, linearly interpolated."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Row(_Record):
+    """One contender.
+
+    Attributes:
+        name: as the caller called it.
+        backend: runtime.
+        precision: of weights and activations.
+        positions: numbering policy.
+        pruner: strategy.
+        keep: fraction of visual tokens kept.
+        kept: the count.
+        visual_tokens: before pruning.
+        batch: pictures per request.
+        prompt_slots: cache slots the longest prompt of the batch takes, kept visual tokens included.
+        capacity: cache slots; attention reads all of them, filled or not.
+        cache_bytes: of keys and values of all layers, for the batch.
+        new_tokens: generated per picture.
+        encode_ms: vision tower, pruner, projector.
+        splice_ms: visual tokens into the prompt, position ids.
+        prefill_ms: decoder over the prompt.
+        ttft_ms: time to first token, the sum of the three above.
+        tpot_ms: time per output token after the first, the mean over one request; 0 when only one was asked for.
+        total_ms: the whole request.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    positions: str
+    pruner: str
+    keep: float
+    kept: int
+    visual_tokens: int
+    batch: int
+    prompt_slots: int
+    capacity: int
+    cache_bytes: int
+    new_tokens: int
+    encode_ms: Percentiles
+    splice_ms: Percentiles
+    prefill_ms: Percentiles
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    total_ms: Percentiles
+
+
+class Ratio(_Record):
+    """Median of one contender over median of another, same rounds.
+
+    Attributes:
+        numerator: name of a row.
+        denominator: name of a row.
+        quantity: one of `QUANTITIES`.
+        ratio: of the medians.
+        low: lower end of the interval that holds 95% of resampled rounds (paired bootstrap).
+        high: upper end.
+    """
+
+    numerator: str
+    denominator: str
+    quantity: str
+    ratio: float
+    low: float
+    high: float
+
+
+class BenchRecord(_Record):
+    """One run.
+
+    Attributes:
+        device: what it ran on.
+        versions: package -> version.
+        requests: rounds measured; every contender answered one request per round.
+        warmup: rounds before them that were not measured.
+        peak_rss_bytes: of the process with all contenders loaded; None where the system does not tell.
+        rows: contenders, in the caller's order.
+        ratios: every pair of rows, every quantity.
+    """
+
+    device: str
+    versions: dict[str, str]
+    requests: int
+    warmup: int
+    peak_rss_bytes: int | None
+    rows: tuple[Row, ...]
+    ratios: tuple[Ratio, ...]
+
+
+def tables(record: BenchRecord) -> list[Table]:
+    """The record for the screen: one column per contender, then one per pair of them."""
+    from rich.table import Table
+
+    rows = Table("", *(row.name for row in record.rows))
+    rows.title = f"median over {record.requests} requests, ms (90th percentile in brackets)"
+    rows.add_row("visual tokens", *(f"keep {row.kept} of {row.visual_tokens}" for row in record.rows))
+    rows.add_row("cache slots", *(f"{row.capacity}, {row.prompt_slots} by the prompt" for row in record.rows))
+    for quantity, words in QUANTITIES.items():
+        spans = [getattr(row, quantity) for row in record.rows]
+        rows.add_row(words, *(f"{span.p50:.3f} ({span.p90:.3f})" for span in spans))
+    if len(record.rows) == 1:
+        return [rows]
+    pairs = list(combinations([row.name for row in record.rows], 2))
+    found = {(each.numerator, each.denominator, each.quantity): each for each in record.ratios}
+    ratios = Table("", *(f"{one} / {other}" for one, other in pairs))
+    ratios.title = "ratio of medians, same rounds (95% interval)"
+    for quantity, words in QUANTITIES.items():
+        cells = [found.get((*pair, quantity)) for pair in pairs]
+        ratios.add_row(
+            words,
+            *(f"{each.ratio:.3f} ({each.low:.3f} to {each.high:.3f})" if each else "" for each in cells),
+        )
+    return [rows, ratios]
