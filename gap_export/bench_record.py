@@ -128,7 +128,7 @@ def tables(record: BenchRecord) -> list[Table]:
     rows = Table("", *(row.name for row in record.rows))
     rows.title = f"median over {record.requests} requests, ms (90th percentile in brackets)"
     rows.add_row("visual tokens", *(f"keep {row.kept} of {row.visual_tokens}" for row in record.rows))
-    rows.add_row("cache slots", *(f"{row.capacity}, {row.prompt_slots} by the prompt" for row in record.rows))
+    rows.add_row("cache slots", *(f"prompt {row.prompt_slots} of {row.capacity}" for row in record.rows))
     for quantity, words in QUANTITIES.items():
         spans = [getattr(row, quantity) for row in record.rows]
         rows.add_row(words, *(f"{span.p50:.3f} ({span.p90:.3f})" for span in spans))

@@ -112,10 +112,11 @@ class Pruning(Stored):
 
 
 class Graph(Stored):
-    """One ONNX file of the bundle and what it takes and gives."""
+    """One ONNX file of the bundle, what it takes and gives, and how many nodes of which operator it has."""
 
     file: str
     spec: GraphSpec
+    operators: dict[str, int]
 
 
 class Engine(Stored):

@@ -45,7 +45,7 @@ Progress = Callable[[str], None]
 """Called with a few words whenever a stage begins."""
 
 CONTROL_CASES = 48
-"""Cases each negative control is run on."""
+"""Cases each negative control is run on, rounded down to whole batches."""
 
 _COMPANIONS: dict[str, dict[str, Any]] = {
     "full": {"pruner": "none", "keep": 1.0},
@@ -139,7 +139,7 @@ def build(
             progress(f"writing and linting {name}.onnx")
             weights.attach_weights(model, store, component.weight_key)
             passes.simplify(model)
-            graph = Graph(file=f"{name}.onnx", spec=component.spec)
+            graph = Graph(file=f"{name}.onnx", spec=component.spec, operators=passes.operators(model))
             passes.write_graph(model, component.spec, folder / graph.file)
             lint.lint_graph(folder / graph.file, profile=name, own=True, policy=plan.positions).require()
             graphs[name] = graph
@@ -238,10 +238,12 @@ def validate(
     measured = parity.measure(runs, reference, questions, manifest)
     gates = parity.judge(measured, recipe.demands)
 
-    few = questions[:CONTROL_CASES]
-    few_batches = -(-len(few) // batch)
+    few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
+    few = questions[: few_batches * batch]
+    kept = manifest.pruning.kept
+    gapped = manifest.pruning.positions is PositionPolicy.GAP and kept < manifest.model.visual_tokens
     caught = []
-    for name, adjust in parity.controls(manifest.pruning.kept).items():
+    for name, adjust in parity.controls(kept, gapped=gapped).items():
         progress(f"negative control: {name}")
         wrong = parity.run_cases(
             grounder, session, few, batch=batch, tick=tick, adjust=adjust, keep_logits=True
@@ -278,14 +280,16 @@ def validate(
 
 
 def validation_work(cases: int) -> int:
-    """How many answers `validate` makes."""
-    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls(1))
+    """About how many answers `validate` makes."""
+    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls(2, gapped=True))
 
 
 @contextmanager
 def _companion(bundle: Bundle, recipe: Recipe, backend: Backend, progress: Progress) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
     targets: tuple[Target, ...] = ("onnx",) if backend == "onnxruntime" else (backend,)
+    # A capacity that is just enough for the pruned prompt is too small for the whole one.
+    recipe = recipe.model_copy(update={"capacity": None})
     with TemporaryDirectory(
         prefix=f".{bundle.folder.name}.companion-", dir=bundle.folder.absolute().parent
     ) as scratch:

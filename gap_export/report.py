@@ -75,6 +75,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
                 "inputs": [_shown(tensor) for tensor in graph.spec.inputs],
                 "outputs": [_shown(tensor) for tensor in graph.spec.outputs],
                 "in_place": len(graph.spec.aliased),
+                "operators": graph.operators,
             }
             for name, graph in manifest.graphs.items()
         },
@@ -132,6 +133,10 @@ def print_bundle(facts: dict[str, Any], console: Console) -> None:
             name, f"{graph['bytes'] / 1e3:.0f} kB", _some(graph["inputs"]), _some(graph["outputs"])
         )
     console.print(graphs)
+    operators = Table("graph", "operators")
+    for name, graph in facts["graphs"].items():
+        operators.add_row(name, ", ".join(f"{op} {count}" for op, count in graph["operators"].items()))
+    console.print(operators)
     for target, engines in facts["engines"].items():
         table = Table("engine", "size", "built by", "for", title=target)
         for name, engine in engines.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import onnx_ir as ir
@@ -48,6 +49,11 @@ def _foldable(node: ir.Node) -> bool | None:
         if any(isinstance(getattr(i, "const_value", None), ir.ExternalTensor) for i in node.inputs)
         else None
     )
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """Operator -> number of nodes, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph).most_common())
 
 
 def write_graph(model: ir.Model, spec: GraphSpec, path: Path) -> None:

@@ -159,7 +159,7 @@ def write_bundle(folder: Path, engines: dict[EngineTarget, dict[str, Engine]] | 
         model = onnx.parser.parse_model('<ir_version: 11, opset_import: ["" : 24]>' + text)
         _rename(model.graph)
         onnx.save(model, folder / f"{name}.onnx")
-        graphs[name] = Graph(file=f"{name}.onnx", spec=spec_of(name, model))
+        graphs[name] = Graph(file=f"{name}.onnx", spec=spec_of(name, model), operators={})
     manifest = Manifest(
         gap_export="0",
         name="small",

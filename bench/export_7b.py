@@ -1,0 +1,171 @@
+"""What exporting a 7B model costs: peak memory, time, bytes written. See README.md for the protocol.
+
+    python bench/export_7b.py [--scratch FOLDER] [--label TEXT] [--keep-bundle]
+
+A stand-in for LLaVA-1.5-7B (14 GB of random fp16 weights) is written once and taken again by later runs. Each build runs
+in a fresh process, so that its peak is its own. The last line printed is the record, also stored in bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import record
+from rich.console import Console
+from rich.table import Table
+from standin import LLAVA_7B, ensure_checkpoint
+
+TARGETS = {
+    "decoder": {"peak_rss_gb": 1.0, "written_mb": 10.0, "seconds": 120.0},
+    "bundle": {"peak_rss_gb": 1.5, "written_mb": 10.0},
+}
+UNITS = {
+    "peak_rss_gb": "peak RSS, GB",
+    "written_mb": "newly written, MB",
+    "seconds": "wall time, s",
+    "cpu_seconds": "processor time, s",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
+    parser.add_argument("--label", default="", help="words stored with the record")
+    parser.add_argument(
+        "--keep-bundle", action="store_true", help="leave the last bundle in the scratch folder"
+    )
+    parser.add_argument("--build", choices=TARGETS, help=argparse.SUPPRESS)  # how this script calls itself
+    options = parser.parse_args()
+    checkpoint, out = options.scratch / "llava-7b", options.scratch / "bundle-7b"
+    if options.build:
+        print(json.dumps(measured_build(options.build, checkpoint, out)))
+        return 0
+
+    console = Console()
+    console.print("checkpoint: [bold]LLaVA-1.5-7B[/], random weights")
+    _, weight_bytes = ensure_checkpoint(checkpoint, LLAVA_7B)
+    builds: dict[str, dict[str, Any]] = {}
+    for name in TARGETS:
+        shutil.rmtree(out, ignore_errors=True)
+        console.print(f"building the {name} in a process of its own")
+        builds[name] = in_fresh_process(name, options.scratch)
+    if not options.keep_bundle:
+        shutil.rmtree(out)
+
+    met = {
+        name: {what: builds[name][what] <= limit for what, limit in limits.items()}
+        for name, limits in TARGETS.items()
+    }
+    console.print(table(builds))
+    return record.finish(
+        "export_7b",
+        {"weight_bytes": weight_bytes, "builds": builds, "targets": TARGETS, "met": met},
+        label=options.label,
+        ok=all(all(each.values()) for each in met.values()),
+    )
+
+
+def in_fresh_process(name: str, scratch: Path) -> dict[str, Any]:
+    """Build in a child; its wall time includes the start of Python and every import."""
+    command = [sys.executable, __file__, "--scratch", str(scratch), "--build", name]
+    began = time.perf_counter()
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - began
+    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return {"seconds": round(seconds, 2), **measured}
+
+
+def measured_build(name: str, checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Build here; what it took, by stage."""
+    from gap_export.machine import peak_rss_bytes
+
+    stages: list[tuple[str, float]] = []
+
+    def progress(words: str) -> None:
+        stages.append((words, time.perf_counter()))
+        print(f"  {words}", file=sys.stderr)
+
+    (build_decoder if name == "decoder" else build_bundle)(checkpoint, out, progress)
+    ends = [moment for _, moment in stages[1:]] + [time.perf_counter()]
+    peak = peak_rss_bytes()
+    if peak is None:
+        raise SystemExit(
+            "this system does not tell a process its peak memory (no /proc): run the benchmark on Linux"
+        )
+    written = sum(
+        path.stat().st_size for path in out.rglob("*") if path.is_file() and path.stat().st_nlink == 1
+    )
+    return {
+        "peak_rss_gb": round(peak / 1e9, 3),
+        "cpu_seconds": round(time.process_time(), 2),
+        "written_mb": round(written / 1e6, 2),
+        "stages": {words: round(end - start, 2) for (words, start), end in zip(stages, ends, strict=True)},
+    }
+
+
+def recipe_for(checkpoint: Path) -> Any:
+    from gap_export.recipe import load_recipe
+
+    return load_recipe("llava").replaced(checkpoint=str(checkpoint))
+
+
+def build_bundle(checkpoint: Path, out: Path, progress: Any) -> None:
+    """What `gap-export build --model llava` does."""
+    from gap_export import pipeline
+
+    pipeline.build(recipe_for(checkpoint), out, progress=progress)
+
+
+def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:
+    """The pipeline's stages for the decoder graph alone: no other graph, no tokenizer, no hashes."""
+    progress("importing")
+    from gap_export.checkpoint import open_checkpoint
+    from gap_export.families import family_of
+    from gap_export.graph import lint, passes, trace, weights
+    from gap_export.plan import plan_for
+
+    progress("reading the checkpoint")
+    recipe, source = recipe_for(checkpoint), open_checkpoint(checkpoint)
+    _, family = family_of(source)
+    plan = plan_for(recipe, family.facts(source))
+    decoder = next(part for part in family.components(source, plan) if part.spec.name == "decoder")
+    progress("tracing decoder")
+    model = trace.graph_from_component(decoder)
+    progress("placing the weights")
+    out.mkdir(parents=True)
+    store = weights.WeightStore(source, recipe.precision, out)
+    store.prepare([decoder.weight_key(name) for name in weights.parameters_of(model)])
+    weights.attach_weights(model, store, decoder.weight_key)
+    progress("simplifying decoder.onnx")
+    passes.simplify(model)
+    progress("writing decoder.onnx")
+    passes.write_graph(model, decoder.spec, out / "decoder.onnx")
+    progress("linting decoder.onnx")
+    lint.lint_graph(out / "decoder.onnx", profile="decoder", own=True, policy=plan.positions).require()
+
+
+def table(builds: dict[str, dict[str, Any]]) -> Table:
+    shown = Table(title="export of a 7B model")
+    shown.add_column("build")
+    shown.add_column("quantity")
+    shown.add_column("measured", justify="right")
+    shown.add_column("target", justify="right")
+    for name, build in builds.items():
+        for what, words in UNITS.items():
+            limit = TARGETS[name].get(what)
+            shown.add_row(name, words, f"{build[what]:.2f}", "" if limit is None else f"at most {limit:g}")
+        for words, seconds in build["stages"].items():
+            shown.add_row("", f"  {words}, s", f"{seconds:.2f}", "")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
