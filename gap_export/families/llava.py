@@ -81,6 +81,12 @@ def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
             subject=str(checkpoint.folder),
             hint="download the checkpoint's preprocessor_config.json",
         )
+    if not (_is_rgb(mean) and _is_rgb(std) and min(std) > 0):
+        raise CheckpointError(
+            "image_mean and image_std must be three numbers each, and no image_std may be 0",
+            subject=str(checkpoint.folder / "preprocessor_config.json"),
+            hint="fetch the checkpoint's preprocessor_config.json again",
+        )
     return Preprocessing(
         size=_config(checkpoint).vision_config.image_size,
         fit=recipe.fit or "pad",
@@ -93,12 +99,20 @@ def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
 def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
     """See `Family.prompt`."""
     config = _config(checkpoint)
-    ends = checkpoint.json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
+    ends = checkpoint.json("generation_config.json").get("eos_token_id")
+    ends = config.text_config.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [ends]
+    if not ends or not all(isinstance(end, int) for end in ends):
+        raise CheckpointError(
+            "names no token that ends an answer (eos_token_id)",
+            subject=str(checkpoint.folder),
+            hint="add eos_token_id to the checkpoint's generation_config.json",
+        )
     return PromptTemplate(
         grounding=recipe.prompt or GROUNDING_PROMPT,
         image_token_id=config.image_token_id,
         add_special_tokens=True,
-        eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,),
+        eos_token_ids=tuple(ends),
     )
 
 
@@ -351,6 +365,14 @@ def _config(checkpoint: Checkpoint) -> LlavaConfig:
     )
     _require(checkpoint, "text_config.model_type", config.text_config.model_type == "llama", "llama")
     return config
+
+
+def _is_rgb(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(value, int | float) for value in values)
+    )
 
 
 def _require(checkpoint: Checkpoint, field: str, holds: bool, wanted: str) -> None:
