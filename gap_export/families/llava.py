@@ -168,7 +168,11 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         (
             GraphSpec(
                 name="splice",
-                inputs=(tensor("input_ids", "int64", batch, text), visual_embeds, kept_indices),
+                inputs=(
+                    tensor("input_ids", "int64", batch, text),
+                    visual_embeds,
+                    *((kept_indices,) if plan.positions is PositionPolicy.GAP else ()),
+                ),
                 outputs=(
                     tensor("inputs_embeds", dtype, batch, spliced, sizes.hidden_size),
                     tensor("position_ids", "int64", batch, spliced),
