@@ -41,14 +41,18 @@ def test_a_documented_command_parses(document: str, line: str) -> None:
     """Every option exists and every value has the right type; nothing is run."""
     name, *arguments = shlex.split(line)[1:]
     group = typer.main.get_command(app)
-    command = group.get_command(group.make_context("gap-export", [name, "--help"], resilient_parsing=True), name)  # type: ignore[attr-defined]
+    command = group.get_command(
+        group.make_context("gap-export", [name, "--help"], resilient_parsing=True), name
+    )  # type: ignore[attr-defined]
     assert command is not None, f"{document}: no command {name}"
     command.make_context(name, arguments)
 
 
 def test_a_wrong_command_would_be_noticed() -> None:
     group = typer.main.get_command(app)
-    build = group.get_command(group.make_context("gap-export", ["build", "--help"], resilient_parsing=True), "build")  # type: ignore[attr-defined]
+    build = group.get_command(
+        group.make_context("gap-export", ["build", "--help"], resilient_parsing=True), "build"
+    )  # type: ignore[attr-defined]
     with pytest.raises(Exception, match="--kepe"):
         build.make_context("build", ["--model", "shapes", "-o", "x", "--kepe", "0.25"])
 
@@ -63,7 +67,9 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_make_targets_exist(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^    make ([a-z-]+)$|`make ([a-z-]+)`", document.read_text(encoding="utf-8"), re.MULTILINE):
+    for target in re.findall(
+        r"^    make ([a-z-]+)$|`make ([a-z-]+)`", document.read_text(encoding="utf-8"), re.MULTILINE
+    ):
         name = target[0] or target[1]
         assert re.search(rf"^{name}:", makefile, re.MULTILINE), f"{document.name}: make {name}"
 

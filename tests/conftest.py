@@ -1,0 +1,201 @@
+"""Shared by all rooms: a tiny LLaVA with random weights in Hugging Face layout, bundles built from it, its reference.
+
+Building a bundle takes seconds, so each variant is built once per test session. Tests that damage a bundle or a checkpoint
+work on copies.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from numpy.typing import NDArray
+from PIL import Image
+
+from gap_export.bundle import Bundle, Pruning
+from gap_export.recipe import Recipe
+
+GRID = (6, 6)
+IMAGE_TOKEN, EOS, VOCABULARY = 4, 2, 64
+PROMPT = "USER : <image> where is {expression} ? ASSISTANT :"
+WORDS = """
+    USER : ? ASSISTANT where is the red green blue circle square triangle small large on left right of above below
+    at top bottom [ ] , . 0 1 2 3 4 5 6 7 8 9 in a picture mug cat
+"""
+
+# A first example may import a room, and machines differ: how long an example takes says nothing.
+settings.register_profile("gap-export", deadline=None)
+settings.load_profile("gap-export")
+
+BuildBundle = Callable[..., Bundle]
+
+
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *dict.fromkeys(WORDS.split())])}
+    assert len(vocabulary) <= VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _save_model(folder: Path) -> None:
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=36,
+            patch_size=6,
+            projection_dim=32,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=EOS,
+            pad_token_id=0,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        ),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=GRID[0] * GRID[1],
+        tie_word_embeddings=False,
+    )
+    generator = torch.Generator().manual_seed(7)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        # Weights large enough that attention is sharp: a wrong position must show in the logits.
+        for parameter in model.parameters():
+            spread = 1.8 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.1
+            centre = 0.0 if parameter.dim() > 1 else float(parameter.mean() > 0.5)
+            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA: three-layer CLIP tower, two-layer Llama (4 heads on 2), 36 visual tokens, fp32, one safetensors file."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llava"
+    folder.mkdir()
+    _save_model(folder)
+    _save_tokenizer(folder)
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+        "size": {"shortest_edge": 36},
+        "crop_size": {"height": 36, "width": 36},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_checkpoint: Path) -> dict[str, Any]:
+    """Recipe fields of the tiny checkpoint."""
+    return {
+        "name": "tiny",
+        "checkpoint": str(tiny_checkpoint),
+        "prompt": PROMPT,
+        "max_new_tokens": 5,
+        "max_text": 24,
+        "max_batch": 4,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Bundle]:
+    """`tiny_bundle(precision=..., keep=..., positions=..., pruner=...)`: a bundle, built on first use. Not to be changed."""
+    folder = tmp_path_factory.mktemp("bundles")
+    built: dict[str, Bundle] = {}
+
+    def bundle(**changes: Any) -> Bundle:
+        name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
+        if name not in built:
+            from gap_export import pipeline
+
+            recipe = Recipe.model_validate({**tiny_options, **changes})
+            built[name] = pipeline.build(recipe, folder / name).bundle
+        return built[name]
+
+    return bundle
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: BuildBundle, tmp_path: Path) -> Path:
+    """Folder of the default tiny bundle, to be damaged."""
+    return Path(shutil.copytree(tiny_bundle().folder, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tiny_checkpoint: Path) -> Callable[[Pruning], Any]:
+    """`tiny_reference(pruning)`: the PyTorch session of the tiny checkpoint."""
+    sessions: dict[str, Any] = {}
+
+    def session(pruning: Pruning) -> Any:
+        from gap_export.runtime.torch_reference import TorchSession
+
+        return sessions.setdefault(pruning.model_dump_json(), TorchSession(tiny_checkpoint, pruning))
+
+    return session
+
+
+@pytest.fixture(scope="session")
+def pixels() -> NDArray[np.float32]:
+    """[4, 3, 36, 36] float32: four pictures for the tiny tower."""
+    return np.random.default_rng(3).normal(size=(4, 3, 36, 36)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def ragged_ids() -> NDArray[np.int64]:
+    """[4, 9] int64: prompts of different length with the placeholder first, inside and last, padded with -1."""
+    rows = [
+        [1, 5, 6, IMAGE_TOKEN, 7, 8, 9, 10, 11],
+        [IMAGE_TOKEN, 12, 13, 14, 15],
+        [1, 16, 17, 18, 19, IMAGE_TOKEN],
+        [1, IMAGE_TOKEN, 20],
+    ]
+    ids = np.full((4, 9), -1, np.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+    return ids
+
+
+@pytest.fixture(scope="session")
+def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 48 x 40 PNG of noise."""
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    noise = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path

@@ -1,0 +1,264 @@
+"""One contract for every strategy, and each strategy's own arithmetic against an independent one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+
+from gap_export import prune
+from gap_export.errors import RecipeError
+from gap_export.positions import PositionPolicy
+from gap_export.prune import VisionFeatures
+from gap_export.prune.cls_attention import ClsAttention
+from gap_export.prune.random import drawn_indices
+from gap_export.prune.spatial import grid_indices
+
+GRID, HEADS, WIDTH = (4, 5), 3, 8
+VISUAL = GRID[0] * GRID[1]
+
+
+def features(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> VisionFeatures:
+    generator = torch.Generator().manual_seed(seed)
+    visual = grid[0] * grid[1]
+    return VisionFeatures(
+        patches_BNE=torch.randn(batch, visual, HEADS * WIDTH, generator=generator),
+        grid=grid,
+        class_query_BAD=torch.randn(batch, HEADS, WIDTH, generator=generator),
+        keys_BATD=torch.randn(batch, HEADS, visual + 1, WIDTH, generator=generator),
+    )
+
+
+def counts_of(name: str) -> list[int]:
+    return [VISUAL] if name == "none" else list(range(1, VISUAL + 1))
+
+
+def row_of(whole: VisionFeatures, row: int) -> VisionFeatures:
+    assert whole.class_query_BAD is not None
+    assert whole.keys_BATD is not None
+    rows = slice(row, row + 1)
+    return VisionFeatures(
+        whole.patches_BNE[rows], whole.grid, whole.class_query_BAD[rows], whole.keys_BATD[rows]
+    )
+
+
+# The contract
+
+
+@pytest.mark.parametrize("name", prune.names())
+def test_survivors_are_distinct_and_in_range_at_every_count(name: str) -> None:
+    pruner = prune.load(name)
+    for kept in counts_of(name):
+        selected = pruner.select(features(), kept, 0)
+        assert selected.dtype == torch.int64
+        assert selected.shape == (4, kept)
+        for row in selected.tolist():
+            assert len(set(row)) == kept
+            assert set(row) <= set(range(VISUAL))
+
+
+@pytest.mark.parametrize("name", prune.names())
+def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
+    pruner, whole = prune.load(name), features()
+    kept = counts_of(name)[len(counts_of(name)) // 2]
+    alone = [pruner.select(row_of(whole, row), kept, 3)[0].tolist() for row in range(4)]
+    assert pruner.select(whole, kept, 3).tolist() == alone
+
+
+@pytest.mark.parametrize("name", prune.names())
+def test_decoder_order_is_ascending_unless_permuted(name: str) -> None:
+    selected = prune.load(name).select(features(), counts_of(name)[-1] if name == "none" else 7, 0)
+    for policy in PositionPolicy:
+        ordered = prune.in_decoder_order(selected, policy)
+        if policy is PositionPolicy.PERMUTED:
+            assert torch.equal(ordered, selected)
+        else:
+            assert ordered.tolist() == [sorted(row) for row in selected.tolist()]
+
+
+@pytest.mark.parametrize("name", prune.names())
+def test_only_strategies_that_say_so_depend_on_the_seed(name: str) -> None:
+    pruner = prune.load(name)
+    kept = counts_of(name)[-1] if name == "none" else 7
+    first, second = (pruner.select(features(), kept, seed).tolist() for seed in (0, 1))
+    assert (first != second) == pruner.needs_seed
+    assert first == pruner.select(features(), kept, 0).tolist()
+
+
+@pytest.mark.parametrize("name", prune.names())
+def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None:
+    pruner = prune.load(name)
+    assert pruner.name == name
+    bare = VisionFeatures(patches_BNE=features().patches_BNE, grid=GRID)
+    kept = counts_of(name)[-1]
+    if pruner.needs_class_token:
+        with pytest.raises(ValueError, match="class token"):
+            pruner.select(bare, kept, 0)
+    else:
+        assert pruner.select(bare, kept, 0).shape == (4, kept)
+
+
+@pytest.mark.parametrize("name", [name for name in prune.names() if name not in ("none", "spatial")])
+def test_more_tokens_by_score_keep_the_fewer(name: str) -> None:
+    pruner = prune.load(name)
+    for kept in range(1, VISUAL):
+        assert torch.equal(
+            pruner.select(features(), kept + 1, 0)[:, :kept], pruner.select(features(), kept, 0)
+        )
+
+
+# Names and counts
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("cls_atention", "cls_attention"), ("spacial", "spatial"), ("rand", "random")])  # fmt: skip
+def test_did_you_mean(typed: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=f"did you mean '{meant}'"):
+        prune.load(typed)
+
+
+def test_a_name_like_no_other_gets_the_list() -> None:
+    with pytest.raises(RecipeError) as caught:
+        prune.load("xyzzy")
+    assert "did you mean" not in caught.value.message
+    assert all(name in caught.value.hint for name in prune.names())
+
+
+@pytest.mark.parametrize(
+    ("keep", "visual", "kept"),
+    [
+        (0.25, 576, 144),
+        (1.0, 576, 576),
+        (0.0001, 576, 1),
+        (0.5, 5, 3),
+        (0.1, 5, 1),
+        (0.3, 5, 2),
+        (0.999, 5, 5),
+    ],
+)
+def test_kept_count(keep: float, visual: int, kept: int) -> None:
+    assert prune.kept_count(keep, visual) == kept
+
+
+@given(keep=st.floats(0, 1, exclude_min=True), visual=st.integers(1, 5000))
+def test_kept_count_is_the_nearest_and_never_zero(keep: float, visual: int) -> None:
+    kept = prune.kept_count(keep, visual)
+    assert 1 <= kept <= visual
+    assert kept == 1 or abs(kept - keep * visual) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.0001, float("nan"), float("inf")])
+def test_kept_count_refuses_what_is_no_fraction(keep: float) -> None:
+    with pytest.raises(RecipeError, match="above 0 and at most 1"):
+        prune.kept_count(keep, 10)
+
+
+# Class-token attention
+
+
+def scores_in_float64(query_AD: NDArray[Any], keys_ATD: NDArray[Any]) -> NDArray[np.float64]:
+    """[N]: softmax of one query over class token and patches, per head, mean over heads, class column dropped."""
+    query, keys = query_AD.astype(np.float64), keys_ATD.astype(np.float64)
+    rows = []
+    for head in range(len(query)):
+        logits = np.array([query[head] @ key for key in keys[head]]) / np.sqrt(query.shape[1])
+        weights = np.exp(logits - logits.max())
+        rows.append(weights / weights.sum())
+    return np.mean(rows, axis=0)[1:]
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=30)
+def test_class_attention_equals_float64(seed: int) -> None:
+    whole = features(batch=2, seed=seed)
+    assert whole.class_query_BAD is not None
+    assert whole.keys_BATD is not None
+    scores = ClsAttention().scores(whole).numpy()
+    for row in range(2):
+        expected = scores_in_float64(whole.class_query_BAD[row].numpy(), whole.keys_BATD[row].numpy())
+        assert np.abs(scores[row] - expected).max() < 1e-6
+        kept = ClsAttention().select(whole, 6, 0)[row].tolist()
+        assert kept == np.argsort(-expected)[:6].tolist()
+
+
+def test_class_attention_equals_the_eager_attention_map_of_transformers(tiny_checkpoint: Path) -> None:
+    """Query and key as the vision component takes them, against the map that transformers returns for the same layer."""
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="eager").eval()
+    tower: CLIPVisionModel = model.model.vision_tower
+    pixels = torch.randn(2, 3, 36, 36, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        seen = tower(pixels, output_hidden_states=True, output_attentions=True)
+        layer = len(tower.encoder.layers) - 2
+        attention = tower.encoder.layers[layer].self_attn
+        normed = tower.encoder.layers[layer].layer_norm1(seen.hidden_states[layer])
+        heads = (attention.num_heads, attention.head_dim)
+        own = VisionFeatures(
+            patches_BNE=seen.hidden_states[-2][:, 1:],
+            grid=(6, 6),
+            class_query_BAD=attention.q_proj(normed[:, 0]).unflatten(-1, heads),
+            keys_BATD=attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2),
+        )
+        expected = seen.attentions[-2].mean(dim=1)[:, 0, 1:]
+    assert seen.attentions[-2] is seen.attentions[layer]
+    scores = ClsAttention().scores(own)
+    assert (scores - expected).abs().max() < 1e-6
+    assert (scores.sum(dim=1) < 1).all(), "what the class token gives itself is dropped, not shared out"
+
+
+# Spatial
+
+
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), data=st.data())
+def test_grid_points_are_distinct_and_ascending(rows: int, columns: int, data: st.DataObject) -> None:
+    kept = data.draw(st.integers(1, rows * columns))
+    indices = grid_indices((rows, columns), kept)
+    assert indices == sorted(set(indices))
+    assert len(indices) == kept
+    assert 0 <= indices[0] <= indices[-1] < rows * columns
+
+
+@given(rows=st.integers(2, 24), columns=st.integers(2, 24), data=st.data())
+def test_grid_points_cover_the_picture(rows: int, columns: int, data: st.DataObject) -> None:
+    """No patch is farther from a survivor than about the side of the square that each survivor stands for."""
+    kept = data.draw(st.integers(1, rows * columns))
+    points = np.array([divmod(index, columns) for index in grid_indices((rows, columns), kept)])
+    patches = np.array([(r, c) for r in range(rows) for c in range(columns)])
+    nearest = np.abs(patches[:, None] - points[None]).max(axis=2).min(axis=1).max()
+    side = max(np.sqrt(rows * columns / kept), rows / kept, columns / kept)
+    assert nearest <= side + 0.5
+
+
+def test_a_quarter_of_24_by_24_is_every_other_patch() -> None:
+    rows = {index // 24 for index in grid_indices((24, 24), 144)}
+    columns = {index % 24 for index in grid_indices((24, 24), 144)}
+    assert rows == columns == set(range(1, 24, 2))
+
+
+def test_all_of_a_grid_is_the_grid() -> None:
+    assert grid_indices((5, 7), 35) == list(range(35))
+
+
+# Random
+
+
+def test_draws_are_the_same_on_every_machine() -> None:
+    assert drawn_indices(10, 4, 0) == [4, 6, 2, 7]
+    assert drawn_indices(10, 10, 1) != drawn_indices(10, 10, 2)
+
+
+@given(visual=st.integers(1, 600), seed=st.integers(0, 50), data=st.data())
+def test_larger_draws_contain_smaller_ones(visual: int, seed: int, data: st.DataObject) -> None:
+    few = data.draw(st.integers(1, visual))
+    many = data.draw(st.integers(few, visual))
+    assert drawn_indices(visual, many, seed)[:few] == drawn_indices(visual, few, seed)
+
+
+def test_none_is_not_asked_to_prune() -> None:
+    with pytest.raises(ValueError, match="keeps all 20"):
+        prune.load("none").select(features(), 5, 0)

@@ -1,0 +1,213 @@
+"""ONNX Runtime: one cache for past and present, nothing allocated per token, nothing left over between prompts."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gap_export.bundle import Bundle, open_bundle
+from gap_export.errors import SessionError
+from gap_export.positions import Ids, advance
+from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.ground import backend_of, open_session
+from gap_export.runtime.ort import OnnxRuntimeSession
+
+BuildBundle = Callable[..., Bundle]
+
+
+@pytest.fixture
+def session(tiny_bundle: BuildBundle) -> OnnxRuntimeSession:
+    return OnnxRuntimeSession(tiny_bundle(), threads=1)
+
+
+def answer(session: Any, pixels: NDArray[np.float32], ids: Ids, new: int = 5) -> Generation:
+    return generate(session, pixels, ids, max_new_tokens=new, eos_token_ids=(), keep_logits=True)
+
+
+def same(first: Generation, second: Generation) -> bool:
+    return first.tokens == second.tokens and all(
+        np.array_equal(a, b) for a, b in zip(first.logits, second.logits, strict=True)
+    )
+
+
+def addresses(session: OnnxRuntimeSession) -> dict[str, int]:
+    return {name: buffer.data_ptr() for name, buffer in session._cache.items()}
+
+
+# The cache
+
+
+def test_past_and_present_are_one_buffer(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: dict[str, set[int]] = {}
+    make = session._sessions["decoder"].io_binding
+
+    class Recording:
+        def __init__(self) -> None:
+            self.real = make()
+
+        def bind_ortvalue_input(self, name: str, value: Any) -> None:
+            bound.setdefault(name, set()).add(value.data_ptr())
+            self.real.bind_ortvalue_input(name, value)
+
+        bind_ortvalue_output = None
+
+    def output(self: Recording, name: str, value: Any) -> None:
+        bound.setdefault(name, set()).add(value.data_ptr())
+        self.real.bind_ortvalue_output(name, value)
+
+    Recording.bind_ortvalue_output = output  # type: ignore[assignment]
+    decoder = session._sessions["decoder"]
+
+    class Decoder:
+        def io_binding(self) -> Recording:
+            return Recording()
+
+        def run_with_iobinding(self, binding: Recording) -> None:
+            decoder.run_with_iobinding(binding.real)
+
+    session._sessions["decoder"] = Decoder()
+    answer(session, pixels[:1], ragged_ids[:1])
+    aliased = session._bundle.manifest.graphs["decoder"].spec.aliased
+    assert len(aliased) == 4
+    for present, past in aliased.items():
+        assert bound[present] == bound[past] == {addresses(session)[past]}
+    assert len({pointer for past in aliased.values() for pointer in bound[past]}) == 4
+
+
+def test_the_cache_is_written_in_place_slot_by_slot(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    visual = session.encode(pixels)
+    spliced = session.splice(ragged_ids, visual)
+    session.prefill(spliced.embeds, spliced.placement)
+    before = {name: buffer.numpy().copy() for name, buffer in session._cache.items()}
+    longest = spliced.placement.position_ids.shape[1]
+    assert all((values[:, :, longest:] == 0).all() for values in before.values())
+    turn = advance(spliced.placement)
+    session.step(np.array([5, 6, 7, 8]), turn)
+    for name, buffer in session._cache.items():
+        changed = (buffer.numpy() != before[name]).any(axis=(1, 3))
+        for row in range(4):
+            assert np.flatnonzero(changed[row]).tolist() == [turn.write_index[row]], name
+
+
+def test_nothing_is_allocated_per_token_or_per_prompt_of_one_batch_size(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    answer(session, pixels[:2], ragged_ids[:2])
+    cache, decode = addresses(session), session._decode
+    assert decode is not None
+    logits = decode.logits.ctypes.data
+    answer(session, pixels[2:], ragged_ids[2:])
+    assert addresses(session) == cache
+    assert session._decode is decode
+    assert decode.logits.ctypes.data == logits
+    answer(session, pixels[:1], ragged_ids[:1])
+    assert session._decode is not decode
+
+
+def test_bound_arrays_outlive_the_call_that_made_them(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    """ONNX Runtime reads the arrays' own memory; were they freed, decoding would read whatever comes after them."""
+    right = answer(session, pixels[:2], ragged_ids[:2])
+    gc.collect()
+    rubbish = [np.full(size, -(2**40), np.int64) for size in (1, 2, 4, 8, 16, 64, 256) for _ in range(200)]
+    assert same(answer(session, pixels[:2], ragged_ids[:2]), right)
+    del rubbish
+
+
+# Prompts do not see each other
+
+
+def test_the_second_prompt_is_answered_as_by_a_fresh_session(
+    tiny_bundle: BuildBundle, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    used = OnnxRuntimeSession(tiny_bundle(), threads=1)
+    answer(used, pixels[[0]], ragged_ids[[0]])
+    short = ragged_ids[[3], :3]
+    second = answer(used, pixels[[3]], short)
+    assert same(second, answer(OnnxRuntimeSession(tiny_bundle(), threads=1), pixels[[3]], short))
+    answer(used, pixels, ragged_ids)
+    assert same(answer(used, pixels[[3]], short), second)
+
+
+def test_batches_answer_as_single_rows_do(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    together = answer(session, pixels, ragged_ids)
+    for row in range(4):
+        length = int((ragged_ids[row] >= 0).sum())
+        alone = answer(session, pixels[[row]], ragged_ids[[row], :length])
+        assert alone.tokens[0] == together.tokens[row]
+        assert alone.kept_indices[0].tolist() == together.kept_indices[row].tolist()
+        for a, b in zip(alone.logits, together.logits, strict=True):
+            assert np.abs(a[0] - b[row]).max() < 1e-4
+
+
+def test_extra_padding_changes_nothing(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    padded = np.pad(ragged_ids, ((0, 0), (0, 5)), constant_values=-1)
+    plain, wide = answer(session, pixels, ragged_ids), answer(session, pixels, padded)
+    assert plain.tokens == wide.tokens
+    assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(plain.logits, wide.logits, strict=True))
+
+
+def test_half_precision_travels_in_half_precision(
+    tiny_bundle: BuildBundle, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    session = OnnxRuntimeSession(tiny_bundle(precision="fp16"), threads=1)
+    generation = answer(session, pixels, ragged_ids)
+    assert {buffer.element_type() for buffer in session._cache.values()} == {10}  # onnx.TensorProto.FLOAT16
+    assert generation.logits[0].dtype == np.float32
+
+
+# Refusals
+
+
+def test_graphs_that_do_not_load_are_named(bundle_copy: Path) -> None:
+    bundle = open_bundle(bundle_copy)
+    (bundle_copy / "embed.onnx").write_bytes(b"not onnx")
+    with pytest.raises(SessionError, match="was refused by ONNX Runtime") as caught:
+        OnnxRuntimeSession(bundle, threads=1)
+    assert caught.value.subject.endswith("embed.onnx")
+
+
+def test_weights_that_are_gone_are_an_error_of_ours(bundle_copy: Path) -> None:
+    bundle = open_bundle(bundle_copy)
+    (bundle_copy / "model.safetensors").unlink()
+    with pytest.raises(SessionError):
+        OnnxRuntimeSession(bundle, threads=1)
+
+
+def test_inputs_that_do_not_fit_are_an_error_of_ours(session: OnnxRuntimeSession) -> None:
+    with pytest.raises(SessionError, match="failed in ONNX Runtime"):
+        session.encode(np.zeros((1, 3, 40, 40), np.float32))
+
+
+def test_bf16_and_unknown_backends_are_refused(tiny_bundle: BuildBundle) -> None:
+    bundle = tiny_bundle()
+    bf16 = Bundle(bundle.folder, bundle.manifest.model_copy(update={"precision": "bf16"}))
+    with pytest.raises(SessionError, match="bf16 graphs have no CPU kernels"):
+        OnnxRuntimeSession(bf16)
+    assert open_session(bundle, backend_of("onnxruntime")).backend == "onnxruntime"
+    with pytest.raises(SessionError, match="is not a backend"):
+        backend_of("cuda")
+
+
+def test_a_bundle_may_be_moved(
+    tiny_bundle: BuildBundle, tmp_path: Path, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    moved = open_bundle(Path(shutil.copytree(tiny_bundle().folder, tmp_path / "else where")))
+    here, there = (OnnxRuntimeSession(bundle, threads=1) for bundle in (tiny_bundle(), moved))
+    assert same(answer(here, pixels, ragged_ids), answer(there, pixels, ragged_ids))

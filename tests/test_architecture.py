@@ -1,0 +1,208 @@
+"""Who may import whom, and what must not be imported at run time."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import gap_export
+from gap_export.bundle import Bundle
+
+PACKAGE = Path(gap_export.__file__).parent
+
+ROOMS = (
+    "errors",
+    "spec",
+    "positions",
+    "artifact",
+    "bundle",
+    "recipe",
+    "checkpoint",
+    "prune",
+    "plan",
+    "runtime.session",  # the contract of runtimes
+    "runtime.preprocess",  # families state how pictures become squares, grounding maps boxes back
+    "graph.attention",  # families build their models on this seam
+    "families",
+    "graph",
+    "engine",
+    "grounding",
+    "runtime",
+    "parity",
+    "machine",
+    "bench",
+    "report",
+    "pipeline",
+    "cli",
+    "__main__",
+)
+"""In the order of the flow: a module imports from its own room and from those above it."""
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "huggingface_hub",
+    "ml_dtypes",
+}
+"""What running a bundle does not need."""
+
+RUN_TIME_ROOMS = ("errors", "spec", "positions", "artifact", "bundle", "runtime", "grounding")
+BUILD_ONLY = {"runtime.torch_reference"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Dotted name within the package -> file, of every module."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            yield name, path
+
+
+MODULES = dict(modules())
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module as (dotted name, whether at the top of the file); annotations' own imports left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_annotations = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if id(node) in for_annotations:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner.removeprefix("gap_export.") in MODULES
+                yield (inner if is_module else str(node.module)), id(node) in top
+
+
+def room_of(module: str) -> str:
+    """The most particular entry of the table that covers a module."""
+    if module.startswith("bench"):
+        return "bench"
+    fitting = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
+    assert fitting, f"{module} has no place in the table of rooms"
+    return max(fitting, key=len)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_room_imports_only_what_stands_above_it(module: str) -> None:
+    mine = ROOMS.index(room_of(module))
+    for imported, _ in imports_of(MODULES[module]):
+        name = imported.removeprefix("gap_export.")
+        if not imported.startswith("gap_export.") or name.startswith("_"):
+            continue
+        assert ROOMS.index(room_of(name)) <= mine, f"{module} imports {name}, which comes later"
+
+
+@pytest.mark.parametrize(
+    "module",
+    sorted(
+        name
+        for name in MODULES
+        if name.partition(".")[0] in RUN_TIME_ROOMS and name not in BUILD_ONLY
+    ),
+)  # fmt: skip
+def test_run_time_modules_name_no_heavy_package(module: str) -> None:
+    heavy = [name for name, _ in imports_of(MODULES[module]) if name.partition(".")[0] in HEAVY]
+    assert not heavy
+
+
+def test_the_command_line_imports_nothing_heavy_at_the_top() -> None:
+    light = {"__future__", "json", "sys", "pathlib", "typing", "typer", "rich", "gap_export", "os", "errno"}
+    tops = {name.partition(".")[0] for name, top in imports_of(MODULES["cli"]) if top}
+    assert tops <= light
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [name for name, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+BLOCKER = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_a_bundle_runs_without_torch_transformers_and_onnx(
+    tiny_bundle: Callable[..., Bundle], picture_file: Path
+) -> None:
+    folder = str(tiny_bundle().folder)
+    code = f"""{BLOCKER}
+import gap_export.bundle, gap_export.runtime.ort, gap_export.runtime.ground
+import gap_export.grounding.boxes, gap_export.grounding.draw, gap_export.grounding.metrics, gap_export.grounding.scenes
+from gap_export import cli
+cli.main()
+"""
+    done = python(code, "run", folder, "--image", str(picture_file), "--refer", "the red mug", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["kept_indices"]) == 9
+    inspected = python(code, "inspect", folder, "--json")
+    assert inspected.returncode == 0, inspected.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("build", "--model", "shapes", "-o", "x"), ("validate", "x"), ("lint", "x.onnx")],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_that_need_the_build_extra_say_so(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    code = f"{BLOCKER}\nimport os; os.chdir({str(tmp_path)!r})\nfrom gap_export import cli\ncli.main()"
+    done = python(code, *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "gap-export[build]" in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from gap_export import cli
+try:
+    cli.main()
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+heavy = {"torch", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "tokenizers"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    for arguments in (["--help"], ["build", "--help"], ["--version"]):
+        done = python(code, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_models_command_needs_no_build_extra() -> None:
+    done = python(f"{BLOCKER}\nfrom gap_export import cli\ncli.main()", "models", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {recipe["name"] for recipe in json.loads(done.stdout)["recipes"]} >= {"shapes", "llava"}

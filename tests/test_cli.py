@@ -1,0 +1,605 @@
+"""The command line: exit codes, messages, records, and that nothing half-written stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import yaml
+from PIL import Image
+
+from gap_export import cli, pipeline
+from gap_export.artifact import record_of
+from gap_export.bundle import Bundle, Manifest, open_bundle, write_manifest
+from gap_export.checkpoint import resolve
+
+BuildBundle = Callable[..., Bundle]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`command("build", "--model", ...)` as a user would type it, in this process."""
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["gap-export", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert isinstance(stop.value.code, int)
+        return Result(stop.value.code, out, err)
+
+    return run
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, a message with these words, a hint, nothing on standard output, no traceback."""
+    assert result.code == 2, result
+    assert "Traceback" not in result.err
+    assert "hint" in result.err
+    assert result.out == ""
+    for word in words:
+        assert word in result.err
+
+
+@pytest.fixture
+def recipe_file(tiny_options: dict[str, Any], tmp_path: Path) -> Path:
+    """The recipe of the tiny checkpoint; `out` folders are made beside it."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_options))
+    return path
+
+
+def changed_recipe(recipe_file: Path, **changes: Any) -> Path:
+    """The recipe with other fields."""
+    recipe_file.write_text(yaml.safe_dump({**yaml.safe_load(recipe_file.read_text()), **changes}))
+    return recipe_file
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# General
+
+
+def test_help_and_version(command: Command) -> None:
+    assert command("--help").code == 0
+    version = command("--version")
+    assert (version.code, version.out.strip()) == (0, cli.__version__)
+
+
+def test_unknown_commands_and_options_are_the_users_error(command: Command) -> None:
+    refused(command("buidl"), "buidl")
+    refused(command("build", "--modle", "shapes"), "--modle")
+    refused(command("build", "--output", "x"), "--model")
+    refused(command("build", "--model", "shapes", "-o", "x", "--keep", "half"), "--keep")
+
+
+def test_an_exit_code_of_a_command_reaches_the_shell(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import typer
+
+    def stops(*_: Any) -> None:
+        raise typer.Exit(1)
+
+    monkeypatch.setattr(cli, "_print_json", stops)
+    assert command("models", "--json").code == 1
+
+
+def test_ctrl_c_is_130_and_no_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_print_json", interrupted)
+    result = command("models", "--json")
+    assert result.code == 130
+    assert "interrupted" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_bug_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_print_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gap-export", "models", "--json"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_square_brackets_in_paths_are_shown(command: Command, tmp_path: Path) -> None:
+    refused(command("inspect", tmp_path / "a[bold]b"), "a[bold]b")
+
+
+def test_models(command: Command) -> None:
+    record = json.loads(command("models", "--json").out)
+    shapes = next(recipe for recipe in record["recipes"] if recipe["name"] == "shapes")
+    assert shapes["checkpoint"] == "bundled:llava-shapes"
+    assert "shapes" in command("models").out
+
+
+# Build: what is refused
+
+
+@pytest.mark.parametrize("keep", ["0", "1.5", "-1", "nan", "inf"])
+def test_keep_outside_its_range(keep: str, command: Command, recipe_file: Path, tmp_path: Path) -> None:
+    refused(
+        command("build", "--model", recipe_file, "-o", tmp_path / "out", "--keep", keep), "keep", "above 0"
+    )
+    assert listing(tmp_path) == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--pruner", "cls_atention"], ["cls_atention", "did you mean 'cls_attention'"]),
+        (["--pruner", "zzz"], ["zzz", "choose one of"]),
+        (["--pruner", "none", "--keep", "0.5"], ["none", "keeps all 36"]),
+        (["--positions", "gapped"], ["positions", "gapped"]),
+        (["--precision", "int3"], ["precision", "int3"]),
+        (["--target", "tpu"], ["targets", "tpu"]),
+        (["--capacity", "30"], ["capacity 30", "at least 38"]),
+        (["--capacity", "0"], ["capacity"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens"]),
+        (["--max-new-tokens", "500"], ["max_new_tokens", "256"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--checkpoint", "/does/not/exist"], ["/does/not/exist", "is not a folder"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_options_that_cannot_work(
+    options: list[str], words: list[str], command: Command, recipe_file: Path, tmp_path: Path
+) -> None:
+    refused(command("build", "--model", recipe_file, "-o", tmp_path / "out", *options), *words)
+    assert listing(tmp_path) == ["tiny.yaml"]
+
+
+def test_unknown_model(command: Command, tmp_path: Path) -> None:
+    refused(command("build", "--model", "shape", "-o", tmp_path / "out"), "did you mean 'shapes'")
+    refused(command("build", "--model", tmp_path / "none.yaml", "-o", tmp_path / "out"), "cannot be read")
+    refused(command("build", "--model", tmp_path / "none", "-o", tmp_path / "out"), "is not a recipe")
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1, 2", ["cannot be read as YAML"]),
+        ("just words", ["is not a mapping"]),
+        ("", ["is not a mapping"]),
+        ("checkpoint: x\nkep: 0.5\n", ["kep"]),
+        ("keep: 0.5\n", ["checkpoint"]),
+        ("checkpoint: x\nkeep: .nan\n", ["keep"]),
+        ("checkpoint: x\n1: 2\n", ["1"]),
+    ],
+)
+def test_recipe_files_that_cannot_work(
+    content: str, words: list[str], command: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    refused(command("build", "--model", path, "-o", tmp_path / "out"), *words)
+
+
+def cut_short(checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+
+
+def emptied(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "model.safetensors", 0)
+
+
+def edited(file: str, **changes: Any) -> Callable[[Path], None]:
+    def edit(checkpoint: Path) -> None:
+        path = checkpoint / file
+        content = json.loads(path.read_text())
+        for key, value in changes.items():
+            target = content
+            *parents, last = key.split("__")
+            for parent in parents:
+                target = target[parent]
+            target[last] = value
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def without(file: str) -> Callable[[Path], None]:
+    return lambda checkpoint: (checkpoint / file).unlink()
+
+
+def with_text(file: str, text: str) -> Callable[[Path], None]:
+    def write(checkpoint: Path) -> None:
+        (checkpoint / file).write_text(text)
+
+    return write
+
+
+def without_end_token(checkpoint: Path) -> None:
+    edited("config.json", text_config__eos_token_id=None)(checkpoint)
+    with_text("generation_config.json", '{"eos_token_id": null}')(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut_short, ["truncated", "model.safetensors"]),
+        (emptied, ["not a safetensors file", "0 bytes"]),
+        (without("model.safetensors"), ["has no model.safetensors"]),
+        (without("config.json"), ["has no config.json"]),
+        (with_text("config.json", "{"), ["cannot be read as JSON"]),
+        (edited("config.json", model_type="paligemma"), ["paligemma", "supported: llava"]),
+        (edited("config.json", auto_map={"AutoModel": "x.Y"}), ["auto_map"]),
+        (edited("config.json", text_config__model_type="mistral"), ["text_config.model_type"]),
+        (edited("config.json", vision_feature_layer=[-2, -1]), ["vision_feature_layer"]),
+        (edited("config.json", vision_feature_select_strategy="full"), ["vision_feature_select_strategy"]),
+        (without("preprocessor_config.json"), ["image processor"]),
+        (edited("preprocessor_config.json", image_mean=[0.5]), ["preprocessor_config.json"]),
+        (edited("preprocessor_config.json", image_std=[0.5, 0.5, 0]), ["preprocessor_config.json"]),
+        (without("tokenizer.json"), ["tokenizer.json", "does not exist"]),
+        (with_text("tokenizer.json", "{}"), ["is not a tokenizer"]),
+        (without_end_token, ["eos_token_id"]),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_cannot_work(
+    damage: Callable[[Path], None],
+    words: list[str],
+    command: Command,
+    recipe_file: Path,
+    checkpoint_copy: Path,
+    tmp_path: Path,
+) -> None:
+    damage(checkpoint_copy)
+    result = command("build", "--model", recipe_file, "--checkpoint", checkpoint_copy, "-o", tmp_path / "out")
+    refused(result, *words)
+    assert listing(tmp_path) == ["checkpoint", "tiny.yaml"]
+
+
+def test_weights_that_do_not_belong_to_the_config(
+    command: Command, recipe_file: Path, checkpoint_copy: Path, tmp_path: Path
+) -> None:
+    edited("config.json", vision_config__intermediate_size=64)(checkpoint_copy)
+    result = command("build", "--model", recipe_file, "--checkpoint", checkpoint_copy, "-o", tmp_path / "out")
+    refused(result, "has shape", "config.json implies")
+    assert listing(tmp_path) == ["checkpoint", "tiny.yaml"]
+
+
+def test_prompts_that_cannot_work(command: Command, recipe_file: Path, tmp_path: Path) -> None:
+    for prompt, word in (
+        ("<image> where ?", "{expression}"),
+        ("where is {expression} ?", "placeholder"),
+        ("<image> <image> where is {expression} ?", "placeholder"),
+        ("<image> {expression}" + " the" * 60, "capacity"),
+    ):
+        recipe = changed_recipe(recipe_file, prompt=prompt)
+        refused(command("build", "--model", recipe, "-o", tmp_path / "out"), word)
+    refused(command("build", "--model", changed_recipe(recipe_file, prompt=None, fit="crop"), "-o", tmp_path / "out"), "fit: crop")  # fmt: skip
+    assert listing(tmp_path) == ["tiny.yaml"]
+
+
+def test_outputs_that_are_in_the_way(
+    command: Command, recipe_file: Path, tmp_path: Path, bundle_copy: Path
+) -> None:
+    (tmp_path / "a file").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+
+    def build(out: Path, *options: str) -> Result:
+        return command("build", "--model", recipe_file, "-o", out, *options)
+
+    refused(build(tmp_path / "a file"), "is a file")
+    refused(build(tmp_path / "mine"), "holds no bundle")
+    refused(build(tmp_path / "mine", "--replace"), "holds no bundle")
+    refused(build(bundle_copy, "--keep", "0.5"), "another bundle", "--replace")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert open_bundle(bundle_copy, every_hash=True).manifest.pruning.keep == 0.25
+
+
+def test_an_output_that_cannot_be_written(command: Command, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("x")
+    refused(command("build", "--model", recipe_file, "-o", tmp_path / "a file" / "out"), "cannot be created")
+
+
+# Build: what comes out
+
+
+def test_build_reports_what_it_made(command: Command, recipe_file: Path, tmp_path: Path) -> None:
+    result = command(
+        "build", "--model", recipe_file, "-o", tmp_path / "out", "--pruner", "spatial", "--keep", "0.5", "--json"
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    record = json.loads(result.out)
+    assert (record["kept"], record["visual_tokens"], record["pruner"]) == (18, 36, "spatial")
+    assert record["graphs"] == ["decoder", "embed", "splice", "vision"]
+    assert record["positions"] == "gap"
+    assert listing(tmp_path) == ["out", "tiny.yaml"]
+    assert listing(tmp_path / "out") == [
+        "decoder.onnx",
+        "embed.onnx",
+        "manifest.json",
+        "model.safetensors",
+        "splice.onnx",
+        "tokenizer.json",
+        "vision.onnx",
+    ]
+    written = sum(
+        path.stat().st_size for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"
+    )
+    assert record["written_bytes"] == written
+
+
+def test_ctrl_c_in_the_middle_of_a_build_leaves_nothing_and_the_same_command_finishes(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    arguments = [sys.executable, "-m", "gap_export", "build", "--model", str(recipe_file), "-o", str(tmp_path / "out")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob(".out.building-*/*")):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    assert listing(tmp_path) == ["tiny.yaml"]
+
+    again = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert open_bundle(tmp_path / "out", every_hash=True).manifest.pruning.kept == 9
+    assert listing(tmp_path) == ["out", "tiny.yaml"]
+
+
+# Run
+
+
+def test_run_answers(command: Command, tiny_bundle: BuildBundle, picture_file: Path, tmp_path: Path) -> None:
+    folder = tiny_bundle().folder
+    drawn = tmp_path / "drawn.png"
+    result = command(
+        "run", folder, "--image", picture_file, "--refer", "the red mug zebra", "--json", "--draw", drawn
+    )
+    assert result.code == 0, result.err
+    record = json.loads(result.out)
+    assert set(record) >= {"box", "answer", "kept", "kept_indices", "image_size", "unknown_words", "backend"}
+    assert record["kept"] == len(record["kept_indices"]) == 9
+    assert record["kept_indices"] == sorted(set(record["kept_indices"]))
+    assert record["image_size"] == [48, 40]
+    assert record["unknown_words"] == ["zebra"]
+    with Image.open(drawn) as image:
+        image.load()
+    shown = command("run", folder, "--image", picture_file, "--refer", "the red mug zebra")
+    assert shown.code == 0
+    assert "keep 9 of 36" in shown.out
+    assert "zebra" in shown.err
+
+
+def test_run_refuses_bad_input(
+    command: Command, tiny_bundle: BuildBundle, picture_file: Path, tmp_path: Path
+) -> None:
+    empty, words, half = tmp_path / "empty.png", tmp_path / "words.jpg", tmp_path / "half.png"
+    empty.touch()
+    words.write_text("not a picture")
+    half.write_bytes(picture_file.read_bytes()[:2000])
+
+    def run(image: Path = picture_file, refer: str = "the mug", *options: str) -> Result:
+        return command("run", tiny_bundle().folder, "--image", image, "--refer", refer, *options)
+
+    refused(run(tmp_path / "none.png"), "none.png")
+    refused(run(empty), "empty.png")
+    refused(run(words), "words.jpg")
+    refused(run(half), "half.png")
+    refused(run(tmp_path), str(tmp_path))
+    refused(run(refer=""), "is empty")
+    refused(run(refer="  \n"), "is empty")
+    refused(run(refer="red " * 40), "shorten the expression")
+    refused(run(refer="a <image> mug"), "<image>")
+    refused(run(picture_file, "the mug", "--backend", "tflite"), "tflite", "onnxruntime")
+    refused(run(picture_file, "the mug", "--max-new-tokens", "0"), "max_new_tokens")
+    refused(run(picture_file, "the mug", "--max-new-tokens", "400"), "capacity")
+    refused(run(picture_file, "the mug", "--threads", "-1"), "threads")
+    refused(run(picture_file, "the mug", "--draw", str(tmp_path / "no folder" / "x.png")), "x.png")
+    refused(run(picture_file, "the mug", "--draw", str(tmp_path / "x.unknown")), "x.unknown")
+    assert listing(tmp_path) == ["empty.png", "half.png", "words.jpg"]
+
+
+@pytest.mark.parametrize("which", ["run", "inspect", "validate"])
+def test_damaged_bundles_are_refused_by_every_command(
+    which: str, command: Command, bundle_copy: Path, picture_file: Path
+) -> None:
+    options = ["--image", picture_file, "--refer", "the mug"] if which == "run" else []
+    graph = bundle_copy / "splice.onnx"
+    content = graph.read_bytes()
+    graph.write_bytes(content[:-1] + b"\0")
+    refused(command(which, bundle_copy, *options), "splice.onnx", "hash")
+    graph.write_bytes(content[:-1])
+    refused(command(which, bundle_copy, *options), "splice.onnx", "bytes")
+    graph.unlink()
+    refused(command(which, bundle_copy, *options), "splice.onnx", "missing")
+    (bundle_copy / "manifest.json").write_text("{")
+    refused(command(which, bundle_copy, *options), "manifest.json")
+    (bundle_copy / "manifest.json").unlink()
+    refused(command(which, bundle_copy, *options), "is not a bundle")
+    refused(command(which, bundle_copy / "nowhere", *options), "is not a bundle")
+
+
+def test_a_bundle_in_bf16_says_where_it_can_run(
+    command: Command, bundle_copy: Path, picture_file: Path
+) -> None:
+    manifest = open_bundle(bundle_copy).manifest
+    write_manifest(bundle_copy, manifest.model_copy(update={"precision": "bf16"}))
+    refused(command("run", bundle_copy, "--image", picture_file, "--refer", "the mug"), "bf16", "TensorRT")
+
+
+# Inspect and lint
+
+
+def test_inspect(command: Command, tiny_bundle: BuildBundle) -> None:
+    folder = tiny_bundle().folder
+    record = json.loads(command("inspect", folder, "--json", "--verify").out)
+    assert set(record["graphs"]) == {"vision", "splice", "embed", "decoder"}
+    assert record["graphs"]["decoder"]["in_place"] == 4
+    assert [row["position_id"] for row in record["ids_and_slots"]] == [
+        "j",
+        "T_pre + i_k",
+        "T_pre + 36 + j",
+        "T_pre + 36 + T_post + t",
+    ]
+    assert [row["slot"] for row in record["ids_and_slots"]] == [
+        "j",
+        "T_pre + k",
+        "T_pre + 9 + j",
+        "T_pre + 9 + T_post + t",
+    ]
+    shown = command("inspect", folder)
+    assert shown.code == 0
+    assert "T_pre + i_k" in shown.out
+
+
+def test_inspect_of_a_baseline_tells_its_own_rule(command: Command, tiny_bundle: BuildBundle) -> None:
+    record = json.loads(command("inspect", tiny_bundle(positions="shifted").folder, "--json").out)
+    assert [row["position_id"] for row in record["ids_and_slots"]][1:] == [
+        "T_pre + k",
+        "T_pre + 9 + j",
+        "T_pre + 9 + T_post + t",
+    ]
+
+
+def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(
+    command: Command, tiny_bundle: BuildBundle, tmp_path: Path
+) -> None:
+    bundle = tiny_bundle()
+    for name in bundle.manifest.graphs:
+        result = command("lint", bundle.graph_path(name), "--own", "--json")
+        assert result.code == 0, result
+        assert json.loads(result.out)["verdict"]["survives"] is True
+    model = onnx.load(bundle.graph_path("decoder"), load_external_data=False)
+    attention = next(node for node in model.graph.node if node.op_type == "Attention")
+    del attention.attribute[:]
+    attention.attribute.append(onnx.helper.make_attribute("is_causal", 1))
+    onnx.save(model, tmp_path / "causal.onnx")
+    result = command("lint", tmp_path / "causal.onnx", "--own")
+    assert result.code == 1, result
+    refused(command("lint", bundle.graph_path("decoder"), "--kind", "encoder"), "encoder")
+    refused(command("lint", tmp_path / "none.onnx"), "none.onnx")
+    (tmp_path / "empty.onnx").touch()
+    refused(command("lint", tmp_path / "empty.onnx"), "empty.onnx")
+
+
+# Validate
+
+
+@pytest.fixture
+def ready_companions(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Companions of the session's making instead of freshly built ones; building them is tested in test_pipeline."""
+
+    @contextmanager
+    def companion(_bundle: Bundle, recipe: Any, *_: Any) -> Iterator[Bundle]:
+        if recipe.pruner == "none":
+            yield tiny_bundle(pruner="none", keep=1.0)
+        elif recipe.positions == "gap":
+            yield tiny_bundle()
+        else:
+            yield tiny_bundle(positions=str(recipe.positions))
+
+    monkeypatch.setattr(pipeline, "_companion", companion)
+
+
+@pytest.mark.usefixtures("ready_companions")
+def test_validate_passes_a_right_bundle(command: Command, tiny_bundle: BuildBundle) -> None:
+    folder = tiny_bundle().folder
+    result = command("validate", folder, "--cases", "6", "--json", "--threads", "1")
+    assert result.code == 0, result
+    record = json.loads(result.out)
+    assert record["ok"] is True
+    assert all(gate["passed"] for gate in record["gates"])
+    assert {gate["name"] for gate in record["gates"]} >= {
+        "kept_sets",
+        "position_ids",
+        "logit_difference",
+        "box_iou",
+    }
+    assert [set(control) >= {"name", "caught"} for control in record["controls"]] == [True] * 5
+    assert all(control["caught"] for control in record["controls"])
+    assert set(record["grounding"]) >= {"full", "shifted", "permuted", "gap", "cases"}
+    assert record["grounding"]["cases"] == 6
+    assert json.loads((folder / "reports" / "parity.json").read_text()) == record
+    open_bundle(folder, every_hash=True)
+
+
+def with_graph_of(folder: Path, name: str, other: Bundle) -> None:
+    """Another bundle's graph in place of this one's, entered in the manifest with everything that hides it."""
+    shutil.copyfile(other.graph_path(name), folder / f"{name}.onnx")
+    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    files = {**manifest.files, f"{name}.onnx": record_of(folder / f"{name}.onnx")}
+    graphs = {**manifest.graphs, name: other.manifest.graphs[name]}
+    write_manifest(folder, manifest.model_copy(update={"files": files, "graphs": graphs}))
+
+
+@pytest.mark.usefixtures("ready_companions")
+def test_validate_fails_a_bundle_with_a_foreign_splice(
+    command: Command, bundle_copy: Path, tiny_bundle: BuildBundle
+) -> None:
+    """The mistake this project exists for: ids renumbered, everything else right, every hash in order."""
+    with_graph_of(bundle_copy, "splice", tiny_bundle(positions="shifted"))
+    open_bundle(bundle_copy, every_hash=True)
+    result = command("validate", bundle_copy, "--cases", "4", "--json", "--threads", "1")
+    assert result.code == 1, result
+    record = json.loads(result.out)
+    assert record["ok"] is False
+    failed = {gate["name"] for gate in record["gates"] if not gate["passed"]}
+    assert failed >= {"position_ids", "logit_difference"}
+    shown = command("validate", bundle_copy, "--cases", "2", "--threads", "1")
+    assert shown.code == 1
+    assert "a gate was not met" in shown.out
+
+
+@pytest.mark.usefixtures("ready_companions")
+def test_validate_reports_logits_that_are_not_numbers(
+    command: Command, tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gap_export.runtime.ort import OnnxRuntimeSession
+
+    prefill = OnnxRuntimeSession.prefill
+    monkeypatch.setattr(OnnxRuntimeSession, "prefill", lambda *args: prefill(*args) * float("nan"))
+    result = command("validate", tiny_bundle().folder, "--cases", "2", "--json", "--threads", "1")
+    assert result.code == 1, result
+    assert json.loads(result.out)["ok"] is False
+
+
+def test_validate_needs_the_checkpoint_the_bundle_was_built_from(
+    command: Command, bundle_copy: Path, tmp_path: Path
+) -> None:
+    refused(command("validate", bundle_copy, "--checkpoint", tmp_path / "gone"), "gone")
+    manifest = open_bundle(bundle_copy).manifest
+    write_manifest(bundle_copy, manifest.model_copy(update={"checkpoint": "/moved/away"}))
+    refused(command("validate", bundle_copy), "/moved/away")
+
+
+def test_the_bundled_checkpoint_is_there() -> None:
+    assert (resolve("bundled:llava-shapes") / "config.json").is_file()

@@ -1,0 +1,58 @@
+"""From recipe and model sizes to the numbers that shape the graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gap_export.bundle import ModelFacts
+from gap_export.errors import RecipeError
+from gap_export.plan import plan_for
+from gap_export.recipe import Recipe
+
+FACTS = ModelFacts(
+    hidden_size=8,
+    layers=1,
+    attention_heads=1,
+    kv_heads=1,
+    head_dim=8,
+    vocabulary=10,
+    visual_tokens=576,
+    grid=(24, 24),
+    max_positions=2048,
+)
+
+
+def recipe_with(**changes: Any) -> Recipe:
+    return Recipe.model_validate({"name": "x", "checkpoint": "x", **changes})
+
+
+@given(keep=st.floats(0.001, 1.0), text=st.integers(2, 300), new=st.integers(1, 300))
+def test_capacity_holds_the_longest_prompt_its_answer_and_one_more(keep: float, text: int, new: int) -> None:
+    plan = plan_for(recipe_with(keep=keep, max_text=text, max_new_tokens=new), FACTS)
+    needed = (text - 1) + plan.kept + new + 1
+    assert needed <= plan.capacity < needed + 16
+    assert plan.capacity % 16 == 0
+    exact = plan_for(recipe_with(keep=keep, max_text=text, max_new_tokens=new, capacity=needed), FACTS)
+    assert exact.capacity == needed
+    with pytest.raises(RecipeError, match=f"need {needed}"):
+        plan_for(recipe_with(keep=keep, max_text=text, max_new_tokens=new, capacity=needed - 1), FACTS)
+
+
+def test_positions_are_those_of_the_unpruned_prompt() -> None:
+    """Pruning saves slots, not positions: what the model was trained for limits the prompt before pruning."""
+    fits = recipe_with(keep=0.01, max_text=1473, max_new_tokens=1)
+    with pytest.raises(RecipeError, match="positions up to 2049"):
+        plan_for(fits, FACTS)
+    assert plan_for(recipe_with(keep=0.01, max_text=1472, max_new_tokens=1), FACTS).kept == 6
+
+
+def test_plan_refuses_what_contradicts_itself() -> None:
+    with pytest.raises(RecipeError, match="keeps all 576"):
+        plan_for(recipe_with(pruner="none", keep=0.5), FACTS)
+    with pytest.raises(RecipeError, match="is not a pruner"):
+        plan_for(recipe_with(pruner="clss"), FACTS)
+    assert plan_for(recipe_with(pruner="none", keep=1.0), FACTS).kept == 576

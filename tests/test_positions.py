@@ -1,0 +1,274 @@
+"""Position ids and cache slots against the table of the module's docstring, token by token, in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gap_export.positions import (
+    Ids,
+    Placement,
+    PositionPolicy,
+    advance,
+    continuing_at_kept_length,
+    gather_mrope_ids,
+    kept_position_ids,
+    place,
+    renumbered,
+    sequence_position_ids,
+    with_image_ids_reversed,
+    with_two_ids_swapped,
+    with_write_index_off_by_one,
+)
+
+GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt before pruning, and what survives, in the order in which it enters the decoder."""
+
+    before: int
+    after: int
+    visual: int
+    kept: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.before + len(self.kept) + self.after
+
+
+@st.composite
+def prompts(draw: st.DrawFn, *, visual: int | None = None, kept: int | None = None) -> Prompt:
+    visual = visual or draw(st.integers(1, 40))
+    kept = kept or draw(st.integers(1, visual))
+    order = draw(st.permutations(range(visual)))
+    return Prompt(draw(st.integers(0, 12)), draw(st.integers(0, 12)), visual, tuple(order[:kept]))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Prompt]:
+    visual = draw(st.integers(1, 30))
+    kept = draw(st.integers(1, visual))
+    return draw(st.lists(prompts(visual=visual, kept=kept), min_size=1, max_size=4))
+
+
+def ids_by_walking(prompt: Prompt, policy: PositionPolicy) -> tuple[list[int], int]:
+    """Number the unpruned prompt, cross out what was pruned: the ids left, and the id of the first generated token.
+
+    The baselines number what is left afresh.
+    """
+    unpruned = [("text", j) for j in range(prompt.before)]
+    unpruned += [("visual", i) for i in range(prompt.visual)]
+    unpruned += [("text", prompt.before + j) for j in range(prompt.after)]
+    if policy is not GAP:
+        return list(range(prompt.length)), prompt.length
+    numbered = {token: position for position, token in enumerate(unpruned)}
+    survivors: list[tuple[str, int]] = [("text", j) for j in range(prompt.before)]
+    survivors += [("visual", i) for i in prompt.kept]
+    survivors += [("text", prompt.before + j) for j in range(prompt.after)]
+    return [numbered[token] for token in survivors], len(unpruned)
+
+
+def placed(batch: list[Prompt], policy: PositionPolicy) -> Placement:
+    return place(
+        np.array([prompt.kept for prompt in batch], np.int64),
+        text_before=np.array([prompt.before for prompt in batch], np.int64),
+        text_after=np.array([prompt.after for prompt in batch], np.int64),
+        visual_tokens=batch[0].visual,
+        policy=policy,
+    )
+
+
+@pytest.mark.parametrize("policy", PositionPolicy)
+@given(prompt=prompts())
+def test_ids_of_one_prompt(policy: PositionPolicy, prompt: Prompt) -> None:
+    ids = sequence_position_ids(
+        np.array(prompt.kept, np.int64),
+        text_before=prompt.before,
+        text_after=prompt.after,
+        visual_tokens=prompt.visual,
+        policy=policy,
+    )
+    assert ids.dtype == np.int64
+    assert ids.tolist() == ids_by_walking(prompt, policy)[0]
+
+
+@pytest.mark.parametrize("policy", PositionPolicy)
+@given(batch=batches())
+def test_placement_of_a_ragged_batch(policy: PositionPolicy, batch: list[Prompt]) -> None:
+    placement = placed(batch, policy)
+    assert placement.position_ids.shape == (len(batch), max(prompt.length for prompt in batch))
+    assert placement.write_index.tolist() == [0] * len(batch)
+    for row, prompt in enumerate(batch):
+        ids, next_position = ids_by_walking(prompt, policy)
+        assert placement.position_ids[row, : prompt.length].tolist() == ids
+        assert placement.last_index[row] == prompt.length - 1
+        assert placement.next_slot[row] == prompt.length
+        assert placement.next_position[row] == next_position
+
+
+def test_the_example_of_the_table() -> None:
+    placement = placed([Prompt(before=2, after=2, visual=6, kept=(1, 4))], GAP)
+    assert placement.position_ids.tolist() == [[0, 1, 3, 6, 8, 9]]
+    assert (placement.next_position.tolist(), placement.next_slot.tolist()) == ([10], [6])
+
+
+@given(batch=batches())
+def test_ids_increase_strictly_under_gap_in_raster_order(batch: list[Prompt]) -> None:
+    ordered = [Prompt(p.before, p.after, p.visual, tuple(sorted(p.kept))) for p in batch]
+    placement = placed(ordered, GAP)
+    assert (np.diff(placement.position_ids, axis=1) > 0).all()
+    last = placement.position_ids[np.arange(len(batch)), placement.last_index]
+    assert (last < placement.next_position).all()
+    assert (placement.next_slot <= placement.next_position).all()
+
+
+@given(prompt=prompts())
+def test_all_policies_agree_when_nothing_is_pruned(prompt: Prompt) -> None:
+    whole = Prompt(prompt.before, prompt.after, prompt.visual, tuple(range(prompt.visual)))
+    gap, shifted, permuted = (placed([whole], policy) for policy in (GAP, SHIFTED, PERMUTED))
+    for other in (shifted, permuted):
+        assert np.array_equal(gap.position_ids, other.position_ids)
+        assert np.array_equal(gap.next_position, other.next_position)
+        assert np.array_equal(gap.next_slot, other.next_slot)
+
+
+def test_slots_do_not_depend_on_the_policy() -> None:
+    batch = [Prompt(3, 4, 20, (0, 7, 19)), Prompt(1, 2, 20, (5, 6, 8))]
+    slots = {tuple(placed(batch, policy).next_slot.tolist()) for policy in PositionPolicy}
+    assert slots == {(10, 6)}
+
+
+@given(batch=batches(), policy=st.sampled_from(PositionPolicy), steps=st.integers(1, 6))
+def test_advancing_moves_both_counters_by_one(
+    batch: list[Prompt], policy: PositionPolicy, steps: int
+) -> None:
+    prompt_placement = placed(batch, policy)
+    turn = prompt_placement
+    for t in range(steps):
+        turn = advance(turn)
+        assert turn.position_ids.tolist() == [[p + t] for p in prompt_placement.next_position]
+        assert turn.write_index.tolist() == [s + t for s in prompt_placement.next_slot]
+        assert turn.last_index.tolist() == [0] * len(batch)
+    assert (turn.next_position - prompt_placement.next_position == steps).all()
+    assert (turn.next_slot - prompt_placement.next_slot == steps).all()
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (3, 1, 3), (-1, 2), (2, 6)])
+def test_repeated_or_foreign_indices_are_refused(kept: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"distinct and within 0\.\.5"):
+        sequence_position_ids(
+            np.array(kept), text_before=1, text_after=1, visual_tokens=6, policy=PositionPolicy.GAP
+        )
+
+
+def test_which_policies_sort() -> None:
+    assert [policy for policy in PositionPolicy if policy.keeps_raster_order] == [GAP, SHIFTED]
+
+
+def test_kept_ids_follow_the_order_given() -> None:
+    kept = np.array([7, 2, 5])
+    assert kept_position_ids(kept, 10, GAP).tolist() == [17, 12, 15]
+    assert kept_position_ids(kept, 10, SHIFTED).tolist() == [10, 11, 12]
+
+
+# M-RoPE
+
+
+@given(data=st.data())
+def test_mrope_gathers_three_rows_and_goes_on_from_the_unpruned_maximum(data: st.DataObject) -> None:
+    before, after = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
+    rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    # Qwen2-VL: text counts in all rows alike; a picture has one time, its rows and columns; text goes on above the largest.
+    ids = [[j] * 3 for j in range(before)]
+    ids += [[before, before + r, before + c] for r in range(rows) for c in range(columns)]
+    ids += [[before + max(rows, columns) + j] * 3 for j in range(after)]
+    visual = range(before, before + rows * columns)
+    kept = sorted(data.draw(st.sets(st.sampled_from(list(visual)), min_size=1)))
+    surviving = [*range(before), *kept, *range(before + rows * columns, len(ids))]
+
+    gathered, next_position = gather_mrope_ids(np.array(ids, np.int64).T, np.array(surviving))
+
+    assert gathered.T.tolist() == [ids[index] for index in surviving]
+    assert next_position == before + max(rows, columns) + after
+
+
+def test_mrope_maximum_may_belong_to_a_pruned_token() -> None:
+    ids = np.array([[0, 1, 1, 1], [0, 1, 1, 2], [0, 1, 2, 5]])
+    gathered, next_position = gather_mrope_ids(ids, np.array([0, 1]))
+    assert gathered.tolist() == [[0, 1], [0, 1], [0, 1]]
+    assert next_position == 6
+
+
+# Negative controls: each changes what it says, and nothing else.
+
+
+@pytest.fixture
+def right() -> Placement:
+    return placed([Prompt(2, 3, 9, (1, 4, 8)), Prompt(1, 2, 9, (0, 3, 5))], GAP)
+
+
+BEFORE: Ids = np.array([2, 1])
+
+
+def changed_fields(wrong: Placement, right: Placement) -> set[str]:
+    return {
+        name
+        for name in Placement.__dataclass_fields__
+        if not np.array_equal(getattr(wrong, name), getattr(right, name))
+    }
+
+
+def test_renumbering_counts_slots_and_decodes_on_from_there(right: Placement) -> None:
+    wrong = renumbered(right)
+    assert changed_fields(wrong, right) == {"position_ids", "next_position"}
+    assert wrong.position_ids.tolist() == [list(range(8))] * 2
+    assert wrong.next_position.tolist() == right.next_slot.tolist() == [8, 6]
+
+
+def test_reversing_touches_the_image_alone(right: Placement) -> None:
+    wrong = with_image_ids_reversed(right, BEFORE, 3)
+    assert changed_fields(wrong, right) == {"position_ids"}
+    assert wrong.position_ids[0].tolist() == [0, 1, 10, 6, 3, 11, 12, 13]
+    assert wrong.position_ids[1, :6].tolist() == [0, 6, 4, 1, 10, 11]
+
+
+def test_swapping_touches_two_ids_alone(right: Placement) -> None:
+    wrong = with_two_ids_swapped(right, BEFORE, 3)
+    assert changed_fields(wrong, right) == {"position_ids"}
+    assert (wrong.position_ids != right.position_ids).sum(axis=1).tolist() == [2, 2]
+    assert wrong.position_ids[0].tolist() == [0, 1, 10, 6, 3, 11, 12, 13]
+    assert wrong.position_ids[1, 1] == right.position_ids[1, 3]
+
+
+def test_swapping_differs_from_reversing_from_four_tokens_on() -> None:
+    right = placed([Prompt(1, 1, 9, (1, 2, 4, 7))], GAP)
+    swapped, turned = (f(right, np.array([1]), 4) for f in (with_two_ids_swapped, with_image_ids_reversed))
+    assert swapped.position_ids.tolist() == [[0, 8, 3, 5, 2, 10]]
+    assert turned.position_ids.tolist() == [[0, 8, 5, 3, 2, 10]]
+
+
+def test_write_index_off_by_one_leaves_a_hole(right: Placement) -> None:
+    wrong = with_write_index_off_by_one(right)
+    assert changed_fields(wrong, right) == {"next_slot"}
+    assert (wrong.next_slot - right.next_slot).tolist() == [1, 1]
+    assert advance(wrong).position_ids.tolist() == advance(right).position_ids.tolist()
+
+
+def test_continuing_at_kept_length_spoils_decoding_alone(right: Placement) -> None:
+    wrong = continuing_at_kept_length(right)
+    assert changed_fields(wrong, right) == {"next_position"}
+    assert wrong.next_position.tolist() == right.next_slot.tolist()
+
+
+def test_controls_leave_the_right_placement_as_it_was(right: Placement) -> None:
+    ids = right.position_ids.copy()
+    renumbered(right)
+    with_image_ids_reversed(right, BEFORE, 3)
+    with_two_ids_swapped(right, BEFORE, 3)
+    assert np.array_equal(right.position_ids, ids)

@@ -1,0 +1,93 @@
+"""Recipes: what is known, what is refused and how it is said, what gates are in force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gap_export.errors import RecipeError
+from gap_export.recipe import DEFAULT_GATES, Gates, Recipe, known_recipes, load_recipe
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe.model_validate({"name": "x", "checkpoint": "y", **fields})
+
+
+@pytest.mark.parametrize("name", sorted(known_recipes()))
+def test_recipes_that_come_along_are_valid(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert loaded.summary
+    assert loaded.prompt is None or loaded.prompt.count("{expression}") == 1
+
+
+def test_a_file_may_leave_out_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yml"
+    path.write_text("checkpoint: somewhere\nkeep: 0.5\n")
+    assert (load_recipe(str(path)).name, load_recipe(str(path)).keep) == ("mine", 0.5)
+
+
+def test_folders_and_hub_ids_make_a_recipe_of_their_own(tmp_path: Path) -> None:
+    assert load_recipe(str(tmp_path)).checkpoint == str(tmp_path)
+    hub = load_recipe("owner/some-model")
+    assert (hub.name, hub.checkpoint) == ("some-model", "owner/some-model")
+
+
+@pytest.mark.parametrize("model", ["shape", "lava", "./nothing/here", "/no/where", "a/b/c"])
+def test_what_is_none_of_these_is_refused(model: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(model)
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan"), float("inf"), "many", None])
+def test_keep_is_a_fraction(keep: Any) -> None:
+    with pytest.raises(ValidationError):
+        recipe(keep=keep)
+    assert recipe(keep=1).keep == 1
+
+
+def test_replacing_validates_again_and_leaves_out_what_is_none() -> None:
+    base = recipe(keep=0.5, capacity=100)
+    assert base.replaced(keep=None, pruner=None) == base
+    changed = base.replaced(keep=0.25, targets=["onnx", "tensorrt-rtx"])
+    assert (changed.keep, changed.targets, changed.capacity) == (0.25, ("onnx", "tensorrt-rtx"), 100)
+    for wrong in ({"keep": 2.0}, {"precision": "fp8"}, {"positions": "packed"}, {"seed": -1}, {"kep": 0.5}):
+        with pytest.raises(RecipeError) as caught:
+            base.replaced(**wrong)
+        assert next(iter(wrong)) in caught.value.message
+
+
+def test_the_value_given_is_shown() -> None:
+    with pytest.raises(RecipeError, match=r"keep 1\.5: is the fraction of visual tokens kept"):
+        recipe().replaced(keep=1.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
+    assert recipe(precision=precision).demands == DEFAULT_GATES[precision]  # type: ignore[index]
+    strict = recipe(precision=precision, gates={"max_logit_difference": 1e-6})
+    assert strict.demands.max_logit_difference == 1e-6
+    with pytest.raises(ValidationError):
+        recipe(gates={"max_logit_diference": 1e-6})
+
+
+def test_no_default_gate_lets_everything_pass() -> None:
+    for gates in (Gates(), *DEFAULT_GATES.values()):
+        assert gates.max_logit_difference < 1
+        assert gates.min_logit_cosine > 0.99
+        assert gates.min_token_agreement >= 0.95
+        assert gates.min_kept_sets_equal >= 0.95
+        assert gates.max_accuracy_drop <= 0.01
+
+
+def test_what_a_bundle_stores_is_the_recipe_again() -> None:
+    stored = recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Gates()).model_dump(mode="json")
+    assert Recipe.model_validate(stored) == recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Gates())
+
+
+def test_a_recipe_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError):
+        recipe().keep = 0.5  # type: ignore[misc]
