@@ -69,45 +69,56 @@ def verify(folder: Path, files: dict[str, FileRecord], *, every_hash: bool) -> N
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Give a scratch folder beside `target`; rename it into place on success, remove it on any failure.
+def scratch_folder(*, beside: Path, purpose: str) -> Iterator[Path]:
+    """A hidden folder on the same file system as `beside` (so that files can be linked and renamed), removed afterwards.
 
-    An existing `target` is replaced (by rename, so that it is never seen half-written). Scratch folders of builds that were
-    killed are removed by the next build of the same target.
+    Those of processes that were killed are removed by the next one with the same purpose.
+
+    Raises:
+        BundleError: the parent cannot be written to.
+    """
+    beside = beside.absolute()
+    prefix = f".{beside.name}.{purpose}-"
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in beside.parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=beside.parent))
+    except OSError as error:
+        raise BundleError(
+            f"cannot be created: {error.strerror}",
+            subject=str(beside),
+            hint="choose a folder you can write to",
+        ) from error
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a scratch folder; put it in place of `target` on success, remove it on any failure.
+
+    An existing `target` is replaced by rename, so that it is never seen half-written, and is put back when that fails.
 
     Raises:
         BundleError: the parent cannot be written to.
     """
     target = target.absolute()
-    prefix = f".{target.name}.building-"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    except OSError as error:
-        raise BundleError(
-            f"cannot be created: {error.strerror}",
-            subject=str(target),
-            hint="choose a folder you can write to",
-        ) from error
-    scratch.chmod(0o755)
-    try:
-        yield scratch
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-            os.rename(target, retired / target.name)
-            try:
-                os.rename(scratch, target)
-            except BaseException:
-                os.rename(retired / target.name, target)
-                raise
-            finally:
-                shutil.rmtree(retired)
-        else:
-            os.rename(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_folder(beside=target, purpose="building") as scratch:
+        fresh, retired = scratch / "fresh", scratch / "retired"
+        fresh.mkdir()
+        yield fresh
+        if not target.exists():
+            os.rename(fresh, target)
+            return
+        os.rename(target, retired)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            os.rename(retired, target)
+            raise
 
 
 def write_atomically(path: Path, text: str) -> None:

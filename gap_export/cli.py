@@ -234,6 +234,7 @@ def run(
 ) -> None:
     """Find what an expression refers to in a picture."""
     from gap_export.bundle import open_bundle
+    from gap_export.runtime.generate import refuse_overflow
     from gap_export.runtime.ground import Grounder, backend_of, open_session
     from gap_export.runtime.preprocess import load_image
     from gap_export.runtime.prompt import load_tokenizer, unknown_words
@@ -244,6 +245,7 @@ def run(
     unknown = unknown_words(load_tokenizer(opened.tokenizer_path), refer)
     session = open_session(opened, backend_of(backend), threads=threads)
     grounded = Grounder(opened).ground(session, [picture], [refer], max_new_tokens=max_new_tokens)
+    refuse_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:
         _draw(draw, picture, answer, manifest, refer)

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from gap_export import __version__, parity
-from gap_export.artifact import atomic_folder, record_of, write_atomically
+from gap_export.artifact import atomic_folder, record_of, scratch_folder, write_atomically
 from gap_export.bundle import (
     MANIFEST,
     Bundle,
@@ -117,13 +116,12 @@ def build(
 
     from gap_export.graph import lint, passes, trace, weights
 
-    components = family.components(checkpoint, plan)
-    models = []
-    for component in components:
-        progress(f"tracing {component.spec.name}")
-        models.append(trace.graph_from_component(component))
-
     with atomic_folder(out) as folder:
+        components = family.components(checkpoint, plan)
+        models = []
+        for component in components:
+            progress(f"tracing {component.spec.name}")
+            models.append(trace.graph_from_component(component))
         progress("placing the weights")
         store = weights.WeightStore(checkpoint, recipe.precision, folder, self_contained)
         store.prepare(
@@ -292,10 +290,8 @@ def _companion(bundle: Bundle, recipe: Recipe, backend: Backend, progress: Progr
     targets: tuple[Target, ...] = ("onnx",) if backend == "onnxruntime" else (backend,)
     # A capacity that is just enough for the pruned prompt is too small for the whole one.
     recipe = recipe.model_copy(update={"capacity": None})
-    with TemporaryDirectory(
-        prefix=f".{bundle.folder.name}.companion-", dir=bundle.folder.absolute().parent
-    ) as scratch:
-        yield build(recipe.replaced(targets=targets), Path(scratch) / "bundle", progress=progress).bundle
+    with scratch_folder(beside=bundle.folder, purpose="companion") as scratch:
+        yield build(recipe.replaced(targets=targets), scratch / "bundle", progress=progress).bundle
 
 
 def _build_engines(

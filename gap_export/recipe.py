@@ -139,7 +139,7 @@ def load_recipe(model: str) -> Recipe:
     path = Path(model)
     if model in recipes:
         path = recipes[model]
-    elif path.is_dir():
+    elif model and path.is_dir():
         return Recipe(name=path.resolve().name, checkpoint=str(path.resolve()))
     elif path.suffix not in (".yaml", ".yml"):
         if model.count("/") == 1 and not model.startswith((".", "/")):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.errors import InputError
+from gap_export.errors import InputError, SessionError
 from gap_export.positions import Ids, Placement, advance
 from gap_export.runtime.session import Session
 
@@ -28,6 +28,7 @@ class Generation:
         kept_indices: [B, K] int64.
         placement: of the prompt, after any adjustment.
         scores: [B, N] float32 of the selection, where the session tells them.
+        finite: whether all logits were numbers; the argmax of others is no answer.
     """
 
     tokens: list[list[int]]
@@ -35,6 +36,7 @@ class Generation:
     kept_indices: Ids
     placement: Placement
     scores: NDArray[np.float32] | None
+    finite: bool = True
 
 
 def generate(
@@ -76,8 +78,9 @@ def generate(
     kept_logits = [logits.copy()]
     ended = np.zeros(len(logits), bool)
     tokens: list[list[int]] = [[] for _ in range(len(logits))]
-    turn = placement
+    turn, finite = placement, True
     while True:
+        finite &= bool(np.isfinite(logits).all())
         chosen = logits.argmax(axis=-1).astype(np.int64)
         ended |= np.isin(chosen, eos_token_ids)
         for row in np.flatnonzero(~ended):
@@ -88,4 +91,18 @@ def generate(
         logits = session.step(chosen, turn)
         if keep_logits:
             kept_logits.append(logits.copy())
-    return Generation(tokens, kept_logits, visual.kept_indices, placement, visual.scores)
+    return Generation(tokens, kept_logits, visual.kept_indices, placement, visual.scores, finite)
+
+
+def refuse_overflow(generation: Generation, backend: str) -> None:
+    """Refuse answers made of logits that are not numbers.
+
+    Raises:
+        SessionError: they are not.
+    """
+    if not generation.finite:
+        raise SessionError(
+            "gave logits that are not finite: activations are beyond what the precision can hold",
+            subject=backend,
+            hint="build with --precision bf16 or fp32, and open a new session (the cache holds them too)",
+        )

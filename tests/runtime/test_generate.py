@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gap_export.errors import InputError
+from gap_export.errors import InputError, SessionError
 from gap_export.positions import Ids, Placement, PositionPolicy, place
-from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.generate import Generation, generate, refuse_overflow
 from gap_export.runtime.session import Spliced, VisualTokens
 
 EOS, VISUAL, VOCABULARY = 2, 20, 12
@@ -185,3 +185,22 @@ def test_logits_of_every_step_are_copies() -> None:
 
 def test_what_was_kept_is_reported() -> None:
     assert answer(FakeSession([[EOS, EOS]])).kept_indices.tolist() == KEPT.tolist()
+
+
+@pytest.mark.parametrize("broken_at", [0, 1, 2])
+def test_logits_that_are_not_numbers_are_no_answer(broken_at: int) -> None:
+    class Overflowing(FakeSession):
+        def _say(self) -> NDArray[np.float32]:
+            logits = super()._say()
+            return logits * np.float32("nan") if self._turn == broken_at + 1 else logits
+
+    generation = answer(Overflowing([[7], [8], [9], [EOS]]))
+    assert not generation.finite
+    with pytest.raises(SessionError, match="not finite"):
+        refuse_overflow(generation, "fake")
+
+
+def test_finite_logits_are_accepted() -> None:
+    generation = answer(FakeSession([[7], [EOS]]))
+    assert generation.finite
+    refuse_overflow(generation, "fake")

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from gap_export.grounding.scenes import DEV_SEED, HELD_OUT_SEED, IMAGE_SIZE, KINDS, Case, cases
-from training.shapes.model import PATCHES
+from training.shapes.model import IMAGE_MEAN, IMAGE_STD, PATCHES
 from training.shapes.vocabulary import (
     COORDINATE_BINS,
     FIRST_COORDINATE_ID,
@@ -46,9 +46,8 @@ def features_and_scores(
     model: LlavaForConditionalGeneration, pixels_BHWC: NDArray[np.uint8]
 ) -> tuple[Tensor, Tensor]:
     """Projected visual tokens [B, N, H] and CLS scores [B, N]."""
-    processed = (
-        torch.from_numpy(np.ascontiguousarray(pixels_BHWC)).permute(0, 3, 1, 2).float() / 255 - 0.5
-    ) / 0.5
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC)).permute(0, 3, 1, 2).float() / 255
+    processed = (pixels - IMAGE_MEAN[0]) / IMAGE_STD[0]
     tower = model.model.vision_tower
     layer_index = model.config.vision_feature_layer  # -2: the output of the last layer but one
     states = tower(processed, output_hidden_states=True).hidden_states

@@ -1,9 +1,9 @@
 """Trains `llava-shapes` from nothing: python -m training.shapes.train --out DIR
 
-Stage 0 trains the tower alone, stage 1 the projector and the decoder on the frozen tower, and a short stage 2 goes on with
-these at a lower learning rate. No token is ever pruned in training and the position ids of a picture
-are always whole. A run that was stopped goes on where it was when started again with
-the same `--out`; `DIR/checkpoint` always holds the newest weights in Hugging Face layout.
+Stage 0 trains the tower alone, stage 1 the projector and the decoder on the frozen tower, and a short stage 2 goes on
+with these at a lower learning rate. No token is ever pruned in training and the position ids of a picture are always
+whole. A run that was stopped goes on where it was when started again with the same `--out` and `--resume`;
+`DIR/checkpoint` always holds the newest weights in Hugging Face layout.
 """
 
 from __future__ import annotations
