@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gap_export import __version__, parity
+from gap_export import __version__, parity, prune
 from gap_export.artifact import atomic_folder, record_of, write_atomically
 from gap_export.bundle import (
     MANIFEST,
@@ -163,6 +163,8 @@ def build(
                 kept=plan.kept,
                 positions=recipe.positions,
                 seed=recipe.seed,
+                merged=prune.strategy(recipe.pruner).merged,
+                merged_id=recipe.merged_id,
             ),
             capacity=plan.capacity,
             max_new_tokens=recipe.max_new_tokens,

@@ -28,6 +28,7 @@ class Generation:
         kept_indices: [B, K] int64.
         placement: of the prompt, after any adjustment.
         scores: [B, N] float32 of the selection, where the session tells them.
+        margins: [B] float64, by how little the selection was made, where the session tells it.
     """
 
     tokens: list[list[int]]
@@ -35,6 +36,7 @@ class Generation:
     kept_indices: Ids
     placement: Placement
     scores: NDArray[np.float32] | None
+    margins: NDArray[np.float64] | None = None
 
 
 def generate(
@@ -88,4 +90,4 @@ def generate(
         logits = session.step(chosen, turn)
         if keep_logits:
             kept_logits.append(logits.copy())
-    return Generation(tokens, kept_logits, visual.kept_indices, placement, visual.scores)
+    return Generation(tokens, kept_logits, visual.kept_indices, placement, visual.scores, visual.margins)
