@@ -247,7 +247,11 @@ def _gathered_with(flow: Flow, embeds: ir.Value, kept: ir.Value) -> bool:
     def reshaping(node: ir.Node) -> Iterable[ir.Value | None]:
         return node.inputs[:1] if is_op(node, *_ORDER_KEEPING) else ()
 
-    origins = {v for v in flow.upstream(kept, reshaping) if not is_op(v.producer(), *_ORDER_KEEPING)}
+    def joining(node: ir.Node) -> Iterable[ir.Value | None]:
+        return node.inputs if is_op(node, "Concat") else reshaping(node)
+
+    # Chosen in groups and left in the order of the choice, indices are joined; each group was read at its own.
+    origins = {v for v in flow.upstream(kept, joining) if not is_op(v.producer(), "Concat", *_ORDER_KEEPING)}
     fixed = [c for v in origins if (c := constant(v)) is not None]
     for value in flow.ancestors(embeds):
         node = value.producer()
