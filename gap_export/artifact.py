@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -81,7 +82,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     prefix = f".{target.name}.building-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f"{prefix}*"):
+        for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     except OSError as error:
@@ -96,8 +97,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             retired = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
             os.rename(target, retired / target.name)
-            os.rename(scratch, target)
-            shutil.rmtree(retired)
+            try:
+                os.rename(scratch, target)
+            except BaseException:
+                os.rename(retired / target.name, target)
+                raise
+            finally:
+                shutil.rmtree(retired)
         else:
             os.rename(scratch, target)
     finally:
@@ -105,11 +111,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file so that readers see the old content or the new, never a part.
+
+    Raises:
+        BundleError: it cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise _not_written(path, error) from error
 
 
 def place_file(source: Path, target: Path, *, copy: bool) -> int:
@@ -119,6 +132,9 @@ def place_file(source: Path, target: Path, *, copy: bool) -> int:
 
     Returns:
         Bytes newly written (0 for a link).
+
+    Raises:
+        BundleError: the copy cannot be written.
     """
     source = source.resolve()
     if not copy:
@@ -129,5 +145,16 @@ def place_file(source: Path, target: Path, *, copy: bool) -> int:
             OSError
         ):  # another file system, or one without links: a copy costs space and changes nothing else
             pass
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise _not_written(target, error) from error
     return target.stat().st_size
+
+
+def _not_written(path: Path, error: OSError) -> BundleError:
+    return BundleError(
+        f"cannot be written: {error.strerror}",
+        subject=str(path),
+        hint="free disk space, or choose a folder you can write to",
+    )

@@ -145,7 +145,14 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
 def _shards(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(
+                "does not say which file holds which weight (weight_map)",
+                subject=str(index),
+                hint="use a clean download",
+            )
+        names = sorted(set(listed.values()))
         for name in names:
             if Path(name).name != name:
                 raise CheckpointError(
@@ -206,6 +213,8 @@ def read_header(file: Path) -> dict[str, WeightLocation]:
             expected = BYTES_PER_ELEMENT.get(entry["dtype"], 0)
             for extent in shape:
                 expected *= extent
+            if not 0 <= start <= end:
+                raise broken(f"is damaged: {key} lies from byte {start} to byte {end} of its data")
             if end > size - base:
                 raise broken(f"is truncated: {key} ends at byte {base + end} of {size}")
             if expected and end - start != expected:

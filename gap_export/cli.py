@@ -35,13 +35,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone
 BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
 
+_INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells have it."""
+
 
 def main() -> NoReturn:
     """Entry point: run a command, turn errors of ours into a message and exit code 2."""
     try:
-        # Outside standalone mode, typer gives the code of a raised Exit back instead of letting it pass.
+        # Outside standalone mode, typer gives the code of a raised Exit back, and for Ctrl-C the shell's.
         result = app(standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
     except GapExportError as error:
         code = _report(error.stage, error.subject, error.message, error.hint)
     except typer.Exit as stop:
@@ -50,7 +55,7 @@ def main() -> NoReturn:
         console.print(
             "[yellow]interrupted[/]: nothing half-written was left behind; run the same command again"
         )
-        code = 130
+        code = _INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
             raise
@@ -217,7 +222,7 @@ def validate(
             tick=lambda count: bar.advance(task, count),
         )
     if as_json:
-        _print_json(report.model_dump(mode="json"))
+        _print_json(json.loads(report.model_dump_json()))  # as stored: what is not a number is null
     else:
         from gap_export import report as page
 

@@ -9,6 +9,7 @@ Shape letters: B batch, V vocabulary, K kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -171,6 +172,8 @@ def measure(
     earliest: int | None = None
     for run, truth in zip(runs, reference, strict=True):
         mine, theirs = run.generation, truth.generation
+        if any(len(side.logits) < max(map(len, side.tokens)) for side in (mine, theirs)):
+            raise ValueError("a run was made without its logits")
         expected = place(
             mine.kept_indices,
             text_before=run.prompts.text_before,
@@ -253,6 +256,14 @@ def controls(kept: int) -> dict[str, Callable[[Placement, Ids], Placement]]:
     }
 
 
+def applies(adjust: Callable[[Placement, Ids], Placement], run: Grounded) -> bool:
+    """Whether a control changes anything: with nothing pruned, renumbered ids are the right ones."""
+    before, after = run.generation.placement, adjust(run.generation.placement, run.prompts.text_before)
+    return not all(
+        np.array_equal(getattr(before, field.name), getattr(after, field.name)) for field in fields(Placement)
+    )
+
+
 def check_control(name: str, measured: Measurement, gates: Gates) -> Control:
     """A control is caught when what the model computed gives it away.
 
@@ -324,5 +335,6 @@ class ParityReport(_Stored):
     measurement: Measurement
     gates: list[Gate]
     controls: list[Control]
+    inapplicable_controls: list[str]
     grounding: Grounding
     versions: dict[str, str]

@@ -242,10 +242,11 @@ def validate(
 
     few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
     few = questions[: few_batches * batch]
-    kept = manifest.pruning.kept
-    gapped = manifest.pruning.positions is PositionPolicy.GAP and kept < manifest.model.visual_tokens
-    caught = []
-    for name, adjust in parity.controls(kept, gapped=gapped).items():
+    caught, inapplicable = [], []
+    for name, adjust in parity.controls(manifest.pruning.kept).items():
+        if not parity.applies(adjust, runs[0]):
+            inapplicable.append(name)
+            continue
         progress(f"negative control: {name}")
         wrong = parity.run_cases(
             grounder, session, few, batch=batch, tick=tick, adjust=adjust, keep_logits=True
@@ -272,6 +273,7 @@ def validate(
         measurement=measured,
         gates=gates,
         controls=caught,
+        inapplicable_controls=inapplicable,
         grounding=parity.Grounding(
             **accuracy, cases=cases, kept=manifest.pruning.kept, visual_tokens=manifest.model.visual_tokens
         ),
@@ -283,7 +285,7 @@ def validate(
 
 def validation_work(cases: int) -> int:
     """About how many answers `validate` makes."""
-    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls(2, gapped=True))
+    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls(1))
 
 
 @contextmanager

@@ -24,6 +24,8 @@ def print_parity(report: ParityReport, console: Console) -> None:
     controls = Table("negative control", "caught by", "")
     for control in report.controls:
         controls.add_row(control.name, ", ".join(control.by) or "nothing", _mark(control.caught))
+    for name in report.inapplicable_controls:
+        controls.add_row(name, "changes nothing in this bundle", "-")
     console.print(controls)
     console.print(grounding_table(report))
     verdict = "[bold green]all gates met[/]" if report.ok else "[bold red]a gate was not met[/]"

@@ -25,6 +25,7 @@ from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.splice import Embed, Splice
 from gap_export.graph.attention import IMPLEMENTATION, SlotCache, slot_mask
 from gap_export.plan import Plan
+from gap_export.positions import PositionPolicy
 from gap_export.prune import order
 from gap_export.recipe import Recipe
 from gap_export.runtime.preprocess import mean_colour
@@ -83,6 +84,12 @@ def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
             subject=str(checkpoint.folder),
             hint="download the checkpoint's preprocessor_config.json",
         )
+    if not (_is_rgb(mean) and _is_rgb(std) and min(std) > 0):
+        raise CheckpointError(
+            "image_mean and image_std must be three numbers each, and no image_std may be 0",
+            subject=str(checkpoint.folder / "preprocessor_config.json"),
+            hint="fetch the checkpoint's preprocessor_config.json again",
+        )
     return Preprocessing(
         size=_config(checkpoint).vision_config.image_size,
         fit=recipe.fit or "pad",
@@ -95,12 +102,20 @@ def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
 def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
     """See `Family.prompt`."""
     config = _config(checkpoint)
-    ends = checkpoint.json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
+    ends = checkpoint.json("generation_config.json").get("eos_token_id")
+    ends = config.text_config.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [ends]
+    if not ends or not all(isinstance(end, int) for end in ends):
+        raise CheckpointError(
+            "names no token that ends an answer (eos_token_id)",
+            subject=str(checkpoint.folder),
+            hint="add eos_token_id to the checkpoint's generation_config.json",
+        )
     return PromptTemplate(
         grounding=recipe.prompt or GROUNDING_PROMPT,
         image_token_id=config.image_token_id,
         add_special_tokens=True,
-        eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,),
+        eos_token_ids=tuple(ends),
     )
 
 
@@ -156,7 +171,11 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         (
             GraphSpec(
                 name="splice",
-                inputs=(tensor("input_ids", "int64", batch, text), visual_embeds, kept_indices),
+                inputs=(
+                    tensor("input_ids", "int64", batch, text),
+                    visual_embeds,
+                    *((kept_indices,) if plan.positions is PositionPolicy.GAP else ()),
+                ),
                 outputs=(
                     tensor("inputs_embeds", dtype, batch, spliced, sizes.hidden_size),
                     tensor("position_ids", "int64", batch, spliced),
@@ -377,6 +396,14 @@ def _feature_layer(config: LlavaConfig) -> int:
     """How many layers of the tower are run: `vision_feature_layer` counts hidden states, the embeddings being number 0."""
     feature, layers = int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers)
     return feature if feature >= 0 else layers + 1 + feature
+
+
+def _is_rgb(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(value, int | float) for value in values)
+    )
 
 
 def _require(checkpoint: Checkpoint, field: str, holds: bool, wanted: str) -> None:

@@ -48,14 +48,15 @@ class Splice(nn.Module):
         self.policy = policy
 
     def forward(
-        self, input_ids: Tensor, visual_embeds: Tensor, kept_indices: Tensor
+        self, input_ids: Tensor, visual_embeds: Tensor, kept_indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Splice.
 
         Args:
             input_ids: [B, T] int64, short rows filled with -1 at the end.
             visual_embeds: [B, K, H].
-            kept_indices: [B, K] int64 raster indices.
+            kept_indices: [B, K] int64 raster indices; policies that renumber do not look at them, and their graphs do not
+                take them.
 
         Returns:
             inputs_embeds [B, S, H], position_ids [B, S] int64, next_position [B] int64, next_slot [B] int64.
@@ -84,14 +85,14 @@ class Splice(nn.Module):
         visual_BSH = visual_embeds.gather(1, visual_index_BS[:, :, None].expand(-1, -1, hidden))
         inputs_embeds = torch.where(is_visual_BS[:, :, None], visual_BSH, text_BSH)
 
-        image_ids_BS = kept_indices.gather(1, visual_index_BS) if self._keeps_ids else visual_index_BS
+        image_ids_BS = visual_index_BS
+        if self.policy is PositionPolicy.GAP:
+            if kept_indices is None:
+                raise ValueError("gap needs the kept indices")
+            image_ids_BS = kept_indices.gather(1, visual_index_BS)
         text_position_BS = torch.where(is_after_BS, slots_S[None] + (extent - kept), slots_S[None])
         position_ids = torch.where(is_visual_BS, before_B1 + image_ids_BS, text_position_BS)
 
         next_position = (tokens_B1 - 1 + extent)[:, 0]
         next_slot = (tokens_B1 - 1 + kept)[:, 0]
         return inputs_embeds, position_ids, next_position, next_slot
-
-    @property
-    def _keeps_ids(self) -> bool:
-        return self.policy is PositionPolicy.GAP

@@ -77,9 +77,14 @@ class OnnxRuntimeSession:
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`."""
+        offered = {
+            "input_ids": input_ids_BT,
+            "visual_embeds": visual.embeds,
+            "kept_indices": visual.kept_indices,
+        }
+        taken = {tensor.name for tensor in self._bundle.manifest.graphs["splice"].spec.inputs}
         embeds, position_ids, next_position, next_slot = self._run(
-            "splice",
-            {"input_ids": input_ids_BT, "visual_embeds": visual.embeds, "kept_indices": visual.kept_indices},
+            "splice", {name: value for name, value in offered.items() if name in taken}
         )
         slots = next_slot.numpy()
         placement = Placement(

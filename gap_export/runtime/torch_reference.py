@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
@@ -58,7 +59,7 @@ class TorchSession:
                     checkpoint, dtype=_DTYPES[precision], attn_implementation="eager", local_files_only=True
                 ).eval(),
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"could not be loaded by transformers: {str(error).splitlines()[0]}",
                 subject=str(checkpoint),

@@ -282,9 +282,12 @@ class TensorRTSession:
         """See `Session.splice`; the embeddings are a `DeviceTensor`."""
         splice = self._graphs["splice"]
         seen = self._on_device(splice, "visual_embeds", visual.embeds)
-        splice.prepare(
-            {"input_ids": input_ids_BT, "visual_embeds": seen, "kept_indices": visual.kept_indices}
-        )
+        offered: dict[str, Ids | DeviceTensor] = {
+            "input_ids": input_ids_BT,
+            "visual_embeds": seen,
+            "kept_indices": visual.kept_indices,
+        }
+        splice.prepare({tensor.name: offered[tensor.name] for tensor in splice.spec.inputs})
         embeds = self._tensor(splice, "inputs_embeds")
         splice.run({"visual_embeds": seen.address, "inputs_embeds": embeds.address})
         slots = splice.download("next_slot")

@@ -152,7 +152,7 @@ def _kind(subject: str, flow: Flow, ids_input: str) -> Profile:
     """Which kind of graph this is, by its inputs and outputs."""
     inputs = {v.name or "" for v in flow.inputs}
     outputs = {v.name or "" for v in flow.outputs}
-    if KEPT in inputs:
+    if inputs & {KEPT, EMBEDS}:
         return "splice"
     if outputs & {KEPT, EMBEDS}:
         return "vision"

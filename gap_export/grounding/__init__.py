@@ -1,0 +1,1 @@
+"""Referring expressions and boxes: synthetic scenes, box codecs and frames, datasets, metrics."""
