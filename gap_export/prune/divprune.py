@@ -29,7 +29,8 @@ class DivPrune:
         visual = features.visual_tokens
         tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
         distance_BNN = 1.0 - torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
-        itself_NN = torch.eye(visual, dtype=torch.bool)
+        # (torch.eye would be traced with unsigned integers, which TensorRT does not read.)
+        itself_NN = torch.arange(visual)[:, None] == torch.arange(visual)
         isolation_BN = distance_BNN.masked_fill(itself_NN, _FARTHER_THAN_ANY).amin(dim=-1)
         # A chosen token is nearer to itself than anything, and so is never chosen again.
         distance_BNN = distance_BNN.masked_fill(itself_NN, _NEARER_THAN_ANY)
