@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gap_export.artifact import FileRecord, verify, write_atomically
 from gap_export.errors import BundleError
-from gap_export.positions import PositionPolicy
+from gap_export.positions import MergedId, PositionPolicy
 from gap_export.spec import GraphSpec
 
 MANIFEST = "manifest.json"
@@ -22,6 +22,8 @@ SCHEMA_VERSION = 1
 Positive = Annotated[float, Field(gt=0)]
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16"]
+TowerPart = Literal["class_token", "following_layer"]
+"""What a pruner may ask of a vision tower: a class token; a layer after the one whose output the decoder gets."""
 
 
 class Stored(BaseModel):
@@ -91,6 +93,8 @@ class ModelFacts(Stored):
     grid: tuple[int, int]
     """(rows, columns) of the visual tokens."""
     max_positions: int
+    tower_lacks: tuple[TowerPart, ...] = ()
+    """What a pruner may ask for and this tower does not have."""
 
 
 class Pruning(Stored):
@@ -102,6 +106,8 @@ class Pruning(Stored):
         kept: the count.
         positions: numbering policy.
         seed: seed of strategies that draw at random.
+        merged: how many of the kept tokens were merged from many and have no raster index of their own.
+        merged_id: which index those stand for.
     """
 
     pruner: str
@@ -109,6 +115,8 @@ class Pruning(Stored):
     kept: int
     positions: PositionPolicy
     seed: int
+    merged: int = Field(default=0, ge=0)
+    merged_id: MergedId = MergedId.LAST_VISUAL
 
 
 class Graph(Stored):

@@ -86,6 +86,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """Recipes, families, and what each needs."""
+    from dataclasses import asdict
+
     from gap_export import prune, recipe
 
     recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
@@ -95,7 +97,8 @@ def models(as_json: JsonOption = False) -> None:
                 "recipes": [
                     {"name": r.name, "family": r.family, "checkpoint": r.checkpoint, "pruners": list(prune.names()), "summary": r.summary}
                     for r in recipes
-                ]
+                ],
+                "pruners": [asdict(row) for row in prune.STRATEGIES],
             }
         )  # fmt: skip
         return
@@ -103,7 +106,10 @@ def models(as_json: JsonOption = False) -> None:
     for r in recipes:
         table.add_row(r.name, r.family or "", r.checkpoint, r.summary)
     out.print(table)
-    out.print(f"pruners: {', '.join(prune.names())}", highlight=False)
+    pruners = Table("pruner", "keeps", "needs", "prunes", "merges")
+    for row in prune.STRATEGIES:
+        pruners.add_row(row.name, row.summary, prune.needs(row), row.where, prune.merging(row))
+    out.print(pruners)
 
 
 @app.command()
@@ -113,6 +119,10 @@ def build(
     keep: Annotated[float | None, typer.Option(help="Fraction of visual tokens kept, in (0, 1].")] = None,
     pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
     positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
+    merged_id: Annotated[
+        str | None,
+        typer.Option(help="Place of tokens merged from many: last_visual (default), max_kept or centroid."),
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")
@@ -134,6 +144,7 @@ def build(
         keep=keep,
         pruner=pruner,
         positions=positions,
+        merged_id=merged_id,
         precision=precision,
         targets=target,
         checkpoint=checkpoint,

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gap_export import __version__, parity
+from gap_export import __version__, parity, prune
 from gap_export.artifact import atomic_folder, record_of, scratch_folder, write_atomically
 from gap_export.bundle import (
     MANIFEST,
@@ -161,6 +161,8 @@ def build(
                 kept=plan.kept,
                 positions=recipe.positions,
                 seed=recipe.seed,
+                merged=prune.strategy(recipe.pruner).merged,
+                merged_id=recipe.merged_id,
             ),
             capacity=plan.capacity,
             max_new_tokens=recipe.max_new_tokens,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gap_export import prune
 from gap_export.bundle import ModelFacts, Precision
 from gap_export.errors import RecipeError
-from gap_export.positions import PositionPolicy
+from gap_export.positions import MergedId, PositionPolicy
 from gap_export.recipe import Recipe
 
 _CAPACITY_STEP = 16
@@ -23,6 +23,7 @@ class Plan:
         kept: K.
         positions: numbering policy.
         seed: for strategies that draw at random.
+        merged_id: for strategies that merge.
         capacity: cache slots C.
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
@@ -33,6 +34,7 @@ class Plan:
     kept: int
     positions: PositionPolicy
     seed: int
+    merged_id: MergedId
     capacity: int
     max_text: int
     max_batch: int
@@ -44,14 +46,10 @@ def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:
     Raises:
         RecipeError: numbers that contradict each other or the model.
     """
-    prune.load(recipe.pruner)
+    strategy = prune.strategy(recipe.pruner)
     kept = prune.kept_count(recipe.keep, facts.visual_tokens)
-    if recipe.pruner == "none" and kept != facts.visual_tokens:
-        raise RecipeError(
-            f"keeps all {facts.visual_tokens} tokens, and keep is {recipe.keep:g}",
-            subject="pruner none",
-            hint="use --keep 1.0, or another pruner",
-        )
+    prune.require_tower(strategy, facts.tower_lacks)
+    prune.require_count(strategy, kept, facts.visual_tokens)
     longest_answer = recipe.max_text - 1 + facts.visual_tokens + recipe.max_new_tokens
     if longest_answer > facts.max_positions:
         raise RecipeError(
@@ -74,6 +72,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:
         kept=kept,
         positions=recipe.positions,
         seed=recipe.seed,
+        merged_id=recipe.merged_id,
         capacity=recipe.capacity or -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP,
         max_text=recipe.max_text,
         max_batch=recipe.max_batch,

@@ -46,6 +46,20 @@ class PositionPolicy(StrEnum):
         return self is not PositionPolicy.PERMUTED
 
 
+class MergedId(StrEnum):
+    """Which raster index a token stands for that was merged from many and has none of its own.
+
+    The paper leaves this open. A token merged *into* a patch keeps that patch's index, whatever is chosen here.
+    """
+
+    LAST_VISUAL = "last_visual"
+    """The last patch of the picture, N - 1: merged tokens come after all others, as where strategies append them."""
+    MAX_KEPT = "max_kept"
+    """The last patch that was kept."""
+    CENTROID = "centroid"
+    """The patch nearest to the weighted centre, in rows and columns, of the patches it was merged from."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a batch of prompts stands: ids and slots of the prompt, and the two counters decoding goes on from.
@@ -82,7 +96,13 @@ def kept_position_ids(kept_K: Ids, text_before: int, policy: PositionPolicy) -> 
 
 
 def sequence_position_ids(
-    kept_K: Ids, *, text_before: int, text_after: int, visual_tokens: int, policy: PositionPolicy
+    kept_K: Ids,
+    *,
+    text_before: int,
+    text_after: int,
+    visual_tokens: int,
+    policy: PositionPolicy,
+    merged: int = 0,
 ) -> Ids:
     """Position ids of one spliced prompt: text before, kept visual tokens, text after.
 
@@ -92,6 +112,8 @@ def sequence_position_ids(
         text_after: T_post.
         visual_tokens: N, the number before pruning.
         policy: how to number them.
+        merged: how many of the K were merged from many patches and stand for an index (`MergedId`) that a kept patch may
+            have too. All others must be distinct.
 
     Returns:
         [T_pre + K + T_post] int64.
@@ -99,7 +121,7 @@ def sequence_position_ids(
     Raises:
         ValueError: kept indices out of range or repeated.
     """
-    if len(np.unique(kept_K)) != len(kept_K) or (
+    if len(np.unique(kept_K)) < len(kept_K) - merged or (
         len(kept_K) and not 0 <= kept_K.min() <= kept_K.max() < visual_tokens
     ):
         raise ValueError(f"kept indices must be distinct and within 0..{visual_tokens - 1}")
@@ -114,7 +136,13 @@ def sequence_position_ids(
 
 
 def place(
-    kept_BK: Ids, *, text_before: Ids, text_after: Ids, visual_tokens: int, policy: PositionPolicy
+    kept_BK: Ids,
+    *,
+    text_before: Ids,
+    text_after: Ids,
+    visual_tokens: int,
+    policy: PositionPolicy,
+    merged: int = 0,
 ) -> Placement:
     """Placement of a batch of right-padded prompts with one image each.
 
@@ -124,6 +152,7 @@ def place(
         text_after: [B] T_post of each row.
         visual_tokens: N.
         policy: how to number.
+        merged: see `sequence_position_ids`.
 
     Returns:
         Placement with S = max over rows of T_pre + K + T_post; ids of padding go on counting.
@@ -138,6 +167,7 @@ def place(
             text_after=longest - kept - int(before),
             visual_tokens=visual_tokens,
             policy=policy,
+            merged=merged,
         )
         for row, before in zip(kept_BK, text_before, strict=True)
     ]

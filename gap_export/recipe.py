@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gap_export.bundle import Precision
 from gap_export.errors import RecipeError
-from gap_export.positions import PositionPolicy
+from gap_export.positions import MergedId, PositionPolicy
 
 Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
 
@@ -62,6 +62,7 @@ class Recipe(BaseModel):
         keep: fraction of visual tokens kept, in (0, 1].
         pruner: strategy.
         positions: numbering policy.
+        merged_id: which raster index tokens stand for that a pruner merged from many.
         seed: for strategies that draw at random.
         precision: element type of weights and activations.
         max_new_tokens: longest answer.
@@ -84,6 +85,7 @@ class Recipe(BaseModel):
     keep: float = 0.25
     pruner: str = "cls_attention"
     positions: PositionPolicy = PositionPolicy.GAP
+    merged_id: MergedId = MergedId.LAST_VISUAL
     seed: int = Field(default=0, ge=0)
     precision: Precision = "fp32"
     max_new_tokens: int = Field(default=32, ge=1)

@@ -26,6 +26,7 @@ from gap_export.families.splice import Embed, Splice
 from gap_export.graph.attention import IMPLEMENTATION, SlotCache, slot_mask
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
+from gap_export.prune import order
 from gap_export.recipe import Recipe
 from gap_export.runtime.preprocess import mean_colour
 from gap_export.spec import Component, Dim, DType, GraphSpec, TensorSpec
@@ -56,6 +57,7 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
     config = _config(checkpoint)
     text, vision = config.text_config, config.vision_config
     side = vision.image_size // vision.patch_size
+    above = vision.num_hidden_layers - _feature_layer(config)
     return ModelFacts(
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
@@ -66,6 +68,7 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
         visual_tokens=side * side,
         grid=(side, side),
         max_positions=text.max_position_embeddings,
+        tower_lacks=() if above else ("following_layer",),
     )
 
 
@@ -163,7 +166,7 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
                 inputs=(tensor("pixel_values", "float32", batch, 3, side, side),),
                 outputs=(visual_embeds, kept_indices),
             ),
-            ClipVision(model, prune.load(plan.pruner), plan.kept, plan.seed, plan.positions),
+            ClipVision(model, plan),
         ),
         (
             GraphSpec(
@@ -251,48 +254,66 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
 class ClipVision(nn.Module):
     """CLIP tower up to the feature layer, pruner, projector.
 
-    Only the kept tokens are projected: the projector works token by token, so the order does not matter.
+    Only the kept tokens are projected, unless the pruner looks at projected ones: the projector works token by token, so
+    the order does not matter.
     """
 
-    def __init__(
-        self,
-        model: LlavaForConditionalGeneration,
-        pruner: prune.Pruner,
-        kept: int,
-        seed: int,
-        policy: PositionPolicy,
-    ) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, plan: Plan) -> None:
         super().__init__()
         config = model.config
         self.vision_tower = model.model.vision_tower
         self.multi_modal_projector = model.model.multi_modal_projector
-        self._pruner, self._kept, self._seed, self._policy = pruner, kept, seed, policy
-        layers = len(self.vision_tower.encoder.layers)
-        feature = config.vision_feature_layer
-        self._run = feature if feature >= 0 else layers + 1 + feature
+        self._strategy, self._pruner, self._plan = prune.strategy(plan.pruner), prune.load(plan.pruner), plan
+        self._run = _feature_layer(config)
         side = config.vision_config.image_size // config.vision_config.patch_size
         self._grid = (side, side)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, size, size] float32 -> visual_embeds [B, K, H], kept_indices [B, K] int64."""
         hidden_BTE = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
-        layers = self.vision_tower.encoder.layers[: self._run]
-        for layer in layers[:-1]:
+        layers = self.vision_tower.encoder.layers
+        for layer in layers[: self._run - 1]:
             hidden_BTE = layer(hidden_BTE, None)
-        scoring = layers[-1]
-        normed_BTE = scoring.layer_norm1(hidden_BTE)
-        attention = scoring.self_attn
-        heads = (attention.num_heads, attention.head_dim)
-        class_query_BAD = attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads)
-        keys_BATD = attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2)
-        patches_BNE = scoring(hidden_BTE, None)[:, 1:]
-
-        features = prune.VisionFeatures(
-            patches_BNE=patches_BNE, grid=self._grid, class_query_BAD=class_query_BAD, keys_BATD=keys_BATD
+        features = self._features(hidden_BTE, layers[self._run - 1], layers[self._run : self._run + 1])
+        plan = self._plan
+        selected = order.in_decoder_order(
+            self._pruner.select(features, plan.kept, seed=plan.seed, merged_id=plan.merged_id), plan.positions
         )
-        kept_BK = prune.in_decoder_order(self._pruner.select(features, self._kept, self._seed), self._policy)
-        survivors_BKE = patches_BNE.gather(1, kept_BK[:, :, None].expand(-1, -1, patches_BNE.shape[-1]))
+        kept_BK = selected.indices_BK
+        if self._strategy.reads_projected and features.projected_BNH is not None:
+            return order.take(features.projected_BNH, kept_BK), kept_BK
+        survivors_BKE = selected.patches_BKE
+        if survivors_BKE is None:
+            survivors_BKE = order.take(features.patches_BNE, kept_BK)
         return self.multi_modal_projector(survivors_BKE), kept_BK
+
+    def _features(self, hidden_BTE: Tensor, feature: Any, following: Any) -> prune.VisionFeatures:
+        """Everything any pruner reads; what this one does not read is dead code and leaves the graph.
+
+        Args:
+            hidden_BTE: input of the feature layer.
+            feature: the layer whose output the decoder gets.
+            following: the next layer, or nothing.
+        """
+        attention = feature.self_attn
+        heads = (attention.num_heads, attention.head_dim)
+        normed_BTE = feature.layer_norm1(hidden_BTE)
+        out_BTE = feature(hidden_BTE, None)
+        query_BE = keys_BTE = None
+        for layer in following:
+            normed_above_BTE = layer.layer_norm1(out_BTE)
+            query_BE = layer.self_attn.q_proj(normed_above_BTE[:, 0])
+            keys_BTE = layer.self_attn.k_proj(normed_above_BTE)
+        return prune.VisionFeatures(
+            patches_BNE=out_BTE[:, 1:],
+            grid=self._grid,
+            class_query_BAD=attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads),
+            keys_BATD=attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2),
+            class_token_BE=out_BTE[:, 0],
+            following_query_BE=query_BE,
+            following_keys_BTE=keys_BTE,
+            projected_BNH=self.multi_modal_projector(out_BTE[:, 1:]),
+        )
 
 
 class Decoder(nn.Module):
@@ -369,6 +390,12 @@ def _config(checkpoint: Checkpoint) -> LlavaConfig:
     )
     _require(checkpoint, "text_config.model_type", config.text_config.model_type == "llama", "llama")
     return config
+
+
+def _feature_layer(config: LlavaConfig) -> int:
+    """How many layers of the tower are run: `vision_feature_layer` counts hidden states, the embeddings being number 0."""
+    feature, layers = int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers)
+    return feature if feature >= 0 else layers + 1 + feature
 
 
 def _is_rgb(values: Any) -> bool:

@@ -1,19 +1,22 @@
 """Visual-token pruners: the table of strategies and their one contract.
 
-A pruner chooses which K of N visual tokens survive. It is tensor code, traced into the vision graph, and gives raster
-indices best first; sorting them (or not) is the position policy's business, done here in one place for all.
+A pruner chooses which K of N visual tokens enter the decoder. It is tensor code, traced into the vision graph, and gives
+raster indices best first; putting them into order (or not) is the position policy's business, done in one place for all
+(`order.py`). Every choice is made per picture, never over the batch.
 
-Shape letters: B batch, A attention heads, N visual tokens, K kept, D head width, E tower width.
+Shape letters: B batch, A attention heads, N visual tokens, K kept, T = 1 + N, D head width, E tower width, H decoder width.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from gap_export.bundle import TowerPart
 from gap_export.errors import RecipeError
-from gap_export.positions import PositionPolicy
+from gap_export.positions import MergedId
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,19 +24,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionFeatures:
-    """What a vision tower shows a pruner.
+    """What a vision tower shows a pruner. A family fills in what it has; what no pruner reads vanishes from the graph.
+
+    The feature layer is the one whose output the decoder gets; the following layer is the next one up, which the decoder
+    never sees.
 
     Attributes:
         patches_BNE: features of the patches, before the projector, class token dropped.
         grid: (rows, columns) with rows * columns = N.
-        class_query_BAD: the class token's query in the layer whose output is `patches`; None without a class token.
-        keys_BATD: keys of the same layer, class token first (T = 1 + N); None without a class token.
+        class_query_BAD: the class token's query in the feature layer; None without a class token.
+        keys_BATD: keys of the same layer, class token first; None without a class token.
+        class_token_BE: output of the feature layer at the class token.
+        following_query_BE: the class token's query in the following layer, full width, heads not split.
+        following_keys_BTE: keys of the following layer, the same way, class token first.
+        projected_BNH: the patches after the projector.
     """
 
     patches_BNE: Tensor
     grid: tuple[int, int]
     class_query_BAD: Tensor | None = None
     keys_BATD: Tensor | None = None
+    class_token_BE: Tensor | None = None
+    following_query_BE: Tensor | None = None
+    following_keys_BTE: Tensor | None = None
+    projected_BNH: Tensor | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -41,57 +55,219 @@ class VisionFeatures:
         return self.grid[0] * self.grid[1]
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What a pruner chose.
+
+    Attributes:
+        indices_BK: raster indices, int64, best first. Distinct within a row, except that tokens without an index of their
+            own (`Strategy.merged`) may share that of another.
+        patches_BKE: features of the chosen tokens in the same order, before the projector, where they are not simply the
+            patches at the indices.
+    """
+
+    indices_BK: Tensor
+    patches_BKE: Tensor | None = None
+
+
 class Pruner(Protocol):
     """One strategy."""
 
-    name: str
-    needs_class_token: bool
-    needs_seed: bool
-
-    def select(self, features: VisionFeatures, kept: int, seed: int) -> Tensor:
-        """Raster indices of the survivors, best first.
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+        """Choose.
 
         Args:
             features: of the batch.
-            kept: K, 1..N.
+            kept: K, all tokens that enter the decoder, merged ones included.
             seed: for strategies that draw at random.
+            merged_id: which index tokens get that were merged from many.
 
-        Returns:
-            [B, K] int64, distinct within a row.
+        Raises:
+            ValueError: the features lack something that the strategy reads.
         """
         ...
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """One row of the table: what a strategy needs, and what it does to the tokens.
+
+    Attributes:
+        name: what `--pruner` takes.
+        implementation: `module:class` within this package.
+        summary: one line for people.
+        needs: what the tower must have.
+        needs_text: whether the choice depends on the prompt.
+        needs_seed: whether it draws at random.
+        static_count: whether K follows from keep and N alone.
+        reads_projected: whether it looks at tokens after the projector, all N of which are then projected.
+        merges: whether features of dropped tokens go into those of kept ones.
+        merged: how many of the K tokens have no raster index of their own.
+        fewest: smallest K that it can give.
+        where: the point in the model at which tokens are dropped.
+    """
+
+    name: str
+    implementation: str
+    summary: str
+    needs: tuple[TowerPart, ...] = ()
+    needs_text: bool = False
+    needs_seed: bool = False
+    static_count: bool = True
+    reads_projected: bool = False
+    merges: bool = False
+    merged: int = 0
+    fewest: int = 1
+    where: Literal["before the decoder"] = "before the decoder"
+
+
+STRATEGIES: tuple[Strategy, ...] = (
+    Strategy(
+        "cls_attention",
+        "cls_attention:ClsAttention",
+        "what the class token attends to most",
+        needs=("class_token",),
+    ),
+    Strategy(
+        "prumerge",
+        "prumerge:PruMerge",
+        "class-token attention; neighbours are added in, the rest becomes one token",
+        needs=("class_token", "following_layer"),
+        merges=True,
+        merged=1,
+        fewest=2,
+    ),
+    Strategy(
+        "prumerge_plus",
+        "prumerge_plus:PruMergePlus",
+        "a quarter as prumerge, three quarters evenly spread",
+        needs=("class_token", "following_layer"),
+        merges=True,
+        merged=1,
+        fewest=2,
+    ),
+    Strategy(
+        "visionzip",
+        "visionzip:VisionZip",
+        "class token, what it attends to most, and tokens that sum up the rest",
+        needs=("class_token",),
+        merges=True,
+        merged=1,
+        fewest=2,
+    ),
+    Strategy(
+        "divprune",
+        "divprune:DivPrune",
+        "greedily the token farthest from all chosen ones",
+        reads_projected=True,
+    ),
+    Strategy(
+        "vispruner",
+        "vispruner:VisPruner",
+        "half by class-token attention, half by weeding out what is alike",
+        needs=("class_token",),
+    ),
+    Strategy(
+        "dart",
+        "dart:Dart",
+        "a few tokens of high norm, and what is least alike to them",
+        reads_projected=True,
+    ),
+    Strategy("random", "random:Random", "a seeded draw", needs_seed=True),
+    Strategy("spatial", "spatial:Spatial", "a uniform grid"),
+    Strategy("none", "none:KeepAll", "nothing is pruned"),
+)
+"""Every strategy there is, in the order in which they are listed."""
+
+
 def names() -> tuple[str, ...]:
     """Names of all strategies."""
-    return ("cls_attention", "random", "spatial", "none")
+    return tuple(row.name for row in STRATEGIES)
 
 
-def load(name: str) -> Pruner:
-    """The strategy of that name.
+def strategy(name: str) -> Strategy:
+    """The row of that name.
 
     Raises:
         RecipeError: unknown name, with the nearest known one.
     """
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        raise RecipeError(
-            "is not a pruner" + (f"; did you mean {near[0]!r}?" if near else ""),
-            subject=repr(name),
-            hint=f"choose one of {', '.join(names())}",
-        )
-    from gap_export.prune import cls_attention, none, random, spatial
+    for row in STRATEGIES:
+        if row.name == name:
+            return row
+    near = difflib.get_close_matches(name, names(), n=1)
+    raise RecipeError(
+        "is not a pruner" + (f"; did you mean {near[0]!r}?" if near else ""),
+        subject=repr(name),
+        hint=f"choose one of {', '.join(names())}",
+    )
 
-    table: dict[str, Pruner] = {
-        pruner.name: pruner
-        for pruner in (
-            cls_attention.ClsAttention(),
-            random.Random(),
-            spatial.Spatial(),
-            none.KeepAll(),
+
+def load(name: str) -> Pruner:
+    """The strategy of that name, ready to select.
+
+    Raises:
+        RecipeError: unknown name, with the nearest known one.
+    """
+    module, _, kind = strategy(name).implementation.partition(":")
+    pruner: Pruner = getattr(importlib.import_module(f"gap_export.prune.{module}"), kind)()
+    return pruner
+
+
+def needs(row: Strategy) -> str:
+    """What a strategy needs, in words."""
+    parts = [part.replace("_", " ") for part in row.needs]
+    return (
+        ", ".join([*parts, *(["text"] if row.needs_text else []), *(["seed"] if row.needs_seed else [])])
+        or "-"
+    )
+
+
+def merging(row: Strategy) -> str:
+    """What a strategy does with the features of dropped tokens, in words."""
+    if not row.merges:
+        return "no"
+    return f"yes, {row.merged} of K without a place of its own" if row.merged else "yes"
+
+
+def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...]) -> None:
+    """Refuse a strategy that cannot work on a tower.
+
+    Args:
+        wanted: the strategy.
+        lacking: what the tower does not have.
+
+    Raises:
+        RecipeError: with the list of those that can.
+    """
+    missing = [part.replace("_", " ") for part in wanted.needs if part in lacking]
+    if missing:
+        able = [row.name for row in STRATEGIES if not set(row.needs) & set(lacking)]
+        raise RecipeError(
+            f"needs a {' and a '.join(missing)}, which this vision tower does not have",
+            subject=f"pruner {wanted.name}",
+            hint=f"these work on it: {', '.join(able)}",
         )
-    }
-    return table[name]
+
+
+def require_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
+    """Refuse a count that a strategy cannot give.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    if wanted.name == "none" and kept != visual_tokens:
+        raise RecipeError(
+            f"keeps all {visual_tokens} tokens, and keep asks for {kept}",
+            subject="pruner none",
+            hint="use --keep 1.0, or another pruner",
+        )
+    if kept < wanted.fewest:
+        raise RecipeError(
+            f"keeps at least {wanted.fewest} tokens: {wanted.merged} without a place of their own, and at least one patch "
+            "from which the order of the picture can be told",
+            subject=f"pruner {wanted.name}, keep {kept} of {visual_tokens}",
+            hint=f"use --keep {wanted.fewest / visual_tokens:.3g} or more, or another pruner",
+        )
 
 
 def kept_count(keep: float, visual_tokens: int) -> int:
@@ -107,14 +283,3 @@ def kept_count(keep: float, visual_tokens: int) -> int:
             hint="0.25 keeps a quarter of them",
         )
     return max(1, int(keep * visual_tokens + 0.5))
-
-
-def in_decoder_order(selected_BK: Tensor, policy: PositionPolicy) -> Tensor:
-    """Put selected indices into the order in which the tokens enter the decoder.
-
-    TopK gives score order. Under every policy but `permuted` the indices are sorted, so that raster order, causal order
-    and position order agree.
-    """
-    if not policy.keeps_raster_order:
-        return selected_BK
-    return selected_BK.sort(dim=-1).values

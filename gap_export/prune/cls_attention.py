@@ -9,15 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gap_export.prune import VisionFeatures
+from gap_export.positions import MergedId
+from gap_export.prune import Selected, VisionFeatures
 
 
 class ClsAttention:
     """Top-k by class-token attention."""
-
-    name = "cls_attention"
-    needs_class_token = True
-    needs_seed = False
 
     def scores(self, features: VisionFeatures) -> Tensor:
         """Score of every patch.
@@ -33,6 +30,6 @@ class ClsAttention:
         scores_BN: Tensor = logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
         return scores_BN
 
-    def select(self, features: VisionFeatures, kept: int, seed: int) -> Tensor:
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`."""
-        return self.scores(features).topk(kept, dim=-1).indices
+        return Selected(self.scores(features).topk(kept, dim=-1).indices)

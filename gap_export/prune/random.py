@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gap_export.prune import VisionFeatures
+from gap_export.positions import MergedId
+from gap_export.prune import Selected, VisionFeatures
 
 
 def drawn_indices(visual_tokens: int, kept: int, seed: int) -> list[int]:
@@ -18,11 +18,7 @@ def drawn_indices(visual_tokens: int, kept: int, seed: int) -> list[int]:
 class Random:
     """K tokens drawn without looking."""
 
-    name = "random"
-    needs_class_token = False
-    needs_seed = True
-
-    def select(self, features: VisionFeatures, kept: int, seed: int) -> Tensor:
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`; the order of the draw stands in for a score."""
         drawn = torch.tensor(drawn_indices(features.visual_tokens, kept, seed), dtype=torch.int64)
-        return drawn.expand(features.patches_BNE.shape[0], -1)
+        return Selected(drawn.expand(features.patches_BNE.shape[0], -1))

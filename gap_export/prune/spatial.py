@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from gap_export.prune import VisionFeatures
+from gap_export.positions import MergedId
+from gap_export.prune import Selected, VisionFeatures
 
 
 def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
@@ -34,11 +34,7 @@ def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
 class Spatial:
     """K tokens on a uniform grid, in raster order."""
 
-    name = "spatial"
-    needs_class_token = False
-    needs_seed = False
-
-    def select(self, features: VisionFeatures, kept: int, seed: int) -> Tensor:
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`."""
         chosen = torch.tensor(grid_indices(features.grid, kept), dtype=torch.int64)
-        return chosen.expand(features.patches_BNE.shape[0], -1)
+        return Selected(chosen.expand(features.patches_BNE.shape[0], -1))

@@ -28,6 +28,7 @@ class Generation:
         kept_indices: [B, K] int64.
         placement: of the prompt, after any adjustment.
         scores: [B, N] float32 of the selection, where the session tells them.
+        margins: [B] float64, by how little the selection was made, where the session tells it.
         finite: whether all logits were numbers; the argmax of others is no answer.
     """
 
@@ -36,6 +37,7 @@ class Generation:
     kept_indices: Ids
     placement: Placement
     scores: NDArray[np.float32] | None
+    margins: NDArray[np.float64] | None = None
     finite: bool = True
 
 
@@ -91,7 +93,9 @@ def generate(
         logits = session.step(chosen, turn)
         if keep_logits:
             kept_logits.append(logits.copy())
-    return Generation(tokens, kept_logits, visual.kept_indices, placement, visual.scores, finite)
+    return Generation(
+        tokens, kept_logits, visual.kept_indices, placement, visual.scores, visual.margins, finite
+    )
 
 
 def refuse_overflow(generation: Generation, backend: str) -> None:

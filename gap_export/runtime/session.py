@@ -30,12 +30,14 @@ class VisualTokens:
     Attributes:
         embeds: [B, K, H] in the session's own form.
         kept_indices: [B, K] int64 raster indices.
-        scores: [B, N] float32 the selection was made by; only the reference tells.
+        scores: [B, N] float32 the selection was made by, where one score decides; only the reference tells.
+        margins: [B] float64, the smallest gap any choice was made by, where no single score decides; the same.
     """
 
     embeds: Buffer
     kept_indices: Ids
     scores: NDArray[np.float32] | None = None
+    margins: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)

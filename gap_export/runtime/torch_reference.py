@@ -1,12 +1,13 @@
 """The reference: transformers' own model, eager, with explicit ids, an explicit mask and our own decode loop.
 
 Nothing of the export path is used here. Weights are loaded by transformers, class-token attention is read from the full
-attention map, rows are run without padding, and ids come from `positions.py`.
+attention map, the selection is that of `prune/reference.py` (float64, one picture at a time), rows are run without padding, and
+ids come from `positions.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from gap_export import prune
 from gap_export.bundle import Precision, Pruning
 from gap_export.errors import CheckpointError
 from gap_export.positions import Ids, Placement, place
+from gap_export.prune import reference
 from gap_export.runtime.session import PAD, Buffer, Spliced, VisualTokens
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,17 +80,40 @@ class TorchSession:
             output_hidden_states=True,
             output_attentions=True,
         )
+        # Hidden states are numbered from the embeddings on, so layer `run - 1` turns state `run - 1` into state `run`.
+        layers = inner.vision_tower.encoder.layers
         feature = self._model.config.vision_feature_layer
-        patches_BNE = seen.hidden_states[feature][:, 1:]
-        # hidden_states starts with the embeddings and attentions does not: from the end, both count alike.
-        kept_BK, scores_BN = self._select(
-            patches_BNE, seen.attentions[feature if feature < 0 else feature - 1]
+        run = feature if feature >= 0 else len(layers) + 1 + feature
+        into_BTE, out_BTE = seen.hidden_states[run - 1], seen.hidden_states[run]
+        patches_BNE = out_BTE[:, 1:]
+        scoring = layers[run - 1].self_attn
+        keys_BTE = scoring.k_proj(layers[run - 1].layer_norm1(into_BTE))
+        above_BTE = layers[run].layer_norm1(out_BTE) if run < len(layers) else None
+        shown = {
+            "patches_NE": patches_BNE,
+            "attention_N": seen.attentions[run - 1].float().mean(dim=1)[:, 0, 1:],
+            "class_token_E": out_BTE[:, 0],
+            "keys_ND": keys_BTE.float().unflatten(-1, (scoring.num_heads, -1)).mean(dim=2)[:, 1:],
+            "following_query_E": None if above_BTE is None else layers[run].self_attn.q_proj(above_BTE[:, 0]),
+            "following_keys_TE": None if above_BTE is None else layers[run].self_attn.k_proj(above_BTE),
+            "projected_NH": inner.multi_modal_projector(patches_BNE),
+        }
+        choices = [self._choose(shown, row) for row in range(len(patches_BNE))]
+        tokens_BKE = torch.stack(
+            [
+                patches_NE[torch.from_numpy(choice.indices_K)]
+                if choice.patches_KE is None
+                else torch.from_numpy(choice.patches_KE).to(patches_NE.dtype)
+                for choice, patches_NE in zip(choices, patches_BNE, strict=True)
+            ]
         )
-        if self._pruning.positions.keeps_raster_order:
-            kept_BK = np.sort(kept_BK, axis=1)
-        rows = torch.arange(len(kept_BK))[:, None]
-        embeds_BKH = inner.multi_modal_projector(patches_BNE)[rows, torch.from_numpy(kept_BK)]
-        return VisualTokens(embeds=embeds_BKH, kept_indices=kept_BK, scores=scores_BN)
+        by_score = self._pruning.pruner == "cls_attention"
+        return VisualTokens(
+            embeds=inner.multi_modal_projector(tokens_BKE),
+            kept_indices=np.stack([choice.indices_K for choice in choices]),
+            scores=shown["attention_N"].numpy() if by_score else None,
+            margins=None if by_score else np.array([choice.margin for choice in choices]),
+        )
 
     @torch.inference_mode()
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
@@ -110,6 +134,7 @@ class TorchSession:
             text_after=np.array(after),
             visual_tokens=self._grid[0] * self._grid[1],
             policy=self._pruning.positions,
+            merged=self._pruning.merged,
         )
         return Spliced(embeds=rows, placement=placement)
 
@@ -156,12 +181,18 @@ class TorchSession:
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
 
-    def _select(self, patches_BNE: Tensor, attention_BATT: Tensor) -> tuple[Ids, NDArray[np.float32] | None]:
-        """Kept raster indices [B, K], best first, and the scores [B, N] where there are any."""
-        kept = self._pruning.kept
-        if self._pruning.pruner == "cls_attention":
-            scores_BN = attention_BATT.float().mean(dim=1)[:, 0, 1:].numpy()
-            return np.argsort(-scores_BN, axis=1, kind="stable")[:, :kept].astype(np.int64), scores_BN
-        features = prune.VisionFeatures(patches_BNE=patches_BNE, grid=self._grid)
-        selected_BK = prune.load(self._pruning.pruner).select(features, kept, self._pruning.seed)
-        return selected_BK.numpy(), None
+    def _choose(self, shown: dict[str, Tensor | None], row: int) -> reference.Choice:
+        """What is kept of one picture, in the order in which it enters the decoder."""
+        pruning = self._pruning
+        parts = {
+            name: np.empty(0) if part is None else part[row].double().numpy() for name, part in shown.items()
+        }
+        seen = reference.Seen(grid=self._grid, **parts)
+        choice = reference.choose(
+            pruning.pruner, seen, pruning.kept, seed=pruning.seed, merged_id=pruning.merged_id
+        )
+        if not pruning.positions.keeps_raster_order:
+            return choice
+        order = np.argsort(choice.indices_K, kind="stable")
+        patches_KE = None if choice.patches_KE is None else choice.patches_KE[order]
+        return replace(choice, indices_K=choice.indices_K[order], patches_KE=patches_KE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -200,7 +200,32 @@ class _Order:
         table = constant(data)
         if table is not None and table.ndim and self._of_constant(table, 1)[0] == 1:
             return 1, index
+        if self._sorts_with_places(data, index):
+            return 1, None
         return f"{name_of(node)} reorders the indices in a way that is not known"
+
+    def _sorts_with_places(self, data: ir.Value, index: ir.Value) -> bool:
+        """x[sorted(x * c + 0..c-1) % c]: a stable sort. Equal indices, which merged tokens may have, stay in their order."""
+        modulo = self._producer(index)
+        if not is_op(modulo, "Mod") or modulo is None:
+            return False
+        count, sorter = constant(operand(modulo, 1)), self._producer(operand(modulo, 0))
+        if count is None or count.size != 1 or not is_op(sorter, "TopK") or sorter is None:
+            return False
+        ascending = not integer(sorter, "largest", 1) and bool(integer(sorter, "sorted", 1))
+        packed = self._producer(operand(sorter, 0))
+        if not ascending or not is_op(packed, "Add") or packed is None:
+            return False
+        for scaled, places in (packed.inputs, reversed(packed.inputs)):
+            content, product = constant(places), self._producer(scaled)
+            if content is None or not is_op(product, "Mul") or product is None:
+                continue
+            factors = [constant(value) for value in product.inputs]
+            by_count = any(f is not None and f.size == 1 and f.item() == count.item() for f in factors)
+            of_data = any(self._behind(value) is self._behind(data) for value in product.inputs)
+            if by_count and of_data and np.array_equal(content.reshape(-1), np.arange(count.item())):
+                return True
+        return False
 
     def _behind(self, value: ir.Value | None) -> ir.Value | None:
         while value is not None and is_op(value.producer(), *_ORDER_KEEPING):
@@ -222,17 +247,46 @@ def _gathered_with(flow: Flow, embeds: ir.Value, kept: ir.Value) -> bool:
     def reshaping(node: ir.Node) -> Iterable[ir.Value | None]:
         return node.inputs[:1] if is_op(node, *_ORDER_KEEPING) else ()
 
-    origins = {v for v in flow.upstream(kept, reshaping) if not is_op(v.producer(), *_ORDER_KEEPING)}
+    def joining(node: ir.Node) -> Iterable[ir.Value | None]:
+        return node.inputs if is_op(node, "Concat") else reshaping(node)
+
+    # Chosen in groups and left in the order of the choice, indices are joined; each group was read at its own.
+    origins = {v for v in flow.upstream(kept, joining) if not is_op(v.producer(), "Concat", *_ORDER_KEEPING)}
     fixed = [c for v in origins if (c := constant(v)) is not None]
     for value in flow.ancestors(embeds):
         node = value.producer()
         if node is None or not is_op(node, *_GATHERS) or node.inputs[1] is None:
             continue
+        if _read_at_the_same_places(node, kept, lambda value: flow.upstream(value, reshaping)):
+            return True
         for source in flow.upstream(node.inputs[1], movement):
             content = constant(source)
             if source in origins or (content is not None and any(_same(content, c) for c in fixed)):
                 return True
     return False
+
+
+def _read_at_the_same_places(
+    gather: ir.Node, kept: ir.Value, origins_of: Callable[[ir.Value], Iterable[ir.Value]]
+) -> bool:
+    """Merged tokens have features of their own, listed in the order of their indices: both lists are sorted alike.
+
+    The list of features is as long as that of the indices; longer, it would be the patches, to be read at the indices.
+    """
+    maker = kept.producer()
+    if not is_op(maker, "GatherElements") or maker is None or maker.inputs[1] is None:
+        return False
+    features, index, count = gather.inputs[0], gather.inputs[1], kept.shape
+    if (
+        features is None
+        or index is None
+        or features.shape is None
+        or count is None
+        or len(features.shape) < 2
+    ):
+        return False
+    places = {v for v in origins_of(maker.inputs[1]) if is_op(v.producer(), "Mod")}
+    return features.shape[1] == count[-1] and not places.isdisjoint(origins_of(index))
 
 
 def _same(

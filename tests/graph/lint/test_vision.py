@@ -32,6 +32,8 @@ CONSTANTS = {
     "three_s": np.array(3),
     "one_s": np.array(1),
     "b1": np.array([1, 1]),
+    "numbers": np.array([0, 1, 2]),
+    "merged": np.ones((2, 3, 4), np.float32),
 }
 SCORES = "squares = Mul (pixel_values, pixel_values) scores = ReduceSum <keepdims=0> (squares, ax2) "
 PICK = "best, picked = TopK (scores, k) "
@@ -112,6 +114,28 @@ def test_embeddings_gathered_in_another_order_than_given_out_are_caught() -> Non
     assert "not gathered with kept_indices" in report.verdict.reason
     constants = check("kept_indices = Expand (grid, b1) other = Expand (shuffled, b1)" + gathered("other"))
     assert "not gathered with kept_indices" in constants.verdict.reason
+
+
+def check_packed(features: str, index: str, *, places: str = "numbers", largest: int = 0) -> Report:
+    """Indices and features sorted by one integer that holds index and place; `features` are all patches or the kept."""
+    packed = f"scaled = Mul (picked, k) packed = Add (scaled, {places})"
+    ordered = f"up, order = TopK <largest={largest}> (packed, k) place = Mod (up, k)"
+    kept = "kept_indices = GatherElements <axis=1> (picked, place)"
+    read = f"at = Unsqueeze ({index}, ax2) wide = Expand (at, wide_shape)"
+    embeds = f"visual_embeds = GatherElements <axis=1> ({features}, wide)"
+    return check(" ".join((SCORES, PICK, packed, ordered, kept, read, embeds)))
+
+
+def test_merged_tokens_are_sorted_together_with_their_indices() -> None:
+    assert check_packed("merged", "place").verdict.survives
+    assert not check_packed("merged", "place", places="grid").verdict.survives
+    assert not check_packed("merged", "place", largest=1).verdict.survives
+    assert not check_packed("merged", "order").verdict.survives
+
+
+def test_patches_must_be_read_at_indices_and_not_at_places() -> None:
+    assert not check_packed("pixel_values", "place").verdict.survives
+    assert check_packed("pixel_values", "kept_indices").verdict.survives
 
 
 def test_a_graph_that_selects_without_saying_what_is_caught() -> None:

@@ -1,0 +1,179 @@
+"""Do exported pruners choose what float64 chooses, and what do they cost? See README.md for the protocol.
+
+    python bench/pruners.py [--sets N] [--rounds N] [--pruners NAMES] [--scratch FOLDER] [--label TEXT] [--smoke]
+
+First every strategy as a graph of its own on random feature sets of 576 and 256 tokens, width 1024, a quarter kept, against the
+NumPy reference. Then LLaVA-1.5's whole vision graph (24 layers, 336 pixels, random weights) with each strategy that looks at the
+picture against the same graph with `random`, which does not; the two take turns. The last line printed is the record, also stored in
+bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pruner_sets
+import record
+from rich.console import Console
+from rich.table import Table
+from standin import LLAVA_7B, ensure_checkpoint, truncated
+
+from gap_export import prune
+
+GRIDS = ((24, 24), (16, 16))
+MOST_OF_VISION = 0.15
+"""A strategy may add this share of the vision graph's time."""
+MOST_TIES = {"vispruner": 0.4}
+"""Share of sets in which float64 itself may choose by less than float32 can tell; a tenth where nothing else is said. VisPruner
+sorts some 150 tokens in each of 54 rounds, and where a token lands decides which half it is in next: thousands of orders, of
+which one in a million apart is common."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sets", type=int, default=200, help="random feature sets per strategy and size")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each vision graph")
+    parser.add_argument("--pruners", default="all", help="names, with commas between them")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
+    parser.add_argument("--label", default="", help="words stored with the record")
+    parser.add_argument("--smoke", action="store_true", help="5 sets, no vision graph, nothing stored")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    pruners = prune.names() if options.pruners == "all" else tuple(options.pruners.split(","))
+    sets = 5 if options.smoke else options.sets
+    console = Console()
+
+    table = Table("pruner", "tokens", "equal", "ties", "different", "graph alone, ms", "nodes")
+    agreement = []
+    for name in pruners:
+        for grid in GRIDS:
+            row = compared(name, grid, sets)
+            agreement.append(row)
+            table.add_row(name, *(str(row[key]) for key in ("tokens", "equal", "ties", "different", "ms", "nodes")))  # fmt: skip
+            console.print(
+                f"{name}, {row['tokens']} tokens: {row['equal']} of {sets} equal, {row['ties']} ties"
+            )
+    console.print(table)
+    ok = all(
+        row["different"] == 0 and row["ties"] <= MOST_TIES.get(row["pruner"], 0.1) * sets for row in agreement
+    )
+
+    cost: list[dict[str, Any]] = []
+    if not options.smoke:
+        looking = [row.name for row in prune.STRATEGIES if row.name in pruners and (row.needs or row.reads_projected)]  # fmt: skip
+        cost = measured_in_vision(looking, options.rounds, options.scratch, console)
+        ok = ok and all(row["added"] <= MOST_OF_VISION for row in cost)
+    return record.finish(
+        "pruners",
+        {"sets": sets, "agreement": agreement, "limit": MOST_OF_VISION, "cost": cost},
+        label=options.label,
+        ok=ok,
+        store=not options.smoke,
+    )
+
+
+def compared(name: str, grid: tuple[int, int], sets: int) -> dict[str, Any]:
+    """One strategy on random sets of one size."""
+    tokens = grid[0] * grid[1]
+    kept = tokens if name == "none" else tokens // 4
+    graph = pruner_sets.graph(name, kept, grid)
+    generator = np.random.default_rng(7)
+    verdicts: Counter[str] = Counter()
+    times = []
+    for _ in range(sets):
+        arrays = pruner_sets.random_features(generator, grid)
+        begin = time.perf_counter()
+        graph(arrays)
+        times.append(time.perf_counter() - begin)
+        verdicts.update(pruner_sets.agrees(graph, arrays))
+    equal, ties = verdicts["equal"], verdicts["tie"]
+    return {
+        "pruner": name,
+        "tokens": tokens,
+        "kept": kept,
+        "equal": equal,
+        "ties": ties,
+        "different": sets - equal - ties,
+        "ms": round(1e3 * float(np.median(times)), 2),
+        "nodes": len(graph.model.graph),
+    }
+
+
+def measured_in_vision(
+    names: list[str], rounds: int, scratch: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Share that each strategy adds to the time of LLaVA-1.5's vision graph, keep 0.25."""
+    checkpoint, _ = ensure_checkpoint(
+        scratch / "llava-7b-tower", truncated(LLAVA_7B, text_layers=1, vision_layers=24)
+    )
+    table = Table("pruner", "vision, s", "vision with random, s", "added", "nodes")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="vision-", dir=scratch) as folder:
+        nodes = vision_graphs(checkpoint, ["random", *names], Path(folder))
+        pixels = np.random.default_rng(1).standard_normal((1, 3, 336, 336)).astype(np.float32)
+        baseline = session(Path(folder) / "random.onnx")
+        for name in names:
+            graph = session(Path(folder) / f"{name}.onnx")
+            times: dict[str, list[float]] = {"own": [], "baseline": []}
+            for turn in range(rounds + 1):
+                for who, runner in (("own", graph), ("baseline", baseline)):
+                    begin = time.perf_counter()
+                    runner.run(None, {"pixel_values": pixels})
+                    if turn:  # the first one warms up
+                        times[who].append(time.perf_counter() - begin)
+            own, other = (float(np.median(times[who])) for who in ("own", "baseline"))
+            ratio = float(np.median(np.array(times["own"]) / np.array(times["baseline"])))
+            rows.append(
+                {"pruner": name, "seconds": own, "seconds_random": other, "added": round(ratio - 1, 4), "nodes": nodes[name]}
+            )  # fmt: skip
+            console.print(f"{name}: {own:.2f} s, with random {other:.2f} s, added {100 * (ratio - 1):.1f} %")
+            table.add_row(name, f"{own:.2f}", f"{other:.2f}", f"{100 * (ratio - 1):.1f} %", str(nodes[name]))
+    console.print(table)
+    return rows
+
+
+def vision_graphs(checkpoint: Path, names: list[str], folder: Path) -> dict[str, int]:
+    """`{name}.onnx` for each strategy, fp32, over the same weights; how many nodes each has."""
+    from gap_export.checkpoint import open_checkpoint
+    from gap_export.families import family_of
+    from gap_export.graph import passes, trace, weights
+    from gap_export.plan import plan_for
+    from gap_export.recipe import load_recipe
+
+    opened = open_checkpoint(checkpoint)
+    _, family = family_of(opened)
+    traced = []
+    for name in names:
+        recipe = load_recipe("llava").replaced(checkpoint=str(checkpoint), pruner=name, precision="fp32")
+        component = family.components(opened, plan_for(recipe, family.facts(opened)))[0]
+        traced.append((name, component, trace.graph_from_component(component)))
+    store = weights.WeightStore(opened, "fp32", folder)
+    store.prepare([c.weight_key(p) for _, c, model in traced for p in weights.parameters_of(model)])
+    for name, component, model in traced:
+        weights.attach_weights(model, store, component.weight_key)
+        passes.simplify(model)
+        passes.write_graph(model, component.spec, folder / f"{name}.onnx")
+    return {name: len(model.graph) for name, _, model in traced}
+
+
+def session(path: Path) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

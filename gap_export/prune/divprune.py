@@ -1,0 +1,44 @@
+"""DivPrune: a subset in which the two tokens most alike are as different as can be.
+
+Source: DivPrune (arXiv 2503.02175), greedy max-min diversity over projected tokens with cosine distance: first the token
+whose nearest neighbour is farthest, then always the one that is farthest from everything chosen.
+
+The choice is sequential: K steps. Each keeps the distance of every token to the nearest chosen one and updates it with one
+row of the distance matrix, so that a step costs O(N).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import normalize
+
+from gap_export.positions import MergedId
+from gap_export.prune import Selected, VisionFeatures
+
+_FARTHER_THAN_ANY = 3.0
+_NEARER_THAN_ANY = -1.0
+
+
+class DivPrune:
+    """Greedy max-min diversity."""
+
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+        """See `Pruner.select`; best first is the order of the choice."""
+        if features.projected_BNH is None:
+            raise ValueError("divprune needs projected tokens")
+        visual = features.visual_tokens
+        tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
+        distance_BNN = 1.0 - torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
+        # (torch.eye would be traced with unsigned integers, which TensorRT does not read.)
+        itself_NN = torch.arange(visual)[:, None] == torch.arange(visual)
+        isolation_BN = distance_BNN.masked_fill(itself_NN, _FARTHER_THAN_ANY).amin(dim=-1)
+        # A chosen token is nearer to itself than anything, and so is never chosen again.
+        distance_BNN = distance_BNN.masked_fill(itself_NN, _NEARER_THAN_ANY)
+
+        chosen = [isolation_BN.argmax(dim=-1, keepdim=True)]
+        nearest_BN = torch.full_like(isolation_BN, _FARTHER_THAN_ANY)
+        for _ in range(kept - 1):
+            row_BN = distance_BNN.gather(1, chosen[-1][:, :, None].expand(-1, -1, visual))[:, 0]
+            nearest_BN = torch.minimum(nearest_BN, row_BN)
+            chosen.append(nearest_BN.argmax(dim=-1, keepdim=True))
+        return Selected(torch.cat(chosen, dim=1))

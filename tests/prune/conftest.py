@@ -1,0 +1,150 @@
+"""What every strategy is put through: exported alone against the float64 reference, and inside the tiny tower."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gap_export import prune
+from gap_export.checkpoint import open_checkpoint
+from gap_export.families import family_of
+from gap_export.graph import lint, passes, trace, weights
+from gap_export.plan import plan_for
+from gap_export.positions import MergedId, PositionPolicy
+from gap_export.prune import VisionFeatures, order, reference
+from gap_export.recipe import Recipe
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+LARGE, MEDIUM, SMALL = (24, 24), (16, 16), (4, 5)
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def sets() -> Any:
+    """The benchmark's module of random feature sets: tests and benchmark check the same."""
+    return _load("pruner_sets")
+
+
+@pytest.fixture(scope="session")
+def exported(sets: Any) -> Callable[..., Any]:
+    """`exported(pruner, kept, grid)`: the strategy as a graph of its own in ONNX Runtime; each made once."""
+    made: dict[tuple[Any, ...], Any] = {}
+
+    def graph(pruner: str, kept: int, grid: tuple[int, int], **options: Any) -> Any:
+        key = (pruner, kept, grid, *sorted(options.items()))
+        if key not in made:
+            made[key] = sets.graph(pruner, kept, grid, **options)
+        return made[key]
+
+    return graph
+
+
+@pytest.fixture
+def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
+    """The checks every strategy must pass."""
+
+    def agrees_with_float64(pruner: str, grid: tuple[int, int], kept: int, cases: int, seed: int = 0) -> None:
+        """At most one in ten may be excused as a tie, so that ties cannot carry the test."""
+        graph, generator = exported(pruner, kept, grid), np.random.default_rng(seed)
+        verdicts = [sets.agrees(graph, sets.random_features(generator, grid))[0] for _ in range(cases)]
+        assert set(verdicts) <= {"equal", "tie"}, verdicts
+        assert verdicts.count("tie") <= cases // 10, verdicts
+        # TensorRT reads no others; constants too large to be folded keep the type they were traced with.
+        types = {value.const_value.dtype.name for value in graph.model.graph.initializers.values()}
+        assert types <= {"FLOAT", "INT64", "INT32", "BOOL"}
+
+    def batch_equals_singles(pruner: str) -> None:
+        graph = exported(pruner, 64, MEDIUM)
+        arrays = sets.random_features(np.random.default_rng(5), MEDIUM, batch=4)
+        embeds, kept = graph(arrays)
+        for row in range(4):
+            alone_embeds, alone_kept = graph({name: array[row : row + 1] for name, array in arrays.items()})
+            assert np.array_equal(alone_kept[0], kept[row])
+            np.testing.assert_allclose(alone_embeds[0], embeds[row], rtol=0, atol=1e-4)
+
+    def every_count(pruner: str, merged_id: MergedId = MergedId.LAST_VISUAL) -> None:
+        """As torch code, from the fewest to all of 20 tokens, three pictures each: order, range, reference."""
+        row, visual = prune.strategy(pruner), SMALL[0] * SMALL[1]
+        arrays = sets.random_features(np.random.default_rng(6), SMALL, batch=3, width=48)
+        features = VisionFeatures(grid=SMALL, **{n: torch.from_numpy(a.copy()) for n, a in arrays.items()})
+        for kept in range(row.fewest, visual + 1):
+            selected = prune.load(pruner).select(features, kept, seed=0, merged_id=merged_id)
+            selected = order.in_decoder_order(selected, PositionPolicy.GAP)
+            indices = selected.indices_BK.numpy()
+            assert indices.shape == (3, kept)
+            assert indices.min() >= 0
+            assert indices.max() < visual
+            assert (np.diff(indices, axis=1) >= 0).all()
+            for picture in range(3):
+                assert len(set(indices[picture])) >= kept - row.merged
+                seen = sets.seen(arrays, picture, SMALL)
+                choice = reference.choose(pruner, seen, kept, seed=0, merged_id=merged_id)
+                places = np.argsort(choice.indices_K, kind="stable")
+                assert np.array_equal(indices[picture], choice.indices_K[places]), kept
+                if selected.patches_BKE is not None:
+                    assert choice.patches_KE is not None
+                    own = selected.patches_BKE[picture].numpy()
+                    np.testing.assert_allclose(own, choice.patches_KE[places], atol=1e-4)
+
+    return SimpleNamespace(
+        agrees_with_float64=agrees_with_float64,
+        batch_equals_singles=batch_equals_singles,
+        every_count=every_count,
+    )
+
+
+@pytest.fixture
+def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
+    """`vision_graph(pruner=..., precision=..., keep=...)` -> (path, spec, weight keys) of the tiny tower, linted."""
+
+    def build(**changes: Any) -> tuple[Path, Any, list[str]]:
+        recipe = Recipe.model_validate({"keep": 0.34, **tiny_options, **changes})
+        checkpoint = open_checkpoint(Path(recipe.checkpoint))
+        _, family = family_of(checkpoint)
+        plan = plan_for(recipe, family.facts(checkpoint))
+        component = family.components(checkpoint, plan)[0]
+        model = trace.graph_from_component(component)
+        keys = [component.weight_key(name) for name in weights.parameters_of(model)]
+        store = weights.WeightStore(checkpoint, recipe.precision, tmp_path)
+        store.prepare(keys)
+        weights.attach_weights(model, store, component.weight_key)
+        passes.simplify(model)
+        path = tmp_path / "vision.onnx"
+        passes.write_graph(model, component.spec, path)
+        lint.lint_graph(path, profile="vision", own=True, policy=plan.positions).require()
+        return path, component.spec, keys
+
+    return build
+
+
+@pytest.fixture
+def builds_in_tensorrt(vision_graph: Callable[..., Any]) -> Callable[..., None]:
+    """`builds_in_tensorrt(pruner)`: TensorRT-RTX takes the tiny tower's vision graph in fp16."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
+    from gap_export.engine.build import engine_from_graph
+
+    def build(pruner: str, **changes: Any) -> None:
+        path, spec, _ = vision_graph(pruner=pruner, precision="fp16", **changes)
+        engine = engine_from_graph(
+            path, spec, target="tensorrt-rtx", compute_capabilities=("8.6",), folder=path.parent
+        )
+        assert (path.parent / engine.file).stat().st_size > 0
+
+    return build

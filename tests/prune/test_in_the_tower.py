@@ -1,0 +1,88 @@
+"""Every strategy inside a vision tower: against transformers, with no weight that it does not need, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from gap_export import prune
+from gap_export.bundle import Pruning
+from gap_export.errors import RecipeError
+from gap_export.positions import MergedId, PositionPolicy
+
+TOTAL, KEPT = 36, 12
+OTHERS = [name for name in prune.names() if name != "none"]
+VARIANTS = [
+    *((name, MergedId.LAST_VISUAL, PositionPolicy.GAP) for name in OTHERS),
+    ("prumerge", MergedId.CENTROID, PositionPolicy.GAP),
+    ("visionzip", MergedId.MAX_KEPT, PositionPolicy.PERMUTED),
+    ("divprune", MergedId.LAST_VISUAL, PositionPolicy.PERMUTED),
+]
+HEAD_OF_LAST_LAYER = {"layer_norm1.weight", "layer_norm1.bias", "self_attn.q_proj.weight", "self_attn.q_proj.bias",
+                      "self_attn.k_proj.weight", "self_attn.k_proj.bias"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "merged_id", "policy"), VARIANTS)
+def test_exported_tower_equals_transformers(
+    name: str,
+    merged_id: MergedId,
+    policy: PositionPolicy,
+    vision_graph: Callable[..., Any],
+    tiny_reference: Callable[[Pruning], Any],
+    pixels: NDArray[np.float32],
+) -> None:
+    path, _, keys = vision_graph(pruner=name, merged_id=merged_id, positions=policy)
+    embeds, kept = ort.InferenceSession(str(path)).run(None, {"pixel_values": pixels})
+    row = prune.strategy(name)
+    pruning = Pruning(pruner=name, keep=0.34, kept=KEPT, positions=policy, seed=0, merged=row.merged, merged_id=merged_id)  # fmt: skip
+    expected = tiny_reference(pruning).encode(pixels)
+    assert kept.shape == (4, KEPT)
+    assert np.array_equal(kept, expected.kept_indices)
+    scale = float(expected.embeds.abs().max())
+    np.testing.assert_allclose(embeds, expected.embeds.numpy(), rtol=0, atol=2e-5 * scale)
+
+    above = {key.partition(".layers.2.")[2] for key in keys if ".layers.2." in key}
+    assert above == (HEAD_OF_LAST_LAYER if "following_layer" in row.needs else set())
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+def test_a_tower_that_ends_at_the_feature_layer(
+    name: str, vision_graph: Callable[..., Any], checkpoint_copy: Path
+) -> None:
+    config = json.loads((checkpoint_copy / "config.json").read_text())
+    (checkpoint_copy / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
+    with pytest.raises(RecipeError, match="needs a following layer") as caught:
+        vision_graph(pruner=name, checkpoint=str(checkpoint_copy))
+    assert caught.value.hint.startswith("these work on it: cls_attention, visionzip, divprune")
+    assert vision_graph(pruner="visionzip", checkpoint=str(checkpoint_copy))
+
+
+def test_a_tower_without_a_class_token_is_told_what_works() -> None:
+    for row in prune.STRATEGIES:
+        if "class_token" in row.needs:
+            with pytest.raises(RecipeError, match="needs a class token") as caught:
+                prune.require_tower(row, ("class_token",))
+            assert caught.value.hint == "these work on it: divprune, dart, random, spatial, none"
+        else:
+            prune.require_tower(row, ("class_token", "following_layer"))
+
+
+def test_no_count_is_refused_that_can_be_given() -> None:
+    for row in prune.STRATEGIES:
+        for kept in range(row.fewest, TOTAL + 1) if row.name != "none" else [TOTAL]:
+            prune.require_count(row, kept, TOTAL)
+    with pytest.raises(RecipeError, match="keeps all 36 tokens"):
+        prune.require_count(prune.strategy("none"), 35, TOTAL)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("visonzip", "visionzip"), ("prumerge+", "prumerge"), ("divprun", "divprune")])  # fmt: skip
+def test_did_you_mean(typed: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=f"did you mean '{meant}'"):
+        prune.strategy(typed)
