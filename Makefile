@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## The paper's result on an exported graph: build, validate,
 	$(BIN)/gap-export validate out/shapes
 
 test: $(INSTALLED)  ## The whole test suite.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: $(INSTALLED)  ## Format, lint, types.
 	$(BIN)/ruff format --check .

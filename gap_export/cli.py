@@ -28,7 +28,7 @@ app = typer.Typer(
 
 console = Console(stderr=True)
 """Words for people go to standard error; standard output carries results."""
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 140)
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
@@ -266,6 +266,7 @@ def run(
             {
                 "box": box,
                 "answer": answer.text,
+                "ended": grounded.generation.ended[0],
                 "kept": len(answer.kept_indices),
                 "kept_indices": [int(index) for index in answer.kept_indices],
                 "image_size": list(picture.size),
@@ -274,13 +275,12 @@ def run(
             }
         )
         return
+    if not grounded.generation.ended[0]:
+        console.print(f"[yellow]the answer was cut off[/] after {len(grounded.generation.tokens[0])} tokens")
     if unknown:
         console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)
-    shown = (
-        "no box in the answer"
-        if box is None
-        else f"box {box} in pixels of {picture.width} x {picture.height}"
-    )
+    size = f"{picture.width} x {picture.height}"
+    shown = f"no box on the picture ({size})" if box is None else f"box {box} in pixels of {size}"
     out.print(f"{_plain(shown)}", highlight=False)
     out.print(f"  answer {_plain(answer.text)}, keep {len(answer.kept_indices)} of {manifest.model.visual_tokens}", highlight=False)  # fmt: skip
     if draw is not None:

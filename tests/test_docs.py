@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from gap_export.bundle import Bundle
 from gap_export.cli import app
+from gap_export.runtime.ground import Grounder, open_session
+from gap_export.runtime.preprocess import load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -92,3 +98,20 @@ def test_help_of_every_command_is_a_sentence() -> None:
         shown = CliRunner().invoke(app, [name, "--help"])
         assert shown.exit_code == 0
         assert group.commands[name].help, f"{name} has no help text"  # type: ignore[attr-defined]
+
+
+def test_the_example_program_answers_like_the_package(tiny_bundle: Callable[..., Bundle]) -> None:
+    """It uses none of the package: position ids and slots come from the graphs and the page alone."""
+    bundle, picture, expression = tiny_bundle(), ROOT / "docs" / "images" / "scene.png", "the red one"
+    program = [
+        sys.executable,
+        str(ROOT / "docs" / "drive_a_bundle.py"),
+        str(bundle.folder),
+        str(picture),
+        expression,
+    ]
+    said = subprocess.run(program, check=True, capture_output=True, text=True).stdout.strip()
+    session = open_session(bundle, "onnxruntime", threads=1)
+    (answer,) = Grounder(bundle).ground(session, [load_image(picture)], [expression]).answers
+    assert answer.text
+    assert said == answer.text

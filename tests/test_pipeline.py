@@ -180,7 +180,7 @@ def no_companions(monkeypatch: pytest.MonkeyPatch, tiny_bundle: BuildBundle) -> 
         ({"positions": "shifted"}, {"ids permuted", "two ids swapped", "write index off by one"}),
         ({"keep": 0.01}, {"ids shifted", "decoding continues at kept length", "write index off by one"}),
     ],
-    ids=str,
+    ids=["nothing pruned", "shifted", "one token"],
 )
 def test_controls_that_would_change_nothing_are_not_held_against_a_bundle(
     changes: dict[str, Any], controls: set[str], tiny_bundle: BuildBundle, tmp_path: Path

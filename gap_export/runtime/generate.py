@@ -30,6 +30,7 @@ class Generation:
         scores: [B, N] float32 of the selection, where the session tells them.
         margins: [B] float64, by how little the selection was made, where the session tells it.
         finite: whether all logits were numbers; the argmax of others is no answer.
+        ended: per row, whether the answer ended by itself and was not cut off at the longest length.
     """
 
     tokens: list[list[int]]
@@ -39,6 +40,7 @@ class Generation:
     scores: NDArray[np.float32] | None
     margins: NDArray[np.float64] | None = None
     finite: bool = True
+    ended: tuple[bool, ...] = ()
 
 
 def generate(

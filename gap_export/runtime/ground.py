@@ -27,7 +27,7 @@ class Answer:
 
     Attributes:
         text: as generated.
-        box: in pixels of the picture, clamped to it; None when the text holds no box.
+        box: in pixels of the picture, clamped to it; None when the text holds no box, or one that lies in the padding.
         kept_indices: [K] int64 raster indices of the surviving visual tokens.
     """
 
@@ -82,8 +82,12 @@ class Grounder:
         """
         manifest = self._manifest
         longest = max_new_tokens if max_new_tokens is not None else manifest.max_new_tokens
-        if longest < 1:
-            raise InputError("must be at least 1", subject="max_new_tokens", hint="ask for one token or more")
+        if not 1 <= longest <= manifest.max_new_tokens:
+            raise InputError(
+                f"must be between 1 and {manifest.max_new_tokens}, which this bundle was built for",
+                subject=f"max_new_tokens {longest}",
+                hint="ask for fewer, or build with a larger --max-new-tokens",
+            )
         prompts = self._prompts(expressions, longest)
         generation = generate(
             session,
@@ -120,6 +124,8 @@ class Grounder:
         if isinstance(box, Unparsable):
             return Answer(text=text, box=None, kept_indices=kept)
         pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)
+        if pixels[0] == pixels[2] or pixels[1] == pixels[3]:
+            return Answer(text=text, box=None, kept_indices=kept)
         return Answer(text=text, box=pixels, kept_indices=kept)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 from gap_export.bundle import Precision, Pruning
 from gap_export.errors import CheckpointError
@@ -52,6 +53,7 @@ class TorchSession:
     capacity = _UNBOUNDED
 
     def __init__(self, checkpoint: Path, pruning: Pruning, precision: Precision = "fp32") -> None:
+        disable_progress_bar()  # of transformers' loading, which would write into the caller's own display
         try:
             self._model = cast(
                 LlavaForConditionalGeneration,

@@ -16,7 +16,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from gap_export.errors import LintError
+from gap_export.errors import InputError, LintError
 from gap_export.graph.lint.attention import find_attention
 from gap_export.graph.lint.cache import CACHE, check_cache
 from gap_export.graph.lint.dataflow import Flow, is_float, is_op
@@ -36,6 +36,7 @@ from gap_export.positions import PositionPolicy
 
 __all__ = ["RULES", "Finding", "Profile", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
 
+IDS = "position_ids"
 GENERAL_RULES = (USED, STANDARD)
 RULES: tuple[Rule, ...] = (*DECODER_RULES, CACHE, ASCENDING, SPLICED, *GENERAL_RULES)
 """Every rule there is."""
@@ -47,7 +48,7 @@ def lint_graph(
     profile: Profile | Literal["auto"] = "auto",
     own: bool = False,
     policy: PositionPolicy = PositionPolicy.GAP,
-    ids_input: str = "position_ids",
+    ids_input: str = IDS,
 ) -> Report:
     """Check a graph against the rules without which gapped position ids do not survive.
 
@@ -58,7 +59,7 @@ def lint_graph(
             an explicit mask. For other exporters' graphs these are warnings.
         policy: how survivors are numbered; `permuted` wants score order, only `gap` wants ids from kept indices.
         ids_input: name of the input with position ids; without one of that name the integer input that the rotary
-            angles are made of is taken.
+            angles are made of is taken, unless another name was asked for.
 
     Returns:
         The report. `report.verdict` answers the question in one line, `report.require()` refuses a bad graph.
@@ -68,6 +69,12 @@ def lint_graph(
         LintError: the graph is invalid, of no kind that lint knows, or a decoder without attention.
     """
     subject, flow = load(source)
+    if ids_input != IDS and ids_input not in {value.name for value in flow.inputs}:
+        raise InputError(
+            f"has no input {ids_input!r}",
+            subject=subject,
+            hint=f"its inputs: {', '.join(value.name or '' for value in flow.inputs)}",
+        )
     kind = _kind(subject, flow, ids_input) if profile == "auto" else profile
     if kind == "decoder":
         checked = _check_decoder(subject, flow, own, ids_input)
