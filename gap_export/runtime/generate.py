@@ -96,7 +96,14 @@ def generate(
         if keep_logits:
             kept_logits.append(logits.copy())
     return Generation(
-        tokens, kept_logits, visual.kept_indices, placement, visual.scores, visual.margins, finite
+        tokens=tokens,
+        logits=kept_logits,
+        kept_indices=visual.kept_indices,
+        placement=placement,
+        scores=visual.scores,
+        margins=visual.margins,
+        finite=finite,
+        ended=tuple(ended.tolist()),
     )
 
 

@@ -86,7 +86,7 @@ class Grounder:
             raise InputError(
                 f"must be between 1 and {manifest.max_new_tokens}, which this bundle was built for",
                 subject=f"max_new_tokens {longest}",
-                hint="ask for fewer, or build with a larger --max-new-tokens",
+                hint="ask for fewer, or build with a larger --max-new-tokens and the capacity for it",
             )
         prompts = self._prompts(expressions, longest)
         generation = generate(

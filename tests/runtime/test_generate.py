@@ -204,3 +204,9 @@ def test_finite_logits_are_accepted() -> None:
     generation = answer(FakeSession([[7], [EOS]]))
     assert generation.finite
     refuse_overflow(generation, "fake")
+
+
+def test_an_answer_that_was_cut_off_says_so() -> None:
+    cut = answer(FakeSession([[7, 7], [8, EOS], [9, 1]]), max_new_tokens=3)
+    assert cut.ended == (False, True)
+    assert cut.tokens == [[7, 8, 9], [7]]
