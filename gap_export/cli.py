@@ -248,14 +248,14 @@ def run(
     from gap_export.runtime.generate import refuse_overflow
     from gap_export.runtime.ground import Grounder, backend_of, open_session
     from gap_export.runtime.preprocess import load_image
-    from gap_export.runtime.prompt import load_tokenizer, unknown_words
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
     picture = load_image(image)
-    unknown = unknown_words(load_tokenizer(opened.tokenizer_path), refer)
+    grounder = Grounder(opened)
+    unknown = grounder.unknown_words(refer)
     session = open_session(opened, backend_of(backend), threads=threads)
-    grounded = Grounder(opened).ground(session, [picture], [refer], max_new_tokens=max_new_tokens)
+    grounded = grounder.ground(session, [picture], [refer], max_new_tokens=max_new_tokens)
     refuse_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:

@@ -14,7 +14,7 @@ from gap_export.grounding.boxes import CODECS, Box, Unparsable, to_pixels
 from gap_export.positions import Ids
 from gap_export.runtime.generate import Adjust, Generation, generate
 from gap_export.runtime.preprocess import pixel_values
-from gap_export.runtime.prompt import Prompts, decode_answer, encode_prompts, load_tokenizer
+from gap_export.runtime.prompt import Prompts, decode_answer, encode_prompts, load_tokenizer, unknown_words
 from gap_export.runtime.session import Session
 
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
@@ -103,6 +103,10 @@ class Grounder:
             for tokens, image, kept in zip(generation.tokens, images, generation.kept_indices, strict=True)
         ]
         return Grounded(answers=answers, generation=generation, prompts=prompts)
+
+    def unknown_words(self, expression: str) -> tuple[str, ...]:
+        """Parts of an expression that the model has no token for; it answers with a box all the same."""
+        return unknown_words(self._tokenizer, expression)
 
     def text_before(self, expressions: Sequence[str]) -> Ids:
         """[B] int64 text tokens before the image in the prompt of each expression."""

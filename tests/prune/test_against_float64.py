@@ -1,0 +1,54 @@
+"""Every strategy with a reference of its own: the exported graph against float64, and what it has in common with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from gap_export import prune
+from gap_export.errors import RecipeError
+from gap_export.positions import MergedId
+
+STRATEGIES = ("dart", "divprune", "prumerge", "prumerge_plus", "visionzip", "vispruner")
+MERGING = ("prumerge", "prumerge_plus", "visionzip")
+LARGE, SMALL = ((24, 24), 144), ((16, 16), 64)
+# The rounds of vispruner over 576 tokens take a minute to export; bench/pruners.py has them.
+SETS = [
+    (name, *size) for name in STRATEGIES for size in (LARGE, SMALL) if (name, size) != ("vispruner", LARGE)
+]
+
+
+@pytest.mark.parametrize(("name", "grid", "kept"), SETS)
+def test_exported_graph_equals_float64(
+    check: SimpleNamespace, name: str, grid: tuple[int, int], kept: int
+) -> None:
+    check.agrees_with_float64(name, grid, kept, cases=10)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_batch_equals_its_pictures_alone(check: SimpleNamespace, name: str) -> None:
+    check.batch_equals_singles(name)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_count_from_fewest_to_all(check: SimpleNamespace, name: str) -> None:
+    check.every_count(name)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_tensorrt_builds_it(builds_in_tensorrt: Callable[..., None], name: str) -> None:
+    builds_in_tensorrt(name)
+
+
+@pytest.mark.parametrize("merged_id", [MergedId.MAX_KEPT, MergedId.CENTROID])
+@pytest.mark.parametrize("name", MERGING)
+def test_every_place_of_the_merged_token(check: SimpleNamespace, name: str, merged_id: MergedId) -> None:
+    check.every_count(name, merged_id)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_one_token_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="keeps at least 2 tokens"):
+        prune.require_count(prune.strategy(name), 1, 576)
