@@ -4,7 +4,8 @@ A pruner chooses which K of N visual tokens enter the decoder. It is tensor code
 raster indices best first; putting them into order (or not) is the position policy's business, done in one place for all
 (`order.py`). Every choice is made per picture, never over the batch.
 
-Shape letters: B batch, A attention heads, N visual tokens, K kept, T = 1 + N, D head width, E tower width, H decoder width.
+Shape letters: B batch, A attention heads, N visual tokens, K kept, T = 1 + N, D head width, E tower width, H decoder width,
+P width of the space that a CLIP tower shares with its text tower.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from gap_export.positions import MergedId
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+NO_TOKEN = -1
+"""Index of the padding after the tokens of a picture that needs fewer than others."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class VisionFeatures:
         following_query_BE: the class token's query in the following layer, full width, heads not split.
         following_keys_BTE: keys of the following layer, the same way, class token first.
         projected_BNH: the patches after the projector.
+        aligned_BNP: the patches in the space shared with text: CLIP's `visual_projection(post_layernorm(patches))`, not
+            normalised; None without a text tower.
+        text_BP: the expression in that space: CLIP's `text_embeds` before normalisation; None without a text tower.
+        aligned_inversely: whether a patch is *less* similar to the text that describes it than other patches are. So it is
+            in OpenAI's CLIP, which was trained on whole pictures (CLIP Surgery, arXiv 2304.05653).
     """
 
     patches_BNE: Tensor
@@ -48,6 +58,9 @@ class VisionFeatures:
     following_query_BE: Tensor | None = None
     following_keys_BTE: Tensor | None = None
     projected_BNH: Tensor | None = None
+    aligned_BNP: Tensor | None = None
+    text_BP: Tensor | None = None
+    aligned_inversely: bool = True
 
     @property
     def visual_tokens(self) -> int:
@@ -64,10 +77,14 @@ class Selected:
             own (`Strategy.merged`) may share that of another.
         patches_BKE: features of the chosen tokens in the same order, before the projector, where they are not simply the
             patches at the indices.
+        counts_B: int64, how many tokens each picture needs, where the strategy adapts to the picture. Up to that many (at most
+            K) stand first in a row; the indices after them are `NO_TOKEN`, their features arbitrary but finite. A count
+            above K says that the bound was too low for that picture.
     """
 
     indices_BK: Tensor
     patches_BKE: Tensor | None = None
+    counts_B: Tensor | None = None
 
 
 class Pruner(Protocol):
@@ -78,12 +95,30 @@ class Pruner(Protocol):
 
         Args:
             features: of the batch.
-            kept: K, all tokens that enter the decoder, merged ones included.
+            kept: K, all tokens that enter the decoder, merged ones included. A plain number, or symbolic while a graph is
+                traced in which K is an input.
             seed: for strategies that draw at random.
             merged_id: which index tokens get that were merged from many.
 
         Raises:
             ValueError: the features lack something that the strategy reads.
+        """
+        ...
+
+
+class AdaptivePruner(Protocol):
+    """A strategy that can also find the count by itself, picture by picture."""
+
+    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+        """Choose as many tokens as the rule of the original asks for.
+
+        Args:
+            features: of the batch; every picture is judged by itself.
+            bound: K, the most tokens that a picture may keep.
+            merged_id: see `Pruner.select`.
+
+        Returns:
+            Selected with `counts_B`.
         """
         ...
 
@@ -99,7 +134,7 @@ class Strategy:
         needs: what the tower must have.
         needs_text: whether the choice depends on the prompt.
         needs_seed: whether it draws at random.
-        static_count: whether K follows from keep and N alone.
+        adaptive: whether it can find K by itself (`AdaptivePruner`).
         reads_projected: whether it looks at tokens after the projector, all N of which are then projected.
         merges: whether features of dropped tokens go into those of kept ones.
         merged: how many of the K tokens have no raster index of their own.
@@ -113,7 +148,7 @@ class Strategy:
     needs: tuple[TowerPart, ...] = ()
     needs_text: bool = False
     needs_seed: bool = False
-    static_count: bool = True
+    adaptive: bool = False
     reads_projected: bool = False
     merges: bool = False
     merged: int = 0
