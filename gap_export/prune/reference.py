@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gap_export.positions import MergedId
 from gap_export.prune.random import drawn_indices
-from gap_export.prune.spatial import grid_indices
+from gap_export.prune.spatial import used_rows
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -99,11 +99,28 @@ def choose(pruner: str, seen: Seen, kept: int, *, seed: int, merged_id: MergedId
         return _CHOOSE[pruner](seen, kept, merged_id)
     visual = len(seen.patches_NE)
     fixed = {
-        "random": lambda: drawn_indices(visual, kept, seed),
+        "random": lambda: drawn_indices(visual, seed)[:kept],
         "spatial": lambda: grid_indices(seen.grid, kept),
         "none": lambda: list(range(visual)),
     }
     return Choice(np.array(fixed[pruner](), np.int64))
+
+
+def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
+    """Raster indices of K points spread evenly over the grid.
+
+    Args:
+        grid: (rows, columns).
+        kept: K, 1..rows * columns.
+    """
+    rows, columns = grid
+    stripes = used_rows(grid, kept)
+    indices: list[int] = []
+    for stripe in range(stripes):
+        row = (2 * stripe + 1) * rows // (2 * stripes)
+        points = (stripe + 1) * kept // stripes - stripe * kept // stripes
+        indices += [row * columns + (2 * point + 1) * columns // (2 * points) for point in range(points)]
+    return indices
 
 
 def class_attention(query_AD: Floats, keys_ATD: Floats) -> Floats:

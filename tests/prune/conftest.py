@@ -44,10 +44,11 @@ def sets() -> Any:
 
 @pytest.fixture(scope="session")
 def exported(sets: Any) -> Callable[..., Any]:
-    """`exported(pruner, kept, grid)`: the strategy as a graph of its own in ONNX Runtime; each made once."""
+    """`exported(pruner, kept, grid)`: the strategy as a graph of its own in ONNX Runtime; each made once. K is an input where
+    `kept` is None."""
     made: dict[tuple[Any, ...], Any] = {}
 
-    def graph(pruner: str, kept: int, grid: tuple[int, int], **options: Any) -> Any:
+    def graph(pruner: str, kept: int | None, grid: tuple[int, int], **options: Any) -> Any:
         key = (pruner, kept, grid, *sorted(options.items()))
         if key not in made:
             made[key] = sets.graph(pruner, kept, grid, **options)
@@ -103,10 +104,18 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
                     own = selected.patches_BKE[picture].numpy()
                     np.testing.assert_allclose(own, choice.patches_KE[places], atol=1e-4)
 
+    def every_count_of_one_graph(pruner: str) -> None:
+        """As a graph in which K is an input, from the fewest to all of 20 tokens."""
+        graph, generator = exported(pruner, None, SMALL, width=48), np.random.default_rng(8)
+        for kept in range(prune.strategy(pruner).fewest, SMALL[0] * SMALL[1] + 1):
+            arrays = sets.random_features(generator, SMALL, batch=3, width=48)
+            assert set(sets.agrees(graph, arrays, kept)) <= {"equal", "tie"}, kept
+
     return SimpleNamespace(
         agrees_with_float64=agrees_with_float64,
         batch_equals_singles=batch_equals_singles,
         every_count=every_count,
+        every_count_of_one_graph=every_count_of_one_graph,
     )
 
 
