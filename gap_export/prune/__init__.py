@@ -248,6 +248,17 @@ def load(name: str) -> Pruner:
     return pruner
 
 
+def load_adaptive(name: str) -> AdaptivePruner:
+    """The strategy of that name, to find the count by itself.
+
+    Raises:
+        RecipeError: unknown name, or a strategy that takes a count.
+    """
+    require_adaptive(strategy(name))
+    pruner: AdaptivePruner = load(name)  # type: ignore[assignment]  # the table says that it is one
+    return pruner
+
+
 def needs(row: Strategy) -> str:
     """What a strategy needs, in words."""
     parts = [part.replace("_", " ") for part in row.needs]
@@ -281,6 +292,41 @@ def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...]) -> None:
             f"needs a {' and a '.join(missing)}, which this vision tower does not have",
             subject=f"pruner {wanted.name}",
             hint=f"these work on it: {', '.join(able)}",
+        )
+
+
+def require_adaptive(wanted: Strategy) -> None:
+    """Refuse `keep: adaptive` for a strategy that has no rule for it.
+
+    Raises:
+        RecipeError: with the list of those that have.
+    """
+    if not wanted.adaptive:
+        able = ", ".join(row.name for row in STRATEGIES if row.adaptive)
+        raise RecipeError(
+            "has no rule of its own for how many tokens a picture needs",
+            subject=f"pruner {wanted.name}, keep adaptive",
+            hint=f"give a fraction or a range, or use one of {able}",
+        )
+
+
+def require_text(wanted: Strategy, *, has_text_tower: bool, published: str | None) -> None:
+    """Refuse a strategy that looks at the expression where nothing can read it.
+
+    Args:
+        wanted: the strategy.
+        has_text_tower: whether the recipe names a CLIP checkpoint with one.
+        published: hub id of the checkpoint to add, where it is known.
+
+    Raises:
+        RecipeError: with the checkpoint to add, and the strategies that do without.
+    """
+    if wanted.needs_text and not has_text_tower:
+        able = ", ".join(row.name for row in STRATEGIES if not row.needs_text)
+        raise RecipeError(
+            "looks at the expression, and the checkpoint has no text tower to read it with",
+            subject=f"pruner {wanted.name}",
+            hint=f"add --text-tower {published or 'with the CLIP checkpoint that the vision tower comes from'}, or use one of {able}",
         )
 
 

@@ -46,6 +46,9 @@ class Seen:
     following_query_E: Floats
     following_keys_TE: Floats
     projected_NH: Floats
+    aligned_NP: Floats = field(default_factory=lambda: np.empty(0))
+    text_P: Floats = field(default_factory=lambda: np.empty(0))
+    aligned_inversely: bool = True
 
 
 @dataclass(frozen=True)
