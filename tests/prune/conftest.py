@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -122,20 +123,27 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
 @pytest.fixture
 def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
     """`vision_graph(pruner=..., precision=..., keep=...)` -> (path, spec, weight keys) of the tiny tower, linted."""
+    numbers = itertools.count()
 
     def build(**changes: Any) -> tuple[Path, Any, list[str]]:
+        folder = tmp_path / f"vision-{next(numbers)}"
+        folder.mkdir()
         recipe = Recipe.model_validate({"keep": 0.34, **tiny_options, **changes})
         checkpoint = open_checkpoint(Path(recipe.checkpoint))
         _, family = family_of(checkpoint)
-        plan = plan_for(recipe, family.facts(checkpoint))
+        text_tower = None
+        if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
+            part = open_checkpoint(Path(recipe.text_tower))
+            checkpoint, text_tower = checkpoint.with_part("text_tower", part), family.text_tower(checkpoint, part)
+        plan = plan_for(recipe, family.facts(checkpoint), text_tower)
         component = family.components(checkpoint, plan)[0]
         model = trace.graph_from_component(component)
         keys = [component.weight_key(name) for name in weights.parameters_of(model)]
-        store = weights.WeightStore(checkpoint, recipe.precision, tmp_path)
+        store = weights.WeightStore(checkpoint, recipe.precision, folder)
         store.prepare(keys)
         weights.attach_weights(model, store, component.weight_key)
         passes.simplify(model)
-        path = tmp_path / "vision.onnx"
+        path = folder / "vision.onnx"
         passes.write_graph(model, component.spec, path)
         lint.lint_graph(path, profile="vision", own=True, policy=plan.positions).require()
         return path, component.spec, keys
