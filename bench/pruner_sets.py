@@ -54,7 +54,9 @@ def random_features(
     }
 
 
-def seen(arrays: Arrays, row: int, grid: tuple[int, int]) -> reference.Seen:
+def seen(
+    arrays: Arrays, row: int, grid: tuple[int, int], *, aligned_inversely: bool = True
+) -> reference.Seen:
     """One row as the reference wants it."""
     exact = {name: array[row].astype(np.float64) for name, array in arrays.items()}
     return reference.Seen(
@@ -66,27 +68,38 @@ def seen(arrays: Arrays, row: int, grid: tuple[int, int]) -> reference.Seen:
         following_query_E=exact["following_query_BE"],
         following_keys_TE=exact["following_keys_BTE"],
         projected_NH=exact["projected_BNH"],
+        aligned_NP=exact["aligned_BNP"],
+        text_P=exact["text_BP"],
+        aligned_inversely=aligned_inversely,
     )
 
 
 class Selection(nn.Module):
-    """A strategy and the decoder's order, as one module: the features and, where K is an input, 0 .. K - 1 -> features, indices."""
+    """A strategy and the decoder's order, as one module.
+
+    Features and, where K is an input, 0 .. K - 1 -> features, indices and, where pictures differ, counts.
+    """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self._graph, self._pruner = graph, prune.load(graph.pruner)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph = self._graph
-        given = dict(zip(graph.reads, tensors, strict=False))
+        given = {"patches_BNE": tensors[0], **dict(zip(graph.reads, tensors, strict=False))}
+        features = prune.VisionFeatures(grid=graph.grid, aligned_inversely=graph.aligned_inversely, **given)
         kept = tensors[-1].shape[0] if graph.kept is None else graph.kept
-        features = prune.VisionFeatures(**{"grid": graph.grid, "patches_BNE": tensors[0], **given})  # type: ignore[arg-type]
-        selected = self._pruner.select(features, kept, seed=0, merged_id=graph.merged_id)
+        if graph.adaptive:
+            adaptive = prune.load_adaptive(graph.pruner)
+            selected = adaptive.select_adaptive(features, kept, merged_id=graph.merged_id)
+        else:
+            selected = self._pruner.select(features, kept, seed=0, merged_id=graph.merged_id)
         selected = order.in_decoder_order(selected, PositionPolicy.GAP)
         tokens = selected.patches_BKE
         if tokens is None:
             tokens = order.take(given[source_of(graph.pruner)], selected.indices_BK)
-        return tokens, selected.indices_BK
+        counts = () if selected.counts_B is None else (selected.counts_B,)
+        return tokens, selected.indices_BK, *counts
 
 
 def source_of(pruner: str) -> str:
@@ -120,13 +133,15 @@ class Graph:
     """A strategy in ONNX Runtime.
 
     Attributes:
-        kept: K; None where it is an input.
+        kept: K, the bound where pictures differ; None where it is an input.
     """
 
     pruner: str
     kept: int | None
     grid: tuple[int, int]
-    merged_id: MergedId
+    merged_id: MergedId = MergedId.LAST_VISUAL
+    adaptive: bool = False
+    aligned_inversely: bool = True
     model: Any = None
     session: Any = None
 
@@ -135,26 +150,19 @@ class Graph:
         """The features among its inputs."""
         return reads(self.pruner)
 
-    def __call__(
-        self, arrays: Arrays, kept: int | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def __call__(self, arrays: Arrays, kept: int | None = None) -> list[NDArray[Any]]:
         given: dict[str, Any] = {name: arrays[name] for name in self.reads}
         if kept is not None:
             given["keep_count"] = np.array(kept)
-        embeds, indices = self.session.run(None, given)
-        return embeds, indices
+        outputs: list[NDArray[Any]] = self.session.run(None, given)
+        return outputs
 
 
 def graph(
-    pruner: str,
-    kept: int | None,
-    grid: tuple[int, int],
-    *,
-    width: int = 1024,
-    merged_id: MergedId = MergedId.LAST_VISUAL,
+    pruner: str, kept: int | None, grid: tuple[int, int], *, width: int = 1024, **options: Any
 ) -> Graph:
     """Export a strategy on its own, batch free, one thread; `kept=None` makes K an input as well."""
-    made = Graph(pruner, kept, grid, merged_id)
+    made = Graph(pruner, kept, grid, **options)
     example = random_features(np.random.default_rng(0), grid, batch=2, width=width)
     names = list(made.reads)
     tensors = [torch.from_numpy(np.ascontiguousarray(example[name])) for name in names]
@@ -171,7 +179,7 @@ def graph(
         exported,
         (),
         input_names=names,
-        output_names=["visual_embeds", "kept_indices"],
+        output_names=["visual_embeds", "kept_indices", *(["kept_counts"] if made.adaptive else [])],
         opset_version=OPSET,
         dynamo=True,
         optimize=False,
@@ -203,24 +211,27 @@ def count_to_ranks(model: ir.Model) -> None:
 
 def agrees(graph: Graph, arrays: Arrays, kept: int | None = None) -> list[str]:
     """Per row: `equal`, `tie` (float64 itself chose by less than `TIE`), or what is wrong."""
-    embeds_BKH, kept_BK = graph(arrays, kept)
+    outputs = graph(arrays, kept)
     source = arrays[source_of(graph.pruner)]
+    extent = graph.kept if kept is None else kept
+    assert extent is not None
     verdicts = []
-    for row, kept_K in enumerate(kept_BK):
-        choice = reference.choose(
-            graph.pruner,
-            seen(arrays, row, graph.grid),
-            kept if graph.kept is None else graph.kept,
-            seed=0,
-            merged_id=graph.merged_id,
-        )
+    for row, (embeds_KE, indices_K) in enumerate(zip(*outputs[:2], strict=True)):
+        picture = seen(arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely)
+        if graph.adaptive:
+            choice = reference.choose_adaptive(graph.pruner, picture, extent, merged_id=graph.merged_id)
+            same_count = outputs[2][row] == choice.needed
+        else:
+            choice = reference.choose(graph.pruner, picture, extent, seed=0, merged_id=graph.merged_id)
+            same_count = True
         sort = np.argsort(choice.indices_K, kind="stable")
-        if not np.array_equal(kept_K, choice.indices_K[sort]):
+        padding = np.full(extent - len(sort), prune.NO_TOKEN)
+        if not same_count or not np.array_equal(indices_K, [*choice.indices_K[sort], *padding]):
             verdicts.append("tie" if choice.margin < TIE else f"other tokens, margin {choice.margin:.1e}")
             continue
-        tokens = source[row][kept_K] if choice.patches_KE is None else choice.patches_KE[sort]
-        off = float(np.abs(embeds_BKH[row] - tokens).max() / np.abs(tokens).max())
-        if off > 1e-5 and choice.merge_margin >= TIE:
+        tokens = source[row][indices_K] if choice.patches_KE is None else choice.patches_KE[sort]
+        off = float(np.abs(embeds_KE[: len(sort)] - tokens).max() / np.abs(tokens).max())
+        if (off > 1e-5 and choice.merge_margin >= TIE) or not np.isfinite(embeds_KE).all():
             verdicts.append(f"other features, {off:.1e} of the largest, margin {choice.merge_margin:.1e}")
         else:
             verdicts.append("equal")

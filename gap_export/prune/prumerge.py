@@ -5,10 +5,12 @@ queries and keys at full width, heads not split. Every kept token gets its 32 ne
 count too) added, weighted by their scores; one more token is the weighted sum of all that were not kept. Nothing is
 normalised.
 
-With a static count, K - 1 tokens are kept by score; the other one is that of the rest.
+With a static count, K - 1 tokens are kept by score. With an adaptive one, as many as have outstanding scores (`outliers.py`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 from gap_export.prune.appended import Layout, layout
 from gap_export.prune.order import take
+from gap_export.prune.outliers import outlier_count
 
 NEIGHBOURS = 32
 
@@ -29,6 +32,13 @@ class PruMerge:
         """See `Pruner.select`."""
         scores_BN = full_width_scores(features)
         return merged_into(features, scores_BN, layout(scores_BN, kept), merged_id)
+
+    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+        """See `AdaptivePruner.select_adaptive`."""
+        scores_BN = full_width_scores(features)
+        own_B1 = outlier_count(scores_BN)
+        selected = merged_into(features, scores_BN, layout(scores_BN, bound, own_B1), merged_id)
+        return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
 def full_width_scores(features: VisionFeatures) -> Tensor:

@@ -1,14 +1,19 @@
 """PruMerge+: PruMerge with three of four tokens spread evenly over the picture.
 
 Source: LLaVA-PruMerge (arXiv 2403.15388), the variant that adds an arithmetic sequence of raster indices to the tokens kept by
-score; scores, merging and the appended token are PruMerge's. In the original a sequence of about three times as many tokens
-is joined with those kept by score, and the count depends on how many are in both.
+score; scores, merging and the appended token are PruMerge's.
+
+With an adaptive count, as many tokens are kept by score as PruMerge keeps, C of N, and joined with a sequence of about three times
+as many: 0, step, 2 step .. N - 2 with step = N / (3 C), rounded down. The count depends on how many are in both. Where that would
+be all tokens, the last one is what the appended token stands for.
 
 With a static count: the appended token, then of the other K - 1 a quarter by score and the rest by the sequence, tokens in both
 counting for the sequence, so that the next best by score move up.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +22,7 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 from gap_export.prune.appended import layout
 from gap_export.prune.order import ranks
+from gap_export.prune.outliers import outlier_count
 from gap_export.prune.prumerge import full_width_scores, merged_into
 
 
@@ -46,6 +52,21 @@ class PruMergePlus:
         is_best_BN = ranks(scores_BN - is_spread_N.float()) < best
         preference_BN = joined(scores_BN, is_best_BN, is_spread_N)
         return merged_into(features, scores_BN, layout(preference_BN, kept), merged_id)
+
+    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+        """See `AdaptivePruner.select_adaptive`; tokens kept by score come first."""
+        visual, scores_BN = features.visual_tokens, full_width_scores(features)
+        best_B1, tokens_N = outlier_count(scores_BN), torch.arange(features.visual_tokens)
+        is_best_BN = ranks(scores_BN) < best_B1
+        # No more than a quarter can be outliers, so that a step is at least one. (TensorRT-RTX does not build this division
+        # in integers. With the half no rounding can reach the next one.)
+        step_B1 = ((visual + 0.5) / (3 * best_B1).float()).floor().to(torch.int64)
+        is_spread_BN = (tokens_N % step_B1 == 0) & (tokens_N < visual - 1)
+        own_B1 = (is_best_BN | is_spread_BN).float().sum(dim=-1, keepdim=True).to(torch.int64)
+        own_B1 = own_B1.clamp(max=visual - 1)
+        preference_BN = joined(scores_BN, is_best_BN, is_spread_BN)
+        selected = merged_into(features, scores_BN, layout(preference_BN, bound, own_B1), merged_id)
+        return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
 def joined(scores_BN: Tensor, is_best_BN: Tensor, is_spread: Tensor) -> Tensor:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(state, number of the step) -> (state of the same shape and type, what the step gives). Gives no view of what it was given."""
+State = TypeVar("State", Tensor, tuple[Tensor, ...])
 
 
-def in_steps(step: Step, state: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def in_steps(
+    step: Callable[[State, Tensor], tuple[State, Tensor]], state: State, count: int
+) -> tuple[State, Tensor]:
     """Take `count` steps, at least one.
 
     Args:
-        step: one of them.
-        state: before the first.
+        step: (state, number of the step) -> (state of the same shapes and types, what the step gives). It must give no view of
+            what it was given.
+        state: before the first step.
         count: plain or symbolic.
 
     Returns:

@@ -31,6 +31,7 @@ _ORDER_KEEPING = (
     "Clip",
 )
 _INDEX_MOVEMENT = (*_ORDER_KEEPING, "Concat", "Where", "Transpose", "Tile", "Add", "Mul", "Slice")
+_ABOVE_ALL_INDICES = 1 << 16
 _GATHERS = ("Gather", "GatherElements", "GatherND")
 
 
@@ -248,13 +249,17 @@ class _Order:
 
     @staticmethod
     def _padding_last(value: ir.Value | None) -> ir.Value | None:
-        """What is sorted in `Where(x < 0, large, x)`, which puts padding behind all indices."""
+        """What is sorted by `Where(x < 0, large, x)`, which puts padding behind all indices."""
         node = value.producer() if value is not None else None
-        if node is None or not is_op(node, "Where") or constant(node.inputs[1]) is None:
+        if node is None or not is_op(node, "Where"):
             return value
-        test = node.inputs[0].producer() if node.inputs[0] is not None else None
-        negative = test is not None and is_op(test, "Less") and test.inputs[0] is node.inputs[2]
-        return node.inputs[2] if negative else value
+        test, large, data = (operand(node, place) for place in range(3))
+        less, behind = test.producer() if test is not None else None, constant(large)
+        if less is None or not is_op(less, "Less") or operand(less, 0) is not data or behind is None:
+            return value
+        bound = constant(operand(less, 1))
+        is_padding = bound is not None and bound.size == 1 and bound.item() == 0
+        return data if is_padding and bool((behind.astype(np.int64) >= _ABOVE_ALL_INDICES).all()) else value
 
     def _behind(self, value: ir.Value | None) -> ir.Value | None:
         while value is not None and is_op(value.producer(), *_ORDER_KEEPING):
