@@ -164,10 +164,17 @@ STRATEGIES: tuple[Strategy, ...] = (
         needs=("class_token",),
     ),
     Strategy(
+        "text_similarity",
+        "text_similarity:TextSimilarity",
+        "what matches the expression best",
+        needs_text=True,
+    ),
+    Strategy(
         "prumerge",
         "prumerge:PruMerge",
         "class-token attention; neighbours are added in, the rest becomes one token",
         needs=("class_token", "following_layer"),
+        adaptive=True,
         merges=True,
         merged=1,
         fewest=2,
@@ -177,6 +184,17 @@ STRATEGIES: tuple[Strategy, ...] = (
         "prumerge_plus:PruMergePlus",
         "a quarter as prumerge, three quarters evenly spread",
         needs=("class_token", "following_layer"),
+        adaptive=True,
+        merges=True,
+        merged=1,
+        fewest=2,
+    ),
+    Strategy(
+        "trim",
+        "trim:Trim",
+        "what matches the expression best; the rest becomes one token",
+        needs_text=True,
+        adaptive=True,
         merges=True,
         merged=1,
         fewest=2,
@@ -201,6 +219,13 @@ STRATEGIES: tuple[Strategy, ...] = (
         "vispruner:VisPruner",
         "half by class-token attention, half by weeding out what is alike",
         needs=("class_token",),
+    ),
+    Strategy(
+        "cdpruner",
+        "cdpruner:CDPruner",
+        "greedily what the chosen ones do not span, weighted by how it matches the expression",
+        needs_text=True,
+        reads_projected=True,
     ),
     Strategy(
         "dart",
@@ -287,7 +312,7 @@ def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...]) -> None:
     """
     missing = [part.replace("_", " ") for part in wanted.needs if part in lacking]
     if missing:
-        able = [row.name for row in STRATEGIES if not set(row.needs) & set(lacking)]
+        able = [row.name for row in STRATEGIES if not row.needs_text and not set(row.needs) & set(lacking)]
         raise RecipeError(
             f"needs a {' and a '.join(missing)}, which this vision tower does not have",
             subject=f"pruner {wanted.name}",
