@@ -102,8 +102,9 @@ def keeping(pruning: Pruning, visual_tokens: int) -> str:
     """How many visual tokens a bundle keeps, in words."""
     if pruning.counting == "chosen":
         return f"keep {pruning.fewest} to {pruning.most} of {visual_tokens}, {pruning.kept} by default"
-    bound = "at most " if pruning.counting == "adaptive" else ""
-    return f"keep {bound}{pruning.kept} of {visual_tokens}"
+    if pruning.counting == "adaptive":
+        return f"keep what each picture needs, at most {pruning.most} of {visual_tokens}"
+    return f"keep {pruning.kept} of {visual_tokens}"
 
 
 def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:

@@ -7,6 +7,8 @@ ids come from `positions.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, DynamicCache, LlavaForConditionalGeneration
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from gap_export import prune
 from gap_export.bundle import Precision, Pruning, TextTower
@@ -29,6 +31,7 @@ from gap_export.runtime.session import (
     Buffer,
     Spliced,
     VisualTokens,
+    require_within_bound,
     vision_inputs,
 )
 
@@ -42,6 +45,18 @@ class _Group:
 
     rows: list[int]
     cache: DynamicCache
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hold back what transformers writes while it loads: progress, which would spoil the caller's own display, and reports."""
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 class TextReference:
@@ -58,9 +73,10 @@ class TextReference:
     def __init__(self, checkpoint: Path, facts: TextTower) -> None:
         self.aligned_inversely = facts.aligned_inversely
         try:
-            self._model = CLIPTextModelWithProjection.from_pretrained(
-                checkpoint, attn_implementation="eager", local_files_only=True
-            ).eval()
+            with _quiet_loading():  # it would report what else a CLIP checkpoint holds
+                self._model = CLIPTextModelWithProjection.from_pretrained(
+                    checkpoint, attn_implementation="eager", local_files_only=True
+                ).eval()
             files = sorted(checkpoint.glob("*.safetensors"))
             (self._visual_projection_PE,) = (
                 stored.get_tensor("visual_projection.weight").float()
@@ -113,14 +129,17 @@ class TorchSession:
         *,
         text_tower: TextReference | None = None,
     ) -> None:
-        disable_progress_bar()  # of transformers' loading, which would write into the caller's own display
         try:
-            self._model = cast(
-                LlavaForConditionalGeneration,
-                LlavaForConditionalGeneration.from_pretrained(
-                    checkpoint, dtype=_DTYPES[precision], attn_implementation="eager", local_files_only=True
-                ).eval(),
-            )
+            with _quiet_loading():
+                self._model = cast(
+                    LlavaForConditionalGeneration,
+                    LlavaForConditionalGeneration.from_pretrained(
+                        checkpoint,
+                        dtype=_DTYPES[precision],
+                        attn_implementation="eager",
+                        local_files_only=True,
+                    ).eval(),
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"could not be loaded by transformers: {str(error).splitlines()[0]}",
@@ -181,15 +200,18 @@ class TorchSession:
             else:
                 tokens_KE = torch.from_numpy(choice.patches_KE).to(patches_NE.dtype)
             embeds.append(inner.multi_modal_projector(tokens_KE))
+        adaptive = pruning.counting == "adaptive"
+        if adaptive:
+            require_within_bound(np.array([choice.needed for choice in choices]), pruning)
         counts_B = np.array([len(choice.indices_K) for choice in choices], np.int64)
         kept_BK = np.full((len(choices), counts_B.max()), prune.NO_TOKEN, np.int64)
         for row, choice in enumerate(choices):
             kept_BK[row, : counts_B[row]] = choice.indices_K
         by_score = pruning.pruner == "cls_attention"
         return VisualTokens(
-            embeds=embeds if pruning.counting == "adaptive" else torch.stack(embeds),
+            embeds=embeds if adaptive else torch.stack(embeds),
             kept_indices=kept_BK,
-            kept_counts=counts_B if pruning.counting == "adaptive" else None,
+            kept_counts=counts_B if adaptive else None,
             scores=shown["attention_N"].numpy() if by_score else None,
             margins=None if by_score else np.array([choice.margin for choice in choices]),
         )
@@ -269,14 +291,17 @@ class TorchSession:
         inversely = self._text_tower is None or self._text_tower.aligned_inversely
         seen = reference.Seen(grid=self._grid, aligned_inversely=inversely, **parts)
         if pruning.counting == "adaptive":
-            raise NotImplementedError("no strategy adapts yet")
-        choice = reference.choose(
-            pruning.pruner,
-            seen,
-            pruning.kept if keep_count is None else keep_count,
-            seed=pruning.seed,
-            merged_id=pruning.merged_id,
-        )
+            choice = reference.choose_adaptive(
+                pruning.pruner, seen, pruning.most, merged_id=pruning.merged_id
+            )
+        else:
+            choice = reference.choose(
+                pruning.pruner,
+                seen,
+                pruning.kept if keep_count is None else keep_count,
+                seed=pruning.seed,
+                merged_id=pruning.merged_id,
+            )
         if not pruning.positions.keeps_raster_order:
             return choice
         order = np.argsort(choice.indices_K, kind="stable")
