@@ -3,8 +3,8 @@
     python -m training.clip_shapes.evaluate FOLDER --split held-out
 
 Ranks the patches of `llava-shapes` by their similarity to the expression and counts what survives among the first K: objects
-that are meant, objects that are named. Beside it the same for the class token's attention and for a random draw. `--boxes`
-also lets `llava-shapes` answer with the tokens that were kept, position ids kept (`gap`).
+that are meant, objects that are named. Beside it the same by similarity to another scene's expression, by the class token's
+attention, and at random. `--boxes` also lets `llava-shapes` answer with the tokens that were kept, position ids kept (`gap`).
 """
 
 from __future__ import annotations
@@ -77,19 +77,22 @@ def rankings(
     model: ClipShapes, llava: LlavaForConditionalGeneration, scenes: list[Case]
 ) -> dict[str, Tensor]:
     """Scores of all patches [C, 144] by each way to rank them."""
-    cosine, product, attention = [], [], []
+    cosine, product, foreign, attention = [], [], [], []
     for start in track(range(0, len(scenes), BATCH), description="rank"):
         batch = scenes[start : start + BATCH]
         pixels = np.stack([np.asarray(case.image) for case in batch])
         features = patch_features(llava, pixels)
         text = model.texts(torch.tensor(text_ids([case.expression for case in batch])))[:, :, None]
-        cosine.append((model.patches(features) @ text)[..., 0])
+        patches = model.patches(features)
+        cosine.append((patches @ text)[..., 0])
+        foreign.append((patches @ text.roll(1, dims=0))[..., 0])
         product.append((model.visual_projection(features) @ text)[..., 0])
         attention.append(features_and_scores(llava, pixels)[1])
     drawn = torch.rand(len(scenes), PATCHES, generator=torch.Generator().manual_seed(0))
     return {
         "cosine": torch.cat(cosine),
         "dot product": torch.cat(product),
+        "another's text": torch.cat(foreign),
         "class token": torch.cat(attention),
         "random": drawn,
     }
@@ -141,18 +144,21 @@ def main() -> None:
     table = Table(title=f"{arguments.count} {arguments.split} scenes, seed {seed}; shares in %")
     columns = ("ranked by", "AUC", "kept", "meant: one", "meant: half", "named: half", "gap acc@0.5")
     for column in columns if arguments.boxes else columns[:-1]:
-        table.add_column(column, justify="left" if column == "ranked by" else "right")
+        first = column == columns[0]
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     record: dict[str, dict[str, float | dict[str, float]]] = {}
     for name, scores in rankings(load_checkpoint(arguments.folder), llava, scenes).items():
         auc = area_under_curve(scores, truth)
         record[name] = {"auc": auc}
-        boxes = {}
+        rows = {kept: survival(scores, truth, kept) for kept in KEPT}
         if arguments.boxes:
             boxes = evaluate(llava, scenes, [kept / PATCHES for kept in KEPT], ["gap"], scores)
-        for kept in KEPT:
-            row = survival(scores, truth, kept)
-            if boxes:
-                row |= {"acc": summary(boxes[f"gap {kept / PATCHES}"])["acc"]}
+            rows = {
+                kept: row | {"acc": summary(boxes[f"gap {kept / PATCHES}"])["acc"]}
+                for kept, row in rows.items()
+            }
+            table.caption = f"all {PATCHES} tokens: acc@0.5 {summary(boxes['full'])['acc']:.1%}"
+        for kept, row in rows.items():
             record[name][str(kept)] = row
             table.add_row(name, f"{auc:.3f}", str(kept), *(f"{100 * value:.1f}" for value in row.values()))
     Console().print(table)
