@@ -120,7 +120,7 @@ def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None
         assert select(name, bare, kept).shape == (4, kept)
 
 
-@pytest.mark.parametrize("name", ["cls_attention", "random", "divprune"])
+@pytest.mark.parametrize("name", ["cls_attention", "text_similarity", "random", "divprune", "cdpruner"])
 def test_more_tokens_by_score_keep_the_fewer(name: str) -> None:
     for kept in range(1, VISUAL):
         assert torch.equal(select(name, features(), kept + 1)[:, :kept], select(name, features(), kept))

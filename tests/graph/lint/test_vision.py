@@ -33,6 +33,8 @@ CONSTANTS = {
     "one_s": np.array(1),
     "b1": np.array([1, 1]),
     "numbers": np.array([0, 1, 2]),
+    "large": np.array(1 << 16),
+    "small": np.array(8),
     "merged": np.ones((2, 3, 4), np.float32),
 }
 SCORES = "squares = Mul (pixel_values, pixel_values) scores = ReduceSum <keepdims=0> (squares, ax2) "
@@ -116,10 +118,19 @@ def test_embeddings_gathered_in_another_order_than_given_out_are_caught() -> Non
     assert "not gathered with kept_indices" in constants.verdict.reason
 
 
-def check_packed(features: str, index: str, *, places: str = "numbers", largest: int = 0) -> Report:
+def check_packed(
+    features: str,
+    index: str,
+    *,
+    places: str = "numbers",
+    largest: int = 0,
+    before: str = "",
+    data: str = "picked",
+    base: str = "k",
+) -> Report:
     """Indices and features sorted by one integer that holds index and place; `features` are all patches or the kept."""
-    packed = f"scaled = Mul (picked, k) packed = Add (scaled, {places})"
-    ordered = f"up, order = TopK <largest={largest}> (packed, k) place = Mod (up, k)"
+    packed = f"{before} scaled = Mul ({data}, {base}) packed = Add (scaled, {places})"
+    ordered = f"up, order = TopK <largest={largest}> (packed, k) place = Mod (up, {base})"
     kept = "kept_indices = GatherElements <axis=1> (picked, place)"
     read = f"at = Unsqueeze ({index}, ax2) wide = Expand (at, wide_shape)"
     embeds = f"visual_embeds = GatherElements <axis=1> ({features}, wide)"
@@ -131,6 +142,37 @@ def test_merged_tokens_are_sorted_together_with_their_indices() -> None:
     assert not check_packed("merged", "place", places="grid").verdict.survives
     assert not check_packed("merged", "place", largest=1).verdict.survives
     assert not check_packed("merged", "order").verdict.survives
+
+
+@pytest.mark.parametrize(
+    ("counted", "base", "survives"),
+    [
+        ("Range (zero_s, total, one_s)", "extent", True),
+        ("Range (one_s, total, one_s)", "extent", False),
+        ("Range (zero_s, three_s, one_s)", "extent", False),
+        ("Range (zero_s, total, one_s)", "two", False),
+    ],
+)
+def test_merged_tokens_are_sorted_where_the_count_is_an_input(
+    counted: str, base: str, survives: bool
+) -> None:
+    extent = "extent = Shape <start=0, end=1> (pixel_values) total = Squeeze (extent)"
+    report = check_packed(
+        "merged", "place", before=f"{extent} counted = {counted}", places="counted", base=base
+    )
+    assert report.verdict.survives == survives
+
+
+@pytest.mark.parametrize(
+    ("padded", "survives"),
+    [
+        ("negative = Less (picked, zero_s) sorted = Where (negative, large, picked)", True),
+        ("negative = Less (picked, zero_s) sorted = Where (negative, small, picked)", False),
+        ("negative = Less (picked, three_s) sorted = Where (negative, large, picked)", False),
+    ],
+)
+def test_padding_is_sorted_behind_everything(padded: str, survives: bool) -> None:
+    assert check_packed("merged", "place", before=padded, data="sorted").verdict.survives == survives
 
 
 def test_patches_must_be_read_at_indices_and_not_at_places() -> None:

@@ -1,0 +1,154 @@
+"""Strategies that read the expression: sign, scaling, the appended mean, the determinant that CDPruner makes large."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gap_export import prune
+from gap_export.positions import MergedId
+from gap_export.prune import VisionFeatures, reference
+from gap_export.prune.cdpruner import CDPruner
+from gap_export.prune.text_similarity import TextSimilarity
+from gap_export.prune.trim import Trim
+
+READERS = [row.name for row in prune.STRATEGIES if row.needs_text]
+GRID, VISUAL = (4, 5), 20
+
+
+def features(seed: int = 0, batch: int = 2, projected: int = 32) -> VisionFeatures:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    return VisionFeatures(
+        patches_BNE=normal(VISUAL, 8),
+        grid=GRID,
+        projected_BNH=normal(VISUAL, projected),
+        aligned_BNP=normal(VISUAL, 16),
+        text_BP=normal(16),
+    )
+
+
+def chosen(name: str, seen: VisionFeatures, kept: int) -> list[list[int]]:
+    indices: list[list[int]] = (
+        prune.load(name).select(seen, kept, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK.tolist()
+    )
+    return indices
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_patch_that_matches_comes_first_under_both_signs(name: str) -> None:
+    seen = features()
+    assert seen.aligned_BNP is not None
+    assert seen.text_BP is not None
+    seen.aligned_BNP[:, 7] = 3 * seen.text_BP
+    seen.aligned_BNP[:, 11] = -3 * seen.text_BP
+    assert [row[0] for row in chosen(name, replace(seen, aligned_inversely=False), 5)] == [7, 7]
+    assert [row[0] for row in chosen(name, replace(seen, aligned_inversely=True), 5)] == [11, 11]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_another_expression_gives_another_choice(name: str) -> None:
+    seen = features()
+    assert seen.text_BP is not None
+    assert chosen(name, seen, 9) != chosen(name, replace(seen, text_BP=seen.text_BP.flip(1)), 9)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_tower_without_text_is_refused(name: str) -> None:
+    for lacking in ("text_BP", "aligned_BNP"):
+        with pytest.raises(ValueError, match="need a text tower"):
+            chosen(name, replace(features(), **{lacking: None}), 5)  # type: ignore[arg-type]
+
+
+def test_only_trim_follows_the_length_of_a_patch() -> None:
+    """Raw products there, cosines elsewhere."""
+    seen = replace(features(), aligned_inversely=False)
+    assert seen.aligned_BNP is not None
+    longer = replace(seen, aligned_BNP=seen.aligned_BNP * torch.linspace(1.0, 9.0, VISUAL)[:, None])
+    assert chosen("trim", longer, 9) != chosen("trim", seen, 9)
+    torch.testing.assert_close(TextSimilarity().scores(longer), TextSimilarity().scores(seen))
+    assert chosen("cdpruner", longer, 9) == chosen("cdpruner", seen, 9)
+
+
+@pytest.mark.parametrize("kept", [2, 9, 20])
+def test_the_last_token_of_trim_is_the_mean_of_what_was_dropped(kept: int) -> None:
+    seen = features()
+    selected = Trim().select(seen, kept, seed=0, merged_id=MergedId.LAST_VISUAL)
+    assert selected.patches_BKE is not None
+    for row, indices in enumerate(selected.indices_BK.tolist()):
+        own = indices[:-1]
+        dropped = [token for token in range(VISUAL) if token not in own]
+        torch.testing.assert_close(selected.patches_BKE[row, -1], seen.patches_BNE[row, dropped].mean(dim=0))
+        assert torch.equal(selected.patches_BKE[row, :-1], seen.patches_BNE[row, own])
+        assert indices[-1] == VISUAL - 1
+
+
+def test_relevance_is_scaled_within_each_picture() -> None:
+    seen = features()
+    assert seen.aligned_BNP is not None
+    relevance = CDPruner().relevance(seen)
+    assert relevance.amin(dim=1).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert relevance.amax(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    flat = CDPruner().relevance(replace(seen, aligned_BNP=torch.ones_like(seen.aligned_BNP)))
+    assert flat.isfinite().all()
+    assert (flat == flat[:, :1]).all()
+
+
+def test_cdpruner_takes_what_makes_the_determinant_largest() -> None:
+    """The kernel written out, and every candidate tried at every step."""
+    seen = features(batch=1)
+    assert seen.projected_BNH is not None
+    relevance = CDPruner().relevance(seen)[0].double().numpy()
+    tokens = seen.projected_BNH[0].double().numpy()
+    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    kernel = relevance[:, None] * (tokens @ tokens.T) * relevance
+    expected: list[int] = []
+    for _ in range(8):
+        size = {
+            token: np.linalg.slogdet(kernel[np.ix_([*expected, token], [*expected, token])])[1]
+            for token in range(VISUAL)
+            if token not in expected
+        }
+        expected.append(max(size, key=lambda token: size[token]))
+    assert chosen("cdpruner", seen, 8) == [expected]
+
+
+def test_what_the_chosen_ones_span_goes_by_relevance() -> None:
+    """Four dimensions hold four tokens; after that nothing is new, and rounding must not decide."""
+    seen = features(projected=4)
+    relevance = CDPruner().relevance(seen)
+    for row, indices in enumerate(chosen("cdpruner", seen, VISUAL)):
+        assert sorted(indices) == list(range(VISUAL))
+        rest = relevance[row, indices[4:]]
+        assert (rest.diff() <= 0).all()
+
+
+def test_the_reference_turns_the_sign_too() -> None:
+    seen = features(batch=1)
+    assert seen.aligned_BNP is not None
+    assert seen.text_BP is not None
+    empty = np.empty(0)
+    picture = reference.Seen(
+        seen.patches_BNE[0].double().numpy(),
+        GRID,
+        *([empty] * 5),
+        seen.projected_BNH[0].double().numpy(),  # type: ignore[index]
+        seen.aligned_BNP[0].double().numpy(),
+        seen.text_BP[0].double().numpy(),
+    )
+    for name in READERS:
+        signs = [
+            reference.choose(
+                name, replace(picture, aligned_inversely=sign), 6, seed=0, merged_id=MergedId.LAST_VISUAL
+            )
+            for sign in (True, False)
+        ]
+        assert signs[0].indices_K.tolist() != signs[1].indices_K.tolist()
+        for sign, choice in zip((True, False), signs, strict=True):
+            assert chosen(name, replace(seen, aligned_inversely=sign), 6) == [choice.indices_K.tolist()]
