@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gap_export import __version__, parity, prune
 from gap_export.artifact import atomic_folder, record_of, scratch_folder, write_atomically
@@ -39,6 +39,11 @@ from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
 from gap_export.runtime.ground import Backend, Grounder, open_session
 from gap_export.runtime.prompt import encode_prompts, load_tokenizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from gap_export.spec import Component
 
 Progress = Callable[[str], None]
 """Called with a few words whenever a stage begins."""
@@ -85,6 +90,7 @@ def build(
     *,
     replace: bool = False,
     self_contained: bool = False,
+    tracer: Callable[[Component], ir.Model] | None = None,
     progress: Progress = lambda words: None,
 ) -> Built:
     """Checkpoint to bundle.
@@ -94,6 +100,7 @@ def build(
         out: the bundle folder; appears when it is complete, or not at all.
         replace: replace another bundle that is already there.
         self_contained: copy the weights instead of linking them.
+        tracer: `graph.trace.graph_from_component` by default; a `TracedOnce` where several bundles are built.
         progress: told when a stage begins.
 
     Raises:
@@ -121,7 +128,7 @@ def build(
         models = []
         for component in components:
             progress(f"tracing {component.spec.name}")
-            models.append(trace.graph_from_component(component))
+            models.append((tracer or trace.graph_from_component)(component))
         progress("placing the weights")
         store = weights.WeightStore(checkpoint, recipe.precision, folder, self_contained)
         store.prepare(

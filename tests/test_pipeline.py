@@ -51,6 +51,72 @@ def test_weights_are_linked_and_graphs_are_small(tiny_bundle: BuildBundle, tiny_
         assert (bundle.folder / graph.file).stat().st_size < 60_000
 
 
+def test_bundles_that_share_a_tracer_are_what_they_would_be_without(
+    tiny_bundle: BuildBundle,
+    tiny_options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gap_export.graph import trace
+
+    traced: list[str] = []
+    original = trace.graph_from_component
+    monkeypatch.setattr(
+        trace,
+        "graph_from_component",
+        lambda component: traced.append(component.spec.name) or original(component),
+    )
+    tracer = trace.TracedOnce()
+    for changes, expected in (
+        ({}, ["vision", "splice", "embed", "decoder"]),
+        ({"positions": "shifted"}, ["splice"]),
+        ({"positions": "permuted"}, ["vision", "splice"]),
+    ):
+        traced.clear()
+        recipe = Recipe.model_validate({**tiny_options, **changes})
+        built = pipeline.build(recipe, tmp_path / str(len(list(tmp_path.iterdir()))), tracer=tracer).bundle
+        assert traced == expected
+        alone = tiny_bundle(**changes)
+        for name in alone.manifest.graphs:
+            assert nodes_of(built, name) == nodes_of(alone, name), name
+
+
+def nodes_of(bundle: Bundle, graph: str) -> bytes:
+    """The graph but for the names of its nodes, which are numbered as they are made."""
+    import onnx
+
+    model = onnx.load(bundle.graph_path(graph), load_external_data=False)
+    for node in model.graph.node:
+        node.name = ""
+    return model.SerializeToString(deterministic=True)
+
+
+def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx_ir as ir
+
+    from gap_export.graph import trace
+    from gap_export.spec import Component, GraphSpec
+
+    traced: list[Any] = []
+
+    def graph(component: Component) -> ir.Model:
+        traced.append(component.settings)
+        return ir.Model(ir.Graph((), (), nodes=(), opset_imports={"": 24}), ir_version=11)
+
+    monkeypatch.setattr(trace, "graph_from_component", graph)
+    spec = GraphSpec(name="embed", inputs=(), outputs=())
+    tracer = trace.TracedOnce(remembered=2)
+    models = [
+        tracer(Component(module=None, spec=spec, weight_key=str, settings=settings))  # type: ignore[arg-type]
+        for settings in "abacab"
+    ]
+    assert traced == ["a", "b", "c", "b"]
+    assert len({id(model) for model in models}) == len(models), "everyone gets a model of its own"
+    for _ in range(2):  # nothing said: never taken for the same
+        tracer(Component(module=None, spec=spec, weight_key=str))  # type: ignore[arg-type]
+    assert len(traced) == 6
+
+
 def test_stretched_pictures_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
     from gap_export.families import llava
 
