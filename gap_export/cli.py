@@ -334,6 +334,86 @@ def bench(
 
 
 @app.command()
+def sweep(
+    model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
+    pruners: Annotated[
+        str, typer.Option(help="Strategies, separated by commas; all is every one of `gap-export models`.")
+    ] = "all",
+    keep: Annotated[
+        str, typer.Option(help="Fractions of visual tokens kept, separated by commas.")
+    ] = "0.5,0.25,0.11",
+    positions: Annotated[
+        str, typer.Option(help="Position policies, separated by commas.")
+    ] = "shifted,permuted,gap",
+    cases: Annotated[int, typer.Option(min=1, help="Held-out scenes per cell.")] = 500,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the sweep; finished cells in it are kept.")
+    ] = Path("out/sweep"),
+    backend: BackendOption = "onnxruntime",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
+    threads: Annotated[
+        int, typer.Option(min=0, help="ONNX Runtime threads of every process; 0 lets it choose.")
+    ] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes that cells are dealt to; results do not depend on it.")
+    ] = 2,
+    plot: Annotated[bool, typer.Option(help="Draw sweep.png (needs matplotlib).")] = True,
+    replace: Annotated[
+        bool, typer.Option(help="Throw away a sweep of other settings in the output folder.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy of every strategy at every count under every position policy; may be killed and goes on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from gap_export.recipe import load_recipe
+    from gap_export.runtime.ground import backend_of
+
+    _pipeline()
+    from gap_export import sweep as room
+    from gap_export.sweep_record import tables, verdict
+
+    request = room.Request(
+        recipe=load_recipe(model),
+        pruners=room.pruners_from(pruners),
+        keeps=room.keeps_from(keep),
+        positions=room.positions_from(positions),
+        backend=backend_of(backend),
+        cases=cases,
+        batch=batch,
+        threads=threads,
+    )
+    prepared = room.prepare(request, output, replace=replace, plot=plot)
+    left = len(prepared.remaining())
+    if left < len(prepared.cells):
+        console.print(f"{len(prepared.cells) - left} of {len(prepared.cells)} cells are finished already")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Cells are traced, then answered: only a long look back tells how long the rest will take.
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as bar:
+        task = bar.add_task("starting", total=left * cases)
+
+        def finished(cell: Any, answers: Any) -> None:
+            if not console.is_terminal:  # no bar is shown there
+                console.print(f"{cell.pruner}, {cell.kept} tokens, {cell.positions}: {sum(answers.hits) / cases:.3f}; "
+                              f"about {_duration(bar.tasks[0].time_remaining)} left", highlight=False)  # fmt: skip
+
+        record = room.run(
+            prepared,
+            jobs=jobs,
+            plot=plot,
+            notify=lambda step: bar.update(task, advance=step.done, description=step.words or None),
+            finished=finished,
+        )
+    if as_json:
+        _print_json(record.model_dump(mode="json"))
+        return
+    for table in tables(record):
+        out.print(table)
+    out.print(verdict(record), highlight=False)
+    out.print(f"  stored in {_plain(str(output))}", highlight=False)
+
+
+@app.command()
 def inspect(
     bundle: BundleArgument,
     verify: Annotated[bool, typer.Option(help="Hash large files too.")] = False,
@@ -430,6 +510,10 @@ def _needs_build_extra(error: ImportError) -> GapExportError:
 
 def _print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, allow_nan=False))
+
+
+def _duration(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _size(count: int) -> str:

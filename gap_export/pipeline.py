@@ -33,7 +33,7 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
 from gap_export.errors import BundleError, CheckpointError
 from gap_export.families import family_of
 from gap_export.grounding import scenes
-from gap_export.machine import versions
+from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import Plan, plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
@@ -58,17 +58,6 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "gap": {"positions": PositionPolicy.GAP},
 }
 _TOKENIZER = "tokenizer.json"
-_PACKAGES = (
-    "gap-export",
-    "torch",
-    "transformers",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "tensorrt-rtx",
-    "tensorrt",
-)
 
 
 @dataclass(frozen=True)
@@ -184,7 +173,7 @@ def build(
                 for path in sorted(folder.rglob("*"))
                 if path.is_file() and path.name != MANIFEST
             },
-            versions=versions(_PACKAGES),
+            versions=versions(BUILD_PACKAGES),
             recipe=recipe.model_dump(mode="json"),
         )
         write_manifest(folder, manifest)
@@ -282,7 +271,7 @@ def validate(
         grounding=parity.Grounding(
             **accuracy, cases=cases, kept=manifest.pruning.kept, visual_tokens=manifest.model.visual_tokens
         ),
-        versions=versions(_PACKAGES),
+        versions=versions(BUILD_PACKAGES),
     )
     write_atomically(bundle.reports / "parity.json", report.model_dump_json(indent=2) + "\n")
     return report
