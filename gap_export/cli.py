@@ -394,7 +394,7 @@ def sweep(
 
         def finished(cell: Any, answers: Any) -> None:
             if not console.is_terminal:  # no bar is shown there
-                console.print(f"{cell.pruner}, {cell.kept} tokens, {cell.positions}: {sum(answers.hits) / cases:.3f}; "
+                console.print(f"{cell.label}: {sum(answers.hits) / cases:.3f}; "
                               f"about {_duration(bar.tasks[0].time_remaining)} left", highlight=False)  # fmt: skip
 
         record = room.run(

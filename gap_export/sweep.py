@@ -19,7 +19,7 @@ from gap_export import parity, pipeline, prune, sweep_plot
 from gap_export.artifact import record_of, scratch_folder, write_atomically
 from gap_export.bundle import ModelFacts
 from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
-from gap_export.errors import InputError, RecipeError
+from gap_export.errors import GapExportError, InputError, RecipeError
 from gap_export.families import family_of
 from gap_export.grounding import metrics, scenes
 from gap_export.machine import BUILD_PACKAGES, versions
@@ -281,14 +281,19 @@ class _Answering:
     def __call__(self, cells: Sequence[Cell], notify: Notify) -> Iterator[tuple[Cell, Answers]]:
         """One bundle per cell: always right. Where one bundle can serve several cells, this is the place."""
         for cell in cells:
-            yield cell, self._answers(cell, notify)
+            try:
+                answers = self._answers(cell, notify)
+            except GapExportError as error:
+                error.subject = f"{cell.label}: {error.subject}"
+                raise
+            yield cell, answers
 
     def _answers(self, cell: Cell, notify: Notify) -> Answers:
         request = self._request
         name = f"{cell.pruner}-{cell.kept}-{cell.positions}"
 
         def progress(words: str) -> None:
-            notify(Step(f"{cell.pruner}, {cell.kept} tokens, {cell.positions}: {words}"))
+            notify(Step(f"{cell.label}: {words}"))
 
         recipe = request.recipe_of(cell)
         folder = self._scratch / name
@@ -316,6 +321,7 @@ def answers_of(runs: Sequence[Grounded], cases: Sequence[scenes.Case], backend: 
     boxes = parity.boxes_of(runs)
     overlaps = metrics.iou(metrics.as_rows(boxes), metrics.as_rows([case.box for case in cases]))
     return Answers(
+        texts=tuple(answer.text for batch in runs for answer in batch.answers),
         ious=tuple(overlaps.tolist()),
         without_box=sum(box is None for box in boxes),
         cut_off=sum(not ended for batch in runs for ended in batch.generation.ended),

@@ -50,7 +50,7 @@ def png(record: SweepRecord) -> bytes:
 
 def figure(record: SweepRecord) -> Figure:
     """The plot: small panels that share their axes, so that strategies can be compared with each other and with the
-    unpruned model. Bands are 95% intervals (Wilson's) of single cells."""
+    unpruned model. Bars are 95% intervals (Wilson's) of single cells."""
     from matplotlib.figure import Figure
 
     strategies = list(dict.fromkeys(row.pruner for row in record.rows[1:])) or [""]
@@ -64,13 +64,19 @@ def figure(record: SweepRecord) -> Figure:
         _draw(panel, strategy, record)
     for panel in panels.flat[len(strategies) :]:
         panel.remove()
+    for panel in panels.flat[max(0, len(strategies) - columns) : len(strategies)]:
+        panel.tick_params(labelbottom=True)  # nothing stands below it
     _label(plot, panels.flat[0], record)
     return plot
 
 
 def _draw(panel: Axes, strategy: str, record: SweepRecord) -> None:
     panel.axhline(
-        record.full, color="#555555", linestyle="--", linewidth=1, label=f"unpruned ({record.visual_tokens})"
+        record.full,
+        color="#555555",
+        linestyle="--",
+        linewidth=1,
+        label=f"unpruned ({record.visual_tokens} tokens)",
     )
     for policy, (colour, mark) in _STYLES.items():
         rows = sorted(
@@ -85,19 +91,19 @@ def _draw(panel: Axes, strategy: str, record: SweepRecord) -> None:
 
 
 def _draw_line(panel: Axes, rows: list[Row], label: str, colour: str, mark: str) -> None:
-    counts = [row.kept for row in rows]
-    panel.fill_between(
-        counts, [row.low for row in rows], [row.high for row in rows], color=colour, alpha=0.18, linewidth=0
-    )
-    panel.plot(
-        counts,
+    below = [row.accuracy - row.low for row in rows]
+    above = [row.high - row.accuracy for row in rows]
+    panel.errorbar(
+        [row.kept for row in rows],
         [row.accuracy for row in rows],
+        yerr=[below, above],
+        label=label,
         color=colour,
         marker=mark,
         markersize=4,
         linewidth=1.4,
-        label=label,
-        clip_on=False,
+        elinewidth=0.9,
+        capsize=2,
     )
 
 
@@ -107,8 +113,9 @@ def _label(plot: Figure, first: Axes, record: SweepRecord) -> None:
     first.set_xscale("log", base=2)
     first.set_xticks(counts, [str(count) for count in counts])
     first.minorticks_off()
-    first.set_xlim(counts[0] / 1.25, counts[-1] * 1.25)
-    first.set_ylim(0, 1)
+    margin = max(1.25, (counts[-1] / counts[0]) ** 0.08)
+    first.set_xlim(counts[0] / margin, counts[-1] * margin)
+    first.set_ylim(-0.03, 1)
     first.set_yticks([0, 0.25, 0.5, 0.75, 1])
     for panel in plot.axes:
         panel.tick_params(labelsize=8)
@@ -120,9 +127,12 @@ def _label(plot: Figure, first: Axes, record: SweepRecord) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     plot.legend(
-        shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown), frameon=False, fontsize=9
-    )
-    plot.suptitle(
-        f"{record.model}: {record.settings.cases} held-out scenes, exported graphs in {record.settings.backend}",
-        fontsize=10,
+        shown.values(),
+        shown.keys(),
+        loc="outside upper center",
+        ncols=len(shown),
+        frameon=False,
+        fontsize=9,
+        title=f"{record.model}: {record.settings.cases} held-out scenes, exported graphs in {record.settings.backend}",
+        title_fontsize=10,
     )

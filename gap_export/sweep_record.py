@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 THRESHOLD = 0.5
 """An answer is a hit from this IoU on (`>=`), as in `validate`."""
 
+_COMPARED = ("gap - shifted (95 %)", "gap beats shifted")
+
 FULL: Literal["full"] = "full"
 Positions = PositionPolicy | Literal["full"]
 """A policy, or `full`: nothing pruned, so that every policy gives the same ids."""
@@ -61,16 +63,23 @@ class Cell(Stored):
     kept: int
     positions: Positions
 
+    @property
+    def label(self) -> str:
+        """What it is, in words."""
+        return f"{self.pruner}, keep {self.kept}, {self.positions}"
+
 
 class Answers(Stored):
     """What came out of one cell, scene by scene.
 
     Attributes:
+        texts: as generated.
         ious: with the true box; 0 without a box.
         without_box: answers that hold no box, or one beside the picture.
         cut_off: answers that did not end by themselves.
     """
 
+    texts: tuple[str, ...]
     ious: tuple[float, ...]
     without_box: int
     cut_off: int
@@ -205,7 +214,7 @@ def tables(record: SweepRecord) -> list[Table]:
     compared = {(each.pruner, each.kept): each for each in record.gap_against_shifted}
     found = {(row.pruner, row.kept, row.positions): row for row in record.rows}
     lines = list(dict.fromkeys((row.pruner, row.kept) for row in record.rows[1:]))
-    cells = Table("pruner", "keep", *policies, *(["gap - shifted (95 %)", ""] if compared else []))
+    cells = Table("pruner", "keep", *policies, *(_COMPARED if compared else ()))
     cells.title = (
         f"accuracy@0.5 of {record.model} in {record.settings.backend}, {record.settings.cases} held-out scenes; "
         f"unpruned: {record.full:.3f}"
@@ -216,7 +225,7 @@ def tables(record: SweepRecord) -> list[Table]:
             pruner,
             f"{kept} of {record.visual_tokens}",
             *("-" if row is None else f"{row.accuracy:.3f}" for row in measured),
-            *_compared(compared.get((pruner, kept))),
+            *(_compared(compared.get((pruner, kept))) if compared else ()),
         )
     if not record.skipped:
         return [cells]
@@ -242,7 +251,7 @@ def verdict(record: SweepRecord) -> str:
     if not missed:
         return won
     places = (
-        f"{each.pruner} at {each.kept} tokens ({each.difference:+.3f}, {each.low:+.3f} to {each.high:+.3f})"
+        f"{each.pruner} at {each.kept} of {record.visual_tokens} ({each.difference:+.3f}, {each.low:+.3f} to {each.high:+.3f})"
         for each in missed
     )
     return f"{won}; not in: {', '.join(places)}"
@@ -305,8 +314,5 @@ def _comparison(cell: Cell, gap: Answers, shifted: Answers) -> Comparison:
 
 def _compared(each: Comparison | None) -> tuple[str, str]:
     if each is None:
-        return "-", ""
-    return (
-        f"{each.difference:+.3f} ({each.low:+.3f} to {each.high:+.3f})",
-        "" if each.beats else "gap does not beat shifted",
-    )
+        return "-", "-"
+    return f"{each.difference:+.3f} ({each.low:+.3f} to {each.high:+.3f})", "yes" if each.beats else "no"

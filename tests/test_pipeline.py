@@ -51,46 +51,6 @@ def test_weights_are_linked_and_graphs_are_small(tiny_bundle: BuildBundle, tiny_
         assert (bundle.folder / graph.file).stat().st_size < 60_000
 
 
-def test_bundles_that_share_a_tracer_are_what_they_would_be_without(
-    tiny_bundle: BuildBundle,
-    tiny_options: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from gap_export.graph import trace
-
-    traced: list[str] = []
-    original = trace.graph_from_component
-    monkeypatch.setattr(
-        trace,
-        "graph_from_component",
-        lambda component: traced.append(component.spec.name) or original(component),
-    )
-    tracer = trace.TracedOnce()
-    for changes, expected in (
-        ({}, ["vision", "splice", "embed", "decoder"]),
-        ({"positions": "shifted"}, ["splice"]),
-        ({"positions": "permuted"}, ["vision", "splice"]),
-    ):
-        traced.clear()
-        recipe = Recipe.model_validate({**tiny_options, **changes})
-        built = pipeline.build(recipe, tmp_path / str(len(list(tmp_path.iterdir()))), tracer=tracer).bundle
-        assert traced == expected
-        alone = tiny_bundle(**changes)
-        for name in alone.manifest.graphs:
-            assert nodes_of(built, name) == nodes_of(alone, name), name
-
-
-def nodes_of(bundle: Bundle, graph: str) -> bytes:
-    """The graph but for the names of its nodes, which are numbered as they are made."""
-    import onnx
-
-    model = onnx.load(bundle.graph_path(graph), load_external_data=False)
-    for node in model.graph.node:
-        node.name = ""
-    return model.SerializeToString(deterministic=True)
-
-
 def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx_ir as ir
 
