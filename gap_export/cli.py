@@ -364,13 +364,11 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy of every strategy at every count under every position policy; may be killed and goes on."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from gap_export import sweep as room
     from gap_export.recipe import load_recipe
     from gap_export.runtime.ground import backend_of
-
-    _pipeline()
-    from gap_export import sweep as room
     from gap_export.sweep_record import tables, verdict
 
     request = room.Request(
@@ -383,34 +381,37 @@ def sweep(
         batch=batch,
         threads=threads,
     )
+    _pipeline()
     prepared = room.prepare(request, output, replace=replace, plot=plot)
     left = len(prepared.remaining())
     if left < len(prepared.cells):
         console.print(f"{len(prepared.cells) - left} of {len(prepared.cells)} cells are finished already")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Cells are traced, then answered: only a long look back tells how long the rest will take.
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as bar:
-        task = bar.add_task("starting", total=left * cases)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        work = bar.add_task("starting", total=left * cases, left="")
+
+        def notify(step: Any) -> None:
+            bar.update(work, advance=step.done, description=step.words or None)
+            bar.update(work, left=_time_left(bar.tasks[0]))
 
         def finished(cell: Any, answers: Any) -> None:
             if not console.is_terminal:  # no bar is shown there
-                console.print(f"{cell.label}: {sum(answers.hits) / cases:.3f}; "
-                              f"about {_duration(bar.tasks[0].time_remaining)} left", highlight=False)  # fmt: skip
+                accuracy = sum(answers.hits) / cases
+                console.print(f"{cell.label}: {accuracy:.3f}; {_time_left(bar.tasks[0])}", highlight=False)
 
-        record = room.run(
-            prepared,
-            jobs=jobs,
-            plot=plot,
-            notify=lambda step: bar.update(task, advance=step.done, description=step.words or None),
-            finished=finished,
-        )
+        record = room.run(prepared, jobs=jobs, plot=plot, notify=notify, finished=finished)
     if as_json:
         _print_json(record.model_dump(mode="json"))
         return
     for table in tables(record):
         out.print(table)
-    out.print(verdict(record), highlight=False)
-    out.print(f"  stored in {_plain(str(output))}", highlight=False)
+    out.print(verdict(record), highlight=False, soft_wrap=True)
+    out.print(f"  stored in {_plain(str(output))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -512,8 +513,12 @@ def _print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, allow_nan=False))
 
 
-def _duration(seconds: float | None) -> str:
-    return "?" if seconds is None else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+def _time_left(task: Any) -> str:
+    """From the mean over the whole time: cells are traced, then answered, and the pace of the moment says nothing."""
+    if not task.completed:
+        return "time left unknown"
+    seconds = task.elapsed * (task.total - task.completed) / task.completed
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
 
 def _size(count: int) -> str:

@@ -290,13 +290,12 @@ class _Answering:
 
     def _answers(self, cell: Cell, notify: Notify) -> Answers:
         request = self._request
-        name = f"{cell.pruner}-{cell.kept}-{cell.positions}"
 
         def progress(words: str) -> None:
             notify(Step(f"{cell.label}: {words}"))
 
         recipe = request.recipe_of(cell)
-        folder = self._scratch / name
+        folder = self._scratch / cell.name
         bundle = pipeline.build(recipe, folder, tracer=self._tracer, progress=progress).bundle
         progress("answering")
         runs = parity.run_cases(

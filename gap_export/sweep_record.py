@@ -64,6 +64,11 @@ class Cell(Stored):
     positions: Positions
 
     @property
+    def name(self) -> str:
+        """What its file is called."""
+        return f"{self.pruner}-{self.kept}-{self.positions}"
+
+    @property
     def label(self) -> str:
         """What it is, in words."""
         return f"{self.pruner}, keep {self.kept}, {self.positions}"

@@ -65,7 +65,7 @@ class Store:
         write_atomically(self._path(cell), answers.model_dump_json() + "\n")
 
     def _path(self, cell: Cell) -> Path:
-        return self.folder / "cells" / f"{cell.pruner}-{cell.kept}-{cell.positions}.json"
+        return self.folder / "cells" / f"{cell.name}.json"
 
 
 def open_store(folder: Path, settings: Settings, *, replace: bool) -> Store:

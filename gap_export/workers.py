@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from gap_export.errors import EnvironmentLacks, GapExportError, InputError
 
 Task = TypeVar("Task", contravariant=True)
 Result = TypeVar("Result", covariant=True)
+
+
+_PATIENCE_SECONDS = 5
+"""How long a worker that was told to end may take to do so in order."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ def results_of(
         for process in workers.values():
             process.terminate()
         for process in workers.values():
+            process.join(_PATIENCE_SECONDS)
+            process.kill()
             process.join()
 
 
@@ -141,6 +148,9 @@ def _broken(process: SpawnProcess) -> EnvironmentLacks:
 def _serve(connection: Connection, make_worker: Callable[[], Worker[Task, Result]]) -> None:
     """A worker process: asks for tasks until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the caller, who ends the workers
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # in order: what libraries have to clear away, they do
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     try:
         worker = make_worker()
