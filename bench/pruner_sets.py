@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from gap_export.prune import order, reference
 Arrays = dict[str, NDArray[np.float32]]
 
 HEADS = 16
+ALIGNED = 768
+"""Width of the space that OpenAI's CLIP ViT-L shares with its text tower."""
 TIE = 1e-6
 """A choice that float64 makes by less than this, float32 may make otherwise."""
 
@@ -29,7 +32,7 @@ def random_features(
     generator: np.random.Generator, grid: tuple[int, int], *, batch: int = 1, width: int = 1024
 ) -> Arrays:
     """One feature set as tensors of `prune.VisionFeatures`: spread like a tower's, with tokens that resemble each other."""
-    visual, heads = grid[0] * grid[1], min(HEADS, width // 4)
+    visual, heads, aligned = grid[0] * grid[1], min(HEADS, width // 4), min(ALIGNED, width)
 
     def normal(*shape: int) -> NDArray[np.float32]:
         return generator.normal(size=(batch, *shape)).astype(np.float32)
@@ -45,10 +48,15 @@ def random_features(
         "following_query_BE": normal(width),
         "following_keys_BTE": np.concatenate([normal(1, width), patches + normal(visual, width)], axis=1),
         "projected_BNH": (patches[:, :, ::-1] + normal(visual, width)).astype(np.float32),
+        # As long as CLIP's: raw products of a patch with a text are of the order of ten.
+        "aligned_BNP": patches[:, :, :aligned] + normal(visual, aligned),
+        "text_BP": (themes[:, 0, :aligned] + normal(aligned)) / np.float32(8.0),
     }
 
 
-def seen(arrays: Arrays, row: int, grid: tuple[int, int]) -> reference.Seen:
+def seen(
+    arrays: Arrays, row: int, grid: tuple[int, int], *, aligned_inversely: bool = True
+) -> reference.Seen:
     """One row as the reference wants it."""
     exact = {name: array[row].astype(np.float64) for name, array in arrays.items()}
     return reference.Seen(
@@ -60,101 +68,170 @@ def seen(arrays: Arrays, row: int, grid: tuple[int, int]) -> reference.Seen:
         following_query_E=exact["following_query_BE"],
         following_keys_TE=exact["following_keys_BTE"],
         projected_NH=exact["projected_BNH"],
+        aligned_NP=exact["aligned_BNP"],
+        text_P=exact["text_BP"],
+        aligned_inversely=aligned_inversely,
     )
 
 
 class Selection(nn.Module):
-    """A strategy and the decoder's order, as one module: the features by position -> features, indices."""
+    """A strategy and the decoder's order, as one module.
 
-    def __init__(self, pruner: str, kept: int, grid: tuple[int, int], merged_id: MergedId) -> None:
+    Features and, where K is an input, 0 .. K - 1 -> features, indices and, where pictures differ, counts.
+    """
+
+    def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self._pruner, self._kept, self._grid, self._merged_id = prune.load(pruner), kept, grid, merged_id
-        self._source = "projected_BNH" if prune.strategy(pruner).reads_projected else "patches_BNE"
+        self._graph, self._pruner = graph, prune.load(graph.pruner)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        names = [field.name for field in fields(prune.VisionFeatures) if field.name != "grid"]
-        given = dict(zip(names, tensors, strict=True))
-        features = prune.VisionFeatures(grid=self._grid, **given)
-        selected = self._pruner.select(features, self._kept, seed=0, merged_id=self._merged_id)
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        graph = self._graph
+        given = {"patches_BNE": tensors[0], **dict(zip(graph.reads, tensors, strict=False))}
+        features = prune.VisionFeatures(grid=graph.grid, aligned_inversely=graph.aligned_inversely, **given)
+        kept = tensors[-1].shape[0] if graph.kept is None else graph.kept
+        if graph.adaptive:
+            adaptive = prune.load_adaptive(graph.pruner)
+            selected = adaptive.select_adaptive(features, kept, merged_id=graph.merged_id)
+        else:
+            selected = self._pruner.select(features, kept, seed=0, merged_id=graph.merged_id)
         selected = order.in_decoder_order(selected, PositionPolicy.GAP)
         tokens = selected.patches_BKE
-        return (
-            order.take(given[self._source], selected.indices_BK) if tokens is None else tokens,
-            selected.indices_BK,
-        )
+        if tokens is None:
+            tokens = order.take(given[source_of(graph.pruner)], selected.indices_BK)
+        counts = () if selected.counts_B is None else (selected.counts_B,)
+        return tokens, selected.indices_BK, *counts
+
+
+def source_of(pruner: str) -> str:
+    """The features that a strategy chooses from, where it does not make its own."""
+    return "projected_BNH" if prune.strategy(pruner).reads_projected else "patches_BNE"
+
+
+class _Watched:
+    """Features that remember which of them were looked at."""
+
+    def __init__(self, features: prune.VisionFeatures) -> None:
+        self.features, self.names = features, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.features, name)
+
+
+@functools.cache
+def reads(pruner: str) -> tuple[str, ...]:
+    """The features that a strategy reads or chooses from."""
+    arrays = random_features(np.random.default_rng(0), (3, 4), width=16)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    watched = _Watched(prune.VisionFeatures(grid=(3, 4), **tensors))  # type: ignore[arg-type]
+    prune.load(pruner).select(watched, 12, seed=0, merged_id=MergedId.LAST_VISUAL)  # type: ignore[arg-type]
+    return tuple(name for name in arrays if name in watched.names | {source_of(pruner)})
 
 
 @dataclass
 class Graph:
-    """A strategy in ONNX Runtime."""
+    """A strategy in ONNX Runtime.
+
+    Attributes:
+        kept: K, the bound where pictures differ; None where it is an input.
+    """
 
     pruner: str
-    kept: int
+    kept: int | None
     grid: tuple[int, int]
-    merged_id: MergedId
-    model: ir.Model
-    session: Any
+    merged_id: MergedId = MergedId.LAST_VISUAL
+    adaptive: bool = False
+    aligned_inversely: bool = True
+    model: Any = None
+    session: Any = None
 
-    def __call__(self, arrays: Arrays) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        wanted = {value.name for value in self.session.get_inputs()}
-        embeds, kept = self.session.run(
-            None, {name: array for name, array in arrays.items() if name in wanted}
-        )
-        return embeds, kept
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The features among its inputs."""
+        return reads(self.pruner)
+
+    def __call__(self, arrays: Arrays, kept: int | None = None) -> list[NDArray[Any]]:
+        given: dict[str, Any] = {name: arrays[name] for name in self.reads}
+        if kept is not None:
+            given["keep_count"] = np.array(kept)
+        outputs: list[NDArray[Any]] = self.session.run(None, given)
+        return outputs
 
 
 def graph(
-    pruner: str,
-    kept: int,
-    grid: tuple[int, int],
-    *,
-    width: int = 1024,
-    merged_id: MergedId = MergedId.LAST_VISUAL,
+    pruner: str, kept: int | None, grid: tuple[int, int], *, width: int = 1024, **options: Any
 ) -> Graph:
-    """Export a strategy on its own, batch free, one thread."""
+    """Export a strategy on its own, batch free, one thread; `kept=None` makes K an input as well."""
+    made = Graph(pruner, kept, grid, **options)
     example = random_features(np.random.default_rng(0), grid, batch=2, width=width)
-    batch = torch.export.Dim("batch", min=1, max=8)
+    names = list(made.reads)
+    tensors = [torch.from_numpy(np.ascontiguousarray(example[name])) for name in names]
+    shapes = [{0: torch.export.Dim("batch", min=1, max=8)} for _ in names]
+    if kept is None:
+        names.append("keep_ranks")
+        tensors.append(torch.arange(7))
+        fewest, visual = prune.strategy(pruner).fewest, grid[0] * grid[1]
+        shapes.append({0: torch.export.Dim("kept", min=fewest, max=visual)})
     exported = torch.export.export(
-        Selection(pruner, kept, grid, merged_id).eval(),
-        tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in example.values()),
-        dynamic_shapes=(tuple({0: batch} for _ in example),),
-        strict=False,
+        Selection(made).eval(), tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
     )
     program = torch.onnx.export(
         exported,
         (),
-        input_names=list(example),
-        output_names=["visual_embeds", "kept_indices"],
+        input_names=names,
+        output_names=["visual_embeds", "kept_indices", *(["kept_counts"] if made.adaptive else [])],
         opset_version=OPSET,
         dynamo=True,
         optimize=False,
         verbose=False,
     )
     assert program is not None
-    passes.simplify(program.model)
+    made.model = program.model
+    if kept is None:
+        count_to_ranks(made.model)
+    passes.simplify(made.model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = ort.InferenceSession(ir.to_proto(program.model).SerializeToString(), options)
-    return Graph(pruner, kept, grid, merged_id, program.model, session)
+    made.session = ort.InferenceSession(ir.to_proto(made.model).SerializeToString(), options)
+    return made
 
 
-def agrees(graph: Graph, arrays: Arrays) -> list[str]:
+def count_to_ranks(model: ir.Model) -> None:
+    """Make the input `keep_ranks`, 0 .. K - 1, from an input that is K itself."""
+    ranks = next(value for value in model.graph.inputs if value.name == "keep_ranks")
+    count = ir.Value(name="keep_count", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    start, step = (ir.node("Constant", [], {"value": ir.tensor(np.array(number))}) for number in (0, 1))
+    made = ir.node("Range", [start.outputs[0], count, step.outputs[0]])
+    made.outputs[0].shape, made.outputs[0].type = ranks.shape, ranks.type
+    model.graph.inputs[list(model.graph.inputs).index(ranks)] = count
+    ir.convenience.replace_all_uses_with(ranks, made.outputs[0])
+    model.graph.insert_before(model.graph[0], [start, step, made])
+
+
+def agrees(graph: Graph, arrays: Arrays, kept: int | None = None) -> list[str]:
     """Per row: `equal`, `tie` (float64 itself chose by less than `TIE`), or what is wrong."""
-    embeds_BKH, kept_BK = graph(arrays)
-    source = arrays["projected_BNH" if prune.strategy(graph.pruner).reads_projected else "patches_BNE"]
+    outputs = graph(arrays, kept)
+    source = arrays[source_of(graph.pruner)]
+    extent = graph.kept if kept is None else kept
+    assert extent is not None
     verdicts = []
-    for row, kept_K in enumerate(kept_BK):
-        choice = reference.choose(
-            graph.pruner, seen(arrays, row, graph.grid), graph.kept, seed=0, merged_id=graph.merged_id
-        )
+    for row, (embeds_KE, indices_K) in enumerate(zip(*outputs[:2], strict=True)):
+        picture = seen(arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely)
+        if graph.adaptive:
+            choice = reference.choose_adaptive(graph.pruner, picture, extent, merged_id=graph.merged_id)
+            same_count = outputs[2][row] == choice.needed
+        else:
+            choice = reference.choose(graph.pruner, picture, extent, seed=0, merged_id=graph.merged_id)
+            same_count = True
         sort = np.argsort(choice.indices_K, kind="stable")
-        if not np.array_equal(kept_K, choice.indices_K[sort]):
+        padding = np.full(extent - len(sort), prune.NO_TOKEN)
+        if not same_count or not np.array_equal(indices_K, [*choice.indices_K[sort], *padding]):
             verdicts.append("tie" if choice.margin < TIE else f"other tokens, margin {choice.margin:.1e}")
             continue
-        tokens = source[row][kept_K] if choice.patches_KE is None else choice.patches_KE[sort]
-        off = float(np.abs(embeds_BKH[row] - tokens).max() / np.abs(tokens).max())
-        if off > 1e-5 and choice.merge_margin >= TIE:
+        tokens = source[row][indices_K] if choice.patches_KE is None else choice.patches_KE[sort]
+        off = float(np.abs(embeds_KE[: len(sort)] - tokens).max() / np.abs(tokens).max())
+        if (off > 1e-5 and choice.merge_margin >= TIE) or not np.isfinite(embeds_KE).all():
             verdicts.append(f"other features, {off:.1e} of the largest, margin {choice.merge_margin:.1e}")
         else:
             verdicts.append("equal")

@@ -22,7 +22,7 @@ from gap_export.bundle import Bundle
 from gap_export.errors import InputError
 from gap_export.machine import cpu_name, peak_rss_bytes, versions
 from gap_export.positions import Ids, advance
-from gap_export.runtime.prompt import encode_prompts, load_tokenizer
+from gap_export.runtime.prompt import encode_prompts, encode_text, load_tokenizer
 from gap_export.runtime.session import Session
 
 EXPRESSION = "the small red circle on the left"
@@ -45,6 +45,7 @@ class Contender:
         session: the bundle, loaded.
         pixel_values_BCHW: [B, 3, size, size] float32.
         input_ids_BT: [B, T] int64, one placeholder per row.
+        text_ids_BL: [B, L] int64, for pruners that look at the expression.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Contender:
     session: Session
     pixel_values_BCHW: NDArray[np.float32]
     input_ids_BT: Ids
+    text_ids_BL: Ids | None = None
 
 
 def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) -> Contender:
@@ -79,7 +81,12 @@ def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) ->
     )
     side = manifest.preprocessing.size
     noise = np.random.default_rng(0).standard_normal((batch, 3, side, side), np.float32)
-    return Contender(name, bundle, session, noise, prompts.input_ids)
+    text_ids = None
+    if manifest.text_tower is not None:
+        text_ids = encode_text(
+            load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
+        )
+    return Contender(name, bundle, session, noise, prompts.input_ids, text_ids)
 
 
 def measure(
@@ -161,7 +168,7 @@ def time_request(each: Contender, new_tokens: int, clock: Clock = time.perf_coun
     """
     session = each.session
     readings = [clock()]
-    visual = session.encode(each.pixel_values_BCHW)
+    visual = session.encode(each.pixel_values_BCHW, text_ids_BL=each.text_ids_BL)
     readings.append(clock())
     spliced = session.splice(each.input_ids_BT, visual)
     readings.append(clock())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gap_export.artifact import FileRecord, verify, write_atomically
 from gap_export.errors import BundleError
@@ -50,6 +50,23 @@ class Preprocessing(Stored):
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
+
+
+class TextTower(Stored):
+    """The CLIP text tower inside the vision graph, for pruners that look at the expression.
+
+    Attributes:
+        checkpoint: folder or hub id its weights came from.
+        context: most tokens of an expression, those that begin and end it included. Short rows are filled with the token
+            that ends them; the tower reads its answer at the first one.
+        width: of the space shared by patches and text.
+        aligned_inversely: see `prune.VisionFeatures`.
+    """
+
+    checkpoint: str
+    context: int = Field(ge=3)
+    width: int
+    aligned_inversely: bool
 
 
 class PromptTemplate(Stored):
@@ -95,6 +112,12 @@ class ModelFacts(Stored):
     max_positions: int
     tower_lacks: tuple[TowerPart, ...] = ()
     """What a pruner may ask for and this tower does not have."""
+    published_tower: str | None = None
+    """Hub id of the published checkpoint whose vision tower has the same sizes, where there is one."""
+
+
+Counting = Literal["fixed", "chosen", "adaptive"]
+"""Who says how many visual tokens a picture keeps: the build, each request, or the picture."""
 
 
 class Pruning(Stored):
@@ -102,8 +125,11 @@ class Pruning(Stored):
 
     Attributes:
         pruner: name in the table of strategies.
-        keep: fraction of visual tokens kept, in (0, 1].
-        kept: the count.
+        keep: fraction of visual tokens kept, in (0, 1]: the default where requests choose, the bound where pictures do.
+        kept: the count that `keep` gives.
+        counting: who says how many.
+        fewest: smallest count.
+        most: largest count; what cache and engines have room for.
         positions: numbering policy.
         seed: seed of strategies that draw at random.
         merged: how many of the kept tokens were merged from many and have no raster index of their own.
@@ -113,10 +139,32 @@ class Pruning(Stored):
     pruner: str
     keep: float
     kept: int
+    counting: Counting = "fixed"
+    fewest: int
+    most: int
     positions: PositionPolicy
     seed: int
     merged: int = Field(default=0, ge=0)
     merged_id: MergedId = MergedId.LAST_VISUAL
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_unless_said(cls, given: Any) -> Any:
+        """A fixed count is its own smallest and largest."""
+        if isinstance(given, dict) and "kept" in given:
+            return {"fewest": given["kept"], "most": given["kept"], **given}
+        return given
+
+    def fixed_at(self, kept: int, visual_tokens: int) -> Pruning:
+        """The same with one count for all pictures."""
+        changes = {
+            "keep": kept / visual_tokens,
+            "kept": kept,
+            "fewest": kept,
+            "most": kept,
+            "counting": "fixed",
+        }
+        return self.model_copy(update=changes)
 
 
 class Graph(Stored):
@@ -163,6 +211,7 @@ class Manifest(Stored):
     preprocessing: Preprocessing
     prompt: PromptTemplate
     box: BoxFormat
+    text_tower: TextTower | None = None
     graphs: dict[str, Graph]
     engines: dict[EngineTarget, dict[str, Engine]] = Field(default_factory=dict)
     """target -> graph name -> engine."""
@@ -192,6 +241,11 @@ class Bundle:
     def tokenizer_path(self) -> Path:
         """Path of the tokenizer."""
         return self.folder / "tokenizer.json"
+
+    @property
+    def text_tokenizer_path(self) -> Path:
+        """Path of the text tower's tokenizer, where there is one."""
+        return self.folder / "text_tokenizer.json"
 
     @property
     def reports(self) -> Path:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,20 @@ class Checkpoint:
         folder: where it lies.
         name: what the user called it.
         config: the parsed `config.json`.
-        weights: key -> location, over all shards.
+        weights: key -> location, over all shards; those of a part are called `part/key`.
+        parts: name -> other checkpoints that pieces of the model come from.
     """
 
     folder: Path
     name: str
     config: dict[str, Any]
     weights: dict[str, WeightLocation]
+    parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+    def with_part(self, name: str, part: Checkpoint) -> Checkpoint:
+        """The same checkpoint, joined by another one that a piece of the model comes from."""
+        joined = {f"{name}/{key}": location for key, location in part.weights.items()}
+        return replace(self, weights={**self.weights, **joined}, parts={**self.parts, name: part})
 
     @property
     def model_type(self) -> str:

@@ -33,6 +33,12 @@ out = Console(width=None if sys.stdout.isatty() else 140)
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
 BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")]
+KeepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of visual tokens to keep, in bundles built with a range; their default when left out."
+    ),
+]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
 
 _INTERRUPTED = 130
@@ -116,12 +122,24 @@ def models(as_json: JsonOption = False) -> None:
 def build(
     model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to make.")],
-    keep: Annotated[float | None, typer.Option(help="Fraction of visual tokens kept, in (0, 1].")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Fraction of visual tokens kept, in (0, 1]; a range such as 0.1:1.0, in which every request chooses; or adaptive."
+        ),
+    ] = None,
+    keep_bound: Annotated[
+        float | None, typer.Option(help="Most that --keep adaptive may keep of a picture, as a fraction.")
+    ] = None,
     pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
     positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
     merged_id: Annotated[
         str | None,
         typer.Option(help="Place of tokens merged from many: last_visual (default), max_kept or centroid."),
+    ] = None,
+    text_tower: Annotated[
+        str | None,
+        typer.Option(help="CLIP checkpoint (folder or hub id) for pruners that look at the expression."),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
     target: Annotated[
@@ -142,7 +160,9 @@ def build(
 
     recipe = recipes.load_recipe(model).replaced(
         keep=keep,
+        keep_bound=keep_bound,
         pruner=pruner,
+        text_tower=text_tower,
         positions=positions,
         merged_id=merged_id,
         precision=precision,
@@ -161,6 +181,8 @@ def build(
             self_contained=self_contained,
             progress=lambda words: status.update(f"{words} ..."),
         )
+    from gap_export.report import keeping
+
     manifest = built.bundle.manifest
     pruning = manifest.pruning
     if as_json:
@@ -172,6 +194,9 @@ def build(
                 "precision": manifest.precision,
                 "pruner": pruning.pruner,
                 "kept": pruning.kept,
+                "counting": pruning.counting,
+                "fewest": pruning.fewest,
+                "most": pruning.most,
                 "visual_tokens": manifest.model.visual_tokens,
                 "positions": pruning.positions,
                 "capacity": manifest.capacity,
@@ -182,8 +207,8 @@ def build(
         )
         return
     out.print(
-        f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, keep {pruning.kept} of "
-        f"{manifest.model.visual_tokens} ({pruning.pruner}), positions {pruning.positions}, cache {manifest.capacity} slots",
+        f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, {keeping(pruning, manifest.model.visual_tokens)} ({pruning.pruner}), "
+        f"positions {pruning.positions}, cache {manifest.capacity} slots",
         highlight=False,
         soft_wrap=True,
     )
@@ -196,8 +221,10 @@ def build(
 def validate(
     bundle: BundleArgument,
     cases: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
+    keep: KeepOption = None,
     backend: BackendOption = "onnxruntime",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
+    text_tower: Annotated[Path | None, typer.Option(help="The text tower's, if they moved.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
@@ -214,8 +241,10 @@ def validate(
         report = pipeline.validate(
             bundle,
             cases=cases,
+            keep=keep,
             backend=backend_of(backend),
             checkpoint=checkpoint,
+            text_tower=text_tower,
             batch=batch,
             threads=threads,
             progress=lambda words: bar.update(task, description=words),
@@ -238,6 +267,7 @@ def run(
     draw: Annotated[
         Path | None, typer.Option(help="Write the picture with the box and the kept patches.")
     ] = None,
+    keep: KeepOption = None,
     backend: BackendOption = "onnxruntime",
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     threads: ThreadsOption = 0,
@@ -245,6 +275,7 @@ def run(
 ) -> None:
     """Find what an expression refers to in a picture."""
     from gap_export.bundle import open_bundle
+    from gap_export.prune import kept_count
     from gap_export.runtime.generate import refuse_overflow
     from gap_export.runtime.ground import Grounder, backend_of, open_session
     from gap_export.runtime.preprocess import load_image
@@ -255,7 +286,10 @@ def run(
     grounder = Grounder(opened)
     unknown = grounder.unknown_words(refer)
     session = open_session(opened, backend_of(backend), threads=threads)
-    grounded = grounder.ground(session, [picture], [refer], max_new_tokens=max_new_tokens)
+    keep_count = None if keep is None else kept_count(keep, manifest.model.visual_tokens)
+    grounded = grounder.ground(
+        session, [picture], [refer], keep_count=keep_count, max_new_tokens=max_new_tokens
+    )
     refuse_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:

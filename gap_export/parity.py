@@ -41,6 +41,9 @@ CHOICE_MARGIN: dict[Precision, float] = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-
 comes out otherwise, and everything that follows from it, is a tie. What a tower rounds differently grows with the element
 type; in half precision long chains of choices nearly always hold one such, and accuracy is the gate that decides."""
 
+Wrong = Callable[[Placement, Ids, Ids], Placement]
+"""(placement, text tokens before the image [B], kept visual tokens [B]) -> a placement that is wrong on purpose."""
+
 Tick = Callable[[int], None]
 """Called with the number of cases finished since the last call."""
 
@@ -115,7 +118,8 @@ def run_cases(
     *,
     batch: int,
     tick: Tick = lambda count: None,
-    adjust: Callable[[Placement, Ids], Placement] | None = None,
+    keep_count: int | None = None,
+    adjust: Wrong | None = None,
     keep_logits: bool = False,
 ) -> list[Grounded]:
     """Answer all cases in batches.
@@ -126,20 +130,31 @@ def run_cases(
         cases: in order.
         batch: rows per call.
         tick: for progress.
-        adjust: (placement, text tokens before the image [B]) -> placement, for negative controls.
+        keep_count: how many visual tokens to keep, where the bundle lets requests choose.
+        adjust: for negative controls.
         keep_logits: needed to measure parity, not to measure accuracy.
     """
     results = []
     for start in range(0, len(cases), batch):
         part = cases[start : start + batch]
         images, expressions = [case.image for case in part], [case.expression for case in part]
-        change: Adjust | None = None
-        if adjust is not None:
-            text_before = grounder.text_before(expressions)
-            change = lambda placement, before=text_before: adjust(placement, before)  # noqa: E731
-        results.append(grounder.ground(session, images, expressions, adjust=change, keep_logits=keep_logits))
+        change = None if adjust is None else _change(adjust, grounder.text_before(expressions))
+        results.append(
+            grounder.ground(
+                session, images, expressions, keep_count=keep_count, adjust=change, keep_logits=keep_logits
+            )
+        )
         tick(len(part))
     return results
+
+
+def _change(adjust: Wrong, text_before: Ids) -> Adjust:
+    return lambda placement, visual: adjust(placement, text_before, counts_of(visual.kept_indices))
+
+
+def counts_of(kept_BK: Ids) -> Ids:
+    """[B] int64: how many visual tokens each row keeps; the rest is padding."""
+    return np.asarray((kept_BK >= 0).sum(axis=1), np.int64)
 
 
 def boxes_of(runs: Sequence[Grounded]) -> list[Box | None]:
@@ -184,9 +199,12 @@ def measure(
         )
         for row in range(len(truth.answers)):
             # Sorted rather than sets: merged tokens may share an index with another token.
-            identical = sorted(mine.kept_indices[row]) == sorted(theirs.kept_indices[row])
+            mine_K, theirs_K = (
+                side.kept_indices[row][side.kept_indices[row] >= 0] for side in (mine, theirs)
+            )
+            identical = sorted(mine_K) == sorted(theirs_K)
             kept_equal.append(
-                identical or _is_tie(mine.kept_indices[row], theirs, row, CHOICE_MARGIN[manifest.precision])
+                identical or _is_tie(mine_K, theirs_K, theirs, row, CHOICE_MARGIN[manifest.precision])
             )
             ids_equal.append(_same_ids(mine.placement, expected, row))
             a, b = mine.tokens[row], theirs.tokens[row]
@@ -245,20 +263,23 @@ def judge(measured: Measurement, gates: Gates) -> list[Gate]:
     ]
 
 
-def controls(kept: int) -> dict[str, Callable[[Placement, Ids], Placement]]:
-    """Placements that are wrong on purpose: name -> (placement, text before the image) -> placement."""
+def controls() -> dict[str, Wrong]:
+    """Placements that are wrong on purpose, by name."""
     return {
-        "ids shifted": lambda placement, before: renumbered(placement),
-        "ids permuted": lambda placement, before: with_image_ids_reversed(placement, before, kept),
-        "two ids swapped": lambda placement, before: with_two_ids_swapped(placement, before, kept),
-        "write index off by one": lambda placement, before: with_write_index_off_by_one(placement),
-        "decoding continues at kept length": lambda placement, before: continuing_at_kept_length(placement),
+        "ids shifted": lambda placement, before, kept: renumbered(placement),
+        "ids permuted": with_image_ids_reversed,
+        "two ids swapped": with_two_ids_swapped,
+        "write index off by one": lambda placement, before, kept: with_write_index_off_by_one(placement),
+        "decoding continues at kept length": lambda placement, before, kept: continuing_at_kept_length(
+            placement
+        ),
     }
 
 
-def applies(adjust: Callable[[Placement, Ids], Placement], run: Grounded) -> bool:
+def applies(adjust: Wrong, run: Grounded) -> bool:
     """Whether a control changes anything: with nothing pruned, renumbered ids are the right ones."""
-    before, after = run.generation.placement, adjust(run.generation.placement, run.prompts.text_before)
+    before = run.generation.placement
+    after = adjust(before, run.prompts.text_before, counts_of(run.generation.kept_indices))
     return not all(
         np.array_equal(getattr(before, field.name), getattr(after, field.name)) for field in fields(Placement)
     )
@@ -285,14 +306,13 @@ def _same_ids(mine: Placement, expected: Placement, row: int) -> bool:
     )
 
 
-def _is_tie(mine_K: Ids, theirs: Generation, row: int, margin: float) -> bool:
+def _is_tie(mine_K: Ids, kept_K: Ids, theirs: Generation, row: int, margin: float) -> bool:
     """Whether the tokens that only one side kept have scores that count as equal."""
     if theirs.margins is not None:
         return bool(theirs.margins[row] <= margin)
     if theirs.scores is None:
         return False
     scores_N = theirs.scores[row]
-    kept_K = theirs.kept_indices[row]
     last = scores_N[kept_K].min()
     disputed = list(set(mine_K) ^ set(kept_K))
     return bool((np.abs(scores_N[disputed] - last) <= SCORE_MARGIN * abs(last)).all())
@@ -312,7 +332,7 @@ class Grounding(_Stored):
         permuted: pruned, score order, ids renumbered.
         gap: pruned, ids kept.
         cases: how many expressions.
-        kept: visual tokens after pruning.
+        kept: visual tokens after pruning, on average where pictures differ.
         visual_tokens: before.
     """
 
@@ -321,7 +341,7 @@ class Grounding(_Stored):
     permuted: float
     gap: float
     cases: int
-    kept: int
+    kept: float
     visual_tokens: int
 
 

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gap_export import __version__, parity, prune
 from gap_export.artifact import atomic_folder, record_of, scratch_folder, write_atomically
 from gap_export.bundle import (
@@ -37,8 +39,8 @@ from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import Plan, plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
-from gap_export.runtime.ground import Backend, Grounder, open_session
-from gap_export.runtime.prompt import encode_prompts, load_tokenizer
+from gap_export.runtime.ground import Backend, Grounded, Grounder, open_session
+from gap_export.runtime.prompt import check_text_tokenizer, encode_prompts, load_tokenizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,7 +59,7 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "permuted": {"positions": PositionPolicy.PERMUTED},
     "gap": {"positions": PositionPolicy.GAP},
 }
-_TOKENIZER = "tokenizer.json"
+_TOKENIZER, _TEXT_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,12 @@ def build(
             hint="use a recipe of the checkpoint's family",
         )
     facts = family.facts(checkpoint)
-    plan = plan_for(recipe, facts)
+    text_tower = None
+    if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
+        part = open_checkpoint(resolve(recipe.text_tower), name=recipe.text_tower)
+        checkpoint, text_tower = checkpoint.with_part("text_tower", part), family.text_tower(checkpoint, part)
+        check_text_tokenizer(load_tokenizer(part.folder / _TOKENIZER), text_tower)
+    plan = plan_for(recipe, facts, text_tower)
     prompt, box = family.prompt(checkpoint, recipe), family.box(recipe)
     _check_prompt(checkpoint, prompt, plan, recipe)
 
@@ -138,6 +145,8 @@ def build(
             lint.lint_graph(folder / graph.file, profile=name, own=True, policy=plan.positions).require()
             graphs[name] = graph
         shutil.copyfile(checkpoint.folder / _TOKENIZER, folder / _TOKENIZER)
+        for part in checkpoint.parts.values():
+            shutil.copyfile(part.folder / _TOKENIZER, folder / _TEXT_TOKENIZER)
         engines = {
             target: _build_engines(target, graphs, folder, recipe, progress)
             for target in recipe.targets
@@ -153,8 +162,11 @@ def build(
             model=facts,
             pruning=Pruning(
                 pruner=recipe.pruner,
-                keep=recipe.keep,
+                keep=plan.keep,
                 kept=plan.kept,
+                counting=plan.counting,
+                fewest=plan.fewest,
+                most=plan.most,
                 positions=recipe.positions,
                 seed=recipe.seed,
                 merged=prune.strategy(recipe.pruner).merged,
@@ -165,6 +177,7 @@ def build(
             preprocessing=family.preprocessing(checkpoint, recipe),
             prompt=prompt,
             box=box,
+            text_tower=text_tower,
             graphs=graphs,
             engines=engines,
             gates=recipe.demands.model_dump(),
@@ -189,8 +202,10 @@ def validate(
     folder: Path,
     *,
     cases: int,
+    keep: float | None = None,
     backend: Backend = "onnxruntime",
     checkpoint: Path | None = None,
+    text_tower: Path | None = None,
     batch: int = 16,
     threads: int = 0,
     progress: Progress = lambda words: None,
@@ -204,8 +219,10 @@ def validate(
     Args:
         folder: the bundle.
         cases: how many scenes.
+        keep: fraction of visual tokens to keep, in bundles that let requests choose; their default when left out.
         backend: runtime to put it through.
         checkpoint: where the weights lie; by default where the bundle was built from.
+        text_tower: the same for the text tower, where there is one.
         batch: rows per call, at most what the bundle was built for.
         threads: of ONNX Runtime; 0 lets it choose.
         progress: told when a stage begins.
@@ -214,41 +231,53 @@ def validate(
     Raises:
         GapExportError: something could not be run. Gates that are not met are in the report.
     """
-    from gap_export.runtime.torch_reference import TorchSession
+    from gap_export.runtime.torch_reference import TextReference, TorchSession
 
     bundle = open_bundle(folder, every_hash=True)
     manifest = bundle.manifest
+    pruning, visual_tokens = manifest.pruning, manifest.model.visual_tokens
+    keep_count = None if keep is None else prune.kept_count(keep, visual_tokens)
     recipe = Recipe.model_validate(manifest.recipe)
     source = checkpoint or resolve(manifest.checkpoint)
+    reads = None
+    if manifest.text_tower is not None:
+        text_source = text_tower or resolve(manifest.text_tower.checkpoint)
+        reads = TextReference(text_source, manifest.text_tower)
+        recipe = recipe.replaced(text_tower=str(text_source))
     batch = min(batch, recipe.max_batch)
     questions = list(scenes.cases(cases))
     grounder = Grounder(bundle)
     session = open_session(bundle, backend, threads=threads)
 
     progress("answering with PyTorch")
-    reference = parity.run_cases(
-        grounder, TorchSession(source, manifest.pruning), questions, batch=batch, tick=tick, keep_logits=True
+    answer = partial(parity.run_cases, batch=batch, tick=tick)
+    reference = answer(
+        grounder,
+        TorchSession(source, pruning, text_tower=reads),
+        questions,
+        keep_count=keep_count,
+        keep_logits=True,
     )
     progress(f"answering with {backend}")
-    runs = parity.run_cases(grounder, session, questions, batch=batch, tick=tick, keep_logits=True)
+    runs = answer(grounder, session, questions, keep_count=keep_count, keep_logits=True)
     measured = parity.measure(runs, reference, questions, manifest)
     gates = parity.judge(measured, recipe.demands)
 
     few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
     few = questions[: few_batches * batch]
     caught, inapplicable = [], []
-    for name, adjust in parity.controls(manifest.pruning.kept).items():
+    for name, adjust in parity.controls().items():
         if not parity.applies(adjust, runs[0]):
             inapplicable.append(name)
             continue
         progress(f"negative control: {name}")
-        wrong = parity.run_cases(
-            grounder, session, few, batch=batch, tick=tick, adjust=adjust, keep_logits=True
-        )
+        wrong = answer(grounder, session, few, keep_count=keep_count, adjust=adjust, keep_logits=True)
         seen = parity.measure(wrong, reference[:few_batches], few, manifest)
         caught.append(parity.check_control(name, seen, recipe.demands))
 
-    accuracy = {str(manifest.pruning.positions): measured.accuracy}
+    if pruning.counting == "chosen":  # companions differ in one thing, and the count is not it
+        recipe = recipe.replaced(keep=(keep_count or pruning.kept) / visual_tokens)
+    accuracy = {str(pruning.positions): measured.accuracy}
     for name, changes in _COMPANIONS.items():
         if name not in accuracy:
             with _companion(
@@ -256,7 +285,7 @@ def validate(
             ) as companion:
                 progress(f"answering with {name}")
                 other = open_session(companion, backend, threads=threads)
-                answers = parity.run_cases(Grounder(companion), other, questions, batch=batch, tick=tick)
+                answers = answer(Grounder(companion), other, questions)
                 accuracy[name] = parity.accuracy_of(answers, questions)
 
     report = parity.ParityReport(
@@ -269,7 +298,10 @@ def validate(
         controls=caught,
         inapplicable_controls=inapplicable,
         grounding=parity.Grounding(
-            **accuracy, cases=cases, kept=manifest.pruning.kept, visual_tokens=manifest.model.visual_tokens
+            **accuracy,
+            cases=cases,
+            kept=_mean_kept(runs),
+            visual_tokens=visual_tokens,
         ),
         versions=versions(BUILD_PACKAGES),
     )
@@ -277,9 +309,15 @@ def validate(
     return report
 
 
+def _mean_kept(runs: list[Grounded]) -> float:
+    """Visual tokens that a picture keeps, on average; the count itself where all keep the same."""
+    counts = np.concatenate([parity.counts_of(run.generation.kept_indices) for run in runs])
+    return round(float(counts.mean()), 2)
+
+
 def validation_work(cases: int) -> int:
     """About how many answers `validate` makes."""
-    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls(1))
+    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls())
 
 
 @contextmanager
@@ -347,7 +385,7 @@ def _check_prompt(checkpoint: Checkpoint, prompt: PromptTemplate, plan: Plan, re
         load_tokenizer(checkpoint.folder / _TOKENIZER),
         prompt,
         ["object"],
-        kept=plan.kept,
+        kept=plan.most,
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,
     )

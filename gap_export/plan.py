@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle import ModelFacts, Precision
+from gap_export.bundle import Counting, ModelFacts, Precision, TextTower
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.recipe import Recipe
+from gap_export.spec import Dim
 
 _CAPACITY_STEP = 16
 
@@ -20,10 +21,15 @@ class Plan:
     Attributes:
         precision: element type of weights and activations.
         pruner: strategy.
-        kept: K.
+        counting: who says how many tokens are kept.
+        keep: the fraction that `kept` comes from.
+        kept: K; the default where requests choose, the bound where pictures do.
+        fewest: smallest K.
+        most: largest K.
         positions: numbering policy.
         seed: for strategies that draw at random.
         merged_id: for strategies that merge.
+        text_tower: for strategies that look at the expression; None for all others.
         capacity: cache slots C.
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
@@ -31,25 +37,40 @@ class Plan:
 
     precision: Precision
     pruner: str
+    counting: Counting
+    keep: float
     kept: int
+    fewest: int
+    most: int
     positions: PositionPolicy
     seed: int
     merged_id: MergedId
+    text_tower: TextTower | None
     capacity: int
     max_text: int
     max_batch: int
 
+    @property
+    def kept_dim(self) -> Dim:
+        """K as a dimension that varies between calls."""
+        return Dim(name="kept", minimum=self.fewest, optimum=self.kept, maximum=self.most)
 
-def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:
+
+def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = None) -> Plan:
     """The numbers that shape the graphs.
+
+    Args:
+        recipe: what to build.
+        facts: sizes of the model.
+        text_tower: of the recipe's CLIP checkpoint, where the strategy looks at the expression.
 
     Raises:
         RecipeError: numbers that contradict each other or the model.
     """
     strategy = prune.strategy(recipe.pruner)
-    kept = prune.kept_count(recipe.keep, facts.visual_tokens)
     prune.require_tower(strategy, facts.tower_lacks)
-    prune.require_count(strategy, kept, facts.visual_tokens)
+    prune.require_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
+    counting, keep, fewest, kept, most = _counts(recipe, strategy, facts.visual_tokens)
     longest_answer = recipe.max_text - 1 + facts.visual_tokens + recipe.max_new_tokens
     if longest_answer > facts.max_positions:
         raise RecipeError(
@@ -58,10 +79,10 @@ def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:
             hint="lower max_text or max_new_tokens",
         )
     # One slot more than the longest answer needs: `validate` writes one too far on purpose.
-    needed = recipe.max_text - 1 + kept + recipe.max_new_tokens + 1
+    needed = recipe.max_text - 1 + most + recipe.max_new_tokens + 1
     if recipe.capacity is not None and recipe.capacity < needed:
         raise RecipeError(
-            f"is too small: {recipe.max_text} text tokens, {kept} visual tokens and {recipe.max_new_tokens} new tokens "
+            f"is too small: {recipe.max_text} text tokens, {most} visual tokens and {recipe.max_new_tokens} new tokens "
             f"need {needed}",
             subject=f"capacity {recipe.capacity}",
             hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
@@ -69,11 +90,42 @@ def plan_for(recipe: Recipe, facts: ModelFacts) -> Plan:
     return Plan(
         precision=recipe.precision,
         pruner=recipe.pruner,
+        counting=counting,
+        keep=keep,
         kept=kept,
+        fewest=fewest,
+        most=most,
         positions=recipe.positions,
         seed=recipe.seed,
         merged_id=recipe.merged_id,
+        text_tower=text_tower,
         capacity=recipe.capacity or -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP,
         max_text=recipe.max_text,
         max_batch=recipe.max_batch,
     )
+
+
+def _counts(
+    recipe: Recipe, strategy: prune.Strategy, visual_tokens: int
+) -> tuple[Counting, float, int, int, int]:
+    """(who chooses, fraction, fewest, usual, most)."""
+    if recipe.keep == "adaptive":
+        prune.require_adaptive(strategy)
+        bound = prune.kept_count(recipe.keep_bound, visual_tokens)
+        prune.require_count(strategy, bound, visual_tokens)
+        return "adaptive", recipe.keep_bound, strategy.fewest, bound, bound
+    if isinstance(recipe.keep, float | int):
+        kept = prune.kept_count(recipe.keep, visual_tokens)
+        prune.require_count(strategy, kept, visual_tokens)
+        return "fixed", recipe.keep, kept, kept, kept
+    _, default, _ = recipe.keep
+    fewest, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
+    for count in (fewest, most):
+        prune.require_count(strategy, count, visual_tokens)
+    if fewest == most:
+        raise RecipeError(
+            f"is {most} of {visual_tokens} tokens at both ends",
+            subject=f"keep {recipe.keep[0]:g}:{recipe.keep[2]:g}",
+            hint="give a wider range, or one fraction",
+        )
+    return "chosen", default, fewest, kept, most

@@ -147,7 +147,8 @@ def place(
     """Placement of a batch of right-padded prompts with one image each.
 
     Args:
-        kept_BK: [B, K] raster indices in the order in which the tokens enter the decoder.
+        kept_BK: [B, K] raster indices in the order in which the tokens enter the decoder; -1 after the tokens of a picture
+            that keeps fewer than others.
         text_before: [B] T_pre of each row.
         text_after: [B] T_post of each row.
         visual_tokens: N.
@@ -157,19 +158,20 @@ def place(
     Returns:
         Placement with S = max over rows of T_pre + K + T_post; ids of padding go on counting.
     """
-    kept = kept_BK.shape[1]
+    kept_rows = [row[row >= 0] for row in kept_BK]
+    kept = np.array([len(row) for row in kept_rows], np.int64)
     lengths = text_before + kept + text_after
     longest = int(lengths.max())
     rows = [
         sequence_position_ids(
             row,
             text_before=int(before),
-            text_after=longest - kept - int(before),
+            text_after=longest - len(row) - int(before),
             visual_tokens=visual_tokens,
             policy=policy,
             merged=merged,
         )
-        for row, before in zip(kept_BK, text_before, strict=True)
+        for row, before in zip(kept_rows, text_before, strict=True)
     ]
     extent = visual_tokens if policy is PositionPolicy.GAP else kept
     return Placement(
@@ -220,20 +222,20 @@ def renumbered(placement: Placement) -> Placement:
     return replace(placement, position_ids=ids.copy(), next_position=placement.next_slot)
 
 
-def with_image_ids_reversed(placement: Placement, text_before: Ids, kept: int) -> Placement:
-    """The kept visual tokens' ids in reverse: right values, wrong order."""
+def with_image_ids_reversed(placement: Placement, text_before: Ids, kept: Ids) -> Placement:
+    """The kept visual tokens' ids in reverse: right values, wrong order. `kept` [B] counts those of each row."""
     ids = placement.position_ids.copy()
-    for row, before in enumerate(text_before):
-        image = slice(int(before), int(before) + kept)
+    for row, (before, count) in enumerate(zip(text_before, kept, strict=True)):
+        image = slice(int(before), int(before) + int(count))
         ids[row, image] = ids[row, image][::-1]
     return replace(placement, position_ids=ids)
 
 
-def with_two_ids_swapped(placement: Placement, text_before: Ids, kept: int) -> Placement:
-    """The first and the last kept visual token exchange ids: the smallest wrong order."""
+def with_two_ids_swapped(placement: Placement, text_before: Ids, kept: Ids) -> Placement:
+    """The first and the last kept visual token exchange ids: the smallest wrong order. `kept` [B] as above."""
     ids = placement.position_ids.copy()
-    for row, before in enumerate(text_before):
-        first, last = int(before), int(before) + kept - 1
+    for row, (before, count) in enumerate(zip(text_before, kept, strict=True)):
+        first, last = int(before), int(before) + int(count) - 1
         ids[row, [first, last]] = ids[row, [last, first]]
     return replace(placement, position_ids=ids)
 

@@ -19,6 +19,11 @@ from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
 
 Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
+Keep = float | tuple[float, float, float] | Literal["adaptive"]
+"""A fraction; (smallest, default, largest) of what a request may choose; or what each picture needs."""
+
+USUAL_KEEP = 0.25
+"""The default of a range that leaves it out, if it lies within."""
 
 
 class Gates(BaseModel):
@@ -59,11 +64,16 @@ class Recipe(BaseModel):
         name: of the recipe.
         family: name in the table of families; found from the checkpoint when left out.
         checkpoint: `bundled:NAME`, a folder, or a hub id.
-        keep: fraction of visual tokens kept, in (0, 1].
+        keep: fraction of visual tokens kept, in (0, 1]; or a range, written `[0.1, 1.0]` or `0.1:1.0`, in which every request
+            chooses its own, with a default between them if wanted (`0.1:0.25:1.0`); or `adaptive`, as many as the picture
+            needs by the strategy's own rule.
+        keep_bound: most that an adaptive strategy may keep of a picture, as a fraction.
         pruner: strategy.
         positions: numbering policy.
         merged_id: which raster index tokens stand for that a pruner merged from many.
         seed: for strategies that draw at random.
+        text_tower: CLIP checkpoint (`bundled:NAME`, a folder, or a hub id) that pruners which look at the expression take
+            the text tower and the projections from; it must be the one the vision tower comes from.
         precision: element type of weights and activations.
         max_new_tokens: longest answer.
         max_text: longest prompt in text tokens, the placeholder counted as one.
@@ -82,11 +92,13 @@ class Recipe(BaseModel):
     family: str | None = None
     checkpoint: str
     summary: str = ""
-    keep: float = 0.25
+    keep: Keep = USUAL_KEEP
+    keep_bound: float = Field(default=0.5, gt=0, le=1)
     pruner: str = "cls_attention"
     positions: PositionPolicy = PositionPolicy.GAP
     merged_id: MergedId = MergedId.LAST_VISUAL
     seed: int = Field(default=0, ge=0)
+    text_tower: str | None = None
     precision: Precision = "fp32"
     max_new_tokens: int = Field(default=32, ge=1)
     max_text: int = Field(default=128, ge=2)
@@ -98,12 +110,31 @@ class Recipe(BaseModel):
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     gates: Gates | None = None
 
-    @field_validator("keep")
+    @field_validator("keep", mode="before")
     @classmethod
-    def _keep_is_a_fraction(cls, keep: float) -> float:
-        if not 0 < keep <= 1:
+    def _read_keep(cls, keep: Any) -> Any:
+        """Text as typed (`0.1:1.0`) and two-part ranges become what is stored."""
+        if keep == "adaptive":
+            return keep
+        parts = keep.split(":") if isinstance(keep, str) else keep
+        if isinstance(parts, list | tuple):
+            try:
+                parts = [float(part) for part in parts]
+            except (TypeError, ValueError) as error:
+                raise ValueError("is a fraction, a range such as 0.1:1.0, or adaptive") from error
+        else:
+            parts = [parts]
+        if not 1 <= len(parts) <= 3:
+            raise ValueError("is a fraction, a range such as 0.1:1.0, or adaptive")
+        if not all(isinstance(part, int | float) and 0 < part <= 1 for part in parts):
             raise ValueError("is the fraction of visual tokens kept and must be above 0 and at most 1")
-        return keep
+        if len(parts) == 1:
+            return parts[0]
+        low, high = float(parts[0]), float(parts[-1])
+        default = float(parts[1]) if len(parts) == 3 else min(max(USUAL_KEEP, low), high)
+        if not low <= default <= high or low == high:
+            raise ValueError("is a range and goes from the smallest to the largest, the default between them")
+        return (low, default, high)
 
     @property
     def demands(self) -> Gates:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gap_export.bundle import Bundle
+from gap_export.bundle import Bundle, Pruning
 from gap_export.engine.inspect import engine_facts
 from gap_export.parity import ParityReport
 from gap_export.spec import TensorSpec
@@ -37,7 +37,7 @@ def grounding_table(report: ParityReport) -> Table:
     grounding = report.grounding
     whole, pruned = (
         f"{grounding.visual_tokens}/{grounding.visual_tokens}",
-        f"{grounding.kept}/{grounding.visual_tokens}",
+        f"{grounding.kept:g}/{grounding.visual_tokens}",
     )
     table = Table(
         "positions", "tokens", "acc@0.5", "of full", "std. error", title=f"{report.bundle}, {report.backend}"
@@ -66,7 +66,12 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "precision": manifest.precision,
         "pruner": pruning.pruner,
         "positions": pruning.positions,
+        "keep": keeping(pruning, model.visual_tokens),
         "kept": pruning.kept,
+        "counting": pruning.counting,
+        "fewest": pruning.fewest,
+        "most": pruning.most,
+        "text_tower": manifest.text_tower.model_dump() if manifest.text_tower else None,
         "visual_tokens": model.visual_tokens,
         "capacity": manifest.capacity,
         "ids_and_slots": ids_and_slots(bundle),
@@ -93,10 +98,19 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def keeping(pruning: Pruning, visual_tokens: int) -> str:
+    """How many visual tokens a bundle keeps, in words."""
+    if pruning.counting == "chosen":
+        return f"keep {pruning.fewest} to {pruning.most} of {visual_tokens}, {pruning.kept} by default"
+    bound = "at most " if pruning.counting == "adaptive" else ""
+    return f"keep {bound}{pruning.kept} of {visual_tokens}"
+
+
 def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
     """The rule by which tokens of this bundle get position ids and cache slots."""
     pruning, model = bundle.manifest.pruning, bundle.manifest.model
-    kept, extent = pruning.kept, model.visual_tokens if pruning.positions == "gap" else pruning.kept
+    kept = str(pruning.kept) if pruning.counting == "fixed" else "K"
+    extent = str(model.visual_tokens) if pruning.positions == "gap" else kept
     return [
         {"token": "text before the image, j", "position_id": "j", "slot": "j"},
         {
@@ -120,8 +134,8 @@ def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
 def print_bundle(facts: dict[str, Any], console: Console) -> None:
     """The record of `bundle_facts`, for people."""
     console.print(
-        f"[bold]{facts['name']}[/] ({facts['family']}, {facts['precision']}): keep {facts['kept']} of "
-        f"{facts['visual_tokens']} ({facts['pruner']}), positions {facts['positions']}, cache {facts['capacity']} slots",
+        f"[bold]{facts['name']}[/] ({facts['family']}, {facts['precision']}): {facts['keep']} "
+        f"({facts['pruner']}), positions {facts['positions']}, cache {facts['capacity']} slots",
         highlight=False,
         soft_wrap=True,
     )

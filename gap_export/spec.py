@@ -23,7 +23,7 @@ class Dim(BaseModel):
     """A named dimension that varies between calls, with the values an engine must serve.
 
     Attributes:
-        name: one of `batch`, `text`, `sequence` (the symbol in the graph).
+        name: one of `batch`, `text`, `kept`, `sequence`, ... (the symbol in the graph).
         minimum: smallest extent.
         optimum: the extent engines are tuned for.
         maximum: largest extent.
@@ -38,13 +38,21 @@ class Dim(BaseModel):
 
 
 class TensorSpec(BaseModel):
-    """Name, element type and shape of one graph input or output."""
+    """Name, element type and shape of one graph input or output.
+
+    Attributes:
+        name: in the graph.
+        dtype: element type.
+        shape: extents.
+        extent_of: for a scalar whose *value* is the extent of a named dimension of other tensors (how many tokens to keep).
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     dtype: DType
     shape: tuple[int | Dim, ...]
+    extent_of: Dim | None = None
 
     def extents(self, which: Literal["minimum", "optimum", "maximum"]) -> tuple[int, ...]:
         """The shape with every named dimension at its minimum, optimum or maximum."""
@@ -74,8 +82,9 @@ class Component:
     """A piece of a model on its way to becoming a graph.
 
     Attributes:
-        module: takes the spec's inputs in order and gives its outputs in order. Its parameters are hollow (shapes and
-            types without storage), its buffers real.
+        module: takes the spec's inputs, by name unless it takes them all by position (`*past`), and gives its outputs in
+            order. An input with `extent_of` reaches it as [extent] int64 counting from 0. Its parameters are hollow (shapes
+            and types without storage), its buffers real.
         spec: inputs and outputs.
         weight_key: name of a parameter of the module -> key in the checkpoint.
         settings: all that the graph depends on besides the spec: components of equal spec and equal settings have the same

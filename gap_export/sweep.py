@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from gap_export import parity, pipeline, prune, sweep_plot
 from gap_export.artifact import record_of, scratch_folder, write_atomically
-from gap_export.bundle import ModelFacts
+from gap_export.bundle import ModelFacts, TextTower
 from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
 from gap_export.errors import GapExportError, InputError, RecipeError
 from gap_export.families import family_of
@@ -183,9 +183,12 @@ def prepare(request: Request, out: Path, *, replace: bool = False, plot: bool = 
         sweep_plot.require()
     checkpoint = open_checkpoint(resolve(request.recipe.checkpoint), name=request.recipe.checkpoint)
     _, family = family_of(checkpoint)
-    facts = family.facts(checkpoint)
-    cells, skipped = plan_cells(request, facts)
-    store = open_store(out, _settings(request, checkpoint), replace=replace)
+    facts, text_tower, part = family.facts(checkpoint), None, None
+    if request.recipe.text_tower and any(prune.strategy(name).needs_text for name in request.pruners):
+        part = open_checkpoint(resolve(request.recipe.text_tower), name=request.recipe.text_tower)
+        text_tower = family.text_tower(checkpoint, part)
+    cells, skipped = plan_cells(request, facts, text_tower)
+    store = open_store(out, _settings(request, checkpoint, part), replace=replace)
     return Sweep(request, store, facts.visual_tokens, tuple(cells), tuple(skipped))
 
 
@@ -230,14 +233,21 @@ def run(
     return record
 
 
-def plan_cells(request: Request, facts: ModelFacts) -> tuple[list[Cell], list[Skipped]]:
+def plan_cells(
+    request: Request, facts: ModelFacts, text_tower: TextTower | None = None
+) -> tuple[list[Cell], list[Skipped]]:
     """Which cells there are, and which cannot be.
+
+    Args:
+        request: of the sweep.
+        facts: sizes of the model.
+        text_tower: for strategies that look at the expression, where the recipe has one.
 
     Raises:
         RecipeError: an unknown strategy, two fractions that keep the same count, or a recipe that does not work unpruned either.
     """
-    for pruner in request.pruners:
-        prune.strategy(pruner)  # a name that nobody knows is a mistake, not a strategy to be skipped
+    # A name that nobody knows is a mistake, not a strategy to be skipped.
+    strategies = [prune.strategy(name) for name in request.pruners]
     counts: dict[int, float] = {}
     for keep in request.keeps:
         kept = prune.kept_count(keep, facts.visual_tokens)
@@ -251,12 +261,12 @@ def plan_cells(request: Request, facts: ModelFacts) -> tuple[list[Cell], list[Sk
     full = Cell(pruner=UNPRUNED, keep=1.0, kept=facts.visual_tokens, positions=FULL)
     plan_for(request.recipe_of(full), facts)
     cells, skipped = [full], []
-    for pruner in request.pruners:
+    for strategy in strategies:
         for kept, keep in counts.items():
             for policy in request.positions:
-                cell = Cell(pruner=pruner, keep=keep, kept=kept, positions=policy)
+                cell = Cell(pruner=strategy.name, keep=keep, kept=kept, positions=policy)
                 try:
-                    plan_for(request.recipe_of(cell), facts)
+                    plan_for(request.recipe_of(cell), facts, text_tower if strategy.needs_text else None)
                     cells.append(cell)
                 except RecipeError as error:
                     skipped.append(Skipped(**cell.model_dump(), reason=error.message))
@@ -336,16 +346,12 @@ def _grouped(cells: Sequence[Cell], keeps: Sequence[float]) -> list[list[Cell]]:
     return sorted(groups.values(), key=lambda group: order.get(group[0].keep, -1))
 
 
-def _settings(request: Request, checkpoint: Checkpoint) -> Settings:
+def _settings(request: Request, checkpoint: Checkpoint, text_tower: Checkpoint | None) -> Settings:
     swept = {"pruner", "keep", "positions", "capacity", "targets"}
-    files = {
-        path.name: record_of(path).sha256
-        for path in sorted(checkpoint.folder.iterdir())
-        if path.suffix in (".json", ".safetensors")
-    }
     return Settings(
         recipe=request.recipe.model_dump(mode="json", exclude=swept),
-        checkpoint_sha256=hashlib.sha256(repr(files).encode()).hexdigest(),
+        checkpoint_sha256=_hash_of(checkpoint),
+        text_tower_sha256=None if text_tower is None else _hash_of(text_tower),
         backend=request.backend,
         cases=request.cases,
         scenes_seed=scenes.HELD_OUT_SEED,
@@ -353,6 +359,15 @@ def _settings(request: Request, checkpoint: Checkpoint) -> Settings:
         threads=request.threads,
         versions=versions(BUILD_PACKAGES),
     )
+
+
+def _hash_of(checkpoint: Checkpoint) -> str:
+    files = {
+        path.name: record_of(path).sha256
+        for path in sorted(checkpoint.folder.iterdir())
+        if path.suffix in (".json", ".safetensors")
+    }
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def _entries(text: str, option: str) -> list[str]:

@@ -29,6 +29,7 @@ class Settings(Stored):
         schema_version: of the files in the folder.
         recipe: the recipe but for what is swept (pruner, keep, positions) and what follows from it (capacity).
         checkpoint_sha256: over all files of the checkpoint that a build reads.
+        text_tower_sha256: the same of the text tower's, where a strategy looks at the expression.
         backend: runtime.
         cases: scenes per cell.
         scenes_seed: which scenes.
@@ -40,6 +41,7 @@ class Settings(Stored):
     schema_version: int = 1
     recipe: dict[str, Any]
     checkpoint_sha256: str
+    text_tower_sha256: str | None = None
     backend: str
     cases: int
     scenes_seed: int

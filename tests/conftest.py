@@ -113,6 +113,72 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _save_text_tower(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel
+
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    words = [*dict.fromkeys(WORDS.lower().split()), "<unk>", begin, end]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    torch.manual_seed(5)
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": len(words),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 12,
+            "eos_token_id": vocabulary[end],
+            "projection_dim": 16,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 36,
+            "patch_size": 6,
+            "projection_dim": 16,
+        },
+        projection_dim=16,
+    )
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough for words to matter
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", special_tokens=[(word, vocabulary[word]) for word in (begin, end)]
+    )
+    tokenizer.add_special_tokens([begin, end])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def tiny_text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP with random weights in Hugging Face layout: text tower of two layers, projections to 16, 12 tokens of context."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-clip"
+    folder.mkdir()
+    _save_text_tower(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_ids(tiny_text_tower: Path) -> NDArray[np.int64]:
+    """[4, 7] int64: four expressions for the tiny text tower, short ones filled with the token that ends them."""
+    from gap_export.bundle import TextTower
+    from gap_export.runtime.prompt import encode_text, load_tokenizer
+
+    tower = TextTower(checkpoint="tiny", context=12, width=16, aligned_inversely=True)
+    expressions = ["the red mug", "a cat", "the small blue circle left", "square"]
+    return encode_text(load_tokenizer(tiny_text_tower / "tokenizer.json"), tower, expressions)
+
+
 @pytest.fixture
 def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """The tiny checkpoint, to be damaged."""
@@ -120,9 +186,10 @@ def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_options(tiny_checkpoint: Path) -> dict[str, Any]:
+def tiny_options(tiny_checkpoint: Path, tiny_text_tower: Path) -> dict[str, Any]:
     """Recipe fields of the tiny checkpoint."""
     return {
+        "text_tower": str(tiny_text_tower),
         "name": "tiny",
         "checkpoint": str(tiny_checkpoint),
         "prompt": PROMPT,
@@ -159,14 +226,23 @@ def bundle_copy(tiny_bundle: BuildBundle, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_reference(tiny_checkpoint: Path) -> Callable[[Pruning], Any]:
+def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pruning], Any]:
     """`tiny_reference(pruning)`: the PyTorch session of the tiny checkpoint."""
     sessions: dict[str, Any] = {}
 
     def session(pruning: Pruning) -> Any:
-        from gap_export.runtime.torch_reference import TorchSession
+        from gap_export import prune
+        from gap_export.bundle import TextTower
+        from gap_export.runtime.torch_reference import TextReference, TorchSession
 
-        return sessions.setdefault(pruning.model_dump_json(), TorchSession(tiny_checkpoint, pruning))
+        key = pruning.model_dump_json()
+        if key not in sessions:
+            text_tower = None
+            if prune.strategy(pruning.pruner).needs_text:
+                facts = TextTower(checkpoint="tiny", context=12, width=16, aligned_inversely=True)
+                text_tower = TextReference(tiny_text_tower, facts)
+            sessions[key] = TorchSession(tiny_checkpoint, pruning, text_tower=text_tower)
+        return sessions[key]
 
     return session
 

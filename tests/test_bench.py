@@ -53,7 +53,7 @@ class FakeSession:
     fed: list[tuple[int, int, int]] = field(default_factory=list)
     factor: float = 1.0
 
-    def encode(self, pixel_values_BCHW: Any) -> VisualTokens:
+    def encode(self, pixel_values_BCHW: Any, **_: Any) -> VisualTokens:
         self.factor = self.slowness() if self.slowness else 1.0
         self.journal.append(self.name)
         self.clock.now += self.encode_s * self.factor

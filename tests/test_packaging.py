@@ -36,14 +36,16 @@ def test_recipes_are_in_the_wheel(wheel_files: set[str]) -> None:
     assert recipes <= wheel_files
 
 
-def test_the_bundled_checkpoint_is_whole(wheel_files: set[str]) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
-        assert f"gap_export/assets/llava-shapes/{name}" in wheel_files
+@pytest.mark.parametrize("checkpoint", ["llava-shapes", "clip-shapes"])
+def test_the_bundled_checkpoints_are_whole(wheel_files: set[str], checkpoint: str) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
+        assert f"gap_export/assets/{checkpoint}/{name}" in wheel_files
 
 
-def test_the_bundled_checkpoint_is_small() -> None:
-    folder = ROOT / "gap_export" / "assets" / "llava-shapes"
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8_000_000
+@pytest.mark.parametrize(("checkpoint", "limit"), [("llava-shapes", 8_000_000), ("clip-shapes", 600_000)])
+def test_the_bundled_checkpoints_are_small(checkpoint: str, limit: int) -> None:
+    folder = ROOT / "gap_export" / "assets" / checkpoint
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= limit
 
 
 def test_nothing_of_the_workshop_is_in_the_wheel(wheel_files: set[str]) -> None:

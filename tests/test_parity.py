@@ -314,10 +314,10 @@ def tiny_runs(tiny_bundle: Callable[..., Bundle], tiny_reference: Callable[..., 
     return bundle, questions, grounder, session, reference
 
 
-@pytest.mark.parametrize("name", parity.controls(2))
+@pytest.mark.parametrize("name", parity.controls())
 def test_every_control_is_caught_by_what_the_model_computes(name: str, tiny_runs: Any) -> None:
     bundle, questions, grounder, session, reference = tiny_runs
-    adjust = parity.controls(bundle.manifest.pruning.kept)[name]
+    adjust = parity.controls()[name]
     wrong = parity.run_cases(grounder, session, questions, batch=3, adjust=adjust, keep_logits=True)
     measured = parity.measure(wrong, reference, questions, bundle.manifest)
     control = parity.check_control(name, measured, Gates())
@@ -336,7 +336,7 @@ def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
         questions,
         batch=3,
         tick=ticks.append,
-        adjust=lambda placement, before: placement,
+        adjust=lambda placement, before, kept: placement,
         keep_logits=True,
     )
     measured = parity.measure(right, reference, questions, bundle.manifest)
@@ -347,14 +347,14 @@ def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
 
 def test_controls_apply_where_they_change_something() -> None:
     run = grounded()
-    assert all(parity.applies(adjust, run) for adjust in parity.controls(KEPT).values())
-    assert not parity.applies(lambda placement, before: placement, run)
+    assert all(parity.applies(adjust, run) for adjust in parity.controls().values())
+    assert not parity.applies(lambda placement, before, kept: placement, run)
     shifted = place(
         KEPT_BK, text_before=BEFORE, text_after=AFTER, visual_tokens=VISUAL, policy=PositionPolicy.SHIFTED
     )
     idle = {
         name
-        for name, adjust in parity.controls(KEPT).items()
+        for name, adjust in parity.controls().items()
         if not parity.applies(adjust, grounded(placement=shifted))
     }
     assert idle == {"ids shifted", "decoding continues at kept length"}

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gap_export.bundle import ModelFacts
+from gap_export.bundle import ModelFacts, TextTower
 from gap_export.errors import RecipeError
 from gap_export.plan import plan_for
 from gap_export.recipe import Recipe
+from gap_export.spec import Dim
 
 FACTS = ModelFacts(
     hidden_size=8,
@@ -56,3 +57,47 @@ def test_plan_refuses_what_contradicts_itself() -> None:
     with pytest.raises(RecipeError, match="is not a pruner"):
         plan_for(recipe_with(pruner="clss"), FACTS)
     assert plan_for(recipe_with(pruner="none", keep=1.0), FACTS).kept == 576
+
+
+def test_a_fixed_count_is_its_own_smallest_and_largest() -> None:
+    plan = plan_for(recipe_with(keep=0.25), FACTS)
+    assert (plan.counting, plan.fewest, plan.kept, plan.most) == ("fixed", 144, 144, 144)
+
+
+def test_a_range_has_room_for_its_largest() -> None:
+    plan = plan_for(recipe_with(keep="0.1:1.0", max_text=40, max_new_tokens=8), FACTS)
+    assert (plan.counting, plan.fewest, plan.kept, plan.most) == ("chosen", 58, 144, 576)
+    assert plan.capacity >= 39 + 576 + 8
+    assert plan.kept_dim == Dim(name="kept", minimum=58, optimum=144, maximum=576)
+
+
+def test_adaptive_has_room_for_its_bound() -> None:
+    plan = plan_for(recipe_with(keep="adaptive", pruner="prumerge", keep_bound=0.3), FACTS)
+    assert (plan.counting, plan.kept, plan.most) == ("adaptive", 173, 173)
+    with pytest.raises(RecipeError, match="no rule of its own") as caught:
+        plan_for(recipe_with(keep="adaptive", pruner="spatial"), FACTS)
+    assert "prumerge" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": "0.1:1.0", "pruner": "none"}, "keeps all 576"),
+        ({"keep": "0.0001:1.0", "pruner": "visionzip"}, "keeps at least 2 tokens"),
+        ({"keep": "0.1:0.1001"}, "is 58 of 576 tokens at both ends"),
+        ({"keep": "0.1:1.0", "capacity": 300}, "is too small"),
+    ],
+)
+def test_ranges_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan_for(recipe_with(**changes), FACTS)
+
+
+def test_a_strategy_that_looks_at_the_expression_names_what_to_add() -> None:
+    published = FACTS.model_copy(update={"published_tower": "openai/clip-vit-large-patch14-336"})
+    with pytest.raises(RecipeError, match="no text tower") as caught:
+        plan_for(recipe_with(pruner="text_similarity"), published)
+    assert "--text-tower openai/clip-vit-large-patch14-336" in caught.value.hint
+    assert "spatial" in caught.value.hint
+    tower = TextTower(checkpoint="x", context=77, width=768, aligned_inversely=True)
+    assert plan_for(recipe_with(pruner="text_similarity"), FACTS, tower).text_tower == tower

@@ -214,6 +214,7 @@ def right() -> Placement:
 
 
 BEFORE: Ids = np.array([2, 1])
+KEPT: Ids = np.array([3, 3])
 
 
 def changed_fields(wrong: Placement, right: Placement) -> set[str]:
@@ -232,14 +233,14 @@ def test_renumbering_counts_slots_and_decodes_on_from_there(right: Placement) ->
 
 
 def test_reversing_touches_the_image_alone(right: Placement) -> None:
-    wrong = with_image_ids_reversed(right, BEFORE, 3)
+    wrong = with_image_ids_reversed(right, BEFORE, KEPT)
     assert changed_fields(wrong, right) == {"position_ids"}
     assert wrong.position_ids[0].tolist() == [0, 1, 10, 6, 3, 11, 12, 13]
     assert wrong.position_ids[1, :6].tolist() == [0, 6, 4, 1, 10, 11]
 
 
 def test_swapping_touches_two_ids_alone(right: Placement) -> None:
-    wrong = with_two_ids_swapped(right, BEFORE, 3)
+    wrong = with_two_ids_swapped(right, BEFORE, KEPT)
     assert changed_fields(wrong, right) == {"position_ids"}
     assert (wrong.position_ids != right.position_ids).sum(axis=1).tolist() == [2, 2]
     assert wrong.position_ids[0].tolist() == [0, 1, 10, 6, 3, 11, 12, 13]
@@ -248,7 +249,9 @@ def test_swapping_touches_two_ids_alone(right: Placement) -> None:
 
 def test_swapping_differs_from_reversing_from_four_tokens_on() -> None:
     right = placed([Prompt(1, 1, 9, (1, 2, 4, 7))], GAP)
-    swapped, turned = (f(right, np.array([1]), 4) for f in (with_two_ids_swapped, with_image_ids_reversed))
+    swapped, turned = (
+        f(right, np.array([1]), np.array([4])) for f in (with_two_ids_swapped, with_image_ids_reversed)
+    )
     assert swapped.position_ids.tolist() == [[0, 8, 3, 5, 2, 10]]
     assert turned.position_ids.tolist() == [[0, 8, 5, 3, 2, 10]]
 
@@ -269,6 +272,6 @@ def test_continuing_at_kept_length_spoils_decoding_alone(right: Placement) -> No
 def test_controls_leave_the_right_placement_as_it_was(right: Placement) -> None:
     ids = right.position_ids.copy()
     renumbered(right)
-    with_image_ids_reversed(right, BEFORE, 3)
-    with_two_ids_swapped(right, BEFORE, 3)
+    with_image_ids_reversed(right, BEFORE, KEPT)
+    with_two_ids_swapped(right, BEFORE, KEPT)
     assert np.array_equal(right.position_ids, ids)

@@ -91,3 +91,27 @@ def test_what_a_bundle_stores_is_the_recipe_again() -> None:
 def test_a_recipe_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValidationError):
         recipe().keep = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        ("0.25", 0.25),
+        ("0.1:1.0", (0.1, 0.25, 1.0)),
+        ([0.1, 1.0], (0.1, 0.25, 1.0)),
+        ("0.5:1", (0.5, 0.5, 1.0)),
+        ("0.05:0.1", (0.05, 0.1, 0.1)),
+        ("0.1:0.3:0.5", (0.1, 0.3, 0.5)),
+        ("adaptive", "adaptive"),
+    ],
+)
+def test_keep_may_be_a_range_or_adaptive(typed: Any, stored: Any) -> None:
+    read = recipe(keep=typed)
+    assert read.keep == stored
+    assert Recipe.model_validate(read.model_dump(mode="json")) == read
+
+
+@pytest.mark.parametrize("keep", ["", ":", "0.5:", "a:b", "1.0:0.1", "0.3:0.3", "0.1:0.7:0.5", "0:1", [0.1, 0.2, 0.3, 0.4], [], "adapt"])  # fmt: skip
+def test_a_range_goes_from_the_smallest_to_the_largest(keep: Any) -> None:
+    with pytest.raises(ValidationError):
+        recipe(keep=keep)

@@ -100,8 +100,10 @@ def test_every_strategy_at_every_count_under_every_policy(tiny_options: dict[str
 
 
 def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any]) -> None:
-    """Too few tokens for one, nothing to look at for another; the rest of the sweep is made."""
-    request = request_of(tiny_options, pruners=("prumerge", "visionzip", "random"), keeps=(0.25, 0.01))
+    """Too few tokens for one, nothing to look at for others; the rest of the sweep is made."""
+    request = request_of(
+        tiny_options, pruners=("prumerge", "visionzip", "random", "trim"), keeps=(0.25, 0.01)
+    )
     lacking = FACTS.model_copy(update={"tower_lacks": ("following_layer",)})
     cells, skipped = sweep.plan_cells(request, lacking)
     assert {(cell.pruner, cell.kept) for cell in cells[1:]} == {
@@ -110,8 +112,9 @@ def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any])
         ("random", 1),
     }
     reasons = {(each.pruner, each.kept, each.positions): each.reason for each in skipped}
-    assert len(reasons) == 3 * 3
+    assert len(reasons) == (2 + 1 + 2) * 3
     for policy in PositionPolicy:
+        assert "has no text tower" in reasons["trim", 9, policy]
         assert "needs a following layer" in reasons["prumerge", 9, policy]
         assert "keeps at least 2 tokens" in reasons["visionzip", 1, policy]
 
@@ -150,6 +153,19 @@ def test_what_is_checked_before_the_long_part(
         sweep.prepare(request_of(tiny_options), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     assert sweep.prepare(request_of(tiny_options), tmp_path / "out", plot=False).remaining()
+
+
+def test_strategies_that_look_at_the_expression_need_the_recipes_text_tower(
+    tiny_options: dict[str, Any], tmp_path: Path
+) -> None:
+    prepared = sweep.prepare(request_of(tiny_options, pruners=("trim", "random")), tmp_path / "out")
+    assert not prepared.skipped
+    assert prepared.store.settings.text_tower_sha256 is not None
+    without = sweep.prepare(
+        request_of({**tiny_options, "text_tower": None}, pruners=("trim", "random")), tmp_path / "without"
+    )
+    assert {each.pruner for each in without.skipped} == {"trim"}
+    assert {cell.pruner for cell in without.remaining()} == {"none", "random"}
 
 
 def test_a_folder_belongs_to_one_checkpoint_and_one_set_of_scenes(

@@ -48,11 +48,13 @@ def plan_buffers(spec: GraphSpec, *, travelling: Collection[str] = ()) -> Buffer
     Args:
         spec: of the graph.
         travelling: tensors that come from another graph or go to one, and bring their own memory.
+
+    Scalars that are extents of other tensors get none: TensorRT reads them on the host.
     """
     nbytes: dict[str, int] = {}
     buffer_of: dict[str, str] = {}
     for tensor in (*spec.inputs, *spec.outputs):
-        if tensor.name in travelling:
+        if tensor.name in travelling or tensor.extent_of is not None:
             continue
         owner = spec.aliased.get(tensor.name, tensor.name)
         buffer_of[tensor.name] = owner

@@ -212,7 +212,10 @@ def _config(library: Library, builder: Any, profiles: Sequence[Profile], capabil
     for profile in profiles:
         shapes = builder.create_optimization_profile()
         for name, extents in profile.ranges.items():
-            shapes.set_shape(name, extents.minimum, extents.optimum, extents.maximum)
+            if name in profile.values:
+                shapes.set_shape_input(name, *((value,) for value in profile.values[name]))
+            else:
+                shapes.set_shape(name, extents.minimum, extents.optimum, extents.maximum)
         if config.add_optimization_profile(shapes) < 0:
             raise EngineError(
                 f"{library.title} does not accept it",

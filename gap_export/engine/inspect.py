@@ -129,6 +129,7 @@ def engine_facts(path: Path, engine: Engine, spec: GraphSpec) -> dict[str, Any]:
                     name: [list(extents.minimum), list(extents.optimum), list(extents.maximum)]
                     for name, extents in profile.ranges.items()
                 },
+                "values": {name: list(values) for name, values in profile.values.items()},
             }
             for profile in profiles_from_spec(spec)
         ],

@@ -8,7 +8,7 @@ prompt of hundreds of tokens and a single generated token want different kernels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gap_export.errors import EngineError, SessionError
 from gap_export.spec import Dim, GraphSpec, TensorSpec
@@ -48,11 +48,13 @@ class Profile:
 
     Attributes:
         name: `all`, `prefill` or `decode`.
-        ranges: input name -> range, for every input of the graph.
+        ranges: input name -> range of its shape, for every input of the graph.
+        values: input name -> (smallest, tuned for, largest) value, for scalars that are extents of other tensors.
     """
 
     name: str
     ranges: Mapping[str, Range]
+    values: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         """Whether it serves a call with these input shapes."""
@@ -70,8 +72,13 @@ def profiles_from_spec(spec: GraphSpec) -> tuple[Profile, ...]:
     if not dims:
         return ()
     whole = {tensor.name: _range(tensor, {}) for tensor in spec.inputs}
+    values = {
+        tensor.name: (tensor.extent_of.minimum, tensor.extent_of.optimum, tensor.extent_of.maximum)
+        for tensor in spec.inputs
+        if tensor.extent_of is not None
+    }
     if not (spec.aliased and SEQUENCE in dims):
-        return (Profile("all", whole),)
+        return (Profile("all", whole, values),)
     if dims[SEQUENCE].minimum > 1:
         raise EngineError(
             f"takes at least {dims[SEQUENCE].minimum} tokens per call, so it cannot decode token by token",

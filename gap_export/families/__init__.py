@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Protocol
 
-from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate
+from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.plan import Plan
@@ -37,8 +37,21 @@ class Family(Protocol):
         """How boxes are written."""
         ...
 
+    def text_tower(self, checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
+        """What there is to know about the text tower in `part`, a checkpoint beside this one.
+
+        Raises:
+            CheckpointError: none in it, or one that belongs to another vision tower.
+        """
+        ...
+
     def components(self, checkpoint: Checkpoint, plan: Plan) -> list[Component]:
-        """`vision`, `splice`, `embed` and `decoder`, hollow, ready to be traced."""
+        """`vision`, `splice`, `embed` and `decoder`, hollow, ready to be traced.
+
+        Args:
+            checkpoint: with the part `text_tower` where the plan has one.
+            plan: of the build.
+        """
         ...
 
 

@@ -4,8 +4,7 @@ Facts: the decoder gets `hidden_states[vision_feature_layer]` (usually -2) witho
 a square with the mean colour for grounding, and boxes are `[x1, y1, x2, y2]` in 0..1 of that square. (The processor that
 Hugging Face ships with these checkpoints crops the centre instead, which cuts off what is to be found.)
 
-The modules of transformers are traced unchanged; only the tower is walked layer by layer, to stop at the feature layer
-and to see its class token's query.
+The modules of transformers are traced unchanged. Tower, pruner and projector are put together in `clip.py`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,23 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from gap_export import prune
-from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate
+from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
+from gap_export.families.clip import ClipVision
+from gap_export.families.clip_text import (
+    TEXT_TOWER,
+    ClipText,
+    hollow_text_tower,
+    published_tower,
+    read_text_tower,
+    text_weight_key,
+)
 from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.splice import Embed, Splice
 from gap_export.graph.attention import IMPLEMENTATION, SlotCache, slot_mask
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
-from gap_export.prune import order
 from gap_export.recipe import Recipe
 from gap_export.runtime.preprocess import mean_colour
 from gap_export.spec import Component, Dim, DType, GraphName, GraphSpec, TensorSpec
@@ -71,7 +77,13 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
         grid=(side, side),
         max_positions=text.max_position_embeddings,
         tower_lacks=() if above else ("following_layer",),
+        published_tower=published_tower(vision),
     )
+
+
+def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
+    """See `Family.text_tower`."""
+    return read_text_tower(part, tower_width=_config(checkpoint).vision_config.hidden_size)
 
 
 def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
@@ -142,15 +154,40 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
 
     batch = Dim(name="batch", minimum=1, optimum=1, maximum=plan.max_batch)
     text = Dim(name="text", minimum=2, optimum=plan.max_text, maximum=plan.max_text)
-    longest = plan.max_text - 1 + plan.kept
-    sequence = Dim(name="sequence", minimum=1, optimum=longest, maximum=longest)
-    spliced = Dim(name="spliced", minimum=plan.kept + 1, optimum=longest, maximum=longest)
+    longest, usual = plan.max_text - 1 + plan.most, plan.max_text - 1 + plan.kept
+    sequence = Dim(name="sequence", minimum=1, optimum=usual, maximum=longest)
+    spliced = Dim(name="spliced", minimum=plan.fewest + 1, optimum=usual, maximum=longest)
 
     def tensor(name: str, kind: DType, *shape: int | Dim) -> TensorSpec:
         return TensorSpec(name=name, dtype=kind, shape=shape)
 
-    visual_embeds = tensor("visual_embeds", dtype, batch, plan.kept, sizes.hidden_size)
-    kept_indices = tensor("kept_indices", "int64", batch, plan.kept)
+    def visual(extent: int | Dim) -> tuple[TensorSpec, ...]:
+        """What vision gives and splice takes, in this order."""
+        counts = (tensor("kept_counts", "int64", batch),) if plan.counting == "adaptive" else ()
+        return (
+            tensor("visual_embeds", dtype, batch, extent, sizes.hidden_size),
+            tensor("kept_indices", "int64", batch, extent),
+            *counts,
+        )
+
+    tower = plan.text_tower
+    expression = (
+        ()
+        if tower is None
+        else (
+            tensor(
+                "text_ids",
+                "int64",
+                batch,
+                Dim(name="expression", minimum=3, optimum=min(16, tower.context), maximum=tower.context),
+            ),
+        )
+    )
+    count = (
+        (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.kept_dim),)
+        if plan.counting == "chosen"
+        else ()
+    )
     side = config.vision_config.image_size
     cache = [
         (layer, part, (batch, sizes.kv_heads, plan.capacity, sizes.head_dim))
@@ -165,18 +202,22 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         (
             GraphSpec(
                 name="vision",
-                inputs=(tensor("pixel_values", "float32", batch, 3, side, side),),
-                outputs=(visual_embeds, kept_indices),
+                inputs=(tensor("pixel_values", "float32", batch, 3, side, side), *expression, *count),
+                outputs=visual(plan.kept_dim if plan.counting == "chosen" else plan.most),
             ),
-            ClipVision(model, plan),
+            ClipVision(model, plan, feature_layer=_feature_layer(config), text=_clip_text(checkpoint, plan, torch_dtype, mode)),
         ),
         (
             GraphSpec(
                 name="splice",
                 inputs=(
                     tensor("input_ids", "int64", batch, text),
-                    visual_embeds,
-                    *((kept_indices,) if plan.positions is PositionPolicy.GAP else ()),
+                    *(
+                        given
+                        for given in visual(plan.most if plan.counting == "fixed" else plan.kept_dim)
+                        # Policies that renumber do not look at which tokens were kept.
+                        if given.name != "kept_indices" or plan.positions is PositionPolicy.GAP
+                    ),
                 ),
                 outputs=(
                     tensor("inputs_embeds", dtype, batch, spliced, sizes.hidden_size),
@@ -253,6 +294,8 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     """
     if parameter.startswith("embed_tokens."):
         parameter = f"language_model.{parameter}"
+    if parameter.startswith(f"{TEXT_TOWER}."):
+        return text_weight_key(checkpoint, parameter)
     for prefix, candidates in _PREFIXES.items():
         if parameter.startswith(prefix):
             rest = parameter.removeprefix(prefix)
@@ -266,71 +309,6 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
         subject=str(checkpoint.folder),
         hint="a shard is missing, or the layout is not one of the published ones",
     )
-
-
-class ClipVision(nn.Module):
-    """CLIP tower up to the feature layer, pruner, projector.
-
-    Only the kept tokens are projected, unless the pruner looks at projected ones: the projector works token by token, so
-    the order does not matter.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration, plan: Plan) -> None:
-        super().__init__()
-        config = model.config
-        self.vision_tower = model.model.vision_tower
-        self.multi_modal_projector = model.model.multi_modal_projector
-        self._strategy, self._pruner, self._plan = prune.strategy(plan.pruner), prune.load(plan.pruner), plan
-        self._run = _feature_layer(config)
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        self._grid = (side, side)
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, size, size] float32 -> visual_embeds [B, K, H], kept_indices [B, K] int64."""
-        hidden_BTE = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
-        layers = self.vision_tower.encoder.layers
-        for layer in layers[: self._run - 1]:
-            hidden_BTE = layer(hidden_BTE, None)
-        features = self._features(hidden_BTE, layers[self._run - 1], layers[self._run : self._run + 1])
-        plan = self._plan
-        selected = order.in_decoder_order(
-            self._pruner.select(features, plan.kept, seed=plan.seed, merged_id=plan.merged_id), plan.positions
-        )
-        kept_BK = selected.indices_BK
-        if self._strategy.reads_projected and features.projected_BNH is not None:
-            return order.take(features.projected_BNH, kept_BK), kept_BK
-        survivors_BKE = selected.patches_BKE
-        if survivors_BKE is None:
-            survivors_BKE = order.take(features.patches_BNE, kept_BK)
-        return self.multi_modal_projector(survivors_BKE), kept_BK
-
-    def _features(self, hidden_BTE: Tensor, feature: Any, following: Any) -> prune.VisionFeatures:
-        """Everything any pruner reads; what this one does not read is dead code and leaves the graph.
-
-        Args:
-            hidden_BTE: input of the feature layer.
-            feature: the layer whose output the decoder gets.
-            following: the next layer, or nothing.
-        """
-        attention = feature.self_attn
-        heads = (attention.num_heads, attention.head_dim)
-        normed_BTE = feature.layer_norm1(hidden_BTE)
-        out_BTE = feature(hidden_BTE, None)
-        query_BE = keys_BTE = None
-        for layer in following:
-            normed_above_BTE = layer.layer_norm1(out_BTE)
-            query_BE = layer.self_attn.q_proj(normed_above_BTE[:, 0])
-            keys_BTE = layer.self_attn.k_proj(normed_above_BTE)
-        return prune.VisionFeatures(
-            patches_BNE=out_BTE[:, 1:],
-            grid=self._grid,
-            class_query_BAD=attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads),
-            keys_BATD=attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2),
-            class_token_BE=out_BTE[:, 0],
-            following_query_BE=query_BE,
-            following_keys_BTE=keys_BTE,
-            projected_BNH=self.multi_modal_projector(out_BTE[:, 1:]),
-        )
 
 
 class Decoder(nn.Module):
@@ -413,6 +391,14 @@ def _feature_layer(config: LlavaConfig) -> int:
     """How many layers of the tower are run: `vision_feature_layer` counts hidden states, the embeddings being number 0."""
     feature, layers = int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers)
     return feature if feature >= 0 else layers + 1 + feature
+
+
+def _clip_text(
+    checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, mode: FakeTensorMode
+) -> ClipText | None:
+    if plan.text_tower is None:
+        return None
+    return hollow_text_tower(checkpoint.parts[TEXT_TOWER], dtype, mode)
 
 
 def _is_rgb(values: Any) -> bool:

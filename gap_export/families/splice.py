@@ -3,6 +3,9 @@
 Shared by every family with one-dimensional position ids. The arithmetic is that of the table in `positions.py`, written
 as tensor code so that it is exported: whoever runs the graph, in whatever language, gets the right ids.
 
+Where pictures differ in how many tokens they keep, rows of visual tokens are padded at the end, like rows of text. K then is the
+longest row, and text follows the last real token of its own row.
+
 Shape letters: B batch, T text tokens with one placeholder, K kept, N visual tokens before pruning, S = T - 1 + K,
 H hidden size.
 """
@@ -48,7 +51,11 @@ class Splice(nn.Module):
         self.policy = policy
 
     def forward(
-        self, input_ids: Tensor, visual_embeds: Tensor, kept_indices: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        visual_embeds: Tensor,
+        kept_indices: Tensor | None = None,
+        kept_counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Splice.
 
@@ -57,13 +64,15 @@ class Splice(nn.Module):
             visual_embeds: [B, K, H].
             kept_indices: [B, K] int64 raster indices; policies that renumber do not look at them, and their graphs do not
                 take them.
+            kept_counts: [B] int64, real tokens in each row of the two above; None where all K are.
 
         Returns:
             inputs_embeds [B, S, H], position_ids [B, S] int64, next_position [B] int64, next_slot [B] int64.
         """
-        kept, hidden = visual_embeds.shape[1], visual_embeds.shape[2]
+        longest, hidden = visual_embeds.shape[1], visual_embeds.shape[2]
+        kept = longest if kept_counts is None else kept_counts[:, None]
         extent = self.visual_tokens if self.policy is PositionPolicy.GAP else kept
-        slots_S = torch.arange(input_ids.shape[1] - 1 + kept)
+        slots_S = torch.arange(input_ids.shape[1] - 1 + longest)
 
         # A prefix sum of "is the placeholder" is 0 before it and 1 from it on: its zeros count the text before.
         from_image_BT = (input_ids == self.image_token_id).to(torch.int64).cumsum(1)
@@ -74,11 +83,11 @@ class Splice(nn.Module):
         is_visual_BS = (within_image_BS >= 0) & (within_image_BS < kept)
         is_after_BS = within_image_BS >= kept
 
-        # Which text token a slot outside the image shows: itself before, K - 1 further left after.
+        # Which text token a slot outside the image shows: itself before, one less than what was kept further left after.
         text_index_BS = torch.where(is_after_BS, slots_S[None] - (kept - 1), slots_S[None]).clamp(
             max=input_ids.shape[1] - 1
         )
-        visual_index_BS = within_image_BS.clamp(0, kept - 1)
+        visual_index_BS = within_image_BS.clamp(0, longest - 1)
 
         text_ids_BS = input_ids.gather(1, text_index_BS).clamp(min=0)
         text_BSH = self.embed_tokens(text_ids_BS)

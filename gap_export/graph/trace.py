@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch._subclasses import FakeTensor
@@ -45,11 +46,9 @@ def graph_from_component(component: Component) -> ir.Model:
     spec = component.spec
     try:
         with _quiet():
+            args, kwargs, shapes = _arguments(component)
             exported = torch.export.export(
-                component.module,
-                _example_inputs(component),
-                dynamic_shapes=_dynamic_shapes(component),
-                strict=False,
+                component.module, args, kwargs, dynamic_shapes=shapes, strict=False
             )
             program = torch.onnx.export(
                 exported,
@@ -72,6 +71,7 @@ def graph_from_component(component: Component) -> ir.Model:
         raise TraceError("gave no graph", subject=spec.name, hint="please report this")
     model: ir.Model = program.model
     _name_symbols(model, spec.inputs)
+    _count_from_scalars(model, spec.inputs)
     return model
 
 
@@ -105,7 +105,28 @@ def is_hollow(tensor: ir.TensorProtocol | None) -> bool:
     return isinstance(getattr(tensor, "raw", None), FakeTensor)
 
 
-def _example_inputs(component: Component) -> tuple[torch.Tensor, ...]:
+def _arguments(component: Component) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor], Any]:
+    """Example inputs and dynamic shapes as torch.export wants them.
+
+    Returns:
+        (positional arguments, keyword arguments, dynamic shapes of either): inputs go by name, so that a module may leave
+        out those it has no use for; with `*args` they go by position, and the shapes of the rest are grouped.
+    """
+    examples, shapes = _example_inputs(component), _dynamic_shapes(component)
+    parameters = inspect.signature(component.module.forward).parameters.values()
+    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+    if named == len(parameters):
+        return (), examples, shapes
+    in_order = tuple(shapes.values())
+    return tuple(examples.values()), {}, (*in_order[:named], in_order[named:])
+
+
+def _traced_shape(tensor: TensorSpec) -> tuple[int | Dim, ...]:
+    """A scalar that is an extent is traced as a vector of that extent: torch follows extents symbolically, not values."""
+    return tensor.shape if tensor.extent_of is None else (tensor.extent_of,)
+
+
+def _example_inputs(component: Component) -> dict[str, torch.Tensor]:
     """Fake inputs; every symbol gets an extent of its own, so that no two are taken for the same."""
     mode = next(component.module.parameters()).fake_mode  # type: ignore[attr-defined]
     extents: dict[str, int] = {}
@@ -116,14 +137,16 @@ def _example_inputs(component: Component) -> tuple[torch.Tensor, ...]:
         return extents.setdefault(dim.name, max(2, dim.minimum) + len(extents))
 
     with mode:
-        return tuple(
-            torch.zeros([extent(dim) for dim in tensor.shape], dtype=_TORCH_DTYPES[tensor.dtype])
+        return {
+            tensor.name: torch.zeros(
+                [extent(dim) for dim in _traced_shape(tensor)], dtype=_TORCH_DTYPES[tensor.dtype]
+            )
             for tensor in component.spec.inputs
-        )
+        }
 
 
-def _dynamic_shapes(component: Component) -> tuple[Any, ...]:
-    """Per input, axis -> symbol; inputs taken by `*args` are grouped, as torch.export wants them."""
+def _dynamic_shapes(component: Component) -> dict[str, Any]:
+    """Per input, axis -> symbol."""
     symbols: dict[str, Any] = {}
 
     def symbol(dim: Dim) -> Any:
@@ -131,21 +154,37 @@ def _dynamic_shapes(component: Component) -> tuple[Any, ...]:
             dim.name, torch.export.Dim(dim.name, min=dim.minimum, max=max(dim.maximum, 2))
         )
 
-    shapes = [
-        {axis: symbol(dim) for axis, dim in enumerate(tensor.shape) if isinstance(dim, Dim)}
+    return {
+        tensor.name: {
+            axis: symbol(dim) for axis, dim in enumerate(_traced_shape(tensor)) if isinstance(dim, Dim)
+        }
         for tensor in component.spec.inputs
-    ]
-    parameters = inspect.signature(component.module.forward).parameters.values()
-    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
-    rest = tuple(shapes[named:])
-    return (*shapes[:named], *((rest,) if rest else ()))
+    }
+
+
+def _count_from_scalars(model: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
+    """Put scalars in the place of vectors that were traced for their extent: `Range(0, scalar, 1)` is such a vector."""
+    graph = model.graph
+    for position, tensor in enumerate(inputs):
+        if tensor.extent_of is None:
+            continue
+        counting = graph.inputs[position]
+        scalar = ir.Value(name=tensor.name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+        ends = [ir.node("Constant", [], {"value": ir.tensor(np.array(end, np.int64))}) for end in (0, 1)]
+        start, step = (end.outputs[0] for end in ends)
+        spread = ir.node("Range", [start, scalar, step])
+        spread.outputs[0].type, spread.outputs[0].shape = counting.type, counting.shape
+        counting.name = f"{tensor.name}.counting"
+        counting.replace_all_uses_with(spread.outputs[0])
+        graph.inputs[position] = scalar
+        graph.insert_before(graph[0], [*ends, spread])
 
 
 def _name_symbols(model: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
     """Replace torch's symbol names (`s10`) by the spec's (`batch`) wherever they stand alone."""
     names: dict[str, str] = {}
     for value, tensor in zip(model.graph.inputs, inputs, strict=True):
-        for axis, dim in enumerate(tensor.shape):
+        for axis, dim in enumerate(_traced_shape(tensor)):
             if isinstance(dim, Dim) and value.shape is not None:
                 names[str(value.shape[axis])] = dim.name
     for value in [*model.graph.inputs, *model.graph.outputs]:

@@ -86,8 +86,10 @@ class WeightStore:
         if file.parent == self.folder:
             return file.name
         if file not in self._placed:
-            self.written_bytes += place_file(file, self.folder / file.name, copy=self.self_contained)
-            self._placed[file] = file.name
+            # Checkpoints that a model is joined from may use one name for different files.
+            name = file.name if file.name not in self._placed.values() else f"{file.parent.name}-{file.name}"
+            self.written_bytes += place_file(file, self.folder / name, copy=self.self_contained)
+            self._placed[file] = name
         return self._placed[file]
 
     def _write_converted(self, path: Path, keys: list[str], wanted: str) -> dict[str, WeightLocation]:

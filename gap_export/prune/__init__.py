@@ -164,10 +164,17 @@ STRATEGIES: tuple[Strategy, ...] = (
         needs=("class_token",),
     ),
     Strategy(
+        "text_similarity",
+        "text_similarity:TextSimilarity",
+        "what matches the expression best",
+        needs_text=True,
+    ),
+    Strategy(
         "prumerge",
         "prumerge:PruMerge",
         "class-token attention; neighbours are added in, the rest becomes one token",
         needs=("class_token", "following_layer"),
+        adaptive=True,
         merges=True,
         merged=1,
         fewest=2,
@@ -177,6 +184,17 @@ STRATEGIES: tuple[Strategy, ...] = (
         "prumerge_plus:PruMergePlus",
         "a quarter as prumerge, three quarters evenly spread",
         needs=("class_token", "following_layer"),
+        adaptive=True,
+        merges=True,
+        merged=1,
+        fewest=2,
+    ),
+    Strategy(
+        "trim",
+        "trim:Trim",
+        "what matches the expression best; the rest becomes one token",
+        needs_text=True,
+        adaptive=True,
         merges=True,
         merged=1,
         fewest=2,
@@ -201,6 +219,13 @@ STRATEGIES: tuple[Strategy, ...] = (
         "vispruner:VisPruner",
         "half by class-token attention, half by weeding out what is alike",
         needs=("class_token",),
+    ),
+    Strategy(
+        "cdpruner",
+        "cdpruner:CDPruner",
+        "greedily what the chosen ones do not span, weighted by how it matches the expression",
+        needs_text=True,
+        reads_projected=True,
     ),
     Strategy(
         "dart",
@@ -248,6 +273,17 @@ def load(name: str) -> Pruner:
     return pruner
 
 
+def load_adaptive(name: str) -> AdaptivePruner:
+    """The strategy of that name, to find the count by itself.
+
+    Raises:
+        RecipeError: unknown name, or a strategy that takes a count.
+    """
+    require_adaptive(strategy(name))
+    pruner: AdaptivePruner = load(name)  # type: ignore[assignment]  # the table says that it is one
+    return pruner
+
+
 def needs(row: Strategy) -> str:
     """What a strategy needs, in words."""
     parts = [part.replace("_", " ") for part in row.needs]
@@ -276,11 +312,46 @@ def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...]) -> None:
     """
     missing = [part.replace("_", " ") for part in wanted.needs if part in lacking]
     if missing:
-        able = [row.name for row in STRATEGIES if not set(row.needs) & set(lacking)]
+        able = [row.name for row in STRATEGIES if not row.needs_text and not set(row.needs) & set(lacking)]
         raise RecipeError(
             f"needs a {' and a '.join(missing)}, which this vision tower does not have",
             subject=f"pruner {wanted.name}",
             hint=f"these work on it: {', '.join(able)}",
+        )
+
+
+def require_adaptive(wanted: Strategy) -> None:
+    """Refuse `keep: adaptive` for a strategy that has no rule for it.
+
+    Raises:
+        RecipeError: with the list of those that have.
+    """
+    if not wanted.adaptive:
+        able = ", ".join(row.name for row in STRATEGIES if row.adaptive)
+        raise RecipeError(
+            "has no rule of its own for how many tokens a picture needs",
+            subject=f"pruner {wanted.name}, keep adaptive",
+            hint=f"give a fraction or a range, or use one of {able}",
+        )
+
+
+def require_text(wanted: Strategy, *, has_text_tower: bool, published: str | None) -> None:
+    """Refuse a strategy that looks at the expression where nothing can read it.
+
+    Args:
+        wanted: the strategy.
+        has_text_tower: whether the recipe names a CLIP checkpoint with one.
+        published: hub id of the checkpoint to add, where it is known.
+
+    Raises:
+        RecipeError: with the checkpoint to add, and the strategies that do without.
+    """
+    if wanted.needs_text and not has_text_tower:
+        able = ", ".join(row.name for row in STRATEGIES if not row.needs_text)
+        raise RecipeError(
+            "looks at the expression, and the checkpoint has no text tower to read it with",
+            subject=f"pruner {wanted.name}",
+            hint=f"add --text-tower {published or 'with the CLIP checkpoint that the vision tower comes from'}, or use one of {able}",
         )
 
 

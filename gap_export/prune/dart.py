@@ -4,8 +4,8 @@ Source: DART (arXiv 2502.11494), duplication rather than importance: pivots are 
 tokens left that are least alike to it (cosine). Tokens are the projected ones, pivots those of highest L1 norm, as in NVIDIA's
 TensorRT-Edge-LLM, which prunes between projector and decoder as well.
 
-That variant has text tokens among its pivots. They are left out here: tokens are dropped in the vision graph, before any
-prompt is known, so that one encoded picture serves every question about it.
+That variant has text tokens among its pivots. They are left out here, so that one encoded picture serves every question
+about it.
 
 K splits into 4 pivots and K - 4 others, dealt evenly, the first pivots taking one more; below 4 all are pivots.
 """
@@ -17,17 +17,16 @@ from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
-from gap_export.prune.order import take
+from gap_export.prune.order import ranks, take
 
 PIVOTS = 4
 _BEYOND_ANY = 4.0
 
 
-def shares(kept: int) -> list[int]:
+def shares(kept: int) -> tuple[int, ...]:
     """How many tokens each pivot takes."""
-    pivots = min(PIVOTS, kept)
-    others = kept - pivots
-    return [others // pivots + (pivot < others % pivots) for pivot in range(pivots)]
+    others = torch.sym_max(kept - PIVOTS, 0)
+    return tuple((others + PIVOTS - 1 - pivot) // PIVOTS for pivot in range(PIVOTS))
 
 
 class Dart:
@@ -38,11 +37,16 @@ class Dart:
         if features.projected_BNH is None:
             raise ValueError("dart needs projected tokens")
         tokens_BNH = features.projected_BNH.float()
-        chosen = [tokens_BNH.abs().sum(dim=-1).topk(min(PIVOTS, kept), dim=-1).indices]
+        pivots_BP = tokens_BNH.abs().sum(dim=-1).topk(PIVOTS, dim=-1).indices
         directions_BNH = normalize(tokens_BNH, dim=-1)
-        alike_BPN = torch.matmul(take(directions_BNH, chosen[0]), directions_BNH.transpose(1, 2))
+        alike_BPN = torch.matmul(take(directions_BNH, pivots_BP), directions_BNH.transpose(1, 2))
+        # A token's place in the order of the choice; N where nobody has taken it.
+        visual = features.visual_tokens
+        place_BN = torch.full_like(alike_BPN[:, 0], visual, dtype=torch.int64)
+        place_BN = place_BN.scatter(1, pivots_BP, torch.arange(PIVOTS).expand_as(pivots_BP))
+        taken = PIVOTS
         for pivot, share in enumerate(shares(kept)):
-            if share:
-                taken_BN = torch.zeros_like(alike_BPN[:, 0]).scatter(1, torch.cat(chosen, dim=1), _BEYOND_ANY)
-                chosen.append((alike_BPN[:, pivot] + taken_BN).topk(share, dim=-1, largest=False).indices)
-        return Selected(torch.cat(chosen, dim=1))
+            rank_BN = ranks(-alike_BPN[:, pivot].masked_fill(place_BN < visual, _BEYOND_ANY))
+            place_BN = torch.where(rank_BN < share, taken + rank_BN, place_BN)
+            taken = taken + share
+        return Selected(place_BN.topk(kept, dim=-1, largest=False).indices)

@@ -10,10 +10,13 @@ row of the distance matrix, so that a step costs O(N).
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
+from gap_export.prune.order import take
+from gap_export.prune.scan import in_steps
 
 _FARTHER_THAN_ANY = 3.0
 _NEARER_THAN_ANY = -1.0
@@ -35,10 +38,11 @@ class DivPrune:
         # A chosen token is nearer to itself than anything, and so is never chosen again.
         distance_BNN = distance_BNN.masked_fill(itself_NN, _NEARER_THAN_ANY)
 
-        chosen = [isolation_BN.argmax(dim=-1, keepdim=True)]
-        nearest_BN = torch.full_like(isolation_BN, _FARTHER_THAN_ANY)
-        for _ in range(kept - 1):
-            row_BN = distance_BNN.gather(1, chosen[-1][:, :, None].expand(-1, -1, visual))[:, 0]
-            nearest_BN = torch.minimum(nearest_BN, row_BN)
-            chosen.append(nearest_BN.argmax(dim=-1, keepdim=True))
-        return Selected(torch.cat(chosen, dim=1))
+        def step(worth_BN: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+            """Choose; the worth of a token is its distance to the nearest chosen one, before the first its isolation."""
+            chosen_B1 = worth_BN.argmax(dim=-1, keepdim=True)
+            nearest_BN = torch.where(number == 0, _FARTHER_THAN_ANY, worth_BN)
+            return torch.minimum(nearest_BN, take(distance_BNN, chosen_B1)[:, 0]), chosen_B1[:, 0].clone()
+
+        _, chosen_KB = in_steps(step, isolation_BN, kept)
+        return Selected(chosen_KB.transpose(0, 1))

@@ -11,27 +11,39 @@ from torch import Tensor
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import Selected
 
+_AFTER_ALL = 1 << 16
+"""Stands for the index of padding in a sort: above every raster index, and times K still an int32."""
+
 
 def take(features_BNE: Tensor, indices_BK: Tensor) -> Tensor:
     """[B, N, E] at [B, K] int64 -> [B, K, E]."""
     return features_BNE.gather(1, indices_BK[:, :, None].expand(-1, -1, features_BNE.shape[-1]))
 
 
+def ranks(values_BN: Tensor) -> Tensor:
+    """[B, N] int64: the place of each value in descending order."""
+    order_BN = values_BN.topk(values_BN.shape[1], dim=-1).indices
+    places_N = torch.arange(values_BN.shape[1])
+    return torch.zeros_like(order_BN).scatter(1, order_BN, places_N.expand_as(order_BN))
+
+
 def in_decoder_order(selected: Selected, policy: PositionPolicy) -> Selected:
     """Put tokens into the order in which they enter the decoder.
 
     TopK gives score order. Under every policy but `permuted` tokens are sorted by raster index, so that raster order,
-    causal order and position order agree; of two with the same index, the better one comes first.
+    causal order and position order agree; of two with the same index, the better one comes first. Padding stays last.
     """
     if not policy.keeps_raster_order:
         return selected
-    indices_BK, patches_BKE = selected.indices_BK, selected.patches_BKE
+    indices_BK, patches_BKE, counts_B = selected.indices_BK, selected.patches_BKE, selected.counts_B
     if patches_BKE is None:
         return Selected(indices_BK.sort(dim=-1).values)
     # One sort of (index, place) packed into one integer is stable on every runtime, and tells the places as well.
+    keys_BK = indices_BK if counts_B is None else torch.where(indices_BK < 0, _AFTER_ALL, indices_BK)
     kept = indices_BK.shape[1]
-    places_BK = (indices_BK * kept + torch.arange(kept)).sort(dim=-1).values % kept
-    return Selected(indices_BK.gather(1, places_BK), take(patches_BKE, places_BK))
+    base_1 = torch.full((1,), kept)  # (the exporter knows no remainder by a symbolic number)
+    places_BK = (keys_BK * base_1 + torch.arange(kept)).sort(dim=-1).values % base_1
+    return Selected(indices_BK.gather(1, places_BK), take(patches_BKE, places_BK), counts_B)
 
 
 def merged_index(
@@ -41,7 +53,7 @@ def merged_index(
 
     Args:
         merged_id: the rule.
-        kept_BM: raster indices of the patches that were kept.
+        kept_BM: raster indices of the patches that were kept; `NO_TOKEN` among them counts for nothing.
         weights_BN: share of each patch in the merged token, not negative; need not sum to one.
         grid: (rows, columns).
 

@@ -5,10 +5,12 @@ queries and keys at full width, heads not split. Every kept token gets its 32 ne
 count too) added, weighted by their scores; one more token is the weighted sum of all that were not kept. Nothing is
 normalised.
 
-The original adapts the count to the batch. Here it is K: K - 1 tokens by score and the appended one.
+With a static count, K - 1 tokens are kept by score. With an adaptive one, as many as have outstanding scores (`outliers.py`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
-from gap_export.prune.order import merged_index, take
+from gap_export.prune.appended import Layout, layout
+from gap_export.prune.order import take
+from gap_export.prune.outliers import outlier_count
 
 NEIGHBOURS = 32
 
@@ -27,7 +31,14 @@ class PruMerge:
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`."""
         scores_BN = full_width_scores(features)
-        return merged_into(features, scores_BN, scores_BN.topk(kept - 1, dim=-1).indices, merged_id)
+        return merged_into(features, scores_BN, layout(scores_BN, kept), merged_id)
+
+    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+        """See `AdaptivePruner.select_adaptive`."""
+        scores_BN = full_width_scores(features)
+        own_B1 = outlier_count(scores_BN)
+        selected = merged_into(features, scores_BN, layout(scores_BN, bound, own_B1), merged_id)
+        return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
 def full_width_scores(features: VisionFeatures) -> Tensor:
@@ -44,26 +55,27 @@ def full_width_scores(features: VisionFeatures) -> Tensor:
     return scores_BN
 
 
-def merged_into(features: VisionFeatures, scores_BN: Tensor, own_BM: Tensor, merged_id: MergedId) -> Selected:
+def merged_into(features: VisionFeatures, scores_BN: Tensor, layout: Layout, merged_id: MergedId) -> Selected:
     """Features of the kept tokens with their neighbours added, and the token that stands for all others.
 
     Args:
         features: of the batch.
         scores_BN: weights of the tokens.
-        own_BM: raster indices of the M = K - 1 tokens kept, best first.
+        layout: what is kept in which row.
         merged_id: index of the appended token.
     """
     assert features.following_keys_BTE is not None
-    visual = features.visual_tokens
-    patches_BNE = features.patches_BNE
+    visual, patches_BNE = features.visual_tokens, features.patches_BNE
     keys_BNE = normalize(features.following_keys_BTE[:, 1:].float(), dim=-1)
-    is_own_BMN = own_BM[:, :, None] == torch.arange(visual)
-    alike_BMN = torch.matmul(take(keys_BNE, own_BM), keys_BNE.transpose(1, 2)).masked_fill(is_own_BMN, -2.0)
-    nearest_BMJ = alike_BMN.topk(min(NEIGHBOURS, visual - 1), dim=-1).indices
-    is_near_BMN = torch.zeros_like(alike_BMN).scatter(2, nearest_BMJ, 1.0)
+    is_itself_BKN = layout.ranked_BK[:, :, None] == torch.arange(visual)
+    alike_BKN = torch.matmul(take(keys_BNE, layout.ranked_BK), keys_BNE.transpose(1, 2))
+    nearest_BKJ = alike_BKN.masked_fill(is_itself_BKN, -2.0).topk(min(NEIGHBOURS, visual - 1), dim=-1).indices
+    is_near_BKN = torch.zeros_like(alike_BKN).scatter(2, nearest_BKJ, 1.0)
 
-    weights_BMN = is_own_BMN.float() + is_near_BMN * scores_BN[:, None]
-    rest_BN = scores_BN * (1.0 - is_own_BMN.float().sum(dim=1))
-    merged_BKE = torch.matmul(torch.cat([weights_BMN, rest_BN[:, None]], dim=1), patches_BNE.float())
-    index_B1 = merged_index(merged_id, kept_BM=own_BM, weights_BN=rest_BN, grid=features.grid)
-    return Selected(torch.cat([own_BM, index_B1], dim=1), merged_BKE.to(patches_BNE.dtype))
+    own_BKN = (is_itself_BKN + is_near_BKN * scores_BN[:, None]) * layout.is_own_BK[:, :, None]
+    rest_BN = scores_BN * layout.is_rest_BN
+    weights_BKN = own_BKN + rest_BN[:, None] * layout.is_appended_BK[:, :, None]
+    return Selected(
+        layout.indices(merged_id, rest_BN, features.grid),
+        torch.matmul(weights_BKN, patches_BNE.float()).to(patches_BNE.dtype),
+    )

@@ -1,4 +1,8 @@
-"""Spatial: a uniform grid over the picture, whatever it shows."""
+"""Spatial: a uniform grid over the picture, whatever it shows.
+
+Rows are chosen so that cells are as square as K allows, each at the middle of its stripe; the K points are dealt to the rows
+as evenly as possible and spread the same way along each.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,11 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 
 
-def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
-    """Raster indices of K points spread evenly over the grid.
-
-    Rows are chosen so that cells are as square as K allows, each at the middle of its stripe; the K points are dealt to
-    the rows as evenly as possible and spread the same way along each.
-
-    Args:
-        grid: (rows, columns).
-        kept: K, 1..rows * columns.
-    """
+def used_rows(grid: tuple[int, int], kept: int) -> int:
+    """How many rows of the grid hold K points, so that the points are as far apart along a row as rows are."""
     rows, columns = grid
-    fewest_rows = math.ceil(kept / columns)
-    used_rows = min(max(round(math.sqrt(kept * rows / columns)), fewest_rows, 1), rows, kept)
-    indices: list[int] = []
-    for stripe in range(used_rows):
-        row = (2 * stripe + 1) * rows // (2 * used_rows)
-        points = (stripe + 1) * kept // used_rows - stripe * kept // used_rows
-        indices += [row * columns + (2 * point + 1) * columns // (2 * points) for point in range(points)]
-    return indices
+    fewest = math.ceil(kept / columns)
+    return min(max(round(math.sqrt(kept * rows / columns)), fewest, 1), rows, kept)
 
 
 class Spatial:
@@ -36,5 +26,13 @@ class Spatial:
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`."""
-        chosen = torch.tensor(grid_indices(features.grid, kept), dtype=torch.int64)
-        return Selected(chosen.expand(features.patches_BNE.shape[0], -1))
+        rows, columns = features.grid
+        # The rows in use are rounded to taste, so a table of them is baked in; all else is integer arithmetic with K.
+        table_N = torch.tensor([used_rows(features.grid, count + 1) for count in range(rows * columns)])
+        used_1 = table_N[torch.full((1,), kept - 1)]
+        points_K = torch.arange(kept)
+        stripe_K = ((points_K + 1) * used_1 - 1) // kept
+        first_K, end_K = stripe_K * kept // used_1, (stripe_K + 1) * kept // used_1
+        row_K = (2 * stripe_K + 1) * rows // (2 * used_1)
+        column_K = (2 * (points_K - first_K) + 1) * columns // (2 * (end_K - first_K))
+        return Selected((row_K * columns + column_K).expand(features.patches_BNE.shape[0], -1))

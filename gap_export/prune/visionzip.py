@@ -19,16 +19,12 @@ from gap_export.prune import Selected, VisionFeatures
 from gap_export.prune.cls_attention import ClsAttention
 from gap_export.prune.order import merged_index, take
 
+_LESS_THAN_ANY = -2.0
+
 
 def contextual_count(kept: int) -> int:
     """How many of K tokens are contextual: 10 of 64, rounded."""
     return (kept * 10 + 32) // 64
-
-
-def target_places(remaining: int, count: int) -> list[int]:
-    """Which of the remaining tokens are targets: every step-th, the first `count` of them."""
-    step = max(1, remaining // max(1, count))
-    return [place * step for place in range(count)]
 
 
 class VisionZip:
@@ -38,32 +34,33 @@ class VisionZip:
         """See `Pruner.select`: class token, dominant patches by score, contextual tokens in raster order."""
         if features.class_token_BE is None or features.keys_BATD is None:
             raise ValueError("visionzip needs a vision tower with a class token")
+        visual, patches_BNE = features.visual_tokens, features.patches_BNE
         contextual = contextual_count(kept)
         dominant = kept - contextual - 1
+        step = torch.sym_max(1, (visual - dominant) // torch.sym_max(1, contextual))
+        rows_K = torch.arange(kept)
+        is_class_K, is_target_K = rows_K == 0, rows_K > dominant
+
         scores_BN = ClsAttention().scores(features)
-        ranked_BN = scores_BN.topk(features.visual_tokens, dim=-1).indices
-        dominant_BD, rest_BR = ranked_BN[:, :dominant], ranked_BN[:, dominant:].sort(dim=-1).values
+        ranked_BN = scores_BN.topk(visual, dim=-1).indices
+        # In raster order, dominant patches behind all others.
+        rest_BN = (ranked_BN + visual * (torch.arange(visual) < dominant)).sort(dim=-1).values
+        # (The row of the class token stands in for that of the first dominant patch until the end.)
+        dominant_BK = ranked_BN[:, (rows_K - 1).clamp(min=0)]
+        target_BK = rest_BN[:, (rows_K - dominant - 1).clamp(min=0) * step]
+        chosen_BK = torch.where(is_target_K, target_BK, dominant_BK)
+        class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
 
-        remaining = features.visual_tokens - dominant
-        targets = target_places(remaining, contextual)
-        others = sorted(set(range(remaining)) - set(targets))
-        targets_BC, others_BO = rest_BR[:, targets], rest_BR[:, others]
-        chosen_BM = torch.cat([dominant_BD, targets_BC], dim=1)
-        class_B1 = merged_index(merged_id, kept_BM=chosen_BM, weights_BN=scores_BN, grid=features.grid)
-        indices_BK = torch.cat([class_B1, chosen_BM], dim=1)
-
-        patches_BNE = features.patches_BNE
-        class_B1E, dominant_BDE = features.class_token_BE[:, None], take(patches_BNE, dominant_BD)
-        if not contextual:
-            return Selected(indices_BK, torch.cat([class_B1E, dominant_BDE], dim=1))
-        keys_BND = features.keys_BATD[:, :, 1:].float().mean(dim=1)
-        target_keys_BCD = normalize(take(keys_BND, targets_BC), dim=-1)
-        other_keys_BOD = normalize(take(keys_BND, others_BO), dim=-1)
-        nearest_BO = torch.matmul(other_keys_BOD, target_keys_BCD.transpose(1, 2)).argmax(dim=-1)
-        goes_BCO = (nearest_BO[:, None] == torch.arange(contextual)[:, None]).float()
-        mean_BCO = goes_BCO / goes_BCO.sum(dim=-1, keepdim=True).clamp(min=1.0)
-        gathered_BCE = torch.matmul(mean_BCO, take(patches_BNE, others_BO).float())
-        contextual_BCE = take(patches_BNE, targets_BC).float() + gathered_BCE
+        keys_BND = normalize(features.keys_BATD[:, :, 1:].float().mean(dim=1), dim=-1)
+        alike_BKN = torch.matmul(take(keys_BND, chosen_BK), keys_BND.transpose(1, 2))
+        nearest_BN = alike_BKN.masked_fill(~is_target_K[:, None], _LESS_THAN_ANY).argmax(dim=1)
+        is_other_BN = torch.ones_like(scores_BN).scatter(1, chosen_BK, 0.0)
+        goes_BKN = (nearest_BN[:, None] == rows_K[:, None]) * is_target_K[:, None] * is_other_BN[:, None]
+        mean_BKN = goes_BKN / goes_BKN.sum(dim=-1, keepdim=True).clamp(min=1.0)
+        tokens_BKE = take(patches_BNE, chosen_BK).float() + torch.matmul(mean_BKN, patches_BNE.float())
         return Selected(
-            indices_BK, torch.cat([class_B1E, dominant_BDE, contextual_BCE.to(patches_BNE.dtype)], dim=1)
+            torch.where(is_class_K, class_B1, chosen_BK),
+            torch.where(
+                is_class_K[:, None], features.class_token_BE[:, None], tokens_BKE.to(patches_BNE.dtype)
+            ),
         )

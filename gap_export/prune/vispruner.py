@@ -5,30 +5,30 @@ heads). The rest start in score order and are thinned in rounds: the list is spl
 token is compared with all odd ones (cosine of the features before the projector), and the up to 8 even ones most alike to
 any odd one are dropped; the even survivors, most alike first, then the odd ones are the next round's list.
 
-The number of rounds follows from N and K alone, so the loop is laid out in the graph. Where fewer than 8 even tokens are left,
-a round drops all of them, where the original's indexing gives up.
+A round moves no features: all that changes is the place of each token in the list. Where fewer than 8 even tokens are left, a
+round drops all of them, where the original's indexing gives up.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 from gap_export.prune.cls_attention import ClsAttention
-from gap_export.prune.order import take
+from gap_export.prune.order import ranks, take
+from gap_export.prune.scan import in_steps
 
 DROPPED_PER_ROUND = 8
+_LESS_THAN_ANY = -2.0
+_DROPPED = -1
 
 
-def rounds(remaining: int, wanted: int) -> list[int]:
-    """How many tokens each round drops, until `wanted` are left."""
-    drops = []
-    while remaining > wanted:
-        drops.append(min(DROPPED_PER_ROUND, remaining - wanted, (remaining + 1) // 2))
-        remaining -= drops[-1]
-    return drops
+def rounds(visual_tokens: int, kept: int) -> int:
+    """Rounds that are enough: the last two have nothing to do unless short lists made others drop less than they may."""
+    return (visual_tokens - kept + DROPPED_PER_ROUND - 1) // DROPPED_PER_ROUND + 2
 
 
 class VisPruner:
@@ -36,16 +36,31 @@ class VisPruner:
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`; important tokens come first."""
-        important = kept // 2
-        ranked_BN = ClsAttention().scores(features).topk(features.visual_tokens, dim=-1).indices
-        left_BR = ranked_BN[:, important:]
-        tokens_BRE = take(normalize(features.patches_BNE.float(), dim=-1), left_BR)
-        alike_BRR = torch.matmul(tokens_BRE, tokens_BRE.transpose(1, 2))
-        for dropped in rounds(left_BR.shape[1], kept - important):
-            closest_BV = alike_BRR[:, ::2, 1::2].amax(dim=-1)
-            survivors_BV = closest_BV.topk(closest_BV.shape[1], dim=-1).indices[:, dropped:] * 2
-            odd_O = torch.arange(1, left_BR.shape[1], 2)
-            places_BR = torch.cat([survivors_BV, odd_O.expand(left_BR.shape[0], -1)], dim=1)
-            left_BR = left_BR.gather(1, places_BR)
-            alike_BRR = take(take(alike_BRR, places_BR).transpose(1, 2), places_BR)
-        return Selected(torch.cat([ranked_BN[:, :important], left_BR], dim=1))
+        visual, important = features.visual_tokens, kept // 2
+        wanted = kept - important
+        ranked_BN = ClsAttention().scores(features).topk(visual, dim=-1).indices
+        tokens_BNE = take(normalize(features.patches_BNE.float(), dim=-1), ranked_BN)
+        alike_BNN = torch.matmul(tokens_BNE, tokens_BNE.transpose(1, 2))
+
+        def thin(place_BN: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            """One round; with as many left as wanted, none is dropped and nothing moves."""
+            left_B1 = place_BN.amax(dim=-1, keepdim=True) + 1
+            evens_B1 = (left_B1 + 1) // 2
+            drops_B1 = torch.minimum((left_B1 - wanted).clamp(max=DROPPED_PER_ROUND), evens_B1)
+            is_left_BN = place_BN >= 0
+            is_odd_BN, is_even_BN = is_left_BN & (place_BN % 2 == 1), is_left_BN & (place_BN % 2 == 0)
+            closest_BN = alike_BNN.masked_fill(~is_odd_BN[:, None], _LESS_THAN_ANY).amax(dim=-1)
+            rank_BN = ranks(closest_BN.masked_fill(~is_even_BN, 2 * _LESS_THAN_ANY))
+            even_place_BN = torch.where(rank_BN < drops_B1, _DROPPED, rank_BN - drops_B1)
+            odd_place_BN = evens_B1 - drops_B1 + place_BN // 2
+            moved_BN = torch.where(is_even_BN, even_place_BN, torch.where(is_odd_BN, odd_place_BN, _DROPPED))
+            return torch.where(drops_B1 > 0, moved_BN, place_BN), left_B1
+
+        # Important tokens take no part in the rounds: to these they look as if dropped.
+        ranks_N = torch.arange(visual)
+        first_N = torch.where(ranks_N < important, _DROPPED, ranks_N - important)
+        first_BN = torch.zeros_like(ranked_BN) + first_N
+        place_BN, _ = in_steps(thin, first_BN, rounds(visual, kept))
+        rest_BN = torch.where(place_BN < 0, visual, place_BN) + important
+        order_BN = torch.where(ranks_N < important, ranks_N, rest_BN)
+        return Selected(ranked_BN.gather(1, order_BN.topk(kept, dim=-1, largest=False).indices))

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from gap_export.errors import InputError, SessionError
 from gap_export.positions import Ids, Placement, advance
-from gap_export.runtime.session import Session
+from gap_export.runtime.session import Session, VisualTokens
 
-Adjust = Callable[[Placement], Placement]
+Adjust = Callable[[Placement, VisualTokens], Placement]
+"""Changes a placement before it is used, knowing which visual tokens it is about."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Generation:
     Attributes:
         tokens: per row, the ids generated, end token excluded.
         logits: per generated token [B, V] float32; the first only, unless all were asked for.
-        kept_indices: [B, K] int64.
+        kept_indices: [B, K] int64; -1 after the tokens of a picture that keeps fewer than others.
         placement: of the prompt, after any adjustment.
         scores: [B, N] float32 of the selection, where the session tells them.
         margins: [B] float64, by how little the selection was made, where the session tells it.
@@ -50,6 +51,8 @@ def generate(
     *,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
+    text_ids_BL: Ids | None = None,
+    keep_count: int | None = None,
     adjust: Adjust | None = None,
     keep_logits: bool = False,
 ) -> Generation:
@@ -61,15 +64,17 @@ def generate(
         input_ids_BT: one prompt per row, right-padded with `PAD`.
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
+        text_ids_BL: see `Session.encode`.
+        keep_count: see `Session.encode`.
         adjust: changes the placement before it is used; negative controls are made with it.
         keep_logits: keep those of every step, not of the first alone.
 
     Raises:
         InputError: prompt and answer do not fit into the cache.
     """
-    visual = session.encode(pixel_values_BCHW)
+    visual = session.encode(pixel_values_BCHW, text_ids_BL=text_ids_BL, keep_count=keep_count)
     spliced = session.splice(input_ids_BT, visual)
-    placement = adjust(spliced.placement) if adjust else spliced.placement
+    placement = adjust(spliced.placement, visual) if adjust else spliced.placement
     # The last token generated is never fed back, so it needs no slot.
     needed = int(placement.next_slot.max()) + max_new_tokens - 1
     if needed > session.capacity:

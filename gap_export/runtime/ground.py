@@ -14,7 +14,14 @@ from gap_export.grounding.boxes import CODECS, Box, Unparsable, to_pixels
 from gap_export.positions import Ids
 from gap_export.runtime.generate import Adjust, Generation, generate
 from gap_export.runtime.preprocess import pixel_values
-from gap_export.runtime.prompt import Prompts, decode_answer, encode_prompts, load_tokenizer, unknown_words
+from gap_export.runtime.prompt import (
+    Prompts,
+    decode_answer,
+    encode_prompts,
+    encode_text,
+    load_tokenizer,
+    unknown_words,
+)
 from gap_export.runtime.session import Session
 
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
@@ -55,6 +62,8 @@ class Grounder:
     def __init__(self, bundle: Bundle) -> None:
         self._manifest = bundle.manifest
         self._tokenizer = load_tokenizer(bundle.tokenizer_path)
+        self._text_tower = bundle.manifest.text_tower
+        self._text_tokenizer = load_tokenizer(bundle.text_tokenizer_path) if self._text_tower else None
         self._codec = CODECS[bundle.manifest.box.codec]
 
     def ground(
@@ -63,6 +72,7 @@ class Grounder:
         images: Sequence[Image.Image],
         expressions: Sequence[str],
         *,
+        keep_count: int | None = None,
         max_new_tokens: int | None = None,
         adjust: Adjust | None = None,
         keep_logits: bool = False,
@@ -73,6 +83,7 @@ class Grounder:
             session: of this bundle, or the reference of its checkpoint.
             images: RGB pictures, one per expression.
             expressions: what to find.
+            keep_count: how many visual tokens to keep, in bundles that let requests choose.
             max_new_tokens: longest answer; the manifest's by default.
             adjust: see `generate`.
             keep_logits: see `generate`.
@@ -95,14 +106,22 @@ class Grounder:
             prompts.input_ids,
             max_new_tokens=longest,
             eos_token_ids=manifest.prompt.eos_token_ids,
+            text_ids_BL=self.text_ids(expressions),
+            keep_count=keep_count,
             adjust=adjust,
             keep_logits=keep_logits,
         )
         answers = [
-            self._answer(tokens, image, kept)
+            self._answer(tokens, image, kept[kept >= 0])
             for tokens, image, kept in zip(generation.tokens, images, generation.kept_indices, strict=True)
         ]
         return Grounded(answers=answers, generation=generation, prompts=prompts)
+
+    def text_ids(self, expressions: Sequence[str]) -> Ids | None:
+        """[B, L] int64 ids of the expressions for the vision graph; None where the pruner does not look at them."""
+        if self._text_tower is None or self._text_tokenizer is None:
+            return None
+        return encode_text(self._text_tokenizer, self._text_tower, expressions)
 
     def unknown_words(self, expression: str) -> tuple[str, ...]:
         """Parts of an expression that the model has no token for; it answers with a box all the same."""
@@ -117,7 +136,7 @@ class Grounder:
             self._tokenizer,
             self._manifest.prompt,
             expressions,
-            kept=self._manifest.pruning.kept,
+            kept=self._manifest.pruning.most,
             capacity=self._manifest.capacity,
             max_new_tokens=max_new_tokens,
         )

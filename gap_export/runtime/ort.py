@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from gap_export.bundle import Bundle
 from gap_export.errors import SessionError
 from gap_export.positions import Ids, Placement
-from gap_export.runtime.session import Buffer, Spliced, VisualTokens
+from gap_export.runtime.session import (
+    KEPT_COUNTS,
+    Buffer,
+    Spliced,
+    VisualTokens,
+    require_within_bound,
+    vision_inputs,
+)
 
 _NUMPY = {"float32": np.float32, "float16": np.float16}
 
@@ -70,10 +77,32 @@ class OnnxRuntimeSession:
         self._batch = 0
         self._decode: _DecodeBuffers | None = None
 
-    def encode(self, pixel_values_BCHW: NDArray[np.float32]) -> VisualTokens:
+    def encode(
+        self,
+        pixel_values_BCHW: NDArray[np.float32],
+        *,
+        text_ids_BL: Ids | None = None,
+        keep_count: int | None = None,
+    ) -> VisualTokens:
         """See `Session.encode`."""
-        embeds, kept = self._run("vision", {"pixel_values": pixel_values_BCHW})
-        return VisualTokens(embeds=embeds, kept_indices=kept.numpy())
+        manifest = self._bundle.manifest
+        extra = vision_inputs(
+            manifest.pruning,
+            reads_text=manifest.text_tower is not None,
+            text_ids_BL=text_ids_BL,
+            keep_count=keep_count,
+        )
+        embeds, kept, *counts = self._run("vision", {"pixel_values": pixel_values_BCHW, **extra})
+        if not counts:
+            return VisualTokens(embeds=embeds, kept_indices=kept.numpy())
+        counts_B = counts[0].numpy()
+        require_within_bound(counts_B, manifest.pruning)
+        longest = int(counts_B.max())  # the decoder need not run over padding that no row uses
+        return VisualTokens(
+            embeds=embeds.numpy()[:, :longest],
+            kept_indices=kept.numpy()[:, :longest],
+            kept_counts=counts_B,
+        )
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`."""
@@ -81,6 +110,7 @@ class OnnxRuntimeSession:
             "input_ids": input_ids_BT,
             "visual_embeds": visual.embeds,
             "kept_indices": visual.kept_indices,
+            KEPT_COUNTS: visual.kept_counts,
         }
         taken = {tensor.name for tensor in self._bundle.manifest.graphs["splice"].spec.inputs}
         embeds, position_ids, next_position, next_slot = self._run(

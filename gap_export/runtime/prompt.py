@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from gap_export.bundle import PromptTemplate
+from gap_export.bundle import PromptTemplate, TextTower
 from gap_export.errors import BundleError, CheckpointError, InputError
 from gap_export.positions import Ids
 from gap_export.runtime.session import PAD
@@ -156,6 +156,52 @@ def encode_prompts(
     text_before = np.array([row.index(template.image_token_id) for row in rows], np.int64)
     text_after = np.array([len(row) for row in rows], np.int64) - 1 - text_before
     return Prompts(input_ids_BT, text_before, text_after)
+
+
+def check_text_tokenizer(tokenizer: Tokenizer, tower: TextTower) -> None:
+    """Refuse a text tower's tokenizer that does not say where an expression ends.
+
+    Raises:
+        CheckpointError: expressions do not end with one token of their own.
+    """
+    rows = [tokenizer.encode(word).ids for word in ("cat", "a dog")]
+    ends = {row[-1] for row in rows if row}
+    if len(ends) != 1 or any(row.count(row[-1]) != 1 for row in rows):
+        raise CheckpointError(
+            "does not end every expression with one token of its own",
+            subject=f"{tower.checkpoint}, tokenizer.json",
+            hint="save it with a post-processor that adds the tokens CLIP begins and ends texts with",
+        )
+
+
+def encode_text(tokenizer: Tokenizer, tower: TextTower, expressions: Sequence[str]) -> Ids:
+    """Token ids of expressions for the text tower inside the vision graph.
+
+    Args:
+        tokenizer: of the text tower.
+        tower: of the bundle.
+        expressions: at least one.
+
+    Returns:
+        [B, L] int64, short rows filled with the token that ends them.
+
+    Raises:
+        InputError: an expression that is empty, not text, names a special token, or is longer than the tower reads.
+    """
+    rows = []
+    for raw in expressions:
+        expression = clean_expression(raw)
+        _refuse_special_text(tokenizer, set(), expression)
+        row = list(tokenizer.encode(expression).ids)
+        if len(row) > tower.context:
+            raise InputError(
+                f"has {len(row)} tokens for the text tower, which reads {tower.context}",
+                subject=_quoted(expression),
+                hint=f"shorten the expression by {len(row) - tower.context} tokens",
+            )
+        rows.append(row)
+    longest = max(map(len, rows))
+    return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int64)
 
 
 def unknown_words(tokenizer: Tokenizer, expression: str) -> tuple[str, ...]:

@@ -14,10 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export.bundle import Pruning
+from gap_export.errors import InputError
 from gap_export.positions import Ids, Placement
 
 Buffer = Any
 """A tensor in the session's own form (NumPy array, OrtValue, torch tensor, device pointer)."""
+
+TEXT_IDS, KEEP_COUNT, KEPT_COUNTS = "text_ids", "keep_count", "kept_counts"
+"""Names of inputs and outputs that the vision graph has only where they are needed."""
 
 PAD = -1
 """Fills short rows of `input_ids`; no tokenizer has it, so the graph can count the real tokens."""
@@ -29,13 +34,15 @@ class VisualTokens:
 
     Attributes:
         embeds: [B, K, H] in the session's own form.
-        kept_indices: [B, K] int64 raster indices.
+        kept_indices: [B, K] int64 raster indices; -1 after the tokens of a picture that keeps fewer than others.
+        kept_counts: [B] int64, tokens of each picture, where pictures differ; None where all keep K.
         scores: [B, N] float32 the selection was made by, where one score decides; only the reference tells.
         margins: [B] float64, the smallest gap any choice was made by, where no single score decides; the same.
     """
 
     embeds: Buffer
     kept_indices: Ids
+    kept_counts: Ids | None = None
     scores: NDArray[np.float32] | None = None
     margins: NDArray[np.float64] | None = None
 
@@ -61,8 +68,24 @@ class Session(Protocol):
         """Slots of the cache."""
         ...
 
-    def encode(self, pixel_values_BCHW: NDArray[np.float32]) -> VisualTokens:
-        """Vision tower, pruner and projector."""
+    def encode(
+        self,
+        pixel_values_BCHW: NDArray[np.float32],
+        *,
+        text_ids_BL: Ids | None = None,
+        keep_count: int | None = None,
+    ) -> VisualTokens:
+        """Vision tower, pruner and projector.
+
+        Args:
+            pixel_values_BCHW: one picture per row.
+            text_ids_BL: the expressions, for pruners that look at them, as `prompt.encode_text` gives them.
+            keep_count: how many tokens to keep, where requests choose; the bundle's default when left out.
+
+        Raises:
+            InputError: an expression is missing, a count cannot be chosen or is out of range, or a picture needs more tokens
+                than an adaptive bundle has room for.
+        """
         ...
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
@@ -76,3 +99,64 @@ class Session(Protocol):
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed one token per row at `placement.position_ids` [B, 1] into slot `placement.write_index`; logits [B, V]."""
         ...
+
+
+def vision_inputs(
+    pruning: Pruning, *, reads_text: bool, text_ids_BL: Ids | None, keep_count: int | None
+) -> dict[str, Ids]:
+    """What the vision graph of a bundle takes besides pixels: `text_ids`, `keep_count`.
+
+    Args:
+        pruning: of the bundle.
+        reads_text: whether its pruner looks at the expression.
+        text_ids_BL: as given to `Session.encode`.
+        keep_count: the same.
+
+    Raises:
+        InputError: see `Session.encode`.
+    """
+    inputs: dict[str, Ids] = {}
+    if reads_text:
+        if text_ids_BL is None:
+            raise InputError(
+                f"looks at the expression, and no text ids were given ({TEXT_IDS})",
+                subject=f"pruner {pruning.pruner}",
+                hint="tokenize the expression with the bundle's text_tokenizer.json and pass its ids",
+            )
+        inputs[TEXT_IDS] = text_ids_BL
+    if pruning.counting == "chosen":
+        kept = pruning.kept if keep_count is None else keep_count
+        if not pruning.fewest <= kept <= pruning.most:
+            raise InputError(
+                f"is outside {pruning.fewest} to {pruning.most}, which this bundle was built for",
+                subject=f"keep {kept} tokens",
+                hint="choose within the range, or build with a wider --keep",
+            )
+        inputs[KEEP_COUNT] = np.array(kept, np.int64)
+    elif keep_count not in (None, pruning.kept):
+        raise InputError(
+            f"cannot be chosen: this bundle keeps {_kept_in_words(pruning)}",
+            subject=f"keep {keep_count} tokens",
+            hint="build it with a range: --keep 0.1:1.0",
+        )
+    return inputs
+
+
+def require_within_bound(counts_B: Ids, pruning: Pruning) -> None:
+    """Refuse pictures that need more tokens than an adaptive bundle has room for: dropping the rest would be a silent change.
+
+    Raises:
+        InputError: with the largest count.
+    """
+    if counts_B.max() > pruning.most:
+        raise InputError(
+            f"needs {counts_B.max()} visual tokens by the rule of {pruning.pruner}, this bundle has room for {pruning.most}",
+            subject=f"picture {int(counts_B.argmax()) + 1} of {len(counts_B)}",
+            hint="build with a larger --keep-bound, or with a fixed --keep",
+        )
+
+
+def _kept_in_words(pruning: Pruning) -> str:
+    if pruning.counting == "adaptive":
+        return f"what each picture needs, at most {pruning.most}"
+    return f"{pruning.kept} of every picture"

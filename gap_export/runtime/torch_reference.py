@@ -14,16 +14,23 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import CLIPTextModelWithProjection, DynamicCache, LlavaForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
-from gap_export.bundle import Precision, Pruning
+from gap_export import prune
+from gap_export.bundle import Precision, Pruning, TextTower
 from gap_export.errors import CheckpointError
 from gap_export.positions import Ids, Placement, place
 from gap_export.prune import reference
-from gap_export.runtime.session import PAD, Buffer, Spliced, VisualTokens
+from gap_export.runtime.session import (
+    PAD,
+    Buffer,
+    Spliced,
+    VisualTokens,
+    vision_inputs,
+)
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _UNBOUNDED = 2**31
@@ -37,6 +44,51 @@ class _Group:
     cache: DynamicCache
 
 
+class TextReference:
+    """transformers' own text tower of a CLIP checkpoint, and its projection of patches.
+
+    Args:
+        checkpoint: folder of the CLIP checkpoint.
+        facts: from the bundle's manifest.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+
+    def __init__(self, checkpoint: Path, facts: TextTower) -> None:
+        self.aligned_inversely = facts.aligned_inversely
+        try:
+            self._model = CLIPTextModelWithProjection.from_pretrained(
+                checkpoint, attn_implementation="eager", local_files_only=True
+            ).eval()
+            files = sorted(checkpoint.glob("*.safetensors"))
+            (self._visual_projection_PE,) = (
+                stored.get_tensor("visual_projection.weight").float()
+                for file in files
+                for stored in [safe_open(file, framework="pt")]
+                if "visual_projection.weight" in stored.keys()  # noqa: SIM118  (not a dict)
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not be loaded by transformers: {str(error).splitlines()[0]}",
+                subject=str(checkpoint),
+                hint="the reference needs the text tower the bundle was built with",
+            ) from error
+
+    def embedded(self, text_ids_BL: Ids) -> Tensor:
+        """[B, P]: every expression by itself, without padding."""
+        rows = []
+        for ids_L in text_ids_BL:
+            end = int(np.flatnonzero(ids_L == ids_L[-1])[0])
+            rows.append(self._model(input_ids=torch.from_numpy(ids_L[None, : end + 1])).text_embeds[0])
+        return torch.stack(rows)
+
+    def aligned(self, normed_BNE: Tensor) -> Tensor:
+        """[B, N, E] patches after the vision tower's last norm -> [B, N, P]."""
+        aligned_BNP: Tensor = normed_BNE.float() @ self._visual_projection_PE.T
+        return aligned_BNP
+
+
 class TorchSession:
     """See `Session`.
 
@@ -44,6 +96,7 @@ class TorchSession:
         checkpoint: folder in Hugging Face layout.
         pruning: what to prune and how to number.
         precision: type the weights are loaded in.
+        text_tower: for pruners that look at the expression.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -52,7 +105,14 @@ class TorchSession:
     backend = "torch"
     capacity = _UNBOUNDED
 
-    def __init__(self, checkpoint: Path, pruning: Pruning, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        pruning: Pruning,
+        precision: Precision = "fp32",
+        *,
+        text_tower: TextReference | None = None,
+    ) -> None:
         disable_progress_bar()  # of transformers' loading, which would write into the caller's own display
         try:
             self._model = cast(
@@ -67,16 +127,26 @@ class TorchSession:
                 subject=str(checkpoint),
                 hint="the reference needs the checkpoint the bundle was built from",
             ) from error
-        self._pruning = pruning
+        self._pruning, self._text_tower = pruning, text_tower
         config = self._model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         self._grid = (side, side)
         self._groups: list[_Group] = []
 
     @torch.inference_mode()
-    def encode(self, pixel_values_BCHW: NDArray[np.float32]) -> VisualTokens:
-        """See `Session.encode`."""
+    def encode(
+        self,
+        pixel_values_BCHW: NDArray[np.float32],
+        *,
+        text_ids_BL: Ids | None = None,
+        keep_count: int | None = None,
+    ) -> VisualTokens:
+        """See `Session.encode`; embeddings are a list of rows [K_b, H] where pictures differ."""
         inner = self._model.model
+        pruning = self._pruning
+        vision_inputs(
+            pruning, reads_text=self._text_tower is not None, text_ids_BL=text_ids_BL, keep_count=keep_count
+        )
         seen = inner.vision_tower(
             torch.from_numpy(pixel_values_BCHW).to(self._model.dtype),
             output_hidden_states=True,
@@ -100,19 +170,26 @@ class TorchSession:
             "following_keys_TE": None if above_BTE is None else layers[run].self_attn.k_proj(above_BTE),
             "projected_NH": inner.multi_modal_projector(patches_BNE),
         }
-        choices = [self._choose(shown, row) for row in range(len(patches_BNE))]
-        tokens_BKE = torch.stack(
-            [
-                patches_NE[torch.from_numpy(choice.indices_K)]
-                if choice.patches_KE is None
-                else torch.from_numpy(choice.patches_KE).to(patches_NE.dtype)
-                for choice, patches_NE in zip(choices, patches_BNE, strict=True)
-            ]
-        )
-        by_score = self._pruning.pruner == "cls_attention"
+        if self._text_tower is not None and text_ids_BL is not None:
+            shown["aligned_NP"] = self._text_tower.aligned(inner.vision_tower.post_layernorm(patches_BNE))
+            shown["text_P"] = self._text_tower.embedded(text_ids_BL)
+        choices = [self._choose(shown, row, keep_count) for row in range(len(patches_BNE))]
+        embeds = []
+        for choice, patches_NE in zip(choices, patches_BNE, strict=True):
+            if choice.patches_KE is None:
+                tokens_KE = patches_NE[torch.from_numpy(choice.indices_K)]
+            else:
+                tokens_KE = torch.from_numpy(choice.patches_KE).to(patches_NE.dtype)
+            embeds.append(inner.multi_modal_projector(tokens_KE))
+        counts_B = np.array([len(choice.indices_K) for choice in choices], np.int64)
+        kept_BK = np.full((len(choices), counts_B.max()), prune.NO_TOKEN, np.int64)
+        for row, choice in enumerate(choices):
+            kept_BK[row, : counts_B[row]] = choice.indices_K
+        by_score = pruning.pruner == "cls_attention"
         return VisualTokens(
-            embeds=inner.multi_modal_projector(tokens_BKE),
-            kept_indices=np.stack([choice.indices_K for choice in choices]),
+            embeds=embeds if pruning.counting == "adaptive" else torch.stack(embeds),
+            kept_indices=kept_BK,
+            kept_counts=counts_B if pruning.counting == "adaptive" else None,
             scores=shown["attention_N"].numpy() if by_score else None,
             margins=None if by_score else np.array([choice.margin for choice in choices]),
         )
@@ -183,15 +260,22 @@ class TorchSession:
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
 
-    def _choose(self, shown: dict[str, Tensor | None], row: int) -> reference.Choice:
+    def _choose(self, shown: dict[str, Tensor | None], row: int, keep_count: int | None) -> reference.Choice:
         """What is kept of one picture, in the order in which it enters the decoder."""
         pruning = self._pruning
         parts = {
             name: np.empty(0) if part is None else part[row].double().numpy() for name, part in shown.items()
         }
-        seen = reference.Seen(grid=self._grid, **parts)
+        inversely = self._text_tower is None or self._text_tower.aligned_inversely
+        seen = reference.Seen(grid=self._grid, aligned_inversely=inversely, **parts)
+        if pruning.counting == "adaptive":
+            raise NotImplementedError("no strategy adapts yet")
         choice = reference.choose(
-            pruning.pruner, seen, pruning.kept, seed=pruning.seed, merged_id=pruning.merged_id
+            pruning.pruner,
+            seen,
+            pruning.kept if keep_count is None else keep_count,
+            seed=pruning.seed,
+            merged_id=pruning.merged_id,
         )
         if not pruning.positions.keeps_raster_order:
             return choice

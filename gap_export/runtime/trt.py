@@ -26,7 +26,14 @@ from gap_export.engine.library import Library, load_library
 from gap_export.engine.profiles import choose_profile, profiles_from_spec
 from gap_export.errors import SessionError
 from gap_export.positions import Ids, Placement
-from gap_export.runtime.session import Buffer, Spliced, VisualTokens
+from gap_export.runtime.session import (
+    KEPT_COUNTS,
+    Buffer,
+    Spliced,
+    VisualTokens,
+    require_within_bound,
+    vision_inputs,
+)
 from gap_export.spec import DType, GraphName, GraphSpec
 
 _GRAPHS: tuple[GraphName, ...] = ("vision", "splice", "embed", "decoder")
@@ -126,6 +133,11 @@ class _LoadedGraph:
             # A masked slot counts for nothing in attention unless it holds NaN, as fresh memory may: 0 * NaN is NaN.
             device.clear(self._buffers[name], nbytes)
         self._address_of = {tensor: self._buffers[buffer] for tensor, buffer in plan.buffer_of.items()}
+        # Scalars that are extents of other tensors: TensorRT reads them on the host, before anything is launched.
+        self._on_host = {
+            tensor.name: np.zeros((), np.int64) for tensor in spec.inputs if tensor.extent_of is not None
+        }
+        self._address_of |= {name: scalar.ctypes.data for name, scalar in self._on_host.items()}
 
     def prepare(self, inputs: Mapping[str, NDArray[Any] | DeviceTensor]) -> None:
         """Choose the profile, set shapes, copy host arrays to the device.
@@ -139,8 +151,15 @@ class _LoadedGraph:
             self._set_shapes(
                 shapes | {past: (batch, *extents) for past, extents in self._cache_extents.items()}
             )
+        for name, scalar in self._on_host.items():
+            scalar[...] = inputs[name]
+            self._must(
+                self._context.set_tensor_address(name, self._address_of[name]),
+                f"input {name}",
+                "take its value",
+            )
         for name, value in inputs.items():
-            if isinstance(value, np.ndarray):
+            if isinstance(value, np.ndarray) and name not in self._on_host:
                 self._device.upload(self._address_of[name], to_wire(value, self._dtypes[name]))
 
     def run(self, travelling: Mapping[str, int]) -> None:
@@ -253,6 +272,7 @@ class TensorRTSession:
             )
         self.backend: str = target
         self.capacity = manifest.capacity
+        self._pruning, self._reads_text = manifest.pruning, manifest.text_tower is not None
         library = load_library(target)
         paths = {name: bundle.folder / engines[name].file for name in _GRAPHS}
         for name in _GRAPHS:
@@ -270,22 +290,35 @@ class TensorRTSession:
             self.close()
             raise
 
-    def encode(self, pixel_values_BCHW: NDArray[np.float32]) -> VisualTokens:
-        """See `Session.encode`; the embeddings are a `DeviceTensor`."""
-        vision = self._graphs["vision"]
-        vision.prepare({"pixel_values": pixel_values_BCHW})
+    def encode(
+        self,
+        pixel_values_BCHW: NDArray[np.float32],
+        *,
+        text_ids_BL: Ids | None = None,
+        keep_count: int | None = None,
+    ) -> VisualTokens:
+        """See `Session.encode`; the embeddings are a `DeviceTensor`, padded to the bound where pictures differ."""
+        vision, pruning = self._graphs["vision"], self._pruning
+        extra = vision_inputs(
+            pruning, reads_text=self._reads_text, text_ids_BL=text_ids_BL, keep_count=keep_count
+        )
+        vision.prepare({"pixel_values": pixel_values_BCHW, **extra})
         embeds = self._tensor(vision, "visual_embeds")
         vision.run({"visual_embeds": embeds.address})
-        return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"))
+        counts_B = vision.download(KEPT_COUNTS) if pruning.counting == "adaptive" else None
+        if counts_B is not None:
+            require_within_bound(counts_B, pruning)
+        return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"), kept_counts=counts_B)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`; the embeddings are a `DeviceTensor`."""
         splice = self._graphs["splice"]
         seen = self._on_device(splice, "visual_embeds", visual.embeds)
-        offered: dict[str, Ids | DeviceTensor] = {
+        offered: dict[str, Any] = {
             "input_ids": input_ids_BT,
             "visual_embeds": seen,
             "kept_indices": visual.kept_indices,
+            KEPT_COUNTS: visual.kept_counts,
         }
         splice.prepare({tensor.name: offered[tensor.name] for tensor in splice.spec.inputs})
         embeds = self._tensor(splice, "inputs_embeds")

@@ -120,6 +120,17 @@ def test_graphs_without_a_cache_have_one_profile() -> None:
     assert profile.ranges["input_ids"] == Range((1, 2), (1, 32), (10, 64))
 
 
+def test_a_scalar_that_is_an_extent_has_values_in_its_profile() -> None:
+    kept = Dim(name="kept", minimum=4, optimum=9, maximum=20)
+    count = TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=kept)
+    pixels = TensorSpec(name="pixel_values", dtype="float32", shape=(ONE_TO_TEN, 3, 8, 8))
+    spec = GraphSpec(name="vision", inputs=(pixels, count), outputs=())
+    (profile,) = profiles_from_spec(spec)
+    assert profile.values == {"keep_count": (4, 9, 20)}
+    assert profile.ranges["keep_count"] == Range((), (), ())
+    assert choose_profile(spec, (profile,), {"pixel_values": (2, 3, 8, 8), "keep_count": ()}) == 0
+
+
 def test_a_decoder_that_cannot_take_one_token() -> None:
     longer = Dim(name="sequence", minimum=2, optimum=8, maximum=8)
     with pytest.raises(EngineError, match="token by token") as caught:

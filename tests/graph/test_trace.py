@@ -114,7 +114,7 @@ def test_positions_matter_in_the_exported_decoder(
         session,
         pixels[:1],
         ragged_ids[:1],
-        adjust=lambda placement: with_two_ids_swapped(placement, np.array([3]), kept),
+        adjust=lambda placement: with_two_ids_swapped(placement, np.array([3]), np.array([kept])),
     )[1]
     later = forced(
         session,

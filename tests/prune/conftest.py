@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,10 +45,11 @@ def sets() -> Any:
 
 @pytest.fixture(scope="session")
 def exported(sets: Any) -> Callable[..., Any]:
-    """`exported(pruner, kept, grid)`: the strategy as a graph of its own in ONNX Runtime; each made once."""
+    """`exported(pruner, kept, grid)`: the strategy as a graph of its own in ONNX Runtime; each made once. K is an input where
+    `kept` is None."""
     made: dict[tuple[Any, ...], Any] = {}
 
-    def graph(pruner: str, kept: int, grid: tuple[int, int], **options: Any) -> Any:
+    def graph(pruner: str, kept: int | None, grid: tuple[int, int], **options: Any) -> Any:
         key = (pruner, kept, grid, *sorted(options.items()))
         if key not in made:
             made[key] = sets.graph(pruner, kept, grid, **options)
@@ -103,30 +105,48 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
                     own = selected.patches_BKE[picture].numpy()
                     np.testing.assert_allclose(own, choice.patches_KE[places], atol=1e-4)
 
+    def every_count_of_one_graph(pruner: str) -> None:
+        """As a graph in which K is an input, from the fewest to all of 20 tokens."""
+        graph, generator = exported(pruner, None, SMALL, width=48), np.random.default_rng(8)
+        for kept in range(prune.strategy(pruner).fewest, SMALL[0] * SMALL[1] + 1):
+            arrays = sets.random_features(generator, SMALL, batch=3, width=48)
+            assert set(sets.agrees(graph, arrays, kept)) <= {"equal", "tie"}, kept
+
     return SimpleNamespace(
         agrees_with_float64=agrees_with_float64,
         batch_equals_singles=batch_equals_singles,
         every_count=every_count,
+        every_count_of_one_graph=every_count_of_one_graph,
     )
 
 
 @pytest.fixture
 def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
     """`vision_graph(pruner=..., precision=..., keep=...)` -> (path, spec, weight keys) of the tiny tower, linted."""
+    numbers = itertools.count()
 
     def build(**changes: Any) -> tuple[Path, Any, list[str]]:
+        folder = tmp_path / f"vision-{next(numbers)}"
+        folder.mkdir()
         recipe = Recipe.model_validate({"keep": 0.34, **tiny_options, **changes})
         checkpoint = open_checkpoint(Path(recipe.checkpoint))
         _, family = family_of(checkpoint)
-        plan = plan_for(recipe, family.facts(checkpoint))
+        text_tower = None
+        if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
+            part = open_checkpoint(Path(recipe.text_tower))
+            checkpoint, text_tower = (
+                checkpoint.with_part("text_tower", part),
+                family.text_tower(checkpoint, part),
+            )
+        plan = plan_for(recipe, family.facts(checkpoint), text_tower)
         component = family.components(checkpoint, plan)[0]
         model = trace.graph_from_component(component)
         keys = [component.weight_key(name) for name in weights.parameters_of(model)]
-        store = weights.WeightStore(checkpoint, recipe.precision, tmp_path)
+        store = weights.WeightStore(checkpoint, recipe.precision, folder)
         store.prepare(keys)
         weights.attach_weights(model, store, component.weight_key)
         passes.simplify(model)
-        path = tmp_path / "vision.onnx"
+        path = folder / "vision.onnx"
         passes.write_graph(model, component.spec, path)
         lint.lint_graph(path, profile="vision", own=True, policy=plan.positions).require()
         return path, component.spec, keys

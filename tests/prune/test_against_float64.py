@@ -37,6 +37,11 @@ def test_every_count_from_fewest_to_all(check: SimpleNamespace, name: str) -> No
     check.every_count(name)
 
 
+@pytest.mark.parametrize("name", [name for name in prune.names() if name != "none"])
+def test_every_count_as_an_input_of_one_graph(check: SimpleNamespace, name: str) -> None:
+    check.every_count_of_one_graph(name)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_tensorrt_builds_it(builds_in_tensorrt: Callable[..., None], name: str) -> None:
     builds_in_tensorrt(name)

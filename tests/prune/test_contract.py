@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import Selected, VisionFeatures, order
 from gap_export.prune.cls_attention import ClsAttention
 from gap_export.prune.random import drawn_indices
-from gap_export.prune.spatial import grid_indices
+from gap_export.prune.reference import grid_indices
 
 GRID, HEADS, WIDTH = (4, 5), 3, 8
 VISUAL = GRID[0] * GRID[1]
@@ -30,31 +30,32 @@ def select(name: str, whole: VisionFeatures, kept: int, seed: int = 0) -> torch.
     return prune.load(name).select(whole, kept, seed=seed, merged_id=MergedId.LAST_VISUAL).indices_BK
 
 
-def features(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> VisionFeatures:
+def tensors(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    visual = grid[0] * grid[1]
-    width = HEADS * WIDTH
-    return VisionFeatures(
-        patches_BNE=torch.randn(batch, visual, width, generator=generator),
-        grid=grid,
-        class_query_BAD=torch.randn(batch, HEADS, WIDTH, generator=generator),
-        keys_BATD=torch.randn(batch, HEADS, visual + 1, WIDTH, generator=generator),
-        class_token_BE=torch.randn(batch, width, generator=generator),
-        following_query_BE=torch.randn(batch, width, generator=generator),
-        following_keys_BTE=torch.randn(batch, visual + 1, width, generator=generator),
-        projected_BNH=torch.randn(batch, visual, 2 * width, generator=generator),
-    )
+    visual, width = grid[0] * grid[1], HEADS * WIDTH
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    return {
+        "patches_BNE": normal(visual, width),
+        "class_query_BAD": normal(HEADS, WIDTH),
+        "keys_BATD": normal(HEADS, visual + 1, WIDTH),
+        "class_token_BE": normal(width),
+        "following_query_BE": normal(width),
+        "following_keys_BTE": normal(visual + 1, width),
+        "projected_BNH": normal(visual, 2 * width),
+        "aligned_BNP": normal(visual, width),
+        "text_BP": normal(width),
+    }
+
+
+def features(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> VisionFeatures:
+    return VisionFeatures(grid=grid, **tensors(batch, grid, seed))  # type: ignore[arg-type]
 
 
 def counts_of(name: str) -> list[int]:
     return [VISUAL] if name == "none" else list(range(prune.strategy(name).fewest, VISUAL + 1))
-
-
-def row_of(whole: VisionFeatures, row: int) -> VisionFeatures:
-    tensors = {field.name: getattr(whole, field.name) for field in fields(whole) if field.name != "grid"}
-    return VisionFeatures(
-        grid=whole.grid, **{name: tensor[row : row + 1] for name, tensor in tensors.items()}
-    )
 
 
 # The contract
@@ -74,10 +75,14 @@ def test_survivors_are_distinct_and_in_range_at_every_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", prune.names())
 def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
-    whole = features()
     kept = counts_of(name)[len(counts_of(name)) // 2]
-    alone = [select(name, row_of(whole, row), kept, 3)[0].tolist() for row in range(4)]
-    assert select(name, whole, kept, 3).tolist() == alone
+    whole = tensors()
+    alone = [
+        VisionFeatures(grid=GRID, **{name: tensor[row : row + 1] for name, tensor in whole.items()})  # type: ignore[arg-type]
+        for row in range(4)
+    ]
+    expected = [select(name, picture, kept, 3)[0].tolist() for picture in alone]
+    assert select(name, features(), kept, 3).tolist() == expected
 
 
 @pytest.mark.parametrize("name", prune.names())
@@ -101,8 +106,12 @@ def test_only_strategies_that_say_so_depend_on_the_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", prune.names())
 def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None:
-    whole = features()
-    bare = VisionFeatures(patches_BNE=whole.patches_BNE, grid=GRID, projected_BNH=whole.projected_BNH)
+    bare = replace(
+        features(),
+        **dict.fromkeys(
+            ("class_query_BAD", "keys_BATD", "class_token_BE", "following_query_BE", "following_keys_BTE")
+        ),
+    )
     kept = counts_of(name)[-1]
     if "class_token" in prune.strategy(name).needs:
         with pytest.raises(ValueError, match="class token"):
@@ -247,19 +256,19 @@ def test_all_of_a_grid_is_the_grid() -> None:
     assert grid_indices((5, 7), 35) == list(range(35))
 
 
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), data=st.data())
+def test_the_tensor_arithmetic_gives_the_same_grid(rows: int, columns: int, data: st.DataObject) -> None:
+    kept = data.draw(st.integers(1, rows * columns))
+    bare = VisionFeatures(torch.empty(2, rows * columns, 1), (rows, columns))
+    assert select("spatial", bare, kept).tolist() == [grid_indices((rows, columns), kept)] * 2
+
+
 # Random
 
 
 def test_draws_are_the_same_on_every_machine() -> None:
-    assert drawn_indices(10, 4, 0) == [4, 6, 2, 7]
-    assert drawn_indices(10, 10, 1) != drawn_indices(10, 10, 2)
-
-
-@given(visual=st.integers(1, 600), seed=st.integers(0, 50), data=st.data())
-def test_larger_draws_contain_smaller_ones(visual: int, seed: int, data: st.DataObject) -> None:
-    few = data.draw(st.integers(1, visual))
-    many = data.draw(st.integers(few, visual))
-    assert drawn_indices(visual, many, seed)[:few] == drawn_indices(visual, few, seed)
+    assert drawn_indices(10, 0)[:4] == [4, 6, 2, 7]
+    assert drawn_indices(10, 1) != drawn_indices(10, 2)
 
 
 def test_none_is_not_asked_to_prune() -> None:

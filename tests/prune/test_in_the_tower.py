@@ -18,7 +18,7 @@ from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
 
 TOTAL, KEPT = 36, 12
-OTHERS = [name for name in prune.names() if name != "none"]
+OTHERS = [row.name for row in prune.STRATEGIES if row.name != "none" and not row.needs_text]
 VARIANTS = [
     *((name, MergedId.LAST_VISUAL, PositionPolicy.GAP) for name in OTHERS),
     ("prumerge", MergedId.CENTROID, PositionPolicy.GAP),

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gap_export.prune.vispruner import rounds
 
 
-@given(remaining=st.integers(1, 576), data=st.data())
-def test_rounds_end_where_they_should(remaining: int, data: st.DataObject) -> None:
-    wanted = data.draw(st.integers(1, remaining))
-    drops, left = rounds(remaining, wanted), remaining
-    for drop in drops:
-        assert 1 <= drop <= min(8, (left + 1) // 2)
-        left -= drop
+@given(visual=st.integers(1, 3000), data=st.data())
+def test_rounds_are_enough(visual: int, data: st.DataObject) -> None:
+    kept = data.draw(st.integers(1, visual) | st.integers(1, min(visual, 20)))
+    left, wanted = visual - kept // 2, kept - kept // 2
+    for _ in range(rounds(visual, kept)):
+        left -= min(8, left - wanted, (left + 1) // 2)
     assert left == wanted
 
 
-def test_576_tokens_take_54_rounds_of_eight() -> None:
-    assert rounds(576 - 72, 72) == [8] * 54
+@pytest.mark.parametrize(("kept", "enough"), [(144, 56), (576, 2), (1, 74)])
+def test_rounds_over_576_tokens(kept: int, enough: int) -> None:
+    assert rounds(576, kept) == enough

@@ -42,8 +42,15 @@ class FakeSession:
         self._logits = np.zeros((len(self.script[0]), VOCABULARY), np.float32)
         self._turn = 0
 
-    def encode(self, pixel_values_BCHW: NDArray[np.float32]) -> VisualTokens:
+    def encode(
+        self,
+        pixel_values_BCHW: NDArray[np.float32],
+        *,
+        text_ids_BL: Ids | None = None,
+        keep_count: int | None = None,
+    ) -> VisualTokens:
         rows = len(pixel_values_BCHW)
+        self.asked = (text_ids_BL, keep_count)
         return VisualTokens(embeds="visual", kept_indices=KEPT[:rows], scores=None)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
@@ -170,7 +177,9 @@ def test_the_cache_must_hold_prompt_and_answer() -> None:
 
 def test_an_adjusted_placement_is_used_and_reported() -> None:
     session = FakeSession([[7], [EOS]])
-    generation = answer(session, adjust=lambda placement: replace(placement, next_position=np.array([99])))
+    generation = answer(
+        session, adjust=lambda placement, visual: replace(placement, next_position=np.array([99]))
+    )
     assert session.prefilled is generation.placement
     assert session.steps == [([7], [99], [8])]
 

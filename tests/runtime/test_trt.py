@@ -10,7 +10,7 @@ import ctypes
 import gc
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.session import PAD
 from gap_export.runtime.trt import TensorRTSession
-from gap_export.spec import GraphSpec, TensorSpec
+from gap_export.spec import Dim, GraphSpec, TensorSpec
 
 GRAPHS = ("vision", "splice", "embed", "decoder")
 IMAGE_TOKEN, LONGEST_PROMPT = 7, 8
@@ -164,6 +164,46 @@ def opened(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
         trt, "open_engine", lambda path, library: HostEngine(path, small.manifest.graphs[path.stem].spec, log)
     )
     return TensorRTSession(small), device, log
+
+
+def test_a_chosen_count_is_read_on_the_host(small: Bundle, opened: Any) -> None:
+    """TensorRT wants scalars that are extents in host memory; the stand-in would read anything from anywhere."""
+    spec = small.manifest.graphs["vision"].spec
+    scalar = TensorSpec(
+        name="keep_count",
+        dtype="int64",
+        shape=(),
+        extent_of=Dim(name="kept", minimum=1, optimum=3, maximum=6),
+    )
+    session, device, _ = opened
+    vision = trt._LoadedGraph(
+        spec.model_copy(update={"inputs": (*spec.inputs, scalar)}),
+        CountingEngine(),
+        session._graphs["vision"]._library,
+        device,
+    )
+    for count in (2, 5):
+        vision.prepare({"pixel_values": PIXELS, "keep_count": np.array(count, np.int64)})
+        address = CountingEngine.addresses["keep_count"]
+        assert ctypes.c_int64.from_address(address).value == count
+        assert address not in device.blocks
+    vision.close()
+
+
+class CountingEngine:
+    """Remembers addresses, runs nothing."""
+
+    addresses: ClassVar[dict[str, int]] = {}
+
+    def create_execution_context(self) -> CountingEngine:
+        return self
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -128,8 +128,9 @@ def evaluate(
     scenes: list[Case],
     keeps: list[float],
     policies: Iterable[str] = POLICIES,
+    scores: Tensor | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """IoU per case for "full" and for every "<policy> <keep>"."""
+    """IoU per case for "full" and for every "<policy> <keep>". Tokens are kept by `scores` [cases, N], by default CLS attention."""
     groups: dict[int, list[int]] = {}
     for index, case in enumerate(scenes):
         groups.setdefault(len(question_ids(case.expression)), []).append(index)
@@ -139,10 +140,12 @@ def evaluate(
     results = {name: np.zeros(len(scenes)) for name, _, _ in settings}
     for rows in track(batches, description="evaluate"):
         pixels = np.stack([np.asarray(scenes[row].image) for row in rows])
-        visual, scores = features_and_scores(model, pixels)
+        visual, ranks = features_and_scores(model, pixels)
+        if scores is not None:
+            ranks = scores[rows]
         question = torch.tensor([question_ids(scenes[row].expression) for row in rows])
         for name, policy, count in settings:
-            kept = scores.topk(count, dim=-1).indices
+            kept = ranks.topk(count, dim=-1).indices
             if policy != "permuted":
                 kept = kept.sort(dim=-1).values
             tokens = answer(model, torch.take_along_dim(visual, kept[..., None], 1), kept, question, policy)

@@ -30,7 +30,8 @@ _ORDER_KEEPING = (
     "Round",
     "Clip",
 )
-_INDEX_MOVEMENT = (*_ORDER_KEEPING, "Concat", "Transpose", "Tile", "Add", "Mul", "Slice")
+_INDEX_MOVEMENT = (*_ORDER_KEEPING, "Concat", "Where", "Transpose", "Tile", "Add", "Mul", "Slice")
+_ABOVE_ALL_INDICES = 1 << 16
 _GATHERS = ("Gather", "GatherElements", "GatherND")
 
 
@@ -209,23 +210,56 @@ class _Order:
         modulo = self._producer(index)
         if not is_op(modulo, "Mod") or modulo is None:
             return False
-        count, sorter = constant(operand(modulo, 1)), self._producer(operand(modulo, 0))
-        if count is None or count.size != 1 or not is_op(sorter, "TopK") or sorter is None:
+        count, sorter = operand(modulo, 1), self._producer(operand(modulo, 0))
+        if count is None or not is_op(sorter, "TopK") or sorter is None:
             return False
         ascending = not integer(sorter, "largest", 1) and bool(integer(sorter, "sorted", 1))
         packed = self._producer(operand(sorter, 0))
         if not ascending or not is_op(packed, "Add") or packed is None:
             return False
         for scaled, places in (packed.inputs, reversed(packed.inputs)):
-            content, product = constant(places), self._producer(scaled)
-            if content is None or not is_op(product, "Mul") or product is None:
+            product = self._producer(scaled)
+            if not is_op(product, "Mul") or product is None or not self._counts_to(places, count):
                 continue
-            factors = [constant(value) for value in product.inputs]
-            by_count = any(f is not None and f.size == 1 and f.item() == count.item() for f in factors)
-            of_data = any(self._behind(value) is self._behind(data) for value in product.inputs)
-            if by_count and of_data and np.array_equal(content.reshape(-1), np.arange(count.item())):
+            by_count = any(self._same_number(value, count) for value in product.inputs)
+            of_data = any(
+                self._behind(self._padding_last(value)) is self._behind(data) for value in product.inputs
+            )
+            if by_count and of_data:
                 return True
         return False
+
+    def _counts_to(self, places: ir.Value | None, count: ir.Value) -> bool:
+        """Whether it is 0 .. count - 1, as a constant or, where the count is an input, as a Range."""
+        content, total, maker = constant(places), constant(count), self._producer(places)
+        if content is not None and total is not None and total.size == 1:
+            return np.array_equal(content.reshape(-1), np.arange(total.item()))
+        if not is_op(maker, "Range") or maker is None:
+            return False
+        start, step = (constant(operand(maker, place)) for place in (0, 2))
+        from_zero = start is not None and start.size == 1 and start.item() == 0
+        in_ones = step is not None and step.size == 1 and step.item() == 1
+        return from_zero and in_ones and self._same_number(operand(maker, 1), count)
+
+    def _same_number(self, value: ir.Value | None, other: ir.Value) -> bool:
+        mine, its = constant(value), constant(other)
+        if mine is not None and its is not None:
+            return mine.size == its.size == 1 and bool(mine.item() == its.item())
+        return self._behind(value) is self._behind(other)
+
+    @staticmethod
+    def _padding_last(value: ir.Value | None) -> ir.Value | None:
+        """What is sorted by `Where(x < 0, large, x)`, which puts padding behind all indices."""
+        node = value.producer() if value is not None else None
+        if node is None or not is_op(node, "Where"):
+            return value
+        test, large, data = (operand(node, place) for place in range(3))
+        less, behind = test.producer() if test is not None else None, constant(large)
+        if less is None or not is_op(less, "Less") or operand(less, 0) is not data or behind is None:
+            return value
+        bound = constant(operand(less, 1))
+        is_padding = bound is not None and bound.size == 1 and bound.item() == 0
+        return data if is_padding and bool((behind.astype(np.int64) >= _ABOVE_ALL_INDICES).all()) else value
 
     def _behind(self, value: ir.Value | None) -> ir.Value | None:
         while value is not None and is_op(value.producer(), *_ORDER_KEEPING):
@@ -248,10 +282,13 @@ def _gathered_with(flow: Flow, embeds: ir.Value, kept: ir.Value) -> bool:
         return node.inputs[:1] if is_op(node, *_ORDER_KEEPING) else ()
 
     def joining(node: ir.Node) -> Iterable[ir.Value | None]:
+        if is_op(node, "Where"):
+            return node.inputs[1:]
         return node.inputs if is_op(node, "Concat") else reshaping(node)
 
     # Chosen in groups and left in the order of the choice, indices are joined; each group was read at its own.
-    origins = {v for v in flow.upstream(kept, joining) if not is_op(v.producer(), "Concat", *_ORDER_KEEPING)}
+    joins = ("Concat", "Where", *_ORDER_KEEPING)
+    origins = {v for v in flow.upstream(kept, joining) if not is_op(v.producer(), *joins)}
     fixed = [c for v in origins if (c := constant(v)) is not None]
     for value in flow.ancestors(embeds):
         node = value.producer()

@@ -1,0 +1,62 @@
+"""CDPruner: a subset that is diverse, and more so where the picture matches the expression.
+
+Source: CDPruner (arXiv 2506.10967): the most probable subset of a determinantal point process, by greedy choice. The kernel is
+r_i s_ij r_j: s is the cosine of the projected tokens, r the match of a patch with the expression (`text_similarity.py`) scaled
+to 0..1. The original scales over the whole batch; here every picture is scaled by itself. It averages over pieces of long
+texts; here texts longer than the context of the text tower are refused when they are given.
+
+The choice is sequential: K steps. The gain of a token is r_i^2 times the part of it that the chosen ones do not span: the
+diagonal of the Schur complement of s, so that a step is one update of rank one, O(N^2). (Taken from s and not from the kernel, no
+small r is lost to rounding.) Where hardly anything of a token is left, rounding would decide; such tokens go by r alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gap_export.positions import MergedId
+from gap_export.prune import Selected, VisionFeatures
+from gap_export.prune.order import take
+from gap_export.prune.scan import in_steps
+from gap_export.prune.text_similarity import TextSimilarity
+
+SPANNED = 1e-5
+"""A token of which no more is left lies in the span of the chosen ones."""
+_SMALLEST = 1e-6
+_CHOSEN = -1.0
+
+
+class CDPruner:
+    """Greedy choice from a determinantal point process that the expression conditions."""
+
+    def relevance(self, features: VisionFeatures) -> Tensor:
+        """[B, N] float32: the match with the expression, scaled to 0..1 within the picture; never quite 0."""
+        scores_BN = TextSimilarity().scores(features)
+        least_B1, most_B1 = scores_BN.amin(dim=-1, keepdim=True), scores_BN.amax(dim=-1, keepdim=True)
+        return (scores_BN - least_B1 + _SMALLEST) / (most_B1 - least_B1).clamp(min=_SMALLEST)
+
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+        """See `Pruner.select`; best first is the order of the choice."""
+        if features.projected_BNH is None:
+            raise ValueError("cdpruner needs projected tokens")
+        weight_BN = self.relevance(features).square()
+        tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
+        tokens_N = torch.arange(features.visual_tokens)
+
+        def step(state: tuple[Tensor, ...], _: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            """Choose, and take away from all tokens what the chosen one spans."""
+            cosine_BNN, left_BN = state
+            gain_BN = torch.where(left_BN == _CHOSEN, _CHOSEN, weight_BN * left_BN.clamp(min=SPANNED))
+            chosen_B1 = gain_BN.argmax(dim=-1, keepdim=True)
+            row_BN = take(cosine_BNN, chosen_B1)[:, 0]
+            pivot_B1 = row_BN.gather(1, chosen_B1)
+            share_BN = torch.where(pivot_B1 > SPANNED, row_BN / pivot_B1.clamp(min=SPANNED), 0.0)
+            is_out_BN = (left_BN == _CHOSEN) | (tokens_N == chosen_B1)
+            left_BN = torch.where(is_out_BN, _CHOSEN, (left_BN - row_BN * share_BN).clamp(min=0.0))
+            return (cosine_BNN - row_BN[:, :, None] * share_BN[:, None], left_BN), chosen_B1[:, 0].clone()
+
+        cosine_BNN = torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
+        _, chosen_KB = in_steps(step, (cosine_BNN, torch.ones_like(weight_BN)), kept)
+        return Selected(chosen_KB.transpose(0, 1))

@@ -1,0 +1,54 @@
+"""TRIM: keep the patches that match the expression, and sum up the rest in one token.
+
+Source: TRIM (arXiv 2409.10994). Scores: softmax over the patches of the *raw* product of patch and text embeddings, not
+normalised, its sign turned (see `text_similarity.py`). One more token is the mean of the features, before the projector, of all
+that were not kept; it comes last.
+
+With a static count, K - 1 tokens are kept by score. With an adaptive one, as many as have outstanding scores (`outliers.py`).
+The original cuts long texts off at the context of the text tower; here they are refused when they are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gap_export.positions import MergedId
+from gap_export.prune import Selected, VisionFeatures
+from gap_export.prune.appended import Layout, layout
+from gap_export.prune.order import take
+from gap_export.prune.outliers import outlier_count
+from gap_export.prune.text_similarity import aligned_pair, matching
+
+
+class Trim:
+    """Top-k by raw product with the expression, and the mean of the rest."""
+
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+        """See `Pruner.select`."""
+        return _with_mean(features, layout(_logits(features), kept), merged_id)
+
+    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+        """See `AdaptivePruner.select_adaptive`."""
+        logits_BN = _logits(features)
+        own_B1 = outlier_count(logits_BN.softmax(dim=-1))
+        selected = _with_mean(features, layout(logits_BN, bound, own_B1), merged_id)
+        return replace(selected, counts_B=own_B1[:, 0] + 1)
+
+
+def _logits(features: VisionFeatures) -> Tensor:
+    """[B, N] float32; ranked as the scores are, but apart where the softmax of far ones is 0."""
+    aligned_BNP, text_BP = aligned_pair(features)
+    return matching(features, torch.matmul(aligned_BNP, text_BP[..., None])[..., 0])
+
+
+def _with_mean(features: VisionFeatures, layout: Layout, merged_id: MergedId) -> Selected:
+    patches_BNE = features.patches_BNE
+    shares_BN = layout.is_rest_BN / layout.is_rest_BN.sum(dim=-1, keepdim=True)
+    mean_B1E = torch.matmul(shares_BN[:, None], patches_BNE.float()).to(patches_BNE.dtype)
+    return Selected(
+        layout.indices(merged_id, shares_BN, features.grid),
+        torch.where(layout.is_appended_BK[..., None], mean_B1E, take(patches_BNE, layout.ranked_BK)),
+    )
