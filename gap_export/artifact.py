@@ -121,8 +121,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) so that readers see the old content or the new, never a part.
 
     Raises:
         BundleError: it cannot be written.
@@ -130,7 +130,7 @@ def write_atomically(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(scratch, path)
     except OSError as error:
         raise _not_written(path, error) from error

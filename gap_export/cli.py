@@ -368,6 +368,87 @@ def bench(
 
 
 @app.command()
+def sweep(
+    model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
+    pruners: Annotated[
+        str, typer.Option(help="Strategies, separated by commas; all is every one of `gap-export models`.")
+    ] = "all",
+    keep: Annotated[
+        str, typer.Option(help="Fractions of visual tokens kept, separated by commas.")
+    ] = "0.5,0.25,0.11",
+    positions: Annotated[
+        str, typer.Option(help="Position policies, separated by commas.")
+    ] = "shifted,permuted,gap",
+    cases: Annotated[int, typer.Option(min=1, help="Held-out scenes per cell.")] = 500,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the sweep; finished cells in it are kept.")
+    ] = Path("out/sweep"),
+    backend: BackendOption = "onnxruntime",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
+    threads: Annotated[
+        int, typer.Option(min=0, help="ONNX Runtime threads of every process; 0 lets it choose.")
+    ] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes that cells are dealt to; results do not depend on it.")
+    ] = 2,
+    plot: Annotated[bool, typer.Option(help="Draw sweep.png (needs matplotlib).")] = True,
+    replace: Annotated[
+        bool, typer.Option(help="Throw away a sweep of other settings in the output folder.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy of every strategy at every count under every position policy; may be killed and goes on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from gap_export import sweep as room
+    from gap_export.recipe import load_recipe
+    from gap_export.runtime.ground import backend_of
+    from gap_export.sweep_record import tables, verdict
+
+    request = room.Request(
+        recipe=load_recipe(model),
+        pruners=room.pruners_from(pruners),
+        keeps=room.keeps_from(keep),
+        positions=room.positions_from(positions),
+        backend=backend_of(backend),
+        cases=cases,
+        batch=batch,
+        threads=threads,
+    )
+    _pipeline()
+    prepared = room.prepare(request, output, replace=replace, plot=plot)
+    left = len(prepared.remaining())
+    if left < len(prepared.cells):
+        console.print(f"{len(prepared.cells) - left} of {len(prepared.cells)} cells are finished already")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        work = bar.add_task("starting", total=left * cases, left="")
+
+        def notify(step: Any) -> None:
+            bar.update(work, advance=step.done, description=step.words or None)
+            bar.update(work, left=_time_left(bar.tasks[0]))
+
+        def finished(cell: Any, answers: Any) -> None:
+            if not console.is_terminal:  # no bar is shown there
+                accuracy = sum(answers.hits) / cases
+                console.print(f"{cell.label}: {accuracy:.3f}; {_time_left(bar.tasks[0])}", highlight=False)
+
+        record = room.run(prepared, jobs=jobs, plot=plot, notify=notify, finished=finished)
+    if as_json:
+        _print_json(record.model_dump(mode="json"))
+        return
+    for table in tables(record):
+        out.print(table)
+    out.print(verdict(record), highlight=False, soft_wrap=True)
+    out.print(f"  stored in {_plain(str(output))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(
     bundle: BundleArgument,
     verify: Annotated[bool, typer.Option(help="Hash large files too.")] = False,
@@ -464,6 +545,14 @@ def _needs_build_extra(error: ImportError) -> GapExportError:
 
 def _print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, allow_nan=False))
+
+
+def _time_left(task: Any) -> str:
+    """From the mean over the whole time: cells are traced, then answered, and the pace of the moment says nothing."""
+    if not task.completed:
+        return "time left unknown"
+    seconds = task.elapsed * (task.total - task.completed) / task.completed
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
 
 def _size(count: int) -> str:

@@ -16,6 +16,9 @@ The command line prints these without a traceback and exits with 2. Any other ex
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class GapExportError(Exception):
     """A failure the user can act on.
@@ -33,6 +36,10 @@ class GapExportError(Exception):
         self.message = message
         self.subject = subject
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How to make it again on the other side of a process boundary."""
+        return partial(type(self), subject=self.subject, hint=self.hint), (self.message,)
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.subject}: {self.message} ({self.hint})"

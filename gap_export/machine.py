@@ -8,6 +8,17 @@ from importlib import metadata
 from pathlib import Path
 
 RUNTIME_PACKAGES = ("gap-export", "numpy", "onnxruntime", "tensorrt-rtx", "tensorrt")
+BUILD_PACKAGES = (
+    "gap-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+)
 
 
 def peak_rss_bytes() -> int | None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,12 +35,17 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
 from gap_export.errors import BundleError, CheckpointError
 from gap_export.families import family_of
 from gap_export.grounding import scenes
-from gap_export.machine import versions
+from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import Plan, plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe, Target
 from gap_export.runtime.ground import Backend, Grounded, Grounder, open_session
 from gap_export.runtime.prompt import check_text_tokenizer, encode_prompts, load_tokenizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from gap_export.spec import Component
 
 Progress = Callable[[str], None]
 """Called with a few words whenever a stage begins."""
@@ -55,17 +60,6 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "gap": {"positions": PositionPolicy.GAP},
 }
 _TOKENIZER, _TEXT_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
-_PACKAGES = (
-    "gap-export",
-    "torch",
-    "transformers",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "tensorrt-rtx",
-    "tensorrt",
-)
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,7 @@ def build(
     *,
     replace: bool = False,
     self_contained: bool = False,
+    tracer: Callable[[Component], ir.Model] | None = None,
     progress: Progress = lambda words: None,
 ) -> Built:
     """Checkpoint to bundle.
@@ -96,6 +91,7 @@ def build(
         out: the bundle folder; appears when it is complete, or not at all.
         replace: replace another bundle that is already there.
         self_contained: copy the weights instead of linking them.
+        tracer: `graph.trace.graph_from_component` by default; a `TracedOnce` where several bundles are built.
         progress: told when a stage begins.
 
     Raises:
@@ -128,7 +124,7 @@ def build(
         models = []
         for component in components:
             progress(f"tracing {component.spec.name}")
-            models.append(trace.graph_from_component(component))
+            models.append((tracer or trace.graph_from_component)(component))
         progress("placing the weights")
         store = weights.WeightStore(checkpoint, recipe.precision, folder, self_contained)
         store.prepare(
@@ -190,7 +186,7 @@ def build(
                 for path in sorted(folder.rglob("*"))
                 if path.is_file() and path.name != MANIFEST
             },
-            versions=versions(_PACKAGES),
+            versions=versions(BUILD_PACKAGES),
             recipe=recipe.model_dump(mode="json"),
         )
         write_manifest(folder, manifest)
@@ -307,7 +303,7 @@ def validate(
             kept=_mean_kept(runs),
             visual_tokens=visual_tokens,
         ),
-        versions=versions(_PACKAGES),
+        versions=versions(BUILD_PACKAGES),
     )
     write_atomically(bundle.reports / "parity.json", report.model_dump_json(indent=2) + "\n")
     return report

@@ -6,8 +6,8 @@ into TensorRT profiles. One definition serves all three.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -87,8 +87,11 @@ class Component:
             and types without storage), its buffers real.
         spec: inputs and outputs.
         weight_key: name of a parameter of the module -> key in the checkpoint.
+        settings: all that the graph depends on besides the spec: components of equal spec and equal settings have the same
+            graph, and it need not be traced again. By default, equal to nobody else's.
     """
 
     module: nn.Module
     spec: GraphSpec
     weight_key: Callable[[str], str]
+    settings: Hashable = field(default_factory=object)

@@ -37,9 +37,14 @@ ROOMS = (
     "runtime",
     "parity",
     "machine",
+    "workers",
     "bench",
     "report",
+    "sweep_record",
+    "sweep_store",
+    "sweep_plot",
     "pipeline",
+    "sweep",
     "cli",
     "__main__",
 )
@@ -54,6 +59,7 @@ HEAVY = {
     "safetensors",
     "huggingface_hub",
     "ml_dtypes",
+    "matplotlib",
 }
 """What running a bundle does not need."""
 
@@ -174,7 +180,12 @@ cli.main()
 
 @pytest.mark.parametrize(
     "arguments",
-    [("build", "--model", "shapes", "-o", "x"), ("validate", "x"), ("lint", "x.onnx")],
+    [
+        ("build", "--model", "shapes", "-o", "x"),
+        ("validate", "x"),
+        ("lint", "x.onnx"),
+        ("sweep", "--model", "shapes"),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_commands_that_need_the_build_extra_say_so(arguments: tuple[str, ...], tmp_path: Path) -> None:
@@ -196,7 +207,7 @@ except SystemExit as stop:
 heavy = {"torch", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "tokenizers"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
-    for arguments in (["--help"], ["build", "--help"], ["--version"]):
+    for arguments in (["--help"], ["build", "--help"], ["sweep", "--help"], ["--version"]):
         done = python(code, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()

@@ -51,6 +51,32 @@ def test_weights_are_linked_and_graphs_are_small(tiny_bundle: BuildBundle, tiny_
         assert (bundle.folder / graph.file).stat().st_size < 60_000
 
 
+def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx_ir as ir
+
+    from gap_export.graph import trace
+    from gap_export.spec import Component, GraphSpec
+
+    traced: list[Any] = []
+
+    def graph(component: Component) -> ir.Model:
+        traced.append(component.settings)
+        return ir.Model(ir.Graph((), (), nodes=(), opset_imports={"": 24}), ir_version=11)
+
+    monkeypatch.setattr(trace, "graph_from_component", graph)
+    spec = GraphSpec(name="embed", inputs=(), outputs=())
+    tracer = trace.TracedOnce(remembered=2)
+    models = [
+        tracer(Component(module=None, spec=spec, weight_key=str, settings=settings))  # type: ignore[arg-type]
+        for settings in "abacab"
+    ]
+    assert traced == ["a", "b", "c", "b"]
+    assert len({id(model) for model in models}) == len(models), "everyone gets a model of its own"
+    for _ in range(2):  # nothing said: never taken for the same
+        tracer(Component(module=None, spec=spec, weight_key=str))  # type: ignore[arg-type]
+    assert len(traced) == 6
+
+
 def test_stretched_pictures_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
     from gap_export.families import llava
 

@@ -9,6 +9,8 @@ The modules of transformers are traced unchanged. Tower, pruner and projector ar
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -35,7 +37,7 @@ from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe
 from gap_export.runtime.preprocess import mean_colour
-from gap_export.spec import Component, Dim, DType, GraphSpec, TensorSpec
+from gap_export.spec import Component, Dim, DType, GraphName, GraphSpec, TensorSpec
 
 GROUNDING_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -264,9 +266,24 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         ),
     ]  # fmt: skip
     return [
-        Component(module=module.eval(), spec=spec, weight_key=lambda name: weight_key(checkpoint, name))
+        Component(
+            module=module.eval(),
+            spec=spec,
+            weight_key=lambda name: weight_key(checkpoint, name),
+            settings=(checkpoint.folder, _settings(spec.name, plan)),
+        )
         for spec, module in specs_and_modules
     ]
+
+
+def _settings(graph: GraphName, plan: Plan) -> Hashable:
+    """What of the plan a graph depends on, besides the shapes in its spec. The whole plan is always right."""
+    if graph in ("embed", "decoder"):
+        return None
+    if graph == "splice":
+        return plan.positions
+    order = PositionPolicy.GAP if plan.positions.keeps_raster_order else PositionPolicy.PERMUTED
+    return replace(plan, positions=order)
 
 
 def weight_key(checkpoint: Checkpoint, parameter: str) -> str:

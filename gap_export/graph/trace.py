@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,31 @@ def graph_from_component(component: Component) -> ir.Model:
     _name_symbols(model, spec.inputs)
     _count_from_scalars(model, spec.inputs)
     return model
+
+
+class TracedOnce:
+    """`graph_from_component` with a memory: components that have the same graph (`Component.settings`) are traced once.
+
+    Tracing takes most of the time of a build, and builds that differ in one option have most graphs in common.
+
+    Args:
+        remembered: how many graphs; the one that was not asked for longest is forgotten first.
+    """
+
+    def __init__(self, remembered: int = 16) -> None:
+        self._graphs: dict[Hashable, ir.Model] = {}
+        self._remembered = remembered
+
+    def __call__(self, component: Component) -> ir.Model:
+        """See `graph_from_component`. The model is the caller's own, to be changed at will."""
+        key = (component.spec.model_dump_json(), component.settings)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            graph = graph_from_component(component)
+        self._graphs[key] = graph  # most recently used last
+        if len(self._graphs) > self._remembered:
+            del self._graphs[next(iter(self._graphs))]
+        return graph.clone()
 
 
 def is_hollow(tensor: ir.TensorProtocol | None) -> bool:

@@ -63,6 +63,27 @@ class MeanIou:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Accuracy of one run minus accuracy of another, over the same expressions.
+
+    Attributes:
+        value: the difference.
+        low: lower end of its 95% interval.
+        high: upper end.
+        gained: expressions that only the first run hits.
+        lost: expressions that only the second run hits.
+        count: expressions.
+    """
+
+    value: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How far two runs gave the same boxes, whatever the truth.
 
@@ -159,6 +180,39 @@ def mean_iou(ious: ArrayLike) -> MeanIou:
     """
     values = _rows_of(ious)
     return MeanIou(float(values.mean()), float(values.std() / math.sqrt(len(values))), len(values))
+
+
+def paired_difference(first: ArrayLike, second: ArrayLike, *, z: float = 1.96) -> Difference:
+    """Compare the accuracy of two runs that answered the same expressions.
+
+    What both hit and what both miss says nothing about the difference, so that the interval is narrower than that of two
+    independent runs. It is Bonett and Price's (2012): Wald's with one expression added to either side, which is sound for
+    few expressions and for runs that never disagree.
+
+    Args:
+        first: [N] bool, which expressions were hit, N >= 1.
+        second: [N] bool, the same expressions in the same order.
+        z: 1.96 for 95%.
+
+    Raises:
+        ValueError: different lengths, or no rows.
+    """
+    hits_a, hits_b = np.asarray(first, np.bool_), np.asarray(second, np.bool_)
+    if hits_a.shape != hits_b.shape or hits_a.ndim != 1 or hits_a.size == 0:
+        raise ValueError(f"expected two times [N] with N >= 1, got {hits_a.shape} and {hits_b.shape}")
+    count = len(hits_a)
+    gained, lost = int((hits_a & ~hits_b).sum()), int((hits_b & ~hits_a).sum())
+    share_a, share_b = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    centre = share_a - share_b
+    half = z * math.sqrt((share_a + share_b - centre * centre) / (count + 2))
+    return Difference(
+        value=(gained - lost) / count,
+        low=max(-1.0, centre - half),
+        high=min(1.0, centre + half),
+        gained=gained,
+        lost=lost,
+        count=count,
+    )
 
 
 def agreement(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.grounding.boxes import Box
-from gap_export.grounding.metrics import accuracy, agreement, as_rows, iou, mean_iou
+from gap_export.grounding.metrics import accuracy, agreement, as_rows, iou, mean_iou, paired_difference
 
 CELLS = 14
 
@@ -162,6 +164,46 @@ def test_mean_iou() -> None:
     result = mean_iou([0.0, 0.5, 1.0, 0.5])
     assert (result.value, result.count) == (0.5, 4)
     assert result.standard_error == pytest.approx(np.sqrt(0.125 / 4))
+
+
+class TestPairedDifference:
+    def test_counts(self) -> None:
+        result = paired_difference([1, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0])
+        assert (result.gained, result.lost, result.count) == (3, 1, 6)
+        assert result.value == pytest.approx(2 / 6)
+        other = paired_difference([1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 1])
+        assert (other.value, other.low, other.high) == pytest.approx(
+            (-result.value, -result.high, -result.low)
+        )
+
+    @pytest.mark.parametrize(
+        ("gains", "loses"), [(0.5, 0.1), (0.3, 0.3), (0.1, 0.02), (0.02, 0.0), (0.9, 0.0)]
+    )
+    def test_the_interval_covers_the_truth_in_95_of_100_cases(self, gains: float, loses: float) -> None:
+        """Every outcome of 30 expressions, weighed by its probability."""
+        count, covered = 30, 0.0
+        for gained in range(count + 1):
+            for lost in range(count + 1 - gained):
+                same = count - gained - lost
+                first = [True] * gained + [False] * (lost + same)
+                second = [False] * gained + [True] * lost + [False] * same
+                result = paired_difference(first, second)
+                if result.low <= gains - loses <= result.high:
+                    weight = comb(count, gained) * comb(count - gained, lost)
+                    covered += weight * gains**gained * loses**lost * (1 - gains - loses) ** same
+        assert 0.93 < covered <= 1
+
+    def test_few_expressions_prove_nothing(self) -> None:
+        assert paired_difference([True], [False]).low < 0
+        same = paired_difference([True] * 500, [True] * 500)
+        assert same.value == 0
+        assert same.low < 0 < same.high
+        assert paired_difference([True] * 500, [False] * 500).low > 0.98
+
+    @pytest.mark.parametrize(("first", "second"), [([], []), ([True], [True, False]), ([[True]], [[True]])])
+    def test_refused(self, first: list[bool], second: list[bool]) -> None:
+        with pytest.raises(ValueError, match="N >= 1"):
+            paired_difference(first, second)
 
 
 class TestAgreement:

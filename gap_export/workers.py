@@ -1,0 +1,171 @@
+"""Tasks dealt to worker processes, results as they come; with one worker, in this process.
+
+A worker is made once per process and may keep what tasks have in common. Workers start afresh (`spawn`), touch no file of the
+caller's and end with it, however it ends: only the caller stores results, so a killed run leaves no writer behind.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Generic, Protocol, TypeVar
+
+from gap_export.errors import EnvironmentLacks, GapExportError, InputError
+
+Task = TypeVar("Task", contravariant=True)
+Result = TypeVar("Result", covariant=True)
+
+
+_PATIENCE_SECONDS = 5
+"""How long a worker that was told to end may take to do so in order."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far the work is.
+
+    Attributes:
+        words: what is being done.
+        done: units of work finished since the last step.
+    """
+
+    words: str
+    done: int = 0
+
+
+Notify = Callable[[Step], None]
+
+
+class Worker(Protocol[Task, Result]):
+    """Does one task after the other."""
+
+    def __call__(self, task: Task, notify: Notify, /) -> Iterator[Result]:
+        """Results of one task, each as soon as it is finished."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Finished(Generic[Result]):
+    result: Result
+
+
+@dataclass(frozen=True)
+class _Ready:
+    pass
+
+
+def results_of(
+    make_worker: Callable[[], Worker[Task, Result]],
+    tasks: Sequence[Task],
+    *,
+    jobs: int,
+    notify: Notify = lambda step: None,
+) -> Iterator[Result]:
+    """Do all tasks.
+
+    Args:
+        make_worker: called once in every process; can be pickled, as can tasks and results.
+        tasks: begun in this order.
+        jobs: how many processes.
+        notify: called in this process.
+
+    Yields:
+        Results in the order in which they are finished.
+
+    Raises:
+        InputError: fewer than one job.
+        GapExportError: a worker's own.
+        EnvironmentLacks: a worker was killed, or broke down with a traceback of its own.
+    """
+    if jobs < 1:
+        raise InputError("must be at least 1", subject=f"jobs {jobs}", hint="1 works in this process alone")
+    jobs = min(jobs, len(tasks))
+    if jobs <= 1:
+        worker = make_worker() if tasks else None
+        for task in tasks:
+            assert worker is not None
+            yield from worker(task, notify)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(tasks))
+    workers = dict(_started(context, make_worker) for _ in range(jobs))
+    try:
+        while workers:
+            for connection in wait(list(workers)):
+                assert isinstance(connection, Connection)
+                try:
+                    message = connection.recv()
+                except (EOFError, ConnectionError) as error:
+                    raise _broken(workers[connection]) from error
+                if isinstance(message, _Finished):
+                    yield message.result
+                elif isinstance(message, Step):
+                    notify(message)
+                elif isinstance(message, GapExportError):
+                    raise message
+                elif waiting:
+                    connection.send(waiting.pop())
+                else:
+                    connection.close()
+                    workers.pop(connection).join()
+    finally:
+        for process in workers.values():
+            process.terminate()
+        for process in workers.values():
+            process.join(_PATIENCE_SECONDS)
+            process.kill()
+            process.join()
+
+
+def _started(
+    context: SpawnContext, make_worker: Callable[[], Worker[Task, Result]]
+) -> tuple[Connection, SpawnProcess]:
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, make_worker), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    return mine, process
+
+
+def _broken(process: SpawnProcess) -> EnvironmentLacks:
+    process.join()
+    code = process.exitcode or 0
+    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    return EnvironmentLacks(
+        f"{how} before its work was done",
+        subject="a worker process",
+        hint="where memory is short, --jobs 1 takes less; finished work is kept: run the same command again",
+    )
+
+
+def _serve(connection: Connection, make_worker: Callable[[], Worker[Task, Result]]) -> None:
+    """A worker process: asks for tasks until there are none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the caller, who ends the workers
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # in order: what libraries have to clear away, they do
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    try:
+        worker = make_worker()
+        while True:
+            connection.send(_Ready())
+            for result in worker(connection.recv(), connection.send):
+                connection.send(_Finished(result))
+    except EOFError:  # no task is left
+        return
+    except GapExportError as error:
+        connection.send(error)
+
+
+def _end_with_the_caller() -> None:
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os._exit(1)
