@@ -33,11 +33,23 @@ pixel_values = pixels_HWC.transpose(2, 0, 1)[None]
 text = prompt["grounding"].replace("{expression}", expression)
 input_ids = np.array([tokenizer.encode(text, add_special_tokens=prompt["add_special_tokens"]).ids])
 
-embeds, kept = graph["vision"].run(["visual_embeds", "kept_indices"], {"pixel_values": pixel_values})
-x, ids, next_position, next_slot = graph["splice"].run(
-    ["inputs_embeds", "position_ids", "next_position", "next_slot"],
-    {"input_ids": input_ids, "visual_embeds": embeds, "kept_indices": kept},
-)
+
+def run(name: str, offered: dict) -> dict:
+    """Run a graph with those of the offered tensors that it takes; its outputs by name."""
+    inputs = {value.name: offered[value.name] for value in graph[name].get_inputs()}
+    outputs = [value.name for value in graph[name].get_outputs()]
+    return dict(zip(outputs, graph[name].run(outputs, inputs), strict=True))
+
+
+# What only some bundles take: how many tokens to keep, where requests choose; the expression, where the pruner reads it.
+seen = {"pixel_values": pixel_values, "keep_count": np.array(manifest["pruning"]["kept"])}
+if manifest["text_tower"]:
+    reader = Tokenizer.from_file(str(folder / "text_tokenizer.json"))
+    seen["text_ids"] = np.array([reader.encode(expression).ids])
+visual = run("vision", seen)
+spliced = run("splice", {"input_ids": input_ids, **visual})
+x, ids = spliced["inputs_embeds"], spliced["position_ids"]
+next_position, next_slot = spliced["next_position"], spliced["next_slot"]
 
 # One buffer per past/present pair. Not bound in place here: right, but the cache is copied at every step (ONNX Runtime says
 # so); gap_export/runtime/ort.py shows the binding.

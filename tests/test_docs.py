@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -100,9 +101,21 @@ def test_help_of_every_command_is_a_sentence() -> None:
         assert group.commands[name].help, f"{name} has no help text"  # type: ignore[attr-defined]
 
 
-def test_the_example_program_answers_like_the_package(tiny_bundle: Callable[..., Bundle]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"keep": "0.1:0.25:1.0"},
+        {"pruner": "trim"},
+        {"pruner": "prumerge", "keep": "adaptive", "keep_bound": 1.0},
+    ],
+    ids=["fixed", "chosen", "text", "adaptive"],
+)
+def test_the_example_program_answers_like_the_package(
+    changes: dict[str, Any], tiny_bundle: Callable[..., Bundle]
+) -> None:
     """It uses none of the package: position ids and slots come from the graphs and the page alone."""
-    bundle, picture, expression = tiny_bundle(), ROOT / "docs" / "images" / "scene.png", "the red one"
+    bundle, picture, expression = tiny_bundle(**changes), ROOT / "docs" / "images" / "scene.png", "the red one"
     program = [
         sys.executable,
         str(ROOT / "docs" / "drive_a_bundle.py"),
