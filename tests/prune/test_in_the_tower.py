@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from gap_export import prune
 from gap_export.bundle import Pruning
 from gap_export.errors import RecipeError
-from gap_export.positions import MergedId, PositionPolicy
+from gap_export.positions import Ids, MergedId, PositionPolicy
 
 TOTAL, KEPT = 36, 12
-OTHERS = [row.name for row in prune.STRATEGIES if row.name != "none" and not row.needs_text]
+OTHERS = [name for name in prune.names() if name != "none"]
 VARIANTS = [
     *((name, MergedId.LAST_VISUAL, PositionPolicy.GAP) for name in OTHERS),
     ("prumerge", MergedId.CENTROID, PositionPolicy.GAP),
     ("visionzip", MergedId.MAX_KEPT, PositionPolicy.PERMUTED),
+    ("trim", MergedId.CENTROID, PositionPolicy.PERMUTED),
     ("divprune", MergedId.LAST_VISUAL, PositionPolicy.PERMUTED),
 ]
 HEAD_OF_LAST_LAYER = {"layer_norm1.weight", "layer_norm1.bias", "self_attn.q_proj.weight", "self_attn.q_proj.bias",
@@ -37,12 +38,14 @@ def test_exported_tower_equals_transformers(
     vision_graph: Callable[..., Any],
     tiny_reference: Callable[[Pruning], Any],
     pixels: NDArray[np.float32],
+    text_ids: Ids,
 ) -> None:
-    path, _, keys = vision_graph(pruner=name, merged_id=merged_id, positions=policy)
-    embeds, kept = ort.InferenceSession(str(path)).run(None, {"pixel_values": pixels})
     row = prune.strategy(name)
+    path, _, keys = vision_graph(pruner=name, merged_id=merged_id, positions=policy)
+    expression = {"text_ids": text_ids} if row.needs_text else {}
+    embeds, kept = ort.InferenceSession(str(path)).run(None, {"pixel_values": pixels, **expression})
     pruning = Pruning(pruner=name, keep=0.34, kept=KEPT, positions=policy, seed=0, merged=row.merged, merged_id=merged_id)  # fmt: skip
-    expected = tiny_reference(pruning).encode(pixels)
+    expected = tiny_reference(pruning).encode(pixels, text_ids_BL=expression.get("text_ids"))
     assert kept.shape == (4, KEPT)
     assert np.array_equal(kept, expected.kept_indices)
     scale = float(expected.embeds.abs().max())
