@@ -115,7 +115,11 @@ def test_the_example_program_answers_like_the_package(
     changes: dict[str, Any], tiny_bundle: Callable[..., Bundle]
 ) -> None:
     """It uses none of the package: position ids and slots come from the graphs and the page alone."""
-    bundle, picture, expression = tiny_bundle(**changes), ROOT / "docs" / "images" / "scene.png", "the red one"
+    bundle, picture, expression = (
+        tiny_bundle(**changes),
+        ROOT / "docs" / "images" / "scene.png",
+        "the red one",
+    )
     program = [
         sys.executable,
         str(ROOT / "docs" / "drive_a_bundle.py"),
