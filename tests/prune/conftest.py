@@ -134,7 +134,10 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         text_tower = None
         if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
             part = open_checkpoint(Path(recipe.text_tower))
-            checkpoint, text_tower = checkpoint.with_part("text_tower", part), family.text_tower(checkpoint, part)
+            checkpoint, text_tower = (
+                checkpoint.with_part("text_tower", part),
+                family.text_tower(checkpoint, part),
+            )
         plan = plan_for(recipe, family.facts(checkpoint), text_tower)
         component = family.components(checkpoint, plan)[0]
         model = trace.graph_from_component(component)
