@@ -54,7 +54,9 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    pruners = prune.names() if options.pruners == "all" else tuple(options.pruners.split(","))
+    pruners = (
+        prune.names("before the decoder") if options.pruners == "all" else tuple(options.pruners.split(","))
+    )
     sets = 5 if options.smoke else options.sets
     console = Console()
 

@@ -128,9 +128,9 @@ def measure(
     for each in contenders:
         # The last token generated is never fed back, so it needs no slot.
         needed = _prompt_slots(each) + new_tokens - 1
-        if needed > each.session.capacity:
+        if needed > each.bundle.manifest.capacity:
             raise InputError(
-                f"needs {needed} cache slots, the bundle has {each.session.capacity}",
+                f"needs {needed} cache slots, the bundle has {each.bundle.manifest.capacity}",
                 subject=f"{each.name} with {new_tokens} new tokens",
                 hint="ask for fewer new tokens, or build with a larger --capacity",
             )
@@ -172,7 +172,7 @@ def time_request(each: Contender, new_tokens: int, clock: Clock = time.perf_coun
     readings.append(clock())
     spliced = session.splice(each.input_ids_BT, visual)
     readings.append(clock())
-    logits = session.prefill(spliced.embeds, spliced.placement)
+    logits = session.prefill(spliced.embeds, spliced.placement).logits
     readings.append(clock())
     turn = spliced.placement
     for _ in range(new_tokens - 1):
@@ -236,7 +236,7 @@ def _columns(readings: list[float]) -> tuple[float, ...]:
 
 
 def _prompt_slots(each: Contender) -> int:
-    """Text tokens and kept visual tokens of the longest row; the placeholder itself takes no slot."""
+    """Text tokens and visual tokens of the longest row as it enters the decoder; the placeholder itself takes no slot."""
     return int(each.input_ids_BT.shape[1]) - 1 + each.bundle.manifest.pruning.kept
 
 
@@ -244,7 +244,7 @@ def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int) -> R
     manifest = each.bundle.manifest
     model, pruning = manifest.model, manifest.pruning
     batch = len(each.input_ids_BT)
-    cache_elements = 2 * model.layers * model.kv_heads * model.head_dim * manifest.capacity * batch
+    cache_elements = 2 * model.kv_heads * model.head_dim * manifest.cache_slots * batch
     spans = {quantity: percentiles(samples_RQ[:, column]) for column, quantity in enumerate(QUANTITIES)}
     return Row(
         name=each.name,

@@ -120,13 +120,37 @@ Counting = Literal["fixed", "chosen", "adaptive"]
 """Who says how many visual tokens a picture keeps: the build, each request, or the picture."""
 
 
+class Stage(Stored):
+    """A run of decoder layers that see the same tokens. Stage 0 sees every visual token, each later one fewer.
+
+    Attributes:
+        first_layer: the layer it begins with.
+        layers: how many it has.
+        kept: visual tokens that its layers see, merged ones included.
+        merged: how many of them were merged from several as the stage began. Each has the raster index of one of those.
+        capacity: cache slots of its layers.
+    """
+
+    first_layer: int = Field(ge=0)
+    layers: int = Field(ge=1)
+    kept: int = Field(ge=1)
+    merged: int = Field(default=0, ge=0)
+    capacity: int = Field(ge=1)
+
+    @property
+    def run(self) -> range:
+        """Its layers."""
+        return range(self.first_layer, self.first_layer + self.layers)
+
+
 class Pruning(Stored):
     """What is pruned and how survivors are numbered.
 
     Attributes:
         pruner: name in the table of strategies.
-        keep: fraction of visual tokens kept, in (0, 1]: the default where requests choose, the bound where pictures do.
-        kept: the count that `keep` gives.
+        keep: fraction of visual tokens kept, in (0, 1]: the default where requests choose, the bound where pictures do; what
+            is left after the last stage, where there are stages.
+        kept: how many enter the decoder: the count that `keep` gives, or all of them, where tokens are dropped inside it.
         counting: who says how many.
         fewest: smallest count.
         most: largest count; what cache and engines have room for.
@@ -134,6 +158,7 @@ class Pruning(Stored):
         seed: seed of strategies that draw at random.
         merged: how many of the kept tokens were merged from many and have no raster index of their own.
         merged_id: which index those stand for.
+        stages: of strategies that drop tokens inside the decoder; empty for those that prune before it.
     """
 
     pruner: str
@@ -146,6 +171,20 @@ class Pruning(Stored):
     seed: int
     merged: int = Field(default=0, ge=0)
     merged_id: MergedId = MergedId.LAST_VISUAL
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def left(self) -> int:
+        """Visual tokens that are left at the end of the decoder."""
+        return self.stages[-1].kept if self.stages else self.kept
+
+    @property
+    def mean_kept(self) -> float:
+        """Visual tokens that a decoder layer sees, on average: what papers about dropping them inside it compare by."""
+        if not self.stages:
+            return float(self.kept)
+        layers = sum(stage.layers for stage in self.stages)
+        return sum(stage.kept * stage.layers for stage in self.stages) / layers
 
     @model_validator(mode="before")
     @classmethod
@@ -206,7 +245,8 @@ class Manifest(Stored):
     model: ModelFacts
     pruning: Pruning
     capacity: int
-    """Slots of the static cache: the longest prompt plus answer, in tokens after pruning."""
+    """Slots of the static cache: the longest prompt plus answer, in tokens that enter the decoder. Later stages need fewer
+    (`Stage.capacity`)."""
     max_new_tokens: int
     preprocessing: Preprocessing
     prompt: PromptTemplate
@@ -219,6 +259,17 @@ class Manifest(Stored):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Cache slots of every stage; of the one there is, where pruning comes before the decoder."""
+        return tuple(stage.capacity for stage in self.pruning.stages) or (self.capacity,)
+
+    @property
+    def cache_slots(self) -> int:
+        """Cache slots of all layers together."""
+        staged = sum(stage.capacity * stage.layers for stage in self.pruning.stages)
+        return staged or self.capacity * self.model.layers
 
 
 class Bundle:

@@ -232,12 +232,14 @@ def validate(
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from gap_export.bundle import open_bundle
     from gap_export.runtime.ground import backend_of
 
     pipeline = _pipeline()
+    staged = bool(open_bundle(bundle).manifest.pruning.stages)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=pipeline.validation_work(cases))
+        task = bar.add_task("starting", total=pipeline.validation_work(cases, staged=staged))
         report = pipeline.validate(
             bundle,
             cases=cases,

@@ -25,6 +25,8 @@ from gap_export.positions import (
     place,
     renumbered,
     with_image_ids_reversed,
+    with_last_stage_off_by_one,
+    with_one_slot_counter,
     with_two_ids_swapped,
     with_write_index_off_by_one,
 )
@@ -189,23 +191,19 @@ def measure(
         mine, theirs = run.generation, truth.generation
         if any(len(side.logits) < max(map(len, side.tokens)) for side in (mine, theirs)):
             raise ValueError("a run was made without its logits")
+        pruning = manifest.pruning
         expected = place(
             mine.kept_indices,
             text_before=run.prompts.text_before,
             text_after=run.prompts.text_after,
             visual_tokens=manifest.model.visual_tokens,
-            policy=manifest.pruning.positions,
-            merged=manifest.pruning.merged,
+            policy=pruning.positions,
+            merged=pruning.merged,
+            stages=tuple(stage.kept for stage in pruning.stages[1:]),
         )
         for row in range(len(truth.answers)):
-            # Sorted rather than sets: merged tokens may share an index with another token.
-            mine_K, theirs_K = (
-                side.kept_indices[row][side.kept_indices[row] >= 0] for side in (mine, theirs)
-            )
-            identical = sorted(mine_K) == sorted(theirs_K)
-            kept_equal.append(
-                identical or _is_tie(mine_K, theirs_K, theirs, row, CHOICE_MARGIN[manifest.precision])
-            )
+            identical = _kept_of(mine, row) == _kept_of(theirs, row)
+            kept_equal.append(identical or _is_tie(mine, theirs, row, CHOICE_MARGIN[manifest.precision]))
             ids_equal.append(_same_ids(mine.placement, expected, row))
             a, b = mine.tokens[row], theirs.tokens[row]
             longest = max(len(a), len(b))
@@ -263,16 +261,23 @@ def judge(measured: Measurement, gates: Gates) -> list[Gate]:
     ]
 
 
-def controls() -> dict[str, Wrong]:
-    """Placements that are wrong on purpose, by name."""
+def controls(*, staged: bool = False) -> dict[str, Wrong]:
+    """Placements that are wrong on purpose, by name.
+
+    Args:
+        staged: also those of decoders that drop tokens.
+    """
+    of_stages: dict[str, Wrong] = {
+        "last stage's write index off by one": lambda placement, *_: with_last_stage_off_by_one(placement),
+        "one slot counter for all stages": lambda placement, *_: with_one_slot_counter(placement),
+    }
     return {
-        "ids shifted": lambda placement, before, kept: renumbered(placement),
+        "ids shifted": lambda placement, *_: renumbered(placement),
         "ids permuted": with_image_ids_reversed,
         "two ids swapped": with_two_ids_swapped,
-        "write index off by one": lambda placement, before, kept: with_write_index_off_by_one(placement),
-        "decoding continues at kept length": lambda placement, before, kept: continuing_at_kept_length(
-            placement
-        ),
+        "write index off by one": lambda placement, *_: with_write_index_off_by_one(placement),
+        "decoding continues at kept length": lambda placement, *_: continuing_at_kept_length(placement),
+        **(of_stages if staged else {}),
     }
 
 
@@ -303,16 +308,24 @@ def _same_ids(mine: Placement, expected: Placement, row: int) -> bool:
         and mine.last_index[row] == length - 1
         and mine.next_position[row] == expected.next_position[row]
         and np.array_equal(mine.position_ids[row, :length], expected.position_ids[row, :length])
+        and [int(slot[row]) for slot in mine.stage_next_slot]
+        == [int(slot[row]) for slot in expected.stage_next_slot]
     )
 
 
-def _is_tie(mine_K: Ids, kept_K: Ids, theirs: Generation, row: int, margin: float) -> bool:
+def _kept_of(generation: Generation, row: int) -> list[list[int]]:
+    """What a row kept, choice by choice. Sorted rather than sets: merged tokens may share an index with another token."""
+    return [sorted(int(i) for i in kept[row] if i >= 0) for kept in generation.every_kept_indices]
+
+
+def _is_tie(mine: Generation, theirs: Generation, row: int, margin: float) -> bool:
     """Whether the tokens that only one side kept have scores that count as equal."""
     if theirs.margins is not None:
         return bool(theirs.margins[row] <= margin)
     if theirs.scores is None:
         return False
     scores_N = theirs.scores[row]
+    ((mine_K,), (kept_K,)) = _kept_of(mine, row), _kept_of(theirs, row)
     last = scores_N[kept_K].min()
     disputed = list(set(mine_K) ^ set(kept_K))
     return bool((np.abs(scores_N[disputed] - last) <= SCORE_MARGIN * abs(last)).all())

@@ -54,7 +54,7 @@ CONTROL_CASES = 48
 """Cases each negative control is run on, rounded down to whole batches."""
 
 _COMPANIONS: dict[str, dict[str, Any]] = {
-    "full": {"pruner": "none", "keep": 1.0},
+    "full": {"pruner": "none", "keep": 1.0, "prune_layers": ()},
     "shifted": {"positions": PositionPolicy.SHIFTED},
     "permuted": {"positions": PositionPolicy.PERMUTED},
     "gap": {"positions": PositionPolicy.GAP},
@@ -142,7 +142,8 @@ def build(
             passes.simplify(model)
             graph = Graph(file=f"{name}.onnx", spec=component.spec, operators=passes.operators(model))
             passes.write_graph(model, component.spec, folder / graph.file)
-            lint.lint_graph(folder / graph.file, profile=name, own=True, policy=plan.positions).require()
+            profile = "decoder" if name == "prefill" or name == "decode" else name
+            lint.lint_graph(folder / graph.file, profile=profile, own=True, policy=plan.positions).require()
             graphs[name] = graph
         shutil.copyfile(checkpoint.folder / _TOKENIZER, folder / _TOKENIZER)
         for part in checkpoint.parts.values():
@@ -171,6 +172,7 @@ def build(
                 seed=recipe.seed,
                 merged=prune.strategy(recipe.pruner).merged,
                 merged_id=recipe.merged_id,
+                stages=plan.stages,
             ),
             capacity=plan.capacity,
             max_new_tokens=recipe.max_new_tokens,
@@ -231,7 +233,8 @@ def validate(
     Raises:
         GapExportError: something could not be run. Gates that are not met are in the report.
     """
-    from gap_export.runtime.torch_reference import TextReference, TorchSession
+    from gap_export.runtime.torch_reference import TextReference
+    from gap_export.runtime.torch_staged import open_reference
 
     bundle = open_bundle(folder, every_hash=True)
     manifest = bundle.manifest
@@ -253,7 +256,7 @@ def validate(
     answer = partial(parity.run_cases, batch=batch, tick=tick)
     reference = answer(
         grounder,
-        TorchSession(source, pruning, text_tower=reads),
+        open_reference(source, pruning, text_tower=reads),
         questions,
         keep_count=keep_count,
         keep_logits=True,
@@ -266,7 +269,7 @@ def validate(
     few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
     few = questions[: few_batches * batch]
     caught, inapplicable = [], []
-    for name, adjust in parity.controls().items():
+    for name, adjust in parity.controls(staged=bool(pruning.stages)).items():
         if not parity.applies(adjust, runs[0]):
             inapplicable.append(name)
             continue
@@ -310,14 +313,15 @@ def validate(
 
 
 def _mean_kept(runs: list[Grounded]) -> float:
-    """Visual tokens that a picture keeps, on average; the count itself where all keep the same."""
-    counts = np.concatenate([parity.counts_of(run.generation.kept_indices) for run in runs])
+    """Visual tokens that are left of a picture, on average; the count itself where all keep the same."""
+    counts = np.concatenate([parity.counts_of(run.generation.every_kept_indices[-1]) for run in runs])
     return round(float(counts.mean()), 2)
 
 
-def validation_work(cases: int) -> int:
+def validation_work(cases: int, *, staged: bool = False) -> int:
     """About how many answers `validate` makes."""
-    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * len(parity.controls())
+    controls = len(parity.controls(staged=staged))
+    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * controls
 
 
 @contextmanager

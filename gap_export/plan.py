@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle import Counting, ModelFacts, Precision, TextTower
+from gap_export.bundle import Counting, ModelFacts, Precision, Stage, TextTower
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
+from gap_export.prune import stages
+from gap_export.prune.stages import Cut
 from gap_export.recipe import Recipe
 from gap_export.spec import Dim
 
@@ -22,17 +24,18 @@ class Plan:
         precision: element type of weights and activations.
         pruner: strategy.
         counting: who says how many tokens are kept.
-        keep: the fraction that `kept` comes from.
-        kept: K; the default where requests choose, the bound where pictures do.
+        keep: the fraction that `kept` comes from; with stages, what is left after the last.
+        kept: K that enter the decoder; the default where requests choose, the bound where pictures do.
         fewest: smallest K.
         most: largest K.
         positions: numbering policy.
         seed: for strategies that draw at random.
         merged_id: for strategies that merge.
         text_tower: for strategies that look at the expression; None for all others.
-        capacity: cache slots C.
+        capacity: cache slots C; of stage 0, where there are stages.
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
+        stages: of strategies that drop tokens inside the decoder.
     """
 
     precision: Precision
@@ -49,6 +52,12 @@ class Plan:
     capacity: int
     max_text: int
     max_batch: int
+    stages: tuple[Stage, ...] = ()
+
+    def layer_capacities(self, layers: int) -> tuple[int, ...]:
+        """Cache slots of every layer."""
+        staged = tuple(stage.capacity for stage in self.stages for _ in stage.run)
+        return staged or (self.capacity,) * layers
 
     @property
     def kept_dim(self) -> Dim:
@@ -71,6 +80,13 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
     prune.require_tower(strategy, facts.tower_lacks)
     prune.require_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
     counting, keep, fewest, kept, most = _counts(recipe, strategy, facts.visual_tokens)
+    cuts = stages.cuts_for(
+        recipe.pruner,
+        keep,
+        visual_tokens=facts.visual_tokens,
+        layers=facts.layers,
+        prune_layers=recipe.prune_layers,
+    )
     longest_answer = recipe.max_text - 1 + facts.visual_tokens + recipe.max_new_tokens
     if longest_answer > facts.max_positions:
         raise RecipeError(
@@ -87,6 +103,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
             subject=f"capacity {recipe.capacity}",
             hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
         )
+    capacity = recipe.capacity or _in_steps(needed)
     return Plan(
         precision=recipe.precision,
         pruner=recipe.pruner,
@@ -99,9 +116,10 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         seed=recipe.seed,
         merged_id=recipe.merged_id,
         text_tower=text_tower,
-        capacity=recipe.capacity or -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP,
+        capacity=capacity,
         max_text=recipe.max_text,
         max_batch=recipe.max_batch,
+        stages=_stages(cuts, facts, capacity),
     )
 
 
@@ -115,17 +133,46 @@ def _counts(
         prune.require_count(strategy, bound, visual_tokens)
         return "adaptive", recipe.keep_bound, strategy.fewest, bound, bound
     if isinstance(recipe.keep, float | int):
-        kept = prune.kept_count(recipe.keep, visual_tokens)
+        # What is dropped inside the decoder enters it.
+        inside = strategy.where == "inside the decoder"
+        kept = visual_tokens if inside else prune.kept_count(recipe.keep, visual_tokens)
         prune.require_count(strategy, kept, visual_tokens)
         return "fixed", recipe.keep, kept, kept, kept
-    _, default, _ = recipe.keep
+    smallest, default, largest = recipe.keep
+    if strategy.where == "inside the decoder":
+        raise RecipeError(
+            "drops tokens inside the decoder, whose graphs and caches are laid out for one share",
+            subject=f"pruner {strategy.name}, keep {smallest:g}:{largest:g}",
+            hint="give one fraction, or use a pruner that works before the decoder",
+        )
     fewest, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
     for count in (fewest, most):
         prune.require_count(strategy, count, visual_tokens)
     if fewest == most:
         raise RecipeError(
             f"is {most} of {visual_tokens} tokens at both ends",
-            subject=f"keep {recipe.keep[0]:g}:{recipe.keep[2]:g}",
+            subject=f"keep {smallest:g}:{largest:g}",
             hint="give a wider range, or one fraction",
         )
     return "chosen", default, fewest, kept, most
+
+
+def _stages(cuts: tuple[Cut, ...], facts: ModelFacts, capacity: int) -> tuple[Stage, ...]:
+    """Stage 0 with every token, and one for each cut. A later stage has as many slots to spare as stage 0, or a few more."""
+    if not cuts:
+        return ()
+    ends = [*(cut.first_layer for cut in cuts), facts.layers]
+    return tuple(
+        Stage(
+            first_layer=cut.first_layer,
+            layers=end - cut.first_layer,
+            kept=cut.kept,
+            merged=cut.merged,
+            capacity=min(capacity, _in_steps(capacity - (facts.visual_tokens - cut.kept))),
+        )
+        for cut, end in zip((Cut(0, facts.visual_tokens), *cuts), ends, strict=True)
+    )
+
+
+def _in_steps(slots: int) -> int:
+    return -(-slots // _CAPACITY_STEP) * _CAPACITY_STEP

@@ -10,7 +10,8 @@ position id it had before pruning; slots are always contiguous.
     text after the image, j     T_pre + N + j            T_pre + K + j
     generated token t           T_pre + N + T_post + t   T_pre + K + T_post + t
 
-with N visual tokens, K kept, raster indices i_1 .. i_K. `shifted` and `permuted` are the paper's two failure modes
+with N visual tokens, K kept, raster indices i_1 .. i_K. Where tokens are dropped inside the decoder, every stage of it has its
+own K and so its own slots (`Placement.stage_next_slot`); ids are the same in all of them. `shifted` and `permuted` are the paper's two failure modes
 (section 3.1, figure 2), kept so that anyone can see the damage on their own model.
 
 This is NumPy, for runtimes, checks and tests. The same arithmetic inside the exported graph is `families/splice.py`,
@@ -21,6 +22,7 @@ Shape letters: B batch, N visual tokens, K kept, S spliced sequence, R rotary ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -70,6 +72,9 @@ class Placement:
         last_index: [B] int64, the index within S of each row's last real token.
         next_position: [B] int64, the position id of the first generated token.
         next_slot: [B] int64, the cache slot of the first generated token.
+        image_start: [B] int64, text tokens before the image; None where the splice does not tell.
+        stage_write_index: of every later stage (1, 2, ...) of a decoder that drops tokens, `write_index` [B] there.
+        stage_next_slot: of every later stage, `next_slot` [B] there.
     """
 
     position_ids: Ids
@@ -77,6 +82,43 @@ class Placement:
     last_index: Ids
     next_position: Ids
     next_slot: Ids
+    image_start: Ids | None = None
+    stage_write_index: tuple[Ids, ...] = ()
+    stage_next_slot: tuple[Ids, ...] = ()
+
+    @property
+    def slots_of_stages(self) -> tuple[Ids, ...]:
+        """`next_slot` of every stage, the first included."""
+        return (self.next_slot, *self.stage_next_slot)
+
+    def decoder_inputs(self) -> dict[str, Ids]:
+        """The numbers that decoder graphs take, by the names of their inputs. A graph takes those that it names."""
+        inputs = {
+            "position_ids": self.position_ids,
+            "write_index": self.write_index,
+            "last_index": self.last_index,
+        }
+        if self.image_start is not None:
+            inputs["image_start"] = self.image_start
+        return inputs | {f"write_index.{stage}": slot for stage, slot in enumerate(self.stage_write_index, 1)}
+
+
+def placement_from_splice(outputs: Mapping[str, Ids]) -> Placement:
+    """The placement that a splice graph gives, by the names of its outputs."""
+    next_slot = outputs["next_slot"]
+    later = sorted(
+        (name for name in outputs if name.startswith("next_slot.")), key=lambda n: int(n.split(".")[1])
+    )
+    return Placement(
+        position_ids=outputs["position_ids"],
+        write_index=np.zeros_like(next_slot),
+        last_index=next_slot - 1,
+        next_position=outputs["next_position"],
+        next_slot=next_slot,
+        image_start=outputs.get("image_start"),
+        stage_write_index=tuple(np.zeros_like(next_slot) for _ in later),
+        stage_next_slot=tuple(outputs[name] for name in later),
+    )
 
 
 def kept_position_ids(kept_K: Ids, text_before: int, policy: PositionPolicy) -> Ids:
@@ -143,6 +185,7 @@ def place(
     visual_tokens: int,
     policy: PositionPolicy,
     merged: int = 0,
+    stages: tuple[int, ...] = (),
 ) -> Placement:
     """Placement of a batch of right-padded prompts with one image each.
 
@@ -154,6 +197,7 @@ def place(
         visual_tokens: N.
         policy: how to number.
         merged: see `sequence_position_ids`.
+        stages: visual tokens that every later stage has.
 
     Returns:
         Placement with S = max over rows of T_pre + K + T_post; ids of padding go on counting.
@@ -180,11 +224,14 @@ def place(
         last_index=lengths - 1,
         next_position=text_before + extent + text_after,
         next_slot=lengths,
+        image_start=text_before,
+        stage_write_index=tuple(np.zeros(len(rows), np.int64) for _ in stages),
+        stage_next_slot=tuple(text_before + left + text_after for left in stages),
     )
 
 
 def advance(placement: Placement) -> Placement:
-    """Placement of the next single-token decode call: both counters move by one, each on its own.
+    """Placement of the next single-token decode call: all counters move by one, each on its own.
 
     Returns:
         Placement with `position_ids` [B, 1], the id of the token about to be fed, and `write_index` its slot.
@@ -195,6 +242,9 @@ def advance(placement: Placement) -> Placement:
         last_index=np.zeros_like(placement.last_index),
         next_position=placement.next_position + 1,
         next_slot=placement.next_slot + 1,
+        image_start=placement.image_start,
+        stage_write_index=placement.stage_next_slot,
+        stage_next_slot=tuple(slot + 1 for slot in placement.stage_next_slot),
     )
 
 
@@ -245,6 +295,20 @@ def with_write_index_off_by_one(placement: Placement) -> Placement:
     return replace(placement, next_slot=placement.next_slot + 1)
 
 
+def with_last_stage_off_by_one(placement: Placement) -> Placement:
+    """The same in the layers of the last stage alone."""
+    if not placement.stage_next_slot:
+        return placement
+    *others, last = placement.stage_next_slot
+    return replace(placement, stage_next_slot=(*others, last + 1))
+
+
+def with_one_slot_counter(placement: Placement) -> Placement:
+    """Every stage counts the slots of the last one: stages before it overwrite the end of the prompt."""
+    last = placement.slots_of_stages[-1]
+    return replace(placement, next_slot=last, stage_next_slot=(last,) * len(placement.stage_next_slot))
+
+
 def continuing_at_kept_length(placement: Placement) -> Placement:
-    """A right prefill, but decoding numbers its tokens by cache slot."""
-    return replace(placement, next_position=placement.next_slot)
+    """A right prefill, but decoding numbers its tokens by cache slot (of the last stage, where there are stages)."""
+    return replace(placement, next_position=placement.slots_of_stages[-1])

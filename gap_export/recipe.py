@@ -69,6 +69,8 @@ class Recipe(BaseModel):
             needs by the strategy's own rule.
         keep_bound: most that an adaptive strategy may keep of a picture, as a fraction.
         pruner: strategy.
+        prune_layers: decoder layers before which tokens are dropped, for strategies that do so inside the decoder; empty
+            leaves it to the strategy.
         positions: numbering policy.
         merged_id: which raster index tokens stand for that a pruner merged from many.
         seed: for strategies that draw at random.
@@ -95,6 +97,7 @@ class Recipe(BaseModel):
     keep: Keep = USUAL_KEEP
     keep_bound: float = Field(default=0.5, gt=0, le=1)
     pruner: str = "cls_attention"
+    prune_layers: tuple[int, ...] = ()
     positions: PositionPolicy = PositionPolicy.GAP
     merged_id: MergedId = MergedId.LAST_VISUAL
     seed: int = Field(default=0, ge=0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
-GraphName = Literal["vision", "splice", "embed", "decoder"]
+GraphName = Literal["vision", "splice", "embed", "decoder", "prefill", "decode"]
 
 
 class Dim(BaseModel):
@@ -63,7 +63,7 @@ class GraphSpec(BaseModel):
     """Inputs and outputs of one graph.
 
     Attributes:
-        name: which of the four.
+        name: which one. A bundle whose decoder drops tokens has `prefill` and `decode` in the place of `decoder`.
         inputs: in graph order.
         outputs: in graph order.
         aliased: output name -> input name of tensors that share one buffer at run time (the cache).

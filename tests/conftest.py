@@ -51,7 +51,7 @@ def _save_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _save_model(folder: Path) -> None:
+def _save_model(folder: Path, layers: int, width: int) -> None:
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -67,9 +67,9 @@ def _save_model(folder: Path) -> None:
         ),
         text_config=LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=32,
+            hidden_size=width,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
@@ -95,12 +95,9 @@ def _save_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLaVA: three-layer CLIP tower, two-layer Llama (4 heads on 2), 36 visual tokens, fp32, one safetensors file."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llava"
+def _save_checkpoint(folder: Path, *, layers: int, width: int) -> Path:
     folder.mkdir()
-    _save_model(folder)
+    _save_model(folder, layers, width)
     _save_tokenizer(folder)
     settings = {
         "image_processor_type": "CLIPImageProcessor",
@@ -111,6 +108,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA: three-layer CLIP tower, two-layer Llama (4 heads on 2), 36 visual tokens, fp32, one safetensors file."""
+    return _save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-llava", layers=2, width=32)
+
+
+@pytest.fixture(scope="session")
+def deep_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a Llama of four layers, for strategies that prune between them, and heads that engines have kernels for."""
+    return _save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "deep-llava", layers=4, width=64)
 
 
 def _save_text_tower(folder: Path) -> None:

@@ -64,7 +64,7 @@ HEAVY = {
 """What running a bundle does not need."""
 
 RUN_TIME_ROOMS = ("errors", "spec", "positions", "artifact", "bundle", "runtime", "grounding")
-BUILD_ONLY = {"runtime.torch_reference"}
+BUILD_ONLY = {"runtime.torch_reference", "runtime.torch_staged"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

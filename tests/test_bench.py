@@ -18,7 +18,7 @@ from gap_export.bundle import Bundle, ModelFacts, Pruning
 from gap_export.errors import InputError
 from gap_export.machine import RUNTIME_PACKAGES, cpu_name, peak_rss_bytes, versions
 from gap_export.positions import Placement, PositionPolicy
-from gap_export.runtime.session import Spliced, VisualTokens
+from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 TEXT, KEPT, VISUAL, VOCABULARY = 10, 9, 36, 64
 LENGTH = TEXT - 1 + KEPT
@@ -69,7 +69,7 @@ class FakeSession:
 
     def prefill(self, embeds: Any, placement: Placement) -> Any:
         self.clock.now += self.prefill_s * self.factor
-        return self._logits(len(placement.position_ids), 0)
+        return Prefilled(self._logits(len(placement.position_ids), 0))
 
     def step(self, token_ids_B: Any, placement: Placement) -> Any:
         self.clock.now += self.step_s * self.factor
@@ -89,6 +89,7 @@ def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> 
     manifest = SimpleNamespace(
         precision="fp16",
         capacity=session.capacity,
+        cache_slots=2 * session.capacity,
         model=ModelFacts(
             hidden_size=32,
             layers=2,

@@ -40,7 +40,8 @@ class ClipVision(nn.Module):
         self.vision_tower = model.model.vision_tower
         self.multi_modal_projector = model.model.multi_modal_projector
         self.text_tower = text
-        self._strategy, self._pruner, self._plan = prune.strategy(plan.pruner), prune.load(plan.pruner), plan
+        name = "none" if plan.stages else plan.pruner  # those that drop tokens in the decoder do it there
+        self._strategy, self._pruner, self._plan = prune.strategy(name), prune.load(name), plan
         self._run = feature_layer
         side = vision.image_size // vision.patch_size
         self._grid = (side, side)

@@ -14,13 +14,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
+from gap_export.families import staged
 from gap_export.families.clip import ClipVision
 from gap_export.families.clip_text import (
     TEXT_TOWER,
@@ -30,9 +31,10 @@ from gap_export.families.clip_text import (
     read_text_tower,
     text_weight_key,
 )
+from gap_export.families.decoder import Decoder
 from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.splice import Embed, Splice
-from gap_export.graph.attention import IMPLEMENTATION, SlotCache, slot_mask
+from gap_export.graph.attention import IMPLEMENTATION
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe
@@ -190,14 +192,18 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     )
     side = config.vision_config.image_size
     cache = [
-        (layer, part, (batch, sizes.kv_heads, plan.capacity, sizes.head_dim))
-        for layer in range(sizes.layers)
+        (layer, part, (batch, sizes.kv_heads, slots, sizes.head_dim))
+        for layer, slots in enumerate(plan.layer_capacities(sizes.layers))
         for part in ("key", "value")
     ]
     past = [tensor(f"past.{layer}.{part}", dtype, *shape) for layer, part, shape in cache]
     present = [tensor(f"present.{layer}.{part}", dtype, *shape) for layer, part, shape in cache]
 
+    spliced_embeds = tensor("inputs_embeds", dtype, batch, spliced, sizes.hidden_size)
+    logits = tensor("logits", "float32", batch, sizes.vocabulary)
+
     embedding = model.model.language_model.embed_tokens
+    splicing = {"image_token_id": config.image_token_id, "visual_tokens": sizes.visual_tokens}
     specs_and_modules: list[tuple[GraphSpec, nn.Module]] = [
         (
             GraphSpec(
@@ -220,18 +226,16 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
                     ),
                 ),
                 outputs=(
-                    tensor("inputs_embeds", dtype, batch, spliced, sizes.hidden_size),
+                    spliced_embeds,
                     tensor("position_ids", "int64", batch, spliced),
                     tensor("next_position", "int64", batch),
                     tensor("next_slot", "int64", batch),
+                    *(staged.splice_outputs(plan, batch) if plan.stages else ()),
                 ),
             ),
-            Splice(
-                embedding,
-                image_token_id=config.image_token_id,
-                visual_tokens=sizes.visual_tokens,
-                policy=plan.positions,
-            ),
+            staged.StagedSplice(embedding, plan, **splicing)
+            if plan.stages
+            else Splice(embedding, policy=plan.positions, **splicing),
         ),
         (
             GraphSpec(
@@ -249,22 +253,25 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
             ),
             Embed(embedding),
         ),
-        (
-            GraphSpec(
-                name="decoder",
-                inputs=(
-                    tensor("inputs_embeds", dtype, batch, sequence, sizes.hidden_size),
-                    tensor("position_ids", "int64", batch, sequence),
-                    tensor("write_index", "int64", batch),
-                    tensor("last_index", "int64", batch),
-                    *past,
-                ),
-                outputs=(tensor("logits", "float32", batch, sizes.vocabulary), *present),
-                aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
-            ),
-            Decoder(model),
-        ),
     ]  # fmt: skip
+    if plan.stages:
+        specs_and_modules += staged.decoder_graphs(
+            model, plan, embeds=spliced_embeds, logits=logits, past=past, present=present
+        )
+    else:
+        spec = GraphSpec(
+            name="decoder",
+            inputs=(
+                tensor("inputs_embeds", dtype, batch, sequence, sizes.hidden_size),
+                tensor("position_ids", "int64", batch, sequence),
+                tensor("write_index", "int64", batch),
+                tensor("last_index", "int64", batch),
+                *past,
+            ),
+            outputs=(logits, *present),
+            aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
+        )
+        specs_and_modules.append((spec, Decoder(model)))
     return [
         Component(
             module=module.eval(),
@@ -309,48 +316,6 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
         subject=str(checkpoint.folder),
         hint="a shard is missing, or the layout is not one of the published ones",
     )
-
-
-class Decoder(nn.Module):
-    """The language model over a static cache: one graph for prefill and decode, logits of one row."""
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        super().__init__()
-        self.language_model = model.model.language_model
-        self.language_model.embed_tokens = None  # embeddings come in; the table lives in `splice` and `embed`
-        self.lm_head = model.lm_head
-
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        position_ids: Tensor,
-        write_index: Tensor,
-        last_index: Tensor,
-        *past: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """One call.
-
-        Args:
-            inputs_embeds: [B, S, H].
-            position_ids: [B, S] int64: what RoPE reads.
-            write_index: [B] int64: the slot of the first token of this call.
-            last_index: [B] int64: the row of S whose logits are wanted.
-            past: key and value of every layer, [B, Hkv, C, D].
-
-        Returns:
-            logits [B, V] float32, then the updated caches.
-        """
-        cache = SlotCache(past, write_index)
-        hidden_BSH = self.language_model(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            attention_mask=slot_mask(write_index, inputs_embeds.shape[1], past[0].shape[2]),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        row_B1H = last_index[:, None, None].expand(-1, 1, hidden_BSH.shape[-1])
-        logits_BV = self.lm_head(hidden_BSH.gather(1, row_B1H)[:, 0]).float()
-        return (logits_BV, *cache.present)
 
 
 def _config(checkpoint: Checkpoint) -> LlavaConfig:

@@ -10,6 +10,7 @@ Shape letters: B batch, H heads, S query tokens, C cache capacity, D head dimens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ OPSET = 24
 _SEQUENCE_AXIS = 2
 
 
+@dataclass
+class Watch:
+    """What one attention compares, for those who must know who looks at whom: hand it to a layer as `watch`.
+
+    Attributes:
+        query_BHSD: rotated queries.
+        key_BGCD: rotated keys of the G key heads, as the attention sees them.
+        scale: of their products.
+    """
+
+    query_BHSD: Tensor | None = None
+    key_BGCD: Tensor | None = None
+    scale: float = 1.0
+
+
 def onnx_attention(
     module: nn.Module,
     query_BHSD: Tensor,
@@ -29,6 +45,7 @@ def onnx_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    watch: Watch | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """One `Attention` node with one output and `is_causal=0`.
@@ -38,12 +55,15 @@ def onnx_attention(
 
     Args:
         attention_mask: bool [B, 1, S, C], true where a query may look; None for full attention.
+        watch: filled in, where the caller gave one to the layer.
 
     Returns:
         [B, S, H, D] as transformers expects it, and no attention weights.
     """
     batch, heads, queries, _width = query_BHSD.shape
     scale = scaling if scaling is not None else query_BHSD.shape[-1] ** -0.5
+    if watch is not None:
+        watch.query_BHSD, watch.key_BGCD, watch.scale = query_BHSD, key_BHCD, float(scale)
     inputs = [query_BHSD, key_BHCD, value_BHCD] + ([] if attention_mask is None else [attention_mask])
     context_BHSD = torch.onnx.ops.symbolic(
         "Attention",

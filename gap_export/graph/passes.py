@@ -22,6 +22,7 @@ def simplify(model: ir.Model) -> None:
     for clean in (
         common.InlinePass(),
         _fold_constants,
+        _state_extents,
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
@@ -49,6 +50,30 @@ def _foldable(node: ir.Node) -> bool | None:
         if any(isinstance(getattr(i, "const_value", None), ir.ExternalTensor) for i in node.inputs)
         else None
     )
+
+
+def _state_extents(model: ir.Model) -> None:
+    """Replace the -1 of a Reshape by the extent that it stands for, where that is the same in every call.
+
+    TensorRT does not work it out where the other extents are computed (a sequence that lost a few tokens), and then takes the
+    number of heads for unknown.
+    """
+    for node in list(model.graph):
+        parts = (
+            node.inputs[1].producer() if node.op_type == "Reshape" and node.inputs[1] is not None else None
+        )
+        extents = node.outputs[0].shape
+        if parts is None or parts.op_type != "Concat" or extents is None or len(extents) != len(parts.inputs):
+            continue
+        for place, (part, extent) in enumerate(zip(parts.inputs, extents, strict=True)):
+            content = ir.convenience.get_const_tensor(part) if part is not None else None
+            if isinstance(extent, int) and content is not None and content.numpy().tolist() == [-1]:
+                stated = ir.node("Constant", [], {"value": ir.tensor([extent], dtype=ir.DataType.INT64)})
+                # Other Reshapes may share the old one and mean another extent by their -1.
+                inputs = [*parts.inputs[:place], stated.outputs[0], *parts.inputs[place + 1 :]]
+                whole = ir.node("Concat", inputs, {"axis": 0})
+                model.graph.insert_before(node, [stated, whole])
+                node.replace_input_with(1, whole.outputs[0])
 
 
 def operators(model: ir.Model) -> dict[str, int]:

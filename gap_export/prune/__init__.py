@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gap_export.bundle import TowerPart
 from gap_export.errors import RecipeError
@@ -22,6 +22,7 @@ from gap_export.positions import MergedId
 if TYPE_CHECKING:
     from torch import Tensor
 
+Where = Literal["before the decoder", "inside the decoder"]
 
 NO_TOKEN = -1
 """Index of the padding after the tokens of a picture that needs fewer than others."""
@@ -153,7 +154,7 @@ class Strategy:
     merges: bool = False
     merged: int = 0
     fewest: int = 1
-    where: Literal["before the decoder"] = "before the decoder"
+    where: Where = "before the decoder"
 
 
 STRATEGIES: tuple[Strategy, ...] = (
@@ -236,13 +237,32 @@ STRATEGIES: tuple[Strategy, ...] = (
     Strategy("random", "random:Random", "a seeded draw", needs_seed=True),
     Strategy("spatial", "spatial:Spatial", "a uniform grid"),
     Strategy("none", "none:KeepAll", "nothing is pruned"),
+    Strategy(
+        "fastv",
+        "fastv:FastV",
+        "what the last token of the prompt attends to most in an early layer",
+        where="inside the decoder",
+    ),
+    Strategy(
+        "pyramiddrop",
+        "pyramiddrop:PyramidDrop",
+        "the same in three steps, each by the next layer's attention",
+        where="inside the decoder",
+    ),
+    Strategy(
+        "sparsevlm",
+        "sparsevlm:SparseVlm",
+        "what the telling words attend to most, in three steps; the best of the rest as cluster means",
+        merges=True,
+        where="inside the decoder",
+    ),
 )
 """Every strategy there is, in the order in which they are listed."""
 
 
-def names() -> tuple[str, ...]:
-    """Names of all strategies."""
-    return tuple(row.name for row in STRATEGIES)
+def names(where: Where | None = None) -> tuple[str, ...]:
+    """Names of all strategies, or of those that prune at one point."""
+    return tuple(row.name for row in STRATEGIES if where in (None, row.where))
 
 
 def strategy(name: str) -> Strategy:
@@ -263,13 +283,12 @@ def strategy(name: str) -> Strategy:
 
 
 def load(name: str) -> Pruner:
-    """The strategy of that name, ready to select.
+    """The strategy of that name, which prunes before the decoder, ready to select.
 
     Raises:
         RecipeError: unknown name, with the nearest known one.
     """
-    module, _, kind = strategy(name).implementation.partition(":")
-    pruner: Pruner = getattr(importlib.import_module(f"gap_export.prune.{module}"), kind)()
+    pruner: Pruner = implementation(strategy(name))
     return pruner
 
 
@@ -280,17 +299,23 @@ def load_adaptive(name: str) -> AdaptivePruner:
         RecipeError: unknown name, or a strategy that takes a count.
     """
     require_adaptive(strategy(name))
-    pruner: AdaptivePruner = load(name)  # type: ignore[assignment]  # the table says that it is one
+    pruner: AdaptivePruner = implementation(strategy(name))
     return pruner
+
+
+def implementation(row: Strategy) -> Any:
+    """The object behind a row: a `Pruner`, or for those inside the decoder a `stages.DecoderPruner`."""
+    module, _, kind = row.implementation.partition(":")
+    return getattr(importlib.import_module(f"gap_export.prune.{module}"), kind)()
 
 
 def needs(row: Strategy) -> str:
     """What a strategy needs, in words."""
     parts = [part.replace("_", " ") for part in row.needs]
-    return (
-        ", ".join([*parts, *(["text"] if row.needs_text else []), *(["seed"] if row.needs_seed else [])])
-        or "-"
-    )
+    parts += ["text"] if row.needs_text else []
+    parts += ["seed"] if row.needs_seed else []
+    parts += ["prompt"] if row.where == "inside the decoder" else []
+    return ", ".join(parts) or "-"
 
 
 def merging(row: Strategy) -> str:

@@ -26,12 +26,13 @@ class Generation:
     Attributes:
         tokens: per row, the ids generated, end token excluded.
         logits: per generated token [B, V] float32; the first only, unless all were asked for.
-        kept_indices: [B, K] int64; -1 after the tokens of a picture that keeps fewer than others.
+        kept_indices: [B, K] int64 that entered the decoder; -1 after the tokens of a picture that keeps fewer than others.
         placement: of the prompt, after any adjustment.
         scores: [B, N] float32 of the selection, where the session tells them.
         margins: [B] float64, by how little the selection was made, where the session tells it.
         finite: whether all logits were numbers; the argmax of others is no answer.
         ended: per row, whether the answer ended by itself and was not cut off at the longest length.
+        stage_kept_indices: of every later stage [B, K] int64, where tokens are dropped inside the decoder.
     """
 
     tokens: list[list[int]]
@@ -42,6 +43,12 @@ class Generation:
     margins: NDArray[np.float64] | None = None
     finite: bool = True
     ended: tuple[bool, ...] = ()
+    stage_kept_indices: tuple[Ids, ...] = ()
+
+    @property
+    def every_kept_indices(self) -> tuple[Ids, ...]:
+        """[B, K] int64: what entered the decoder, and what was left of it in every later stage."""
+        return (self.kept_indices, *self.stage_kept_indices)
 
 
 def generate(
@@ -76,14 +83,16 @@ def generate(
     spliced = session.splice(input_ids_BT, visual)
     placement = adjust(spliced.placement, visual) if adjust else spliced.placement
     # The last token generated is never fed back, so it needs no slot.
-    needed = int(placement.next_slot.max()) + max_new_tokens - 1
-    if needed > session.capacity:
-        raise InputError(
-            f"prompt and answer need {needed} cache slots, the bundle has {session.capacity}",
-            subject="prompt",
-            hint="shorten the expression, ask for fewer new tokens, or build with a larger --capacity",
-        )
-    logits = session.prefill(spliced.embeds, placement)
+    for slots, capacity in zip(placement.slots_of_stages, session.capacities, strict=True):
+        needed = int(slots.max()) + max_new_tokens - 1
+        if needed > capacity:
+            raise InputError(
+                f"prompt and answer need {needed} cache slots, the bundle has {capacity}",
+                subject="prompt",
+                hint="shorten the expression, ask for fewer new tokens, or build with a larger --capacity",
+            )
+    prefilled = session.prefill(spliced.embeds, placement)
+    logits = prefilled.logits
     kept_logits = [logits.copy()]
     ended = np.zeros(len(logits), bool)
     tokens: list[list[int]] = [[] for _ in range(len(logits))]
@@ -106,9 +115,10 @@ def generate(
         kept_indices=visual.kept_indices,
         placement=placement,
         scores=visual.scores,
-        margins=visual.margins,
+        margins=visual.margins if prefilled.margins is None else prefilled.margins,
         finite=finite,
         ended=tuple(ended.tolist()),
+        stage_kept_indices=prefilled.kept_indices,
     )
 
 

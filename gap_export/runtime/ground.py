@@ -113,7 +113,9 @@ class Grounder:
         )
         answers = [
             self._answer(tokens, image, kept[kept >= 0])
-            for tokens, image, kept in zip(generation.tokens, images, generation.kept_indices, strict=True)
+            for tokens, image, kept in zip(
+                generation.tokens, images, generation.every_kept_indices[-1], strict=True
+            )
         ]
         return Grounded(answers=answers, generation=generation, prompts=prompts)
 

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from gap_export.bundle import Bundle
 from gap_export.errors import SessionError
-from gap_export.positions import Ids, Placement
+from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.session import (
     KEPT_COUNTS,
     Buffer,
+    Prefilled,
     Spliced,
     VisualTokens,
     require_within_bound,
@@ -33,14 +34,12 @@ class _DecodeBuffers:
 
     Attributes:
         token_ids: [B, 1] int64.
-        position_ids: [B, 1] int64.
-        write_index: [B] int64.
+        placed: ids and slots, by the names of the graph's inputs.
         logits: [B, V] float32, overwritten by every call.
     """
 
     token_ids: Ids
-    position_ids: Ids
-    write_index: Ids
+    placed: dict[str, Ids]
     logits: NDArray[np.float32]
     embed: Any
     decoder: Any
@@ -67,12 +66,16 @@ class OnnxRuntimeSession:
                 subject=str(bundle.folder),
                 hint="run it with TensorRT, or build with --precision fp32",
             )
-        self.capacity = manifest.capacity
+        self.capacities = manifest.capacities
         self._bundle = bundle
         self._model = manifest.model
         self._dtype = _NUMPY[_element_type(bundle)]
         self._threads = threads
-        self._sessions = {name: self._load(name) for name in ("vision", "splice", "embed", "decoder")}
+        # A decoder that drops tokens is two graphs over one cache.
+        self._prompt_graph, self._token_graph = (
+            ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")
+        )
+        self._sessions = {name: self._load(name) for name in manifest.graphs}
         self._cache: dict[str, Any] = {}
         self._batch = 0
         self._decode: _DecodeBuffers | None = None
@@ -113,30 +116,31 @@ class OnnxRuntimeSession:
             KEPT_COUNTS: visual.kept_counts,
         }
         taken = {tensor.name for tensor in self._bundle.manifest.graphs["splice"].spec.inputs}
-        embeds, position_ids, next_position, next_slot = self._run(
+        embeds, *counters = self._run(
             "splice", {name: value for name, value in offered.items() if name in taken}
         )
-        slots = next_slot.numpy()
-        placement = Placement(
-            position_ids=position_ids.numpy(),
-            write_index=np.zeros_like(slots),
-            last_index=slots - 1,
-            next_position=next_position.numpy(),
-            next_slot=slots,
+        names = [tensor.name for tensor in self._bundle.manifest.graphs["splice"].spec.outputs[1:]]
+        placement = placement_from_splice(
+            {name: counter.numpy() for name, counter in zip(names, counters, strict=True)}
         )
         return Spliced(embeds=embeds, placement=placement)
 
-    def prefill(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
         """See `Session.prefill`."""
         batch = placement.position_ids.shape[0]
         if batch != self._batch:
             self._allocate(batch)
         logits = np.empty((batch, self._model.vocabulary), np.float32)
+        kept = {
+            tensor.name: np.empty((batch, *tensor.extents("maximum")[1:]), np.int64)
+            for tensor in self._bundle.manifest.graphs[self._prompt_graph].spec.outputs
+            if tensor.name.startswith("kept_indices.")
+        }
         binding = self._decoder_binding(
-            embeds, placement.position_ids, placement.write_index, placement.last_index, logits
+            self._prompt_graph, embeds, placement.decoder_inputs(), {"logits": logits, **kept}
         )
-        self._execute("decoder", binding)
-        return logits
+        self._execute(self._prompt_graph, binding)
+        return Prefilled(logits, tuple(kept.values()))
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`; the array returned is overwritten by the next call."""
@@ -144,10 +148,11 @@ class OnnxRuntimeSession:
             self._decode = self._bind_decode(self._batch)
         decode = self._decode
         decode.token_ids[:, 0] = token_ids_B
-        decode.position_ids[:] = placement.position_ids
-        decode.write_index[:] = placement.write_index
+        numbers = placement.decoder_inputs()
+        for name, bound in decode.placed.items():
+            bound[:] = numbers[name]
         self._execute("embed", decode.embed)
-        self._execute("decoder", decode.decoder)
+        self._execute(self._token_graph, decode.decoder)
         return decode.logits
 
     def _load(self, name: str) -> ort.InferenceSession:
@@ -187,36 +192,49 @@ class OnnxRuntimeSession:
             ) from error
 
     def _allocate(self, batch: int) -> None:
-        shape = (batch, self._model.kv_heads, self.capacity, self._model.head_dim)
-        spec = self._bundle.manifest.graphs["decoder"].spec
-        self._cache = {past: _ort_value(np.zeros(shape, self._dtype)) for past in spec.aliased.values()}
+        spec = self._bundle.manifest.graphs[self._token_graph].spec
+        cached = set(spec.aliased.values())
+        self._cache = {
+            tensor.name: _ort_value(np.zeros((batch, *tensor.extents("maximum")[1:]), self._dtype))
+            for tensor in spec.inputs
+            if tensor.name in cached
+        }
         self._batch = batch
         self._decode = None
 
     def _decoder_binding(
-        self, embeds: Any, position_ids: Ids, write_index: Ids, last_index: Ids, logits: NDArray[np.float32]
+        self, graph: str, embeds: Any, numbers: dict[str, Ids], outputs: dict[str, NDArray[Any]]
     ) -> Any:
         """Past and present of every layer are one buffer: the cache is updated in place."""
-        binding = self._sessions["decoder"].io_binding()
+        binding, spec = self._sessions[graph].io_binding(), self._bundle.manifest.graphs[graph].spec
         binding.bind_ortvalue_input("inputs_embeds", _ort_value(embeds))
-        binding.bind_ortvalue_input("position_ids", _ort_value(position_ids))
-        binding.bind_ortvalue_input("write_index", _ort_value(write_index))
-        binding.bind_ortvalue_input("last_index", _ort_value(last_index))
-        binding.bind_ortvalue_output("logits", _ort_value(logits))
-        for present, past in self._bundle.manifest.graphs["decoder"].spec.aliased.items():
+        for tensor in spec.inputs:
+            if tensor.name in numbers:
+                binding.bind_ortvalue_input(tensor.name, _ort_value(numbers[tensor.name]))
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, _ort_value(array))
+        for present, past in spec.aliased.items():
             binding.bind_ortvalue_input(past, self._cache[past])
             binding.bind_ortvalue_output(present, self._cache[past])
         return binding
 
     def _bind_decode(self, batch: int) -> _DecodeBuffers:
-        token_ids, position_ids = np.zeros((batch, 1), np.int64), np.zeros((batch, 1), np.int64)
-        write_index, logits = np.zeros(batch, np.int64), np.empty((batch, self._model.vocabulary), np.float32)
+        graph = self._token_graph
+        token_ids, logits = (
+            np.zeros((batch, 1), np.int64),
+            np.empty((batch, self._model.vocabulary), np.float32),
+        )
+        placed = {
+            tensor.name: np.zeros((batch, 1) if tensor.name == "position_ids" else batch, np.int64)
+            for tensor in self._bundle.manifest.graphs[graph].spec.inputs
+            if tensor.dtype == "int64"
+        }
         embeds = _ort_value(np.zeros((batch, 1, self._model.hidden_size), self._dtype))
         embed = self._sessions["embed"].io_binding()
         embed.bind_ortvalue_input("input_ids", _ort_value(token_ids))
         embed.bind_ortvalue_output("inputs_embeds", embeds)
-        decoder = self._decoder_binding(embeds, position_ids, write_index, np.zeros(batch, np.int64), logits)
-        return _DecodeBuffers(token_ids, position_ids, write_index, logits, embed, decoder)
+        decoder = self._decoder_binding(graph, embeds, placed, {"logits": logits})
+        return _DecodeBuffers(token_ids, placed, logits, embed, decoder)
 
 
 def _element_type(bundle: Bundle) -> str:

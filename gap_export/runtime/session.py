@@ -55,6 +55,21 @@ class Spliced:
     placement: Placement
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """What a prompt gives.
+
+    Attributes:
+        logits: [B, V] float32 of each row's last real token.
+        kept_indices: of every later stage of a decoder that drops tokens, [B, K] int64 raster indices.
+        margins: [B] float64, by how little those were chosen; only the reference tells.
+    """
+
+    logits: NDArray[np.float32]
+    kept_indices: tuple[Ids, ...] = ()
+    margins: NDArray[np.float64] | None = None
+
+
 class Session(Protocol):
     """A bundle (or a checkpoint) loaded into a runtime."""
 
@@ -64,8 +79,8 @@ class Session(Protocol):
         ...
 
     @property
-    def capacity(self) -> int:
-        """Slots of the cache."""
+    def capacities(self) -> tuple[int, ...]:
+        """Slots of the cache, in every stage of the decoder."""
         ...
 
     def encode(
@@ -92,12 +107,15 @@ class Session(Protocol):
         """Put the kept visual tokens in place of the placeholder; short rows are padded with `PAD`."""
         ...
 
-    def prefill(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
-        """Fill the cache from slot 0 on; logits [B, V] of each row's last real token."""
+    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
+        """Fill the cache from slot 0 on."""
         ...
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
-        """Feed one token per row at `placement.position_ids` [B, 1] into slot `placement.write_index`; logits [B, V]."""
+        """Feed one token per row at `placement.position_ids` [B, 1] into slot `placement.write_index`; logits [B, V].
+
+        Later stages have slots of their own, `placement.stage_write_index`.
+        """
         ...
 
 
@@ -133,7 +151,7 @@ def vision_inputs(
                 hint="choose within the range, or build with a wider --keep",
             )
         inputs[KEEP_COUNT] = np.array(kept, np.int64)
-    elif keep_count not in (None, pruning.kept):
+    elif keep_count not in (None, pruning.left):
         raise InputError(
             f"cannot be chosen: this bundle keeps {_kept_in_words(pruning)}",
             subject=f"keep {keep_count} tokens",
@@ -159,4 +177,4 @@ def require_within_bound(counts_B: Ids, pruning: Pruning) -> None:
 def _kept_in_words(pruning: Pruning) -> str:
     if pruning.counting == "adaptive":
         return f"what each picture needs, at most {pruning.most}"
-    return f"{pruning.kept} of every picture"
+    return f"{pruning.left} of every picture"

@@ -29,6 +29,7 @@ from gap_export.prune import reference
 from gap_export.runtime.session import (
     PAD,
     Buffer,
+    Prefilled,
     Spliced,
     VisualTokens,
     require_within_bound,
@@ -119,7 +120,6 @@ class TorchSession:
     """
 
     backend = "torch"
-    capacity = _UNBOUNDED
 
     def __init__(
         self,
@@ -147,6 +147,7 @@ class TorchSession:
                 hint="the reference needs the checkpoint the bundle was built from",
             ) from error
         self._pruning, self._text_tower = pruning, text_tower
+        self.capacities = (_UNBOUNDED,) * max(1, len(pruning.stages))
         config = self._model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         self._grid = (side, side)
@@ -236,20 +237,23 @@ class TorchSession:
             visual_tokens=self._grid[0] * self._grid[1],
             policy=self._pruning.positions,
             merged=self._pruning.merged,
+            stages=tuple(stage.kept for stage in self._pruning.stages[1:]),
         )
         return Spliced(embeds=rows, placement=placement)
 
     @torch.inference_mode()
-    def prefill(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
         """See `Session.prefill`."""
         by_length: dict[int, list[int]] = {}
         for row, embeds_SH in enumerate(embeds):
             by_length.setdefault(len(embeds_SH), []).append(row)
         self._groups = [_Group(rows, DynamicCache()) for rows in by_length.values()]
-        return self._forward(
-            lambda group: (
-                torch.stack([embeds[row] for row in group.rows]),
-                placement.position_ids[group.rows, : len(embeds[group.rows[0]])],
+        return Prefilled(
+            self._forward(
+                lambda group: (
+                    torch.stack([embeds[row] for row in group.rows]),
+                    placement.position_ids[group.rows, : len(embeds[group.rows[0]])],
+                )
             )
         )
 
@@ -285,6 +289,7 @@ class TorchSession:
     def _choose(self, shown: dict[str, Tensor | None], row: int, keep_count: int | None) -> reference.Choice:
         """What is kept of one picture, in the order in which it enters the decoder."""
         pruning = self._pruning
+        pruner = "none" if pruning.stages else pruning.pruner
         parts = {
             name: np.empty(0) if part is None else part[row].double().numpy() for name, part in shown.items()
         }
@@ -296,9 +301,9 @@ class TorchSession:
             )
         else:
             choice = reference.choose(
-                pruning.pruner,
+                pruner,
                 seen,
-                pruning.kept if keep_count is None else keep_count,
+                pruning.kept if keep_count is None or pruning.stages else keep_count,
                 seed=pruning.seed,
                 merged_id=pruning.merged_id,
             )

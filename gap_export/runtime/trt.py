@@ -2,7 +2,8 @@
 
 Position ids and write index are two inputs of the decoder and are copied to the device for every call, as they are. The
 cache is one buffer per layer and part, bound as past and as present. Prompts and single tokens run under different
-optimisation profiles of the same engine (`engine/profiles.py`).
+optimisation profiles of the same engine (`engine/profiles.py`), or, where the decoder drops tokens, in two engines over one
+cache.
 
 Embeddings stay on the device: `encode` and `splice` hand out `DeviceTensor`s, whose memory goes back to the session's pool
 when they are dropped.
@@ -25,10 +26,11 @@ from gap_export.engine.inspect import check_engine, open_engine
 from gap_export.engine.library import Library, load_library
 from gap_export.engine.profiles import choose_profile, profiles_from_spec
 from gap_export.errors import SessionError
-from gap_export.positions import Ids, Placement
+from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.session import (
     KEPT_COUNTS,
     Buffer,
+    Prefilled,
     Spliced,
     VisualTokens,
     require_within_bound,
@@ -36,14 +38,14 @@ from gap_export.runtime.session import (
 )
 from gap_export.spec import DType, GraphName, GraphSpec
 
-_GRAPHS: tuple[GraphName, ...] = ("vision", "splice", "embed", "decoder")
-
 # Tensors that go from one graph to the next without touching the host.
 _TRAVELLING: dict[GraphName, tuple[str, ...]] = {
     "vision": ("visual_embeds",),
     "splice": ("visual_embeds", "inputs_embeds"),
     "embed": ("inputs_embeds",),
     "decoder": ("inputs_embeds",),
+    "prefill": ("inputs_embeds",),
+    "decode": ("inputs_embeds",),
 }
 
 
@@ -107,9 +109,24 @@ class DeviceTensor:
 
 
 class _LoadedGraph:
-    """One engine with its context and its buffers."""
+    """One engine with its context and its buffers.
 
-    def __init__(self, spec: GraphSpec, engine: Any, library: Library, device: Device) -> None:
+    Args:
+        spec: of the graph.
+        engine: opened.
+        library: that opened it.
+        device: that it runs on.
+        cache_of: a graph whose cache this one goes on writing.
+    """
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        engine: Any,
+        library: Library,
+        device: Device,
+        cache_of: _LoadedGraph | None = None,
+    ) -> None:
         self.spec = spec
         self._library = library
         self._device = device
@@ -127,12 +144,15 @@ class _LoadedGraph:
         self._addresses_set = False
         self._context = self._created_context()
         plan = plan_buffers(spec, travelling=_TRAVELLING[spec.name])
+        shared = {name: cache_of.address(name) for name in self._cache_extents} if cache_of else {}
         self._buffers: dict[str, int] = {}
         for name, nbytes in plan.nbytes.items():
-            self._buffers[name] = device.allocate(nbytes)
-            # A masked slot counts for nothing in attention unless it holds NaN, as fresh memory may: 0 * NaN is NaN.
-            device.clear(self._buffers[name], nbytes)
-        self._address_of = {tensor: self._buffers[buffer] for tensor, buffer in plan.buffer_of.items()}
+            if name not in shared:
+                self._buffers[name] = device.allocate(nbytes)
+                # A masked slot counts for nothing in attention unless it holds NaN, as fresh memory may: 0 * NaN is NaN.
+                device.clear(self._buffers[name], nbytes)
+        buffers = self._buffers | shared
+        self._address_of = {tensor: buffers[buffer] for tensor, buffer in plan.buffer_of.items()}
         # Scalars that are extents of other tensors: TensorRT reads them on the host, before anything is launched.
         self._on_host = {
             tensor.name: np.zeros((), np.int64) for tensor in spec.inputs if tensor.extent_of is not None
@@ -188,6 +208,10 @@ class _LoadedGraph:
         shape = tuple(int(extent) for extent in self._context.get_tensor_shape(name))
         self._must(all(extent >= 0 for extent in shape), f"output {name}", "tell its shape")
         return shape
+
+    def address(self, name: str) -> int:
+        """Where an input or output lies that is not travelling."""
+        return self._address_of[name]
 
     def dtype(self, name: str) -> DType:
         """Element type of an input or output."""
@@ -263,7 +287,8 @@ class TensorRTSession:
     def __init__(self, bundle: Bundle, *, target: EngineTarget = "tensorrt-rtx") -> None:
         manifest = bundle.manifest
         engines = manifest.engines.get(target, {})
-        absent = [name for name in _GRAPHS if name not in engines]
+        names: tuple[GraphName, ...] = tuple(graph.spec.name for graph in manifest.graphs.values())
+        absent = [name for name in names if name not in engines]
         if absent:
             raise SessionError(
                 f"holds no {target} engine for {', '.join(absent)}",
@@ -271,11 +296,15 @@ class TensorRTSession:
                 hint=f"build it with --target {target}",
             )
         self.backend: str = target
-        self.capacity = manifest.capacity
+        self.capacities = manifest.capacities
+        # A decoder that drops tokens is two graphs over one cache.
+        self._prompt_graph, self._token_graph = (
+            ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")
+        )
         self._pruning, self._reads_text = manifest.pruning, manifest.text_tower is not None
         library = load_library(target)
-        paths = {name: bundle.folder / engines[name].file for name in _GRAPHS}
-        for name in _GRAPHS:
+        paths = {name: bundle.folder / engines[name].file for name in names}
+        for name in names:
             graph_sha256 = manifest.files[manifest.graphs[name].file].sha256
             check_engine(paths[name], engines[name], graph_sha256=graph_sha256, library=library)
         self._device = Device()
@@ -283,9 +312,12 @@ class TensorRTSession:
         self._graphs: dict[str, _LoadedGraph] = {}
         self._token_embeds: DeviceTensor | None = None
         try:
-            for name in _GRAPHS:
+            for name in names:
                 opened = open_engine(paths[name], library)
-                self._graphs[name] = _LoadedGraph(manifest.graphs[name].spec, opened, library, self._device)
+                cache_of = self._graphs["prefill"] if name == "decode" else None
+                self._graphs[name] = _LoadedGraph(
+                    manifest.graphs[name].spec, opened, library, self._device, cache_of
+                )
         except BaseException:
             self.close()
             raise
@@ -323,23 +355,20 @@ class TensorRTSession:
         splice.prepare({tensor.name: offered[tensor.name] for tensor in splice.spec.inputs})
         embeds = self._tensor(splice, "inputs_embeds")
         splice.run({"visual_embeds": seen.address, "inputs_embeds": embeds.address})
-        slots = splice.download("next_slot")
-        placement = Placement(
-            position_ids=splice.download("position_ids"),
-            write_index=np.zeros_like(slots),
-            last_index=slots - 1,
-            next_position=splice.download("next_position"),
-            next_slot=slots,
-        )
+        counters = [tensor.name for tensor in splice.spec.outputs if tensor.name != "inputs_embeds"]
+        placement = placement_from_splice({name: splice.download(name) for name in counters})
         return Spliced(embeds=embeds, placement=placement)
 
-    def prefill(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
         """See `Session.prefill`.
 
         Raises:
             SessionError: the prompt is longer than the engine or the cache allows, or the batch larger.
         """
-        return self._decode(embeds, placement, tokens=placement.last_index + 1)
+        graph = self._graphs[self._prompt_graph]
+        logits = self._decode(graph, embeds, placement, placement.slots_of_stages)
+        kept = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith("kept_indices.")]
+        return Prefilled(logits, tuple(graph.download(name) for name in kept))
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`.
@@ -353,7 +382,8 @@ class TensorRTSession:
             self._token_embeds = None  # its memory first goes back, so that the new one can have it
             self._token_embeds = self._tensor(embed, "inputs_embeds")
         embed.run({"inputs_embeds": self._token_embeds.address})
-        return self._decode(self._token_embeds, placement, tokens=np.ones_like(placement.write_index))
+        written = tuple(slot + 1 for slot in (placement.write_index, *placement.stage_write_index))
+        return self._decode(self._graphs[self._token_graph], self._token_embeds, placement, written)
 
     def close(self) -> None:
         """Give the GPU's memory back. The session cannot be used afterwards."""
@@ -364,27 +394,23 @@ class TensorRTSession:
         self._pool.close()
         self._device.close()
 
-    def _decode(self, embeds: Buffer, placement: Placement, tokens: Ids) -> NDArray[np.float32]:
-        """One call of the decoder; `tokens` [B] counts the real ones of each row."""
-        needed = int((placement.write_index + tokens).max())
-        if needed > self.capacity:
-            raise SessionError(
-                f"has {self.capacity} slots, this call needs {needed}",
-                subject="the cache",
-                hint="ask for fewer new tokens, or build with a larger capacity",
-            )
-        decoder = self._graphs["decoder"]
-        fed = self._on_device(decoder, "inputs_embeds", embeds)
-        decoder.prepare(
-            {
-                "inputs_embeds": fed,
-                "position_ids": placement.position_ids,
-                "write_index": placement.write_index,
-                "last_index": placement.last_index,
-            }
-        )
-        decoder.run({"inputs_embeds": fed.address})
-        return decoder.download("logits")
+    def _decode(
+        self, graph: _LoadedGraph, embeds: Buffer, placement: Placement, written: tuple[Ids, ...]
+    ) -> NDArray[np.float32]:
+        """One call of the decoder, after which `written` slots [B] of every stage are full."""
+        for slots, capacity in zip(written, self.capacities, strict=True):
+            if slots.max() > capacity:
+                raise SessionError(
+                    f"has {capacity} slots, this call needs {slots.max()}",
+                    subject="the cache",
+                    hint="ask for fewer new tokens, or build with a larger capacity",
+                )
+        fed = self._on_device(graph, "inputs_embeds", embeds)
+        taken = {tensor.name for tensor in graph.spec.inputs}
+        numbers = {name: value for name, value in placement.decoder_inputs().items() if name in taken}
+        graph.prepare({"inputs_embeds": fed, **numbers})
+        graph.run({"inputs_embeds": fed.address})
+        return graph.download("logits")
 
     def _tensor(self, graph: _LoadedGraph, name: str) -> DeviceTensor:
         """An output's memory, always of the largest size: prompts of every length can then reuse it."""

@@ -29,7 +29,7 @@ def answer(session: OnnxRuntimeSession, pixels: Any, ids: Ids, **options: Any) -
     """(kept, position ids, logits of the prefill and one step)."""
     visual = session.encode(pixels, **options)
     spliced = session.splice(ids, visual)
-    logits = session.prefill(spliced.embeds, spliced.placement)
+    logits = session.prefill(spliced.embeds, spliced.placement).logits
     return visual.kept_indices, spliced.placement, logits
 
 

@@ -41,7 +41,7 @@ def forced(
     spliced = session.splice(ids, visual)
     turn = adjust(spliced.placement)
     before_prefill(session)
-    logits = [session.prefill(spliced.embeds, turn).copy()]
+    logits = [session.prefill(spliced.embeds, turn).logits.copy()]
     tokens = np.random.default_rng(11).integers(5, 60, (STEPS, len(ids)))
     for step in range(STEPS):
         turn = advance(turn)
@@ -153,7 +153,7 @@ def test_a_row_answers_as_it_does_alone(
         visual = session.encode(pixels[[row]])
         spliced = session.splice(ragged_ids[[row], :length], visual)
         turn = spliced.placement
-        alone = [session.prefill(spliced.embeds, turn).copy()]
+        alone = [session.prefill(spliced.embeds, turn).logits.copy()]
         for step in range(STEPS):
             turn = advance(turn)
             alone.append(session.step(tokens[step, [row]].astype(np.int64), turn).copy())

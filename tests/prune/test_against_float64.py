@@ -12,7 +12,7 @@ from gap_export import prune
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId
 
-STRATEGIES = tuple(name for name in prune.names() if name != "none")
+STRATEGIES = tuple(name for name in prune.names("before the decoder") if name != "none")
 MERGING = tuple(row.name for row in prune.STRATEGIES if row.merged)
 LARGE, MEDIUM = ((24, 24), 144), ((16, 16), 64)
 SETS = [*((name, *MEDIUM) for name in STRATEGIES), *((name, *LARGE) for name in ("divprune", "cdpruner"))]

@@ -61,7 +61,7 @@ def counts_of(name: str) -> list[int]:
 # The contract
 
 
-@pytest.mark.parametrize("name", prune.names())
+@pytest.mark.parametrize("name", prune.names("before the decoder"))
 def test_survivors_are_distinct_and_in_range_at_every_count(name: str) -> None:
     merged = prune.strategy(name).merged
     for kept in counts_of(name):
@@ -73,7 +73,7 @@ def test_survivors_are_distinct_and_in_range_at_every_count(name: str) -> None:
             assert set(row) <= set(range(VISUAL))
 
 
-@pytest.mark.parametrize("name", prune.names())
+@pytest.mark.parametrize("name", prune.names("before the decoder"))
 def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     kept = counts_of(name)[len(counts_of(name)) // 2]
     whole = tensors()
@@ -85,7 +85,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     assert select(name, features(), kept, 3).tolist() == expected
 
 
-@pytest.mark.parametrize("name", prune.names())
+@pytest.mark.parametrize("name", prune.names("before the decoder"))
 def test_decoder_order_is_ascending_unless_permuted(name: str) -> None:
     selected = select(name, features(), VISUAL if name == "none" else 7)
     for policy in PositionPolicy:
@@ -96,7 +96,7 @@ def test_decoder_order_is_ascending_unless_permuted(name: str) -> None:
             assert ordered.tolist() == [sorted(row) for row in selected.tolist()]
 
 
-@pytest.mark.parametrize("name", prune.names())
+@pytest.mark.parametrize("name", prune.names("before the decoder"))
 def test_only_strategies_that_say_so_depend_on_the_seed(name: str) -> None:
     kept = VISUAL if name == "none" else 7
     first, second = (select(name, features(), kept, seed).tolist() for seed in (0, 1))
@@ -104,7 +104,7 @@ def test_only_strategies_that_say_so_depend_on_the_seed(name: str) -> None:
     assert first == select(name, features(), kept, 0).tolist()
 
 
-@pytest.mark.parametrize("name", prune.names())
+@pytest.mark.parametrize("name", prune.names("before the decoder"))
 def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None:
     bare = replace(
         features(),

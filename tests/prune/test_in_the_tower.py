@@ -18,7 +18,7 @@ from gap_export.errors import RecipeError
 from gap_export.positions import Ids, MergedId, PositionPolicy
 
 TOTAL, KEPT = 36, 12
-OTHERS = [name for name in prune.names() if name != "none"]
+OTHERS = [name for name in prune.names("before the decoder") if name != "none"]
 VARIANTS = [
     *((name, MergedId.LAST_VISUAL, PositionPolicy.GAP) for name in OTHERS),
     ("prumerge", MergedId.CENTROID, PositionPolicy.GAP),
@@ -72,7 +72,9 @@ def test_a_tower_without_a_class_token_is_told_what_works() -> None:
         if "class_token" in row.needs:
             with pytest.raises(RecipeError, match="needs a class token") as caught:
                 prune.require_tower(row, ("class_token",))
-            assert caught.value.hint == "these work on it: divprune, dart, random, spatial, none"
+            assert caught.value.hint == (
+                "these work on it: divprune, dart, random, spatial, none, fastv, pyramiddrop, sparsevlm"
+            )
         else:
             prune.require_tower(row, ("class_token", "following_layer"))
 

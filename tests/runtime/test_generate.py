@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gap_export.errors import InputError, SessionError
 from gap_export.positions import Ids, Placement, PositionPolicy, place
 from gap_export.runtime.generate import Generation, generate, refuse_overflow
-from gap_export.runtime.session import Spliced, VisualTokens
+from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 EOS, VISUAL, VOCABULARY = 2, 20, 12
 KEPT: Ids = np.array([[1, 7, 19], [0, 2, 3]])
@@ -27,14 +27,18 @@ class FakeSession:
 
     Attributes:
         script: per step, the token each row is to say.
-        capacity: slots.
+        capacities: slots of every stage.
+        stages: visual tokens of every later stage.
         steps: per decode call (tokens fed, position ids, slots).
+        stage_slots: per decode call, the slots of every later stage.
     """
 
     script: Sequence[Sequence[int]]
-    capacity: int = 1000
+    capacities: tuple[int, ...] = (1000,)
     policy: PositionPolicy = PositionPolicy.GAP
+    stages: tuple[int, ...] = ()
     steps: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
+    stage_slots: list[list[list[int]]] = field(default_factory=list)
     prefilled: Placement | None = None
     backend: str = "fake"
 
@@ -63,19 +67,21 @@ class FakeSession:
             text_after=after,
             visual_tokens=VISUAL,
             policy=self.policy,
+            stages=self.stages,
         )
         return Spliced(embeds="spliced", placement=placement)
 
-    def prefill(self, embeds: Any, placement: Placement) -> NDArray[np.float32]:
+    def prefill(self, embeds: Any, placement: Placement) -> Prefilled:
         assert embeds == "spliced"
         self.prefilled = placement
-        return self._say()
+        return Prefilled(self._say(), tuple(KEPT[:, :left] for left in self.stages))
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         assert placement.position_ids.shape == (len(token_ids_B), 1)
         self.steps.append(
             (token_ids_B.tolist(), placement.position_ids[:, 0].tolist(), placement.write_index.tolist())
         )
+        self.stage_slots.append([slot.tolist() for slot in placement.stage_write_index])
         return self._say()
 
     def _say(self) -> NDArray[np.float32]:
@@ -163,13 +169,56 @@ def test_tokens_are_the_script_up_to_the_end(data: st.DataObject) -> None:
 
 def test_the_cache_must_hold_prompt_and_answer() -> None:
     """Row 0 has 2 + 3 + 3 slots of prompt; of five new tokens four are fed back."""
-    fits = FakeSession([[7, 7]] * 5, capacity=12)
+    fits = FakeSession([[7, 7]] * 5, capacities=(12,))
     assert answer(fits, max_new_tokens=5).tokens == [[7] * 5] * 2
     assert max(slot for _, _, slots in fits.steps for slot in slots) == 11
-    too_small = FakeSession([[7, 7]] * 5, capacity=11)
+    too_small = FakeSession([[7, 7]] * 5, capacities=(11,))
     with pytest.raises(InputError, match="need 12 cache slots, the bundle has 11"):
         answer(too_small, max_new_tokens=5)
     assert too_small.prefilled is None, "refused before anything ran"
+
+
+# Stages of a decoder that drops tokens: of three visual tokens it leaves two, then one
+
+
+def test_every_stage_counts_its_own_slots() -> None:
+    session = FakeSession([[7, 7], [8, 8], [9, 9], [EOS, EOS]], stages=(2, 1), capacities=(1000,) * 3)
+    generation = answer(session)
+    assert session.prefilled is not None
+    assert [slot.tolist() for slot in session.prefilled.stage_write_index] == [[0, 0], [0, 0]]
+    # T_pre + K_s + T_post + t, and one and the same position id in all of them
+    assert [slots for _, _, slots in session.steps] == [[8, 5], [9, 6], [10, 7]]
+    assert session.stage_slots == [[[7, 4], [6, 3]], [[8, 5], [7, 4]], [[9, 6], [8, 5]]]
+    assert [ids for _, ids, _ in session.steps] == [[25, 22], [26, 23], [27, 24]]
+    assert [kept.shape for kept in generation.every_kept_indices] == [(2, 3), (2, 2), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("capacities", "needed"), [((11, 99, 99), 12), ((99, 10, 99), 11), ((99, 99, 9), 10)]
+)
+def test_the_cache_of_every_stage_must_hold_prompt_and_answer(
+    capacities: tuple[int, ...], needed: int
+) -> None:
+    session = FakeSession([[7, 7]] * 5, stages=(2, 1), capacities=capacities)
+    with pytest.raises(InputError, match=f"need {needed} cache slots, the bundle has {needed - 1}"):
+        answer(session, max_new_tokens=5)
+    enough = tuple(max(capacity, needed) for capacity in capacities)
+    assert (
+        answer(FakeSession([[7, 7]] * 5, stages=(2, 1), capacities=enough), max_new_tokens=5).tokens
+        == [[7] * 5] * 2
+    )
+
+
+def test_the_first_stages_counter_for_all_does_not_fit() -> None:
+    """A caller who takes one counter for all stages is told before anything runs."""
+    session = FakeSession([[7, 7]] * 5, stages=(2, 1), capacities=(12, 11, 10))
+    with pytest.raises(InputError, match="need 12 cache slots, the bundle has 11"):
+        answer(
+            session,
+            max_new_tokens=5,
+            adjust=lambda placement, visual: replace(placement, stage_next_slot=(placement.next_slot,) * 2),
+        )
+    assert session.prefilled is None
 
 
 # Adjusted placements and logits

@@ -31,6 +31,7 @@ from gap_export.graph.lint.general import (
 )
 from gap_export.graph.lint.load import load
 from gap_export.graph.lint.report import Finding, Profile, Report, Rule, Severity, Verdict, verdict_of
+from gap_export.graph.lint.stages import FOLLOW, check_kept_inside, is_staged
 from gap_export.graph.lint.vision import ASCENDING, EMBEDS, KEPT, check_vision
 from gap_export.positions import PositionPolicy
 
@@ -38,7 +39,7 @@ __all__ = ["RULES", "Finding", "Profile", "Report", "Rule", "Severity", "Verdict
 
 IDS = "position_ids"
 GENERAL_RULES = (USED, STANDARD)
-RULES: tuple[Rule, ...] = (*DECODER_RULES, CACHE, ASCENDING, SPLICED, *GENERAL_RULES)
+RULES: tuple[Rule, ...] = (*DECODER_RULES, CACHE, FOLLOW, ASCENDING, SPLICED, *GENERAL_RULES)
 """Every rule there is."""
 
 
@@ -57,7 +58,8 @@ def lint_graph(
         profile: which kind of graph it is; `auto` looks at its inputs and outputs.
         own: hold it to the contract of this project's bundles too: standard operators, a static cache in place,
             an explicit mask. For other exporters' graphs these are warnings.
-        policy: how survivors are numbered; `permuted` wants score order, only `gap` wants ids from kept indices.
+        policy: how survivors are numbered; `permuted` wants score order, only `gap` wants ids from kept indices, and in all
+            stages of a decoder that drops tokens.
         ids_input: name of the input with position ids; without one of that name the integer input that the rotary
             angles are made of is taken, unless another name was asked for.
 
@@ -77,7 +79,7 @@ def lint_graph(
         )
     kind = _kind(subject, flow, ids_input) if profile == "auto" else profile
     if kind == "decoder":
-        checked = _check_decoder(subject, flow, own, ids_input)
+        checked = _check_decoder(subject, flow, own, ids_input, policy)
     elif kind == "vision":
         checked = _check_vision(flow, policy)
     elif kind == "splice":
@@ -115,7 +117,7 @@ class _Checked:
     may_be_idle: tuple[str, ...] = ()
 
 
-def _check_decoder(subject: str, flow: Flow, own: bool, ids_input: str) -> _Checked:
+def _check_decoder(subject: str, flow: Flow, own: bool, ids_input: str, policy: PositionPolicy) -> _Checked:
     decoder = read_decoder(flow, ids_input)
     if not decoder.sites:
         raise LintError(
@@ -123,8 +125,21 @@ def _check_decoder(subject: str, flow: Flow, own: bool, ids_input: str) -> _Chec
             subject=subject,
             hint="give the decoder graph, or name its kind with the profile option",
         )
-    findings = check_decoder(decoder, own) + check_cache(flow, own)
-    return _Checked(findings, (*DECODER_RULES, CACHE), _good_decoder(decoder), len(decoder.sites))
+    renumbers = is_staged(flow) and policy is not PositionPolicy.GAP
+    findings = check_decoder(decoder, own, renumbers=renumbers) + check_cache(flow, own)
+    findings += check_kept_inside(
+        flow,
+        decoder.stages,
+        keeps_ids=policy is PositionPolicy.GAP,
+        sorted_wanted=policy.keeps_raster_order,
+    )
+    good = f"later stages number tokens by slot, as the policy {policy} asks"
+    return _Checked(
+        findings,
+        (*DECODER_RULES, CACHE, FOLLOW),
+        good if renumbers else _good_decoder(decoder),
+        len(decoder.sites),
+    )
 
 
 def _check_vision(flow: Flow, policy: PositionPolicy) -> _Checked:

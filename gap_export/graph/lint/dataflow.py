@@ -71,9 +71,13 @@ class Flow:
         inputs: graph inputs that a caller feeds (initializers listed as inputs are not).
         outputs: graph outputs.
         nodes: every node, those of If/Loop/Scan bodies before the node that holds them.
+
+    Args:
+        model: functions already inlined.
+        regarded: values inside the graph whose facts are those of an input, for rules that have proved where they come from.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, regarded: Iterable[ir.Value] = ()) -> None:
         self.model = model
         graph = model.graph
         self.inputs = tuple(v for v in graph.inputs if v.name not in graph.initializers)
@@ -82,7 +86,7 @@ class Flow:
         self._controls: dict[ir.Node, tuple[ir.Value, ...]] = {}
         self._loop_counters: set[ir.Value] = set()
         self.nodes: tuple[ir.Node, ...] = tuple(self._flatten(graph))
-        self._bits = {value: 1 << i for i, value in enumerate(self.inputs)}
+        self._bits = {value: 1 << i for i, value in enumerate((*self.inputs, *regarded))}
         self._facts: dict[ir.Value, Facts] = {}
         self._solve()
 
@@ -178,7 +182,7 @@ class Flow:
         return self._facts.get(value, NOTHING)
 
     def bit(self, *values: ir.Value | None) -> int:
-        """The bit mask of some graph inputs."""
+        """The bit mask of some graph inputs, or of values regarded as such."""
         mask = 0
         for value in values:
             mask |= self._bits.get(value, 0) if value is not None else 0

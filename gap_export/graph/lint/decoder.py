@@ -15,6 +15,7 @@ from gap_export.graph.lint.attention import AttentionSite, cache_sources, carrie
 from gap_export.graph.lint.dataflow import Flow, integer, is_float, is_op, name_of, operand
 from gap_export.graph.lint.report import Finding, Rule
 from gap_export.graph.lint.rotary import RotaryFinder, RotarySite, token_inputs
+from gap_export.graph.lint.stages import StageIds, find_stage_ids
 
 ROPE = Rule(
     id="rope-reads-position-ids", title="every rotary angle is a function of that token's position id"
@@ -41,6 +42,7 @@ class Decoder:
         sites: its attention operations.
         rotary: for each attention, the rotary embeddings of its queries and of its keys.
         ids: the position-ids input.
+        stages: ids of later stages, where tokens are dropped between layers.
         angles: where each angle tensor comes from.
         absolute: there is no rotary embedding, but learned positions are looked up with the ids.
     """
@@ -49,8 +51,14 @@ class Decoder:
     sites: list[AttentionSite]
     rotary: list[tuple[list[RotarySite], list[RotarySite]]]
     ids: ir.Value | None
+    stages: StageIds
     angles: dict[ir.Value, Angle]
     absolute: bool
+
+    @property
+    def reads_ids(self) -> int:
+        """Bit mask of everything that holds position ids."""
+        return self.flow.bit(self.ids, *self.stages.values)
 
     @property
     def caller_rows(self) -> str | None:
@@ -62,6 +70,10 @@ def read_decoder(flow: Flow, ids_name: str) -> Decoder:
     """Find attention, rotary embeddings and ids of a decoder graph."""
     sites = find_attention(flow)
     tokens = token_inputs(flow, sites, ids_name)
+    named = next((v for v in flow.inputs if v.name == ids_name), None)
+    stages = find_stage_ids(flow, named, tokens) if named is not None else StageIds()
+    if stages.values:
+        flow = Flow(flow.model, regarded=stages.values)
     finder = RotaryFinder(flow, tokens)
     rotary = [_rotations(finder, site) for site in sites]
     found = [a for queries, keys in rotary for site in (*queries, *keys) for a in site.angles]
@@ -72,8 +84,12 @@ def read_decoder(flow: Flow, ids_name: str) -> Decoder:
     ids = find_ids(flow, ids_name, unique, tokens)
     lookups = _absolute_lookups(flow, ids) if ids is not None and not unique else []
     angles = classify(flow, ids, unique + lookups, tokens)
+    for chosen in stages.values:
+        angles |= classify(
+            flow, chosen, [a for a in unique if flow.facts(a).values & flow.bit(chosen)], tokens
+        )
     absolute = bool(lookups) and all(angles[v].source is Source.IDS for v in lookups)
-    return Decoder(flow, sites, rotary, ids, angles, absolute)
+    return Decoder(flow, sites, rotary, ids, stages, angles, absolute)
 
 
 def _rotations(finder: RotaryFinder, site: AttentionSite) -> tuple[list[RotarySite], list[RotarySite]]:
@@ -113,9 +129,16 @@ def _absolute_lookups(flow: Flow, ids: ir.Value) -> list[ir.Value]:
     return found
 
 
-def check_decoder(decoder: Decoder, own: bool) -> list[Finding]:
-    """Apply all rules of a decoder but those of its cache outputs."""
-    findings = _rope(decoder)
+def check_decoder(decoder: Decoder, own: bool, *, renumbers: bool = False) -> list[Finding]:
+    """Apply all rules of a decoder but those of its cache outputs.
+
+    Args:
+        decoder: what was found in it.
+        own: hold it to the contract of this project's bundles too.
+        renumbers: whether its later stages number their tokens by slot, because that is the policy; ids are then read in
+            the first stage alone.
+    """
+    findings = _rope(decoder, renumbers)
     for site, (queries, keys) in zip(decoder.sites, decoder.rotary, strict=True):
         findings += _inside(decoder, site, bool(queries or keys))
         findings += _mask(decoder, site)
@@ -142,7 +165,7 @@ def _note(rule: Rule, node: str, sentence: str, hint: str, *, error: bool = Fals
 # rope-reads-position-ids
 
 
-def _rope(decoder: Decoder) -> list[Finding]:
+def _rope(decoder: Decoder, renumbers: bool) -> list[Finding]:
     findings: dict[ir.Node, Finding] = {}
     bare: list[AttentionSite] = []
     for site, (queries, keys) in zip(decoder.sites, decoder.rotary, strict=True):
@@ -165,7 +188,8 @@ def _rope(decoder: Decoder) -> list[Finding]:
             )
         for rotary in (*queries, *keys):
             finding = _angle_finding(decoder, rotary)
-            if finding is not None:
+            by_slot = not any(decoder.flow.facts(a).values & decoder.reads_ids for a in rotary.angles)
+            if finding is not None and not (renumbers and by_slot):
                 findings[rotary.node] = finding
     return [*findings.values(), *_bare(decoder, bare)]
 
@@ -248,9 +272,8 @@ def _inside(decoder: Decoder, site: AttentionSite, rotated_before: bool) -> list
 def _mask(decoder: Decoder, site: AttentionSite) -> list[Finding]:
     if decoder.ids is None:
         return []
-    bit = decoder.flow.bit(decoder.ids)
     for mask in site.masks:
-        if decoder.flow.facts(mask).values & bit:
+        if decoder.flow.facts(mask).values & decoder.reads_ids:
             return [
                 _breaking(
                     MASK,
@@ -265,7 +288,6 @@ def _mask(decoder: Decoder, site: AttentionSite) -> list[Finding]:
 def _slots(decoder: Decoder, site: AttentionSite) -> list[Finding]:
     if decoder.ids is None or site.key is None:
         return []
-    bit = decoder.flow.bit(decoder.ids)
     findings = []
     for source in (site.key, site.value):
         for value in decoder.flow.upstream(source, carried) if source is not None else ():
@@ -274,7 +296,7 @@ def _slots(decoder: Decoder, site: AttentionSite) -> list[Finding]:
                 continue
             place = {"TensorScatter": 2, "ScatterND": 1, "ScatterElements": 1}.get(node.op_type)
             index = operand(node, place) if place is not None else None
-            if index is not None and decoder.flow.facts(index).values & bit:
+            if index is not None and decoder.flow.facts(index).values & decoder.reads_ids:
                 findings.append(
                     _breaking(
                         SLOTS,

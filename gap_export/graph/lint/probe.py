@@ -61,7 +61,7 @@ def probe(flow: Flow, ids: ir.Value, angles: Sequence[ir.Value]) -> dict[ir.Valu
 
     Args:
         flow: the graph.
-        ids: the graph input that carries the ids, [S], [B, S] or [R, B, S].
+        ids: what carries the ids, [S], [B, S] or [R, B, S]: the graph input, or a choice from it.
         angles: tensors to examine.
     """
     outcomes: dict[ir.Value, Outcome] = {}
@@ -94,11 +94,13 @@ class _Part:
         initializers: list[onnx.TensorProto] = []
 
         def step(node: ir.Node) -> Iterable[ir.Value | None]:
-            return node.inputs
+            return () if ids in node.outputs else node.inputs
 
         for value in flow.upstream(definitions[0], step):
             node = value.producer()
-            if node is not None:
+            if value is ids:
+                self.inputs.append(value)
+            elif node is not None:
                 if any(True for _ in subgraphs(node)):
                     raise _CannotEvaluate
                 if any(v is not None and flow.definitions(v) != [v] for v in node.inputs):

@@ -81,6 +81,15 @@ def _finding(node: str, sentence: str, hint: str) -> Finding:
     )
 
 
+def order_of(flow: Flow, indices: ir.Value) -> tuple[int, str]:
+    """Whether the last axis of a tensor of indices is sorted, proved by structure.
+
+    Returns:
+        (1 ascending, -1 descending, 0 neither shown; why not ascending).
+    """
+    return _Order(flow).of(indices)
+
+
 class _Order:
     """Proves by structure that the last axis of a tensor of indices is sorted."""
 
@@ -203,6 +212,8 @@ class _Order:
             return 1, index
         if self._sorts_with_places(data, index):
             return 1, None
+        if self.of(data)[0] == 1:  # ascending, read at what may be ascending
+            return 1, index
         return f"{name_of(node)} reorders the indices in a way that is not known"
 
     def _sorts_with_places(self, data: ir.Value, index: ir.Value) -> bool:

@@ -158,6 +158,7 @@ def test_rule_ids_are_stable_and_distinct() -> None:
         "no-causal-flag-with-cache",
         "explicit-mask",
         "cache-in-place",
+        "ids-follow-survivors",
         "kept-indices-ascending",
         "ids-from-kept-indices",
         "every-input-used",

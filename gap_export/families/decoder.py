@@ -1,0 +1,53 @@
+"""The decoder as a graph: one for prefill and decode, where every layer sees the same tokens.
+
+The language model of transformers is traced as it is. Decoders that drop tokens between their layers are in `staged.py`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from gap_export.graph.attention import SlotCache, slot_mask
+
+
+class Decoder(nn.Module):
+    """The language model over a static cache: one graph for prefill and decode, logits of one row."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.language_model = model.model.language_model
+        self.language_model.embed_tokens = None  # embeddings come in; the table lives in `splice` and `embed`
+        self.lm_head = model.lm_head
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        write_index: Tensor,
+        last_index: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One call.
+
+        Args:
+            inputs_embeds: [B, S, H].
+            position_ids: [B, S] int64: what RoPE reads.
+            write_index: [B] int64: the slot of the first token of this call.
+            last_index: [B] int64: the row of S whose logits are wanted.
+            past: key and value of every layer, [B, Hkv, C, D].
+
+        Returns:
+            logits [B, V] float32, then the updated caches.
+        """
+        cache = SlotCache(past, write_index)
+        hidden_BSH = self.language_model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=slot_mask(write_index, inputs_embeds.shape[1], past[0].shape[2]),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        row_B1H = last_index[:, None, None].expand(-1, 1, hidden_BSH.shape[-1])
+        logits_BV = self.lm_head(hidden_BSH.gather(1, row_B1H)[:, 0]).float()
+        return (logits_BV, *cache.present)
