@@ -45,6 +45,7 @@ from gap_export.runtime.prompt import check_text_tokenizer, encode_prompts, load
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from gap_export.graph.trace import TracedOnce
     from gap_export.spec import Component
 
 Progress = Callable[[str], None]
@@ -233,6 +234,7 @@ def validate(
     Raises:
         GapExportError: something could not be run. Gates that are not met are in the report.
     """
+    from gap_export.graph.trace import TracedOnce
     from gap_export.runtime.torch_reference import TextReference
     from gap_export.runtime.torch_staged import open_reference
 
@@ -280,12 +282,11 @@ def validate(
 
     if pruning.counting == "chosen":  # companions differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=(keep_count or pruning.kept) / visual_tokens)
-    accuracy = {str(pruning.positions): measured.accuracy}
+    accuracy, tracer = {str(pruning.positions): measured.accuracy}, TracedOnce()
     for name, changes in _COMPANIONS.items():
         if name not in accuracy:
-            with _companion(
-                bundle, recipe.replaced(checkpoint=str(source), **changes), backend, progress
-            ) as companion:
+            changed = recipe.replaced(checkpoint=str(source), **changes)
+            with _companion(bundle, changed, backend, tracer, progress) as companion:
                 progress(f"answering with {name}")
                 other = open_session(companion, backend, threads=threads)
                 answers = answer(Grounder(companion), other, questions)
@@ -325,13 +326,16 @@ def validation_work(cases: int, *, staged: bool = False) -> int:
 
 
 @contextmanager
-def _companion(bundle: Bundle, recipe: Recipe, backend: Backend, progress: Progress) -> Iterator[Bundle]:
+def _companion(
+    bundle: Bundle, recipe: Recipe, backend: Backend, tracer: TracedOnce, progress: Progress
+) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
     targets: tuple[Target, ...] = ("onnx",) if backend == "onnxruntime" else (backend,)
     # A capacity that is just enough for the pruned prompt is too small for the whole one.
     recipe = recipe.model_copy(update={"capacity": None})
     with scratch_folder(beside=bundle.folder, purpose="companion") as scratch:
-        yield build(recipe.replaced(targets=targets), scratch / "bundle", progress=progress).bundle
+        built = build(recipe.replaced(targets=targets), scratch / "bundle", tracer=tracer, progress=progress)
+        yield built.bundle
 
 
 def _build_engines(

@@ -288,7 +288,9 @@ def _settings(graph: GraphName, plan: Plan) -> Hashable:
     if graph in ("embed", "decoder"):
         return None
     if graph == "splice":
-        return plan.positions
+        return plan.positions, tuple(stage.kept for stage in plan.stages)
+    if graph in ("prefill", "decode"):
+        return plan
     order = PositionPolicy.GAP if plan.positions.keeps_raster_order else PositionPolicy.PERMUTED
     return replace(plan, positions=order)
 
