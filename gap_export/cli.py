@@ -132,6 +132,12 @@ def build(
         float | None, typer.Option(help="Most that --keep adaptive may keep of a picture, as a fraction.")
     ] = None,
     pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
+    prune_layers: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Decoder layer before which tokens are dropped, for pruners that do so inside the decoder; repeatable."
+        ),
+    ] = None,
     positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
     merged_id: Annotated[
         str | None,
@@ -162,6 +168,7 @@ def build(
         keep=keep,
         keep_bound=keep_bound,
         pruner=pruner,
+        prune_layers=prune_layers,
         text_tower=text_tower,
         positions=positions,
         merged_id=merged_id,
@@ -193,7 +200,8 @@ def build(
                 "family": manifest.family,
                 "precision": manifest.precision,
                 "pruner": pruning.pruner,
-                "kept": pruning.kept,
+                "kept": pruning.left,
+                "mean_kept": pruning.mean_kept,
                 "counting": pruning.counting,
                 "fewest": pruning.fewest,
                 "most": pruning.most,
