@@ -253,7 +253,7 @@ def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int) -> R
         positions=pruning.positions,
         pruner=pruning.pruner,
         keep=pruning.keep,
-        kept=pruning.kept,
+        kept=pruning.left,
         visual_tokens=model.visual_tokens,
         batch=batch,
         prompt_slots=_prompt_slots(each),

@@ -132,6 +132,12 @@ def build(
         float | None, typer.Option(help="Most that --keep adaptive may keep of a picture, as a fraction.")
     ] = None,
     pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
+    prune_layers: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Decoder layer before which tokens are dropped, for pruners that do so inside the decoder; repeatable."
+        ),
+    ] = None,
     positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
     merged_id: Annotated[
         str | None,
@@ -162,6 +168,7 @@ def build(
         keep=keep,
         keep_bound=keep_bound,
         pruner=pruner,
+        prune_layers=prune_layers,
         text_tower=text_tower,
         positions=positions,
         merged_id=merged_id,
@@ -193,7 +200,8 @@ def build(
                 "family": manifest.family,
                 "precision": manifest.precision,
                 "pruner": pruning.pruner,
-                "kept": pruning.kept,
+                "kept": pruning.left,
+                "mean_kept": pruning.mean_kept,
                 "counting": pruning.counting,
                 "fewest": pruning.fewest,
                 "most": pruning.most,
@@ -402,6 +410,7 @@ def sweep(
     """Accuracy of every strategy at every count under every position policy; may be killed and goes on."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    _pipeline()
     from gap_export import sweep as room
     from gap_export.recipe import load_recipe
     from gap_export.runtime.ground import backend_of
@@ -417,7 +426,6 @@ def sweep(
         batch=batch,
         threads=threads,
     )
-    _pipeline()
     prepared = room.prepare(request, output, replace=replace, plot=plot)
     left = len(prepared.remaining())
     if left < len(prepared.cells):

@@ -32,7 +32,7 @@ from gap_export.bundle import (
     write_manifest,
 )
 from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
-from gap_export.errors import BundleError, CheckpointError
+from gap_export.errors import BundleError, CheckpointError, RecipeError
 from gap_export.families import family_of
 from gap_export.grounding import scenes
 from gap_export.machine import BUILD_PACKAGES, versions
@@ -389,7 +389,7 @@ def _refuse_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
 
 def _check_prompt(checkpoint: Checkpoint, prompt: PromptTemplate, plan: Plan, recipe: Recipe) -> None:
     """Tokenize one prompt, so that a template or tokenizer that cannot work is refused before the long part."""
-    encode_prompts(
+    prompts = encode_prompts(
         load_tokenizer(checkpoint.folder / _TOKENIZER),
         prompt,
         ["object"],
@@ -397,3 +397,9 @@ def _check_prompt(checkpoint: Checkpoint, prompt: PromptTemplate, plan: Plan, re
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,
     )
+    if plan.stages and not prompts.text_after[0]:
+        raise RecipeError(
+            "goes by what text after the image attends to, and this prompt ends with the image",
+            subject=f"pruner {plan.pruner}",
+            hint="put text after the image into the prompt, or use a pruner that works before the decoder",
+        )

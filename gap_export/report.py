@@ -67,7 +67,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "pruner": pruning.pruner,
         "positions": pruning.positions,
         "keep": keeping(pruning, model.visual_tokens),
-        "kept": pruning.kept,
+        "kept": pruning.left,
+        "mean_kept": pruning.mean_kept,
         "counting": pruning.counting,
         "fewest": pruning.fewest,
         "most": pruning.most,
@@ -75,6 +76,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "visual_tokens": model.visual_tokens,
         "capacity": manifest.capacity,
         "ids_and_slots": ids_and_slots(bundle),
+        "stages": stages(pruning),
         "graphs": {
             name: {
                 "file": graph.file,
@@ -104,6 +106,8 @@ def keeping(pruning: Pruning, visual_tokens: int) -> str:
         return f"keep {pruning.fewest} to {pruning.most} of {visual_tokens}, {pruning.kept} by default"
     if pruning.counting == "adaptive":
         return f"keep what each picture needs, at most {pruning.most} of {visual_tokens}"
+    if pruning.stages:
+        return f"keep {pruning.left} of {visual_tokens} at the end, {pruning.mean_kept:.4g} in the mean over layers"
     return f"keep {pruning.kept} of {visual_tokens}"
 
 
@@ -111,6 +115,8 @@ def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
     """The rule by which tokens of this bundle get position ids and cache slots."""
     pruning, model = bundle.manifest.pruning, bundle.manifest.model
     kept = str(pruning.kept) if pruning.counting == "fixed" else "K"
+    if pruning.stages:
+        kept = "K_s"
     extent = str(model.visual_tokens) if pruning.positions == "gap" else kept
     return [
         {"token": "text before the image, j", "position_id": "j", "slot": "j"},
@@ -132,6 +138,23 @@ def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
     ]
 
 
+def stages(pruning: Pruning) -> list[dict[str, Any]]:
+    """What the layers of every stage see, and which counter tells their slots; nothing where all layers see the same."""
+    return [
+        {
+            "stage": number,
+            "layers": [stage.run[0], stage.run[-1]],
+            "kept": stage.kept,
+            "merged": stage.merged,
+            "capacity": stage.capacity,
+            "next_slot": "next_slot" + (f".{number}" if number else ""),
+            "write_index": "write_index" + (f".{number}" if number else ""),
+            "reads_ids": "position_ids" if pruning.positions == "gap" or not number else "its slots",
+        }
+        for number, stage in enumerate(pruning.stages)
+    ]
+
+
 def print_bundle(facts: dict[str, Any], console: Console) -> None:
     """The record of `bundle_facts`, for people."""
     console.print(
@@ -144,6 +167,24 @@ def print_bundle(facts: dict[str, Any], console: Console) -> None:
     for row in facts["ids_and_slots"]:
         rule.add_row(row["token"], row["position_id"], row["slot"])
     console.print(rule)
+    if facts["stages"]:
+        runs = Table(
+            "stage s",
+            "layers",
+            "K_s",
+            "merged",
+            "cache slots",
+            "first slot to generate",
+            "write index",
+            "RoPE reads",
+        )
+        for stage in facts["stages"]:
+            first, last = stage["layers"]
+            runs.add_row(
+                str(stage["stage"]), f"{first} to {last}", str(stage["kept"]), str(stage["merged"]), str(stage["capacity"]),
+                stage["next_slot"], stage["write_index"], stage["reads_ids"],
+            )  # fmt: skip
+        console.print(runs)
     graphs = Table("graph", "size", "inputs", "outputs")
     for name, graph in facts["graphs"].items():
         graphs.add_row(

@@ -257,6 +257,74 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
 
 
 @pytest.fixture(scope="session")
+def deep_bundle(
+    deep_checkpoint: Path, tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Bundle]:
+    """`deep_bundle(pruner=..., positions=..., ...)`: a bundle of the deep checkpoint that keeps a quarter, built on first use.
+
+    Graphs that do not depend on what differs between two bundles are traced once.
+    """
+    from unittest import mock
+
+    from gap_export import pipeline
+    from gap_export.graph import trace
+
+    folder = tmp_path_factory.mktemp("deep-bundles")
+    built: dict[str, Bundle] = {}
+    traced: dict[tuple[Any, ...], Any] = {}
+    original = trace.graph_from_component
+
+    def bundle(**changes: Any) -> Bundle:
+        name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
+        recipe = Recipe.model_validate(
+            {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25, **changes}
+        )
+
+        def graph(component: Any) -> Any:
+            graph_name = component.spec.name
+            decides = {
+                "vision": None,
+                "embed": None,
+                "splice": recipe.positions == "gap",
+                "decode": (recipe.positions == "gap", recipe.pruner, recipe.prune_layers),
+            }
+            key = (component.spec.model_dump_json(), decides.get(graph_name, (name, recipe)))
+            if key not in traced:
+                traced[key] = original(component)
+            return traced[key].clone()
+
+        if name not in built:
+            with mock.patch.object(trace, "graph_from_component", graph):
+                built[name] = pipeline.build(recipe, folder / name).bundle
+        return built[name]
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def deep_reference(deep_checkpoint: Path) -> Callable[[Pruning], Any]:
+    """`deep_reference(pruning)`: the PyTorch session of the deep checkpoint."""
+    from gap_export.runtime.torch_staged import open_reference
+
+    return lambda pruning: open_reference(deep_checkpoint, pruning)
+
+
+@pytest.fixture(scope="session")
+def questions() -> NDArray[np.int64]:
+    """[4, 9] int64: prompts of different length that end with text: the image first, inside, and last but one."""
+    rows = [
+        [1, 5, 6, IMAGE_TOKEN, 7, 8, 9, 10, 11],
+        [IMAGE_TOKEN, 12, 13, 14, 15],
+        [1, 16, 17, 18, 19, IMAGE_TOKEN, 20],
+        [1, IMAGE_TOKEN, 21, 22],
+    ]
+    ids = np.full((4, 9), -1, np.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+    return ids
+
+
+@pytest.fixture(scope="session")
 def pixels() -> NDArray[np.float32]:
     """[4, 3, 36, 36] float32: four pictures for the tiny tower."""
     return np.random.default_rng(3).normal(size=(4, 3, 36, 36)).astype(np.float32)

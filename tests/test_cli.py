@@ -166,6 +166,10 @@ def test_keep_outside_its_range(keep: str, command: Command, recipe_file: Path, 
         (["--max-new-tokens", "0"], ["max_new_tokens"]),
         (["--max-new-tokens", "500"], ["max_new_tokens", "256"]),
         (["--seed", "-1"], ["seed"]),
+        (["--prune-layers", "2"], ["cls_attention", "no layer to choose"]),
+        (["--pruner", "fastv", "--prune-layers", "2"], ["prune_layers 2", "from 1 to 1"]),
+        (["--pruner", "pyramiddrop"], ["more than 3 layers, this one has 2"]),
+        (["--pruner", "fastv", "--keep", "0.1:1.0"], ["fastv", "give one fraction"]),
         (["--checkpoint", "/does/not/exist"], ["/does/not/exist", "is not a folder"]),
     ],
     ids=lambda value: " ".join(value),
@@ -297,6 +301,8 @@ def test_prompts_that_cannot_work(command: Command, recipe_file: Path, tmp_path:
     ):
         recipe = changed_recipe(recipe_file, prompt=prompt)
         refused(command("build", "--model", recipe, "-o", tmp_path / "out"), word)
+    ends_with_image = changed_recipe(recipe_file, prompt="where is {expression} ? <image>", pruner="fastv")
+    refused(command("build", "--model", ends_with_image, "-o", tmp_path / "out"), "ends with the image")
     refused(command("build", "--model", changed_recipe(recipe_file, prompt=None, fit="crop"), "-o", tmp_path / "out"), "fit: crop")  # fmt: skip
     assert listing(tmp_path) == ["tiny.yaml"]
 
@@ -488,6 +494,63 @@ def test_inspect_of_a_baseline_tells_its_own_rule(command: Command, tiny_bundle:
         "T_pre + 9 + j",
         "T_pre + 9 + T_post + t",
     ]
+
+
+def test_inspect_of_a_decoder_that_drops_tokens(command: Command, deep_bundle: BuildBundle) -> None:
+    folder = deep_bundle(pruner="pyramiddrop", positions="gap").folder
+    record = json.loads(command("inspect", folder, "--json", "--verify").out)
+    assert set(record["graphs"]) == {"vision", "splice", "embed", "prefill", "decode"}
+    assert [stage["next_slot"] for stage in record["stages"]] == [
+        "next_slot",
+        "next_slot.1",
+        "next_slot.2",
+        "next_slot.3",
+    ]
+    assert [stage["kept"] for stage in record["stages"]] == [36, 23, 14, 9]
+    assert [stage["layers"] for stage in record["stages"]] == [[0, 0], [1, 1], [2, 2], [3, 3]]
+    assert {stage["reads_ids"] for stage in record["stages"]} == {"position_ids"}
+    assert (record["kept"], record["mean_kept"], record["visual_tokens"]) == (9, 20.5, 36)
+    assert [row["position_id"] for row in record["ids_and_slots"]][2:] == [
+        "T_pre + 36 + j",
+        "T_pre + 36 + T_post + t",
+    ]
+    assert [row["slot"] for row in record["ids_and_slots"]][2:] == [
+        "T_pre + K_s + j",
+        "T_pre + K_s + T_post + t",
+    ]
+    shown = command("inspect", folder).out
+    assert "keep 9 of 36 at the end, 20.5 in the mean over layers" in shown
+    assert "write_index.3" in shown
+    renumbered = deep_bundle(pruner="pyramiddrop", positions="shifted").folder
+    stages = json.loads(command("inspect", renumbered, "--json").out)["stages"]
+    assert [stage["reads_ids"] for stage in stages] == ["position_ids", "its slots", "its slots", "its slots"]
+
+
+def test_a_decoder_that_drops_tokens_answers_and_is_timed(
+    command: Command, deep_bundle: BuildBundle, picture_file: Path, tmp_path: Path
+) -> None:
+    folder = Path(
+        shutil.copytree(deep_bundle(pruner="sparsevlm", positions="gap").folder, tmp_path / "bundle")
+    )
+    drawn = tmp_path / "drawn.png"
+    result = command(
+        "run", folder, "--image", picture_file, "--refer", "the red mug", "--json", "--draw", drawn
+    )
+    assert result.code == 0, result.err
+    record = json.loads(result.out)
+    assert record["kept"] == len(set(record["kept_indices"])) == 9
+    assert drawn.is_file()
+    assert command("run", folder, "--image", picture_file, "--refer", "the mug", "--keep", "0.25").code == 0
+    refused(
+        command("run", folder, "--image", picture_file, "--refer", "the mug", "--keep", "0.5"),
+        "keeps 9 of every",
+    )
+    timed = command("bench", folder, "--requests", "2", "--new-tokens", "2", "--json")
+    assert timed.code == 0, timed.err
+    (row,) = json.loads(timed.out)["rows"]
+    manifest = open_bundle(folder).manifest
+    assert (row["kept"], row["capacity"]) == (9, manifest.capacity)
+    assert row["cache_bytes"] == 2 * 2 * 16 * manifest.cache_slots * 4
 
 
 def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(

@@ -219,6 +219,40 @@ def test_controls_that_would_change_nothing_are_not_held_against_a_bundle(
 
 
 @pytest.mark.usefixtures("no_companions")
+@pytest.mark.parametrize("pruner", ["fastv", "pyramiddrop", "sparsevlm"])
+def test_decoders_that_drop_tokens_are_validated(
+    pruner: str, deep_bundle: BuildBundle, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(deep_bundle(pruner=pruner, positions="gap").folder, tmp_path / "bundle"))
+    report, _ = report_of(folder, cases=6, batch=3)
+    assert report.ok, report
+    assert report.inapplicable_controls == ["ids shifted"]
+    assert {"last stage's write index off by one", "one slot counter for all stages"} < {
+        control.name for control in report.controls
+    }
+    assert report.measurement.kept_sets_equal == report.measurement.position_ids_equal == 1.0
+    assert report.grounding.kept == 9
+
+
+def test_companions_leave_out_what_only_the_pruner_knows(
+    deep_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The whole decoder has no layer to prune before."""
+    bundle = deep_bundle(pruner="fastv", prune_layers=(3,), keep=0.1)
+    asked: list[Recipe] = []
+
+    def build(recipe: Recipe, out: Path, **_: Any) -> Any:
+        asked.append(recipe)
+        return pipeline.Built(bundle, 0)
+
+    monkeypatch.setattr(pipeline, "build", build)
+    report_of(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")), cases=2)
+    assert [(r.pruner, str(r.positions), r.prune_layers) for r in asked] == [
+        ("none", "gap", ()), ("fastv", "shifted", (3,)), ("fastv", "permuted", (3,))
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_companions")
 def test_batches_that_do_not_divide_the_control_cases(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,3 +101,51 @@ def test_a_strategy_that_looks_at_the_expression_names_what_to_add() -> None:
     assert "spatial" in caught.value.hint
     tower = TextTower(checkpoint="x", context=77, width=768, aligned_inversely=True)
     assert plan_for(recipe_with(pruner="text_similarity"), FACTS, tower).text_tower == tower
+
+
+# Inside the decoder
+
+DEEP = FACTS.model_copy(update={"layers": 32})
+
+
+@pytest.mark.parametrize("capacity", [None, 700])
+def test_stages_of_a_decoder_that_drops_tokens(capacity: int | None) -> None:
+    plan = plan_for(
+        recipe_with(pruner="pyramiddrop", keep=0.125, max_text=40, max_new_tokens=8, capacity=capacity), DEEP
+    )
+    assert (plan.counting, plan.keep, plan.fewest, plan.kept, plan.most) == ("fixed", 0.125, 576, 576, 576)
+    assert [(stage.run, stage.kept) for stage in plan.stages] == [
+        (range(8), 576), (range(8, 16), 288), (range(16, 24), 144), (range(24, 32), 72)
+    ]  # fmt: skip
+    needed = [39 + stage.kept + 8 + 1 for stage in plan.stages]
+    spare = [stage.capacity - least for stage, least in zip(plan.stages, needed, strict=True)]
+    assert min(spare) == spare[0] >= 0
+    assert plan.stages[0].capacity == plan.capacity == (capacity or 624)
+    assert plan.layer_capacities(32) == tuple(stage.capacity for stage in plan.stages for _ in range(8))
+
+
+def test_strategies_before_the_decoder_have_no_stages() -> None:
+    plan = plan_for(recipe_with(), DEEP)
+    assert plan.stages == ()
+    assert plan.layer_capacities(32) == (plan.capacity,) * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pruner": "fastv", "keep": "0.1:1.0"}, "laid out for one share"),
+        ({"pruner": "sparsevlm", "keep": "adaptive"}, "no rule of its own"),
+        ({"pruner": "fastv", "prune_layers": (32,)}, "from 1 to 31"),
+        ({"pruner": "spatial", "prune_layers": (2,)}, "drops no tokens inside the decoder"),
+        ({"pruner": "sparsevlm", "keep": 0.003}, "no token of the picture"),
+        ({"pruner": "fastv", "capacity": 300}, "576 visual tokens"),
+    ],
+)
+def test_stages_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan_for(recipe_with(**changes), DEEP)
+
+
+def test_a_shallow_decoder_is_told_what_it_lacks() -> None:
+    with pytest.raises(RecipeError, match="more than 3 layers, this one has 1"):
+        plan_for(recipe_with(pruner="pyramiddrop"), FACTS)

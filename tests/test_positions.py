@@ -18,9 +18,12 @@ from gap_export.positions import (
     gather_mrope_ids,
     kept_position_ids,
     place,
+    placement_from_splice,
     renumbered,
     sequence_position_ids,
     with_image_ids_reversed,
+    with_last_stage_off_by_one,
+    with_one_slot_counter,
     with_two_ids_swapped,
     with_write_index_off_by_one,
 )
@@ -275,3 +278,81 @@ def test_controls_leave_the_right_placement_as_it_was(right: Placement) -> None:
     with_image_ids_reversed(right, BEFORE, KEPT)
     with_two_ids_swapped(right, BEFORE, KEPT)
     assert np.array_equal(right.position_ids, ids)
+
+
+# Stages of a decoder that drops tokens
+
+
+def staged(stages: tuple[int, ...]) -> Placement:
+    """Two prompts with six visual tokens each, of which later stages have fewer."""
+    return place(
+        np.tile(np.arange(6), (2, 1)),
+        text_before=np.array([2, 0]),
+        text_after=np.array([3, 1]),
+        visual_tokens=6,
+        policy=GAP,
+        stages=stages,
+    )
+
+
+@given(left=st.lists(st.integers(1, 6), max_size=4), steps=st.integers(1, 5))
+def test_stages_are_counted_by_walking_their_own_caches(left: list[int], steps: int) -> None:
+    """One list of tokens per stage and row, appended to: a token's slot is where it lands; its id is the same in all of them."""
+    turn = staged(tuple(left))
+    caches = [[["token"] * (text + count) for text in (5, 1)] for count in (6, *left)]
+    assert turn.image_start is not None
+    assert turn.image_start.tolist() == [2, 0]
+    assert [slot.tolist() for slot in turn.stage_write_index] == [[0, 0]] * len(left)
+    for step in range(steps):
+        turn = advance(turn)
+        assert turn.position_ids.tolist() == [[11 + step], [7 + step]]
+        for cache, slots in zip(caches, (turn.write_index, *turn.stage_write_index), strict=True):
+            assert slots.tolist() == [len(row) for row in cache]
+            for row in cache:
+                row.append("token")
+
+
+def test_a_graph_is_given_what_it_names() -> None:
+    turn = advance(staged((4, 1)))
+    inputs = turn.decoder_inputs()
+    assert list(inputs) == [
+        "position_ids",
+        "write_index",
+        "last_index",
+        "image_start",
+        "write_index.1",
+        "write_index.2",
+    ]
+    assert (inputs["write_index.1"].tolist(), inputs["write_index.2"].tolist()) == ([9, 5], [6, 2])
+    plain = Placement(*(np.zeros(1, np.int64) for _ in range(5)))
+    assert list(plain.decoder_inputs()) == ["position_ids", "write_index", "last_index"]
+
+
+def test_outputs_of_a_splice_are_read_by_number() -> None:
+    """Ten stages and more: `next_slot.10` comes after `next_slot.9`, whatever order the graph gives them in."""
+    later = {f"next_slot.{stage}": np.array([100 - stage]) for stage in (10, 2, 1, *range(3, 10))}
+    outputs = {
+        "position_ids": np.zeros((1, 3)),
+        "next_position": np.array([9]),
+        "next_slot": np.array([100]),
+        **later,
+    }
+    placement = placement_from_splice(outputs)
+    assert [int(slot[0]) for slot in placement.slots_of_stages] == list(range(100, 89, -1))
+    assert placement.last_index.tolist() == [99]
+    assert placement.image_start is None
+
+
+def test_controls_of_stages() -> None:
+    right = staged((4, 1))
+    off = with_last_stage_off_by_one(right)
+    assert [slot.tolist() for slot in off.slots_of_stages] == [[11, 7], [9, 5], [7, 3]]
+    one = with_one_slot_counter(right)
+    assert [slot.tolist() for slot in one.slots_of_stages] == [[6, 2]] * 3
+    assert continuing_at_kept_length(right).next_position.tolist() == [6, 2]
+    for wrong in (off, one):
+        assert np.array_equal(wrong.position_ids, right.position_ids)
+        assert np.array_equal(wrong.next_position, right.next_position)
+    whole = staged(())
+    assert with_last_stage_off_by_one(whole) is whole
+    assert with_one_slot_counter(whole).slots_of_stages[0].tolist() == whole.next_slot.tolist()

@@ -2,7 +2,8 @@
 
 One profile covers a graph with named dimensions; a graph with static shapes needs none. The decoder gets two, because a
 prompt of hundreds of tokens and a single generated token want different kernels: `prefill` over the whole range,
-`decode` with the sequence pinned to one token. The cache is static in both.
+`decode` with the sequence pinned to one token. The cache is static in both. A decoder that drops tokens has a graph for each
+instead, and so one profile in either.
 """
 
 from __future__ import annotations

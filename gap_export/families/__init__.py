@@ -46,7 +46,7 @@ class Family(Protocol):
         ...
 
     def components(self, checkpoint: Checkpoint, plan: Plan) -> list[Component]:
-        """`vision`, `splice`, `embed` and `decoder`, hollow, ready to be traced.
+        """`vision`, `splice`, `embed` and `decoder` (or `prefill` and `decode`), hollow, ready to be traced.
 
         Args:
             checkpoint: with the part `text_tower` where the plan has one.

@@ -27,7 +27,7 @@ from gap_export.engine.device import Device
 from gap_export.engine.library import Library, MessageLog
 from gap_export.engine.profiles import profiles_from_spec
 from gap_export.errors import EngineError, EnvironmentLacks, SessionError
-from gap_export.positions import advance
+from gap_export.positions import PositionPolicy, advance
 from gap_export.runtime import trt
 from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
@@ -153,17 +153,26 @@ def small(tmp_path: Path, write_small_bundle: Any) -> Bundle:
     return write_small_bundle(tmp_path, {"tensorrt-rtx": engines})
 
 
-@pytest.fixture
-def opened(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(session on the stand-in, its device, what the engines were asked to do)."""
-    device, log = HostDevice(), list[tuple[Any, ...]]()
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, bundle: Bundle, device: HostDevice, log: list[tuple[Any, ...]]
+) -> None:
+    """Put the stand-in where the session looks for library, device and engines."""
     library = Library("tensorrt-rtx", SimpleNamespace(__version__="1"), MessageLog(), None)
     monkeypatch.setattr(trt, "load_library", lambda target: library)
     monkeypatch.setattr(trt, "check_engine", lambda *args, **kwargs: None)
     monkeypatch.setattr(trt, "Device", lambda: device)
     monkeypatch.setattr(
-        trt, "open_engine", lambda path, library: HostEngine(path, small.manifest.graphs[path.stem].spec, log)
+        trt,
+        "open_engine",
+        lambda path, library: HostEngine(path, bundle.manifest.graphs[path.stem].spec, log),
     )
+
+
+@pytest.fixture
+def opened(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(session on the stand-in, its device, what the engines were asked to do)."""
+    device, log = HostDevice(), list[tuple[Any, ...]]()
+    stand_in(monkeypatch, small, device, log)
     return TensorRTSession(small), device, log
 
 
@@ -367,6 +376,72 @@ def test_a_bundle_without_engines(tmp_path: Path, write_small_bundle: Any) -> No
     ) as caught:
         TensorRTSession(write_small_bundle(tmp_path), target="tensorrt")
     assert "--target tensorrt" in caught.value.hint
+
+
+# A decoder that drops tokens: two engines over one cache
+
+
+@pytest.fixture
+def staged(deep_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(session on the stand-in, its device, what the engines were asked to do, the bundle)."""
+    plain = deep_bundle(pruner="pyramiddrop", positions=PositionPolicy.GAP)
+    engines = {
+        name: Engine(
+            file=graph.file,
+            target="tensorrt-rtx",
+            version="1",
+            compute_capabilities=("8.6",),
+            graph_sha256="",
+        )
+        for name, graph in plain.manifest.graphs.items()
+    }
+    bundle = Bundle(plain.folder, plain.manifest.model_copy(update={"engines": {"tensorrt-rtx": engines}}))
+    device, log = HostDevice(), list[tuple[Any, ...]]()
+    stand_in(monkeypatch, bundle, device, log)
+    return TensorRTSession(bundle), device, log, bundle
+
+
+def test_a_decoder_that_drops_tokens_agrees_with_onnx_runtime(
+    staged: Any, pixels: Any, questions: Any
+) -> None:
+    session, _, log, bundle = staged
+    ours, theirs = (
+        generate(each, pixels, questions, max_new_tokens=4, eos_token_ids=(), keep_logits=True)
+        for each in (session, OnnxRuntimeSession(bundle, threads=1))
+    )
+    assert ours.tokens == theirs.tokens
+    for mine, reference in zip(ours.every_kept_indices, theirs.every_kept_indices, strict=True):
+        np.testing.assert_array_equal(mine, reference)
+    for mine, reference in zip(ours.placement.slots_of_stages, theirs.placement.slots_of_stages, strict=True):
+        np.testing.assert_array_equal(mine, reference)
+    for mine, reference in zip(ours.logits, theirs.logits, strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=1e-4, atol=1e-4)
+    runs = [entry[0] for entry in log if entry[1] == "run"]
+    assert runs == ["vision", "splice", "prefill", *["embed", "decode"] * 3]
+
+
+def test_prompts_and_tokens_share_one_cache(staged: Any, pixels: Any, questions: Any) -> None:
+    session, device, _, bundle = staged
+    prefill, decode = session._graphs["prefill"], session._graphs["decode"]
+    aliased = bundle.manifest.graphs["decode"].spec.aliased
+    assert len(aliased) == 8
+    for present, past in aliased.items():
+        assert len({graph.address(name) for graph in (prefill, decode) for name in (present, past)}) == 1
+    generate(session, pixels, questions, max_new_tokens=2, eos_token_ids=())
+    gc.collect()
+    session.close()
+    assert not device.blocks, "everything is given back, once"
+
+
+def test_a_full_stage_is_refused(staged: Any, pixels: Any, questions: Any) -> None:
+    session = staged[0]
+    spliced = session.splice(questions, session.encode(pixels))
+    session.prefill(spliced.embeds, spliced.placement)
+    turn = advance(spliced.placement)
+    full = session.capacities[2]
+    beyond = replace(turn, stage_write_index=(turn.stage_write_index[0], turn.stage_write_index[1] * 0 + full, turn.stage_write_index[2]))  # fmt: skip
+    with pytest.raises(SessionError, match=f"has {full} slots, this call needs {full + 1}"):
+        session.step(np.array([1, 1, 1, 1]), beyond)
 
 
 @pytest.fixture

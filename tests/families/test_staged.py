@@ -1,0 +1,283 @@
+"""Decoders that drop tokens between layers: exported, in ONNX Runtime, against transformers' layers run one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gap_export import parity, prune
+from gap_export.bundle import Bundle, Pruning
+from gap_export.positions import Ids, Placement, PositionPolicy, advance
+from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.ort import OnnxRuntimeSession
+from gap_export.runtime.session import VisualTokens
+
+DeepBundle = Callable[..., Bundle]
+DeepReference = Callable[[Pruning], Any]
+Pixels = NDArray[np.float32]
+
+INSIDE = prune.names("inside the decoder")
+GAP = PositionPolicy.GAP
+VISUAL, NEW = 36, 5
+
+
+def answer(session: Any, pixels: Pixels, ids: Ids, **options: Any) -> Generation:
+    options = {"max_new_tokens": NEW, "eos_token_ids": (), "keep_logits": True, **options}
+    return generate(session, pixels, ids, **options)
+
+
+def difference(one: Generation, other: Generation) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(one.logits, other.logits, strict=True))
+
+
+def opened(bundle: Bundle) -> OnnxRuntimeSession:
+    return OnnxRuntimeSession(bundle, threads=1)
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("policy", PositionPolicy)
+@pytest.mark.parametrize("pruner", INSIDE)
+def test_exported_graphs_answer_as_transformers_does(
+    pruner: str,
+    policy: PositionPolicy,
+    deep_bundle: DeepBundle,
+    deep_reference: DeepReference,
+    pixels: Pixels,
+    questions: Ids,
+) -> None:
+    bundle = deep_bundle(pruner=pruner, positions=policy)
+    pruning = bundle.manifest.pruning
+    mine = answer(opened(bundle), pixels, questions)
+    theirs = answer(deep_reference(pruning), pixels, questions)
+    assert theirs.margins is not None
+    assert theirs.margins.min() > parity.CHOICE_MARGIN["fp32"], "no choice here may hang by a hair"
+    for stage, ours, reference in zip(
+        pruning.stages, mine.every_kept_indices, theirs.every_kept_indices, strict=True
+    ):
+        assert ours.shape == (4, stage.kept)
+        assert ours.tolist() == reference.tolist()
+        ascending = bool((np.diff(ours, axis=1) > 0).all())
+        assert ascending == (policy.keeps_raster_order or stage.kept == VISUAL)
+    assert mine.tokens == theirs.tokens
+    assert difference(mine, theirs) < 1e-3
+    assert np.abs(mine.logits[0]).max() > 1, "logits that could not differ prove nothing"
+
+
+def test_policies_are_not_the_same_thing(deep_bundle: DeepBundle, pixels: Pixels, questions: Ids) -> None:
+    answers = [
+        answer(opened(deep_bundle(pruner="pyramiddrop", positions=p)), pixels, questions)
+        for p in PositionPolicy
+    ]
+    for one, other in pairwise(answers):
+        assert difference(one, other) > 0.1
+
+
+def test_other_layers_and_grouped_queries(
+    deep_bundle: DeepBundle, deep_reference: DeepReference, pixels: Pixels, questions: Ids
+) -> None:
+    """Four query heads on two key heads throughout; here the cut is before the last layer."""
+    bundle = deep_bundle(pruner="fastv", prune_layers=(3,), keep=0.1)
+    facts, stages = bundle.manifest.model, bundle.manifest.pruning.stages
+    assert (facts.attention_heads, facts.kv_heads) == (4, 2)
+    assert [(stage.run, stage.kept) for stage in stages] == [(range(3), 36), (range(3, 4), 4)]
+    mine, theirs = (
+        answer(session, pixels, questions)
+        for session in (opened(bundle), deep_reference(bundle.manifest.pruning))
+    )
+    assert mine.every_kept_indices[1].tolist() == theirs.every_kept_indices[1].tolist()
+    assert difference(mine, theirs) < 1e-3
+
+
+def test_keeping_everything_is_the_whole_decoder(
+    deep_bundle: DeepBundle, deep_reference: DeepReference, pixels: Pixels, questions: Ids
+) -> None:
+    """Stages that drop nothing change nothing: the answer of transformers' own forward over all tokens."""
+    whole = Pruning(pruner="none", keep=1.0, kept=VISUAL, positions=GAP, seed=0)
+    mine = answer(opened(deep_bundle(pruner="fastv", keep=1.0)), pixels, questions)
+    assert difference(mine, answer(deep_reference(whole), pixels, questions)) < 1e-3
+
+
+# Batches
+
+
+@pytest.mark.parametrize("pruner", INSIDE)
+def test_four_at_once_are_four_alone(
+    pruner: str, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
+) -> None:
+    session = opened(deep_bundle(pruner=pruner, positions=GAP))
+    together = answer(session, pixels, questions)
+    for row in range(4):
+        length = int((questions[row] >= 0).sum())
+        alone = answer(session, pixels[[row]], questions[[row], :length])
+        assert alone.tokens[0] == together.tokens[row]
+        for mine, theirs in zip(alone.every_kept_indices, together.every_kept_indices, strict=True):
+            assert mine[0].tolist() == theirs[row].tolist()
+        for a, b in zip(alone.logits, together.logits, strict=True):
+            assert np.abs(a[0] - b[row]).max() < 1e-4
+
+
+# Slots
+
+
+@pytest.mark.parametrize("pruner", INSIDE)
+def test_every_stage_has_the_slots_of_its_own_tokens(
+    pruner: str, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
+) -> None:
+    """Counted by hand from the prompts: T_pre + K_s + T_post; ids by N alone."""
+    bundle = deep_bundle(pruner=pruner, positions=GAP)
+    session = opened(bundle)
+    placement = session.splice(questions, session.encode(pixels)).placement
+    tokens = [[int(token) for token in row if token >= 0] for row in questions]
+    text = [len(row) - 1 for row in tokens]
+    assert placement.image_start is not None
+    assert placement.image_start.tolist() == [row.index(4) for row in tokens]
+    assert placement.next_position.tolist() == [count + VISUAL for count in text]
+    for stage, slots in zip(bundle.manifest.pruning.stages, placement.slots_of_stages, strict=True):
+        assert slots.tolist() == [count + stage.kept for count in text]
+    for row, count in enumerate(text):
+        assert placement.position_ids[row, : count + VISUAL].tolist() == list(range(count + VISUAL))
+    turn = advance(advance(placement))
+    assert [slot.tolist() for slot in turn.stage_write_index] == [
+        (slot + 1).tolist() for slot in placement.stage_next_slot
+    ]
+    assert turn.position_ids[:, 0].tolist() == [count + VISUAL + 1 for count in text]
+
+
+@pytest.mark.parametrize("pruner", INSIDE)
+def test_the_cache_of_every_layer_is_written_where_its_stage_counts(
+    pruner: str, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
+) -> None:
+    bundle = deep_bundle(pruner=pruner, positions=GAP)
+    session, stages = opened(bundle), bundle.manifest.pruning.stages
+    spliced = session.splice(questions, session.encode(pixels))
+    session.prefill(spliced.embeds, spliced.placement)
+    before = {name: buffer.numpy().copy() for name, buffer in session._cache.items()}
+    addresses = {name: buffer.data_ptr() for name, buffer in session._cache.items()}
+    turn = advance(spliced.placement)
+    session.step(np.array([5, 6, 7, 8]), turn)
+    assert {name: buffer.data_ptr() for name, buffer in session._cache.items()} == addresses
+    for stage, slots in zip(stages, (turn.write_index, *turn.stage_write_index), strict=True):
+        for layer in stage.run:
+            for part in ("key", "value"):
+                name = f"past.{layer}.{part}"
+                assert before[name].shape == (4, 2, stage.capacity, 16)
+                changed = (session._cache[name].numpy() != before[name]).any(axis=(1, 3))
+                assert [np.flatnonzero(row).tolist() for row in changed] == [[int(slot)] for slot in slots]
+
+
+@pytest.mark.parametrize("pruner", INSIDE)
+def test_a_later_stage_has_no_fewer_slots_to_spare(pruner: str, deep_bundle: DeepBundle) -> None:
+    manifest = deep_bundle(pruner=pruner, positions=GAP).manifest
+    spare = [stage.capacity - stage.kept for stage in manifest.pruning.stages]
+    assert min(spare) == spare[0]
+    assert manifest.capacities[0] == manifest.capacity == max(manifest.capacities)
+    assert manifest.cache_slots == sum(
+        tensor.extents("maximum")[2]
+        for tensor in manifest.graphs["decode"].spec.inputs
+        if tensor.name.endswith(".key")
+    )
+    mean = sum(stage.kept * stage.layers for stage in manifest.pruning.stages) / manifest.model.layers
+    assert manifest.pruning.mean_kept == mean
+    assert manifest.pruning.left == 9
+
+
+# Ids
+
+
+def test_a_survivor_takes_its_id_along(deep_bundle: DeepBundle, pixels: Pixels, questions: Ids) -> None:
+    """Ids of dropped tokens act until they are dropped; those of survivors act in later layers too.
+
+    The keys in the cache of the last layer are turned by the ids: moving one survivor's id moves its key there, wherever it
+    stands now.
+    """
+    bundle = deep_bundle(pruner="fastv", prune_layers=(3,), keep=0.1)
+    session, last = opened(bundle), bundle.manifest.pruning.stages[-1]
+    spliced = session.splice(questions, session.encode(pixels))
+    assert spliced.placement.image_start is not None
+
+    def keys(placement: Placement) -> tuple[NDArray[np.float32], Ids]:
+        kept = session.prefill(spliced.embeds, placement).kept_indices[0]
+        return session._cache["past.3.key"].numpy().copy(), kept
+
+    _, kept = keys(spliced.placement)
+    shift = np.zeros_like(spliced.placement.position_ids)
+    for row, start in enumerate(spliced.placement.image_start):
+        shift[row, int(start) :] = (
+            7  # everything from the image on moves by as much, so that attention stays as it was
+        )
+    far, kept_far = keys(replace(spliced.placement, position_ids=spliced.placement.position_ids + shift))
+    near, _ = keys(spliced.placement)
+    assert last.kept == kept.shape[1]
+    text_before = int(spliced.placement.image_start[0])
+    assert text_before == 3
+    same = (kept == kept_far).all(axis=1)
+    for row in np.flatnonzero(same):
+        start = int(spliced.placement.image_start[row])
+        turned = np.abs(far[row, :, start : start + last.kept] - near[row, :, start : start + last.kept])
+        assert (turned.max(axis=(0, 2)) > 1e-3).all()
+
+
+# Negative controls
+
+
+@pytest.mark.parametrize("name", [name for name in parity.controls(staged=True) if name != "ids shifted"])
+@pytest.mark.parametrize("pruner", INSIDE)
+def test_wrong_placements_show_in_the_logits(
+    pruner: str, name: str, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
+) -> None:
+    session = opened(deep_bundle(pruner=pruner, positions=GAP))
+    before = np.array([row.tolist().index(4) for row in questions])
+
+    def wrong(placement: Placement, visual: VisualTokens) -> Placement:
+        return parity.controls(staged=True)[name](placement, before, parity.counts_of(visual.kept_indices))
+
+    right = answer(session, pixels, questions)
+    misled = answer(session, pixels, questions, adjust=wrong)
+    first = [float(np.abs(a - b).max()) for a, b in zip(right.logits[:2], misled.logits[:2], strict=True)]
+    assert max(first) > 1e-2
+    if "slot" in name or "index" in name or "decoding" in name:
+        assert first[0] == 0, "the prompt itself is placed rightly"
+
+
+def test_ids_without_gaps_are_right_where_every_token_enters(
+    deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
+) -> None:
+    """The control that renumbers the prompt changes nothing here, and says so."""
+    session = opened(deep_bundle(pruner="fastv", positions=GAP))
+    placement = session.splice(questions, session.encode(pixels)).placement
+    renumbered = parity.controls()["ids shifted"](placement, np.zeros(4, np.int64), np.full(4, VISUAL))
+    for row, length in enumerate(placement.next_slot):
+        assert renumbered.position_ids[row, :length].tolist() == placement.position_ids[row, :length].tolist()
+    assert renumbered.next_position.tolist() == placement.next_position.tolist()
+
+
+# Engines
+
+
+@pytest.mark.parametrize("pruner", INSIDE)
+def test_tensorrt_builds_both_graphs_in_half_precision(
+    pruner: str, deep_bundle: DeepBundle, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
+    from gap_export.engine.build import engine_from_graph
+
+    bundle = deep_bundle(pruner=pruner, precision="fp16")
+    for name in ("prefill", "decode"):
+        spec = bundle.manifest.graphs[name].spec
+        engine = engine_from_graph(
+            bundle.graph_path(name),
+            spec,
+            target="tensorrt-rtx",
+            compute_capabilities=("8.6",),
+            folder=tmp_path,
+        )
+        assert (tmp_path / engine.file).stat().st_size > 0
