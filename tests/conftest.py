@@ -260,42 +260,18 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
 def deep_bundle(
     deep_checkpoint: Path, tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Bundle]:
-    """`deep_bundle(pruner=..., positions=..., ...)`: a bundle of the deep checkpoint that keeps a quarter, built on first use.
-
-    Graphs that do not depend on what differs between two bundles are traced once.
-    """
-    from unittest import mock
-
+    """`deep_bundle(pruner=..., positions=..., ...)`: a bundle of the deep checkpoint that keeps a quarter, built on first use."""
     from gap_export import pipeline
-    from gap_export.graph import trace
+    from gap_export.graph.trace import TracedOnce
 
-    folder = tmp_path_factory.mktemp("deep-bundles")
+    folder, tracer = tmp_path_factory.mktemp("deep-bundles"), TracedOnce(remembered=64)
     built: dict[str, Bundle] = {}
-    traced: dict[tuple[Any, ...], Any] = {}
-    original = trace.graph_from_component
 
     def bundle(**changes: Any) -> Bundle:
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
-        recipe = Recipe.model_validate(
-            {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25, **changes}
-        )
-
-        def graph(component: Any) -> Any:
-            graph_name = component.spec.name
-            decides = {
-                "vision": None,
-                "embed": None,
-                "splice": recipe.positions == "gap",
-                "decode": (recipe.positions == "gap", recipe.pruner, recipe.prune_layers),
-            }
-            key = (component.spec.model_dump_json(), decides.get(graph_name, (name, recipe)))
-            if key not in traced:
-                traced[key] = original(component)
-            return traced[key].clone()
-
         if name not in built:
-            with mock.patch.object(trace, "graph_from_component", graph):
-                built[name] = pipeline.build(recipe, folder / name).bundle
+            options = {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25, **changes}
+            built[name] = pipeline.build(Recipe.model_validate(options), folder / name, tracer=tracer).bundle
         return built[name]
 
     return bundle

@@ -289,9 +289,13 @@ def _settings(graph: GraphName, plan: Plan) -> Hashable:
         return None
     if graph == "splice":
         return plan.positions, tuple(stage.kept for stage in plan.stages)
-    if graph in ("prefill", "decode"):
+    if graph == "prefill":
         return plan
+    if graph == "decode":
+        return plan.positions is PositionPolicy.GAP, plan.stages
     order = PositionPolicy.GAP if plan.positions.keeps_raster_order else PositionPolicy.PERMUTED
+    if plan.stages:  # what drops tokens later encodes as if nothing did
+        return replace(plan, positions=order, pruner="none", keep=1.0, stages=())
     return replace(plan, positions=order)
 
 

@@ -193,37 +193,28 @@ def test_a_later_stage_has_no_fewer_slots_to_spare(pruner: str, deep_bundle: Dee
 # Ids
 
 
-def test_a_survivor_takes_its_id_along(deep_bundle: DeepBundle, pixels: Pixels, questions: Ids) -> None:
-    """Ids of dropped tokens act until they are dropped; those of survivors act in later layers too.
-
-    The keys in the cache of the last layer are turned by the ids: moving one survivor's id moves its key there, wherever it
-    stands now.
-    """
-    bundle = deep_bundle(pruner="fastv", prune_layers=(3,), keep=0.1)
-    session, last = opened(bundle), bundle.manifest.pruning.stages[-1]
+@pytest.mark.parametrize("policy", [GAP, PositionPolicy.SHIFTED])
+def test_survivors_take_their_ids_along_or_are_counted_again(
+    policy: PositionPolicy, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
+) -> None:
+    """All ids moved by as much turn every key and change no attention. Later layers see it where survivors keep their ids."""
+    session = opened(deep_bundle(pruner="fastv", positions=policy))
     spliced = session.splice(questions, session.encode(pixels))
-    assert spliced.placement.image_start is not None
+    moved = replace(spliced.placement, position_ids=spliced.placement.position_ids + 7)
 
-    def keys(placement: Placement) -> tuple[NDArray[np.float32], Ids]:
+    def after(placement: Placement) -> tuple[Ids, list[NDArray[np.float32]]]:
         kept = session.prefill(spliced.embeds, placement).kept_indices[0]
-        return session._cache["past.3.key"].numpy().copy(), kept
+        return kept, [session._cache[f"past.{layer}.key"].numpy().copy() for layer in range(4)]
 
-    _, kept = keys(spliced.placement)
-    shift = np.zeros_like(spliced.placement.position_ids)
-    for row, start in enumerate(spliced.placement.image_start):
-        shift[row, int(start) :] = (
-            7  # everything from the image on moves by as much, so that attention stays as it was
-        )
-    far, kept_far = keys(replace(spliced.placement, position_ids=spliced.placement.position_ids + shift))
-    near, _ = keys(spliced.placement)
-    assert last.kept == kept.shape[1]
-    text_before = int(spliced.placement.image_start[0])
-    assert text_before == 3
-    same = (kept == kept_far).all(axis=1)
-    for row in np.flatnonzero(same):
-        start = int(spliced.placement.image_start[row])
-        turned = np.abs(far[row, :, start : start + last.kept] - near[row, :, start : start + last.kept])
-        assert (turned.max(axis=(0, 2)) > 1e-3).all()
+    (kept, keys), (kept_moved, keys_moved) = after(spliced.placement), after(moved)
+    assert kept.tolist() == kept_moved.tolist()
+    for layer, (one, other) in enumerate(zip(keys, keys_moved, strict=True)):
+        for row, slots in enumerate(spliced.placement.slots_of_stages[layer >= 2]):
+            change = np.abs(one[row, :, :slots] - other[row, :, :slots]).max(axis=(0, 2))
+            if layer < 2 or policy is GAP:
+                assert (change > 1e-2).all()
+            else:
+                assert (change < 1e-3).all()
 
 
 # Negative controls
@@ -258,6 +249,33 @@ def test_ids_without_gaps_are_right_where_every_token_enters(
     for row, length in enumerate(placement.next_slot):
         assert renumbered.position_ids[row, :length].tolist() == placement.position_ids[row, :length].tolist()
     assert renumbered.next_position.tolist() == placement.next_position.tolist()
+
+
+# Tracing once
+
+
+def test_graphs_that_are_taken_for_the_same_are(deep_checkpoint: Path, tiny_options: dict[str, Any]) -> None:
+    """Two strategies may have graphs of equal inputs and outputs, and other numbers inside."""
+    from gap_export.checkpoint import open_checkpoint
+    from gap_export.families import llava
+    from gap_export.plan import plan_for
+    from gap_export.recipe import Recipe
+
+    checkpoint = open_checkpoint(deep_checkpoint)
+
+    def keys(**changes: Any) -> dict[str, Any]:
+        recipe = Recipe.model_validate({**tiny_options, "keep": 0.25, **changes})
+        components = llava.components(checkpoint, plan_for(recipe, llava.facts(checkpoint)))
+        return {each.spec.name: (each.spec.model_dump_json(), each.settings) for each in components}
+
+    one, other = keys(pruner="pyramiddrop"), keys(pruner="sparsevlm")
+    assert one["splice"][0] == other["splice"][0]
+    assert {name for name in one if one[name] == other[name]} == {"vision", "embed"}
+    shifted, permuted = (keys(pruner="fastv", positions=policy) for policy in ("shifted", "permuted"))
+    assert {name for name in shifted if shifted[name] == permuted[name]} == {"embed", "decode", "splice"} - {
+        "splice"
+    }
+    assert keys(pruner="fastv")["decode"] != shifted["decode"]
 
 
 # Engines
