@@ -18,6 +18,8 @@ model, prompt, fit = manifest["model"], manifest["prompt"], manifest["preprocess
 graph = {
     name: ort.InferenceSession(str(folder / entry["file"])) for name, entry in manifest["graphs"].items()
 }
+if "decoder" not in graph:
+    sys.exit("this bundle drops tokens inside the decoder: see the section on stages in docs/positions.md")
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 # The picture: padded to a square, resized, scaled, normalised.

@@ -83,7 +83,7 @@ def test_adaptive_has_room_for_its_bound() -> None:
     ("changes", "message"),
     [
         ({"keep": "0.1:1.0", "pruner": "none"}, "keeps all 576"),
-        ({"keep": "0.0001:1.0", "pruner": "visionzip"}, "keeps at least 2 tokens"),
+        ({"keep": "0.001:1.0", "pruner": "visionzip"}, "keeps at least 2 tokens"),
         ({"keep": "0.1:0.1001"}, "is 58 of 576 tokens at both ends"),
         ({"keep": "0.1:1.0", "capacity": 300}, "is too small"),
     ],

@@ -402,10 +402,10 @@ def require_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
 
 
 def kept_count(keep: float, visual_tokens: int) -> int:
-    """How many tokens a fraction keeps: the nearest count, halves up, never zero.
+    """How many tokens a fraction keeps: the nearest count, halves up.
 
     Raises:
-        RecipeError: a fraction outside (0, 1].
+        RecipeError: a fraction outside (0, 1], or one that keeps none.
     """
     if not 0 < keep <= 1:
         raise RecipeError(
@@ -413,4 +413,11 @@ def kept_count(keep: float, visual_tokens: int) -> int:
             subject=f"keep {keep:g}",
             hint="0.25 keeps a quarter of them",
         )
-    return max(1, int(keep * visual_tokens + 0.5))
+    kept = int(keep * visual_tokens + 0.5)
+    if kept == 0:
+        raise RecipeError(
+            f"keeps none of {visual_tokens} tokens",
+            subject=f"keep {keep:g}",
+            hint=f"{1 / visual_tokens:.2g} keeps one of them",
+        )
+    return kept

@@ -22,6 +22,9 @@ from gap_export.prune.order import take
 from gap_export.prune.outliers import outlier_count
 from gap_export.prune.text_similarity import aligned_pair, matching
 
+_FAR_ABOVE = 60.0
+"""Logarithm of a score that is an outlier whatever the others are; its exponential is finite in float32."""
+
 
 class Trim:
     """Top-k by raw product with the expression, and the mean of the rest."""
@@ -33,7 +36,7 @@ class Trim:
     def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
         """See `AdaptivePruner.select_adaptive`."""
         logits_BN = _logits(features)
-        own_B1 = outlier_count(logits_BN.softmax(dim=-1))
+        own_B1 = outlier_count(_relative_scores(logits_BN))
         selected = _with_mean(features, layout(logits_BN, bound, own_B1), merged_id)
         return replace(selected, counts_B=own_B1[:, 0] + 1)
 
@@ -42,6 +45,17 @@ def _logits(features: VisionFeatures) -> Tensor:
     """[B, N] float32; ranked as the scores are, but apart where the softmax of far ones is 0."""
     aligned_BNP, text_BP = aligned_pair(features)
     return matching(features, torch.matmul(aligned_BNP, text_BP[..., None])[..., 0])
+
+
+def _relative_scores(logits_BN: Tensor) -> Tensor:
+    """[B, N] float32: the softmax but for a factor, chosen so that the upper quartile is about 1.
+
+    The rule for outliers does not mind the factor. The softmax itself is a few scores near 1 and, where products are large, nothing but
+    zeros at the quartiles that decide. What is far above them may be cut off.
+    """
+    ranked_BN = logits_BN.topk(logits_BN.shape[1], dim=-1).values
+    quartile_B1 = ranked_BN[:, (logits_BN.shape[1] - 1) // 4, None]
+    return (logits_BN - quartile_B1).clamp(max=_FAR_ABOVE).exp()
 
 
 def _with_mean(features: VisionFeatures, layout: Layout, merged_id: MergedId) -> Selected:

@@ -1,7 +1,7 @@
 """The reference: transformers' own model, eager, with explicit ids, an explicit mask and our own decode loop.
 
 Nothing of the export path is used here. Weights are loaded by transformers, class-token attention is read from the full
-attention map, the selection is that of `prune/reference.py` (float64, one picture at a time), rows are run without padding, and
+attention map, the selection is that of `prune/reference/` (float64, one picture at a time), rows are run without padding, and
 ids come from `positions.py`.
 """
 

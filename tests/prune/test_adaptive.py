@@ -37,6 +37,25 @@ def test_counts_equal_those_of_numpy(visual: int, seed: int, tail: float) -> Non
     ]
 
 
+@pytest.mark.parametrize("spread", [1.0, 30.0, 90.0])
+def test_large_products_do_not_hide_the_quartiles(spread: float) -> None:
+    """The softmax of products as large as a tower's of width 768 is zero in float32 at both quartiles."""
+    generator = np.random.default_rng(4)
+    for _ in range(20):
+        aligned, text = np.eye(144, dtype=np.float32), generator.normal(0.0, spread, 144).astype(np.float32)
+        features = VisionFeatures(
+            patches_BNE=torch.zeros(1, 144, 2),
+            grid=(12, 12),
+            aligned_BNP=torch.from_numpy(aligned)[None],
+            text_BP=torch.from_numpy(text)[None],
+            aligned_inversely=False,
+        )
+        selected = prune.load_adaptive("trim").select_adaptive(features, 144, merged_id=MergedId.LAST_VISUAL)
+        exact = np.exp(text.astype(np.float64) - text.max())
+        assert selected.counts_B is not None
+        assert selected.counts_B.tolist() == [max(1, outliers_by_percentile(exact)) + 1]
+
+
 def test_without_outliers_one_token_is_kept() -> None:
     assert outlier_count(torch.linspace(0.4, 0.6, 40)[None]).tolist() == [[1]]
     assert outlier_count(torch.full((2, 40), 0.5)).tolist() == [[1], [1]]

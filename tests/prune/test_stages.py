@@ -52,6 +52,10 @@ def test_every_schedule_is_one(name: str, keep: float, visual: int, layers: int)
         with pytest.raises(RecipeError, match=f"more than {wanted} layers, this one has {layers}"):
             cuts(name, keep, visual=visual, layers=layers)
         return
+    if keep * visual < 0.5:
+        with pytest.raises(RecipeError, match=f"keeps none of {visual} tokens"):
+            cuts(name, keep, visual=visual, layers=layers)
+        return
     try:
         found = cuts(name, keep, visual=visual, layers=layers)
     except RecipeError:
