@@ -139,7 +139,7 @@ def keeps_from(text: str) -> tuple[float, ...]:
             raise RecipeError(
                 "is not a number", subject=f"keep {entry!r}", hint="a list looks like 0.5,0.25,0.11"
             ) from error
-        prune.kept_count(keeps[-1], 1)
+        prune.require_fraction(keeps[-1])
     return _distinct(keeps, "keep")
 
 

@@ -97,7 +97,7 @@ def test_unknown_commands_and_options_are_the_users_error(command: Command) -> N
     refused(command("buidl"), "buidl")
     refused(command("build", "--modle", "shapes"), "--modle")
     refused(command("build", "--output", "x"), "--model")
-    refused(command("build", "--model", "shapes", "-o", "x", "--keep", "half"), "--keep")
+    refused(command("build", "--model", "shapes", "-o", "x", "--keep", "half"), "keep 'half'")
 
 
 def test_an_exit_code_of_a_command_reaches_the_shell(
@@ -647,9 +647,12 @@ def test_validate_reports_logits_that_are_not_numbers(
     command: Command, tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gap_export.runtime.ort import OnnxRuntimeSession
+    from gap_export.runtime.session import Prefilled
 
     prefill = OnnxRuntimeSession.prefill
-    monkeypatch.setattr(OnnxRuntimeSession, "prefill", lambda *args: prefill(*args) * float("nan"))
+    monkeypatch.setattr(
+        OnnxRuntimeSession, "prefill", lambda *args: Prefilled(prefill(*args).logits * np.float32("nan"))
+    )
     result = command("validate", tiny_bundle().folder, "--cases", "2", "--json", "--threads", "1")
     assert result.code == 1, result
     assert json.loads(result.out)["ok"] is False

@@ -102,7 +102,7 @@ def test_every_strategy_at_every_count_under_every_policy(tiny_options: dict[str
 def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any]) -> None:
     """Too few tokens for one, nothing to look at for others; the rest of the sweep is made."""
     request = request_of(
-        tiny_options, pruners=("prumerge", "visionzip", "random", "trim"), keeps=(0.25, 0.01)
+        tiny_options, pruners=("prumerge", "visionzip", "random", "trim"), keeps=(0.25, 0.02)
     )
     lacking = FACTS.model_copy(update={"tower_lacks": ("following_layer",)})
     cells, skipped = sweep.plan_cells(request, lacking)

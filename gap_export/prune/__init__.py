@@ -401,11 +401,11 @@ def require_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
         )
 
 
-def kept_count(keep: float, visual_tokens: int) -> int:
-    """How many tokens a fraction keeps: the nearest count, halves up.
+def require_fraction(keep: float) -> None:
+    """Refuse what is no share of the visual tokens.
 
     Raises:
-        RecipeError: a fraction outside (0, 1], or one that keeps none.
+        RecipeError: outside (0, 1].
     """
     if not 0 < keep <= 1:
         raise RecipeError(
@@ -413,6 +413,15 @@ def kept_count(keep: float, visual_tokens: int) -> int:
             subject=f"keep {keep:g}",
             hint="0.25 keeps a quarter of them",
         )
+
+
+def kept_count(keep: float, visual_tokens: int) -> int:
+    """How many tokens a fraction keeps: the nearest count, halves up.
+
+    Raises:
+        RecipeError: a fraction outside (0, 1], or one that keeps none.
+    """
+    require_fraction(keep)
     kept = int(keep * visual_tokens + 0.5)
     if kept == 0:
         raise RecipeError(

@@ -84,6 +84,8 @@ class Flow:
         self.outputs = tuple(graph.outputs)
         self._aliases: dict[ir.Value, tuple[ir.Value, ...]] = {}
         self._controls: dict[ir.Node, tuple[ir.Value, ...]] = {}
+        self._paces: dict[ir.Node, tuple[ir.Value, ...]] = {}
+        """Scan -> what it goes through: its extent, though not its values, decides how many steps there are."""
         self._loop_counters: set[ir.Value] = set()
         self.nodes: tuple[ir.Node, ...] = tuple(self._flatten(graph))
         self._bits = {value: 1 << i for i, value in enumerate((*self.inputs, *regarded))}
@@ -126,6 +128,7 @@ class Flow:
                 self._aliases[inner] = tuple(v for v in (outer, *again) if v is not None)
             for output, inner in zip(node.outputs, body.outputs, strict=False):
                 self._aliases[output] = (inner,)
+            self._paces[node] = tuple(v for v in list(node.inputs)[states:] if v is not None)
         else:  # an operator with bodies that this module does not know: everything may depend on everything
             results = tuple(v for b in bodies for v in b.outputs)
             for body in bodies:
@@ -166,7 +169,8 @@ class Flow:
     def _transfer(self, node: ir.Node, output: ir.Value) -> Facts:
         aliases = self._aliases.get(output)
         if aliases is not None:
-            return self._joined((*aliases, *self._controls.get(node, ())))
+            pace = self._joined(self._paces.get(node, ()))
+            return self._joined((*aliases, *self._controls.get(node, ()))).join(Facts(reach=pace.reach))
         facts = self._joined(node.inputs)
         if node.domain not in STANDARD_DOMAINS:
             return facts

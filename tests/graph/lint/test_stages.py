@@ -43,7 +43,10 @@ def gathers_of_ids(model: ir.Model) -> list[ir.Node]:
     """The choices that position ids go through, in order."""
     current, found = [v for v in model.graph.inputs if v.name == "position_ids"], []
     for node in model.graph:
-        if node.op_type == "GatherElements" and node.inputs[0] in current and len(node.outputs[0].uses()) > 1:
+        if node.op_type != "GatherElements" or node.inputs[0] not in current:
+            continue
+        shape = node.outputs[0].shape
+        if shape is not None and shape[-1] != 1:  # not the id of a single row that decides
             found.append(node)
             current.append(node.outputs[0])
     return found
