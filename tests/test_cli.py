@@ -651,7 +651,7 @@ def test_validate_reports_logits_that_are_not_numbers(
 
     prefill = OnnxRuntimeSession.prefill
     monkeypatch.setattr(
-        OnnxRuntimeSession, "prefill", lambda *args: Prefilled(prefill(*args).logits * np.float32("nan"))
+        OnnxRuntimeSession, "prefill", lambda *args: Prefilled(prefill(*args).logits * float("nan"))
     )
     result = command("validate", tiny_bundle().folder, "--cases", "2", "--json", "--threads", "1")
     assert result.code == 1, result

@@ -229,12 +229,26 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 
 
 def graphs_of(bundle: Bundle) -> dict[str, bytes]:
-    """The graphs but for the names of their nodes, which are numbered as they are made."""
+    """The graphs but for the names of nodes and of what they make, which are numbered as they are made."""
     graphs = {}
     for name in bundle.manifest.graphs:
         model = onnx.load(bundle.graph_path(name), load_external_data=False)
+        outputs = {value.name for value in model.graph.output}
+        renamed: dict[str, str] = {}
         for node in model.graph.node:
             node.name = ""
+            for value in node.output:
+                renamed[value] = value if value in outputs else f"value {len(renamed)}"
+            node.input[:] = [renamed.get(value, value) for value in node.input]
+            node.output[:] = [renamed[value] for value in node.output]
+        constants = {
+            c.name: f"constant {i}" for i, c in enumerate(model.graph.initializer) if not c.external_data
+        }
+        for constant in model.graph.initializer:
+            constant.name = constants.get(constant.name, constant.name)
+        for node in model.graph.node:
+            node.input[:] = [constants.get(value, value) for value in node.input]
+        del model.graph.value_info[:]
         graphs[name] = model.SerializeToString(deterministic=True)
     return graphs
 
