@@ -7,7 +7,10 @@ a traceback is a bug of ours. Heavy imports happen inside the commands, so that 
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -180,13 +183,18 @@ def build(
         seed=seed,
     )
     pipeline = _pipeline()
-    with console.status("starting") as status:
+    with _interruptible() as go_on, console.status("starting") as status:
+
+        def show(words: str) -> None:
+            go_on()
+            status.update(f"{words} ...")
+
         built = pipeline.build(
             recipe,
             output,
             replace=replace,
             self_contained=self_contained,
-            progress=lambda words: status.update(f"{words} ..."),
+            progress=show,
         )
     from gap_export.report import keeping
 
@@ -532,6 +540,27 @@ def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: st
             subject=str(target),
             hint="use a .png or .jpg path in a folder that exists",
         ) from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Ctrl-C ends what runs inside, even where a library catches it and goes on: then when the function given is next called."""
+    came = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def go_on() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield go_on
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _pipeline() -> Any:

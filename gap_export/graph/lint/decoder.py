@@ -138,7 +138,7 @@ def check_decoder(decoder: Decoder, own: bool, *, renumbers: bool = False) -> li
         renumbers: whether its later stages number their tokens by slot, because that is the policy; ids are then read in
             the first stage alone.
     """
-    findings = _rope(decoder, renumbers)
+    findings = _rope(decoder, own, renumbers)
     for site, (queries, keys) in zip(decoder.sites, decoder.rotary, strict=True):
         findings += _inside(decoder, site, bool(queries or keys))
         findings += _mask(decoder, site)
@@ -165,7 +165,7 @@ def _note(rule: Rule, node: str, sentence: str, hint: str, *, error: bool = Fals
 # rope-reads-position-ids
 
 
-def _rope(decoder: Decoder, renumbers: bool) -> list[Finding]:
+def _rope(decoder: Decoder, own: bool, renumbers: bool) -> list[Finding]:
     findings: dict[ir.Node, Finding] = {}
     bare: list[AttentionSite] = []
     for site, (queries, keys) in zip(decoder.sites, decoder.rotary, strict=True):
@@ -191,7 +191,7 @@ def _rope(decoder: Decoder, renumbers: bool) -> list[Finding]:
             by_slot = not any(decoder.flow.facts(a).values & decoder.reads_ids for a in rotary.angles)
             if finding is not None and not (renumbers and by_slot):
                 findings[rotary.node] = finding
-    return [*findings.values(), *_bare(decoder, bare)]
+    return [*findings.values(), *_bare(decoder, bare, own)]
 
 
 def _angle_finding(decoder: Decoder, rotary: RotarySite) -> Finding | None:
@@ -210,8 +210,8 @@ def _angle_finding(decoder: Decoder, rotary: RotarySite) -> Finding | None:
     return None
 
 
-def _bare(decoder: Decoder, bare: list[AttentionSite]) -> list[Finding]:
-    """Attention whose queries and keys meet no rotary embedding that lint knows."""
+def _bare(decoder: Decoder, bare: list[AttentionSite], own: bool) -> list[Finding]:
+    """Attention whose queries and keys meet no rotary embedding that lint knows; in this project's graphs all do."""
     unexplained = [s for s in bare if not s.rotates_inside and s.form != "plugin"]
     if not unexplained:
         return []
@@ -222,6 +222,8 @@ def _bare(decoder: Decoder, bare: list[AttentionSite]) -> list[Finding]:
         sentence = (
             f"no rotary embedding found on {len(unexplained)} of {len(decoder.sites)} attention operations"
         )
+        if own:
+            return [_breaking(ROPE, name, sentence, _FEED_IDS)]
         return [_note(ROPE, name, sentence, hint)]
     if decoder.absolute:
         return [
