@@ -126,13 +126,14 @@ def _check_decoder(subject: str, flow: Flow, own: bool, ids_input: str, policy: 
             hint="give the decoder graph, or name its kind with the profile option",
         )
     renumbers = is_staged(flow) and policy is not PositionPolicy.GAP
-    findings = check_decoder(decoder, own, renumbers=renumbers) + check_cache(flow, own)
-    findings += check_kept_inside(
+    # The verdict names the first finding: ids dropped by another index are the cause of rotary embeddings not found.
+    findings = check_kept_inside(
         flow,
         decoder.stages,
         keeps_ids=policy is PositionPolicy.GAP,
         sorted_wanted=policy.keeps_raster_order,
     )
+    findings += check_decoder(decoder, own, renumbers=renumbers) + check_cache(flow, own)
     good = f"later stages number tokens by slot, as the policy {policy} asks"
     return _Checked(
         findings,
