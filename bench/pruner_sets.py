@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -107,15 +107,14 @@ def source_of(pruner: str) -> str:
     return "projected_BNH" if prune.strategy(pruner).reads_projected else "patches_BNE"
 
 
-class _Watched:
-    """Features that remember which of them were looked at."""
+class _Watched(prune.VisionFeatures):
+    """Features that remember which of them were looked at, what they compute from others included."""
 
-    def __init__(self, features: prune.VisionFeatures) -> None:
-        self.features, self.names = features, set[str]()
+    looked_at: ClassVar[set[str]] = set()
 
-    def __getattr__(self, name: str) -> Any:
-        self.names.add(name)
-        return getattr(self.features, name)
+    def __getattribute__(self, name: str) -> Any:
+        _Watched.looked_at.add(name)
+        return super().__getattribute__(name)
 
 
 @functools.cache
@@ -123,9 +122,10 @@ def reads(pruner: str) -> tuple[str, ...]:
     """The features that a strategy reads or chooses from."""
     arrays = random_features(np.random.default_rng(0), (3, 4), width=16)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    watched = _Watched(prune.VisionFeatures(grid=(3, 4), **tensors))  # type: ignore[arg-type]
-    prune.load(pruner).select(watched, 12, seed=0, merged_id=MergedId.LAST_VISUAL)  # type: ignore[arg-type]
-    return tuple(name for name in arrays if name in watched.names | {source_of(pruner)})
+    watched = _Watched(grid=(3, 4), **tensors)  # type: ignore[arg-type]
+    _Watched.looked_at.clear()
+    prune.load(pruner).select(watched, 12, seed=0, merged_id=MergedId.LAST_VISUAL)
+    return tuple(name for name in arrays if name in _Watched.looked_at | {source_of(pruner)})
 
 
 @dataclass

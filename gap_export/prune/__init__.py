@@ -37,7 +37,7 @@ class VisionFeatures:
 
     Attributes:
         patches_BNE: features of the patches, before the projector, class token dropped.
-        grid: (rows, columns) with rows * columns = N.
+        grid: (rows, columns) with rows * columns = N; None where pictures differ in how many patches they have.
         class_query_BAD: the class token's query in the feature layer; None without a class token.
         keys_BATD: keys of the same layer, class token first; None without a class token.
         class_token_BE: output of the feature layer at the class token.
@@ -52,7 +52,7 @@ class VisionFeatures:
     """
 
     patches_BNE: Tensor
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     class_query_BAD: Tensor | None = None
     keys_BATD: Tensor | None = None
     class_token_BE: Tensor | None = None
@@ -65,8 +65,51 @@ class VisionFeatures:
 
     @property
     def visual_tokens(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
+        """N. A plain number, or symbolic while a graph is traced in which pictures differ."""
+        return self.patches_BNE.shape[1] if self.grid is None else self.grid[0] * self.grid[1]
+
+    @property
+    def class_attention_BN(self) -> Tensor | None:
+        """float32 attention of the class token to every patch in the feature layer, mean over heads.
+
+        Softmax over class token and patches, class column dropped without renormalising.
+        """
+        if self.class_query_BAD is None or self.keys_BATD is None:
+            return None
+        return class_attention(self.class_query_BAD, self.keys_BATD)
+
+    @property
+    def mean_keys_BND(self) -> Tensor | None:
+        """float32 keys of the patches in the feature layer, mean over heads."""
+        return None if self.keys_BATD is None else self.keys_BATD[:, :, 1:].float().mean(dim=1)
+
+    @property
+    def following_attention_BN(self) -> Tensor | None:
+        """The same as `class_attention_BN` in the following layer, heads not split (PruMerge, arXiv 2403.15388)."""
+        if self.following_query_BE is None or self.following_keys_BTE is None:
+            return None
+        return class_attention(self.following_query_BE[:, None], self.following_keys_BTE[:, None])
+
+    @property
+    def following_patch_keys_BNE(self) -> Tensor | None:
+        """float32 keys of the patches in the following layer, full width."""
+        return None if self.following_keys_BTE is None else self.following_keys_BTE[:, 1:].float()
+
+
+def class_attention(query_BAD: Tensor, keys_BATD: Tensor) -> Tensor:
+    """One row of an attention map, and no other: the class token's, without its own column, mean over heads.
+
+    Args:
+        query_BAD: of the class token.
+        keys_BATD: class token first.
+
+    Returns:
+        [B, N] float32.
+    """
+    scale = query_BAD.shape[-1] ** -0.5
+    logits_BAT = (keys_BATD.float() @ query_BAD.float()[..., None])[..., 0] * scale
+    scores_BN: Tensor = logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
+    return scores_BN
 
 
 @dataclass(frozen=True)

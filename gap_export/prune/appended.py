@@ -31,7 +31,7 @@ class Layout:
     is_appended_BK: Tensor
     is_rest_BN: Tensor
 
-    def indices(self, merged_id: MergedId, weights_BN: Tensor, grid: tuple[int, int]) -> Tensor:
+    def indices(self, merged_id: MergedId, weights_BN: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """[B, K] int64; `weights_BN` are the shares of the patches in the appended token."""
         own_BK = torch.where(self.is_own_BK, self.ranked_BK, NO_TOKEN)
         appended_B1 = merged_index(merged_id, kept_BM=own_BK, weights_BN=weights_BN, grid=grid)

@@ -6,7 +6,6 @@ whose output the decoder gets; top-k. The other rows of the attention map are no
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gap_export.positions import MergedId
@@ -22,12 +21,9 @@ class ClsAttention:
         Returns:
             [B, N] float32: softmax over class token and patches, class column dropped without renormalising.
         """
-        query_BAD, keys_BATD = features.class_query_BAD, features.keys_BATD
-        if query_BAD is None or keys_BATD is None:
+        scores_BN = features.class_attention_BN
+        if scores_BN is None:
             raise ValueError("cls_attention needs a vision tower with a class token")
-        scale = query_BAD.shape[-1] ** -0.5
-        logits_BAT = torch.matmul(keys_BATD.float(), query_BAD.float()[..., None])[..., 0] * scale
-        scores_BN: Tensor = logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
         return scores_BN
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:

@@ -47,7 +47,7 @@ def in_decoder_order(selected: Selected, policy: PositionPolicy) -> Selected:
 
 
 def merged_index(
-    merged_id: MergedId, *, kept_BM: Tensor, weights_BN: Tensor, grid: tuple[int, int]
+    merged_id: MergedId, *, kept_BM: Tensor, weights_BN: Tensor, grid: tuple[int, int] | None
 ) -> Tensor:
     """The raster index that a token stands for which was merged from many patches.
 
@@ -55,16 +55,21 @@ def merged_index(
         merged_id: the rule.
         kept_BM: raster indices of the patches that were kept; `NO_TOKEN` among them counts for nothing.
         weights_BN: share of each patch in the merged token, not negative; need not sum to one.
-        grid: (rows, columns).
+        grid: (rows, columns); None where pictures differ.
 
     Returns:
         [B, 1] int64.
+
+    Raises:
+        ValueError: a centroid without a grid.
     """
-    rows, columns = grid
     if merged_id is MergedId.LAST_VISUAL:
-        return torch.full_like(kept_BM[:, :1], rows * columns - 1)
+        return torch.full_like(kept_BM[:, :1], weights_BN.shape[1] - 1)
     if merged_id is MergedId.MAX_KEPT:
         return kept_BM.amax(dim=1, keepdim=True)
+    if grid is None:
+        raise ValueError("a centroid needs patches that lie on one grid")
+    rows, columns = grid
     shares_BN = weights_BN.float() / weights_BN.float().sum(dim=1, keepdim=True)
     places_N2 = torch.stack(
         [torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)], dim=1

@@ -43,15 +43,11 @@ class PruMerge:
 
 def full_width_scores(features: VisionFeatures) -> Tensor:
     """[B, N] float32: softmax over class token and patches in the following layer, class column dropped."""
-    query_BE, keys_BTE = features.following_query_BE, features.following_keys_BTE
-    if query_BE is None or keys_BTE is None:
+    scores_BN = features.following_attention_BN
+    if scores_BN is None:
         raise ValueError(
             "prumerge needs a vision tower with a class token and a layer after the feature layer"
         )
-    logits_BT = (
-        torch.matmul(keys_BTE.float(), query_BE.float()[..., None])[..., 0] * query_BE.shape[-1] ** -0.5
-    )
-    scores_BN: Tensor = logits_BT.softmax(dim=-1)[:, 1:]
     return scores_BN
 
 
@@ -64,12 +60,18 @@ def merged_into(features: VisionFeatures, scores_BN: Tensor, layout: Layout, mer
         layout: what is kept in which row.
         merged_id: index of the appended token.
     """
-    assert features.following_keys_BTE is not None
-    visual, patches_BNE = features.visual_tokens, features.patches_BNE
-    keys_BNE = normalize(features.following_keys_BTE[:, 1:].float(), dim=-1)
+    visual, patches_BNE, keys_BNE = (
+        features.visual_tokens,
+        features.patches_BNE,
+        features.following_patch_keys_BNE,
+    )
+    assert keys_BNE is not None
+    keys_BNE = normalize(keys_BNE, dim=-1)
     is_itself_BKN = layout.ranked_BK[:, :, None] == torch.arange(visual)
     alike_BKN = torch.matmul(take(keys_BNE, layout.ranked_BK), keys_BNE.transpose(1, 2))
-    nearest_BKJ = alike_BKN.masked_fill(is_itself_BKN, -2.0).topk(min(NEIGHBOURS, visual - 1), dim=-1).indices
+    nearest_BKJ = (
+        alike_BKN.masked_fill(is_itself_BKN, -2.0).topk(torch.sym_min(NEIGHBOURS, visual - 1), dim=-1).indices
+    )
     is_near_BKN = torch.zeros_like(alike_BKN).scatter(2, nearest_BKJ, 1.0)
 
     own_BKN = (is_itself_BKN + is_near_BKN * scores_BN[:, None]) * layout.is_own_BK[:, :, None]

@@ -5,13 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gap_export.positions import MergedId
+from gap_export.positions import Ids, MergedId
 from gap_export.prune import Selected, VisionFeatures
+
+MOST_TOKENS = 2**14
+"""Pictures have no more visual tokens than this."""
+
+
+def lots(seed: int) -> Ids:
+    """[MOST_TOKENS] int64: the lot that each token draws, all different. The lowest ones are kept."""
+    return np.random.default_rng(seed).permutation(MOST_TOKENS).astype(np.int64)
 
 
 def drawn_indices(visual_tokens: int, seed: int) -> list[int]:
-    """A seeded permutation of 0..N-1; the first K are the draw, so that a larger K keeps a superset."""
-    return [int(index) for index in np.random.default_rng(seed).permutation(visual_tokens)]
+    """A seeded order of 0..N-1; the first K are the draw, so that a larger K keeps a superset."""
+    return [int(index) for index in np.argsort(lots(seed)[:visual_tokens])]
 
 
 class Random:
@@ -19,5 +27,9 @@ class Random:
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`; the order of the draw stands in for a score."""
-        drawn_N = torch.tensor(drawn_indices(features.visual_tokens, seed), dtype=torch.int64)
-        return Selected(drawn_N[:kept].expand(features.patches_BNE.shape[0], -1))
+        pictures = features.patches_BNE.shape[0]
+        if features.grid is not None:
+            drawn_N = torch.tensor(drawn_indices(features.visual_tokens, seed), dtype=torch.int64)
+            return Selected(drawn_N[:kept].expand(pictures, -1))
+        lots_N = torch.tensor(lots(seed), dtype=torch.float32)[: features.visual_tokens]
+        return Selected(lots_N.topk(kept, largest=False).indices.expand(pictures, -1))

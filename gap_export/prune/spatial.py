@@ -26,6 +26,8 @@ class Spatial:
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`."""
+        if features.grid is None:
+            raise ValueError("spatial needs patches that lie on one grid")
         rows, columns = features.grid
         # The rows in use are rounded to taste, so a table of them is baked in; all else is integer arithmetic with K.
         table_N = torch.tensor([used_rows(features.grid, count + 1) for count in range(rows * columns)])

@@ -32,7 +32,7 @@ class VisionZip:
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`: class token, dominant patches by score, contextual tokens in raster order."""
-        if features.class_token_BE is None or features.keys_BATD is None:
+        if features.class_token_BE is None or features.mean_keys_BND is None:
             raise ValueError("visionzip needs a vision tower with a class token")
         visual, patches_BNE = features.visual_tokens, features.patches_BNE
         contextual = contextual_count(kept)
@@ -51,7 +51,7 @@ class VisionZip:
         chosen_BK = torch.where(is_target_K, target_BK, dominant_BK)
         class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
 
-        keys_BND = normalize(features.keys_BATD[:, :, 1:].float().mean(dim=1), dim=-1)
+        keys_BND = normalize(features.mean_keys_BND, dim=-1)
         alike_BKN = torch.matmul(take(keys_BND, chosen_BK), keys_BND.transpose(1, 2))
         nearest_BN = alike_BKN.masked_fill(~is_target_K[:, None], _LESS_THAN_ANY).argmax(dim=1)
         is_other_BN = torch.ones_like(scores_BN).scatter(1, chosen_BK, 0.0)

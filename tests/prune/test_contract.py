@@ -271,8 +271,23 @@ def test_the_tensor_arithmetic_gives_the_same_grid(rows: int, columns: int, data
 
 
 def test_draws_are_the_same_on_every_machine() -> None:
-    assert drawn_indices(10, 0)[:4] == [4, 6, 2, 7]
+    assert drawn_indices(10, 0)[:4] == [9, 2, 1, 5]
     assert drawn_indices(10, 1) != drawn_indices(10, 2)
+
+
+def test_a_draw_does_not_need_to_know_the_size_beforehand() -> None:
+    """Where pictures differ in size, the draw of each is that of its size."""
+    for visual in (5, 20):
+        loose = VisionFeatures(torch.empty(2, visual, 1), grid=None)
+        assert select("random", loose, 5, seed=3).tolist() == [drawn_indices(visual, 3)[:5]] * 2
+
+
+def test_a_grid_is_not_made_up() -> None:
+    loose = replace(features(), grid=None)
+    with pytest.raises(ValueError, match="one grid"):
+        select("spatial", loose, 5)
+    with pytest.raises(ValueError, match="one grid"):
+        prune.load("trim").select(loose, 5, seed=0, merged_id=MergedId.CENTROID)
 
 
 def test_none_is_not_asked_to_prune() -> None:
