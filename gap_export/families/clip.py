@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPVisionModel
 
 from gap_export import prune
 from gap_export.families.clip_text import ClipText
@@ -26,19 +26,26 @@ class ClipVision(nn.Module):
     the order does not matter.
 
     Args:
-        model: hollow.
+        tower: hollow.
+        projector: from the tower's width to the decoder's.
         plan: of the build.
         feature_layer: how many layers of the tower are run.
         text: the text tower, for pruners that look at the expression.
     """
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, plan: Plan, *, feature_layer: int, text: ClipText | None
+        self,
+        tower: CLIPVisionModel,
+        projector: nn.Module,
+        plan: Plan,
+        *,
+        feature_layer: int,
+        text: ClipText | None,
     ) -> None:
         super().__init__()
-        vision = model.config.vision_config
-        self.vision_tower = model.model.vision_tower
-        self.multi_modal_projector = model.model.multi_modal_projector
+        vision = tower.config
+        self.vision_tower = tower
+        self.multi_modal_projector = projector
         self.text_tower = text
         name = "none" if plan.stages else plan.pruner  # those that drop tokens in the decoder do it there
         self._strategy, self._pruner, self._plan = prune.strategy(name), prune.load(name), plan

@@ -5,8 +5,10 @@ The language model of transformers is traced as it is. Decoders that drop tokens
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from gap_export.graph.attention import SlotCache, slot_mask
 
@@ -14,11 +16,11 @@ from gap_export.graph.attention import SlotCache, slot_mask
 class Decoder(nn.Module):
     """The language model over a static cache: one graph for prefill and decode, logits of one row."""
 
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+    def __init__(self, language_model: PreTrainedModel, lm_head: nn.Module) -> None:
         super().__init__()
-        self.language_model = model.model.language_model
+        self.language_model: Any = language_model
         self.language_model.embed_tokens = None  # embeddings come in; the table lives in `splice` and `embed`
-        self.lm_head = model.lm_head
+        self.lm_head = lm_head
 
     def forward(
         self,

@@ -9,19 +9,16 @@ The modules of transformers are traced unchanged. Tower, pruner and projector ar
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from gap_export.bundle import BoxFormat, ModelFacts, Precision, Preprocessing, PromptTemplate, TextTower
+from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import staged
+from gap_export.families import assembly
 from gap_export.families.clip import ClipVision
 from gap_export.families.clip_text import (
     TEXT_TOWER,
@@ -31,27 +28,18 @@ from gap_export.families.clip_text import (
     read_text_tower,
     text_weight_key,
 )
-from gap_export.families.decoder import Decoder
 from gap_export.families.hollow import fake_mode, hollow
-from gap_export.families.splice import Embed, Splice
 from gap_export.graph.attention import IMPLEMENTATION
 from gap_export.plan import Plan
-from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe
 from gap_export.runtime.preprocess import mean_colour
-from gap_export.spec import Component, Dim, DType, GraphName, GraphSpec, TensorSpec
+from gap_export.spec import Component, TensorSpec
 
 GROUNDING_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
     "polite answers to the user's questions. USER: <image>\nPlease provide the bounding box coordinate of the region this "
     "sentence describes: {expression}. ASSISTANT:"
 )
-
-DTYPES: dict[Precision, tuple[torch.dtype, DType]] = {
-    "fp32": (torch.float32, "float32"),
-    "fp16": (torch.float16, "float16"),
-    "bf16": (torch.bfloat16, "bfloat16"),
-}
 
 # Where published checkpoints keep what the module calls by the name on the left: transformers before and after 4.52.
 _PREFIXES = {
@@ -149,154 +137,27 @@ def box(recipe: Recipe) -> BoxFormat:
 def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     config = _config(checkpoint)
-    sizes = facts(checkpoint)
-    torch_dtype, dtype = DTYPES[plan.precision]
+    torch_dtype, _ = assembly.DTYPES[plan.precision]
     mode = fake_mode()
     model = _hollow_model(config, torch_dtype, mode)
-
-    batch = Dim(name="batch", minimum=1, optimum=1, maximum=plan.max_batch)
-    text = Dim(name="text", minimum=2, optimum=plan.max_text, maximum=plan.max_text)
-    longest, usual = plan.max_text - 1 + plan.most, plan.max_text - 1 + plan.kept
-    sequence = Dim(name="sequence", minimum=1, optimum=usual, maximum=longest)
-    spliced = Dim(name="spliced", minimum=plan.fewest + 1, optimum=usual, maximum=longest)
-
-    def tensor(name: str, kind: DType, *shape: int | Dim) -> TensorSpec:
-        return TensorSpec(name=name, dtype=kind, shape=shape)
-
-    def visual(extent: int | Dim) -> tuple[TensorSpec, ...]:
-        """What vision gives and splice takes, in this order."""
-        counts = (tensor("kept_counts", "int64", batch),) if plan.counting == "adaptive" else ()
-        return (
-            tensor("visual_embeds", dtype, batch, extent, sizes.hidden_size),
-            tensor("kept_indices", "int64", batch, extent),
-            *counts,
-        )
-
-    tower = plan.text_tower
-    expression = (
-        ()
-        if tower is None
-        else (
-            tensor(
-                "text_ids",
-                "int64",
-                batch,
-                Dim(name="expression", minimum=3, optimum=min(16, tower.context), maximum=tower.context),
-            ),
-        )
-    )
-    count = (
-        (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.kept_dim),)
-        if plan.counting == "chosen"
-        else ()
-    )
     side = config.vision_config.image_size
-    cache = [
-        (layer, part, (batch, sizes.kv_heads, slots, sizes.head_dim))
-        for layer, slots in enumerate(plan.layer_capacities(sizes.layers))
-        for part in ("key", "value")
-    ]
-    past = [tensor(f"past.{layer}.{part}", dtype, *shape) for layer, part, shape in cache]
-    present = [tensor(f"present.{layer}.{part}", dtype, *shape) for layer, part, shape in cache]
-
-    spliced_embeds = tensor("inputs_embeds", dtype, batch, spliced, sizes.hidden_size)
-    logits = tensor("logits", "float32", batch, sizes.vocabulary)
-
-    embedding = model.model.language_model.embed_tokens
-    splicing = {"image_token_id": config.image_token_id, "visual_tokens": sizes.visual_tokens}
-    specs_and_modules: list[tuple[GraphSpec, nn.Module]] = [
-        (
-            GraphSpec(
-                name="vision",
-                inputs=(tensor("pixel_values", "float32", batch, 3, side, side), *expression, *count),
-                outputs=visual(plan.kept_dim if plan.counting == "chosen" else plan.most),
-            ),
-            ClipVision(model, plan, feature_layer=_feature_layer(config), text=_clip_text(checkpoint, plan, torch_dtype, mode)),
+    pieces = assembly.Pieces(
+        vision=ClipVision(
+            model.model.vision_tower,
+            model.model.multi_modal_projector,
+            plan,
+            feature_layer=_feature_layer(config),
+            text=_clip_text(checkpoint, plan, torch_dtype, mode),
         ),
-        (
-            GraphSpec(
-                name="splice",
-                inputs=(
-                    tensor("input_ids", "int64", batch, text),
-                    *(
-                        given
-                        for given in visual(plan.most if plan.counting == "fixed" else plan.kept_dim)
-                        # Policies that renumber do not look at which tokens were kept.
-                        if given.name != "kept_indices" or plan.positions is PositionPolicy.GAP
-                    ),
-                ),
-                outputs=(
-                    spliced_embeds,
-                    tensor("position_ids", "int64", batch, spliced),
-                    tensor("next_position", "int64", batch),
-                    tensor("next_slot", "int64", batch),
-                    *(staged.splice_outputs(plan, batch) if plan.stages else ()),
-                ),
-            ),
-            staged.StagedSplice(embedding, plan, **splicing)
-            if plan.stages
-            else Splice(embedding, policy=plan.positions, **splicing),
+        vision_inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=(assembly.batch_dim(plan), 3, side, side)),
         ),
-        (
-            GraphSpec(
-                name="embed",
-                inputs=(tensor("input_ids", "int64", batch, Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text)),),
-                outputs=(
-                    tensor(
-                        "inputs_embeds",
-                        dtype,
-                        batch,
-                        Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text),
-                        sizes.hidden_size,
-                    ),
-                ),
-            ),
-            Embed(embedding),
-        ),
-    ]  # fmt: skip
-    if plan.stages:
-        specs_and_modules += staged.decoder_graphs(
-            model, plan, embeds=spliced_embeds, logits=logits, past=past, present=present
-        )
-    else:
-        spec = GraphSpec(
-            name="decoder",
-            inputs=(
-                tensor("inputs_embeds", dtype, batch, sequence, sizes.hidden_size),
-                tensor("position_ids", "int64", batch, sequence),
-                tensor("write_index", "int64", batch),
-                tensor("last_index", "int64", batch),
-                *past,
-            ),
-            outputs=(logits, *present),
-            aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
-        )
-        specs_and_modules.append((spec, Decoder(model)))
-    return [
-        Component(
-            module=module.eval(),
-            spec=spec,
-            weight_key=lambda name: weight_key(checkpoint, name),
-            settings=(checkpoint.folder, _settings(spec.name, plan)),
-        )
-        for spec, module in specs_and_modules
-    ]
-
-
-def _settings(graph: GraphName, plan: Plan) -> Hashable:
-    """What of the plan a graph depends on, besides the shapes in its spec. The whole plan is always right."""
-    if graph in ("embed", "decoder"):
-        return None
-    if graph == "splice":
-        return plan.positions, tuple(stage.kept for stage in plan.stages)
-    if graph == "prefill":
-        return plan
-    if graph == "decode":
-        return plan.positions is PositionPolicy.GAP, plan.stages
-    order = PositionPolicy.GAP if plan.positions.keeps_raster_order else PositionPolicy.PERMUTED
-    if plan.stages:  # what drops tokens later encodes as if nothing did
-        return replace(plan, positions=order, pruner="none", keep=1.0, stages=())
-    return replace(plan, positions=order)
+        language_model=model.model.language_model,
+        lm_head=model.lm_head,
+        image_token_id=config.image_token_id,
+        weight_key=lambda name: weight_key(checkpoint, name),
+    )
+    return assembly.components(checkpoint.folder, facts(checkpoint), plan, pieces)
 
 
 def weight_key(checkpoint: Checkpoint, parameter: str) -> str:

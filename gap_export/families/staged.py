@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from gap_export.bundle import Stage
 from gap_export.families.splice import Splice
@@ -72,11 +72,11 @@ class _Tokens:
 class _StagedDecoder(nn.Module):
     """What both graphs have in common."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, plan: Plan) -> None:
+    def __init__(self, language_model: PreTrainedModel, lm_head: nn.Module, plan: Plan) -> None:
         super().__init__()
-        self.language_model = model.model.language_model
+        self.language_model: Any = language_model
         self.language_model.embed_tokens = None  # embeddings come in; the table lives in `splice` and `embed`
-        self.lm_head = model.lm_head
+        self.lm_head = lm_head
         self._keeps_ids = plan.positions is PositionPolicy.GAP
         self._stages = plan.stages
 
@@ -116,8 +116,8 @@ class _StagedDecoder(nn.Module):
 class Prefill(_StagedDecoder):
     """The prompt, from slot 0 on, through all stages."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, plan: Plan) -> None:
-        super().__init__(model, plan)
+    def __init__(self, language_model: PreTrainedModel, lm_head: nn.Module, plan: Plan) -> None:
+        super().__init__(language_model, lm_head, plan)
         self._pruner, self._policy = stages.load(plan.pruner), plan.positions
 
     def forward(
@@ -260,7 +260,8 @@ def splice_outputs(plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
 
 
 def decoder_graphs(
-    model: LlavaForConditionalGeneration,
+    language_model: PreTrainedModel,
+    lm_head: nn.Module,
     plan: Plan,
     *,
     embeds: TensorSpec,
@@ -271,7 +272,8 @@ def decoder_graphs(
     """`prefill` and `decode`.
 
     Args:
-        model: hollow.
+        language_model: hollow.
+        lm_head: the same.
         plan: with stages.
         embeds: inputs_embeds [B, S, H] of a prompt with every visual token.
         logits: [B, V].
@@ -309,4 +311,7 @@ def decoder_graphs(
         outputs=(logits, *present),
         aliased=aliased,
     )
-    return [(prefill, Prefill(model, plan)), (decode, Decode(model, plan))]
+    return [
+        (prefill, Prefill(language_model, lm_head, plan)),
+        (decode, Decode(language_model, lm_head, plan)),
+    ]

@@ -1,0 +1,203 @@
+"""The graphs of a model, from the pieces that a family puts in: names, shapes and dimensions are the same for all of them.
+
+A family brings hollow modules; here they become components: `vision`, `splice`, `embed` and `decoder`, or `prefill` and `decode`
+in the place of the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gap_export.bundle import ModelFacts, Precision
+from gap_export.families import staged
+from gap_export.families.decoder import Decoder
+from gap_export.families.splice import Embed, Splice
+from gap_export.plan import Plan
+from gap_export.positions import PositionPolicy
+from gap_export.spec import Component, Dim, DType, GraphName, GraphSpec, TensorSpec
+
+DTYPES: dict[Precision, tuple[torch.dtype, DType]] = {
+    "fp32": (torch.float32, "float32"),
+    "fp16": (torch.float16, "float16"),
+    "bf16": (torch.bfloat16, "bfloat16"),
+}
+
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a family brings.
+
+    Attributes:
+        vision: takes `vision_inputs`, gives visual_embeds [B, K, H], kept_indices [B, K] and, where pictures differ in how many
+            tokens they keep, kept_counts [B].
+        vision_inputs: of the vision graph, without those that every family has (`text_ids`, `keep_count`).
+        language_model: the decoder of transformers, token embeddings included, without its head.
+        lm_head: hidden states to logits.
+        image_token_id: id of the placeholder.
+        weight_key: name of a parameter of any graph -> key in the checkpoint.
+    """
+
+    vision: nn.Module
+    vision_inputs: tuple[TensorSpec, ...]
+    language_model: PreTrainedModel
+    lm_head: nn.Module
+    image_token_id: int
+    weight_key: Callable[[str], str]
+
+
+def batch_dim(plan: Plan) -> Dim:
+    """B."""
+    return Dim(name=BATCH, minimum=1, optimum=1, maximum=plan.max_batch)
+
+
+def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> list[Component]:
+    """The components of a model.
+
+    Args:
+        folder: of the checkpoint, to tell its graphs from those of others.
+        sizes: of the model.
+        plan: of the build.
+        pieces: hollow.
+    """
+    _, dtype = DTYPES[plan.precision]
+    batch = batch_dim(plan)
+
+    def whole(name: str, *shape: int | Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype="int64", shape=shape)
+
+    def real(name: str, *shape: int | Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+    longest, usual = plan.max_text - 1 + plan.most, plan.max_text - 1 + plan.kept
+    text = Dim(name="text", minimum=2, optimum=plan.max_text, maximum=plan.max_text)
+    some_text = Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text)
+    spliced = Dim(name="spliced", minimum=plan.fewest + 1, optimum=usual, maximum=longest)
+    sequence = Dim(name="sequence", minimum=1, optimum=usual, maximum=longest)
+
+    def visual(extent: int | Dim) -> tuple[TensorSpec, ...]:
+        """What vision gives and splice takes, in this order."""
+        counts = (whole("kept_counts", batch),) if plan.counting == "adaptive" else ()
+        return (
+            real("visual_embeds", batch, extent, sizes.hidden_size),
+            whole("kept_indices", batch, extent),
+            *counts,
+        )
+
+    vision = GraphSpec(
+        name="vision",
+        inputs=(*pieces.vision_inputs, *_expression(plan, batch), *_keep_count(plan)),
+        outputs=visual(plan.kept_dim if plan.counting == "chosen" else plan.most),
+    )
+
+    embeds = real("inputs_embeds", batch, spliced, sizes.hidden_size)
+    embedding = pieces.language_model.get_input_embeddings()
+    placing = {"image_token_id": pieces.image_token_id, "visual_tokens": sizes.visual_tokens}
+    splice = GraphSpec(
+        name="splice",
+        inputs=(
+            whole("input_ids", batch, text),
+            *(
+                given
+                for given in visual(plan.most if plan.counting == "fixed" else plan.kept_dim)
+                # Policies that renumber do not look at which tokens were kept.
+                if given.name != "kept_indices" or plan.positions is PositionPolicy.GAP
+            ),
+        ),
+        outputs=(
+            embeds,
+            whole("position_ids", batch, spliced),
+            whole("next_position", batch),
+            whole("next_slot", batch),
+            *(staged.splice_outputs(plan, batch) if plan.stages else ()),
+        ),
+    )
+    splicer = (
+        staged.StagedSplice(embedding, plan, **placing)
+        if plan.stages
+        else Splice(embedding, policy=plan.positions, **placing)
+    )
+    embed = GraphSpec(
+        name="embed",
+        inputs=(whole("input_ids", batch, some_text),),
+        outputs=(real("inputs_embeds", batch, some_text, sizes.hidden_size),),
+    )
+
+    cache = [
+        (f"{layer}.{part}", (batch, sizes.kv_heads, slots, sizes.head_dim))
+        for layer, slots in enumerate(plan.layer_capacities(sizes.layers))
+        for part in ("key", "value")
+    ]
+    past = [real(f"past.{name}", *shape) for name, shape in cache]
+    present = [real(f"present.{name}", *shape) for name, shape in cache]
+    logits = TensorSpec(name="logits", dtype="float32", shape=(batch, sizes.vocabulary))
+    parts: list[tuple[GraphSpec, nn.Module]] = [
+        (vision, pieces.vision),
+        (splice, splicer),
+        (embed, Embed(embedding)),
+    ]
+    decoding = (pieces.language_model, pieces.lm_head)
+    if plan.stages:
+        parts += staged.decoder_graphs(
+            *decoding, plan, embeds=embeds, logits=logits, past=past, present=present
+        )
+    else:
+        decoder = GraphSpec(
+            name="decoder",
+            inputs=(
+                real("inputs_embeds", batch, sequence, sizes.hidden_size),
+                whole("position_ids", batch, sequence),
+                whole("write_index", batch),
+                whole("last_index", batch),
+                *past,
+            ),
+            outputs=(logits, *present),
+            aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
+        )
+        parts.append((decoder, Decoder(*decoding)))
+    return [
+        Component(
+            module=module.eval(),
+            spec=spec,
+            weight_key=pieces.weight_key,
+            settings=(folder, _settings(spec.name, plan)),
+        )
+        for spec, module in parts
+    ]
+
+
+def _expression(plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
+    if plan.text_tower is None:
+        return ()
+    longest = plan.text_tower.context
+    tokens = Dim(name="expression", minimum=3, optimum=min(16, longest), maximum=longest)
+    return (TensorSpec(name="text_ids", dtype="int64", shape=(batch, tokens)),)
+
+
+def _keep_count(plan: Plan) -> tuple[TensorSpec, ...]:
+    if plan.counting != "chosen":
+        return ()
+    return (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.kept_dim),)
+
+
+def _settings(graph: GraphName, plan: Plan) -> Hashable:
+    """What of the plan a graph depends on, besides the shapes in its spec. The whole plan is always right."""
+    if graph in ("embed", "decoder"):
+        return None
+    if graph == "splice":
+        return plan.positions, tuple(stage.kept for stage in plan.stages)
+    if graph == "prefill":
+        return plan
+    if graph == "decode":
+        return plan.positions is PositionPolicy.GAP, plan.stages
+    order = PositionPolicy.GAP if plan.positions.keeps_raster_order else PositionPolicy.PERMUTED
+    if plan.stages:  # what drops tokens later encodes as if nothing did
+        return replace(plan, positions=order, pruner="none", keep=1.0, stages=())
+    return replace(plan, positions=order)
