@@ -102,13 +102,14 @@ def answer(backend: str, checkpoint: Path, folder: Path, bundle: Any) -> None:
     """Two rows of different length, greedily, every logit kept."""
     from gap_export import positions
     from gap_export.runtime.generate import generate
+    from gap_export.runtime.pictures import of_one_size
     from gap_export.runtime.session import PAD
 
     session: Any
     if backend == "torch":
-        from gap_export.runtime.torch_reference import TorchSession
+        from gap_export.runtime.torch_staged import open_reference
 
-        session = TorchSession(checkpoint, bundle.manifest.pruning, "fp32")
+        session = open_reference("llava", checkpoint, bundle.manifest.pruning)
     else:
         from gap_export.runtime.ort import OnnxRuntimeSession
 
@@ -121,11 +122,21 @@ def answer(backend: str, checkpoint: Path, folder: Path, bundle: Any) -> None:
         prompt[TEXT_BEFORE] = IMAGE_TOKEN
         input_ids_BT[row, : len(prompt)] = prompt
     made = generate(
-        session, pixels, input_ids_BT, max_new_tokens=NEW_TOKENS, eos_token_ids=(), keep_logits=True
+        session,
+        of_one_size(pixels, 576),
+        input_ids_BT,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_ids=(),
+        keep_logits=True,
     )
     # Negative control: a comparison that does not notice renumbered ids proves nothing.
     wrong = generate(
-        session, pixels, input_ids_BT, max_new_tokens=1, eos_token_ids=(), adjust=positions.renumbered
+        session,
+        of_one_size(pixels, 576),
+        input_ids_BT,
+        max_new_tokens=1,
+        eos_token_ids=(),
+        adjust=positions.renumbered,
     )
     shortest = int(made.placement.next_slot.min())
     np.savez(

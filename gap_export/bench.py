@@ -16,12 +16,16 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from gap_export.bench_record import QUANTITIES, BenchRecord, Percentiles, Ratio, Row
 from gap_export.bundle import Bundle
 from gap_export.errors import InputError
 from gap_export.machine import cpu_name, peak_rss_bytes, versions
 from gap_export.positions import Ids, advance
+from gap_export.runtime.generate import encode
+from gap_export.runtime.ground import keep_counts
+from gap_export.runtime.pictures import Pictures, prepare
 from gap_export.runtime.prompt import encode_prompts, encode_text, load_tokenizer
 from gap_export.runtime.session import Session
 
@@ -32,6 +36,8 @@ Clock = Callable[[], float]
 _DIGITS = 4
 _RESAMPLES = 2000
 _INTERVAL = (2.5, 97.5)
+PICTURE = (480, 640)
+"""Height and width of the noise that stands in for a picture: those of most in RefCOCO."""
 _CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -43,17 +49,19 @@ class Contender:
         name: unique among the contenders of a run.
         bundle: opened.
         session: the bundle, loaded.
-        pixel_values_BCHW: [B, 3, size, size] float32.
+        pictures: B of them.
         input_ids_BT: [B, T] int64, one placeholder per row.
         text_ids_BL: [B, L] int64, for pruners that look at the expression.
+        keep_counts: what every call of the vision graph is told, where it is.
     """
 
     name: str
     bundle: Bundle
     session: Session
-    pixel_values_BCHW: NDArray[np.float32]
+    pictures: Pictures
     input_ids_BT: Ids
     text_ids_BL: Ids | None = None
+    keep_counts: Sequence[int | None] | None = None
 
 
 def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) -> Contender:
@@ -79,14 +87,15 @@ def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) ->
         capacity=manifest.capacity,
         max_new_tokens=manifest.max_new_tokens,
     )
-    side = manifest.preprocessing.size
-    noise = np.random.default_rng(0).standard_normal((batch, 3, side, side), np.float32)
+    noise = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), np.uint8)
+    pictures = prepare([Image.fromarray(noise)] * batch, manifest.preprocessing, manifest.model)
     text_ids = None
     if manifest.text_tower is not None:
         text_ids = encode_text(
             load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
         )
-    return Contender(name, bundle, session, noise, prompts.input_ids, text_ids)
+    counts = keep_counts(manifest, pictures, None)
+    return Contender(name, bundle, session, pictures, prompts.input_ids, text_ids, counts)
 
 
 def measure(
@@ -168,7 +177,7 @@ def time_request(each: Contender, new_tokens: int, clock: Clock = time.perf_coun
     """
     session = each.session
     readings = [clock()]
-    visual = session.encode(each.pixel_values_BCHW, text_ids_BL=each.text_ids_BL)
+    visual = encode(session, each.pictures, text_ids_BL=each.text_ids_BL, keep_counts=each.keep_counts)
     readings.append(clock())
     spliced = session.splice(each.input_ids_BT, visual)
     readings.append(clock())

@@ -36,6 +36,7 @@ class Preprocessing(Stored):
     """How a picture becomes `pixel_values` [B, 3, size, size] float32.
 
     Attributes:
+        layout: every picture becomes one square of one size.
         size: side in pixels.
         fit: `pad` to a square, `crop` the centre of the resized short side, or `stretch`.
         background: RGB 0..255 that padding is filled with.
@@ -44,12 +45,17 @@ class Preprocessing(Stored):
         std: per channel, after scaling to 0..1.
     """
 
+    layout: Literal["square"] = "square"
     size: int = Field(ge=1)
     fit: Literal["pad", "crop", "stretch"]
     background: tuple[int, int, int]
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
+
+
+AnyPreprocessing = Preprocessing
+"""Whatever a bundle may hold; `layout` tells which."""
 
 
 class TextTower(Stored):
@@ -97,6 +103,22 @@ class BoxFormat(Stored):
     frame: Literal["padded_square", "image"]
 
 
+class TokenRange(Stored):
+    """How many visual tokens pictures have, where they differ.
+
+    Attributes:
+        fewest: of the smallest picture, those that are never pruned not counted.
+        usual: of a usual one, the same way.
+        most: of the largest one, the same way.
+        never_pruned: most tokens of a picture that are never pruned (ends of lines).
+    """
+
+    fewest: int = Field(ge=1)
+    usual: int = Field(ge=1)
+    most: int = Field(ge=1)
+    never_pruned: int = Field(default=0, ge=0)
+
+
 class ModelFacts(Stored):
     """Sizes of the exported model."""
 
@@ -107,8 +129,13 @@ class ModelFacts(Stored):
     head_dim: int
     vocabulary: int
     visual_tokens: int
-    grid: tuple[int, int]
-    """(rows, columns) of the visual tokens."""
+    """N; of the largest picture, where pictures differ."""
+    grid: tuple[int, int] | None
+    """(rows, columns) of the visual tokens; None where pictures differ."""
+    token_range: TokenRange | None = None
+    """Where pictures differ in how many visual tokens they have."""
+    position_rows: Literal[1, 3] = 1
+    """Rows of position ids: 3 for M-RoPE (time, height, width)."""
     max_positions: int
     tower_lacks: tuple[TowerPart, ...] = ()
     """What a pruner may ask for and this tower does not have."""
@@ -116,8 +143,9 @@ class ModelFacts(Stored):
     """Hub id of the published checkpoint whose vision tower has the same sizes, where there is one."""
 
 
-Counting = Literal["fixed", "chosen", "adaptive"]
-"""Who says how many visual tokens a picture keeps: the build, each request, or the picture."""
+Counting = Literal["fixed", "share", "chosen", "adaptive"]
+"""Who says how many visual tokens a picture keeps: the build; the build, as a share of what the picture has; each request; or
+what the picture shows."""
 
 
 class Stage(Stored):
@@ -154,6 +182,7 @@ class Pruning(Stored):
         counting: who says how many.
         fewest: smallest count.
         most: largest count; what cache and engines have room for.
+        shares: (smallest, largest) that requests may choose; None where they have no choice.
         positions: numbering policy.
         seed: seed of strategies that draw at random.
         merged: how many of the kept tokens were merged from many and have no raster index of their own.
@@ -167,6 +196,7 @@ class Pruning(Stored):
     counting: Counting = "fixed"
     fewest: int
     most: int
+    shares: tuple[float, float] | None = None
     positions: PositionPolicy
     seed: int
     merged: int = Field(default=0, ge=0)

@@ -293,7 +293,6 @@ def run(
 ) -> None:
     """Find what an expression refers to in a picture."""
     from gap_export.bundle import open_bundle
-    from gap_export.prune import kept_count
     from gap_export.runtime.generate import refuse_overflow
     from gap_export.runtime.ground import Grounder, backend_of, open_session
     from gap_export.runtime.preprocess import load_image
@@ -304,10 +303,7 @@ def run(
     grounder = Grounder(opened)
     unknown = grounder.unknown_words(refer)
     session = open_session(opened, backend_of(backend), threads=threads)
-    keep_count = None if keep is None else kept_count(keep, manifest.model.visual_tokens)
-    grounded = grounder.ground(
-        session, [picture], [refer], keep_count=keep_count, max_new_tokens=max_new_tokens
-    )
+    grounded = grounder.ground(session, [picture], [refer], keep=keep, max_new_tokens=max_new_tokens)
     refuse_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:
@@ -334,7 +330,7 @@ def run(
     size = f"{picture.width} x {picture.height}"
     shown = f"no box on the picture ({size})" if box is None else f"box {box} in pixels of {size}"
     out.print(f"{_plain(shown)}", highlight=False)
-    out.print(f"  answer {_plain(answer.text)}, keep {len(answer.kept_indices)} of {manifest.model.visual_tokens}", highlight=False)  # fmt: skip
+    out.print(f"  answer {_plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.pictures.visual_tokens[0])}", highlight=False)  # fmt: skip
     if draw is not None:
         out.print(f"  drawn to {draw}", highlight=False)
 

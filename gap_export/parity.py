@@ -120,7 +120,7 @@ def run_cases(
     *,
     batch: int,
     tick: Tick = lambda count: None,
-    keep_count: int | None = None,
+    keep: float | None = None,
     adjust: Wrong | None = None,
     keep_logits: bool = False,
 ) -> list[Grounded]:
@@ -132,7 +132,7 @@ def run_cases(
         cases: in order.
         batch: rows per call.
         tick: for progress.
-        keep_count: how many visual tokens to keep, where the bundle lets requests choose.
+        keep: fraction of the visual tokens to keep, where the bundle lets requests choose.
         adjust: for negative controls.
         keep_logits: needed to measure parity, not to measure accuracy.
     """
@@ -142,9 +142,7 @@ def run_cases(
         images, expressions = [case.image for case in part], [case.expression for case in part]
         change = None if adjust is None else _change(adjust, grounder.text_before(expressions))
         results.append(
-            grounder.ground(
-                session, images, expressions, keep_count=keep_count, adjust=change, keep_logits=keep_logits
-            )
+            grounder.ground(session, images, expressions, keep=keep, adjust=change, keep_logits=keep_logits)
         )
         tick(len(part))
     return results
@@ -196,10 +194,11 @@ def measure(
             mine.kept_indices,
             text_before=run.prompts.text_before,
             text_after=run.prompts.text_after,
-            visual_tokens=manifest.model.visual_tokens,
+            visual_tokens=run.pictures.visual_tokens,
             policy=pruning.positions,
             merged=pruning.merged,
             stages=tuple(stage.kept for stage in pruning.stages[1:]),
+            grids=run.pictures.grids,
         )
         for row in range(len(truth.answers)):
             identical = _kept_of(mine, row) == _kept_of(theirs, row)
@@ -307,7 +306,7 @@ def _same_ids(mine: Placement, expected: Placement, row: int) -> bool:
         mine.next_slot[row] == length
         and mine.last_index[row] == length - 1
         and mine.next_position[row] == expected.next_position[row]
-        and np.array_equal(mine.position_ids[row, :length], expected.position_ids[row, :length])
+        and np.array_equal(mine.position_ids[..., row, :length], expected.position_ids[..., row, :length])
         and [int(slot[row]) for slot in mine.stage_next_slot]
         == [int(slot[row]) for slot in expected.stage_next_slot]
     )

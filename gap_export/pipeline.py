@@ -241,7 +241,6 @@ def validate(
     bundle = open_bundle(folder, every_hash=True)
     manifest = bundle.manifest
     pruning, visual_tokens = manifest.pruning, manifest.model.visual_tokens
-    keep_count = None if keep is None else prune.kept_count(keep, visual_tokens)
     recipe = Recipe.model_validate(manifest.recipe)
     source = checkpoint or resolve(manifest.checkpoint)
     reads = None
@@ -258,13 +257,13 @@ def validate(
     answer = partial(parity.run_cases, batch=batch, tick=tick)
     reference = answer(
         grounder,
-        open_reference(source, pruning, text_tower=reads),
+        open_reference(manifest.family, source, pruning, text_tower=reads),
         questions,
-        keep_count=keep_count,
+        keep=keep,
         keep_logits=True,
     )
     progress(f"answering with {backend}")
-    runs = answer(grounder, session, questions, keep_count=keep_count, keep_logits=True)
+    runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
     measured = parity.measure(runs, reference, questions, manifest)
     gates = parity.judge(measured, recipe.demands)
 
@@ -276,12 +275,12 @@ def validate(
             inapplicable.append(name)
             continue
         progress(f"negative control: {name}")
-        wrong = answer(grounder, session, few, keep_count=keep_count, adjust=adjust, keep_logits=True)
+        wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
         seen = parity.measure(wrong, reference[:few_batches], few, manifest)
         caught.append(parity.check_control(name, seen, recipe.demands))
 
     if pruning.counting == "chosen":  # companions differ in one thing, and the count is not it
-        recipe = recipe.replaced(keep=(keep_count or pruning.kept) / visual_tokens)
+        recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)
     accuracy, tracer = {str(pruning.positions): measured.accuracy}, TracedOnce()
     for name, changes in _COMPANIONS.items():
         if name not in accuracy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle import Counting, ModelFacts, Precision, Stage, TextTower
+from gap_export.bundle import Counting, ModelFacts, Precision, Stage, TextTower, TokenRange
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import stages
@@ -36,6 +36,8 @@ class Plan:
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
         stages: of strategies that drop tokens inside the decoder.
+        never_pruned: most tokens of a picture that no strategy may drop; K counts them.
+        shares: (smallest, largest) that requests may choose.
     """
 
     precision: Precision
@@ -53,6 +55,8 @@ class Plan:
     max_text: int
     max_batch: int
     stages: tuple[Stage, ...] = ()
+    never_pruned: int = 0
+    shares: tuple[float, float] | None = None
 
     def layer_capacities(self, layers: int) -> tuple[int, ...]:
         """Cache slots of every layer."""
@@ -60,9 +64,22 @@ class Plan:
         return staged or (self.capacity,) * layers
 
     @property
+    def count_is_given(self) -> bool:
+        """Whether every call of the vision graph is told how many tokens to keep."""
+        return self.counting in ("chosen", "share")
+
+    @property
     def kept_dim(self) -> Dim:
         """K as a dimension that varies between calls."""
         return Dim(name="kept", minimum=self.fewest, optimum=self.kept, maximum=self.most)
+
+    @property
+    def count_dim(self) -> Dim:
+        """What calls of the vision graph are told: K without the tokens that are never pruned."""
+        if not self.never_pruned:
+            return self.kept_dim
+        usual = max(self.fewest, self.kept - self.never_pruned)
+        return Dim(name="chosen", minimum=self.fewest, optimum=usual, maximum=self.most - self.never_pruned)
 
 
 def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = None) -> Plan:
@@ -79,7 +96,11 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
     strategy = prune.strategy(recipe.pruner)
     prune.require_tower(strategy, facts.tower_lacks)
     prune.require_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
-    counting, keep, fewest, kept, most = _counts(recipe, strategy, facts.visual_tokens)
+    counting, keep, fewest, kept, most = (
+        _counts(recipe, strategy, facts.visual_tokens)
+        if facts.token_range is None
+        else _counts_of_range(recipe, strategy, facts.token_range)
+    )
     cuts = stages.cuts_for(
         recipe.pruner,
         keep,
@@ -120,6 +141,8 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         max_text=recipe.max_text,
         max_batch=recipe.max_batch,
         stages=_stages(cuts, facts, capacity),
+        never_pruned=facts.token_range.never_pruned if facts.token_range else 0,
+        shares=(recipe.keep[0], recipe.keep[-1]) if isinstance(recipe.keep, tuple) else None,
     )
 
 
@@ -155,6 +178,32 @@ def _counts(
             hint="give a wider range, or one fraction",
         )
     return "chosen", default, fewest, kept, most
+
+
+def _counts_of_range(
+    recipe: Recipe, strategy: prune.Strategy, tokens: TokenRange
+) -> tuple[Counting, float, int, int, int]:
+    """The same where pictures differ in how many tokens they have: every picture keeps the same share."""
+    if strategy.where == "inside the decoder" or recipe.keep == "adaptive":
+        able = (row.name for row in prune.STRATEGIES if row.where == "before the decoder")
+        what = "keep adaptive" if recipe.keep == "adaptive" else "dropping tokens inside the decoder"
+        raise RecipeError(
+            f"{what} needs pictures that all have the same number of visual tokens, and this model's differ",
+            subject=f"pruner {strategy.name}",
+            hint=f"give a fraction or a range, with one of {', '.join(able)}",
+        )
+    if recipe.merged_id is MergedId.CENTROID and strategy.merges:
+        raise RecipeError(
+            "needs patches that lie on one grid, and this model's do not",
+            subject="merged_id centroid",
+            hint="use last_visual or max_kept",
+        )
+    smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
+    fewest = strategy.count_of(smallest, tokens.fewest)
+    usual = strategy.count_of(default, tokens.usual) + tokens.never_pruned
+    most = strategy.count_of(largest, tokens.most) + tokens.never_pruned
+    counting: Counting = "chosen" if isinstance(recipe.keep, tuple) else "share"
+    return counting, default, fewest, usual, most
 
 
 def _stages(cuts: tuple[Cut, ...], facts: ModelFacts, capacity: int) -> tuple[Stage, ...]:

@@ -67,7 +67,7 @@ class Placement:
     """Where a batch of prompts stands: ids and slots of the prompt, and the two counters decoding goes on from.
 
     Attributes:
-        position_ids: [B, S] int64, what RoPE reads. Padding at the end of a short row holds values never attended to.
+        position_ids: [B, S] int64 (M-RoPE: [3, B, S]), what RoPE reads. Padding at the end of a short row holds values never attended to.
         write_index: [B] int64, the slot of the first token of this call.
         last_index: [B] int64, the index within S of each row's last real token.
         next_position: [B] int64, the position id of the first generated token.
@@ -182,10 +182,11 @@ def place(
     *,
     text_before: Ids,
     text_after: Ids,
-    visual_tokens: int,
+    visual_tokens: int | Ids,
     policy: PositionPolicy,
     merged: int = 0,
     stages: tuple[int, ...] = (),
+    grids: Ids | None = None,
 ) -> Placement:
     """Placement of a batch of right-padded prompts with one image each.
 
@@ -194,10 +195,11 @@ def place(
             that keeps fewer than others.
         text_before: [B] T_pre of each row.
         text_after: [B] T_post of each row.
-        visual_tokens: N.
+        visual_tokens: N, of all pictures or [B] of each.
         policy: how to number.
         merged: see `sequence_position_ids`.
         stages: visual tokens that every later stage has.
+        grids: [B, 2] rows and columns of each picture's visual tokens, for M-RoPE.
 
     Returns:
         Placement with S = max over rows of T_pre + K + T_post; ids of padding go on counting.
@@ -206,20 +208,30 @@ def place(
     kept = np.array([len(row) for row in kept_rows], np.int64)
     lengths = text_before + kept + text_after
     longest = int(lengths.max())
+    visual_B = np.broadcast_to(np.asarray(visual_tokens, np.int64), kept.shape)
     rows = [
         sequence_position_ids(
             row,
             text_before=int(before),
             text_after=longest - len(row) - int(before),
-            visual_tokens=visual_tokens,
+            visual_tokens=int(visual),
             policy=policy,
             merged=merged,
         )
-        for row, before in zip(kept_rows, text_before, strict=True)
+        for row, before, visual in zip(kept_rows, text_before, visual_B, strict=True)
     ]
-    extent = visual_tokens if policy is PositionPolicy.GAP else kept
+    extent = visual_B if policy is PositionPolicy.GAP else kept
+    position_ids = np.stack(rows)
+    if grids is not None:
+        position_ids = np.stack([position_ids] * 3)
+    if grids is not None and policy is PositionPolicy.GAP:
+        extent = grids.max(axis=1)
+        for row, (before, after) in enumerate(zip(text_before, text_before + kept, strict=True)):
+            position_ids[:, row] = mrope_ids(
+                position_ids[0, row], int(before), int(after), int(visual_B[row]), grids[row]
+            )
     return Placement(
-        position_ids=np.stack(rows),
+        position_ids=position_ids,
         write_index=np.zeros(len(rows), np.int64),
         last_index=lengths - 1,
         next_position=text_before + extent + text_after,
@@ -234,10 +246,13 @@ def advance(placement: Placement) -> Placement:
     """Placement of the next single-token decode call: all counters move by one, each on its own.
 
     Returns:
-        Placement with `position_ids` [B, 1], the id of the token about to be fed, and `write_index` its slot.
+        Placement with `position_ids` [B, 1] (M-RoPE: [3, B, 1], equal rows), the id of the token about to be fed, and `write_index` its slot.
     """
+    rows = placement.position_ids.shape[:-2]
     return Placement(
-        position_ids=placement.next_position[:, None],
+        position_ids=np.ascontiguousarray(
+            np.broadcast_to(placement.next_position[:, None], (*rows, len(placement.next_position), 1))
+        ),
         write_index=placement.next_slot,
         last_index=np.zeros_like(placement.last_index),
         next_position=placement.next_position + 1,
@@ -246,6 +261,29 @@ def advance(placement: Placement) -> Placement:
         stage_write_index=placement.stage_next_slot,
         stage_next_slot=tuple(slot + 1 for slot in placement.stage_next_slot),
     )
+
+
+def mrope_ids(ids_S: Ids, first: int, end: int, visual_tokens: int, grid: Ids) -> Ids:
+    """Three rows of ids from ids that count: what stands in the image follows its grid, what comes after moves up.
+
+    Source: Qwen2-VL (arXiv 2409.12191), section 2.1: time, height, width; text goes on after the largest of them.
+
+    Args:
+        ids_S: [S] ids under GAP that count the image's tokens.
+        first: index of the first visual token in S.
+        end: index after the last.
+        visual_tokens: N.
+        grid: rows, columns of the N tokens.
+
+    Returns:
+        [3, S] int64.
+    """
+    rows, columns = (int(extent) for extent in grid)
+    ids_3S = np.stack([ids_S] * 3)
+    raster = ids_S[first:end] - first
+    ids_3S[:, first:end] = first + np.stack([np.zeros_like(raster), raster // columns, raster % columns])
+    ids_3S[:, end:] += max(rows, columns) - visual_tokens
+    return ids_3S
 
 
 def gather_mrope_ids(position_ids_RS: Ids, surviving_P: Ids) -> tuple[Ids, int]:
@@ -267,7 +305,7 @@ def gather_mrope_ids(position_ids_RS: Ids, surviving_P: Ids) -> tuple[Ids, int]:
 def renumbered(placement: Placement) -> Placement:
     """What exporters do: ids count the slots, decoding continues at the kept length."""
     ids = np.broadcast_to(
-        np.arange(placement.position_ids.shape[1], dtype=np.int64), placement.position_ids.shape
+        np.arange(placement.position_ids.shape[-1], dtype=np.int64), placement.position_ids.shape
     )
     return replace(placement, position_ids=ids.copy(), next_position=placement.next_slot)
 
@@ -277,7 +315,7 @@ def with_image_ids_reversed(placement: Placement, text_before: Ids, kept: Ids) -
     ids = placement.position_ids.copy()
     for row, (before, count) in enumerate(zip(text_before, kept, strict=True)):
         image = slice(int(before), int(before) + int(count))
-        ids[row, image] = ids[row, image][::-1]
+        ids[..., row, image] = ids[..., row, image][..., ::-1]
     return replace(placement, position_ids=ids)
 
 
@@ -286,7 +324,7 @@ def with_two_ids_swapped(placement: Placement, text_before: Ids, kept: Ids) -> P
     ids = placement.position_ids.copy()
     for row, (before, count) in enumerate(zip(text_before, kept, strict=True)):
         first, last = int(before), int(before) + int(count) - 1
-        ids[row, [first, last]] = ids[row, [last, first]]
+        ids[..., row, [first, last]] = ids[..., row, [last, first]]
     return replace(placement, position_ids=ids)
 
 

@@ -242,7 +242,8 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
     def session(pruning: Pruning) -> Any:
         from gap_export import prune
         from gap_export.bundle import TextTower
-        from gap_export.runtime.torch_reference import TextReference, TorchSession
+        from gap_export.runtime.torch_reference import TextReference
+        from gap_export.runtime.torch_staged import open_reference
 
         key = pruning.model_dump_json()
         if key not in sessions:
@@ -250,7 +251,7 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
             if prune.strategy(pruning.pruner).needs_text:
                 facts = TextTower(checkpoint="tiny", context=12, width=16, aligned_inversely=True)
                 text_tower = TextReference(tiny_text_tower, facts)
-            sessions[key] = TorchSession(tiny_checkpoint, pruning, text_tower=text_tower)
+            sessions[key] = open_reference("llava", tiny_checkpoint, pruning, text_tower=text_tower)
         return sessions[key]
 
     return session
@@ -282,7 +283,7 @@ def deep_reference(deep_checkpoint: Path) -> Callable[[Pruning], Any]:
     """`deep_reference(pruning)`: the PyTorch session of the deep checkpoint."""
     from gap_export.runtime.torch_staged import open_reference
 
-    return lambda pruning: open_reference(deep_checkpoint, pruning)
+    return lambda pruning: open_reference("llava", deep_checkpoint, pruning)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from gap_export.bundle import Bundle, ModelFacts, Pruning
 from gap_export.errors import InputError
 from gap_export.machine import RUNTIME_PACKAGES, cpu_name, peak_rss_bytes, versions
 from gap_export.positions import Placement, PositionPolicy
+from gap_export.runtime.pictures import of_one_size
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 TEXT, KEPT, VISUAL, VOCABULARY = 10, 9, 36, 64
@@ -53,11 +54,11 @@ class FakeSession:
     fed: list[tuple[int, int, int]] = field(default_factory=list)
     factor: float = 1.0
 
-    def encode(self, pixel_values_BCHW: Any, **_: Any) -> VisualTokens:
+    def encode(self, pixels: Any, **_: Any) -> VisualTokens:
         self.factor = self.slowness() if self.slowness else 1.0
         self.journal.append(self.name)
         self.clock.now += self.encode_s * self.factor
-        batch = len(pixel_values_BCHW)
+        batch = len(pixels["pixel_values"])
         return VisualTokens(None, np.tile(np.arange(KEPT, dtype=np.int64), (batch, 1)))
 
     def splice(self, input_ids_BT: Any, visual: VisualTokens) -> Spliced:
@@ -105,7 +106,11 @@ def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> 
     )
     bundle = Bundle(Path("nowhere"), cast(Any, manifest))
     return Contender(
-        name, bundle, session, np.zeros((batch, 3, 36, 36), np.float32), np.ones((batch, TEXT), np.int64)
+        name,
+        bundle,
+        session,
+        of_one_size(np.zeros((batch, 3, 36, 36), np.float32), VISUAL),
+        np.ones((batch, TEXT), np.int64),
     )
 
 
@@ -342,7 +347,7 @@ def test_real_bundle_answers(tiny_bundle: Any) -> None:
 
     bundle = tiny_bundle()
     each = contender("tiny", bundle, OnnxRuntimeSession(bundle, threads=1), batch=2)
-    assert each.input_ids_BT.shape[0] == each.pixel_values_BCHW.shape[0] == 2
+    assert each.input_ids_BT.shape[0] == len(each.pictures.visual_tokens) == 2
     record = measure([each], requests=2, warmup=1, new_tokens=bundle.manifest.max_new_tokens)
     assert record.rows[0].kept == bundle.manifest.pruning.kept
     assert 0 < record.rows[0].ttft_ms.p50 < record.rows[0].total_ms.p50

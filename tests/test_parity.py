@@ -19,6 +19,7 @@ from gap_export.positions import Ids, Placement, PositionPolicy, place
 from gap_export.recipe import Gates
 from gap_export.runtime.generate import Generation
 from gap_export.runtime.ground import Answer, Grounded, Grounder, open_session
+from gap_export.runtime.pictures import of_one_size
 from gap_export.runtime.prompt import Prompts
 
 BOX = (1.0, 2.0, 11.0, 12.0)
@@ -54,7 +55,8 @@ def grounded(
         )
     answers = [Answer("", box, row) for box, row in zip(boxes, kept, strict=True)]
     generation = Generation([list(row) for row in tokens], logits, kept, placement, scores)
-    return Grounded(answers=answers, generation=generation, prompts=prompts())
+    pictures = of_one_size(np.zeros((2, 3, 36, 36), np.float32), VISUAL)
+    return Grounded(answers=answers, generation=generation, prompts=prompts(), pictures=pictures)
 
 
 CASES = [Case(str(i), Image.new("RGB", (96, 96)), "x", BOX) for i in range(2)]

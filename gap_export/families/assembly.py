@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,9 +37,10 @@ class Pieces:
     """What a family brings.
 
     Attributes:
-        vision: takes `vision_inputs`, gives visual_embeds [B, K, H], kept_indices [B, K] and, where pictures differ in how many
-            tokens they keep, kept_counts [B].
-        vision_inputs: of the vision graph, without those that every family has (`text_ids`, `keep_count`).
+        vision: takes `vision_inputs`, gives visual_embeds [B, K, H], kept_indices [B, K] and, where an adaptive strategy
+            finds how many tokens each picture keeps, kept_counts [B]. Where pictures differ in how many tokens they have,
+            it takes one picture at a time.
+        vision_inputs: of the vision graph, without those that any family may have (`text_ids`, `keep_count`).
         language_model: the decoder of transformers, token embeddings included, without its head.
         lm_head: hidden states to logits.
         image_token_id: id of the placeholder.
@@ -68,7 +70,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
         pieces: hollow.
     """
     _, dtype = DTYPES[plan.precision]
-    batch = batch_dim(plan)
+    batch, differ = batch_dim(plan), sizes.token_range is not None
 
     def whole(name: str, *shape: int | Dim) -> TensorSpec:
         return TensorSpec(name=name, dtype="int64", shape=shape)
@@ -84,7 +86,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
 
     def visual(extent: int | Dim) -> tuple[TensorSpec, ...]:
         """What vision gives and splice takes, in this order."""
-        counts = (whole("kept_counts", batch),) if plan.counting == "adaptive" else ()
+        counts = (whole("kept_counts", batch),) if plan.counting == "adaptive" or differ else ()
         return (
             real("visual_embeds", batch, extent, sizes.hidden_size),
             whole("kept_indices", batch, extent),
@@ -94,12 +96,17 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     vision = GraphSpec(
         name="vision",
         inputs=(*pieces.vision_inputs, *_expression(plan, batch), *_keep_count(plan)),
-        outputs=visual(plan.kept_dim if plan.counting == "chosen" else plan.most),
+        outputs=visual(plan.kept_dim if plan.count_is_given else plan.most)[: 2 if differ else None],
     )
 
     embeds = real("inputs_embeds", batch, spliced, sizes.hidden_size)
     embedding = pieces.language_model.get_input_embeddings()
-    placing = {"image_token_id": pieces.image_token_id, "visual_tokens": sizes.visual_tokens}
+    mrope = sizes.position_rows == 3
+    ids_rows = (3,) if mrope else ()
+    placing: dict[str, Any] = {
+        "image_token_id": pieces.image_token_id,
+        "visual_tokens": None if differ else sizes.visual_tokens,
+    }
     splice = GraphSpec(
         name="splice",
         inputs=(
@@ -110,10 +117,11 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
                 # Policies that renumber do not look at which tokens were kept.
                 if given.name != "kept_indices" or plan.positions is PositionPolicy.GAP
             ),
+            *_layout(sizes, plan, batch),
         ),
         outputs=(
             embeds,
-            whole("position_ids", batch, spliced),
+            whole("position_ids", *ids_rows, batch, spliced),
             whole("next_position", batch),
             whole("next_slot", batch),
             *(staged.splice_outputs(plan, batch) if plan.stages else ()),
@@ -122,7 +130,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     splicer = (
         staged.StagedSplice(embedding, plan, **placing)
         if plan.stages
-        else Splice(embedding, policy=plan.positions, **placing)
+        else Splice(embedding, policy=plan.positions, mrope=mrope, **placing)
     )
     embed = GraphSpec(
         name="embed",
@@ -153,7 +161,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
             name="decoder",
             inputs=(
                 real("inputs_embeds", batch, sequence, sizes.hidden_size),
-                whole("position_ids", batch, sequence),
+                whole("position_ids", *ids_rows, batch, sequence),
                 whole("write_index", batch),
                 whole("last_index", batch),
                 *past,
@@ -182,9 +190,18 @@ def _expression(plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
 
 
 def _keep_count(plan: Plan) -> tuple[TensorSpec, ...]:
-    if plan.counting != "chosen":
+    if not plan.count_is_given:
         return ()
-    return (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.kept_dim),)
+    return (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.count_dim),)
+
+
+def _layout(sizes: ModelFacts, plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
+    """What splice must know of each picture, where pictures differ. Policies that renumber need not know it."""
+    if sizes.token_range is None or plan.positions is not PositionPolicy.GAP:
+        return ()
+    if sizes.position_rows == 3:
+        return (TensorSpec(name="image_grid", dtype="int64", shape=(batch, 2)),)
+    return (TensorSpec(name="visual_counts", dtype="int64", shape=(batch,)),)
 
 
 def _settings(graph: GraphName, plan: Plan) -> Hashable:

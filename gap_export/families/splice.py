@@ -37,18 +37,26 @@ class Splice(nn.Module):
     Args:
         embedding: the decoder's token embedding.
         image_token_id: id of the placeholder; exactly one in every row.
-        visual_tokens: N.
+        visual_tokens: N; None where pictures differ.
         policy: how survivors are numbered.
+        mrope: three rows of ids (time, height, width).
     """
 
     def __init__(
-        self, embedding: nn.Embedding, *, image_token_id: int, visual_tokens: int, policy: PositionPolicy
+        self,
+        embedding: nn.Embedding,
+        *,
+        image_token_id: int,
+        visual_tokens: int | None,
+        policy: PositionPolicy,
+        mrope: bool = False,
     ) -> None:
         super().__init__()
         self.embed_tokens = embedding
         self.image_token_id = image_token_id
         self.visual_tokens = visual_tokens
         self.policy = policy
+        self.mrope = mrope
 
     def forward(
         self,
@@ -56,6 +64,8 @@ class Splice(nn.Module):
         visual_embeds: Tensor,
         kept_indices: Tensor | None = None,
         kept_counts: Tensor | None = None,
+        visual_counts: Tensor | None = None,
+        image_grid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Splice.
 
@@ -65,13 +75,15 @@ class Splice(nn.Module):
             kept_indices: [B, K] int64 raster indices; policies that renumber do not look at them, and their graphs do not
                 take them.
             kept_counts: [B] int64, real tokens in each row of the two above; None where all K are.
+            visual_counts: [B] int64, N of each picture, where pictures differ and positions count.
+            image_grid: [B, 2] int64, rows and columns of each picture's tokens, where positions follow the grid (M-RoPE).
 
         Returns:
-            inputs_embeds [B, S, H], position_ids [B, S] int64, next_position [B] int64, next_slot [B] int64.
+            inputs_embeds [B, S, H], position_ids [B, S] (M-RoPE [3, B, S]) int64, next_position [B] int64, next_slot [B] int64.
         """
         longest, hidden = visual_embeds.shape[1], visual_embeds.shape[2]
         kept = longest if kept_counts is None else kept_counts[:, None]
-        extent = self.visual_tokens if self.policy is PositionPolicy.GAP else kept
+        extent = self._extent(kept, visual_counts, image_grid)
         slots_S = torch.arange(input_ids.shape[1] - 1 + longest)
 
         # A prefix sum of "is the placeholder" is 0 before it and 1 from it on: its zeros count the text before.
@@ -94,14 +106,38 @@ class Splice(nn.Module):
         visual_BSH = visual_embeds.gather(1, visual_index_BS[:, :, None].expand(-1, -1, hidden))
         inputs_embeds = torch.where(is_visual_BS[:, :, None], visual_BSH, text_BSH)
 
-        image_ids_BS = visual_index_BS
+        image_ids = visual_index_BS
         if self.policy is PositionPolicy.GAP:
             if kept_indices is None:
                 raise ValueError("gap needs the kept indices")
-            image_ids_BS = kept_indices.gather(1, visual_index_BS)
+            image_ids = kept_indices.gather(1, visual_index_BS)
+        if self.mrope:
+            image_ids = self._three_rows(image_ids, image_grid)
         text_position_BS = torch.where(is_after_BS, slots_S[None] + (extent - kept), slots_S[None])
-        position_ids = torch.where(is_visual_BS, before_B1 + image_ids_BS, text_position_BS)
+        position_ids = torch.where(is_visual_BS, before_B1 + image_ids, text_position_BS)
 
         next_position = (tokens_B1 - 1 + extent)[:, 0]
         next_slot = (tokens_B1 - 1 + kept)[:, 0]
         return inputs_embeds, position_ids, next_position, next_slot
+
+    def _extent(
+        self, kept: Tensor | int, visual_counts: Tensor | None, image_grid: Tensor | None
+    ) -> Tensor | int:
+        """By how much an image moves the positions of what comes after it: a number, or [B, 1] int64."""
+        if self.policy is not PositionPolicy.GAP:
+            return kept
+        if image_grid is not None:
+            return image_grid.amax(dim=1, keepdim=True)
+        if visual_counts is not None:
+            return visual_counts[:, None]
+        assert self.visual_tokens is not None
+        return self.visual_tokens
+
+    def _three_rows(self, image_ids_BS: Tensor, image_grid: Tensor | None) -> Tensor:
+        """[3, B, S]: time stands still, height and width follow the grid; ids that were renumbered are the same in all rows."""
+        if self.policy is not PositionPolicy.GAP:
+            return torch.stack([image_ids_BS] * 3)
+        assert image_grid is not None
+        columns_B1 = image_grid[:, 1:]
+        row_BS = torch.div(image_ids_BS, columns_B1, rounding_mode="trunc")
+        return torch.stack([torch.zeros_like(row_BS), row_BS, image_ids_BS - row_BS * columns_B1])

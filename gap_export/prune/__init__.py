@@ -199,6 +199,14 @@ class Strategy:
     fewest: int = 1
     where: Where = "before the decoder"
 
+    def count_of(self, keep: float, tokens: int) -> int:
+        """K of a picture with so many tokens: the nearest count, but never fewer than the strategy can give.
+
+        For pictures that differ in size: one with few tokens must not fail where others do not.
+        """
+        require_fraction(keep)
+        return min(tokens, max(self.fewest, int(keep * tokens + 0.5)))
+
 
 STRATEGIES: tuple[Strategy, ...] = (
     Strategy(

@@ -5,7 +5,7 @@ Shape letters: B batch, T text tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from gap_export.errors import InputError, SessionError
 from gap_export.positions import Ids, Placement, advance
-from gap_export.runtime.session import Session, VisualTokens
+from gap_export.runtime.pictures import Pictures
+from gap_export.runtime.session import Session, VisualTokens, together
 
 Adjust = Callable[[Placement, VisualTokens], Placement]
 """Changes a placement before it is used, knowing which visual tokens it is about."""
@@ -53,13 +54,13 @@ class Generation:
 
 def generate(
     session: Session,
-    pixel_values_BCHW: NDArray[np.float32],
+    pictures: Pictures,
     input_ids_BT: Ids,
     *,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
     text_ids_BL: Ids | None = None,
-    keep_count: int | None = None,
+    keep_counts: Sequence[int | None] | None = None,
     adjust: Adjust | None = None,
     keep_logits: bool = False,
 ) -> Generation:
@@ -67,19 +68,19 @@ def generate(
 
     Args:
         session: a loaded bundle or checkpoint.
-        pixel_values_BCHW: one picture per row.
+        pictures: one per row.
         input_ids_BT: one prompt per row, right-padded with `PAD`.
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
         text_ids_BL: see `Session.encode`.
-        keep_count: see `Session.encode`.
+        keep_counts: of every call of the vision graph, see `Session.encode`.
         adjust: changes the placement before it is used; negative controls are made with it.
         keep_logits: keep those of every step, not of the first alone.
 
     Raises:
         InputError: prompt and answer do not fit into the cache.
     """
-    visual = session.encode(pixel_values_BCHW, text_ids_BL=text_ids_BL, keep_count=keep_count)
+    visual = encode(session, pictures, text_ids_BL=text_ids_BL, keep_counts=keep_counts)
     spliced = session.splice(input_ids_BT, visual)
     placement = adjust(spliced.placement, visual) if adjust else spliced.placement
     # The last token generated is never fed back, so it needs no slot.
@@ -120,6 +121,26 @@ def generate(
         ended=tuple(ended.tolist()),
         stage_kept_indices=prefilled.kept_indices,
     )
+
+
+def encode(
+    session: Session,
+    pictures: Pictures,
+    *,
+    text_ids_BL: Ids | None = None,
+    keep_counts: Sequence[int | None] | None = None,
+) -> VisualTokens:
+    """The visual tokens of a batch, in as many calls as its pictures take; arguments as of `generate`."""
+    rows = pictures.rows_per_call
+    parts = [
+        session.encode(
+            call,
+            text_ids_BL=None if text_ids_BL is None else text_ids_BL[number * rows : (number + 1) * rows],
+            keep_count=None if keep_counts is None else keep_counts[number],
+        )
+        for number, call in enumerate(pictures.calls)
+    ]
+    return together(session, parts, pictures)
 
 
 def refuse_overflow(generation: Generation, backend: str) -> None:

@@ -8,12 +8,13 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from gap_export.bundle import Bundle
+from gap_export import prune
+from gap_export.bundle import Bundle, Manifest
 from gap_export.errors import InputError, SessionError
 from gap_export.grounding.boxes import CODECS, Box, Unparsable, to_pixels
 from gap_export.positions import Ids
 from gap_export.runtime.generate import Adjust, Generation, generate
-from gap_export.runtime.preprocess import pixel_values
+from gap_export.runtime.pictures import Pictures, prepare
 from gap_export.runtime.prompt import (
     Prompts,
     decode_answer,
@@ -50,6 +51,7 @@ class Grounded:
     answers: list[Answer]
     generation: Generation
     prompts: Prompts
+    pictures: Pictures
 
 
 class Grounder:
@@ -72,7 +74,7 @@ class Grounder:
         images: Sequence[Image.Image],
         expressions: Sequence[str],
         *,
-        keep_count: int | None = None,
+        keep: float | None = None,
         max_new_tokens: int | None = None,
         adjust: Adjust | None = None,
         keep_logits: bool = False,
@@ -83,13 +85,13 @@ class Grounder:
             session: of this bundle, or the reference of its checkpoint.
             images: RGB pictures, one per expression.
             expressions: what to find.
-            keep_count: how many visual tokens to keep, in bundles that let requests choose.
+            keep: fraction of the visual tokens to keep, in bundles that let requests choose.
             max_new_tokens: longest answer; the manifest's by default.
             adjust: see `generate`.
             keep_logits: see `generate`.
 
         Raises:
-            InputError: an expression that is empty or does not fit.
+            InputError: an expression that is empty or does not fit, or a fraction outside the range the bundle was built for.
         """
         manifest = self._manifest
         longest = max_new_tokens if max_new_tokens is not None else manifest.max_new_tokens
@@ -100,14 +102,15 @@ class Grounder:
                 hint="ask for fewer, or build with a larger --max-new-tokens and the capacity for it",
             )
         prompts = self._prompts(expressions, longest)
+        pictures = self.pictures(images)
         generation = generate(
             session,
-            pixel_values(images, manifest.preprocessing),
+            pictures,
             prompts.input_ids,
             max_new_tokens=longest,
             eos_token_ids=manifest.prompt.eos_token_ids,
             text_ids_BL=self.text_ids(expressions),
-            keep_count=keep_count,
+            keep_counts=keep_counts(manifest, pictures, keep),
             adjust=adjust,
             keep_logits=keep_logits,
         )
@@ -117,7 +120,11 @@ class Grounder:
                 generation.tokens, images, generation.every_kept_indices[-1], strict=True
             )
         ]
-        return Grounded(answers=answers, generation=generation, prompts=prompts)
+        return Grounded(answers=answers, generation=generation, prompts=prompts, pictures=pictures)
+
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """See `pictures.prepare`."""
+        return prepare(images, self._manifest.preprocessing, self._manifest.model)
 
     def text_ids(self, expressions: Sequence[str]) -> Ids | None:
         """[B, L] int64 ids of the expressions for the vision graph; None where the pruner does not look at them."""
@@ -152,6 +159,39 @@ class Grounder:
         if pixels[0] == pixels[2] or pixels[1] == pixels[3]:
             return Answer(text=text, box=None, kept_indices=kept)
         return Answer(text=text, box=pixels, kept_indices=kept)
+
+
+def keep_counts(manifest: Manifest, pictures: Pictures, keep: float | None) -> list[int | None]:
+    """How many tokens every call of the vision graph is told to keep; None where it is not told.
+
+    Args:
+        manifest: of the bundle.
+        pictures: of the batch.
+        keep: fraction that the request asks for, or None for the bundle's own.
+
+    Raises:
+        InputError: a fraction outside the range that the bundle was built for.
+        RecipeError: no fraction.
+    """
+    pruning = manifest.pruning
+    if manifest.model.token_range is None:
+        # (`vision_inputs` refuses counts that the bundle has no room for.)
+        count = None if keep is None else prune.kept_count(keep, manifest.model.visual_tokens)
+        return [count] * len(pictures.calls)
+    if keep is not None and pruning.shares is None and keep != pruning.keep:
+        raise InputError(
+            f"cannot be chosen: this bundle keeps {pruning.keep:g} of every picture",
+            subject=f"keep {keep:g}",
+            hint="build it with a range: --keep 0.1:1.0",
+        )
+    if keep is not None and pruning.shares is not None and not pruning.shares[0] <= keep <= pruning.shares[1]:
+        raise InputError(
+            f"is outside {pruning.shares[0]:g} to {pruning.shares[1]:g}, which this bundle was built for",
+            subject=f"keep {keep:g}",
+            hint="choose within the range, or build with a wider --keep",
+        )
+    share, strategy = pruning.keep if keep is None else keep, prune.strategy(pruning.pruner)
+    return [strategy.count_of(share, int(tokens)) for tokens in pictures.prunable]
 
 
 def backend_of(name: str) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,20 @@ from numpy.typing import NDArray
 from gap_export.bundle import Bundle
 from gap_export.errors import SessionError
 from gap_export.positions import Ids, Placement, placement_from_splice
+from gap_export.runtime.pictures import PixelInputs
 from gap_export.runtime.session import (
+    IMAGE_GRID,
     KEPT_COUNTS,
+    VISUAL_COUNTS,
     Buffer,
     Prefilled,
     Spliced,
     VisualTokens,
+    padded_together,
     require_within_bound,
     vision_inputs,
 )
+from gap_export.spec import TensorSpec
 
 _NUMPY = {"float32": np.float32, "float16": np.float16}
 
@@ -82,7 +88,7 @@ class OnnxRuntimeSession:
 
     def encode(
         self,
-        pixel_values_BCHW: NDArray[np.float32],
+        pixels: PixelInputs,
         *,
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
@@ -95,7 +101,7 @@ class OnnxRuntimeSession:
             text_ids_BL=text_ids_BL,
             keep_count=keep_count,
         )
-        embeds, kept, *counts = self._run("vision", {"pixel_values": pixel_values_BCHW, **extra})
+        embeds, kept, *counts = self._run("vision", {**pixels, **extra})
         if not counts:
             return VisualTokens(embeds=embeds, kept_indices=kept.numpy())
         counts_B = counts[0].numpy()
@@ -107,6 +113,10 @@ class OnnxRuntimeSession:
             kept_counts=counts_B,
         )
 
+    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
+        """See `Session.embeds_together`."""
+        return padded_together([np.asarray(part.numpy()) for part in parts], longest)
+
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`."""
         offered = {
@@ -114,6 +124,8 @@ class OnnxRuntimeSession:
             "visual_embeds": visual.embeds,
             "kept_indices": visual.kept_indices,
             KEPT_COUNTS: visual.kept_counts,
+            VISUAL_COUNTS: visual.visual_counts,
+            IMAGE_GRID: visual.image_grid,
         }
         taken = {tensor.name for tensor in self._bundle.manifest.graphs["splice"].spec.inputs}
         embeds, *counters = self._run(
@@ -127,7 +139,7 @@ class OnnxRuntimeSession:
 
     def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
         """See `Session.prefill`."""
-        batch = placement.position_ids.shape[0]
+        batch = placement.position_ids.shape[-2]
         if batch != self._batch:
             self._allocate(batch)
         logits = np.empty((batch, self._model.vocabulary), np.float32)
@@ -225,7 +237,7 @@ class OnnxRuntimeSession:
             np.empty((batch, self._model.vocabulary), np.float32),
         )
         placed = {
-            tensor.name: np.zeros((batch, 1) if tensor.name == "position_ids" else batch, np.int64)
+            tensor.name: np.zeros(_extents_of_one_token(tensor, batch), np.int64)
             for tensor in self._bundle.manifest.graphs[graph].spec.inputs
             if tensor.dtype == "int64"
         }
@@ -235,6 +247,12 @@ class OnnxRuntimeSession:
         embed.bind_ortvalue_output("inputs_embeds", embeds)
         decoder = self._decoder_binding(graph, embeds, placed, {"logits": logits})
         return _DecodeBuffers(token_ids, placed, logits, embed, decoder)
+
+
+def _extents_of_one_token(tensor: TensorSpec, batch: int) -> tuple[int, ...]:
+    """Shape of an input of the decoder in a call with one token per row."""
+    extents = {"batch": batch, "sequence": 1}
+    return tuple(dim if isinstance(dim, int) else extents[dim.name] for dim in tensor.shape)
 
 
 def _element_type(bundle: Bundle) -> str:

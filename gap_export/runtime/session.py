@@ -8,6 +8,7 @@ Shape letters: B batch, T text tokens with one image placeholder, K kept visual 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,12 +18,17 @@ from numpy.typing import NDArray
 from gap_export.bundle import Pruning
 from gap_export.errors import InputError
 from gap_export.positions import Ids, Placement
+from gap_export.runtime.pictures import Pictures, PixelInputs
 
 Buffer = Any
 """A tensor in the session's own form (NumPy array, OrtValue, torch tensor, device pointer)."""
 
 TEXT_IDS, KEEP_COUNT, KEPT_COUNTS = "text_ids", "keep_count", "kept_counts"
-"""Names of inputs and outputs that the vision graph has only where they are needed."""
+VISUAL_COUNTS, IMAGE_GRID = "visual_counts", "image_grid"
+"""Names of inputs and outputs that graphs have only where they are needed."""
+
+NO_INDEX = -1
+"""Fills short rows of `kept_indices`."""
 
 PAD = -1
 """Fills short rows of `input_ids`; no tokenizer has it, so the graph can count the real tokens."""
@@ -36,6 +42,8 @@ class VisualTokens:
         embeds: [B, K, H] in the session's own form.
         kept_indices: [B, K] int64 raster indices; -1 after the tokens of a picture that keeps fewer than others.
         kept_counts: [B] int64, tokens of each picture, where pictures differ; None where all keep K.
+        visual_counts: [B] int64, tokens of each picture before pruning, where pictures differ in size.
+        image_grid: [B, 2] int64, rows and columns of those, where positions follow the grid.
         scores: [B, N] float32 the selection was made by, where one score decides; only the reference tells.
         margins: [B] float64, the smallest gap any choice was made by, where no single score decides; the same.
     """
@@ -43,6 +51,8 @@ class VisualTokens:
     embeds: Buffer
     kept_indices: Ids
     kept_counts: Ids | None = None
+    visual_counts: Ids | None = None
+    image_grid: Ids | None = None
     scores: NDArray[np.float32] | None = None
     margins: NDArray[np.float64] | None = None
 
@@ -85,7 +95,7 @@ class Session(Protocol):
 
     def encode(
         self,
-        pixel_values_BCHW: NDArray[np.float32],
+        pixels: PixelInputs,
         *,
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
@@ -93,7 +103,7 @@ class Session(Protocol):
         """Vision tower, pruner and projector.
 
         Args:
-            pixel_values_BCHW: one picture per row.
+            pixels: of one call, as `pictures.prepare` gives them.
             text_ids_BL: the expressions, for pruners that look at them, as `prompt.encode_text` gives them.
             keep_count: how many tokens to keep, where requests choose; the bundle's default when left out.
 
@@ -101,6 +111,10 @@ class Session(Protocol):
             InputError: an expression is missing, a count cannot be chosen or is out of range, or a picture needs more tokens
                 than an adaptive bundle has room for.
         """
+        ...
+
+    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
+        """Embeddings [1, K, H] of several pictures as one batch [B, longest, H], rows padded at the end."""
         ...
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
@@ -142,7 +156,15 @@ def vision_inputs(
                 hint="tokenize the expression with the bundle's text_tokenizer.json and pass its ids",
             )
         inputs[TEXT_IDS] = text_ids_BL
-    if pruning.counting == "chosen":
+    if pruning.counting == "share":
+        if keep_count is None:
+            raise InputError(
+                "must be told how many tokens to keep, as pictures differ in how many they have",
+                subject="the vision graph",
+                hint="keep the bundle's share of the picture's tokens",
+            )
+        inputs[KEEP_COUNT] = np.array(keep_count, np.int64)
+    elif pruning.counting == "chosen":
         kept = pruning.kept if keep_count is None else keep_count
         if not pruning.fewest <= kept <= pruning.most:
             raise InputError(
@@ -158,6 +180,42 @@ def vision_inputs(
             hint="build it with a range: --keep 0.1:1.0",
         )
     return inputs
+
+
+def together(session: Session, parts: Sequence[VisualTokens], pictures: Pictures) -> VisualTokens:
+    """The visual tokens of a batch, from those of the calls it took.
+
+    Args:
+        session: that encoded them.
+        parts: of every call.
+        pictures: that were encoded.
+    """
+    if len(parts) == 1 and pictures.one_size:
+        return parts[0]
+    counts_B = np.concatenate([np.full(len(part.kept_indices), part.kept_indices.shape[1]) for part in parts])
+    longest = int(counts_B.max())
+    kept_BK = np.full((len(counts_B), longest), NO_INDEX, np.int64)
+    for row, part in enumerate(parts):
+        kept_BK[row, : counts_B[row]] = part.kept_indices[0]
+    embeds = [part.embeds for part in parts]
+    return VisualTokens(
+        embeds=embeds[0] if len(parts) == 1 else session.embeds_together(embeds, longest),
+        kept_indices=kept_BK,
+        kept_counts=counts_B.astype(np.int64),
+        visual_counts=pictures.visual_tokens,
+        image_grid=pictures.grids,
+        margins=None
+        if any(part.margins is None for part in parts)
+        else np.concatenate([part.margins for part in parts if part.margins is not None]),
+    )
+
+
+def padded_together(rows: Sequence[NDArray[Any]], longest: int) -> NDArray[Any]:
+    """[1, K, H] arrays as one [B, longest, H], zeros at the end of short rows."""
+    whole = np.zeros((len(rows), longest, rows[0].shape[-1]), rows[0].dtype)
+    for row, embeds in enumerate(rows):
+        whole[row, : embeds.shape[1]] = embeds[0]
+    return whole
 
 
 def require_within_bound(counts_B: Ids, pruning: Pruning) -> None:

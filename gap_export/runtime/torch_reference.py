@@ -1,31 +1,31 @@
-"""The reference: transformers' own model, eager, with explicit ids, an explicit mask and our own decode loop.
+"""The reference: a family's own model, eager, with explicit ids, an explicit mask and our own decode loop.
 
-Nothing of the export path is used here. Weights are loaded by transformers, class-token attention is read from the full
+Nothing of the export path is used here. The model is that of `references/`, class-token attention is read from the full
 attention map, the selection is that of `prune/reference/` (float64, one picture at a time), rows are run without padding, and
 ids come from `positions.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, DynamicCache, LlavaForConditionalGeneration
-from transformers.utils import logging
+from transformers import CLIPTextModelWithProjection, DynamicCache
 
 from gap_export import prune
-from gap_export.bundle import Precision, Pruning, TextTower
+from gap_export.bundle import Pruning, TextTower
 from gap_export.errors import CheckpointError
 from gap_export.positions import Ids, Placement, place
 from gap_export.prune import reference
+from gap_export.runtime.pictures import PixelInputs
+from gap_export.runtime.references import ReferenceModel, Shown, quiet_loading
 from gap_export.runtime.session import (
     PAD,
     Buffer,
@@ -36,7 +36,6 @@ from gap_export.runtime.session import (
     vision_inputs,
 )
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _UNBOUNDED = 2**31
 
 
@@ -46,18 +45,6 @@ class _Group:
 
     rows: list[int]
     cache: DynamicCache
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hold back what transformers writes while it loads: progress, which would spoil the caller's own display, and reports."""
-    verbosity = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 class TextReference:
@@ -74,7 +61,7 @@ class TextReference:
     def __init__(self, checkpoint: Path, facts: TextTower) -> None:
         self.aligned_inversely = facts.aligned_inversely
         try:
-            with _quiet_loading():  # it would report what else a CLIP checkpoint holds
+            with quiet_loading():  # it would report what else a CLIP checkpoint holds
                 self._model = CLIPTextModelWithProjection.from_pretrained(
                     checkpoint, attn_implementation="eager", local_files_only=True
                 ).eval()
@@ -110,118 +97,67 @@ class TorchSession:
     """See `Session`.
 
     Args:
-        checkpoint: folder in Hugging Face layout.
+        model: of the family.
         pruning: what to prune and how to number.
-        precision: type the weights are loaded in.
         text_tower: for pruners that look at the expression.
-
-    Raises:
-        CheckpointError: transformers cannot load it.
     """
 
     backend = "torch"
 
     def __init__(
-        self,
-        checkpoint: Path,
-        pruning: Pruning,
-        precision: Precision = "fp32",
-        *,
-        text_tower: TextReference | None = None,
+        self, model: ReferenceModel, pruning: Pruning, *, text_tower: TextReference | None = None
     ) -> None:
-        try:
-            with _quiet_loading():
-                self._model = cast(
-                    LlavaForConditionalGeneration,
-                    LlavaForConditionalGeneration.from_pretrained(
-                        checkpoint,
-                        dtype=_DTYPES[precision],
-                        attn_implementation="eager",
-                        local_files_only=True,
-                    ).eval(),
-                )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"could not be loaded by transformers: {str(error).splitlines()[0]}",
-                subject=str(checkpoint),
-                hint="the reference needs the checkpoint the bundle was built from",
-            ) from error
-        self._pruning, self._text_tower = pruning, text_tower
+        self._model, self._pruning, self._text_tower = model, pruning, text_tower
         self.capacities = (_UNBOUNDED,) * max(1, len(pruning.stages))
-        config = self._model.config
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        self._grid = (side, side)
         self._groups: list[_Group] = []
 
     @torch.inference_mode()
     def encode(
         self,
-        pixel_values_BCHW: NDArray[np.float32],
+        pixels: PixelInputs,
         *,
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
         """See `Session.encode`; embeddings are a list of rows [K_b, H] where pictures differ."""
-        inner = self._model.model
         pruning = self._pruning
         vision_inputs(
             pruning, reads_text=self._text_tower is not None, text_ids_BL=text_ids_BL, keep_count=keep_count
         )
-        seen = inner.vision_tower(
-            torch.from_numpy(pixel_values_BCHW).to(self._model.dtype),
-            output_hidden_states=True,
-            output_attentions=True,
-        )
-        # Hidden states are numbered from the embeddings on, so layer `run - 1` turns state `run - 1` into state `run`.
-        layers = inner.vision_tower.encoder.layers
-        feature = self._model.config.vision_feature_layer
-        run = feature if feature >= 0 else len(layers) + 1 + feature
-        into_BTE, out_BTE = seen.hidden_states[run - 1], seen.hidden_states[run]
-        patches_BNE = out_BTE[:, 1:]
-        scoring = layers[run - 1].self_attn
-        keys_BTE = scoring.k_proj(layers[run - 1].layer_norm1(into_BTE))
-        above_BTE = layers[run].layer_norm1(out_BTE) if run < len(layers) else None
-        shown = {
-            "patches_NE": patches_BNE,
-            "attention_N": seen.attentions[run - 1].float().mean(dim=1)[:, 0, 1:],
-            "class_token_E": out_BTE[:, 0],
-            "keys_ND": keys_BTE.float().unflatten(-1, (scoring.num_heads, -1)).mean(dim=2)[:, 1:],
-            "following_query_E": None if above_BTE is None else layers[run].self_attn.q_proj(above_BTE[:, 0]),
-            "following_keys_TE": None if above_BTE is None else layers[run].self_attn.k_proj(above_BTE),
-            "projected_NH": inner.multi_modal_projector(patches_BNE),
-        }
+        pictures = self._model.see(pixels)
         if self._text_tower is not None and text_ids_BL is not None:
-            shown["aligned_NP"] = self._text_tower.aligned(inner.vision_tower.post_layernorm(patches_BNE))
-            shown["text_P"] = self._text_tower.embedded(text_ids_BL)
-        choices = [self._choose(shown, row, keep_count) for row in range(len(patches_BNE))]
-        embeds = []
-        for choice, patches_NE in zip(choices, patches_BNE, strict=True):
-            if choice.patches_KE is None:
-                tokens_KE = patches_NE[torch.from_numpy(choice.indices_K)]
-            else:
-                tokens_KE = torch.from_numpy(choice.patches_KE).to(patches_NE.dtype)
-            embeds.append(inner.multi_modal_projector(tokens_KE))
+            for shown, text_P in zip(pictures, self._text_tower.embedded(text_ids_BL), strict=True):
+                normed_NE = shown["normed_NE"]
+                assert normed_NE is not None
+                shown["aligned_NP"], shown["text_P"] = self._text_tower.aligned(normed_NE), text_P
+        choices = [self._choose(shown, keep_count) for shown in pictures]
         adaptive = pruning.counting == "adaptive"
         if adaptive:
             require_within_bound(np.array([choice.needed for choice in choices]), pruning)
-        counts_B = np.array([len(choice.indices_K) for choice in choices], np.int64)
-        kept_BK = np.full((len(choices), counts_B.max()), prune.NO_TOKEN, np.int64)
-        for row, choice in enumerate(choices):
-            kept_BK[row, : counts_B[row]] = choice.indices_K
-        by_score = pruning.pruner == "cls_attention"
+        embeds, places = zip(*map(self._model.tokens, pictures, choices), strict=True)
+        counts_B = np.array([len(kept_K) for kept_K in places], np.int64)
+        kept_BK = np.full((len(places), counts_B.max()), prune.NO_TOKEN, np.int64)
+        for row, kept_K in enumerate(places):
+            kept_BK[row, : counts_B[row]] = kept_K
+        # One score decides, and is as long for every picture: what differs can be told to be a tie token by token.
+        by_score = pruning.pruner == "cls_attention" and self._model.grid is not None
+        scores = [shown["attention_N"] for shown in pictures] if by_score else []
         return VisualTokens(
-            embeds=embeds if adaptive else torch.stack(embeds),
+            embeds=list(embeds) if adaptive else torch.stack(embeds),
             kept_indices=kept_BK,
             kept_counts=counts_B if adaptive else None,
-            scores=shown["attention_N"].numpy() if by_score else None,
-            margins=None if by_score else np.array([choice.margin for choice in choices]),
+            scores=np.stack([score.numpy() for score in scores if score is not None]) if scores else None,
+            margins=None if scores else np.array([choice.margin for choice in choices]),
         )
+
+    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
+        """See `Session.embeds_together`; rows are not padded here."""
+        return [row for part in parts for row in part]
 
     @torch.inference_mode()
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`; embeddings are a list of unpadded rows [S_b, H]."""
-        image_token = self._model.config.image_token_id
-        embed = self._model.get_input_embeddings()
+        image_token, embed = self._model.image_token_id, self._model.embedding
         before, after, rows = [], [], []
         for ids_T, visual_KH in zip(input_ids_BT, visual.embeds, strict=True):
             ids_T = ids_T[ids_T != PAD]
@@ -234,12 +170,20 @@ class TorchSession:
             visual.kept_indices,
             text_before=np.array(before),
             text_after=np.array(after),
-            visual_tokens=self._grid[0] * self._grid[1],
+            visual_tokens=self._pruning_extent(visual),
             policy=self._pruning.positions,
             merged=self._pruning.merged,
             stages=tuple(stage.kept for stage in self._pruning.stages[1:]),
+            grids=visual.image_grid,
         )
         return Spliced(embeds=rows, placement=placement)
+
+    def _pruning_extent(self, visual: VisualTokens) -> Ids | int:
+        """N of every picture."""
+        if visual.visual_counts is not None:
+            return visual.visual_counts
+        assert self._model.grid is not None
+        return self._model.grid[0] * self._model.grid[1]
 
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
@@ -252,7 +196,7 @@ class TorchSession:
             self._forward(
                 lambda group: (
                     torch.stack([embeds[row] for row in group.rows]),
-                    placement.position_ids[group.rows, : len(embeds[group.rows[0]])],
+                    placement.position_ids[..., group.rows, : len(embeds[group.rows[0]])],
                 )
             )
         )
@@ -260,11 +204,11 @@ class TorchSession:
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`; the slot is the length of the row's own cache, by construction."""
-        embed = self._model.get_input_embeddings()
+        embed = self._model.embedding
         return self._forward(
             lambda group: (
                 embed(torch.from_numpy(token_ids_B[group.rows])[:, None]),
-                placement.position_ids[group.rows],
+                placement.position_ids[..., group.rows, :],
             )
         )
 
@@ -275,7 +219,7 @@ class TorchSession:
             seen = group.cache.get_seq_length()
             # Explicit ones: without any mask, transformers would read gaps in the ids as packed sequences.
             mask = torch.ones(len(group.rows), seen + embeds_BSH.shape[1], dtype=torch.int64)
-            out = self._model.model.language_model(
+            out = self._model.language_model(
                 inputs_embeds=embeds_BSH,
                 position_ids=torch.from_numpy(np.ascontiguousarray(ids_BS)),
                 attention_mask=mask,
@@ -286,15 +230,17 @@ class TorchSession:
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
 
-    def _choose(self, shown: dict[str, Tensor | None], row: int, keep_count: int | None) -> reference.Choice:
+    def _choose(self, shown: Shown, keep_count: int | None) -> reference.Choice:
         """What is kept of one picture, in the order in which it enters the decoder."""
         pruning = self._pruning
         pruner = "none" if pruning.stages else pruning.pruner
         parts = {
-            name: np.empty(0) if part is None else part[row].double().numpy() for name, part in shown.items()
+            field.name: shown[field.name].double().numpy()  # type: ignore[union-attr]
+            for field in fields(reference.Seen)
+            if shown.get(field.name) is not None
         }
         inversely = self._text_tower is None or self._text_tower.aligned_inversely
-        seen = reference.Seen(grid=self._grid, aligned_inversely=inversely, **parts)
+        seen = reference.Seen(grid=self._model.grid, aligned_inversely=inversely, **parts)
         if pruning.counting == "adaptive":
             choice = reference.choose_adaptive(
                 pruning.pruner, seen, pruning.most, merged_id=pruning.merged_id

@@ -6,8 +6,10 @@ is that of `prune/reference_in_decoder.py`; a row has no padding, and each layer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from gap_export.bundle import Precision, Pruning, Stage
+from gap_export.bundle import Pruning, Stage
 from gap_export.positions import Ids, Placement, PositionPolicy
 from gap_export.prune import reference_in_decoder
 from gap_export.prune.stages import load
+from gap_export.runtime.references import ReferenceModel, open_model
 from gap_export.runtime.session import Buffer, Prefilled
 from gap_export.runtime.torch_reference import TextReference, TorchSession
 
@@ -52,14 +55,13 @@ class StagedTorchSession(TorchSession):
 
     def __init__(
         self,
-        checkpoint: Path,
+        model: ReferenceModel,
         pruning: Pruning,
-        precision: Precision = "fp32",
         *,
         text_tower: TextReference | None = None,
     ) -> None:
-        super().__init__(checkpoint, pruning, precision, text_tower=text_tower)
-        self._decoder: Any = self._model.model.language_model
+        super().__init__(model, pruning, text_tower=text_tower)
+        self._decoder: Any = model.language_model
         self._looks_ahead = load(pruning.pruner).looks_ahead
         self._rows: list[_Row] = []
         self._maps: dict[int, Tensor] = {}
@@ -89,7 +91,7 @@ class StagedTorchSession(TorchSession):
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`; slots are the lengths of the row's own caches, by construction."""
-        embed = self._model.get_input_embeddings()
+        embed = self._model.embedding
         logits = []
         for token, row, ids_1 in zip(token_ids_B, self._rows, placement.position_ids, strict=True):
             hidden_1H = embed(torch.tensor([int(token)]))
@@ -176,12 +178,24 @@ class StagedTorchSession(TorchSession):
 
 
 def open_reference(
-    checkpoint: Path, pruning: Pruning, *, text_tower: TextReference | None = None
+    family: str,
+    checkpoint: Path,
+    pruning: Pruning,
+    *,
+    parts: Mapping[str, Path] = MappingProxyType({}),
+    text_tower: TextReference | None = None,
 ) -> TorchSession:
-    """The reference for a way of pruning, in fp32; arguments as of `TorchSession`.
+    """The reference of a family for a way of pruning, in fp32.
+
+    Args:
+        family: name in the table of families.
+        checkpoint: folder.
+        pruning: what to prune and how to number.
+        parts: see `references.open_model`.
+        text_tower: for pruners that look at the expression.
 
     Raises:
         CheckpointError: transformers cannot load the checkpoint.
     """
     kind = StagedTorchSession if pruning.stages else TorchSession
-    return kind(checkpoint, pruning, text_tower=text_tower)
+    return kind(open_model(family, checkpoint, "fp32", parts), pruning, text_tower=text_tower)

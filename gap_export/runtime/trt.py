@@ -27,12 +27,16 @@ from gap_export.engine.library import Library, load_library
 from gap_export.engine.profiles import choose_profile, profiles_from_spec
 from gap_export.errors import SessionError
 from gap_export.positions import Ids, Placement, placement_from_splice
+from gap_export.runtime.pictures import PixelInputs
 from gap_export.runtime.session import (
+    IMAGE_GRID,
     KEPT_COUNTS,
+    VISUAL_COUNTS,
     Buffer,
     Prefilled,
     Spliced,
     VisualTokens,
+    padded_together,
     require_within_bound,
     vision_inputs,
 )
@@ -324,7 +328,7 @@ class TensorRTSession:
 
     def encode(
         self,
-        pixel_values_BCHW: NDArray[np.float32],
+        pixels: PixelInputs,
         *,
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
@@ -334,13 +338,17 @@ class TensorRTSession:
         extra = vision_inputs(
             pruning, reads_text=self._reads_text, text_ids_BL=text_ids_BL, keep_count=keep_count
         )
-        vision.prepare({"pixel_values": pixel_values_BCHW, **extra})
+        vision.prepare({**pixels, **extra})
         embeds = self._tensor(vision, "visual_embeds")
         vision.run({"visual_embeds": embeds.address})
         counts_B = vision.download(KEPT_COUNTS) if pruning.counting == "adaptive" else None
         if counts_B is not None:
             require_within_bound(counts_B, pruning)
         return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"), kept_counts=counts_B)
+
+    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
+        """See `Session.embeds_together`."""
+        return padded_together([np.asarray(part) for part in parts], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`; the embeddings are a `DeviceTensor`."""
@@ -351,6 +359,8 @@ class TensorRTSession:
             "visual_embeds": seen,
             "kept_indices": visual.kept_indices,
             KEPT_COUNTS: visual.kept_counts,
+            VISUAL_COUNTS: visual.visual_counts,
+            IMAGE_GRID: visual.image_grid,
         }
         splice.prepare({tensor.name: offered[tensor.name] for tensor in splice.spec.inputs})
         embeds = self._tensor(splice, "inputs_embeds")

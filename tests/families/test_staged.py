@@ -17,6 +17,7 @@ from gap_export.bundle import Bundle, Pruning
 from gap_export.positions import Ids, Placement, PositionPolicy, advance
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ort import OnnxRuntimeSession
+from gap_export.runtime.pictures import of_one_size
 from gap_export.runtime.session import VisualTokens
 
 DeepBundle = Callable[..., Bundle]
@@ -30,7 +31,7 @@ VISUAL, NEW = 36, 5
 
 def answer(session: Any, pixels: Pixels, ids: Ids, **options: Any) -> Generation:
     options = {"max_new_tokens": NEW, "eos_token_ids": (), "keep_logits": True, **options}
-    return generate(session, pixels, ids, **options)
+    return generate(session, of_one_size(pixels, VISUAL), ids, **options)
 
 
 def difference(one: Generation, other: Generation) -> float:
@@ -135,7 +136,7 @@ def test_every_stage_has_the_slots_of_its_own_tokens(
     """Counted by hand from the prompts: T_pre + K_s + T_post; ids by N alone."""
     bundle = deep_bundle(pruner=pruner, positions=GAP)
     session = opened(bundle)
-    placement = session.splice(questions, session.encode(pixels)).placement
+    placement = session.splice(questions, session.encode({"pixel_values": pixels})).placement
     tokens = [[int(token) for token in row if token >= 0] for row in questions]
     text = [len(row) - 1 for row in tokens]
     assert placement.image_start is not None
@@ -158,7 +159,7 @@ def test_the_cache_of_every_layer_is_written_where_its_stage_counts(
 ) -> None:
     bundle = deep_bundle(pruner=pruner, positions=GAP)
     session, stages = opened(bundle), bundle.manifest.pruning.stages
-    spliced = session.splice(questions, session.encode(pixels))
+    spliced = session.splice(questions, session.encode({"pixel_values": pixels}))
     session.prefill(spliced.embeds, spliced.placement)
     before = {name: buffer.numpy().copy() for name, buffer in session._cache.items()}
     addresses = {name: buffer.data_ptr() for name, buffer in session._cache.items()}
@@ -199,7 +200,7 @@ def test_survivors_take_their_ids_along_or_are_counted_again(
 ) -> None:
     """All ids moved by as much turn every key and change no attention. Later layers see it where survivors keep their ids."""
     session = opened(deep_bundle(pruner="fastv", positions=policy))
-    spliced = session.splice(questions, session.encode(pixels))
+    spliced = session.splice(questions, session.encode({"pixel_values": pixels}))
     moved = replace(spliced.placement, position_ids=spliced.placement.position_ids + 7)
 
     def after(placement: Placement) -> tuple[Ids, list[NDArray[np.float32]]]:
@@ -244,7 +245,7 @@ def test_ids_without_gaps_are_right_where_every_token_enters(
 ) -> None:
     """The control that renumbers the prompt changes nothing here, and says so."""
     session = opened(deep_bundle(pruner="fastv", positions=GAP))
-    placement = session.splice(questions, session.encode(pixels)).placement
+    placement = session.splice(questions, session.encode({"pixel_values": pixels})).placement
     renumbered = parity.controls()["ids shifted"](placement, np.zeros(4, np.int64), np.full(4, VISUAL))
     for row, length in enumerate(placement.next_slot):
         assert renumbered.position_ids[row, :length].tolist() == placement.position_ids[row, :length].tolist()

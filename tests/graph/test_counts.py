@@ -27,7 +27,7 @@ RANGE = "0.1:0.25:1.0"
 
 def answer(session: OnnxRuntimeSession, pixels: Any, ids: Ids, **options: Any) -> Any:
     """(kept, position ids, logits of the prefill and one step)."""
-    visual = session.encode(pixels, **options)
+    visual = session.encode({"pixel_values": pixels}, **options)
     spliced = session.splice(ids, visual)
     logits = session.prefill(spliced.embeds, spliced.placement).logits
     return visual.kept_indices, spliced.placement, logits
@@ -68,7 +68,7 @@ def test_one_session_serves_every_count(
         np.testing.assert_allclose(logits, logits_there, rtol=0, atol=1e-5 * np.abs(logits_there).max())
     for count in (3, 37):
         with pytest.raises(InputError, match="is outside 4 to 36"):
-            session.encode(pixels, keep_count=count)
+            session.encode({"pixel_values": pixels}, keep_count=count)
 
 
 def test_the_count_is_a_scalar_input(tiny_bundle: Callable[..., Bundle]) -> None:

@@ -37,7 +37,7 @@ def forced(
     before_prefill: Callable[[Any], None] = lambda session: None,
 ) -> tuple[Ids, Logits]:
     """Prefill and a few decode steps with given tokens: what a session computes, without its own choices."""
-    visual = session.encode(pixels)
+    visual = session.encode({"pixel_values": pixels})
     spliced = session.splice(ids, visual)
     turn = adjust(spliced.placement)
     before_prefill(session)
@@ -108,7 +108,7 @@ def test_positions_matter_in_the_exported_decoder(
     session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
 ) -> None:
     right = forced(session, pixels[:1], ragged_ids[:1])[1]
-    kept = session.encode(pixels[:1]).kept_indices.shape[1]
+    kept = session.encode({"pixel_values": pixels[:1]}).kept_indices.shape[1]
     wrong_ids = forced(session, pixels[:1], ragged_ids[:1], adjust=renumbered)[1]
     swapped = forced(
         session,
@@ -150,7 +150,7 @@ def test_a_row_answers_as_it_does_alone(
     tokens = np.random.default_rng(11).integers(5, 60, (STEPS, 4))
     for row in range(4):
         length = int((ragged_ids[row] >= 0).sum())
-        visual = session.encode(pixels[[row]])
+        visual = session.encode({"pixel_values": pixels[[row]]})
         spliced = session.splice(ragged_ids[[row], :length], visual)
         turn = spliced.placement
         alone = [session.prefill(spliced.embeds, turn).logits.copy()]

@@ -45,7 +45,9 @@ def test_exported_tower_equals_transformers(
     expression = {"text_ids": text_ids} if row.needs_text else {}
     embeds, kept = ort.InferenceSession(str(path)).run(None, {"pixel_values": pixels, **expression})
     pruning = Pruning(pruner=name, keep=0.34, kept=KEPT, positions=policy, seed=0, merged=row.merged, merged_id=merged_id)  # fmt: skip
-    expected = tiny_reference(pruning).encode(pixels, text_ids_BL=expression.get("text_ids"))
+    expected = tiny_reference(pruning).encode(
+        {"pixel_values": pixels}, text_ids_BL=expression.get("text_ids")
+    )
     assert kept.shape == (4, KEPT)
     assert np.array_equal(kept, expected.kept_indices)
     scale = float(expected.embeds.abs().max())

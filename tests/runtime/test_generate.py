@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gap_export.errors import InputError, SessionError
 from gap_export.positions import Ids, Placement, PositionPolicy, place
 from gap_export.runtime.generate import Generation, generate, refuse_overflow
+from gap_export.runtime.pictures import PixelInputs, of_one_size
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 EOS, VISUAL, VOCABULARY = 2, 20, 12
@@ -48,12 +49,12 @@ class FakeSession:
 
     def encode(
         self,
-        pixel_values_BCHW: NDArray[np.float32],
+        pixels: PixelInputs,
         *,
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
-        rows = len(pixel_values_BCHW)
+        rows = len(pixels["pixel_values"])
         self.asked = (text_ids_BL, keep_count)
         return VisualTokens(embeds="visual", kept_indices=KEPT[:rows], scores=None)
 
@@ -99,7 +100,9 @@ IDS: Ids = np.array([[5, 5, 9, 5, 5, 5], [5, 9, 5, -1, -1, -1]])
 def answer(session: FakeSession, **options: Any) -> Generation:
     rows = len(session.script[0])
     options = {"max_new_tokens": 10, "eos_token_ids": (EOS,), **options}
-    return generate(session, np.zeros((rows, 3, 2, 2), np.float32), IDS[:rows], **options)
+    return generate(
+        session, of_one_size(np.zeros((rows, 3, 2, 2), np.float32), VISUAL), IDS[:rows], **options
+    )
 
 
 def test_ids_and_slots_are_two_counters() -> None:

@@ -18,6 +18,7 @@ from gap_export.positions import Ids, advance
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ground import backend_of, open_session
 from gap_export.runtime.ort import OnnxRuntimeSession
+from gap_export.runtime.pictures import of_one_size
 
 BuildBundle = Callable[..., Bundle]
 
@@ -28,7 +29,9 @@ def session(tiny_bundle: BuildBundle) -> OnnxRuntimeSession:
 
 
 def answer(session: Any, pixels: NDArray[np.float32], ids: Ids, new: int = 5) -> Generation:
-    return generate(session, pixels, ids, max_new_tokens=new, eos_token_ids=(), keep_logits=True)
+    return generate(
+        session, of_one_size(pixels, 36), ids, max_new_tokens=new, eos_token_ids=(), keep_logits=True
+    )
 
 
 def same(first: Generation, second: Generation) -> bool:
@@ -86,7 +89,7 @@ def test_past_and_present_are_one_buffer(
 def test_the_cache_is_written_in_place_slot_by_slot(
     session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
 ) -> None:
-    visual = session.encode(pixels)
+    visual = session.encode({"pixel_values": pixels})
     spliced = session.splice(ragged_ids, visual)
     session.prefill(spliced.embeds, spliced.placement)
     before = {name: buffer.numpy().copy() for name, buffer in session._cache.items()}
@@ -192,7 +195,7 @@ def test_weights_that_are_gone_are_an_error_of_ours(bundle_copy: Path) -> None:
 
 def test_inputs_that_do_not_fit_are_an_error_of_ours(session: OnnxRuntimeSession) -> None:
     with pytest.raises(SessionError, match="failed in ONNX Runtime"):
-        session.encode(np.zeros((1, 3, 40, 40), np.float32))
+        session.encode({"pixel_values": np.zeros((1, 3, 40, 40), np.float32)})
 
 
 def test_bf16_and_unknown_backends_are_refused(tiny_bundle: BuildBundle) -> None:

@@ -16,7 +16,9 @@ from gap_export.bundle import Pruning
 from gap_export.errors import CheckpointError
 from gap_export.positions import Ids, PositionPolicy
 from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.pictures import of_one_size
 from gap_export.runtime.torch_reference import TorchSession
+from gap_export.runtime.torch_staged import open_reference
 
 VISUAL, IMAGE = 36, 4
 
@@ -33,7 +35,9 @@ def model(tiny_checkpoint: Path) -> Any:
 
 
 def answer(session: TorchSession, pixels: NDArray[np.float32], ids: Ids, new: int = 5) -> Generation:
-    return generate(session, pixels, ids, max_new_tokens=new, eos_token_ids=(), keep_logits=True)
+    return generate(
+        session, of_one_size(pixels, 36), ids, max_new_tokens=new, eos_token_ids=(), keep_logits=True
+    )
 
 
 def test_unpruned_it_is_transformers_generate(
@@ -109,7 +113,7 @@ def test_pruned_it_is_one_uncached_forward_over_the_survivors(
 def test_survivors_are_those_the_class_token_looks_at_most(
     policy: PositionPolicy, model: Any, tiny_reference: Callable[[Pruning], Any], pixels: NDArray[np.float32]
 ) -> None:
-    visual = tiny_reference(pruning(positions=policy)).encode(pixels)
+    visual = tiny_reference(pruning(positions=policy)).encode({"pixel_values": pixels})
     with torch.inference_mode():
         seen = model.model.vision_tower(torch.from_numpy(pixels), output_attentions=True)
     scores = (
@@ -128,7 +132,7 @@ def test_strategies_without_scores_keep_what_the_graph_keeps(
     from gap_export.prune.random import drawn_indices
     from gap_export.prune.reference import grid_indices
 
-    visual = tiny_reference(pruning(pruner)).encode(pixels)
+    visual = tiny_reference(pruning(pruner)).encode({"pixel_values": pixels})
     expected = sorted(drawn_indices(VISUAL, 3)[:9]) if pruner == "random" else grid_indices((6, 6), 9)
     assert visual.kept_indices.tolist() == [expected] * 4
     assert visual.scores is None
@@ -158,4 +162,4 @@ def test_a_checkpoint_that_does_not_load_is_an_error_of_ours(
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="could not be loaded"):
-        TorchSession(tmp_path / "nowhere" if damage == "missing" else checkpoint_copy, pruning())
+        open_reference("llava", tmp_path / "nowhere" if damage == "missing" else checkpoint_copy, pruning())

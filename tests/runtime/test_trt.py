@@ -31,6 +31,7 @@ from gap_export.positions import PositionPolicy, advance
 from gap_export.runtime import trt
 from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
+from gap_export.runtime.pictures import of_one_size
 from gap_export.runtime.session import PAD
 from gap_export.runtime.trt import TensorRTSession
 from gap_export.spec import Dim, GraphSpec, TensorSpec
@@ -225,7 +226,14 @@ class CountingEngine:
 def test_the_session_agrees_with_onnx_runtime(opened: Any, small: Bundle, rows: int) -> None:
     """Prefill of unequal rows and decoding, through the decode loop every runtime shares."""
     results = [
-        generate(session, PIXELS[:rows], PROMPTS[:rows], max_new_tokens=4, eos_token_ids=(), keep_logits=True)
+        generate(
+            session,
+            of_one_size(PIXELS[:rows], 36),
+            PROMPTS[:rows],
+            max_new_tokens=4,
+            eos_token_ids=(),
+            keep_logits=True,
+        )
         for session in (opened[0], OnnxRuntimeSession(small))
     ]
     ours, theirs = results
@@ -241,7 +249,7 @@ def test_the_session_agrees_with_onnx_runtime(opened: Any, small: Bundle, rows: 
 def test_an_id_that_moves_changes_the_answer(opened: Any) -> None:
     """Negative control: if position ids did not reach the device, the test above could pass on zeros."""
     session = opened[0]
-    visual = session.encode(PIXELS)
+    visual = session.encode({"pixel_values": PIXELS})
     spliced = session.splice(PROMPTS, visual)
     right = session.prefill(spliced.embeds, spliced.placement).logits
     moved = spliced.placement.position_ids + np.arange(spliced.placement.position_ids.shape[1])
@@ -252,16 +260,30 @@ def test_an_id_that_moves_changes_the_answer(opened: Any) -> None:
 
 def test_a_prompt_after_another_starts_afresh(opened: Any) -> None:
     session = opened[0]
-    first = generate(session, PIXELS[:1], PROMPTS[:1], max_new_tokens=4, eos_token_ids=(), keep_logits=True)
-    generate(session, PIXELS, PROMPTS, max_new_tokens=3, eos_token_ids=())
-    again = generate(session, PIXELS[:1], PROMPTS[:1], max_new_tokens=4, eos_token_ids=(), keep_logits=True)
+    first = generate(
+        session,
+        of_one_size(PIXELS[:1], 36),
+        PROMPTS[:1],
+        max_new_tokens=4,
+        eos_token_ids=(),
+        keep_logits=True,
+    )
+    generate(session, of_one_size(PIXELS, 36), PROMPTS, max_new_tokens=3, eos_token_ids=())
+    again = generate(
+        session,
+        of_one_size(PIXELS[:1], 36),
+        PROMPTS[:1],
+        max_new_tokens=4,
+        eos_token_ids=(),
+        keep_logits=True,
+    )
     np.testing.assert_array_equal(np.stack(again.logits), np.stack(first.logits))
 
 
 def test_prompts_and_single_tokens_run_under_their_own_profiles(opened: Any) -> None:
     session, _, log = opened
-    generate(session, PIXELS, PROMPTS, max_new_tokens=3, eos_token_ids=())
-    generate(session, PIXELS, PROMPTS, max_new_tokens=2, eos_token_ids=())
+    generate(session, of_one_size(PIXELS, 36), PROMPTS, max_new_tokens=3, eos_token_ids=())
+    generate(session, of_one_size(PIXELS, 36), PROMPTS, max_new_tokens=2, eos_token_ids=())
     decoder = [entry[1:] for entry in log if entry[0] == "decoder"]
     prompt, token = ("run", "prefill", (2, 7, 8)), ("run", "decode", (2, 1, 8))
     switch = ("profile", "decode")
@@ -270,7 +292,7 @@ def test_prompts_and_single_tokens_run_under_their_own_profiles(opened: Any) -> 
 
 def test_nothing_is_allocated_per_token(opened: Any) -> None:
     session, device, _ = opened
-    visual = session.encode(PIXELS)
+    visual = session.encode({"pixel_values": PIXELS})
     spliced = session.splice(PROMPTS, visual)
     session.prefill(spliced.embeds, spliced.placement)
     turn = advance(spliced.placement)
@@ -285,29 +307,35 @@ def test_nothing_is_allocated_per_token(opened: Any) -> None:
 def test_memory_of_dropped_prompts_is_used_again(opened: Any) -> None:
     session, device, _ = opened
     for _ in range(2):
-        generate(session, PIXELS, PROMPTS, max_new_tokens=2, eos_token_ids=())
+        generate(session, of_one_size(PIXELS, 36), PROMPTS, max_new_tokens=2, eos_token_ids=())
         gc.collect()
     before = device.allocated
     for rows, length in ((2, 5), (1, 4), (2, 3)):
-        generate(session, PIXELS[:rows], PROMPTS[:rows, :length], max_new_tokens=2, eos_token_ids=())
+        generate(
+            session,
+            of_one_size(PIXELS[:rows], 36),
+            PROMPTS[:rows, :length],
+            max_new_tokens=2,
+            eos_token_ids=(),
+        )
         gc.collect()
     assert device.allocated == before
 
 
 def test_two_prompts_at_once_do_not_share_memory(opened: Any, small: Bundle) -> None:
     session = opened[0]
-    one, other = session.encode(PIXELS[:1]), session.encode(PIXELS[1:])
+    one, other = session.encode({"pixel_values": PIXELS[:1]}), session.encode({"pixel_values": PIXELS[1:]})
     reference = OnnxRuntimeSession(small)
     for visual, pixels in ((one, PIXELS[:1]), (other, PIXELS[1:])):
         np.testing.assert_allclose(
-            np.asarray(visual.embeds), reference.encode(pixels).embeds.numpy(), rtol=1e-6
+            np.asarray(visual.embeds), reference.encode({"pixel_values": pixels}).embeds.numpy(), rtol=1e-6
         )
 
 
 def test_embeddings_from_elsewhere_are_taken(opened: Any, small: Bundle) -> None:
     """Arrays of another runtime, so that one part can be compared at a time."""
     session = opened[0]
-    visual = session.encode(PIXELS)
+    visual = session.encode({"pixel_values": PIXELS})
     spliced = session.splice(PROMPTS, trt.VisualTokens(np.asarray(visual.embeds), visual.kept_indices))
     expected = session.prefill(spliced.embeds, spliced.placement).logits
     again = session.prefill(np.asarray(spliced.embeds), spliced.placement)
@@ -316,7 +344,7 @@ def test_embeddings_from_elsewhere_are_taken(opened: Any, small: Bundle) -> None
 
 def test_a_full_cache_is_refused(opened: Any) -> None:
     session = opened[0]
-    spliced = session.splice(PROMPTS, session.encode(PIXELS))
+    spliced = session.splice(PROMPTS, session.encode({"pixel_values": PIXELS}))
     session.prefill(spliced.embeds, spliced.placement)
     turn = advance(spliced.placement)
     while int(turn.write_index.max()) < session.capacities[0]:
@@ -329,16 +357,16 @@ def test_a_full_cache_is_refused(opened: Any) -> None:
 def test_a_batch_or_a_prompt_beyond_the_profile_is_refused(opened: Any) -> None:
     session = opened[0]
     with pytest.raises(SessionError, match="serves") as caught:
-        session.encode(np.repeat(PIXELS, 2, axis=0))
+        session.encode({"pixel_values": np.repeat(PIXELS, 2, axis=0)})
     assert caught.value.subject == "graph vision, input pixel_values"
     with pytest.raises(SessionError, match="serves") as caught:
-        session.splice(np.ones((2, LONGEST_PROMPT + 1), np.int64), session.encode(PIXELS))
+        session.splice(np.ones((2, LONGEST_PROMPT + 1), np.int64), session.encode({"pixel_values": PIXELS}))
     assert caught.value.subject == "graph splice, input input_ids"
 
 
 def test_closing_gives_everything_back(opened: Any) -> None:
     session, device, _ = opened
-    visual = session.encode(PIXELS)
+    visual = session.encode({"pixel_values": PIXELS})
     spliced = session.splice(PROMPTS, visual)
     session.prefill(spliced.embeds, spliced.placement)
     session.step(np.array([1, 2]), advance(spliced.placement))
@@ -369,10 +397,10 @@ def test_a_library_that_says_no_is_quoted(opened: Any, monkeypatch: Any) -> None
     with monkeypatch.context() as patch:
         patch.setattr(HostEngine, "set_tensor_address", lambda self, name, address: False)
         with pytest.raises(SessionError, match="did not let it take its buffer"):
-            opened[0].encode(PIXELS)
+            opened[0].encode({"pixel_values": PIXELS})
     monkeypatch.setattr(HostEngine, "execute_async_v3", lambda self, stream: False)
     with pytest.raises(EngineError, match="could not run the engine"):
-        opened[0].encode(PIXELS)
+        opened[0].encode({"pixel_values": PIXELS})
 
 
 def test_a_bundle_without_engines(tmp_path: Path, write_small_bundle: Any) -> None:
@@ -411,7 +439,9 @@ def test_a_decoder_that_drops_tokens_agrees_with_onnx_runtime(
 ) -> None:
     session, _, log, bundle = staged
     ours, theirs = (
-        generate(each, pixels, questions, max_new_tokens=4, eos_token_ids=(), keep_logits=True)
+        generate(
+            each, of_one_size(pixels, 36), questions, max_new_tokens=4, eos_token_ids=(), keep_logits=True
+        )
         for each in (session, OnnxRuntimeSession(bundle, threads=1))
     )
     assert ours.tokens == theirs.tokens
@@ -432,7 +462,7 @@ def test_prompts_and_tokens_share_one_cache(staged: Any, pixels: Any, questions:
     assert len(aliased) == 8
     for present, past in aliased.items():
         assert len({graph.address(name) for graph in (prefill, decode) for name in (present, past)}) == 1
-    generate(session, pixels, questions, max_new_tokens=2, eos_token_ids=())
+    generate(session, of_one_size(pixels, 36), questions, max_new_tokens=2, eos_token_ids=())
     gc.collect()
     session.close()
     assert not device.blocks, "everything is given back, once"
@@ -440,7 +470,7 @@ def test_prompts_and_tokens_share_one_cache(staged: Any, pixels: Any, questions:
 
 def test_a_full_stage_is_refused(staged: Any, pixels: Any, questions: Any) -> None:
     session = staged[0]
-    spliced = session.splice(questions, session.encode(pixels))
+    spliced = session.splice(questions, session.encode({"pixel_values": pixels}))
     session.prefill(spliced.embeds, spliced.placement)
     turn = advance(spliced.placement)
     full = session.capacities[2]
@@ -505,7 +535,9 @@ def test_real_engines_agree_with_onnx_runtime(real: Bundle) -> None:
     except EnvironmentLacks as reason:
         pytest.skip(f"needs a GPU: {reason.message}")
     ours, theirs = (
-        generate(runtime, PIXELS, PROMPTS, max_new_tokens=4, eos_token_ids=(), keep_logits=True)
+        generate(
+            runtime, of_one_size(PIXELS, 36), PROMPTS, max_new_tokens=4, eos_token_ids=(), keep_logits=True
+        )
         for runtime in (session, OnnxRuntimeSession(real))
     )
     np.testing.assert_array_equal(ours.kept_indices, theirs.kept_indices)

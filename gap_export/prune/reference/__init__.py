@@ -46,7 +46,7 @@ def choose(pruner: str, seen: Seen, kept: int, *, seed: int, merged_id: MergedId
     visual = len(seen.patches_NE)
     fixed = {
         "random": lambda: drawn_indices(visual, seed)[:kept],
-        "spatial": lambda: grid_indices(seen.grid, kept),
+        "spatial": lambda: grid_indices(_grid_of(seen), kept),
         "none": lambda: list(range(visual)),
     }
     return Choice(np.array(fixed[pruner](), np.int64))
@@ -82,6 +82,11 @@ def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
         points = (stripe + 1) * kept // stripes - stripe * kept // stripes
         indices += [row * columns + (2 * point + 1) * columns // (2 * points) for point in range(points)]
     return indices
+
+
+def _grid_of(seen: Seen) -> tuple[int, int]:
+    assert seen.grid is not None
+    return seen.grid
 
 
 def _best(scores_N: Floats, kept: int, *, relative: bool) -> Choice:

@@ -58,7 +58,7 @@ def trim(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     gap.cut(logits[ranked] / np.abs(logits).max(), kept - 1, relative=False)
     own, rest = [int(token) for token in ranked[: kept - 1]], np.sort(ranked[kept - 1 :])
     weights = {int(token): 1.0 for token in rest}
-    index = _merged_index(merged_id, own, weights, seen.grid, gap)
+    index = _merged_index(merged_id, own, weights, seen, gap)
     features_KE = np.concatenate([seen.patches_NE[own], seen.patches_NE[rest].mean(axis=0)[None]])
     return Choice(np.array([*own, index], np.int64), features_KE, gap.smallest)
 
@@ -98,17 +98,19 @@ def _merge_neighbours(seen: Seen, scores_N: Floats, own: list[int], merged_id: M
         rows.append(row)
     rest = sorted(set(range(len(scores_N))) - set(own))
     rows.append(scores_N[rest] @ seen.patches_NE[rest])
-    index = _merged_index(merged_id, own, dict(zip(rest, scores_N[rest], strict=True)), seen.grid, gap)
+    index = _merged_index(merged_id, own, dict(zip(rest, scores_N[rest], strict=True)), seen, gap)
     return Choice(np.array([*own, index], np.int64), np.array(rows), gap.smallest, merge_gap.smallest)
 
 
 def _merged_index(
-    merged_id: MergedId, own: list[int], weights: dict[int, float], grid: tuple[int, int], gap: Gap
+    merged_id: MergedId, own: list[int], weights: dict[int, float], seen: Seen, gap: Gap
 ) -> int:
     if merged_id is MergedId.LAST_VISUAL:
-        return grid[0] * grid[1] - 1
+        return len(seen.patches_NE) - 1
     if merged_id is MergedId.MAX_KEPT:
         return max(own)
+    grid = seen.grid
+    assert grid is not None
     total = sum(weights.values())
     centre = [
         sum(weight * divmod(token, grid[1])[axis] for token, weight in weights.items()) / total
@@ -139,5 +141,5 @@ def visionzip(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     rows = [seen.class_token_E, *(seen.patches_NE[token] for token in dominant)]
     rows += [seen.patches_NE[t] + (np.mean(gathered[t], axis=0) if gathered[t] else 0.0) for t in targets]
     chosen = [*dominant, *targets]
-    index = _merged_index(merged_id, chosen, dict(enumerate(scores)), seen.grid, gap)
+    index = _merged_index(merged_id, chosen, dict(enumerate(scores)), seen, gap)
     return Choice(np.array([index, *chosen], np.int64), np.array(rows), gap.smallest, merge_gap.smallest)

@@ -22,7 +22,7 @@ class Seen:
 
     Attributes:
         patches_NE: output of the feature layer, class token dropped.
-        grid: (rows, columns).
+        grid: (rows, columns); None where pictures differ.
         attention_N: attention of the class token to each patch in the feature layer, mean over heads.
         class_token_E: output of the feature layer at the class token.
         keys_ND: keys of the feature layer, mean over heads, class token dropped.
@@ -35,13 +35,13 @@ class Seen:
     """
 
     patches_NE: Floats
-    grid: tuple[int, int]
-    attention_N: Floats
-    class_token_E: Floats
-    keys_ND: Floats
-    following_query_E: Floats
-    following_keys_TE: Floats
-    projected_NH: Floats
+    grid: tuple[int, int] | None
+    attention_N: Floats = field(default_factory=_nothing)
+    class_token_E: Floats = field(default_factory=_nothing)
+    keys_ND: Floats = field(default_factory=_nothing)
+    following_query_E: Floats = field(default_factory=_nothing)
+    following_keys_TE: Floats = field(default_factory=_nothing)
+    projected_NH: Floats = field(default_factory=_nothing)
     aligned_NP: Floats = field(default_factory=_nothing)
     text_P: Floats = field(default_factory=_nothing)
     aligned_inversely: bool = True

@@ -1,0 +1,65 @@
+"""A batch of pictures as the vision graph takes them: one call for all where they have one size, one call each where they differ.
+
+How many visual tokens a picture has before pruning, and how they lie, is known before the tower runs: it follows from the
+size of the picture alone. Splice and position arithmetic need it, so it travels with the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gap_export.bundle import AnyPreprocessing, ModelFacts
+from gap_export.positions import Ids
+from gap_export.runtime.preprocess import pixel_values
+
+PixelInputs = Mapping[str, NDArray[np.float32] | Ids]
+"""Inputs of one call of the vision graph, those about expression and count excepted."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A batch, ready for the vision graph.
+
+    Attributes:
+        calls: inputs of every call, in the order of the pictures.
+        visual_tokens: [B] int64: N of every picture, tokens that are never pruned included.
+        prunable: [B] int64: the tokens of which a share is kept.
+        grids: [B, 2] int64 (rows, columns) of the visual tokens, where positions follow the grid; None where they count.
+        one_size: whether all pictures of the model have the same number of tokens, and one call takes them all.
+    """
+
+    calls: tuple[PixelInputs, ...]
+    visual_tokens: Ids
+    prunable: Ids
+    grids: Ids | None = None
+    one_size: bool = False
+
+    @property
+    def rows_per_call(self) -> int:
+        """Pictures in one call."""
+        return len(self.visual_tokens) // len(self.calls)
+
+
+def of_one_size(pixel_values_BCHW: NDArray[np.float32], visual_tokens: int) -> Pictures:
+    """Pictures that all have N visual tokens, in one call."""
+    tokens_B = np.full(len(pixel_values_BCHW), visual_tokens, np.int64)
+    return Pictures(({"pixel_values": pixel_values_BCHW},), tokens_B, tokens_B, one_size=True)
+
+
+def prepare(images: Sequence[Image.Image], preprocessing: AnyPreprocessing, model: ModelFacts) -> Pictures:
+    """Preprocess a batch.
+
+    Args:
+        images: RGB, at least one.
+        preprocessing: of the bundle.
+        model: the same.
+
+    Raises:
+        InputError: a picture that cannot be fitted.
+    """
+    return of_one_size(pixel_values(images, preprocessing), model.visual_tokens)
