@@ -278,7 +278,7 @@ class Manifest(Stored):
     """Slots of the static cache: the longest prompt plus answer, in tokens that enter the decoder. Later stages need fewer
     (`Stage.capacity`)."""
     max_new_tokens: int
-    preprocessing: Preprocessing
+    preprocessing: AnyPreprocessing
     prompt: PromptTemplate
     box: BoxFormat
     text_tower: TextTower | None = None

@@ -307,7 +307,7 @@ def run(
     refuse_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:
-        _draw(draw, picture, answer, manifest, refer)
+        _draw(draw, picture, answer, manifest, refer, grounded.pictures)
     box = None if answer.box is None else [round(float(edge), 2) for edge in answer.box]
     if as_json:
         _print_json(
@@ -516,7 +516,7 @@ def lint(
     raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
 
 
-def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: str) -> None:
+def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: str, pictures: Any) -> None:
     from gap_export.errors import InputError
     from gap_export.grounding.draw import draw
 
@@ -524,8 +524,9 @@ def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: st
         picture,
         answer.box,
         answer.kept_indices,
-        manifest.model.grid,
+        manifest.model.grid if pictures.grids is None else tuple(pictures.grids[0].tolist()),
         manifest.preprocessing,
+        visual_tokens=int(pictures.visual_tokens[0]),
         caption=expression,
     )
     try:

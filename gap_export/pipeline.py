@@ -174,6 +174,7 @@ def build(
                 merged=prune.strategy(recipe.pruner).merged,
                 merged_id=recipe.merged_id,
                 stages=plan.stages,
+                shares=plan.shares,
             ),
             capacity=plan.capacity,
             max_new_tokens=recipe.max_new_tokens,

@@ -102,6 +102,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 def keeping(pruning: Pruning, visual_tokens: int) -> str:
     """How many visual tokens a bundle keeps, in words."""
+    if pruning.counting == "share":
+        return f"keep {pruning.keep:g} of every picture, at most {pruning.most} of {visual_tokens}"
     if pruning.counting == "chosen":
         return f"keep {pruning.fewest} to {pruning.most} of {visual_tokens}, {pruning.kept} by default"
     if pruning.counting == "adaptive":
@@ -117,12 +119,17 @@ def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
     kept = str(pruning.kept) if pruning.counting == "fixed" else "K"
     if pruning.stages:
         kept = "K_s"
-    extent = str(model.visual_tokens) if pruning.positions == "gap" else kept
+    extent = str(model.visual_tokens) if model.token_range is None else "N"
+    visual_id = "T_pre + i_k"
+    if model.position_rows == 3:
+        extent, visual_id = "max(rows, columns)", "(T_pre, T_pre + row of i_k, T_pre + column of i_k)"
+    if pruning.positions != "gap":
+        extent, visual_id = kept, "T_pre + k"
     return [
         {"token": "text before the image, j", "position_id": "j", "slot": "j"},
         {
             "token": "kept visual token k",
-            "position_id": "T_pre + i_k" if pruning.positions == "gap" else "T_pre + k",
+            "position_id": visual_id,
             "slot": "T_pre + k",
         },
         {

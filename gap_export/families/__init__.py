@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Protocol
 
-from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
+from gap_export.bundle import AnyPreprocessing, BoxFormat, ModelFacts, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.plan import Plan
@@ -25,7 +25,7 @@ class Family(Protocol):
         """Sizes of the model."""
         ...
 
-    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> AnyPreprocessing:
         """How pictures become pixel values."""
         ...
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from gap_export.bundle import Preprocessing
+from gap_export.bundle import AnyPreprocessing
 from gap_export.grounding.boxes import Box, to_pixels
 from gap_export.positions import Ids
 from gap_export.runtime.preprocess import crop_size, padding
@@ -37,9 +37,10 @@ def draw(
     image: Image.Image,
     box: Box | None,
     kept_indices: Ids,
-    grid: tuple[int, int],
-    preprocessing: Preprocessing,
+    grid: tuple[int, int] | None,
+    preprocessing: AnyPreprocessing,
     *,
+    visual_tokens: int,
     caption: str,
 ) -> Image.Image:
     """Draw an answer.
@@ -49,8 +50,9 @@ def draw(
         box: (x1, y1, x2, y2) in pixels of `image`, cut to it where it leaves it; None if the answer had no
             box.
         kept_indices: [K] int64 raster indices of the kept patches.
-        grid: (rows, columns) of all patches.
+        grid: (rows, columns) of all patches; None where they do not lie on one grid, and none is shaded.
         preprocessing: how the picture was fitted, which says where a patch lies on it.
+        visual_tokens: N before pruning.
         caption: the expression.
 
     Returns:
@@ -60,20 +62,21 @@ def draw(
         ValueError: an index outside the grid, a box that is inverted or not finite.
     """
     picture, scale = _enlarged(image.convert("RGB"))
-    kept_RC = _kept_cells(kept_indices, grid)
-    columns_x, rows_y = patch_edges(image.width, image.height, grid, preprocessing)
-    picture = _shade(picture, kept_RC, columns_x * scale[0], rows_y * scale[1])
+    kept = len(kept_indices)
+    if grid is not None:
+        kept_RC = _kept_cells(kept_indices, grid)
+        kept = int(kept_RC.sum())
+        columns_x, rows_y = patch_edges(image.width, image.height, grid, preprocessing)
+        picture = _shade(picture, kept_RC, columns_x * scale[0], rows_y * scale[1])
     if box is not None:
         x1, y1, x2, y2 = _cut_to(image, box)
         _stroke_box(picture, (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]))
     answer = "no box in the answer" if box is None else "box " + ", ".join(f"{value:.0f}" for value in box)
-    return _with_caption(
-        picture, caption, f"kept {int(kept_RC.sum())} of {kept_RC.size} patches  ·  {answer}"
-    )
+    return _with_caption(picture, caption, f"kept {kept} of {visual_tokens} patches  ·  {answer}")
 
 
 def patch_edges(
-    width: int, height: int, grid: tuple[int, int], preprocessing: Preprocessing
+    width: int, height: int, grid: tuple[int, int], preprocessing: AnyPreprocessing
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Where the patch grid lies on the original picture.
 
@@ -87,10 +90,11 @@ def patch_edges(
         ([columns + 1] x, [rows + 1] y) edges in pixels of the picture. Under `pad` they go beyond it.
     """
     rows, columns = grid
-    if preprocessing.fit == "pad":
+    fit = preprocessing.fit if preprocessing.layout == "square" else "stretch"
+    if fit == "pad":
         side, left, top = padding(width, height)
         first_x, first_y, span_x, span_y = -float(left), -float(top), float(side), float(side)
-    elif preprocessing.fit == "crop":
+    elif fit == "crop":
         size = preprocessing.size
         resized_width, resized_height = crop_size(width, height, size)
         per_x, per_y = width / resized_width, height / resized_height

@@ -25,11 +25,11 @@ def drawn(
     image: Image.Image,
     box: tuple[float, float, float, float] | None,
     kept: list[int],
-    grid: tuple[int, int] = (4, 4),
+    grid: tuple[int, int] | None = (4, 4),
     kind: str = "pad",
     caption: str = "the red mug",
 ) -> np.ndarray:
-    picture = draw(image, box, np.array(kept, np.int64), grid, how(kind), caption=caption)
+    picture = draw(image, box, np.array(kept, np.int64), grid, how(kind), visual_tokens=16, caption=caption)
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
@@ -93,6 +93,10 @@ class TestPatches:
         assert levels[200, 400].tolist() == [200, 40, 40]
         assert levels[200, 100].tolist() != [200, 40, 40]
         assert levels[200, 700].tolist() != [200, 40, 40]
+
+    def test_patches_of_no_grid_are_not_shaded(self) -> None:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))
+        np.testing.assert_array_equal(drawn(image, None, [0, 3], grid=None)[:700], image)
 
     def test_nothing_is_changed_when_all_is_kept(self) -> None:
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))
