@@ -33,7 +33,7 @@ from gap_export.bundle import (
 )
 from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
 from gap_export.errors import BundleError, CheckpointError, RecipeError
-from gap_export.families import family_of
+from gap_export.families import Family, family_of
 from gap_export.grounding import scenes
 from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import Plan, plan_for
@@ -44,6 +44,7 @@ from gap_export.runtime.prompt import check_text_tokenizer, encode_prompts, load
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from tokenizers import Tokenizer
 
     from gap_export.graph.trace import TracedOnce
     from gap_export.spec import Component
@@ -108,7 +109,8 @@ def build(
             subject=str(checkpoint.folder),
             hint="use a recipe of the checkpoint's family",
         )
-    facts = family.facts(checkpoint)
+    checkpoint = _with_parts(checkpoint, family, recipe)
+    facts, tokenizer = family.facts(checkpoint), family.tokenizer(checkpoint)
     text_tower = None
     if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
         part = open_checkpoint(resolve(recipe.text_tower), name=recipe.text_tower)
@@ -116,7 +118,7 @@ def build(
         check_text_tokenizer(load_tokenizer(part.folder / _TOKENIZER), text_tower)
     plan = plan_for(recipe, facts, text_tower)
     prompt, box = family.prompt(checkpoint, recipe), family.box(recipe)
-    _check_prompt(checkpoint, prompt, plan, recipe)
+    _check_prompt(tokenizer, prompt, plan, recipe)
 
     from gap_export.graph import lint, passes, trace, weights
 
@@ -146,9 +148,9 @@ def build(
             profile = "decoder" if name == "prefill" or name == "decode" else name
             lint.lint_graph(folder / graph.file, profile=profile, own=True, policy=plan.positions).require()
             graphs[name] = graph
-        shutil.copyfile(checkpoint.folder / _TOKENIZER, folder / _TOKENIZER)
-        for part in checkpoint.parts.values():
-            shutil.copyfile(part.folder / _TOKENIZER, folder / _TEXT_TOKENIZER)
+        tokenizer.save(str(folder / _TOKENIZER))
+        if text_tower is not None:
+            shutil.copyfile(checkpoint.parts["text_tower"].folder / _TOKENIZER, folder / _TEXT_TOKENIZER)
         engines = {
             target: _build_engines(target, graphs, folder, recipe, progress)
             for target in recipe.targets
@@ -387,10 +389,34 @@ def _refuse_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
         )
 
 
-def _check_prompt(checkpoint: Checkpoint, prompt: PromptTemplate, plan: Plan, recipe: Recipe) -> None:
+def _with_parts(checkpoint: Checkpoint, family: Family, recipe: Recipe) -> Checkpoint:
+    """The checkpoint with everything that it needs beside it."""
+    known = family.parts(checkpoint)
+    for name in ("base", "vision_tower"):
+        if getattr(recipe, name) is not None and name not in {part.name for part in known}:
+            raise RecipeError(
+                "has no place in this model",
+                subject=f"--{name.replace('_', '-')} {getattr(recipe, name)}",
+                hint="leave it out: the checkpoint is complete",
+            )
+    for needed in known:
+        given = getattr(recipe, needed.name)
+        if given is None and not needed.required:
+            continue
+        if given is None:
+            raise CheckpointError(
+                f"has no {needed.holds}",
+                subject=str(checkpoint.folder),
+                hint=f"add --{needed.name.replace('_', '-')} {needed.published}, or the folder it lies in",
+            )
+        checkpoint = checkpoint.with_part(needed.name, open_checkpoint(resolve(given), name=given))
+    return family.joined(checkpoint)
+
+
+def _check_prompt(tokenizer: Tokenizer, prompt: PromptTemplate, plan: Plan, recipe: Recipe) -> None:
     """Tokenize one prompt, so that a template or tokenizer that cannot work is refused before the long part."""
     prompts = encode_prompts(
-        load_tokenizer(checkpoint.folder / _TOKENIZER),
+        tokenizer,
         prompt,
         ["object"],
         kept=plan.most,

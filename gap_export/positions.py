@@ -250,7 +250,7 @@ def advance(placement: Placement) -> Placement:
     """
     rows = placement.position_ids.shape[:-2]
     return Placement(
-        position_ids=np.ascontiguousarray(
+        position_ids=np.array(
             np.broadcast_to(placement.next_position[:, None], (*rows, len(placement.next_position), 1))
         ),
         write_index=placement.next_slot,

@@ -74,6 +74,8 @@ class Recipe(BaseModel):
         positions: numbering policy.
         merged_id: which raster index tokens stand for that a pruner merged from many.
         seed: for strategies that draw at random.
+        base: checkpoint that a delta or a low-rank update is applied to, for models that are published so.
+        vision_tower: checkpoint of the vision tower, for models that are published without it.
         text_tower: CLIP checkpoint (`bundled:NAME`, a folder, or a hub id) that pruners which look at the expression take
             the text tower and the projections from; it must be the one the vision tower comes from.
         precision: element type of weights and activations.
@@ -101,6 +103,8 @@ class Recipe(BaseModel):
     positions: PositionPolicy = PositionPolicy.GAP
     merged_id: MergedId = MergedId.LAST_VISUAL
     seed: int = Field(default=0, ge=0)
+    base: str | None = None
+    vision_tower: str | None = None
     text_tower: str | None = None
     precision: Precision = "fp32"
     max_new_tokens: int = Field(default=32, ge=1)

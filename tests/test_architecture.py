@@ -32,6 +32,7 @@ ROOMS = (
     "runtime.preprocess",  # families state how pictures become squares, grounding maps boxes back
     "runtime.pictures",  # what runtimes take
     "runtime.session",  # the contract of runtimes
+    "runtime.prompt",  # families say which tokens a prompt is made of
     "graph.attention",  # families build their models on this seam
     "families",
     "graph",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from gap_export.bundle import AnyPreprocessing, BoxFormat, ModelFacts, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
@@ -12,14 +13,59 @@ from gap_export.plan import Plan
 from gap_export.recipe import Recipe
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from gap_export.spec import Component
 
-FAMILIES = {"llava": "gap_export.families.llava"}
-"""`model_type` of config.json -> module that describes it."""
+FAMILIES = {
+    "llava": "gap_export.families.llava",
+    "llava_original": "gap_export.families.llava_original",
+    "shikra": "gap_export.families.shikra",
+}
+"""Family -> module that describes it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A checkpoint beside the main one that a piece of the model comes from.
+
+    Attributes:
+        name: field of the recipe, and of the joined checkpoint, that it goes by.
+        published: hub id of the one that the model's authors used.
+        holds: what comes from it, in words.
+        required: whether there is no model without it.
+    """
+
+    name: Literal["base", "vision_tower"]
+    published: str
+    holds: str
+    required: bool = True
 
 
 class Family(Protocol):
     """What a module of this package offers for the checkpoints it knows."""
+
+    def parts(self, checkpoint: Checkpoint) -> tuple[Part, ...]:
+        """What this checkpoint needs or may have beside it."""
+        ...
+
+    def joined(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint, joined by its parts, with every weight in place: deltas added, low-rank updates merged.
+
+        All other functions are given this one.
+
+        Raises:
+            CheckpointError: the parts do not belong together.
+        """
+        ...
+
+    def tokenizer(self, checkpoint: Checkpoint) -> Tokenizer:
+        """Of the prompt, the image's placeholder among its tokens.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        ...
 
     def facts(self, checkpoint: Checkpoint) -> ModelFacts:
         """Sizes of the model."""
@@ -56,7 +102,7 @@ class Family(Protocol):
 
 
 def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
-    """The family that knows a checkpoint.
+    """The family that knows a checkpoint, by its `model_type` or by what it holds.
 
     Returns:
         (name, family).
@@ -64,12 +110,21 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
     Raises:
         CheckpointError: none does.
     """
-    module = FAMILIES.get(checkpoint.model_type)
-    if module is None:
+    name = _recognised(checkpoint)
+    if name not in FAMILIES:
         raise CheckpointError(
-            f"has model_type {checkpoint.model_type!r}, which is not supported",
+            f"has model_type {name!r}, which is not supported",
             subject=str(checkpoint.folder / "config.json"),
             hint=f"supported: {', '.join(sorted(FAMILIES))}",
         )
-    family: Family = importlib.import_module(module)
-    return checkpoint.model_type, family
+    family: Family = importlib.import_module(FAMILIES[name])
+    return name, family
+
+
+def _recognised(checkpoint: Checkpoint) -> str:
+    """Name of the family, or the `model_type` of one that is not known."""
+    model_type = checkpoint.model_type
+    # LLaVA's own code and transformers' have used the same name for two layouts.
+    if model_type == "llava_llama" or (model_type == "llava" and "mm_vision_tower" in checkpoint.config):
+        return "llava_original"
+    return model_type

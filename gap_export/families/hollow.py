@@ -19,7 +19,7 @@ from gap_export.errors import TraceError
 
 _UNFILLED = -12345
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def fake_mode() -> FakeTensorMode:
@@ -28,7 +28,7 @@ def fake_mode() -> FakeTensorMode:
 
 
 def hollow(build: Callable[[], Model], mode: FakeTensorMode) -> Model:
-    """Build a transformers model without storage for its parameters.
+    """Build a model without storage for its parameters.
 
     Args:
         build: constructs the model; called with the meta device as default.
@@ -44,16 +44,16 @@ def hollow(build: Callable[[], Model], mode: FakeTensorMode) -> Model:
     with torch.device("meta"):
         model = build()
     model.eval()
-    _hollow_out(model, model, mode)
+    _hollow_out(model, None, mode)
     return model
 
 
-def _hollow_out(module: nn.Module, owner: PreTrainedModel, mode: FakeTensorMode) -> None:
+def _hollow_out(module: nn.Module, owner: PreTrainedModel | None, mode: FakeTensorMode) -> None:
     """Make parameters fake and buffers real, recursively.
 
     Args:
         module: the module to treat.
-        owner: the innermost transformers model around it, which knows how to fill its buffers.
+        owner: the innermost transformers model around it, which knows how to fill its buffers; None outside of one.
         mode: of the fake parameters.
     """
     if isinstance(module, PreTrainedModel):
@@ -66,7 +66,7 @@ def _hollow_out(module: nn.Module, owner: PreTrainedModel, mode: FakeTensorMode)
     absent = [name for name, buffer in module._buffers.items() if buffer is not None]
     for name in absent:
         module._buffers[name] = torch.full_like(module.get_buffer(name), _UNFILLED, device="cpu")
-    if absent:
+    if absent and owner is not None:
         owner._init_weights(module)
     for name in absent:
         if (module.get_buffer(name) == _UNFILLED).all():

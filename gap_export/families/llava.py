@@ -4,36 +4,28 @@ Facts: the decoder gets `hidden_states[vision_feature_layer]` (usually -2) witho
 a square with the mean colour for grounding, and boxes are `[x1, y1, x2, y2]` in 0..1 of that square. (The processor that
 Hugging Face ships with these checkpoints crops the centre instead, which cuts off what is to be found.)
 
-The modules of transformers are traced unchanged. Tower, pruner and projector are put together in `clip.py`.
+The graphs are those of `clip_llama.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
-from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import Tokenizer
+from transformers import AutoConfig, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import assembly
-from gap_export.families.clip import ClipVision
-from gap_export.families.clip_text import (
-    TEXT_TOWER,
-    ClipText,
-    hollow_text_tower,
-    published_tower,
-    read_text_tower,
-    text_weight_key,
-)
-from gap_export.families.hollow import fake_mode, hollow
-from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.families import Part
+from gap_export.families.clip_llama import ClipLlama
+from gap_export.families.clip_text import read_text_tower
+from gap_export.families.tokenizers import stored_tokenizer
 from gap_export.plan import Plan
 from gap_export.recipe import Recipe
 from gap_export.runtime.preprocess import mean_colour
-from gap_export.spec import Component, TensorSpec
+from gap_export.spec import Component
 
 GROUNDING_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -50,25 +42,24 @@ _PREFIXES = {
 }  # fmt: skip
 
 
+def parts(checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """See `Family.parts`."""
+    return ()
+
+
+def joined(checkpoint: Checkpoint) -> Checkpoint:
+    """See `Family.joined`."""
+    return checkpoint
+
+
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """See `Family.tokenizer`."""
+    return stored_tokenizer(checkpoint)
+
+
 def facts(checkpoint: Checkpoint) -> ModelFacts:
     """See `Family.facts`."""
-    config = _config(checkpoint)
-    text, vision = config.text_config, config.vision_config
-    side = vision.image_size // vision.patch_size
-    above = vision.num_hidden_layers - _feature_layer(config)
-    return ModelFacts(
-        hidden_size=text.hidden_size,
-        layers=text.num_hidden_layers,
-        attention_heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        vocabulary=text.vocab_size,
-        visual_tokens=side * side,
-        grid=(side, side),
-        max_positions=text.max_position_embeddings,
-        tower_lacks=() if above else ("following_layer",),
-        published_tower=published_tower(vision),
-    )
+    return _model(checkpoint).facts()
 
 
 def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
@@ -136,52 +127,23 @@ def box(recipe: Recipe) -> BoxFormat:
 
 def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     """See `Family.components`."""
+    return _model(checkpoint).components(plan)
+
+
+def _model(checkpoint: Checkpoint) -> ClipLlama:
     config = _config(checkpoint)
-    torch_dtype, _ = assembly.DTYPES[plan.precision]
-    mode = fake_mode()
-    model = _hollow_model(config, torch_dtype, mode)
-    side = config.vision_config.image_size
-    pieces = assembly.Pieces(
-        vision=ClipVision(
-            model.model.vision_tower,
-            model.model.multi_modal_projector,
-            plan,
-            feature_layer=_feature_layer(config),
-            text=_clip_text(checkpoint, plan, torch_dtype, mode),
-        ),
-        vision_inputs=(
-            TensorSpec(name="pixel_values", dtype="float32", shape=(assembly.batch_dim(plan), 3, side, side)),
-        ),
-        language_model=model.model.language_model,
-        lm_head=model.lm_head,
+    feature, layers = int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers)
+    text = config.text_config
+    text.tie_word_embeddings = text.tie_word_embeddings or config.tie_word_embeddings
+    return ClipLlama(
+        checkpoint=checkpoint,
+        vision=config.vision_config,
+        text=text,
+        projector=lambda: LlavaMultiModalProjector(config),
+        # `vision_feature_layer` counts hidden states, the embeddings being number 0.
+        feature_layer=feature if feature >= 0 else layers + 1 + feature,
         image_token_id=config.image_token_id,
-        weight_key=lambda name: weight_key(checkpoint, name),
-    )
-    return assembly.components(checkpoint.folder, facts(checkpoint), plan, pieces)
-
-
-def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
-    """Checkpoint key of a parameter of one of the components below.
-
-    Raises:
-        CheckpointError: the checkpoint has it under none of the known names.
-    """
-    if parameter.startswith("embed_tokens."):
-        parameter = f"language_model.{parameter}"
-    if parameter.startswith(f"{TEXT_TOWER}."):
-        return text_weight_key(checkpoint, parameter)
-    for prefix, candidates in _PREFIXES.items():
-        if parameter.startswith(prefix):
-            rest = parameter.removeprefix(prefix)
-            for candidate in candidates:
-                if candidate + rest in checkpoint.weights:
-                    return candidate + rest
-            if prefix == "lm_head." and _config(checkpoint).text_config.tie_word_embeddings:
-                return weight_key(checkpoint, "embed_tokens.weight")
-    raise CheckpointError(
-        f"has no weight for {parameter}",
-        subject=str(checkpoint.folder),
-        hint="a shard is missing, or the layout is not one of the published ones",
+        prefixes=_PREFIXES,
     )
 
 
@@ -219,20 +181,6 @@ def _config(checkpoint: Checkpoint) -> LlavaConfig:
     return config
 
 
-def _feature_layer(config: LlavaConfig) -> int:
-    """How many layers of the tower are run: `vision_feature_layer` counts hidden states, the embeddings being number 0."""
-    feature, layers = int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers)
-    return feature if feature >= 0 else layers + 1 + feature
-
-
-def _clip_text(
-    checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, mode: FakeTensorMode
-) -> ClipText | None:
-    if plan.text_tower is None:
-        return None
-    return hollow_text_tower(checkpoint.parts[TEXT_TOWER], dtype, mode)
-
-
 def _is_rgb(values: Any) -> bool:
     return (
         isinstance(values, list)
@@ -248,15 +196,3 @@ def _require(checkpoint: Checkpoint, field: str, holds: bool, wanted: str) -> No
             subject=str(checkpoint.folder / "config.json"),
             hint="this model is not LLaVA-1.5 as published; see `gap-export models`",
         )
-
-
-def _hollow_model(
-    config: LlavaConfig, dtype: torch.dtype, mode: FakeTensorMode
-) -> LlavaForConditionalGeneration:
-    def build() -> LlavaForConditionalGeneration:
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
-        return cast(
-            LlavaForConditionalGeneration, LlavaForConditionalGeneration._from_config(config, **options)
-        )
-
-    return hollow(build, mode)

@@ -101,7 +101,9 @@ class Splice(nn.Module):
         )
         visual_index_BS = within_image_BS.clamp(0, longest - 1)
 
-        text_ids_BS = input_ids.gather(1, text_index_BS).clamp(min=0)
+        # The placeholder's own id need not be in the table; what stands in its place comes from the picture.
+        last = self.embed_tokens.num_embeddings - 1
+        text_ids_BS = input_ids.gather(1, text_index_BS).clamp(0, last)
         text_BSH = self.embed_tokens(text_ids_BS)
         visual_BSH = visual_embeds.gather(1, visual_index_BS[:, :, None].expand(-1, -1, hidden))
         inputs_embeds = torch.where(is_visual_BS[:, :, None], visual_BSH, text_BSH)

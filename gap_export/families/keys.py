@@ -1,0 +1,72 @@
+"""Whether a checkpoint holds what its family says it holds: nothing missing, nothing left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError
+
+Prefixes = Mapping[str, Sequence[str]]
+"""Prefix of a module's parameters -> prefixes under which published checkpoints keep them, the usual one first."""
+
+# Tables that older versions of transformers stored, and that are computed today.
+_COMPUTED = re.compile(r"(^|[./])(position_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+
+
+def find_key(checkpoint: Checkpoint, parameter: str, prefixes: Prefixes) -> str:
+    """Key of a parameter.
+
+    Args:
+        checkpoint: joined by its parts.
+        parameter: name in the traced module.
+        prefixes: of the family; the longest that fits counts.
+
+    Raises:
+        CheckpointError: the checkpoint has it under none of the known names.
+    """
+    prefix = max((each for each in prefixes if parameter.startswith(each)), key=len, default="")
+    rest = parameter.removeprefix(prefix)
+    for candidate in prefixes.get(prefix, ()):
+        if candidate + rest in checkpoint.weights:
+            return candidate + rest
+    raise CheckpointError(
+        f"has no weight for {parameter}",
+        subject=str(checkpoint.folder),
+        hint="a shard is missing, or the layout is not one of the published ones",
+    )
+
+
+def require_known(
+    checkpoint: Checkpoint, parameters: Iterable[str], prefixes: Prefixes, *, ignored: str = r"(?!)"
+) -> None:
+    """Refuse a checkpoint with weights that its model has no place for: it is of another model, or of another version of it.
+
+    Args:
+        checkpoint: joined by its parts.
+        parameters: all of the model's, whether the graphs use them or not.
+        prefixes: of the family.
+        ignored: pattern of further keys that are known and not used.
+
+    Raises:
+        CheckpointError: names up to three of them.
+    """
+    known = set()
+    for parameter in parameters:
+        for prefix, candidates in prefixes.items():
+            if parameter.startswith(prefix):
+                known |= {candidate + parameter.removeprefix(prefix) for candidate in candidates}
+    pattern = re.compile(ignored)
+    left = [
+        key
+        for key in checkpoint.weights
+        if key not in known and not _COMPUTED.search(key) and not pattern.match(key)
+    ]
+    if left:
+        named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        raise CheckpointError(
+            f"has weights that the model has no place for: {named}",
+            subject=str(checkpoint.folder),
+            hint="config and weights do not belong together, or the layout is not one of the published ones",
+        )
