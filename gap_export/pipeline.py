@@ -33,7 +33,7 @@ from gap_export.bundle import (
 )
 from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
 from gap_export.errors import BundleError, CheckpointError, RecipeError
-from gap_export.families import Family, family_of
+from gap_export.families import PARTS, Family, family_of
 from gap_export.grounding import scenes
 from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import Plan, plan_for
@@ -260,7 +260,7 @@ def validate(
     answer = partial(parity.run_cases, batch=batch, tick=tick)
     reference = answer(
         grounder,
-        open_reference(manifest.family, source, pruning, text_tower=reads),
+        open_reference(manifest.family, source, pruning, parts=_part_folders(recipe), text_tower=reads),
         questions,
         keep=keep,
         keep_logits=True,
@@ -392,7 +392,7 @@ def _refuse_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
 def _with_parts(checkpoint: Checkpoint, family: Family, recipe: Recipe) -> Checkpoint:
     """The checkpoint with everything that it needs beside it."""
     known = family.parts(checkpoint)
-    for name in ("base", "vision_tower"):
+    for name in PARTS:
         if getattr(recipe, name) is not None and name not in {part.name for part in known}:
             raise RecipeError(
                 "has no place in this model",
@@ -411,6 +411,12 @@ def _with_parts(checkpoint: Checkpoint, family: Family, recipe: Recipe) -> Check
             )
         checkpoint = checkpoint.with_part(needed.name, open_checkpoint(resolve(given), name=given))
     return family.joined(checkpoint)
+
+
+def _part_folders(recipe: Recipe) -> dict[str, Path]:
+    """Where the checkpoints beside the main one lie."""
+    named = {name: getattr(recipe, name) for name in PARTS}
+    return {name: resolve(given) for name, given in named.items() if given is not None}
 
 
 def _check_prompt(tokenizer: Tokenizer, prompt: PromptTemplate, plan: Plan, recipe: Recipe) -> None:

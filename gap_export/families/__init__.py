@@ -25,6 +25,10 @@ FAMILIES = {
 """Family -> module that describes it."""
 
 
+PARTS = ("base", "vision_tower")
+"""Fields of the recipe that name checkpoints beside the main one."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A checkpoint beside the main one that a piece of the model comes from.

@@ -164,8 +164,11 @@ class TorchSession:
             image = int(np.flatnonzero(ids_T == image_token)[0])
             before.append(image)
             after.append(len(ids_T) - image - 1)
-            text_TH = embed(torch.from_numpy(ids_T))
-            rows.append(torch.cat([text_TH[:image], visual_KH, text_TH[image + 1 :]]))
+            # (The placeholder's own id need not be in the table.)
+            before_TH, after_TH = (
+                embed(torch.from_numpy(ids)) for ids in (ids_T[:image], ids_T[image + 1 :])
+            )
+            rows.append(torch.cat([before_TH, visual_KH, after_TH]))
         placement = place(
             visual.kept_indices,
             text_before=np.array(before),

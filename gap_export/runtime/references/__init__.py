@@ -34,7 +34,11 @@ DTYPES: dict[Precision, torch.dtype] = {
 Shown = dict[str, Tensor | None]
 """What a tower shows of one picture: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
 
-REFERENCES = {"llava": "llava:LlavaReference"}
+REFERENCES = {
+    "llava": "llava:LlavaReference",
+    "llava_original": "original:LlavaOriginalReference",
+    "shikra": "original:ShikraReference",
+}
 """Family -> its reference, `module:class` within this folder."""
 
 

@@ -1,0 +1,427 @@
+"""LLaVA-1.5 as its authors publish it, and Shikra: small random checkpoints in those layouts, held against plain torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from gap_export import pipeline
+from gap_export.bundle import Bundle
+from gap_export.checkpoint import open_checkpoint
+from gap_export.errors import CheckpointError, RecipeError
+from gap_export.families import family_of
+from gap_export.positions import PositionPolicy
+from gap_export.recipe import Recipe
+from gap_export.runtime.generate import generate
+from gap_export.runtime.ground import Grounder, open_session
+from gap_export.runtime.preprocess import fit
+from gap_export.runtime.torch_staged import open_reference
+from tests.families.plain_models import ClipTower, Llama, llama_shapes, random_weights, spliced
+
+VOCABULARY, WIDTH, LAYERS, HEADS, EPS = 64, 64, 2, 4, 1e-6
+LLAMA = {"width": WIDTH, "hidden": 96, "layers": LAYERS, "heads": HEADS, "kv_heads": HEADS}
+KEPT, VISUAL, NEW = 9, 36, 20
+PROMPTS = {
+    "llava_original": "USER : <image> where is {expression} ? ASSISTANT :",
+    "shikra": "USER : where <im_start><im_patch><im_end> is {expression} in the picture ? ASSISTANT :",
+}
+WORDS = [
+    "USER",
+    ":",
+    "?",
+    "ASSISTANT",
+    "where",
+    "is",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "large",
+    "on",
+    "left",
+    "in",
+    "a",
+    "picture",
+    "mug",
+    "cat",
+]
+
+
+def write_tokenizer(folder: Path, added: list[str]) -> None:
+    """Words for ids from 3 on; added tokens take the last ids of the table."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<unk>", "<s>", "</s>", *WORDS]
+    words += [f"w{number}" for number in range(VOCABULARY - len(words) - len(added))]
+    vocabulary = {word: id_ for id_, word in enumerate([*words, *added])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [AddedToken(word, special=True, normalized=False) for word in ("<unk>", "<s>", "</s>", *added)]
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def config_of(model_type: str, vocabulary: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": WIDTH,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": EPS,
+        "hidden_act": "silu",
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("original")
+
+
+@pytest.fixture(scope="module")
+def original(folder: Path) -> Path:
+    """`liuhaotian/llava-v1.5-*`: two .bin shards and their index, no token for the image, the tower beside it."""
+    target = folder / "llava-v1.5"
+    target.mkdir()
+    weights = random_weights(
+        {
+            **llama_shapes(vocabulary=VOCABULARY, **LLAMA),
+            "model.mm_projector.0.weight": (WIDTH, 32),
+            "model.mm_projector.0.bias": (WIDTH,),
+            "model.mm_projector.2.weight": (WIDTH, WIDTH),
+            "model.mm_projector.2.bias": (WIDTH,),
+        },
+        seed=1,
+    )
+    names, half = list(weights), len(weights) // 2
+    shards = {
+        "pytorch_model-00001-of-00002.bin": names[:half],
+        "pytorch_model-00002-of-00002.bin": names[half:],
+    }
+    for file, keys in shards.items():
+        torch.save({key: weights[key] for key in keys}, target / file)
+    index = {"weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    changes = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "eos_token_id": 2,
+    }
+    (target / "config.json").write_text(json.dumps(config_of("llava", VOCABULARY, **changes)))
+    write_tokenizer(target, [])
+    return target
+
+
+@pytest.fixture(scope="module")
+def shikra(folder: Path) -> dict[str, Path]:
+    """Shikra as a delta over a base with three tokens fewer, that base, and both merged."""
+    base = random_weights(llama_shapes(vocabulary=VOCABULARY - 3, **LLAMA), seed=2)
+    merged = random_weights(llama_shapes(vocabulary=VOCABULARY, **LLAMA), seed=3)
+    delta = {}
+    for key, value in merged.items():
+        delta[key] = value.clone()
+        delta[key][: len(base[key])] -= base[key]
+    own = random_weights(
+        {"model.mm_projector.weight": (WIDTH, 32), "model.mm_projector.bias": (WIDTH,)}, seed=4
+    )
+    buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in range(LAYERS)}
+    contents = {
+        "llama-7b": base,
+        "shikra-7b-delta-v1": {**delta, **own, **buffers},
+        "merged": {**merged, **own},
+    }
+    folders = {}
+    for name, weights in contents.items():
+        folders[name] = folder / name
+        folders[name].mkdir()
+        save_file(weights, folders[name] / "model.safetensors")
+        # The ids in the published config are wrong.
+        config = config_of(
+            "shikra", VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=-1, mm_vision_tower="x"
+        )
+        if name == "llama-7b":
+            config = config_of("llama", VOCABULARY - 3)
+        (folders[name] / "config.json").write_text(json.dumps(config))
+        write_tokenizer(folders[name], ["<im_patch>", "<im_start>", "<im_end>"])
+    return folders
+
+
+Build = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="module")
+def options(original: Path, shikra: dict[str, Path], tiny_text_tower: Path) -> dict[str, dict[str, Any]]:
+    tower = {"vision_tower": str(tiny_text_tower), "max_new_tokens": NEW, "max_text": 24, "max_batch": 4}
+    return {
+        "llava_original": {**tower, "checkpoint": str(original), "prompt": PROMPTS["llava_original"]},
+        "shikra": {
+            **tower,
+            "checkpoint": str(shikra["shikra-7b-delta-v1"]),
+            "base": str(shikra["llama-7b"]),
+            "prompt": PROMPTS["shikra"],
+        },
+        "shikra merged": {**tower, "checkpoint": str(shikra["merged"]), "prompt": PROMPTS["shikra"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def build(options: dict[str, dict[str, Any]], folder: Path) -> Build:
+    built: dict[str, Bundle] = {}
+
+    def bundle(which: str, **changes: Any) -> Bundle:
+        name = "-".join([which, *(f"{key}={changes[key]}" for key in sorted(changes))])
+        if name not in built:
+            recipe = Recipe.model_validate({"name": "small", **options[which], **changes})
+            built[name] = pipeline.build(recipe, folder / "bundles" / name).bundle
+        return built[name]
+
+    return bundle
+
+
+def merged_weights(which: str, options: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    folder = Path(options[which]["checkpoint"])
+    weights = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    for file in sorted(folder.glob("*.bin")):
+        weights |= torch.load(file, weights_only=True)
+    if "base" in options[which]:
+        for key, value in load_file(Path(options[which]["base"]) / "model.safetensors").items():
+            weights[key][: len(value)] += value
+    return weights
+
+
+PICTURES = (
+    Image.linear_gradient("L").convert("RGB").resize((50, 31)),
+    Image.effect_noise((33, 40), 90).convert("RGB"),
+)
+EXPRESSIONS = ("the red mug", "a cat")
+
+
+def plain_answers(
+    which: str, options: dict[str, dict[str, Any]], bundle: Bundle, tower: Path, *, gap: bool = True
+) -> list[tuple[list[int], list[int], list[int], list[torch.Tensor]]]:
+    """(kept, position ids, tokens, logits) of every question."""
+    weights = merged_weights(which, options)
+    decoder = Llama(weights, LAYERS, HEADS, HEADS, EPS, 10000.0)
+    clip = ClipTower(load_file(tower / "model.safetensors"), heads=2, patch=6)
+    grounder = Grounder(bundle)
+    prompts = grounder._prompts(EXPRESSIONS, NEW).input_ids
+    answers = []
+    for picture, ids in zip(PICTURES, prompts, strict=True):
+        pixels = torch.from_numpy(grounder.pictures([picture]).calls[0]["pixel_values"][0])
+        hidden, attention = clip.run(pixels, layers=2)  # of three: hidden state -2
+        kept = sorted(attention.topk(KEPT).indices.tolist())
+        tokens = hidden[1:][kept]
+        if which == "llava_original":
+            first, second = ("model.mm_projector.0", "model.mm_projector.2")
+            inner = tokens @ weights[f"{first}.weight"].T + weights[f"{first}.bias"]
+            tokens = (
+                torch.nn.functional.gelu(inner) @ weights[f"{second}.weight"].T + weights[f"{second}.bias"]
+            )
+        else:
+            tokens = tokens @ weights["model.mm_projector.weight"].T + weights["model.mm_projector.bias"]
+        row = [int(id_) for id_ in ids if id_ >= 0]
+        embeds, positions, following = spliced(
+            decoder, row, bundle.manifest.prompt.image_token_id, tokens, kept, VISUAL
+        )
+        if not gap:
+            positions, following = list(range(len(embeds))), len(embeds)
+        answers.append((kept, positions, *decoder.answer(embeds, positions, following, NEW)))
+    return answers
+
+
+@pytest.mark.parametrize("which", ["llava_original", "shikra", "shikra merged"])
+def test_graphs_are_the_model(
+    which: str, build: Build, options: dict[str, dict[str, Any]], tiny_text_tower: Path
+) -> None:
+    """Every graph in ONNX Runtime, gapped ids, twenty tokens, one picture and two: against plain torch."""
+    bundle = build(which)
+    assert bundle.manifest.family == which.split()[0]
+    session, grounder = open_session(bundle, "onnxruntime", threads=1), Grounder(bundle)
+    truth = plain_answers(which, options, bundle, tiny_text_tower)
+    for rows in ([0], [1], [0, 1]):
+        prompts = grounder._prompts([EXPRESSIONS[row] for row in rows], NEW)
+        made = generate(
+            session,
+            grounder.pictures([PICTURES[row] for row in rows]),
+            prompts.input_ids,
+            max_new_tokens=NEW,
+            eos_token_ids=(),
+            keep_logits=True,
+        )
+        for number, row in enumerate(rows):
+            kept, positions, tokens, logits = truth[row]
+            assert made.kept_indices[number].tolist() == kept
+            assert made.placement.position_ids[number, : len(positions)].tolist() == positions
+            assert made.tokens[number] == tokens
+            for mine, theirs in zip(made.logits, logits, strict=True):
+                np.testing.assert_allclose(mine[number], theirs.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("which", ["llava_original", "shikra"])
+def test_renumbered_ids_are_another_model(
+    which: str, build: Build, options: dict[str, dict[str, Any]], tiny_text_tower: Path
+) -> None:
+    """The comparison above can fail: with the same tokens and renumbered ids, logits are far apart."""
+    right = plain_answers(which, options, build(which), tiny_text_tower)
+    wrong = plain_answers(which, options, build(which), tiny_text_tower, gap=False)
+    for (_, _, _, mine), (_, _, _, theirs) in zip(right, wrong, strict=True):
+        assert float((mine[0] - theirs[0]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("which", ["llava_original", "shikra"])
+def test_the_reference_of_validate_is_the_same_model(
+    which: str, build: Build, options: dict[str, dict[str, Any]], tiny_text_tower: Path
+) -> None:
+    bundle = build(which)
+    given = options[which]
+    parts = {name: Path(given[name]) for name in ("base", "vision_tower") if name in given}
+    reference = open_reference(
+        bundle.manifest.family, Path(given["checkpoint"]), bundle.manifest.pruning, parts=parts
+    )
+    grounder = Grounder(bundle)
+    prompts = grounder._prompts(EXPRESSIONS, NEW)
+    made = generate(
+        reference, grounder.pictures(PICTURES), prompts.input_ids, max_new_tokens=NEW, eos_token_ids=(), keep_logits=True
+    )  # fmt: skip
+    for row, (kept, _, tokens, logits) in enumerate(plain_answers(which, options, bundle, tiny_text_tower)):
+        assert made.kept_indices[row].tolist() == kept
+        assert made.tokens[row] == tokens
+        np.testing.assert_allclose(made.logits[-1][row], logits[-1].numpy(), atol=1e-3)
+
+
+def test_shikra_pads_with_white_and_llava_with_the_mean(build: Build) -> None:
+    wide = Image.new("RGB", (40, 10), (10, 20, 30))
+    corners = {
+        which: np.asarray(fit(wide, build(which).manifest.preprocessing))[0, 0].tolist()
+        for which in ("llava_original", "shikra")
+    }
+    assert corners == {"llava_original": [122, 116, 104], "shikra": [255, 255, 255]}
+
+
+def test_how_boxes_are_written(build: Build) -> None:
+    shikra, llava = build("shikra").manifest, build("llava_original").manifest
+    assert (shikra.box.codec, shikra.box.frame) == ("shikra", "padded_square")
+    assert (llava.box.codec, llava.box.frame) == ("llava", "padded_square")
+    assert shikra.prompt.eos_token_ids == (2,)
+
+
+def test_the_placeholder_is_no_row_of_the_table(build: Build) -> None:
+    """LLaVA's own tokenizer has no token for the image; it gets one beyond the table, and the splice never looks it up."""
+    bundle = build("llava_original")
+    assert bundle.manifest.prompt.image_token_id == VOCABULARY == bundle.manifest.model.vocabulary
+    content = json.loads(bundle.tokenizer_path.read_text())
+    assert {"<image>": VOCABULARY}.items() <= {t["content"]: t["id"] for t in content["added_tokens"]}.items()
+
+
+def test_only_what_changes_is_written(build: Build) -> None:
+    """A merged checkpoint is linked whole; of a delta, every weight of the decoder is new and the tower is linked."""
+    files = {which: build(which).manifest.files for which in ("shikra", "shikra merged", "llava_original")}
+    own = {which: sum("weights-" in name for name in names) for which, names in files.items()}
+    assert own == {"shikra": 1, "shikra merged": 0, "llava_original": 0}
+    assert sum(name.endswith(".bin") for name in files["llava_original"]) == 2
+
+
+@pytest.mark.parametrize("which", ["llava_original", "shikra"])
+def test_engines_are_built(which: str, build: Build) -> None:
+    bundle = build(which, precision="fp16", targets=["tensorrt-rtx"], max_new_tokens=4)
+    assert set(bundle.manifest.engines["tensorrt-rtx"]) == {"vision", "splice", "embed", "decoder"}
+
+
+def test_other_policies_build_too(build: Build) -> None:
+    assert build("shikra merged", positions="shifted").manifest.pruning.positions is PositionPolicy.SHIFTED
+
+
+# Bad input
+
+
+def refused(options: dict[str, Any], out: Path, **changes: Any) -> CheckpointError | RecipeError:
+    with pytest.raises((CheckpointError, RecipeError)) as caught:
+        pipeline.build(Recipe.model_validate({"name": "small", **options, **changes}), out)
+    assert not out.exists()
+    return caught.value
+
+
+@pytest.mark.parametrize("which", ["llava_original", "shikra"])
+def test_a_part_that_is_missing_is_named(
+    which: str, options: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    error = refused(options[which], tmp_path / "out", vision_tower=None)
+    assert "has no vision tower" in str(error)
+    assert "--vision-tower openai/clip-vit-large-patch14" in error.hint
+
+
+def test_a_delta_needs_its_base(options: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    error = refused(options["shikra"], tmp_path / "out", base=None)
+    assert "delta over LLaMA-7B" in str(error)
+    error = refused(options["llava_original"], tmp_path / "out", base="x/y")
+    assert "has no place in this model" in str(error)
+
+
+@pytest.mark.parametrize("damage", ["width", "layers"])
+def test_a_delta_over_another_base(
+    damage: str, options: dict[str, dict[str, Any]], shikra: dict[str, Path], tmp_path: Path
+) -> None:
+    wrong = Path(shutil.copytree(shikra["llama-7b"], tmp_path / "base"))
+    sizes = {**LLAMA, "width": 32} if damage == "width" else {**LLAMA, "layers": LAYERS + 1}
+    save_file(
+        random_weights(llama_shapes(vocabulary=VOCABULARY - 3, **sizes), seed=2), wrong / "model.safetensors"
+    )
+    error = refused(options["shikra"], tmp_path / "out", base=str(wrong))
+    expected = {"width": "is not what the delta was taken from", "layers": "that the delta does not change"}
+    assert expected[damage] in str(error)
+
+
+def test_weights_without_a_place_are_named(
+    options: dict[str, dict[str, Any]], shikra: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(shikra["merged"], tmp_path / "merged"))
+    weights = load_file(copy / "model.safetensors")
+    save_file(
+        {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, copy / "model.safetensors"
+    )
+    error = refused(options["shikra merged"], tmp_path / "out", checkpoint=str(copy))
+    assert "no place for: model.layers.0.self_attn.q_norm.weight" in str(error)
+
+
+def test_a_tokenizer_of_the_base_model(
+    options: dict[str, dict[str, Any]], shikra: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(shikra["merged"], tmp_path / "merged"))
+    write_tokenizer(copy, [])
+    error = refused(options["shikra merged"], tmp_path / "out", checkpoint=str(copy))
+    assert "has no token <im_patch>" in str(error)
+
+
+def test_a_tower_of_another_kind(
+    options: dict[str, dict[str, Any]], shikra: dict[str, Path], tmp_path: Path
+) -> None:
+    error = refused(options["shikra"], tmp_path / "out", vision_tower=str(shikra["llama-7b"]))
+    assert "'llama' where a CLIP checkpoint is needed" in str(error)
+
+
+def test_layouts_are_told_apart(original: Path, shikra: dict[str, Path], tiny_checkpoint: Path) -> None:
+    names = {
+        folder: family_of(open_checkpoint(folder))[0]
+        for folder in (original, shikra["merged"], tiny_checkpoint)
+    }
+    assert list(names.values()) == ["llava_original", "shikra", "llava"]
