@@ -94,7 +94,7 @@ def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) ->
         text_ids = encode_text(
             load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
         )
-    counts = keep_counts(manifest, pictures, None)
+    counts = keep_counts(manifest.pruning, manifest.model, pictures, None)
     return Contender(name, bundle, session, pictures, prompts.input_ids, text_ids, counts)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gap_export.bundle import ModelFacts, TextTower
+from gap_export.bundle import ModelFacts, TextTower, TokenRange
 from gap_export.errors import RecipeError
 from gap_export.plan import plan_for
 from gap_export.recipe import Recipe
@@ -149,3 +149,45 @@ def test_stages_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 def test_a_shallow_decoder_is_told_what_it_lacks() -> None:
     with pytest.raises(RecipeError, match="more than 3 layers, this one has 1"):
         plan_for(recipe_with(pruner="pyramiddrop"), FACTS)
+
+
+# Pictures that differ in size
+
+MANY = FACTS.model_copy(
+    update={
+        "visual_tokens": 600,
+        "grid": None,
+        "token_range": TokenRange(fewest=4, usual=200, most=560, never_pruned=40),
+    }
+)
+
+
+@given(keep=st.floats(0.001, 1.0))
+def test_every_picture_keeps_the_same_share(keep: float) -> None:
+    plan = plan_for(recipe_with(keep=keep, pruner="random"), MANY)
+    assert plan.counting == "share"
+    assert plan.most == max(1, int(keep * 560 + 0.5)) + 40
+    assert plan.fewest == max(1, int(keep * 4 + 0.5))
+    assert plan.count_dim.maximum + 40 == plan.kept_dim.maximum
+    assert plan.capacity >= 127 + plan.most + 32 + 1
+
+
+def test_requests_may_choose_the_share() -> None:
+    plan = plan_for(recipe_with(keep="0.1:1.0", pruner="random"), MANY)
+    assert (plan.counting, plan.shares) == ("chosen", (0.1, 1.0))
+    assert (plan.fewest, plan.most) == (1, 600)
+    assert plan_for(recipe_with(keep="0.1:1.0"), FACTS).shares == (0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pruner": "fastv"}, "inside the decoder needs pictures that all have the same number"),
+        ({"pruner": "trim", "keep": "adaptive"}, "keep adaptive needs pictures"),
+        ({"pruner": "prumerge", "merged_id": "centroid"}, "patches that lie on one grid"),
+    ],
+)
+def test_what_needs_pictures_of_one_size(changes: dict[str, Any], message: str) -> None:
+    tower = TextTower(checkpoint="x", context=8, width=4, aligned_inversely=True)
+    with pytest.raises(RecipeError, match=message):
+        plan_for(recipe_with(**changes), MANY, tower if changes["pruner"] == "trim" else None)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from PIL import Image
 
 from gap_export import prune
-from gap_export.bundle import Bundle, Manifest
+from gap_export.bundle import Bundle, ModelFacts, Pruning
 from gap_export.errors import InputError, SessionError
 from gap_export.grounding.boxes import CODECS, Box, Unparsable, to_pixels
 from gap_export.positions import Ids
@@ -110,7 +110,7 @@ class Grounder:
             max_new_tokens=longest,
             eos_token_ids=manifest.prompt.eos_token_ids,
             text_ids_BL=self.text_ids(expressions),
-            keep_counts=keep_counts(manifest, pictures, keep),
+            keep_counts=keep_counts(manifest.pruning, manifest.model, pictures, keep),
             adjust=adjust,
             keep_logits=keep_logits,
         )
@@ -161,11 +161,14 @@ class Grounder:
         return Answer(text=text, box=pixels, kept_indices=kept)
 
 
-def keep_counts(manifest: Manifest, pictures: Pictures, keep: float | None) -> list[int | None]:
+def keep_counts(
+    pruning: Pruning, model: ModelFacts, pictures: Pictures, keep: float | None
+) -> list[int | None]:
     """How many tokens every call of the vision graph is told to keep; None where it is not told.
 
     Args:
-        manifest: of the bundle.
+        pruning: of the bundle.
+        model: the same.
         pictures: of the batch.
         keep: fraction that the request asks for, or None for the bundle's own.
 
@@ -173,10 +176,9 @@ def keep_counts(manifest: Manifest, pictures: Pictures, keep: float | None) -> l
         InputError: a fraction outside the range that the bundle was built for.
         RecipeError: no fraction.
     """
-    pruning = manifest.pruning
-    if manifest.model.token_range is None:
+    if model.token_range is None:
         # (`vision_inputs` refuses counts that the bundle has no room for.)
-        count = None if keep is None else prune.kept_count(keep, manifest.model.visual_tokens)
+        count = None if keep is None else prune.kept_count(keep, model.visual_tokens)
         return [count] * len(pictures.calls)
     if keep is not None and pruning.shares is None and keep != pruning.keep:
         raise InputError(
