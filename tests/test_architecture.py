@@ -28,6 +28,7 @@ ROOMS = (
     "prune",
     "plan",
     "runtime.preprocess",  # families state how pictures become squares, grounding maps boxes back
+    "runtime.tiles",
     "runtime.pictures",  # what runtimes take
     "runtime.session",  # the contract of runtimes
     "graph.attention",  # families build their models on this seam

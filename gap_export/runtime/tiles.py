@@ -219,7 +219,7 @@ def _neighbours(extent: int, shrunk: int) -> tuple[Ids, Ids, NDArray[np.float32]
 
     As `torch.nn.functional.interpolate` has it without `align_corners`, in float32.
     """
-    scale = np.float32(extent) / np.float32(shrunk)
+    scale = np.float32(extent) / np.float32(max(1, shrunk))
     half = np.float32(0.5)
     source = np.maximum(scale * (np.arange(shrunk, dtype=np.float32) + half) - half, np.float32(0))
     first = source.astype(np.int64)
