@@ -22,8 +22,9 @@ SCHEMA_VERSION = 1
 Positive = Annotated[float, Field(gt=0)]
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16"]
-TowerPart = Literal["class_token", "following_layer"]
-"""What a pruner may ask of a vision tower: a class token; a layer after the one whose output the decoder gets."""
+TowerPart = Literal["class_token", "projected_class_token", "following_layer", "grid"]
+"""What a pruner may ask of a vision tower: a class token; one that the projector takes; a layer after the one whose output the
+decoder gets; patches that lie on one grid, the same for all pictures."""
 
 
 class Stored(BaseModel):

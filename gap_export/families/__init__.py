@@ -14,7 +14,12 @@ from gap_export.recipe import Recipe
 if TYPE_CHECKING:
     from gap_export.spec import Component
 
-FAMILIES = {"llava": "gap_export.families.llava"}
+FAMILIES = {
+    "internvl": "gap_export.families.internvl",
+    "llava": "gap_export.families.llava",
+    "llava_next": "gap_export.families.llava_next",
+    "llava_onevision": "gap_export.families.llava_onevision",
+}
 """`model_type` of config.json -> module that describes it."""
 
 

@@ -183,6 +183,21 @@ def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, N
     }
 
 
+def tile_counts(preprocessing: AnyRes | DynamicTiles) -> tuple[int, int]:
+    """Tiles of a usual picture and of the largest one, the whole picture among them."""
+    if isinstance(preprocessing, DynamicTiles):
+        counts = [across * down for across, down in _grids(preprocessing)]
+        across, down = nearest_grid(*USUAL_SIZE, preprocessing)
+        usual, most = across * down, max(counts)
+        return usual + (usual > 1), most + (most > 1)
+    usual_grid = best_grid(*USUAL_SIZE, preprocessing.grids)
+    usual, most = (
+        height * width // preprocessing.size**2
+        for height, width in (usual_grid, max(preprocessing.grids, key=lambda grid: grid[0] * grid[1]))
+    )
+    return 1 + usual, 1 + most
+
+
 def anyres_range(preprocessing: AnyRes) -> tuple[TokenRange, int]:
     """How many visual tokens pictures have.
 
@@ -269,13 +284,10 @@ def dynamic_picture(image: Image.Image, preprocessing: DynamicTiles) -> TiledPic
 def dynamic_range(preprocessing: DynamicTiles) -> tuple[TokenRange, int]:
     """How many visual tokens pictures have; see `anyres_range`."""
 
-    def tokens(tiles: int) -> int:
-        return (tiles + (tiles > 1)) * preprocessing.tokens
-
-    counts = [across * down for across, down in _grids(preprocessing)]
-    across, down = nearest_grid(*USUAL_SIZE, preprocessing)
-    most = tokens(max(counts))
-    return TokenRange(fewest=tokens(min(counts)), usual=tokens(across * down), most=most), most
+    fewest = min(across * down for across, down in _grids(preprocessing))
+    usual, most = (tiles * preprocessing.tokens for tiles in tile_counts(preprocessing))
+    tokens = TokenRange(fewest=(fewest + (fewest > 1)) * preprocessing.tokens, usual=usual, most=most)
+    return tokens, most
 
 
 def _grids(preprocessing: DynamicTiles) -> list[tuple[int, int]]:
