@@ -1,13 +1,8 @@
-"""A checkpoint on disk: its config, and where in which file every weight lies. No weight is loaded here.
-
-The safetensors format starts with an eight-byte little-endian header length and a JSON header of
-`name -> {dtype, shape, data_offsets}`; that is all an exporter that refers to weights in place needs to read.
-"""
+"""A checkpoint on disk: its config, and where in which file every weight lies. No weight is loaded here."""
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -15,41 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import CheckpointError, EnvironmentLacks
+from gap_export.weight_files import Derived, WeightLocation, read_header
 
-BYTES_PER_ELEMENT = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F64": 8,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-_LARGEST_HEADER = 100 * 2**20
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class WeightLocation:
-    """Where one tensor lies.
-
-    Attributes:
-        file: the safetensors file.
-        dtype: safetensors' name of the element type (`F32`, `F16`, `BF16`, ...).
-        shape: extents.
-        offset: first byte, counted from the start of the file.
-        length: in bytes.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_ARCHIVES = (".bin", ".pth", ".pt")
+"""Files of torch.save; see `torch_archive.py`."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +25,36 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         name: what the user called it.
-        config: the parsed `config.json`.
-        weights: key -> location, over all shards; those of a part are called `part/key`.
+        config: the parsed `config.json`; empty where there is none.
+        weights: key -> location, or how it is computed, over all shards; those of a part are called `part/key`.
         parts: name -> other checkpoints that pieces of the model come from.
     """
 
     folder: Path
     name: str
     config: dict[str, Any]
-    weights: dict[str, WeightLocation]
+    weights: dict[str, WeightLocation | Derived]
     parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+    def with_weights(self, changed: Mapping[str, WeightLocation | Derived]) -> Checkpoint:
+        """The same checkpoint with some weights added or replaced."""
+        return replace(self, weights={**self.weights, **changed})
+
+    def stored(self, key: str) -> WeightLocation:
+        """Where a weight lies that others are computed from.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        location = self.weights.get(key)
+        if not isinstance(location, WeightLocation):
+            part, _, own = key.rpartition("/")
+            raise CheckpointError(
+                f"has no {own}",
+                subject=str(self.parts[part].folder if part in self.parts else self.folder),
+                hint="a shard is missing, or the checkpoint is of another model",
+            )
+        return location
 
     def with_part(self, name: str, part: Checkpoint) -> Checkpoint:
         """The same checkpoint, joined by another one that a piece of the model comes from."""
@@ -128,31 +114,56 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     """Read a checkpoint's config and weight headers.
 
     Args:
-        folder: Hugging Face layout: `config.json`, one or several `.safetensors` files, tokenizer files.
+        folder: Hugging Face layout: `config.json`, one or several weight files, tokenizer files; or a folder with one `.pth`
+            file and no config; or such a file itself.
         name: what to call it in messages; defaults to the folder.
 
     Raises:
         CheckpointError: something is missing, truncated, or stored in a form that could execute code.
     """
+    if folder.is_file() and folder.suffix in _ARCHIVES:
+        return Checkpoint(folder.parent, name or str(folder), {}, dict(read_weights(folder)))
     if not folder.is_dir():
         raise CheckpointError(
             "is not a folder", subject=str(folder), hint="name a checkpoint folder, a recipe or a hub id"
         )
     config_file = folder / "config.json"
+    bare = sorted(folder.glob("*.pth"))
+    if not config_file.is_file() and len(bare) == 1:
+        return Checkpoint(folder, name or str(folder), {}, dict(read_weights(bare[0])))
     if not config_file.is_file():
         raise CheckpointError(
             "has no config.json", subject=str(folder), hint="point at a checkpoint in Hugging Face layout"
         )
     config = _read_json(config_file)
-    weights: dict[str, WeightLocation] = {}
+    weights: dict[str, WeightLocation | Derived] = {}
     for shard in _shards(folder):
-        weights.update(read_header(shard))
+        weights.update(read_weights(shard))
     return Checkpoint(folder=folder, name=name or str(folder), config=config, weights=weights)
 
 
+def read_weights(file: Path) -> dict[str, WeightLocation]:
+    """Where the tensors of one file lie.
+
+    Raises:
+        CheckpointError: damaged, cut short, or a pickle that is more than tensors.
+        EnvironmentLacks: torch is needed to read it and not installed.
+    """
+    if file.suffix not in _ARCHIVES:
+        return read_header(file)
+    try:
+        from gap_export.torch_archive import read_torch_archive
+    except ImportError as error:
+        raise EnvironmentLacks(
+            f"is needed to read {file.name}", subject="torch", hint="pip install 'gap-export[build]'"
+        ) from error
+    return read_torch_archive(file)
+
+
 def _shards(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if index.is_file():
+    for index in (folder / name for name in _INDEXES):
+        if not index.is_file():
+            continue
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(
@@ -175,62 +186,15 @@ def _shards(folder: Path) -> list[Path]:
                     hint=f"download {name} again: the checkpoint is incomplete",
                 )
         return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    for single in (folder / name for name in _SINGLES):
+        if single.is_file():
+            return [single]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_ARCHIVES))
     raise CheckpointError(
-        f"has no {_SINGLE}"
-        + (f" (only {', '.join(pickles[:3])}, which can execute code)" if pickles else ""),
+        f"has no {_SINGLES[0]}" + (f" (only {', '.join(others[:3])})" if others else ""),
         subject=str(folder),
-        hint="convert or download the safetensors files of the checkpoint",
+        hint="download the weight files of the checkpoint, and their index where there are several",
     )
-
-
-def read_header(file: Path) -> dict[str, WeightLocation]:
-    """Parse the header of one safetensors file and check it against the file's size.
-
-    Raises:
-        CheckpointError: not a safetensors file, or cut short.
-    """
-
-    def broken(message: str) -> CheckpointError:
-        return CheckpointError(
-            message, subject=str(file), hint="the download is incomplete or damaged: fetch it again"
-        )
-
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise broken(f"is not a safetensors file ({size} bytes)")
-        (header_length,) = struct.unpack("<Q", prefix)
-        if header_length > min(size - 8, _LARGEST_HEADER):
-            raise broken("is truncated or not a safetensors file (its header is longer than the file)")
-        try:
-            header = json.loads(stream.read(header_length))
-        except ValueError as error:
-            raise broken("is not a safetensors file (its header is not JSON)") from error
-    base = 8 + header_length
-    locations: dict[str, WeightLocation] = {}
-    try:
-        for key, entry in header.items():
-            if key == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            shape = tuple(int(extent) for extent in entry["shape"])
-            expected = BYTES_PER_ELEMENT.get(entry["dtype"], 0)
-            for extent in shape:
-                expected *= extent
-            if not 0 <= start <= end:
-                raise broken(f"is damaged: {key} lies from byte {start} to byte {end} of its data")
-            if end > size - base:
-                raise broken(f"is truncated: {key} ends at byte {base + end} of {size}")
-            if expected and end - start != expected:
-                raise broken(f"is damaged: {key} has {end - start} bytes where its shape needs {expected}")
-            locations[key] = WeightLocation(file, entry["dtype"], shape, base + start, end - start)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise broken("is damaged (its header does not describe tensors)") from error
-    return locations
 
 
 def _read_json(path: Path) -> dict[str, Any]:

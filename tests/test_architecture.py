@@ -24,6 +24,8 @@ ROOMS = (
     "artifact",
     "bundle",
     "recipe",
+    "weight_files",
+    "torch_archive",
     "checkpoint",
     "prune",
     "plan",

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gap_export.checkpoint import bundled, open_checkpoint, read_header, resolve
+from gap_export.checkpoint import bundled, open_checkpoint, resolve
 from gap_export.errors import CheckpointError
 from gap_export.families import family_of
 from gap_export.families.llava import weight_key
+from gap_export.weight_files import read_header
 
 
 @pytest.fixture
@@ -105,10 +106,9 @@ def test_an_index_that_is_none(content: str, folder: Path) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
-def test_pickles_are_not_opened(name: str, folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(CheckpointError, match="can execute code"):
+def test_weights_of_another_name_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors \(only weights\.safetensors\)"):
         open_checkpoint(folder)
 
 

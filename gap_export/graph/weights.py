@@ -2,7 +2,8 @@
 
 A safetensors file is raw tensor bytes at known offsets, which is exactly what ONNX external data refers to. So the
 checkpoint's file is hard-linked into the bundle and every initializer becomes (file, offset, length). Where the element
-type differs from the bundle's precision, the tensor is converted, one at a time, into a file of the bundle's own.
+type differs from the bundle's precision, the tensor is converted, some rows at a time, into a file of the bundle's own; so are
+weights that a family computes from stored ones (`checkpoint.Derived`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,9 +22,10 @@ from numpy.typing import NDArray
 
 from gap_export.artifact import place_file
 from gap_export.bundle import Precision
-from gap_export.checkpoint import Checkpoint, WeightLocation
+from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, EnvironmentLacks, TraceError
 from gap_export.graph.trace import is_hollow
+from gap_export.weight_files import Derived, WeightLocation
 
 _STORED: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _NUMPY = {
@@ -57,21 +60,22 @@ class WeightStore:
     _converted: dict[str, WeightLocation] = field(default_factory=dict)
 
     def prepare(self, keys: list[str]) -> None:
-        """Convert, in one file, all tensors that are not stored in the bundle's precision.
+        """Convert or compute, in one file, all tensors that are not stored as they are wanted.
 
         Raises:
             CheckpointError: a tensor that cannot be represented (overflow, or not a floating-point type).
             EnvironmentLacks: no room on the disk.
         """
         wanted = _STORED[self.precision]
-        foreign = [key for key in dict.fromkeys(keys) if self.checkpoint.weights[key].dtype != wanted]
+        weights = self.checkpoint.weights
+        foreign = [key for key in dict.fromkeys(keys) if not _is_stored_as(weights[key], wanted)]
         if foreign:
             path = self.folder / f"weights-{self.precision}.safetensors"
             self._converted = self._write_converted(path, foreign, wanted)
 
     def tensor(self, key: str, name: str) -> ir.ExternalTensor:
         """An initializer that refers to the weight's bytes in the bundle folder."""
-        location = self._converted.get(key) or self.checkpoint.weights[key]
+        location = self._converted.get(key) or self.checkpoint.stored(key)
         return ir.ExternalTensor(
             location=self._place(location.file),
             offset=location.offset,
@@ -98,9 +102,10 @@ class WeightStore:
         end = 0
         for key in keys:
             source = self.checkpoint.weights[key]
-            if source.dtype not in _NUMPY:
+            foreign = [each.dtype for each in _stored_sources(source) if each.dtype not in _NUMPY]
+            if foreign:
                 raise CheckpointError(
-                    f"{key} is stored as {source.dtype}, which has no conversion to {self.precision}",
+                    f"{key} is stored as {foreign[0]}, which has no conversion to {self.precision}",
                     subject=str(source.file),
                     hint="use a checkpoint in fp32, fp16 or bf16",
                 )
@@ -133,14 +138,14 @@ class WeightStore:
         return converted
 
     def _stream(self, key: str, write: Callable[[bytes], object], wanted: str) -> None:
-        """Convert one tensor in pieces of a few megabytes."""
+        """Convert or compute one tensor in pieces of a few megabytes."""
         source = self.checkpoint.weights[key]
-        elements = source.length // _NUMPY[source.dtype].itemsize
-        stored: NDArray[np.generic] = np.memmap(
-            source.file, dtype=_NUMPY[source.dtype], mode="r", offset=source.offset, shape=(elements,)
-        )
-        for start in range(0, elements, _CHUNK_ELEMENTS):
-            piece = stored[start : start + _CHUNK_ELEMENTS].astype(np.float32)
+        stored = [_mapped(each) for each in _stored_sources(source)]
+        # A scalar is one row.
+        rows, row_elements = (source.shape or (1,))[0], int(np.prod(source.shape[1:], dtype=np.int64))
+        step = max(1, _CHUNK_ELEMENTS // max(1, row_elements))
+        for start in range(0, rows, step):
+            piece = _rows_of(source, stored, slice(start, min(start + step, rows)))
             with np.errstate(over="ignore"):
                 changed = piece.astype(_NUMPY[wanted])
             if not np.isfinite(changed.astype(np.float32)).all() and np.isfinite(piece).all():
@@ -150,6 +155,33 @@ class WeightStore:
                     hint="use --precision bf16 or fp32",
                 )
             write(changed.tobytes())
+
+
+def _is_stored_as(weight: WeightLocation | Derived, wanted: str) -> bool:
+    return isinstance(weight, WeightLocation) and weight.dtype == wanted
+
+
+def _stored_sources(weight: WeightLocation | Derived) -> tuple[WeightLocation, ...]:
+    return (weight,) if isinstance(weight, WeightLocation) else weight.sources
+
+
+def _mapped(location: WeightLocation) -> NDArray[Any]:
+    """The tensor as it lies in its file; nothing is read yet."""
+    return np.memmap(
+        location.file,
+        dtype=_NUMPY[location.dtype],
+        mode="r",
+        offset=location.offset,
+        shape=location.shape or (1,),
+    )
+
+
+def _rows_of(
+    weight: WeightLocation | Derived, stored: list[NDArray[Any]], rows: slice
+) -> NDArray[np.float32]:
+    if isinstance(weight, WeightLocation):
+        return stored[0][rows].astype(np.float32)
+    return np.ascontiguousarray(weight.rule(stored, rows), np.float32)
 
 
 def parameters_of(model: ir.Model) -> list[str]:

@@ -19,10 +19,11 @@ from safetensors.numpy import save_file
 from gap_export import artifact
 from gap_export.artifact import record_of
 from gap_export.bundle import Bundle, Precision
-from gap_export.checkpoint import Checkpoint, open_checkpoint, read_header
+from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import CheckpointError, EnvironmentLacks
 from gap_export.families.llava import weight_key
 from gap_export.graph.weights import WeightStore
+from gap_export.weight_files import read_header
 
 NUMPY = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
