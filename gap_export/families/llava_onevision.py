@@ -32,10 +32,10 @@ from gap_export.spec import Component
 
 MODEL = "LLaVA-OneVision"
 GROUNDING_PROMPT = (
-    "<|im_start|>user <image>\nPlease provide the bounding box coordinate of the region this sentence describes: "
-    "{expression}.<|im_end|><|im_start|>assistant\n"
+    "<|im_start|>user\n<image>\nPlease provide the bounding box coordinate of the region this sentence describes: "
+    "{expression}.<|im_end|>\n<|im_start|>assistant\n"
 )
-"""As the chat template of the published checkpoints writes it."""
+"""As transformers tests the chat template of the published checkpoints."""
 
 
 class LlavaOnevisionVision(nn.Module):

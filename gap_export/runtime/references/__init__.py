@@ -34,7 +34,12 @@ DTYPES: dict[Precision, torch.dtype] = {
 Shown = dict[str, Tensor | None]
 """What a tower shows of one picture: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
 
-REFERENCES = {"llava": "llava:LlavaReference"}
+REFERENCES = {
+    "internvl": "internvl:InternVLReference",
+    "llava": "llava:LlavaReference",
+    "llava_next": "llava_next:LlavaNextReference",
+    "llava_onevision": "llava_onevision:LlavaOnevisionReference",
+}
 """Family -> its reference, `module:class` within this folder."""
 
 
