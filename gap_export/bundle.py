@@ -22,8 +22,9 @@ SCHEMA_VERSION = 1
 Positive = Annotated[float, Field(gt=0)]
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16"]
-TowerPart = Literal["class_token", "following_layer"]
-"""What a pruner may ask of a vision tower: a class token; a layer after the one whose output the decoder gets."""
+TowerPart = Literal["class_token", "projected_class_token", "following_layer", "grid"]
+"""What a pruner may ask of a vision tower: a class token; one that the projector takes; a layer after the one whose output the
+decoder gets; patches that lie on one grid, the same for all pictures."""
 
 
 class Stored(BaseModel):
@@ -54,7 +55,60 @@ class Preprocessing(Stored):
     std: tuple[Positive, Positive, Positive]
 
 
-AnyPreprocessing = Preprocessing
+class AnyRes(Stored):
+    """How a picture becomes tiles of a grid that fits it, with the whole picture, squashed, as the first tile (LLaVA-NeXT,
+    LLaVA-OneVision).
+
+    The picture is scaled to fit one of the grids and padded with black. Rows and columns of visual tokens that see nothing but
+    padding are left out; every other row of the grid ends with a token that is never pruned.
+
+    Attributes:
+        layout: tells it from other kinds.
+        size: side of a tile in pixels.
+        side: visual tokens along the side of a tile.
+        grids: (height, width) in pixels of the grids to choose from, in the order of choice.
+        most_tiles: a grid with clearly more tokens than so many tiles have is scaled down to about as many; None never.
+        resample: Pillow's filter name.
+        mean: per channel, after scaling to 0..1.
+        std: per channel, after scaling to 0..1.
+    """
+
+    layout: Literal["anyres"] = "anyres"
+    size: int = Field(ge=1)
+    side: int = Field(ge=1)
+    grids: tuple[tuple[int, int], ...] = Field(min_length=1)
+    most_tiles: int | None = Field(default=None, ge=1)
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
+
+
+class DynamicTiles(Stored):
+    """How a picture becomes tiles of the grid whose shape is nearest to its own, which it is stretched to fill, with the whole
+    picture, squashed, as the last tile where there is more than one (InternVL).
+
+    Attributes:
+        layout: tells it from other kinds.
+        size: side of a tile in pixels.
+        tokens: visual tokens of a tile.
+        fewest: smallest number of tiles in a grid.
+        most: largest number of tiles in a grid.
+        resample: Pillow's filter name.
+        mean: per channel, after scaling to 0..1.
+        std: per channel, after scaling to 0..1.
+    """
+
+    layout: Literal["dynamic_tiles"] = "dynamic_tiles"
+    size: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    fewest: int = Field(ge=1)
+    most: int = Field(ge=1)
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
+
+
+AnyPreprocessing = Preprocessing | AnyRes | DynamicTiles
 """Whatever a bundle may hold; `layout` tells which."""
 
 

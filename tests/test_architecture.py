@@ -30,6 +30,7 @@ ROOMS = (
     "prune",
     "plan",
     "runtime.preprocess",  # families state how pictures become squares, grounding maps boxes back
+    "runtime.tiles",
     "runtime.pictures",  # what runtimes take
     "runtime.session",  # the contract of runtimes
     "runtime.prompt",  # families say which tokens a prompt is made of

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from gap_export.spec import Component
 
 FAMILIES = {
+    "internvl": "gap_export.families.internvl",
     "llava": "gap_export.families.llava",
+    "llava_next": "gap_export.families.llava_next",
+    "llava_onevision": "gap_export.families.llava_onevision",
     "llava_original": "gap_export.families.llava_original",
     "shikra": "gap_export.families.shikra",
 }

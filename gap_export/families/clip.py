@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from gap_export import prune
+from gap_export.families import selection
 from gap_export.families.clip_text import ClipText
 from gap_export.plan import Plan
 from gap_export.prune import order
@@ -21,9 +22,6 @@ from gap_export.prune import order
 
 class ClipVision(nn.Module):
     """CLIP tower up to the feature layer, pruner, projector.
-
-    Only the kept tokens are projected, unless the pruner looks at projected ones: the projector works token by token, so
-    the order does not matter.
 
     Args:
         tower: hollow.
@@ -47,8 +45,7 @@ class ClipVision(nn.Module):
         self.vision_tower = tower
         self.multi_modal_projector = projector
         self.text_tower = text
-        name = "none" if plan.stages else plan.pruner  # those that drop tokens in the decoder do it there
-        self._strategy, self._pruner, self._plan = prune.strategy(name), prune.load(name), plan
+        self._plan = plan
         self._run = feature_layer
         side = vision.image_size // vision.patch_size
         self._grid = (side, side)
@@ -67,37 +64,21 @@ class ClipVision(nn.Module):
             visual_embeds [B, K, H], kept_indices [B, K] int64; where pictures differ in how many they keep, kept_counts [B]
             int64, rows being padded to the bound.
         """
+        features = self.seen(pixel_values, text_ids)
+        selected = selection.select(self._plan, features, keep_count)
+        selected = order.in_decoder_order(selected, self._plan.positions)
+        embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
+        if selected.counts_B is not None:
+            return embeds_BKH, selected.indices_BK, selected.counts_B
+        return embeds_BKH, selected.indices_BK
+
+    def seen(self, pixel_values: Tensor, text_ids: Tensor | None = None) -> prune.VisionFeatures:
+        """What the tower shows of pictures or tiles; arguments as of `forward`."""
         hidden_BTE = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
         layers = self.vision_tower.encoder.layers
         for layer in layers[: self._run - 1]:
             hidden_BTE = layer(hidden_BTE, None)
-        features = self._features(
-            hidden_BTE, layers[self._run - 1], layers[self._run : self._run + 1], text_ids
-        )
-        selected = order.in_decoder_order(self._select(features, keep_count), self._plan.positions)
-        kept_BK = selected.indices_BK
-        if selected.counts_B is not None:
-            return self._projected(features, selected), kept_BK, selected.counts_B
-        return self._projected(features, selected), kept_BK
-
-    def _select(self, features: prune.VisionFeatures, keep_count: Tensor | None) -> prune.Selected:
-        plan = self._plan
-        if plan.counting == "adaptive":
-            adaptive = prune.load_adaptive(plan.pruner)
-            return adaptive.select_adaptive(features, plan.most, merged_id=plan.merged_id)
-        kept = plan.kept if keep_count is None else keep_count.shape[0]
-        return self._pruner.select(features, kept, seed=plan.seed, merged_id=plan.merged_id)
-
-    def _projected(self, features: prune.VisionFeatures, selected: prune.Selected) -> Tensor:
-        survivors_BKE = selected.patches_BKE
-        # Padding repeats the first patch: any token will do where nobody looks.
-        indices_BK = selected.indices_BK.clamp(min=0)
-        if survivors_BKE is None and self._strategy.reads_projected and features.projected_BNH is not None:
-            return order.take(features.projected_BNH, indices_BK)
-        if survivors_BKE is None:
-            survivors_BKE = order.take(features.patches_BNE, indices_BK)
-        projected_BKH: Tensor = self.multi_modal_projector(survivors_BKE)
-        return projected_BKH
+        return self._features(hidden_BTE, layers[self._run - 1], layers[self._run : self._run + 1], text_ids)
 
     def _features(
         self, hidden_BTE: Tensor, feature: Any, following: Any, text_ids: Tensor | None

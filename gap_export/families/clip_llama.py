@@ -20,7 +20,7 @@ from gap_export.families import assembly
 from gap_export.families.clip import ClipVision
 from gap_export.families.clip_text import TEXT_TOWER, hollow_text_tower, published_tower
 from gap_export.families.hollow import fake_mode, hollow
-from gap_export.families.keys import Prefixes, find_key, require_known
+from gap_export.families.keys import Prefixes, find_key, require_known, with_shared_table
 from gap_export.graph.attention import IMPLEMENTATION
 from gap_export.plan import Plan
 from gap_export.spec import Component, TensorSpec
@@ -87,7 +87,11 @@ class ClipLlama:
             "language_model": language_model,
             "lm_head": lm_head,
         }
-        prefixes = self._with_shared_weights()
+        tied = bool(getattr(self.text, "tie_word_embeddings", False))
+        prefixes = {
+            **with_shared_table(self.prefixes, tied=tied),
+            f"{TEXT_TOWER}.": [f"{TEXT_TOWER}/"],
+        }
         named = (
             f"{name}.{parameter}" for name, module in modules.items() for parameter in module.state_dict()
         )
@@ -113,12 +117,3 @@ class ClipLlama:
     def _lm_head(self, dtype: torch.dtype) -> nn.Linear:
         text: Any = self.text
         return nn.Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype)
-
-    def _with_shared_weights(self) -> Prefixes:
-        """The token table is a module of its own in some graphs, and the head itself where weights are tied."""
-        table = [f"{prefix}embed_tokens." for prefix in self.prefixes["language_model."]]
-        shared = {"embed_tokens.": table, f"{TEXT_TOWER}.": [f"{TEXT_TOWER}/"]}
-        if getattr(self.text, "tie_word_embeddings", False):
-            heads = [*self.prefixes["lm_head."], *table]
-            shared["lm_head.weight"] = [f"{prefix}weight" for prefix in heads]
-        return {**self.prefixes, **shared}

@@ -15,6 +15,19 @@ Prefixes = Mapping[str, Sequence[str]]
 _COMPUTED = re.compile(r"(^|[./])(position_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
 
+def with_shared_table(prefixes: Prefixes, *, tied: bool) -> Prefixes:
+    """The prefixes of a family, and where to find the token table, which is a module of its own in some graphs.
+
+    Args:
+        prefixes: with `language_model.` and `lm_head.`.
+        tied: whether the head may be the table itself.
+    """
+    table = [f"{prefix}embed_tokens." for prefix in prefixes["language_model."]]
+    heads = [*prefixes["lm_head."], *(table if tied else ())]
+    shared = {"embed_tokens.": table, "lm_head.weight": [f"{prefix}weight" for prefix in heads]}
+    return {**prefixes, **shared}
+
+
 def find_key(checkpoint: Checkpoint, parameter: str, prefixes: Prefixes) -> str:
     """Key of a parameter.
 

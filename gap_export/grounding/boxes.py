@@ -6,6 +6,7 @@ A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the picture:
     llava        [0.12, 0.30, 0.55, 0.90]              the first       lmms-eval's and ConvLLaVA's evaluators
     shikra       [0.123,0.300,0.550,0.900]             refused         Shikra's REC metric
     minigpt_v2   {<12><30><55><90>}                    refused         MiniGPT-4's eval_ref.py
+    internvl     <box>[[123, 300, 550, 900]]</box>     the first       InternVL's evaluate_grounding.py
 
     frame           0..1 spans
     image           the picture's own width and height
@@ -135,6 +136,10 @@ def _write_minigpt_v2(box: Box) -> str:
     return "{" + "".join(f"<{int(value * 100 + 1e-9)}>" for value in box) + "}"
 
 
+def _write_internvl(box: Box) -> str:
+    return "<box>[[" + ", ".join(str(round(value * 1000)) for value in box) + "]]</box>"
+
+
 _EXAMPLE: Box = (0.1, 0.2, 0.3, 0.4)
 _NUMBER = re.compile(r"-?\d+(?:\.\d*)?")
 _DECIMAL = r"-?\d+(?:\.\d*)?"
@@ -149,6 +154,14 @@ CODECS: dict[str, BoxCodec] = {
         ),
         BoxCodec(
             "minigpt_v2", re.compile(r"\{\s*(?:<\s*\d{1,3}\s*>\s*){4}\}"), 100.0, _write_minigpt_v2, "refuse"
+        ),
+        # The tags are special tokens, and those at the end of an answer are dropped before it is read.
+        BoxCodec(
+            "internvl",
+            re.compile(r"\[\s*\d{1,4}(?:\s*,\s*\d{1,4}){3}\s*\]"),
+            1000.0,
+            _write_internvl,
+            "first",
         ),
     )
 }

@@ -99,7 +99,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         "visionzip",
         "visionzip:VisionZip",
         "class token, what it attends to most, and tokens that sum up the rest",
-        needs=("class_token",),
+        needs=("class_token", "projected_class_token"),
         merges=True,
         merged=1,
         fewest=2,
@@ -130,7 +130,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         reads_projected=True,
     ),
     Strategy("random", "random:Random", "a seeded draw", needs_seed=True),
-    Strategy("spatial", "spatial:Spatial", "a uniform grid"),
+    Strategy("spatial", "spatial:Spatial", "a uniform grid", needs=("grid",)),
     Strategy("none", "none:KeepAll", "nothing is pruned"),
     Strategy(
         "fastv",

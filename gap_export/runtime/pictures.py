@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gap_export.bundle import AnyPreprocessing, ModelFacts
+from gap_export.bundle import AnyPreprocessing, AnyRes, ModelFacts, Preprocessing
 from gap_export.positions import Ids
+from gap_export.runtime import tiles
 from gap_export.runtime.preprocess import pixel_values
 
 PixelInputs = Mapping[str, NDArray[np.float32] | Ids]
@@ -62,4 +63,14 @@ def prepare(images: Sequence[Image.Image], preprocessing: AnyPreprocessing, mode
     Raises:
         InputError: a picture that cannot be fitted.
     """
-    return of_one_size(pixel_values(images, preprocessing), model.visual_tokens)
+    if isinstance(preprocessing, Preprocessing):
+        return of_one_size(pixel_values(images, preprocessing), model.visual_tokens)
+    if isinstance(preprocessing, AnyRes):
+        tiled = [tiles.anyres_picture(image, preprocessing) for image in images]
+    else:
+        tiled = [tiles.dynamic_picture(image, preprocessing) for image in images]
+    return Pictures(
+        calls=tuple(picture.inputs for picture in tiled),
+        visual_tokens=np.array([picture.visual_tokens for picture in tiled], np.int64),
+        prunable=np.array([picture.prunable for picture in tiled], np.int64),
+    )

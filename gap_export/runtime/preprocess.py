@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +42,28 @@ STRIP_PIXELS = 2**22
 # trigger.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 
-_FILTERS = {
+FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
 # Pillow's 32-bit mode holds 16-bit samples for these formats; for others its range is unknown.
 _WIDE_GREY_FORMATS = ("PPM", "PNG")
+
+
+class Normalisation(Protocol):
+    """Whatever says by which numbers channels are normalised."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Per channel, after scaling to 0..1."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Per channel, after scaling to 0..1."""
+        ...
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
@@ -189,6 +205,17 @@ def crop_size(width: int, height: int, size: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a picture of any mode, converted as in `load_image`.
+
+    Raises:
+        InputError: a side that is too long, or a pixel type without a defined range.
+    """
+    subject = f"picture of {image.width}x{image.height} pixels"
+    _refuse_long_side(image, subject)
+    return _to_rgb(image, image.format, subject)
+
+
 def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """The picture as the model sees it, before normalising.
 
@@ -202,10 +229,8 @@ def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     Raises:
         InputError: too long or too narrow to fit, or a pixel type without a defined range.
     """
-    subject = f"picture of {image.width}x{image.height} pixels"
-    _refuse_long_side(image, subject)
-    image = _to_rgb(image, image.format, subject)
-    size, resample = preprocessing.size, _FILTERS[preprocessing.resample]
+    image = rgb(image)
+    size, resample = preprocessing.size, FILTERS[preprocessing.resample]
     if preprocessing.fit == "pad":
         return _pad_and_resize(image, size, preprocessing.background, resample)
     if preprocessing.fit == "crop":
@@ -254,17 +279,17 @@ def pixel_values(images: Sequence[Image.Image], preprocessing: Preprocessing) ->
     """
     if not images:
         raise ValueError("a batch needs at least one picture")
+    return np.stack([normalised(fit(image, preprocessing), preprocessing) for image in images])
+
+
+def normalised(image: Image.Image, preprocessing: Normalisation) -> NDArray[np.float32]:
+    """RGB levels 0..255 -> [3, height, width] float32, with mean 0 and deviation 1 by the numbers given."""
     table = _normalised_levels(preprocessing)
-    size = preprocessing.size
-    values_BCHW = np.empty((len(images), 3, size, size), np.float32)
-    for row, image in enumerate(images):
-        levels_HWC = np.asarray(fit(image, preprocessing))
-        for channel in range(3):
-            values_BCHW[row, channel] = table[channel][levels_HWC[..., channel]]
-    return values_BCHW
+    levels_HWC = np.asarray(image)
+    return np.stack([table[channel][levels_HWC[..., channel]] for channel in range(3)])
 
 
-def _normalised_levels(preprocessing: Preprocessing) -> NDArray[np.float32]:
+def _normalised_levels(preprocessing: Normalisation) -> NDArray[np.float32]:
     """[3, 256] float32: what each 8-bit level of each channel becomes. Precisions as in transformers."""
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean = np.array(preprocessing.mean, np.float32)[:, None]

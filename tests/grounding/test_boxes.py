@@ -15,7 +15,7 @@ from gap_export.bundle import Preprocessing
 from gap_export.grounding.boxes import CODECS, Box, Frame, Unparsable, from_pixels, to_pixels
 from gap_export.runtime.preprocess import fit
 
-STEP = {"llava": 0.01, "shikra": 0.001, "minigpt_v2": 0.01}
+STEP = {"llava": 0.01, "shikra": 0.001, "minigpt_v2": 0.01, "internvl": 0.001}
 FRAMES: tuple[Frame, ...] = ("padded_square", "image")
 
 
@@ -33,6 +33,7 @@ class TestWriting:
             ("llava", "[0.12, 0.30, 0.55, 1.00]"),
             ("shikra", "[0.123,0.300,0.550,1.000]"),
             ("minigpt_v2", "{<12><30><55><100>}"),
+            ("internvl", "<box>[[123, 300, 550, 1000]]</box>"),
         ],
     )
     def test_form(self, name: str, text: str) -> None:
@@ -96,6 +97,9 @@ class TestReading:
             ("shikra", "Answer: [0.100,0.200,0.300,0.400] ."),
             ("minigpt_v2", "<p>mug</p> {<10><20><30><40>}"),
             ("minigpt_v2", "{<10> <20><30><40>}"),
+            ("internvl", "<ref>the mug</ref><box>[[100, 200, 300, 400]]</box>"),
+            ("internvl", "<ref>the mug</ref><box>[[100,200,300,400]]"),
+            ("internvl", "<ref>mugs</ref><box>[[100, 200, 300, 400], [1, 2, 3, 4]]</box>"),
         ],
     )
     def test_one_box(self, name: str, text: str) -> None:
@@ -158,6 +162,9 @@ class TestReading:
             ("shikra", "[0.1,0.2,0.3,0.4;0.9,0.2,0.3,0.4]", "inverted"),
             ("minigpt_v2", "{<10><20><130><40>}", "leaves its frame"),
             ("minigpt_v2", "{<40><20><30><40>}", "inverted"),
+            ("internvl", "<box>[[100, 200, 1001, 400]]</box>", "leaves its frame"),
+            ("internvl", "<box>[[100, 900, 300, 400]]</box>", "inverted"),
+            ("internvl", "<box>[[0.1, 0.2, 0.3, 0.4]]</box>", "no box of the form"),
         ],
     )
     def test_unsound_box(self, name: str, text: str, reason: str) -> None:

@@ -80,6 +80,8 @@ def _outliers(scores_N: Floats, gap: Gap) -> int:
 
 
 def _full_width_attention(seen: Seen) -> Floats:
+    if len(seen.following_attention_N):
+        return seen.following_attention_N
     query = seen.following_query_E
     return softmax(seen.following_keys_TE @ query / np.sqrt(len(query)))[1:]
 

@@ -28,6 +28,8 @@ class Seen:
         keys_ND: keys of the feature layer, mean over heads, class token dropped.
         following_query_E: class token's query in the following layer, full width.
         following_keys_TE: keys there, class token first.
+        following_attention_N: attention there, where it does not follow from the two above: of tiles that have a class token
+            each.
         projected_NH: patches after the projector.
         aligned_NP: patches in the space shared with text, not normalised.
         text_P: the expression there, not normalised.
@@ -41,6 +43,7 @@ class Seen:
     keys_ND: Floats = field(default_factory=_nothing)
     following_query_E: Floats = field(default_factory=_nothing)
     following_keys_TE: Floats = field(default_factory=_nothing)
+    following_attention_N: Floats = field(default_factory=_nothing)
     projected_NH: Floats = field(default_factory=_nothing)
     aligned_NP: Floats = field(default_factory=_nothing)
     text_P: Floats = field(default_factory=_nothing)

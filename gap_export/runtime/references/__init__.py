@@ -35,7 +35,10 @@ Shown = dict[str, Tensor | None]
 """What a tower shows of one picture: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
 
 REFERENCES = {
+    "internvl": "internvl:InternVLReference",
     "llava": "llava:LlavaReference",
+    "llava_next": "llava_next:LlavaNextReference",
+    "llava_onevision": "llava_onevision:LlavaOnevisionReference",
     "llava_original": "original:LlavaOriginalReference",
     "shikra": "original:ShikraReference",
 }

@@ -1,0 +1,237 @@
+"""InternVL: dynamic tiles through InternViT, four patches to a token, Qwen2 or Llama decoder (`model_type: internvl`).
+
+Facts: the picture is stretched to the grid of tiles whose shape is nearest to its own; the whole picture follows as the last tile.
+Features are those of the last layer, class token dropped. Squares of two by two patches are laid side by side (`pixel_shuffle`) and
+projected together, so that a token's score and key are the means over its four patches. Position ids count, in one row. Boxes
+are `[[x1, y1, x2, y2]]` in 0..1000 of the picture's own width and height.
+
+The class token is a quarter as wide as what the projector takes: it can score, but not enter the decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration
+from transformers.models.internvl.modeling_internvl import InternVLModel
+
+from gap_export import prune
+from gap_export.bundle import BoxFormat, DynamicTiles, ModelFacts, PromptTemplate, TextTower
+from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError
+from gap_export.families import assembly, reading, selection
+from gap_export.families.complete import joined as joined
+from gap_export.families.complete import parts as parts
+from gap_export.families.complete import tokenizer as tokenizer
+from gap_export.families.hollow import fake_mode, hollow
+from gap_export.families.llava_next import refuse_fit
+from gap_export.families.tiles import Gather, features_of_picture, pixel_values
+from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.plan import Plan
+from gap_export.prune import order
+from gap_export.recipe import Recipe
+from gap_export.runtime.tiles import dynamic_range
+from gap_export.spec import Component
+
+MODEL = "InternVL"
+_QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{expression}</ref>"
+GROUNDING_PROMPT = (
+    f"<|im_start|>user\n<img><IMG_CONTEXT></img>\n{_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""As the chat template and the processor of the published checkpoints write it, one `<IMG_CONTEXT>` standing for all."""
+
+_USUAL_TILES = (1, 12)
+"""Fewest and most tiles of a grid where the processor's settings leave it open."""
+
+
+@dataclass(frozen=True)
+class SquareFeatures(prune.VisionFeatures):
+    """Features of tokens that stand for a square of patches each.
+
+    Attributes:
+        class_attention_BN: mean over the patches of a token.
+        mean_keys_BND: the same.
+    """
+
+    class_attention_BN: Tensor | None = None
+    mean_keys_BND: Tensor | None = None
+
+
+class InternVLVision(nn.Module):
+    """Tiles of one picture through InternViT; pruner over the whole picture; projector."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        super().__init__()
+        self.vision_tower = model.model.vision_tower
+        self.multi_modal_projector = model.model.multi_modal_projector
+        self._shrink, self._plan = model.config.downsample_ratio, plan
+
+    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode and prune one picture.
+
+        Args:
+            pixel_values: [tiles, 3, size, size] float32, the whole picture last.
+            keep_count: [K] int64 counting from 0, traced for its extent: tokens to keep.
+
+        Returns:
+            visual_embeds [1, K, H], kept_indices [1, K] int64.
+        """
+        every: Gather = lambda tokens_tCE: tokens_tCE.flatten(0, 1)[None]  # noqa: E731
+        features = features_of_picture(self._seen(pixel_values), every, whole=-1)
+        selected = selection.select(self._plan, features, keep_count)
+        selected = order.in_decoder_order(selected, self._plan.positions)
+        embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
+        return embeds_BKH, selected.indices_BK
+
+    def _seen(self, pixel_values: Tensor) -> prune.VisionFeatures:
+        """Features of the tiles, in which a token stands for four patches."""
+        hidden_tTE = self.vision_tower.embeddings(pixel_values)
+        *layers, last = self.vision_tower.encoder.layer
+        for layer in layers:
+            hidden_tTE = layer(hidden_tTE)
+        attention, normed_tTE = last.attention, last.layernorm_before(hidden_tTE)
+        query_tE = attention.q_norm(attention.q_proj(normed_tTE[:, 0]))
+        keys_tTE = attention.k_norm(attention.k_proj(normed_tTE))
+        heads = (attention.num_heads, attention.head_dim)
+        keys_tATD = keys_tTE.unflatten(-1, heads).transpose(1, 2)
+        scores_tC = prune.class_attention(query_tE.unflatten(-1, heads), keys_tATD)
+        patches_tCE = self.vision_tower.layernorm(last(hidden_tTE))[:, 1:]
+
+        side = round(patches_tCE.shape[1] ** 0.5)
+        # (transformers' own rearrangement, which does not look at the model that it is a method of.)
+        shuffled = InternVLModel.pixel_shuffle(
+            None,
+            patches_tCE.unflatten(1, (side, side)),
+            scale_factor=self._shrink,
+        )
+        tokens_tCE = shuffled.flatten(1, 2)
+        return SquareFeatures(
+            patches_BNE=tokens_tCE,
+            grid=None,
+            projected_BNH=self.multi_modal_projector(tokens_tCE),
+            class_attention_BN=self._means(scores_tC[..., None], side)[..., 0],
+            mean_keys_BND=self._means(keys_tATD[:, :, 1:].float().mean(dim=1), side),
+        )
+
+    def _means(self, patches_tCE: Tensor, side: int) -> Tensor:
+        """Means over the patches of each token, in the order of `pixel_shuffle`: [t, side * side, E] -> a quarter of the rows."""
+        step = round(1 / self._shrink)
+        squares = patches_tCE.unflatten(1, (side // step, step, side // step, step))
+        means_tCE: Tensor = squares.mean(dim=(2, 4)).flatten(1, 2)
+        return means_tCE
+
+
+def facts(checkpoint: Checkpoint) -> ModelFacts:
+    """See `Family.facts`."""
+    config = _config(checkpoint)
+    tokens, most = dynamic_range(_tiling(checkpoint, config))
+    return ModelFacts(
+        **reading.decoder_sizes(config.text_config),
+        visual_tokens=most,
+        grid=None,
+        token_range=tokens,
+        tower_lacks=("projected_class_token", "following_layer", "grid"),
+    )
+
+
+def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
+    """See `Family.text_tower`.
+
+    Raises:
+        CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
+    """
+    raise CheckpointError(
+        f"has a text tower that shares no space with the vision tower of {MODEL}",
+        subject=str(part.folder),
+        hint="use a pruner that does not look at the expression",
+    )
+
+
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> DynamicTiles:
+    """See `Family.preprocessing`."""
+    refuse_fit(recipe, MODEL)
+    return _tiling(checkpoint, _config(checkpoint))
+
+
+def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
+    """See `Family.prompt`."""
+    config = _config(checkpoint)
+    return PromptTemplate(
+        grounding=recipe.prompt or GROUNDING_PROMPT,
+        image_token_id=config.image_token_id,
+        add_special_tokens=True,
+        eos_token_ids=reading.end_tokens(checkpoint, config.text_config),
+    )
+
+
+def box(recipe: Recipe) -> BoxFormat:
+    """See `Family.box`."""
+    refuse_fit(recipe, MODEL)
+    return BoxFormat(codec="internvl", frame="image")
+
+
+def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+    """See `Family.components`."""
+    config = _config(checkpoint)
+    torch_dtype, _ = assembly.DTYPES[plan.precision]
+
+    def build() -> Any:
+        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": IMPLEMENTATION}
+        return InternVLForConditionalGeneration._from_config(config, **options)
+
+    model = hollow(build, fake_mode())
+    pieces = assembly.Pieces(
+        vision=InternVLVision(model, plan),
+        vision_inputs=(pixel_values(_tiling(checkpoint, config)),),
+        language_model=model.model.language_model,
+        lm_head=model.lm_head,
+        image_token_id=config.image_token_id,
+        weight_key=lambda name: weight_key(checkpoint, name),
+    )
+    return assembly.components(checkpoint.folder, facts(checkpoint), plan, pieces)
+
+
+def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
+    """Checkpoint key of a parameter of one of the components; heads of small models are their token embedding.
+
+    Raises:
+        CheckpointError: the checkpoint has it under none of the known names.
+    """
+    config = reading.read_config(checkpoint)
+    tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+    return reading.weight_key(checkpoint, parameter, tied=tied)
+
+
+def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTiles:
+    settings = reading.image_processor(checkpoint)
+    vision = config.vision_config
+    side = round(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
+    return DynamicTiles(
+        size=vision.image_size[0],
+        tokens=side * side,
+        fewest=settings.get("min_patches", _USUAL_TILES[0]),
+        most=settings.get("max_patches", _USUAL_TILES[1]),
+        mean=tuple(settings["image_mean"]),
+        std=tuple(settings["image_std"]),
+    )
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    config, require = reading.read_config(checkpoint), reading.Requirements(checkpoint, MODEL)
+    vision, text = config.vision_config, config.text_config
+    require("vision_config.model_type", vision.model_type == "internvl_vision", "InternViT")
+    require("text_config.model_type", text.model_type in ("qwen2", "llama", "qwen3"), "qwen2, qwen3, llama")
+    require("text_config.use_sliding_window", getattr(text, "sliding_window", None) is None, "false")
+    require("vision_feature_layer", config.vision_feature_layer == -1, "-1")
+    require("vision_feature_select_strategy", config.vision_feature_select_strategy == "default", "default")
+    require("vision_config.image_size", len({*vision.image_size}) == 1, "squares")
+    require("vision_config.patch_size", len({*vision.patch_size}) == 1, "squares")
+    patches, step = vision.image_size[0] // vision.patch_size[0], 1 / config.downsample_ratio
+    require(
+        "downsample_ratio",
+        step.is_integer() and patches % step == 0,
+        "one that divides the patches of a tile",
+    )
+    return config
