@@ -89,7 +89,7 @@ def resolve(reference: str) -> Path:
     if reference.startswith("bundled:"):
         return bundled(reference.removeprefix("bundled:"))
     folder = Path(reference)
-    if folder.is_dir() or reference.startswith((".", "/", "~")) or reference.count("/") != 1:
+    if folder.exists() or reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         return folder.expanduser()
     try:
         from huggingface_hub import snapshot_download

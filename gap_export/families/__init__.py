@@ -23,6 +23,7 @@ FAMILIES = {
     "llava_next": "gap_export.families.llava_next",
     "llava_onevision": "gap_export.families.llava_onevision",
     "llava_original": "gap_export.families.llava_original",
+    "minigpt_v2": "gap_export.families.minigpt_v2",
     "shikra": "gap_export.families.shikra",
 }
 """Family -> module that describes it."""
@@ -117,6 +118,12 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
     Raises:
         CheckpointError: none does.
     """
+    if "auto_map" in checkpoint.config:
+        raise CheckpointError(
+            "asks for code of its own to be run (auto_map)",
+            subject=str(checkpoint.folder / "config.json"),
+            hint="use a checkpoint that transformers supports without remote code",
+        )
     name = _recognised(checkpoint)
     if name not in FAMILIES:
         raise CheckpointError(
@@ -134,4 +141,6 @@ def _recognised(checkpoint: Checkpoint) -> str:
     # LLaVA's own code and transformers' have used the same name for two layouts.
     if model_type == "llava_llama" or (model_type == "llava" and "mm_vision_tower" in checkpoint.config):
         return "llava_original"
+    if not checkpoint.config and "llama_proj.weight" in checkpoint.weights:
+        return "minigpt_v2"
     return model_type

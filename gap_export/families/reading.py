@@ -52,14 +52,8 @@ def read_config(checkpoint: Checkpoint) -> Any:
     """The configuration as transformers reads it.
 
     Raises:
-        CheckpointError: it asks for code of its own, or is not one that transformers accepts.
+        CheckpointError: it is not one that transformers accepts.
     """
-    if "auto_map" in checkpoint.config:
-        raise CheckpointError(
-            "asks for code of its own to be run (auto_map)",
-            subject=str(checkpoint.folder / "config.json"),
-            hint="use a checkpoint that transformers supports without remote code",
-        )
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

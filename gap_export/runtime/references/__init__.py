@@ -40,6 +40,7 @@ REFERENCES = {
     "llava_next": "llava_next:LlavaNextReference",
     "llava_onevision": "llava_onevision:LlavaOnevisionReference",
     "llava_original": "original:LlavaOriginalReference",
+    "minigpt_v2": "minigpt_v2:MiniGptReference",
     "shikra": "original:ShikraReference",
 }
 """Family -> its reference, `module:class` within this folder."""

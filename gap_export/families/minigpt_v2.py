@@ -1,0 +1,277 @@
+"""MiniGPT-v2 (arXiv 2310.09478): EVA-CLIP at 448 pixels, four neighbours to a token, Llama-2-7b-chat with low-rank updates.
+
+Facts: a checkpoint is a `.pth` with what was trained: `llama_proj`, and rank-64 updates (alpha 16) of q and v; tower and language
+model lie beside it. The tower's output goes through `ln_vision`, loses its class token, and every four patches that follow each other
+in a row become one token: 32 rows of 8. What scores a patch scores a token by the mean over its four. Pictures are stretched,
+boxes are `{<x1><y1><x2><y2>}` in hundredths of width and height. The prompt begins with two BOS: one that it spells, one that the
+tokenizer adds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoModel, LlamaConfig
+
+from gap_export import prune
+from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
+from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError, RecipeError
+from gap_export.families import Part, assembly, reading, selection
+from gap_export.families.clip_vision import OPENAI_MEAN, OPENAI_STD
+from gap_export.families.eva import EvaTower, eva_sizes
+from gap_export.families.hollow import fake_mode, hollow
+from gap_export.families.keys import find_key, require_known, with_shared_table
+from gap_export.families.merges import with_low_rank
+from gap_export.families.tokenizers import stored_tokenizer, token_id, with_placeholder
+from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.plan import Plan
+from gap_export.prune import order
+from gap_export.recipe import Recipe
+from gap_export.spec import Component, TensorSpec
+from gap_export.weight_files import Derived
+
+GROUNDING_PROMPT = "<s>[INST] <Img><ImageHere></Img> [refer] give me the location of {expression} [/INST]"
+PLACEHOLDER, END = "<ImageHere>", "</s>"
+SIZE, GROUP = 448, 4
+RANK, ALPHA = 64, 16
+
+_TOWER, _BASE, _LOW_RANK = "vision_tower/", "base/", "llama_model.base_model.model."
+_PREFIXES = {
+    "vision_tower.": (_TOWER,),
+    "ln_vision.": ("ln_vision.",),
+    "multi_modal_projector.": ("llama_proj.",),
+    "language_model.": (f"{_BASE}model.",),
+    "lm_head.": (f"{_BASE}lm_head.",),
+}
+# What EVA-CLIP was trained with besides, and blocks above those that are used.
+_IGNORED = rf"{re.escape(_LOW_RANK)}|{_TOWER}(norm|fc_norm|head|lm_head|mask_token|blocks\.39)\b"
+_SPELLINGS = ("lora_{}.weight", "lora_{}.default.weight")
+"""Of updates, by older and newer versions of peft."""
+
+
+def parts(checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """See `Family.parts`."""
+    return (
+        Part("vision_tower", "eva_vit_g.pth", "vision tower"),
+        Part("base", "meta-llama/Llama-2-7b-chat-hf", "language model"),
+    )
+
+
+def joined(checkpoint: Checkpoint) -> Checkpoint:
+    """See `Family.joined`: updates merged, positions spread over the larger picture."""
+    changed: dict[str, Any] = {}
+    for key in checkpoint.weights:
+        found = re.fullmatch(rf"{re.escape(_LOW_RANK)}(.+\.)lora_A(\.default)?\.weight", key)
+        if found:
+            own = f"{_BASE}{found[1]}weight"
+            changed[own] = with_low_rank(
+                checkpoint, own, key, key.replace("lora_A", "lora_B"), rank=RANK, scale=ALPHA / RANK
+            )
+    if not changed:
+        raise CheckpointError(
+            f"has no low-rank updates ({_LOW_RANK}...{_SPELLINGS[0].format('A')})",
+            subject=checkpoint.name,
+            hint="name the checkpoint of MiniGPT-v2's third stage, or its demo's",
+        )
+    table = checkpoint.stored(f"{_TOWER}pos_embed")
+    side = SIZE // eva_sizes(checkpoint, _TOWER).patch
+    if table.shape[1] != 1 + side * side:
+        changed[f"{_TOWER}pos_embed"] = Derived(
+            (1, 1 + side * side, table.shape[2]), (table,), lambda stored, rows: spread(stored[0], side)[rows]
+        )
+    return checkpoint.with_weights(changed)
+
+
+def spread(table_1TE: NDArray[Any], side: int) -> NDArray[np.float32]:
+    """Learned positions of a square of patches, for a square with more of them: bicubic, the class token's as it is."""
+    table = torch.from_numpy(np.array(table_1TE, np.float32))
+    own = round((table.shape[1] - 1) ** 0.5)
+    grid_1EHW = table[:, 1:].reshape(1, own, own, -1).permute(0, 3, 1, 2)
+    larger = nn.functional.interpolate(grid_1EHW, size=(side, side), mode="bicubic", align_corners=False)
+    spread_1TE: NDArray[np.float32] = torch.cat(
+        [table[:, :1], larger.permute(0, 2, 3, 1).flatten(1, 2)], 1
+    ).numpy()
+    return spread_1TE
+
+
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """See `Family.tokenizer`; that of the language model."""
+    found = stored_tokenizer(checkpoint.parts["base"])
+    return with_placeholder(found, PLACEHOLDER, found.get_vocab_size())
+
+
+def facts(checkpoint: Checkpoint) -> ModelFacts:
+    """See `Family.facts`."""
+    rows, columns = _grid(checkpoint)
+    return ModelFacts(
+        **reading.decoder_sizes(_text(checkpoint)),
+        visual_tokens=rows * columns,
+        grid=(rows, columns),
+        tower_lacks=("projected_class_token", "following_layer"),
+    )
+
+
+def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
+    """See `Family.text_tower`."""
+    raise CheckpointError(
+        "belongs to another vision tower: MiniGPT-v2 sees through EVA-CLIP, which is published without its text tower",
+        subject=part.name,
+        hint="use a pruner that does not look at the expression",
+    )
+
+
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+    """See `Family.preprocessing`."""
+    return Preprocessing(size=SIZE, fit="stretch", background=(0, 0, 0), mean=OPENAI_MEAN, std=OPENAI_STD)
+
+
+def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
+    """See `Family.prompt`."""
+    found = stored_tokenizer(checkpoint.parts["base"])
+    return PromptTemplate(
+        grounding=recipe.prompt or GROUNDING_PROMPT,
+        image_token_id=found.get_vocab_size(),
+        add_special_tokens=True,
+        eos_token_ids=(token_id(found, END),),
+    )
+
+
+def box(recipe: Recipe) -> BoxFormat:
+    """See `Family.box`."""
+    if recipe.fit not in (None, "stretch"):
+        raise RecipeError(
+            "is not how the model was trained: it sees pictures stretched to a square",
+            subject=f"fit: {recipe.fit}",
+            hint="leave it out",
+        )
+    return BoxFormat(codec="minigpt_v2", frame="image")
+
+
+def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+    """See `Family.components`."""
+    dtype, _ = assembly.DTYPES[plan.precision]
+    mode, text, sizes = fake_mode(), _text(checkpoint), eva_sizes(checkpoint, _TOWER)
+    side = SIZE // sizes.patch
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
+    language_model = hollow(lambda: AutoModel.from_config(text, **options), mode)
+    modules: dict[str, nn.Module] = {
+        "vision_tower": hollow(lambda: EvaTower(sizes, 1 + side * side).to(dtype), mode),
+        # Nobody trained it: where the checkpoint has no weights for it, it only normalises.
+        "ln_vision": hollow(
+            lambda: nn.LayerNorm(sizes.width, elementwise_affine="ln_vision.weight" in checkpoint.weights),
+            mode,
+        ),
+        "multi_modal_projector": hollow(
+            lambda: nn.Linear(GROUP * sizes.width, text.hidden_size, dtype=dtype), mode
+        ),
+        "language_model": language_model,
+        "lm_head": hollow(
+            lambda: nn.Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype), mode
+        ),
+    }
+    prefixes = with_shared_table(_PREFIXES, tied=bool(text.tie_word_embeddings))
+    named = (f"{name}.{parameter}" for name, module in modules.items() for parameter in module.state_dict())
+    require_known(checkpoint, named, prefixes, ignored=_IGNORED)
+    pieces = assembly.Pieces(
+        vision=MiniGptVision(modules, plan, grid=_grid(checkpoint)),
+        vision_inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=(assembly.batch_dim(plan), 3, SIZE, SIZE)),
+        ),
+        language_model=language_model,
+        lm_head=modules["lm_head"],
+        image_token_id=prompt(checkpoint, Recipe(name="", checkpoint="")).image_token_id,
+        weight_key=lambda name: find_key(checkpoint, name, prefixes),
+    )
+    return assembly.components(checkpoint.folder, facts(checkpoint), plan, pieces)
+
+
+@dataclass(frozen=True)
+class GroupedFeatures(prune.VisionFeatures):
+    """Features of tokens that are four patches each.
+
+    Attributes:
+        patches: features of the patches themselves.
+    """
+
+    patches: prune.VisionFeatures = field(kw_only=True)
+
+    @property
+    def class_attention_BN(self) -> Tensor | None:
+        """See `VisionFeatures`; mean over a token's patches."""
+        scores = self.patches.class_attention_BN
+        return None if scores is None else scores.unflatten(1, (-1, GROUP)).mean(dim=2)
+
+    @property
+    def mean_keys_BND(self) -> Tensor | None:
+        """See `VisionFeatures`; mean over a token's patches."""
+        keys = self.patches.mean_keys_BND
+        return None if keys is None else keys.unflatten(1, (-1, GROUP)).mean(dim=2)
+
+
+class MiniGptVision(nn.Module):
+    """Tower, norm, groups of four, pruner, projector.
+
+    Args:
+        modules: hollow, by the names of the weight map.
+        plan: of the build.
+        grid: (rows, columns) of the tokens.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], plan: Plan, *, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.vision_tower, self.ln_vision = modules["vision_tower"], modules["ln_vision"]
+        self.multi_modal_projector = modules["multi_modal_projector"]
+        self._plan, self._grid = plan, grid
+
+    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode and prune.
+
+        Args:
+            pixel_values: [B, 3, size, size] float32.
+            keep_count: see `selection.select`.
+
+        Returns:
+            visual_embeds [B, K, H], kept_indices [B, K] int64.
+        """
+        tower: Any = self.vision_tower
+        out_BTE, into_BTE = tower(pixel_values.to(tower.cls_token.dtype))
+        normed_BTE = self.ln_vision(out_BTE.float()).to(out_BTE.dtype)
+        tokens_BNE = normed_BTE[:, 1:].unflatten(1, (-1, GROUP)).flatten(2)
+        last = tower.blocks[-1]
+        query_BATD, keys_BATD, _ = last.attn.split(last.norm1(into_BTE))
+        features = GroupedFeatures(
+            patches_BNE=tokens_BNE,
+            grid=self._grid,
+            projected_BNH=self.multi_modal_projector(tokens_BNE),
+            patches=prune.VisionFeatures(
+                normed_BTE[:, 1:], None, class_query_BAD=query_BATD[:, :, 0], keys_BATD=keys_BATD
+            ),
+        )
+        selected = selection.select(self._plan, features, keep_count)
+        selected = order.in_decoder_order(selected, self._plan.positions)
+        embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
+        return embeds_BKH, selected.indices_BK
+
+
+def _grid(checkpoint: Checkpoint) -> tuple[int, int]:
+    side = SIZE // eva_sizes(checkpoint, _TOWER).patch
+    return side, side // GROUP
+
+
+def _text(checkpoint: Checkpoint) -> LlamaConfig:
+    base = checkpoint.parts["base"]
+    if base.model_type != "llama":
+        raise CheckpointError(
+            f"has model_type {base.model_type!r} where a Llama is needed",
+            subject=str(base.folder / "config.json"),
+            hint="--base names the language model: meta-llama/Llama-2-7b-chat-hf",
+        )
+    return LlamaConfig.from_dict(dict(base.config))
