@@ -98,22 +98,49 @@ def models(as_json: JsonOption = False) -> None:
     from dataclasses import asdict
 
     from gap_export import prune, recipe
+    from gap_export.families.overview import OVERVIEW
+    from gap_export.grounding.boxes import CODECS
 
     recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
+    known = {r.name: OVERVIEW[r.family] for r in recipes if r.family in OVERVIEW}
+    needed = {
+        r.name: {
+            part: getattr(r, part) for part in ("base", "vision_tower", "text_tower") if getattr(r, part)
+        }
+        for r in recipes
+    }
+    boxes = {
+        name: f"{CODECS[each.box.codec].example} of the {each.box.frame.replace('_', ' ')}"
+        for name, each in known.items()
+    }
     if as_json:
         _print_json(
             {
                 "recipes": [
-                    {"name": r.name, "family": r.family, "checkpoint": r.checkpoint, "pruners": list(prune.names()), "summary": r.summary}
+                    {
+                        "name": r.name,
+                        "family": r.family,
+                        "box_format": known[r.name].box.model_dump(),
+                        "pruners": list(known[r.name].pruners),
+                        "checkpoint": r.checkpoint,
+                        "needs": needed[r.name],
+                        "summary": r.summary,
+                    }
                     for r in recipes
                 ],
                 "pruners": [asdict(row) for row in prune.STRATEGIES],
             }
-        )  # fmt: skip
+        )
         return
-    table = Table("recipe", "family", "checkpoint", "what it is")
+    table = Table(
+        "recipe", "family", "boxes", "checkpoint, and what lies beside it", "pruners that do not work"
+    )
     for r in recipes:
-        table.add_row(r.name, r.family or "", r.checkpoint, r.summary)
+        checkpoints = [r.checkpoint, *(f"{part}: {given}" for part, given in needed[r.name].items())]
+        not_working = [name for name in prune.names() if name not in known[r.name].pruners]
+        table.add_row(
+            r.name, r.family, _plain(boxes[r.name]), "\n".join(checkpoints), ", ".join(not_working) or "-"
+        )
     out.print(table)
     pruners = Table("pruner", "keeps", "needs", "prunes", "merges")
     for row in prune.STRATEGIES:
@@ -150,6 +177,16 @@ def build(
         str | None,
         typer.Option(help="CLIP checkpoint (folder or hub id) for pruners that look at the expression."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that the checkpoint is a delta over, or low-rank updates of (folder or hub id)."
+        ),
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="Vision tower of models published without theirs (folder, .pth file or hub id)."),
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")
@@ -173,6 +210,8 @@ def build(
         pruner=pruner,
         prune_layers=prune_layers,
         text_tower=text_tower,
+        base=base,
+        vision_tower=vision_tower,
         positions=positions,
         merged_id=merged_id,
         precision=precision,

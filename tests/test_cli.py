@@ -136,9 +136,18 @@ def test_square_brackets_in_paths_are_shown(command: Command, tmp_path: Path) ->
 
 def test_models(command: Command) -> None:
     record = json.loads(command("models", "--json").out)
-    shapes = next(recipe for recipe in record["recipes"] if recipe["name"] == "shapes")
-    assert shapes["checkpoint"] == "bundled:llava-shapes"
-    assert "shapes" in command("models").out
+    by_name = {recipe["name"]: recipe for recipe in record["recipes"]}
+    assert by_name["shapes"]["checkpoint"] == "bundled:llava-shapes"
+    assert {"llava", "llava-13b", "llava-original", "shikra", "minigpt-v2"} <= set(by_name)
+    assert all(
+        {"name", "family", "box_format", "pruners", "checkpoint"} <= set(recipe)
+        for recipe in by_name.values()
+    )
+    assert by_name["shikra"]["needs"]["base"] == "huggyllama/llama-7b"
+    assert "prumerge" in by_name["llava"]["pruners"]
+    assert "prumerge" not in by_name["minigpt-v2"]["pruners"]
+    shown = command("models").out
+    assert all(name in shown for name in by_name)
 
 
 # Build: what is refused

@@ -65,6 +65,11 @@ class BoxCodec:
     write: Callable[[Box], str]
     several: Literal["first", "refuse"]
 
+    @property
+    def example(self) -> str:
+        """A box as this codec writes it."""
+        return self.write(_EXAMPLE)
+
     def encode(self, box: Box) -> str:
         """Text of a normalised box.
 
@@ -89,7 +94,7 @@ class BoxCodec:
             numbers = [float(number) / self.unit + 0.0 for number in _NUMBER.findall(match.group())]
             boxes.extend((x1, y1, x2, y2) for x1, y1, x2, y2 in zip(*[iter(numbers)] * 4, strict=True))
         if not boxes:
-            return Unparsable(text, f"no box of the form {self.write(_EXAMPLE)}")
+            return Unparsable(text, f"no box of the form {self.example}")
         for box in boxes[:1] if self.several == "first" else boxes:
             fault = _fault(box)
             if fault:

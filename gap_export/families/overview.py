@@ -1,0 +1,62 @@
+"""What can be said of each family without a checkpoint at hand: for `gap-export models`, which imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gap_export import prune
+from gap_export.bundle import BoxFormat, TowerPart
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One family.
+
+    Attributes:
+        box: how boxes are written.
+        tower_lacks: see `ModelFacts.tower_lacks`.
+        differs: whether pictures differ in how many visual tokens they have.
+        reads_text: whether a CLIP text tower can be put beside the vision tower.
+    """
+
+    box: BoxFormat
+    tower_lacks: tuple[TowerPart, ...] = ()
+    differs: bool = False
+    reads_text: bool = True
+
+    @property
+    def pruners(self) -> tuple[str, ...]:
+        """The strategies that work."""
+        return tuple(
+            row.name
+            for row in prune.STRATEGIES
+            if not set(row.needs) & set(self.tower_lacks)
+            and (self.reads_text or not row.needs_text)
+            and not (self.differs and row.where == "inside the decoder")
+        )
+
+
+_PADDED = BoxFormat(codec="llava", frame="padded_square")
+_NO_CLASS_TOKEN: tuple[TowerPart, ...] = ("class_token", "projected_class_token", "following_layer", "grid")
+
+OVERVIEW = {
+    "internvl": Overview(
+        BoxFormat(codec="internvl", frame="image"),
+        ("projected_class_token", "following_layer", "grid"),
+        differs=True,
+        reads_text=False,
+    ),
+    "llava": Overview(_PADDED),
+    "llava_next": Overview(_PADDED, ("grid",), differs=True),
+    "llava_onevision": Overview(
+        BoxFormat(codec="llava", frame="image"), _NO_CLASS_TOKEN, differs=True, reads_text=False
+    ),
+    "llava_original": Overview(_PADDED),
+    "minigpt_v2": Overview(
+        BoxFormat(codec="minigpt_v2", frame="image"),
+        ("projected_class_token", "following_layer"),
+        reads_text=False,
+    ),
+    "shikra": Overview(BoxFormat(codec="shikra", frame="padded_square")),
+}
+"""Family -> what there is to know. A recipe may ask for less: `fit` moves the frame of boxes."""
