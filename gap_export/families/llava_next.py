@@ -84,8 +84,9 @@ class LlavaNextVision(ClipVision):
         features = features_of_picture(self.seen(pixel_values, text_ids), cells_gather(cells), WHOLE)
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
-        places_BK = cell_positions[selected.indices_BK]
-        return with_newlines(self._plan, embeds_BKH, places_BK, self.image_newline, newline_positions)
+        return with_newlines(
+            self._plan, embeds_BKH, selected, cell_positions, self.image_newline, newline_positions
+        )
 
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:

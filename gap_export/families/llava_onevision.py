@@ -80,8 +80,9 @@ class LlavaOnevisionVision(nn.Module):
         features = prune.VisionFeatures(patches_BNE=tokens_BPH, grid=None, projected_BNH=tokens_BPH)
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = take(tokens_BPH, selected.indices_BK)
-        places_BK = cell_positions[selected.indices_BK]
-        return with_newlines(self._plan, embeds_BKH, places_BK, self.image_newline, newline_positions)
+        return with_newlines(
+            self._plan, embeds_BKH, selected, cell_positions, self.image_newline, newline_positions
+        )
 
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:

@@ -41,7 +41,7 @@ Gather = Callable[[Tensor], Tensor]
 
 def cells_gather(cells_P: Tensor) -> Gather:
     """Tokens by their index in the flattened tiles."""
-    return lambda tokens_tCE: tokens_tCE.flatten(0, 1)[cells_P][None]
+    return lambda tokens_tCE: tokens_tCE.flatten(0, 1).index_select(0, cells_P)[None]
 
 
 def corners_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
@@ -49,7 +49,7 @@ def corners_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
 
     def gather(tokens_tCE: Tensor) -> Tensor:
         flat_E = tokens_tCE.flatten(0, 1)
-        terms = [flat_E[corners_P4[:, n]].float() * weights_P4[:, n, None] for n in range(4)]
+        terms = [flat_E.index_select(0, corners_P4[:, n]).float() * weights_P4[:, n, None] for n in range(4)]
         return (terms[0] + terms[1] + terms[2] + terms[3]).to(tokens_tCE.dtype)[None]
 
     return gather
@@ -121,7 +121,12 @@ def features_of_picture(tiles: prune.VisionFeatures, gather: Gather, whole: int)
 
 
 def with_newlines(
-    plan: Plan, embeds_BKH: Tensor, places_BK: Tensor, newline_H: Tensor, newlines_R: Tensor
+    plan: Plan,
+    embeds_BKH: Tensor,
+    selected: prune.Selected,
+    places_P: Tensor,
+    newline_H: Tensor,
+    newlines_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Kept tokens and ends of lines in the order in which they enter the decoder.
 
@@ -130,7 +135,8 @@ def with_newlines(
     Args:
         plan: of the build.
         embeds_BKH: kept tokens of one picture.
-        places_BK: their places in the unpruned prompt.
+        selected: the same tokens among the P.
+        places_P: places of all P tokens in the unpruned prompt.
         newline_H: embedding of the end of a line.
         newlines_R: places of the ends of lines.
 
@@ -138,6 +144,7 @@ def with_newlines(
         visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
     """
     ends_BRH = newline_H.to(embeds_BKH.dtype).expand(1, newlines_R.shape[0], -1)
+    places_BK = places_P.index_select(0, selected.indices_BK.flatten())[None]
     both = prune.Selected(
         torch.cat([places_BK, newlines_R[None]], dim=1), torch.cat([embeds_BKH, ends_BRH], dim=1)
     )

@@ -44,7 +44,8 @@ class VisionZip:
         scores_BN = ClsAttention().scores(features)
         ranked_BN = scores_BN.topk(visual, dim=-1).indices
         # In raster order, dominant patches behind all others.
-        rest_BN = (ranked_BN + visual * (torch.arange(visual) < dominant)).sort(dim=-1).values
+        behind_N = torch.where(torch.arange(visual) < dominant, visual, 0)
+        rest_BN = (ranked_BN + behind_N).sort(dim=-1).values
         # (The row of the class token stands in for that of the first dominant patch until the end.)
         dominant_BK = ranked_BN[:, (rows_K - 1).clamp(min=0)]
         target_BK = rest_BN[:, (rows_K - dominant - 1).clamp(min=0) * step]

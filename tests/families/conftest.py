@@ -15,7 +15,7 @@ from gap_export.bundle import Bundle
 from gap_export.recipe import Recipe
 
 IMAGE_TOKEN, EOS, VOCABULARY, WIDTH = 4, 2, 64, 64
-TILE = 24
+TILE = 36
 GRIDS = [[TILE * rows, TILE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3) if rows * columns < 7]
 
 
@@ -81,7 +81,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": _tower("internvl_vision", image_size=[TILE, TILE], patch_size=[3, 3]),
         "text_config": _decoder("qwen2", tie_word_embeddings=True),
         "image_token_id": IMAGE_TOKEN,
-        "image_seq_length": 16,
+        "image_seq_length": 36,
         "downsample_ratio": 0.5,
         "tie_word_embeddings": True,
     },

@@ -1,9 +1,217 @@
+"""Families whose pictures become tiles, from a small checkpoint to answers: ONNX Runtime against transformers' own models."""
+
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+from PIL import Image
+
+from gap_export.bundle import Bundle
+from gap_export.parity import controls
+from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.ground import keep_counts, open_session
+from gap_export.runtime.pictures import Pictures, prepare
+from gap_export.runtime.torch_staged import open_reference
+
+from .conftest import IMAGE_TOKEN, PROCESSORS, Tiny
+
+NEW_TOKENS = 20
+SIZES = {1: [(40, 30)], 2: [(100, 70), (30, 90)]}
+PROMPTS = [[1, 5, 6, IMAGE_TOKEN, 7, 8, 9], [1, IMAGE_TOKEN, 12, 13, 14, 15, 16, 17, 18]]
+
+Families = Callable[[str], Tiny]
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_next_mistral", "llava_onevision", "internvl"])
-def test_build(tiny_family, name):
-    b = tiny_family(name).bundle(keep=0.3)
-    print(b.manifest.model, b.manifest.pruning)
+def images(batch: int) -> list[Image.Image]:
+    rng = np.random.default_rng(3)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES[batch]]
+
+
+def prompts(batch: int) -> Any:
+    rows = PROMPTS[:batch]
+    ids = np.full((batch, max(map(len, rows))), -1, np.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+    return ids
+
+
+def pictures_of(bundle: Bundle, batch: int) -> Pictures:
+    return prepare(images(batch), bundle.manifest.preprocessing, bundle.manifest.model)
+
+
+def answer(session: Any, bundle: Bundle, batch: int, keep: float | None = None, **options: Any) -> Generation:
+    pictures = pictures_of(bundle, batch)
+    return generate(
+        session,
+        pictures,
+        prompts(batch),
+        max_new_tokens=NEW_TOKENS,
+        eos_token_ids=(),
+        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, pictures, keep),
+        keep_logits=True,
+        **options,
+    )
+
+
+def both(tiny: Tiny, bundle: Bundle, batch: int, keep: float | None = None) -> tuple[Generation, Generation]:
+    """The answer of the graphs, and that of the reference."""
+    manifest = bundle.manifest
+    reference = open_reference(manifest.family, tiny.folder, manifest.pruning)
+    return answer(open_session(bundle, "onnxruntime", threads=1), bundle, batch, keep), answer(
+        reference, bundle, batch, keep
+    )
+
+
+def assert_equal(mine: Generation, theirs: Generation) -> None:
+    np.testing.assert_array_equal(mine.kept_indices, theirs.kept_indices)
+    for row, last in enumerate(theirs.placement.last_index):
+        ids, expected = (run.placement.position_ids[row, : last + 1] for run in (mine, theirs))
+        np.testing.assert_array_equal(ids, expected)
+    assert mine.tokens == theirs.tokens
+    assert len(mine.tokens[0]) == NEW_TOKENS
+    difference = max(np.abs(a - b).max() for a, b in zip(mine.logits, theirs.logits, strict=True))
+    assert difference <= 1e-3
+
+
+BUILDS = [
+    ("llava_next", {"pruner": "cls_attention", "keep": "0.1:0.3:1.0"}),
+    ("llava_next", {"pruner": "visionzip", "keep": 0.3}),
+    ("llava_next", {"pruner": "prumerge", "keep": 0.3}),
+    ("llava_next", {"pruner": "cls_attention", "keep": 0.3, "positions": "permuted"}),
+    ("llava_next_mistral", {"pruner": "cls_attention", "keep": 0.3}),
+    ("llava_onevision", {"pruner": "divprune", "keep": "0.1:0.3:1.0"}),
+    ("llava_onevision", {"pruner": "dart", "keep": 0.3}),
+    ("internvl", {"pruner": "cls_attention", "keep": "0.1:0.3:1.0"}),
+    ("internvl", {"pruner": "vispruner", "keep": 0.3}),
+]
+NAMES = ("llava_next", "llava_onevision", "internvl")
+USUAL: dict[str, dict[str, Any]] = {
+    name: dict(next(options for n, options in BUILDS if n == name)) for name in NAMES
+}
+
+
+@pytest.mark.parametrize(("name", "options"), BUILDS, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_graphs_answer_as_the_reference(
+    tiny_family: Families, name: str, options: dict[str, Any], batch: int
+) -> None:
+    tiny = tiny_family(name)
+    assert_equal(*both(tiny, tiny.bundle(**options), batch))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("keep", [0.1, 1.0])
+def test_requests_choose_their_share(tiny_family: Families, name: str, keep: float) -> None:
+    tiny = tiny_family(name)
+    bundle = tiny.bundle(**USUAL[name])
+    mine, theirs = both(tiny, bundle, 2, keep)
+    assert_equal(mine, theirs)
+    pictures = pictures_of(bundle, 2)
+    lines = pictures.visual_tokens - pictures.prunable
+    kept = (mine.kept_indices >= 0).sum(axis=1) - lines
+    assert kept.tolist() == np.floor(keep * pictures.prunable + 0.5).tolist()
+    assert len(set(pictures.visual_tokens)) == 2, "pictures must differ, or nothing is tested"
+
+
+@cache
+def whole_model(name: str, folder: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
+    """transformers packs tiles, cuts bars and adds ends of lines by itself, and numbers tokens 0..: nothing of ours is in it."""
+    import torch
+
+    tiny = tiny_family(name)
+    bundle = tiny.bundle(**USUAL[name])
+    mine = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2, 1.0)
+    pictures, model = pictures_of(bundle, 2), whole_model(name, tiny.folder)
+    for row, (width, height) in enumerate(SIZES[2]):
+        ids: list[int] = []
+        for token in PROMPTS[row]:
+            ids += [token] * (int(pictures.visual_tokens[row]) if token == IMAGE_TOKEN else 1)
+        pixels = torch.from_numpy(pictures.calls[row]["pixel_values"])
+        sizes = {} if name == "internvl" else {"image_sizes": torch.tensor([[height, width]])}
+        with torch.inference_mode():
+            logits = model(
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                pixel_values=pixels if name == "internvl" else pixels[None],
+                **sizes,
+            ).logits[0, -1]
+        np.testing.assert_allclose(mine.logits[0][row], logits.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) -> None:
+    """Number the unpruned prompt and cross out what was pruned."""
+    bundle = tiny_family(name).bundle(**USUAL[name])
+    run, pictures = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2), pictures_of(bundle, 2)
+    for row, tokens in enumerate(PROMPTS):
+        before, visual = tokens.index(IMAGE_TOKEN), int(pictures.visual_tokens[row])
+        kept = run.kept_indices[row][run.kept_indices[row] >= 0]
+        everything = np.arange(before + visual + len(tokens) - before - 1)
+        surviving = np.concatenate(
+            [everything[:before], everything[before:][kept], everything[before + visual :]]
+        )
+        np.testing.assert_array_equal(run.placement.position_ids[row, : len(surviving)], surviving)
+        assert run.placement.next_position[row] == len(everything)
+        assert run.placement.next_slot[row] == len(surviving)
+        assert len(surviving) < len(everything)
+        assert (np.diff(kept) > 0).all()
+
+
+@pytest.mark.parametrize(("name", "keep"), [(n, k) for n in NAMES[:2] for k in (0.1, 0.3)])
+def test_ends_of_lines_are_never_pruned(tiny_family: Families, name: str, keep: float) -> None:
+    bundle = tiny_family(name).bundle(**USUAL[name])
+    run = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2, keep)
+    for row, call in enumerate(pictures_of(bundle, 2).calls):
+        lines = call["newline_positions"]
+        assert set(lines) <= set(run.kept_indices[row])
+        assert 0 < len(lines) < (run.kept_indices[row] >= 0).sum()
+
+
+@pytest.mark.parametrize("control", controls())
+def test_wrong_placements_show(tiny_family: Families, control: str) -> None:
+    bundle = tiny_family("llava_next").bundle(**USUAL["llava_next"])
+    session = open_session(bundle, "onnxruntime", threads=1)
+    right = answer(session, bundle, 2)
+    before = np.array([tokens.index(IMAGE_TOKEN) for tokens in PROMPTS])
+    wrong = controls()[control]
+
+    def adjust(placement: Any, visual: Any) -> Any:
+        return wrong(placement, before, (visual.kept_indices >= 0).sum(axis=1))
+
+    off = answer(session, bundle, 2, adjust=adjust)
+    assert max(np.abs(a - b).max() for a, b in zip(right.logits, off.logits, strict=True)) > 1e-2
+
+
+def test_a_line_that_ends_elsewhere_shows(tiny_family: Families) -> None:
+    """The place of an end of a line is an id like any other: the model must see when it is wrong."""
+    bundle = tiny_family("llava_next").bundle(**USUAL["llava_next"])
+    session = open_session(bundle, "onnxruntime", threads=1)
+    pictures = pictures_of(bundle, 1)
+    (call,) = pictures.calls
+    moved = {**call, "newline_positions": np.sort(np.r_[call["newline_positions"][:-1], 3])}
+    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.model, pictures, None)
+    right, wrong = (
+        generate(
+            session, replace(pictures, calls=(inputs,)), prompts(1),
+            max_new_tokens=2, eos_token_ids=(), keep_counts=counts,
+        ).logits[0]
+        for inputs in (call, moved)
+    )  # fmt: skip
+    assert np.abs(right - wrong).max() > 1e-2
+
+
+def test_every_family_has_a_processor() -> None:
+    assert set(PROCESSORS) >= set(NAMES)

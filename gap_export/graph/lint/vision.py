@@ -295,6 +295,8 @@ def _gathered_with(flow: Flow, embeds: ir.Value, kept: ir.Value) -> bool:
     def joining(node: ir.Node) -> Iterable[ir.Value | None]:
         if is_op(node, "Where"):
             return node.inputs[1:]
+        if is_op(node, "Gather") and node.inputs[0] in flow.inputs:  # places that came with the picture
+            return node.inputs[1:]
         return node.inputs if is_op(node, "Concat") else reshaping(node)
 
     # Chosen in groups and left in the order of the choice, indices are joined; each group was read at its own.
