@@ -182,7 +182,6 @@ def test_a_download_that_breaks_off_goes_on(hub: str, tmp_path: Path) -> None:
     assert spans[1].startswith("bytes=")
     assert "fetching owner/tiny" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
-    assert not done.stderr.strip()
     asked = len(Hub.asked)
     assert "FOLDER" in fetch("owner/tiny", "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1").stdout
     assert len(Hub.asked) == asked, "offline, the cache is enough"
