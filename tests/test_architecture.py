@@ -49,6 +49,7 @@ ROOMS = (
     "sweep_record",
     "sweep_store",
     "sweep_plot",
+    "random_weights",
     "preflight",
     "pipeline",
     "sweep",
