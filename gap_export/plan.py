@@ -94,7 +94,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         RecipeError: numbers that contradict each other or the model.
     """
     strategy = prune.strategy(recipe.pruner)
-    prune.require_tower(strategy, facts.tower_lacks)
+    prune.require_tower(strategy, facts.tower_lacks, differ=facts.token_range is not None)
     prune.require_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
     counting, keep, fewest, kept, most = (
         _counts(recipe, strategy, facts.visual_tokens)

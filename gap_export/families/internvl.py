@@ -182,6 +182,7 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         return InternVLForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
+    reading.refuse_unknown_weights(checkpoint, model, tied=_tied(config), ignored=reading.NOTHING)
     pieces = assembly.Pieces(
         vision=InternVLVision(model, plan),
         vision_inputs=(pixel_values(_tiling(checkpoint, config)),),
@@ -199,9 +200,11 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     Raises:
         CheckpointError: the checkpoint has it under none of the known names.
     """
-    config = reading.read_config(checkpoint)
-    tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
-    return reading.weight_key(checkpoint, parameter, tied=tied)
+    return reading.weight_key(checkpoint, parameter, tied=_tied(reading.read_config(checkpoint)))
+
+
+def _tied(config: Any) -> bool:
+    return bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTiles:

@@ -143,6 +143,7 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         return LlavaNextForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, mode)
+    reading.refuse_unknown_weights(checkpoint, model, tied=False, ignored=f"{TEXT_TOWER}/")
     text = (
         None
         if plan.text_tower is None

@@ -144,6 +144,7 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         return LlavaOnevisionForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
+    reading.refuse_unknown_weights(checkpoint, model, tied=_tied(config), ignored=reading.NOTHING)
     pieces = assembly.Pieces(
         vision=LlavaOnevisionVision(model, plan),
         vision_inputs=anyres_inputs(_tiling(checkpoint, config)),
@@ -161,11 +162,10 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     Raises:
         CheckpointError: the checkpoint has it under none of the known names.
     """
-    return reading.weight_key(checkpoint, parameter, tied=_tied(checkpoint))
+    return reading.weight_key(checkpoint, parameter, tied=_tied(reading.read_config(checkpoint)))
 
 
-def _tied(checkpoint: Checkpoint) -> bool:
-    config = reading.read_config(checkpoint)
+def _tied(config: Any) -> bool:
     return bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
 
 

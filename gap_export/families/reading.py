@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.families.keys import find_key, with_shared_table
+from gap_export.families.keys import find_key, require_known, with_shared_table
 
 PREFIXES: Mapping[str, Sequence[str]] = {
     "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
@@ -46,6 +47,10 @@ class Requirements:
                 subject=str(self.checkpoint.folder / "config.json"),
                 hint=f"this model is not {self.model} as published; see `gap-export models`",
             )
+
+
+NOTHING = r"(?!)"
+"""Pattern of no key."""
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
@@ -133,6 +138,22 @@ def weight_key(checkpoint: Checkpoint, parameter: str, *, tied: bool) -> str:
         CheckpointError: the checkpoint has it under none of the known names.
     """
     return find_key(checkpoint, parameter, with_shared_table(PREFIXES, tied=tied))
+
+
+def refuse_unknown_weights(checkpoint: Checkpoint, model: nn.Module, *, tied: bool, ignored: str) -> None:
+    """Refuse a checkpoint with weights that transformers' model has no place for.
+
+    Args:
+        checkpoint: as published.
+        model: hollow, whole: with its `model` and its `lm_head`.
+        tied: see `weight_key`.
+        ignored: pattern of further keys that are known and not used.
+
+    Raises:
+        CheckpointError: names some of them.
+    """
+    parameters = (name.removeprefix("model.") for name in model.state_dict())
+    require_known(checkpoint, parameters, with_shared_table(PREFIXES, tied=tied), ignored=ignored)
 
 
 def _is_rgb(values: Any) -> bool:

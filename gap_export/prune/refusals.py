@@ -7,19 +7,26 @@ from gap_export.errors import RecipeError
 from gap_export.prune.table import STRATEGIES, Strategy
 
 
-def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...]) -> None:
+def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...], *, differ: bool = False) -> None:
     """Refuse a strategy that cannot work on a tower.
 
     Args:
         wanted: the strategy.
         lacking: what the tower does not have.
+        differ: whether pictures differ in how many visual tokens they have, so that none can be dropped inside the decoder.
 
     Raises:
         RecipeError: with the list of those that can.
     """
     missing = [part.replace("_", " ") for part in wanted.needs if part in lacking]
     if missing:
-        able = [row.name for row in STRATEGIES if not row.needs_text and not set(row.needs) & set(lacking)]
+        able = [
+            row.name
+            for row in STRATEGIES
+            if not row.needs_text
+            and not set(row.needs) & set(lacking)
+            and not (differ and row.where == "inside the decoder")
+        ]
         raise RecipeError(
             f"needs a {' and a '.join(missing)}, which this vision tower does not have",
             subject=f"pruner {wanted.name}",
