@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -70,44 +69,6 @@ class Checkpoint:
         """Parse one of the checkpoint's JSON files; an absent file is an empty dict."""
         path = self.folder / file
         return _read_json(path) if path.is_file() else {}
-
-
-def bundled(name: str) -> Path:
-    """Folder of a checkpoint shipped inside the package."""
-    return Path(str(resources.files("gap_export"))) / "assets" / name
-
-
-def resolve(reference: str) -> Path:
-    """Folder of a checkpoint, fetched from the hub when it is neither bundled nor local.
-
-    Args:
-        reference: `bundled:NAME`, a folder, or a hub id `owner/name`. `HF_HUB_OFFLINE` and the hub's cache are honoured.
-
-    Raises:
-        CheckpointError: not there, and not to be had.
-    """
-    if reference.startswith("bundled:"):
-        return bundled(reference.removeprefix("bundled:"))
-    folder = Path(reference)
-    if folder.exists() or reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        return folder.expanduser()
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise EnvironmentLacks(
-            "is needed to fetch checkpoints",
-            subject="huggingface_hub",
-            hint="pip install 'gap-export[build]'",
-        ) from error
-    try:
-        return Path(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            "is not in the local cache and could not be fetched from the hub",
-            subject=reference,
-            hint="download its *.json and *.safetensors files elsewhere and pass the folder: --checkpoint FOLDER",
-        ) from error
 
 
 def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:

@@ -177,6 +177,12 @@ def build(
         str | None,
         typer.Option(help="CLIP checkpoint (folder or hub id) for pruners that look at the expression."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="checkpoint (default), or random: of the published sizes, for latency work without a download."
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -210,6 +216,7 @@ def build(
         pruner=pruner,
         prune_layers=prune_layers,
         text_tower=text_tower,
+        weights=weights,
         base=base,
         vision_tower=vision_tower,
         positions=positions,

@@ -31,13 +31,16 @@ from gap_export.bundle import (
     open_bundle,
     write_manifest,
 )
-from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
+from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import BundleError, CheckpointError, RecipeError
 from gap_export.families import PARTS, Family, family_of
 from gap_export.grounding import scenes
+from gap_export.hub import resolve
 from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import Plan, plan_for
 from gap_export.positions import PositionPolicy
+from gap_export.preflight import linkable, needs_of, require_room
+from gap_export.random_weights import random_checkpoint
 from gap_export.recipe import Recipe, Target
 from gap_export.runtime.ground import Backend, Grounded, Grounder, open_session
 from gap_export.runtime.prompt import check_text_tokenizer, encode_prompts, load_tokenizer
@@ -61,6 +64,9 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "permuted": {"positions": PositionPolicy.PERMUTED},
     "gap": {"positions": PositionPolicy.GAP},
 }
+RANDOM = "random"
+"""Stands for the checkpoint of a bundle with random weights."""
+
 _TOKENIZER, _TEXT_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
 
 
@@ -101,7 +107,11 @@ def build(
     """
     _refuse_foreign_folder(out, recipe, replace)
     progress("reading the checkpoint")
-    checkpoint = open_checkpoint(resolve(recipe.checkpoint), name=recipe.checkpoint)
+    random = recipe.weights == "random"
+    folder = (
+        random_checkpoint(recipe.checkpoint, progress) if random else resolve(recipe.checkpoint, progress)
+    )
+    checkpoint = open_checkpoint(folder, name=recipe.checkpoint)
     family_name, family = family_of(checkpoint)
     if recipe.family not in (None, family_name):
         raise CheckpointError(
@@ -117,6 +127,17 @@ def build(
         checkpoint, text_tower = checkpoint.with_part("text_tower", part), family.text_tower(checkpoint, part)
         check_text_tokenizer(load_tokenizer(part.folder / _TOKENIZER), text_tower)
     plan = plan_for(recipe, facts, text_tower)
+    require_room(
+        needs_of(
+            checkpoint,
+            recipe,
+            facts,
+            linkable=linkable(checkpoint, out),
+            self_contained=self_contained,
+        ),
+        out,
+        recipe,
+    )
     prompt, box = family.prompt(checkpoint, recipe), family.box(recipe)
     _check_prompt(tokenizer, prompt, plan, recipe)
 
@@ -161,7 +182,7 @@ def build(
             gap_export=__version__,
             name=recipe.name,
             family=family_name,
-            checkpoint=recipe.checkpoint,
+            checkpoint=RANDOM if random else recipe.checkpoint,
             precision=recipe.precision,
             model=facts,
             pruning=Pruning(
@@ -245,6 +266,13 @@ def validate(
     manifest = bundle.manifest
     pruning, visual_tokens = manifest.pruning, manifest.model.visual_tokens
     recipe = Recipe.model_validate(manifest.recipe)
+    if manifest.checkpoint == RANDOM and checkpoint is None:
+        raise BundleError(
+            "holds random weights, which ground nothing",
+            subject=str(folder),
+            hint="measure it with `gap-export bench`; to compare it with PyTorch all the same, pass the folder of its weights: "
+            "--checkpoint FOLDER",
+        )
     source = checkpoint or resolve(manifest.checkpoint)
     reads = None
     if manifest.text_tower is not None:

@@ -74,6 +74,7 @@ class Recipe(BaseModel):
         positions: numbering policy.
         merged_id: which raster index tokens stand for that a pruner merged from many.
         seed: for strategies that draw at random.
+        weights: those of the checkpoint, or random ones of its sizes, for latency work without it.
         base: checkpoint that a delta or a low-rank update is applied to, for models that are published so.
         vision_tower: checkpoint of the vision tower, for models that are published without it.
         text_tower: CLIP checkpoint (`bundled:NAME`, a folder, or a hub id) that pruners which look at the expression take
@@ -103,6 +104,7 @@ class Recipe(BaseModel):
     positions: PositionPolicy = PositionPolicy.GAP
     merged_id: MergedId = MergedId.LAST_VISUAL
     seed: int = Field(default=0, ge=0)
+    weights: Literal["checkpoint", "random"] = "checkpoint"
     base: str | None = None
     vision_tower: str | None = None
     text_tower: str | None = None

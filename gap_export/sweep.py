@@ -18,10 +18,11 @@ from typing import TypeVar
 from gap_export import parity, pipeline, prune, sweep_plot
 from gap_export.artifact import record_of, scratch_folder, write_atomically
 from gap_export.bundle import ModelFacts, TextTower
-from gap_export.checkpoint import Checkpoint, open_checkpoint, resolve
+from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import GapExportError, InputError, RecipeError
 from gap_export.families import family_of
 from gap_export.grounding import metrics, scenes
+from gap_export.hub import resolve
 from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import plan_for
 from gap_export.positions import PositionPolicy

@@ -27,6 +27,7 @@ ROOMS = (
     "weight_files",
     "torch_archive",
     "checkpoint",
+    "hub",
     "prune",
     "plan",
     "runtime.preprocess",  # families state how pictures become squares, grounding maps boxes back
@@ -48,6 +49,8 @@ ROOMS = (
     "sweep_record",
     "sweep_store",
     "sweep_plot",
+    "random_weights",
+    "preflight",
     "pipeline",
     "sweep",
     "cli",

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gap_export.checkpoint import bundled, open_checkpoint, resolve
+from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.families import family_of
-from gap_export.families.llava import weight_key
+from gap_export.families.reading import weight_key
 from gap_export.weight_files import read_header
 
 
@@ -187,26 +187,6 @@ def test_metadata_is_no_weight(tmp_path: Path) -> None:
 # Finding checkpoints, families and keys
 
 
-def test_references(tmp_path: Path) -> None:
-    assert resolve("bundled:llava-shapes") == bundled("llava-shapes")
-    assert resolve(str(tmp_path)) == tmp_path
-    assert resolve("./nowhere/at all") == Path("nowhere/at all")
-    assert resolve("/no/where") == Path("/no/where")
-
-
-def test_a_hub_checkpoint_that_cannot_be_had_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="could not be fetched") as caught:
-        resolve("nobody/nothing")
-    assert caught.value.subject == "nobody/nothing"
-    assert "pass the folder" in caught.value.hint
-
-
 @pytest.mark.parametrize("model_type", ["paligemma", "", "LLAVA"])
 def test_unknown_families_are_refused(model_type: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -234,9 +214,9 @@ def test_unknown_families_are_refused(model_type: str, folder: Path) -> None:
 def test_keys_of_published_layouts(parameter: str, stored: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     save_file({stored: np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
-    assert weight_key(open_checkpoint(tmp_path), parameter) == stored
+    assert weight_key(open_checkpoint(tmp_path), parameter, tied=False) == stored
 
 
 def test_a_missing_weight_is_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no weight for multi_modal_projector\.linear_1\.weight"):
-        weight_key(open_checkpoint(folder), "multi_modal_projector.linear_1.weight")
+        weight_key(open_checkpoint(folder), "multi_modal_projector.linear_1.weight", tied=False)

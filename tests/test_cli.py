@@ -23,7 +23,7 @@ from PIL import Image
 from gap_export import cli, pipeline
 from gap_export.artifact import record_of
 from gap_export.bundle import Bundle, Manifest, open_bundle, write_manifest
-from gap_export.checkpoint import resolve
+from gap_export.hub import resolve
 
 BuildBundle = Callable[..., Bundle]
 

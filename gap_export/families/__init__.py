@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from gap_export.bundle import AnyPreprocessing, BoxFormat, ModelFacts, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.plan import Plan
 from gap_export.recipe import Recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from gap_export.plan import Plan
     from gap_export.spec import Component
 
 FAMILIES = {

@@ -1,0 +1,90 @@
+"""Stand-ins for published checkpoints: complete, the same every time, and built like any other."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gap_export import pipeline, random_weights
+from gap_export.checkpoint import open_checkpoint
+from gap_export.errors import BundleError, CheckpointError, EnvironmentLacks
+from gap_export.random_weights import CONFIGS, published, random_checkpoint
+from gap_export.recipe import Recipe, known_recipes, load_recipe
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A published model of a few kilobytes."""
+    content = {
+        "config": json.loads((tiny_checkpoint / "config.json").read_text()),
+        "preprocessor_config": json.loads((tiny_checkpoint / "preprocessor_config.json").read_text()),
+        "special_tokens": {"<unk>": 3, "<s>": 1, "</s>": 2, "<image>": 4},
+    }
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "owner--tiny.json").write_text(json.dumps(content))
+    monkeypatch.setattr(random_weights, "CONFIGS", configs)
+    monkeypatch.setattr(random_weights, "SHARD_BYTES", 20000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return "owner/tiny"
+
+
+def recipe(checkpoint: str, **changes: Any) -> Recipe:
+    options = {
+        "name": "tiny",
+        "checkpoint": checkpoint,
+        "weights": "random",
+        "max_text": 64,
+        "max_new_tokens": 4,
+    }
+    return Recipe.model_validate({**options, "prompt": "<image> {expression}", **changes})
+
+
+def test_a_stand_in_is_built_like_a_checkpoint(tiny: str, tmp_path: Path) -> None:
+    bundle = pipeline.build(recipe(tiny), tmp_path / "out").bundle
+    assert bundle.manifest.checkpoint == "random"
+    folder = tmp_path / "cache" / "gap-export" / "random" / "owner--tiny"
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    written = [shard.stat().st_mtime_ns for shard in shards]
+    again = random_checkpoint(tiny)
+    assert [shard.stat().st_mtime_ns for shard in sorted(again.glob("*.safetensors"))] == written
+    with pytest.raises(BundleError, match="holds random weights, which ground nothing"):
+        pipeline.validate(bundle.folder, cases=4)
+
+
+def test_weights_are_the_same_every_time(tiny: str, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        random_weights.write_checkpoint(tmp_path / name, published(tiny))
+    for shard in (tmp_path / "one").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "other" / shard.name).read_bytes()
+
+
+def test_a_full_disk_leaves_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_weights.shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
+    with pytest.raises(EnvironmentLacks, match="random weights take"):
+        random_checkpoint(tiny)
+    assert list((tmp_path / "cache" / "gap-export" / "random").iterdir()) == []
+
+
+def test_what_is_not_known_is_refused(tiny: str) -> None:
+    with pytest.raises(CheckpointError, match="sizes are not known") as caught:
+        random_checkpoint("somebody/else")
+    assert tiny in caught.value.hint
+
+
+def test_published_sizes_belong_to_recipes() -> None:
+    wanted = {load_recipe(name).checkpoint for name in known_recipes()}
+    for file in CONFIGS.glob("*.json"):
+        assert file.stem.replace("--", "/") in wanted
+        assert published(file.stem.replace("--", "/")).config["model_type"]
+
+
+def test_a_stand_in_has_the_layout_that_families_read(tiny: str) -> None:
+    assert "model.language_model.norm.weight" in open_checkpoint(random_checkpoint(tiny)).weights
