@@ -95,7 +95,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
 
     vision = GraphSpec(
         name="vision",
-        inputs=(*pieces.vision_inputs, *_expression(plan, batch), *_keep_count(plan)),
+        inputs=(*pieces.vision_inputs, *_expression(plan, 1 if differ else batch), *_keep_count(plan)),
         outputs=visual(plan.kept_dim if plan.count_is_given else plan.most)[: 2 if differ else None],
     )
 
@@ -181,7 +181,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     ]
 
 
-def _expression(plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
+def _expression(plan: Plan, batch: int | Dim) -> tuple[TensorSpec, ...]:
     if plan.text_tower is None:
         return ()
     longest = plan.text_tower.context

@@ -215,3 +215,34 @@ def test_a_line_that_ends_elsewhere_shows(tiny_family: Families) -> None:
 
 def test_every_family_has_a_processor() -> None:
     assert set(PROCESSORS) >= set(NAMES)
+
+
+def test_the_expression_is_read_once_for_all_tiles(
+    tiny_family: Families, tiny_text_tower: Path, text_ids: Any
+) -> None:
+    from gap_export.runtime.torch_reference import TextReference
+
+    tiny = tiny_family("llava_next")
+    bundle = tiny.bundle(pruner="text_similarity", keep=0.3, text_tower=str(tiny_text_tower))
+    assert bundle.manifest.text_tower is not None
+    reads = TextReference(tiny_text_tower, bundle.manifest.text_tower)
+    reference = open_reference("llava_next", tiny.folder, bundle.manifest.pruning, text_tower=reads)
+    mine, theirs, other = (
+        answer(session, bundle, 2, text_ids_BL=ids)
+        for session, ids in (
+            (open_session(bundle, "onnxruntime", threads=1), text_ids[:2]),
+            (reference, text_ids[:2]),
+            (reference, text_ids[2:4]),
+        )
+    )
+    assert_equal(mine, theirs)
+    assert not np.array_equal(mine.kept_indices, other.kept_indices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_engines_are_built(tiny_family: Families, name: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
+    pruner = "dart" if name == "llava_onevision" else "cls_attention"
+    engines = {"targets": ("onnx", "tensorrt-rtx"), "compute_capabilities": ("8.6",)}
+    bundle = tiny_family(name).bundle(pruner=pruner, keep="0.1:0.3:1.0", precision="fp16", **engines)
+    assert set(bundle.manifest.engines["tensorrt-rtx"]) == {"vision", "splice", "embed", "decoder"}
