@@ -23,6 +23,7 @@ from PIL import Image
 from gap_export import cli, pipeline
 from gap_export.artifact import record_of
 from gap_export.bundle import Bundle, Manifest, open_bundle, write_manifest
+from gap_export.cli import making
 from gap_export.hub import resolve
 
 BuildBundle = Callable[..., Bundle]
@@ -108,7 +109,7 @@ def test_an_exit_code_of_a_command_reaches_the_shell(
     def stops(*_: Any) -> None:
         raise typer.Exit(1)
 
-    monkeypatch.setattr(cli, "_print_json", stops)
+    monkeypatch.setattr(making, "print_json", stops)
     assert command("models", "--json").code == 1
 
 
@@ -116,7 +117,7 @@ def test_ctrl_c_is_130_and_no_traceback(command: Command, monkeypatch: pytest.Mo
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_print_json", interrupted)
+    monkeypatch.setattr(making, "print_json", interrupted)
     result = command("models", "--json")
     assert result.code == 130
     assert "interrupted" in result.err
@@ -124,7 +125,7 @@ def test_ctrl_c_is_130_and_no_traceback(command: Command, monkeypatch: pytest.Mo
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_print_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(making, "print_json", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["gap-export", "models", "--json"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
@@ -265,7 +266,7 @@ def without_end_token(checkpoint: Path) -> None:
         (without("model.safetensors"), ["has no model.safetensors"]),
         (without("config.json"), ["has no config.json"]),
         (with_text("config.json", "{"), ["cannot be read as JSON"]),
-        (edited("config.json", model_type="paligemma"), ["paligemma", "supported: llava"]),
+        (edited("config.json", model_type="paligemma"), ["paligemma", "supported: internvl, llava"]),
         (edited("config.json", auto_map={"AutoModel": "x.Y"}), ["auto_map"]),
         (edited("config.json", text_config__model_type="mistral"), ["text_config.model_type"]),
         (edited("config.json", vision_feature_layer=[-2, -1]), ["vision_feature_layer"]),

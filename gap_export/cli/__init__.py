@@ -1,0 +1,74 @@
+"""The table of commands, the words on the screen, the exit codes.
+
+0: fine. 1: a gate was not met. 2: the user can do something about it (message and hint, no traceback). Anything that shows
+a traceback is a bug of ours. Heavy imports happen inside the commands, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from gap_export import __version__
+from gap_export.cli import making, measuring, using
+from gap_export.cli.app import app, console, out, plain
+from gap_export.errors import GapExportError
+
+__all__ = ["__version__", "app", "main"]
+
+# In the order in which they are needed, which is that of the help.
+for command in (
+    making.models,
+    making.build,
+    measuring.validate,
+    using.run,
+    measuring.bench,
+    measuring.sweep,
+    using.inspect,
+    using.lint,
+):
+    app.command()(command)
+
+_INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells have it."""
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, turn errors of ours into a message and exit code 2."""
+    try:
+        # Outside standalone mode, typer gives the code of a raised Exit back, and for Ctrl-C the shell's.
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+    except GapExportError as error:
+        code = _report(error.stage, error.subject, error.message, error.hint)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console.print(
+            "[yellow]interrupted[/]: nothing half-written was left behind; run the same command again"
+        )
+        code = _INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
+            raise
+        code = _report("usage", "command line", error.format_message(), "see gap-export --help")
+    sys.exit(code)
+
+
+def _report(stage: str, subject: str, message: str, hint: str) -> int:
+    console.print(
+        f"[bold red]{stage}[/]: {plain(subject)}: {plain(message)}", highlight=False, soft_wrap=True
+    )
+    console.print(f"  [cyan]hint[/]: {plain(hint)}", highlight=False, soft_wrap=True)
+    return 2
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+        raise typer.Exit

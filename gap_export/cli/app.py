@@ -1,0 +1,91 @@
+"""The application that commands belong to, the two places they write to, and what several of them share."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gap_export.errors import GapExportError
+
+app = typer.Typer(
+    name="gap-export",
+    help="Export pruned multimodal LLMs to ONNX and TensorRT with their position ids intact.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+console = Console(stderr=True)
+"""Words for people go to standard error; standard output carries results."""
+out = Console(width=None if sys.stdout.isatty() else 140)
+
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
+BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")]
+KeepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of visual tokens to keep, in bundles built with a range; their default when left out."
+    ),
+]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
+
+
+def plain(text: str) -> str:
+    """Square brackets in paths and node names are not markup."""
+    return text.replace("[", r"\[")
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """The record alone, as one line."""
+    print(json.dumps(record, allow_nan=False))
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Ctrl-C ends what runs inside, even where a library catches it and goes on: then when the function given is next called."""
+    came = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def go_on() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield go_on
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def build_room() -> Any:
+    """The pipeline, or advice on what to install for it."""
+    try:
+        from gap_export import pipeline
+        from gap_export.graph import trace  # noqa: F401  (fails early where torch is missing)
+    except ImportError as error:
+        raise needs_build_extra(error) from error
+    return pipeline
+
+
+def needs_build_extra(error: ImportError) -> GapExportError:
+    """What to say where a package is missing."""
+    from gap_export.errors import EnvironmentLacks
+
+    return EnvironmentLacks(
+        "is needed for this command and not installed",
+        subject=error.name or str(error),
+        hint="pip install 'gap-export[build]'",
+    )

@@ -1,0 +1,205 @@
+"""Commands before there is a bundle: what can be built, and building it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from gap_export.cli.app import JsonOption, build_room, console, interruptible, out, plain, print_json
+
+
+def models(as_json: JsonOption = False) -> None:
+    """Recipes, families, and what each needs."""
+    from dataclasses import asdict
+
+    from gap_export import prune, recipe
+    from gap_export.families.overview import OVERVIEW
+    from gap_export.grounding.boxes import CODECS
+
+    recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
+    known = {r.name: OVERVIEW[r.family] for r in recipes if r.family in OVERVIEW}
+    needed = {
+        r.name: {
+            part: getattr(r, part) for part in ("base", "vision_tower", "text_tower") if getattr(r, part)
+        }
+        for r in recipes
+    }
+    boxes = {
+        name: f"{CODECS[each.box.codec].example} of the {each.box.frame.replace('_', ' ')}"
+        for name, each in known.items()
+    }
+    if as_json:
+        print_json(
+            {
+                "recipes": [
+                    {
+                        "name": r.name,
+                        "family": r.family,
+                        "box_format": known[r.name].box.model_dump(),
+                        "pruners": list(known[r.name].pruners),
+                        "checkpoint": r.checkpoint,
+                        "needs": needed[r.name],
+                        "summary": r.summary,
+                    }
+                    for r in recipes
+                ],
+                "pruners": [asdict(row) for row in prune.STRATEGIES],
+            }
+        )
+        return
+    table = Table(
+        "recipe", "family", "boxes", "checkpoint, and what lies beside it", "pruners that do not work"
+    )
+    for r in recipes:
+        checkpoints = [r.checkpoint, *(f"{part}: {given}" for part, given in needed[r.name].items())]
+        not_working = [name for name in prune.names() if name not in known[r.name].pruners]
+        table.add_row(
+            r.name, r.family, plain(boxes[r.name]), "\n".join(checkpoints), ", ".join(not_working) or "-"
+        )
+    out.print(table)
+    pruners = Table("pruner", "keeps", "needs", "prunes", "merges")
+    for row in prune.STRATEGIES:
+        pruners.add_row(row.name, row.summary, prune.needs(row), row.where, prune.merging(row))
+    out.print(pruners)
+
+
+def build(
+    model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to make.")],
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Fraction of visual tokens kept, in (0, 1]; a range such as 0.1:1.0, in which every request chooses; or adaptive."
+        ),
+    ] = None,
+    keep_bound: Annotated[
+        float | None, typer.Option(help="Most that --keep adaptive may keep of a picture, as a fraction.")
+    ] = None,
+    pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
+    prune_layers: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Decoder layer before which tokens are dropped, for pruners that do so inside the decoder; repeatable."
+        ),
+    ] = None,
+    positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
+    merged_id: Annotated[
+        str | None,
+        typer.Option(help="Place of tokens merged from many: last_visual (default), max_kept or centroid."),
+    ] = None,
+    text_tower: Annotated[
+        str | None,
+        typer.Option(help="CLIP checkpoint (folder or hub id) for pruners that look at the expression."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="checkpoint (default), or random: of the published sizes, for latency work without a download."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that the checkpoint is a delta over, or low-rank updates of (folder or hub id)."
+        ),
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="Vision tower of models published without theirs (folder, .pth file or hub id)."),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")
+    ] = None,
+    capacity: Annotated[int | None, typer.Option(help="Cache slots; by default just enough.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of strategies that draw at random.")] = None,
+    self_contained: Annotated[bool, typer.Option(help="Copy weights instead of linking them.")] = False,
+    replace: Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Checkpoint to bundle: graphs, then engines for every --target."""
+    from gap_export import recipe as recipes
+
+    recipe = recipes.load_recipe(model).replaced(
+        keep=keep,
+        keep_bound=keep_bound,
+        pruner=pruner,
+        prune_layers=prune_layers,
+        text_tower=text_tower,
+        weights=weights,
+        base=base,
+        vision_tower=vision_tower,
+        positions=positions,
+        merged_id=merged_id,
+        precision=precision,
+        targets=target,
+        checkpoint=checkpoint,
+        capacity=capacity,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    pipeline = build_room()
+    with interruptible() as go_on, console.status("starting") as status:
+
+        def show(words: str) -> None:
+            go_on()
+            status.update(f"{words} ...")
+
+        built = pipeline.build(
+            recipe,
+            output,
+            replace=replace,
+            self_contained=self_contained,
+            progress=show,
+        )
+    from gap_export.report import keeping
+
+    manifest = built.bundle.manifest
+    pruning = manifest.pruning
+    if as_json:
+        print_json(
+            {
+                "bundle": str(output),
+                "name": manifest.name,
+                "family": manifest.family,
+                "precision": manifest.precision,
+                "pruner": pruning.pruner,
+                "kept": pruning.left,
+                "mean_kept": pruning.mean_kept,
+                "counting": pruning.counting,
+                "fewest": pruning.fewest,
+                "most": pruning.most,
+                "visual_tokens": manifest.model.visual_tokens,
+                "positions": pruning.positions,
+                "capacity": manifest.capacity,
+                "graphs": sorted(manifest.graphs),
+                "engines": {target: sorted(engines) for target, engines in manifest.engines.items()},
+                "written_bytes": built.written_bytes,
+            }
+        )
+        return
+    out.print(
+        f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, {keeping(pruning, manifest.model.visual_tokens)} ({pruning.pruner}), "
+        f"positions {pruning.positions}, cache {manifest.capacity} slots",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, engines in manifest.engines.items():
+        out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
+    out.print(f"  {_size(built.written_bytes)} written besides linked weights", highlight=False)
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"

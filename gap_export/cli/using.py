@@ -1,0 +1,153 @@
+"""Commands that use a bundle or look at a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gap_export.cli.app import (
+    BackendOption,
+    BundleArgument,
+    JsonOption,
+    KeepOption,
+    ThreadsOption,
+    console,
+    needs_build_extra,
+    out,
+    plain,
+    print_json,
+)
+
+
+def run(
+    bundle: BundleArgument,
+    image: Annotated[Path, typer.Option(help="A picture.")],
+    refer: Annotated[str, typer.Option(help="The referring expression: what to find.")],
+    draw: Annotated[
+        Path | None, typer.Option(help="Write the picture with the box and the kept patches.")
+    ] = None,
+    keep: KeepOption = None,
+    backend: BackendOption = "onnxruntime",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what an expression refers to in a picture."""
+    from gap_export.bundle import open_bundle
+    from gap_export.runtime.generate import refuse_overflow
+    from gap_export.runtime.ground import Grounder, backend_of, open_session
+    from gap_export.runtime.preprocess import load_image
+
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    picture = load_image(image)
+    grounder = Grounder(opened)
+    unknown = grounder.unknown_words(refer)
+    session = open_session(opened, backend_of(backend), threads=threads)
+    grounded = grounder.ground(session, [picture], [refer], keep=keep, max_new_tokens=max_new_tokens)
+    refuse_overflow(grounded.generation, session.backend)
+    answer = grounded.answers[0]
+    if draw is not None:
+        _draw(draw, picture, answer, manifest, refer, grounded.pictures)
+    box = None if answer.box is None else [round(float(edge), 2) for edge in answer.box]
+    if as_json:
+        print_json(
+            {
+                "box": box,
+                "answer": answer.text,
+                "ended": grounded.generation.ended[0],
+                "kept": len(answer.kept_indices),
+                "kept_indices": [int(index) for index in answer.kept_indices],
+                "image_size": list(picture.size),
+                "unknown_words": list(unknown),
+                "backend": session.backend,
+            }
+        )
+        return
+    if not grounded.generation.ended[0]:
+        console.print(f"[yellow]the answer was cut off[/] after {len(grounded.generation.tokens[0])} tokens")
+    if unknown:
+        console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)
+    size = f"{picture.width} x {picture.height}"
+    shown = f"no box on the picture ({size})" if box is None else f"box {box} in pixels of {size}"
+    out.print(f"{plain(shown)}", highlight=False)
+    out.print(f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.pictures.visual_tokens[0])}", highlight=False)  # fmt: skip
+    if draw is not None:
+        out.print(f"  drawn to {draw}", highlight=False)
+
+
+def inspect(
+    bundle: BundleArgument,
+    verify: Annotated[bool, typer.Option(help="Hash large files too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What is inside a bundle: ids, slots, ops, engines, sizes."""
+    from gap_export import report as page
+    from gap_export.bundle import open_bundle
+
+    facts = page.bundle_facts(open_bundle(bundle, every_hash=verify))
+    if as_json:
+        print_json(facts)
+    else:
+        page.print_bundle(facts, out)
+
+
+def lint(
+    graph: Annotated[Path, typer.Argument(help="An ONNX file, ours or another exporter's.")],
+    own: Annotated[bool, typer.Option(help="Hold it to the contract of this project's bundles too.")] = False,
+    kind: Annotated[str, typer.Option(help="decoder, vision, splice, embed or auto.")] = "auto",
+    ids_input: Annotated[str, typer.Option(help="Name of the input with position ids.")] = "position_ids",
+    as_json: JsonOption = False,
+) -> None:
+    """Would gapped position ids survive this graph? Exit 1 when they would not."""
+    from gap_export.errors import InputError
+
+    kinds = ("auto", "decoder", "vision", "splice", "embed")
+    if kind not in kinds:
+        raise InputError(
+            "is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(kinds)}"
+        )
+    try:
+        from gap_export.graph.lint import lint_graph
+    except ImportError as error:
+        raise needs_build_extra(error) from error
+
+    report = lint_graph(graph, profile=kind, own=own, ids_input=ids_input)  # type: ignore[arg-type]
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        verdict = report.verdict
+        word = "[bold green]survive[/]" if verdict.survives else "[bold red]do not survive[/]"
+        out.print(
+            f"{plain(report.subject)}: gapped ids {word}: {plain(verdict.reason)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for finding in report.findings:
+            console.print(f"  {plain(str(finding))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
+
+
+def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: str, pictures: Any) -> None:
+    from gap_export.errors import InputError
+    from gap_export.grounding.draw import draw
+
+    image = draw(
+        picture,
+        answer.box,
+        answer.kept_indices,
+        manifest.model.grid if pictures.grids is None else tuple(pictures.grids[0].tolist()),
+        manifest.preprocessing,
+        visual_tokens=int(pictures.visual_tokens[0]),
+        caption=expression,
+    )
+    try:
+        image.save(target)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot be written: {error}",
+            subject=str(target),
+            hint="use a .png or .jpg path in a folder that exists",
+        ) from error
