@@ -60,6 +60,12 @@ STRATEGIES: tuple[Strategy, ...] = (
         needs=("class_token",),
     ),
     Strategy(
+        "tile_attention",
+        "tile_attention:TileAttention",
+        "the same, by an equal share of every tile",
+        needs=("class_token",),
+    ),
+    Strategy(
         "text_similarity",
         "text_similarity:TextSimilarity",
         "what matches the expression best",
