@@ -20,7 +20,7 @@ from gap_export.weight_files import WeightLocation
 STORED: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _WIDTH: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-# Measured by bench/export_7b.py: 0.59 GB with 32 layers, most of it torch and transformers themselves.
+# Measured by bench/export.py: 0.59 GB with 32 layers, most of it torch and transformers themselves.
 _IMPORTS, _PER_LAYER = 450 * 10**6, 5 * 10**6
 
 

@@ -55,7 +55,7 @@ def test_only_what_changes_is_written(tmp_path: Path) -> None:
 
 
 def test_memory_is_what_was_measured(tmp_path: Path) -> None:
-    """bench/results/export_7b.json: 0.59 GB for 32 layers."""
+    """bench/results/export.json: 0.59 GB for 32 layers."""
     assert 0.55e9 < needs(tmp_path).memory < 0.7e9
 
 

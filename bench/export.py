@@ -1,9 +1,9 @@
-"""What exporting a 7B model costs: peak memory, time, bytes written. See README.md for the protocol.
+"""What exporting models of full size costs: peak memory, time, bytes written. See README.md for the protocol.
 
-    python bench/export_7b.py [--scratch FOLDER] [--label TEXT] [--keep-bundle]
+    python bench/export.py [--builds NAMES] [--scratch FOLDER] [--label TEXT] [--keep]
 
-A stand-in for LLaVA-1.5-7B (14 GB of random fp16 weights) is written once and taken again by later runs. Each build runs
-in a fresh process, so that its peak is its own. The last line printed is the record, also stored in bench/results/.
+Stand-ins for LLaVA-1.5-7B and -13B (14 and 27 GB of random fp16 weights) are written one after the other. Each build runs in a fresh
+process, so that its peak is its own. The last line printed is the record, also stored in bench/results/.
 """
 
 from __future__ import annotations
@@ -15,17 +15,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import record
 from rich.console import Console
 from rich.table import Table
-from standin import LLAVA_7B, ensure_checkpoint
+from standin import LLAVA_7B, LLAVA_13B, ensure_checkpoint
 
-TARGETS = {
-    "decoder": {"peak_rss_gb": 1.0, "written_mb": 10.0, "seconds": 120.0},
-    "bundle": {"peak_rss_gb": 1.5, "written_mb": 10.0},
+
+@dataclass(frozen=True)
+class Build:
+    """One thing to measure.
+
+    Attributes:
+        model: name of the stand-in.
+        what: `decoder` (one graph) or `bundle` (what `gap-export build` does).
+        targets: figure -> most that is allowed.
+    """
+
+    model: str
+    what: str
+    targets: dict[str, float]
+
+
+CONFIGS = {"llava-7b": LLAVA_7B, "llava-13b": LLAVA_13B}
+BUILDS = {
+    "7b-decoder": Build("llava-7b", "decoder", {"peak_rss_gb": 1.0, "written_mb": 10.0, "seconds": 120.0}),
+    "7b-bundle": Build("llava-7b", "bundle", {"peak_rss_gb": 1.5, "written_mb": 10.0}),
+    "13b-decoder": Build("llava-13b", "decoder", {"peak_rss_gb": 1.0, "written_mb": 10.0, "seconds": 200.0}),
 }
 UNITS = {
     "peak_rss_gb": "peak RSS, GB",
@@ -37,37 +56,39 @@ UNITS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--builds", default=",".join(BUILDS), help="which, separated by commas")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
     parser.add_argument("--label", default="", help="words stored with the record")
-    parser.add_argument(
-        "--keep-bundle", action="store_true", help="leave the last bundle in the scratch folder"
-    )
-    parser.add_argument("--build", choices=TARGETS, help=argparse.SUPPRESS)  # how this script calls itself
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints in the scratch folder")
+    parser.add_argument("--build", choices=BUILDS, help=argparse.SUPPRESS)  # how this script calls itself
     options = parser.parse_args()
-    checkpoint, out = options.scratch / "llava-7b", options.scratch / "bundle-7b"
     if options.build:
-        print(json.dumps(measured_build(options.build, checkpoint, out)))
+        build = BUILDS[options.build]
+        folders = options.scratch / build.model, options.scratch / "bundle"
+        print(json.dumps(measured_build(build.what, *folders)))
         return 0
 
-    console = Console()
-    console.print("checkpoint: [bold]LLaVA-1.5-7B[/], random weights")
-    _, weight_bytes = ensure_checkpoint(checkpoint, LLAVA_7B)
-    builds: dict[str, dict[str, Any]] = {}
-    for name in TARGETS:
-        shutil.rmtree(out, ignore_errors=True)
-        console.print(f"building the {name} in a process of its own")
-        builds[name] = in_fresh_process(name, options.scratch)
-    if not options.keep_bundle:
-        shutil.rmtree(out)
+    console, builds, sizes = Console(), {}, {}
+    wanted = {name: BUILDS[name] for name in options.builds.split(",")}
+    for model in dict.fromkeys(build.model for build in wanted.values()):
+        console.print(f"checkpoint: [bold]{model}[/], random weights")
+        folder, sizes[model] = ensure_checkpoint(options.scratch / model, CONFIGS[model])
+        for name in (name for name, build in wanted.items() if build.model == model):
+            console.print(f"building {name} in a process of its own")
+            builds[name] = in_fresh_process(name, options.scratch)
+            shutil.rmtree(options.scratch / "bundle", ignore_errors=True)
+        if not options.keep:
+            shutil.rmtree(folder)
 
     met = {
-        name: {what: builds[name][what] <= limit for what, limit in limits.items()}
-        for name, limits in TARGETS.items()
+        name: {what: builds[name][what] <= limit for what, limit in build.targets.items()}
+        for name, build in wanted.items()
     }
     console.print(table(builds))
+    targets = {name: build.targets for name, build in wanted.items()}
     return record.finish(
-        "export_7b",
-        {"weight_bytes": weight_bytes, "builds": builds, "targets": TARGETS, "met": met},
+        "export",
+        {"weight_bytes": sizes, "builds": builds, "targets": targets, "met": met},
         label=options.label,
         ok=all(all(each.values()) for each in met.values()),
     )
@@ -153,14 +174,14 @@ def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:
 
 
 def table(builds: dict[str, dict[str, Any]]) -> Table:
-    shown = Table(title="export of a 7B model")
+    shown = Table(title="export at full size")
     shown.add_column("build")
     shown.add_column("quantity")
     shown.add_column("measured", justify="right")
     shown.add_column("target", justify="right")
     for name, build in builds.items():
         for what, words in UNITS.items():
-            limit = TARGETS[name].get(what)
+            limit = BUILDS[name].targets.get(what)
             shown.add_row(name, words, f"{build[what]:.2f}", "" if limit is None else f"at most {limit:g}")
         for words, seconds in build["stages"].items():
             shown.add_row("", f"  {words}, s", f"{seconds:.2f}", "")
