@@ -178,7 +178,8 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     torch_dtype, _ = assembly.DTYPES[plan.precision]
 
     def build() -> Any:
-        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": IMPLEMENTATION}
+        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
+        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attention}
         return InternVLForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())

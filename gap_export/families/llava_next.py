@@ -139,7 +139,8 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     mode = fake_mode()
 
     def build() -> Any:
-        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": IMPLEMENTATION}
+        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
+        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attention}
         return LlavaNextForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, mode)
@@ -147,7 +148,9 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     text = (
         None
         if plan.text_tower is None
-        else hollow_text_tower(checkpoint.parts[TEXT_TOWER], torch_dtype, mode)
+        else hollow_text_tower(
+            checkpoint.parts[TEXT_TOWER], torch_dtype, mode, selection.tower_attention(plan)
+        )
     )
     pieces = assembly.Pieces(
         vision=LlavaNextVision(model, plan, feature_layer=_feature_layer(config), text=text),

@@ -272,7 +272,7 @@ def test_the_expression_is_read_once_for_all_tiles(
 @pytest.mark.parametrize("name", NAMES)
 def test_engines_are_built(tiny_family: Families, name: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
-    pruner = "dart" if name == "llava_onevision" else "cls_attention"
+    pruner = "divprune" if name == "llava_onevision" else "cls_attention"
     engines = {"targets": ("onnx", "tensorrt-rtx"), "compute_capabilities": ("8.6",)}
     bundle = tiny_family(name).bundle(pruner=pruner, keep="0.1:0.3:1.0", precision="fp16", **engines)
     assert set(bundle.manifest.engines["tensorrt-rtx"]) == {"vision", "splice", "embed", "decoder"}
