@@ -189,10 +189,10 @@ def refuse_fit(recipe: Recipe, model: str) -> None:
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
-    vision, settings = config.vision_config, reading.image_processor(checkpoint)
+    vision, require = config.vision_config, reading.Requirements(checkpoint, "LLaVA-NeXT")
+    settings = reading.tile_processor(checkpoint, require, vision.image_size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
     same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
-    require = reading.Requirements(checkpoint, "LLaVA-NeXT")
     require(
         "image_grid_pinpoints",
         sorted(map(tuple, same)) == sorted(grids),
