@@ -21,6 +21,7 @@ from gap_export.families.clip import ClipVision
 from gap_export.families.clip_text import TEXT_TOWER, hollow_text_tower, published_tower
 from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.keys import Prefixes, find_key, require_known, with_shared_table
+from gap_export.families.selection import tower_attention
 from gap_export.graph.attention import IMPLEMENTATION
 from gap_export.plan import Plan
 from gap_export.spec import Component, TensorSpec
@@ -77,7 +78,9 @@ class ClipLlama:
         dtype, _ = assembly.DTYPES[plan.precision]
         mode = fake_mode()
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
-        tower = hollow(lambda: AutoModel.from_config(self.vision, **options), mode)
+        attention = tower_attention(plan)
+        towers = {**options, "attn_implementation": attention}
+        tower = hollow(lambda: AutoModel.from_config(self.vision, **towers), mode)
         language_model = hollow(lambda: AutoModel.from_config(self.text, **options), mode)
         projector = hollow(lambda: self.projector().to(dtype), mode)
         lm_head = hollow(lambda: self._lm_head(dtype), mode)
@@ -98,7 +101,7 @@ class ClipLlama:
         require_known(self.checkpoint, named, prefixes, ignored=rf"{TEXT_TOWER}/|{self.ignored}")
         text = None
         if plan.text_tower is not None:
-            text = hollow_text_tower(self.checkpoint.parts[TEXT_TOWER], dtype, mode)
+            text = hollow_text_tower(self.checkpoint.parts[TEXT_TOWER], dtype, mode, attention)
         size = self.vision.image_size
         pieces = assembly.Pieces(
             vision=ClipVision(tower, projector, plan, feature_layer=self.feature_layer, text=text),

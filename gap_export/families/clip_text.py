@@ -20,7 +20,7 @@ from gap_export.bundle import TextTower
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.families.hollow import hollow
-from gap_export.graph.attention import IMPLEMENTATION, slot_mask
+from gap_export.graph.attention import slot_mask
 
 TEXT_TOWER = "text_tower"
 """Name of the part of a checkpoint, and of the module, that it lives under."""
@@ -87,14 +87,14 @@ def read_text_tower(part: Checkpoint, *, tower_width: int) -> TextTower:
     )
 
 
-def hollow_text_tower(part: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> ClipText:
-    """The text tower and the patches' projection, without storage."""
+def hollow_text_tower(part: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode, attention: str) -> ClipText:
+    """The text tower and the patches' projection, without storage; `attention` is one of `graph/attention.py`."""
     config = _config(part)
     text = config.text_config
     text.projection_dim = config.projection_dim
 
     def build() -> CLIPTextModelWithProjection:
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
         return cast(CLIPTextModelWithProjection, CLIPTextModelWithProjection._from_config(text, **options))
 
     model = hollow(build, mode)

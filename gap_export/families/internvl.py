@@ -178,7 +178,8 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     torch_dtype, _ = assembly.DTYPES[plan.precision]
 
     def build() -> Any:
-        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": IMPLEMENTATION}
+        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
+        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attention}
         return InternVLForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
@@ -208,14 +209,14 @@ def _tied(config: Any) -> bool:
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTiles:
-    settings = reading.image_processor(checkpoint)
-    vision = config.vision_config
+    vision, require = config.vision_config, reading.Requirements(checkpoint, MODEL)
+    settings = reading.tile_processor(checkpoint, require, vision.image_size[0])
     side = round(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
     return DynamicTiles(
         size=vision.image_size[0],
         tokens=side * side,
-        fewest=settings.get("min_patches", _USUAL_TILES[0]),
-        most=settings.get("max_patches", _USUAL_TILES[1]),
+        fewest=settings.get("min_patches") or _USUAL_TILES[0],
+        most=settings.get("max_patches") or _USUAL_TILES[1],
         mean=tuple(settings["image_mean"]),
         std=tuple(settings["image_std"]),
     )

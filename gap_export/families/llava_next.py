@@ -139,7 +139,8 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     mode = fake_mode()
 
     def build() -> Any:
-        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": IMPLEMENTATION}
+        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
+        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attention}
         return LlavaNextForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, mode)
@@ -147,7 +148,9 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     text = (
         None
         if plan.text_tower is None
-        else hollow_text_tower(checkpoint.parts[TEXT_TOWER], torch_dtype, mode)
+        else hollow_text_tower(
+            checkpoint.parts[TEXT_TOWER], torch_dtype, mode, selection.tower_attention(plan)
+        )
     )
     pieces = assembly.Pieces(
         vision=LlavaNextVision(model, plan, feature_layer=_feature_layer(config), text=text),
@@ -186,10 +189,10 @@ def refuse_fit(recipe: Recipe, model: str) -> None:
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
-    vision, settings = config.vision_config, reading.image_processor(checkpoint)
+    vision, require = config.vision_config, reading.Requirements(checkpoint, "LLaVA-NeXT")
+    settings = reading.tile_processor(checkpoint, require, vision.image_size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
     same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
-    require = reading.Requirements(checkpoint, "LLaVA-NeXT")
     require(
         "image_grid_pinpoints",
         sorted(map(tuple, same)) == sorted(grids),

@@ -140,7 +140,8 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     torch_dtype, _ = assembly.DTYPES[plan.precision]
 
     def build() -> Any:
-        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": IMPLEMENTATION}
+        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
+        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attention}
         return LlavaOnevisionForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
@@ -170,10 +171,11 @@ def _tied(config: Any) -> bool:
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
-    settings, size = reading.image_processor(checkpoint), config.vision_config.image_size
+    size, require = config.vision_config.image_size, reading.Requirements(checkpoint, MODEL)
+    settings = reading.tile_processor(checkpoint, require, size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
     same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
-    reading.Requirements(checkpoint, MODEL)(
+    require(
         "image_grid_pinpoints",
         sorted(map(tuple, same)) == sorted(grids),
         "the same in config.json and preprocessor_config.json",

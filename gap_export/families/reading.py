@@ -49,6 +49,9 @@ class Requirements:
             )
 
 
+_BICUBIC = 3
+"""Pillow's number, which is what is stored."""
+
 NOTHING = r"(?!)"
 """Pattern of no key."""
 
@@ -92,6 +95,27 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
             hint="fetch the checkpoint's preprocessor_config.json again",
         )
     return stored
+
+
+def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> dict[str, Any]:
+    """The same where pictures become tiles, which are made by one filter and as large as the tower takes them.
+
+    Args:
+        checkpoint: whose settings they are.
+        require: names the model.
+        size: side of the tower's pictures in pixels.
+
+    Raises:
+        CheckpointError: see `image_processor`; or other tiles.
+    """
+    settings = image_processor(checkpoint)
+    extents = [settings.get(name) or {} for name in ("size", "crop_size")]
+    sides = {
+        side for extent in extents for side in (extent.values() if isinstance(extent, dict) else [extent])
+    }
+    require("resample of the image processor", settings.get("resample", _BICUBIC) == _BICUBIC, "3, bicubic")
+    require("size of the image processor", sides <= {size}, f"{size}, as of the vision tower")
+    return settings
 
 
 def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:

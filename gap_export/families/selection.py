@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gap_export import prune
+from gap_export.graph.attention import IMPLEMENTATION, IN_MATMULS
 from gap_export.plan import Plan
 from gap_export.prune import order
 
@@ -15,6 +16,12 @@ from gap_export.prune import order
 def pruner_of(plan: Plan) -> str:
     """The strategy that works before the decoder; what drops tokens inside it is shown all of them."""
     return "none" if plan.stages else plan.pruner
+
+
+def tower_attention(plan: Plan) -> str:
+    """Which attention the vision tower is built with."""
+    varies = plan.count_is_given and prune.strategy(pruner_of(plan)).in_steps
+    return IN_MATMULS if varies else IMPLEMENTATION
 
 
 def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None) -> prune.Selected:

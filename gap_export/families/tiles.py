@@ -106,7 +106,8 @@ def features_of_picture(tiles: prune.VisionFeatures, gather: Gather, whole: int)
     def gathered(tokens_tCE: Tensor | None) -> Tensor | None:
         return None if tokens_tCE is None else gather(tokens_tCE)
 
-    class_token_tE = tiles.class_token_BE
+    class_token_tE, patches_tCE = tiles.class_token_BE, tiles.patches_BNE
+    numbers_tC1 = torch.arange(patches_tCE.shape[0])[:, None, None].expand(-1, patches_tCE.shape[1], -1)
     return TiledFeatures(
         patches_BNE=gather(tiles.patches_BNE),
         grid=None,
@@ -114,6 +115,7 @@ def features_of_picture(tiles: prune.VisionFeatures, gather: Gather, whole: int)
         projected_BNH=gathered(tiles.projected_BNH),
         aligned_BNP=gathered(tiles.aligned_BNP),
         text_BP=tiles.text_BP,
+        tile_N=gather(numbers_tC1).flatten(),
         aligned_inversely=tiles.aligned_inversely,
         tiles=tiles,
         gather=gather,

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "gap_export"
+IN_MATMULS = "gap_export_in_matmuls"
+"""For towers below a choice of varying length: TensorRT-RTX 1.7 crashes while it builds a graph that has both a fused
+`Attention` and a loop whose extents vary."""
+
 OPSET = 24
 _SEQUENCE_AXIS = 2
 
@@ -76,13 +80,34 @@ def onnx_attention(
     return context_BHSD.transpose(1, 2), None
 
 
+def attention_in_matmuls(
+    module: nn.Module,
+    query_BHSD: Tensor,
+    key_BHCD: Tensor,
+    value_BHCD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same in plain operators; softmax in fp32."""
+    scale = scaling if scaling is not None else query_BHSD.shape[-1] ** -0.5
+    logits_BHSC = torch.matmul(query_BHSD * scale, key_BHCD.transpose(2, 3))
+    if attention_mask is not None:
+        logits_BHSC = logits_BHSC.masked_fill(~attention_mask, torch.finfo(logits_BHSC.dtype).min)
+    weights_BHSC = logits_BHSC.float().softmax(dim=-1).to(query_BHSD.dtype)
+    return torch.matmul(weights_BHSC, value_BHCD).transpose(1, 2), None
+
+
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     """The caller always passes a finished 4-D mask; anything transformers would build by itself is unwanted."""
     return None
 
 
 AttentionInterface.register(IMPLEMENTATION, onnx_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+AttentionInterface.register(IN_MATMULS, attention_in_matmuls)
+for _name in (IMPLEMENTATION, IN_MATMULS):
+    AttentionMaskInterface.register(_name, _no_mask)
 
 
 def slot_mask(write_index_B: Tensor, queries: int, capacity: int) -> Tensor:

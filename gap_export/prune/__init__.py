@@ -76,6 +76,7 @@ class VisionFeatures:
         aligned_BNP: the patches in the space shared with text: CLIP's `visual_projection(post_layernorm(patches))`, not
             normalised; None without a text tower.
         text_BP: the expression in that space: CLIP's `text_embeds` before normalisation; None without a text tower.
+        tile_N: int64, which tile saw each patch; None where one saw all.
         aligned_inversely: whether a patch is *less* similar to the text that describes it than other patches are. So it is
             in OpenAI's CLIP, which was trained on whole pictures (CLIP Surgery, arXiv 2304.05653).
     """
@@ -90,6 +91,7 @@ class VisionFeatures:
     projected_BNH: Tensor | None = None
     aligned_BNP: Tensor | None = None
     text_BP: Tensor | None = None
+    tile_N: Tensor | None = None
     aligned_inversely: bool = True
 
     @property

@@ -27,6 +27,7 @@ class Strategy:
         reads_projected: whether it looks at tokens after the projector, all N of which are then projected.
         merges: whether features of dropped tokens go into those of kept ones.
         merged: how many of the K tokens have no raster index of their own.
+        in_steps: whether it chooses one token (or round) after the other, which is a loop in the graph.
         fewest: smallest K that it can give.
         where: the point in the model at which tokens are dropped.
     """
@@ -41,6 +42,7 @@ class Strategy:
     reads_projected: bool = False
     merges: bool = False
     merged: int = 0
+    in_steps: bool = False
     fewest: int = 1
     where: Where = "before the decoder"
 
@@ -57,6 +59,12 @@ STRATEGIES: tuple[Strategy, ...] = (
         "cls_attention",
         "cls_attention:ClsAttention",
         "what the class token attends to most",
+        needs=("class_token",),
+    ),
+    Strategy(
+        "tile_attention",
+        "tile_attention:TileAttention",
+        "the same, by an equal share of every tile",
         needs=("class_token",),
     ),
     Strategy(
@@ -109,12 +117,14 @@ STRATEGIES: tuple[Strategy, ...] = (
         "divprune:DivPrune",
         "greedily the token farthest from all chosen ones",
         reads_projected=True,
+        in_steps=True,
     ),
     Strategy(
         "vispruner",
         "vispruner:VisPruner",
         "half by class-token attention, half by weeding out what is alike",
         needs=("class_token",),
+        in_steps=True,
     ),
     Strategy(
         "cdpruner",
@@ -122,6 +132,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         "greedily what the chosen ones do not span, weighted by how it matches the expression",
         needs_text=True,
         reads_projected=True,
+        in_steps=True,
     ),
     Strategy(
         "dart",

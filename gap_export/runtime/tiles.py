@@ -107,7 +107,7 @@ def anyres_picture(image: Image.Image, preprocessing: AnyRes) -> TiledPicture:
         tokens; where grids may be scaled down, in the place of the last `corners` [P, 4] int64 and `corner_weights` [P, 4] float32.
 
     Raises:
-        InputError: so much wider than high that no row of tokens is left of it.
+        InputError: so much longer one way than the other that no row or no column of tokens is left of it.
     """
     image = rgb(image)
     pixels = anyres_pixels(image, preprocessing)
@@ -145,15 +145,16 @@ def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, N
         return tile * base + row % side * side + column % side
 
     shrunk = shrunk_grid(rows, columns, preprocessing)
-    if shrunk[0] < 1:
+    if min(shrunk) < 1:
+        longer, shorter = ("wider", "high") if width > height else ("higher", "wide")
         raise InputError(
-            "is so much wider than it is high that no row of visual tokens is left of it",
+            f"is so much {longer} than it is {shorter} that no line of visual tokens is left of it",
             subject=f"picture of {width}x{height} pixels",
             hint="cut it into pieces",
         )
     line = shrunk[1] + 1
     within = np.arange(shrunk[0] * shrunk[1])
-    places = np.concatenate([np.arange(base), base + within + within // max(1, shrunk[1])])
+    places = np.concatenate([np.arange(base), base + within + within // shrunk[1]])
     layout: dict[str, NDArray[np.float32] | Ids] = {
         PLACES: places,
         NEWLINES: base + line * (np.arange(shrunk[0]) + 1) - 1,
@@ -215,7 +216,7 @@ def anyres_range(preprocessing: AnyRes) -> tuple[TokenRange, int]:
     usual = len(anyres_layout(*USUAL_SIZE, preprocessing)[PLACES])
     base = preprocessing.side**2
     tokens = TokenRange(
-        fewest=base,
+        fewest=base + 1,
         usual=usual,
         most=base + max(rows * columns for rows, columns in counts),
         never_pruned=max(rows for rows, _ in counts),
@@ -234,7 +235,7 @@ def _neighbours(extent: int, shrunk: int) -> tuple[Ids, Ids, NDArray[np.float32]
 
     As `torch.nn.functional.interpolate` has it without `align_corners`, in float32.
     """
-    scale = np.float32(extent) / np.float32(max(1, shrunk))
+    scale = np.float32(extent) / np.float32(shrunk)
     half = np.float32(0.5)
     source = np.maximum(scale * (np.arange(shrunk, dtype=np.float32) + half) - half, np.float32(0))
     first = source.astype(np.int64)

@@ -284,6 +284,28 @@ def test_what_is_not_supported_is_named(
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resample": 2}, "resample of the image processor"),
+        ({"size": {"shortest_edge": 224}}, "size of the image processor"),
+        ({"crop_size": {"height": 336, "width": 224}}, "size of the image processor"),
+        ({"image_mean": None}, "no image processor settings"),
+    ],
+    ids=str,
+)
+def test_tiles_of_another_kind_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    checkpoint = llava_next(tmp_path, "llama", new=False)
+    path = checkpoint.folder / "preprocessor_config.json"
+    as_published = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "resample": 3}
+    settings = json.loads(path.read_text()) | as_published
+    path.write_text(json.dumps(settings))
+    assert family_of(checkpoint)[1].preprocessing(checkpoint, Recipe(name="x", checkpoint="x"))
+    path.write_text(json.dumps(settings | changes))
+    with pytest.raises(CheckpointError, match=message):
+        family_of(checkpoint)[1].preprocessing(checkpoint, Recipe(name="x", checkpoint="x"))
+
+
+@pytest.mark.parametrize(
     ("make", "pruner", "works"),
     [
         (lambda f: llava_onevision(f, "qwen2-0.5b", new=False), "cls_attention", {"divprune", "dart", "random", "none"}),

@@ -81,6 +81,7 @@ def assert_equal(mine: Generation, theirs: Generation) -> None:
 
 BUILDS = [
     ("llava_next", {"pruner": "cls_attention", "keep": "0.1:0.3:1.0"}),
+    ("llava_next", {"pruner": "tile_attention", "keep": 0.3}),
     ("llava_next", {"pruner": "visionzip", "keep": 0.3}),
     ("llava_next", {"pruner": "prumerge", "keep": 0.3}),
     ("llava_next", {"pruner": "cls_attention", "keep": 0.3, "positions": "permuted"}),
@@ -88,6 +89,7 @@ BUILDS = [
     ("llava_onevision", {"pruner": "divprune", "keep": "0.1:0.3:1.0"}),
     ("llava_onevision", {"pruner": "dart", "keep": 0.3}),
     ("internvl", {"pruner": "cls_attention", "keep": "0.1:0.3:1.0"}),
+    ("internvl", {"pruner": "tile_attention", "keep": 0.3}),
     ("internvl", {"pruner": "vispruner", "keep": 0.3}),
 ]
 NAMES = ("llava_next", "llava_onevision", "internvl")
@@ -117,6 +119,34 @@ def test_requests_choose_their_share(tiny_family: Families, name: str, keep: flo
     kept = (mine.kept_indices >= 0).sum(axis=1) - lines
     assert kept.tolist() == np.floor(keep * pictures.prunable + 0.5).tolist()
     assert len(set(pictures.visual_tokens)) == 2, "pictures must differ, or nothing is tested"
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl"])
+def test_every_tile_keeps_the_same_share(tiny_family: Families, name: str) -> None:
+    """Over the whole picture shares differ: the control for what a tile by itself must keep."""
+    shares = {}
+    for pruner, keep in (("tile_attention", 0.3), ("cls_attention", "0.1:0.3:1.0")):
+        bundle = tiny_family(name).bundle(pruner=pruner, keep=keep)
+        run, pictures = (
+            answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2),
+            pictures_of(bundle, 2),
+        )
+        shares[pruner] = [
+            share
+            for row, call in enumerate(pictures.calls)
+            for share in shares_of_tiles(call, run.kept_indices[row])
+        ]
+    assert max(abs(share - 0.3) * size for share, size in shares["tile_attention"]) < 1
+    assert max(abs(share - 0.3) * size for share, size in shares["cls_attention"]) > 2
+
+
+def shares_of_tiles(call: Any, kept: Any) -> list[tuple[float, int]]:
+    """(share kept, how many tokens) of every tile of a picture; 36 tokens to a tile, bars cut off."""
+    tiles = len(call["pixel_values"])
+    places = call.get("cell_positions", np.arange(tiles * 36))
+    tile_of = call.get("cells", np.arange(tiles * 36)) // 36
+    is_kept = np.isin(places, kept)
+    return [(is_kept[tile_of == tile].mean(), int((tile_of == tile).sum())) for tile in np.unique(tile_of)]
 
 
 @cache
@@ -242,7 +272,7 @@ def test_the_expression_is_read_once_for_all_tiles(
 @pytest.mark.parametrize("name", NAMES)
 def test_engines_are_built(tiny_family: Families, name: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
-    pruner = "dart" if name == "llava_onevision" else "cls_attention"
+    pruner = "divprune" if name == "llava_onevision" else "cls_attention"
     engines = {"targets": ("onnx", "tensorrt-rtx"), "compute_capabilities": ("8.6",)}
     bundle = tiny_family(name).bundle(pruner=pruner, keep="0.1:0.3:1.0", precision="fp16", **engines)
     assert set(bundle.manifest.engines["tensorrt-rtx"]) == {"vision", "splice", "embed", "decoder"}

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gap_export.graph.attention import IMPLEMENTATION, SlotCache, onnx_attention, slot_mask
+from gap_export.graph.attention import (
+    IMPLEMENTATION,
+    SlotCache,
+    attention_in_matmuls,
+    onnx_attention,
+    slot_mask,
+)
 
 BATCH, HEADS, KV_HEADS, CAPACITY, WIDTH = 2, 4, 2, 10, 8
 Floats = NDArray[np.float32]
@@ -140,3 +146,29 @@ def test_transformers_knows_the_seam() -> None:
 
     assert AttentionInterface()[IMPLEMENTATION] is onnx_attention
     assert AttentionMaskInterface()[IMPLEMENTATION](1, 2, 3) is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_plain_operators_is_the_same(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(3))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None] if masked else None
+    context, nothing = attention_in_matmuls(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+    torch.testing.assert_close(context, expected.transpose(1, 2))
+    assert nothing is None
+
+
+def test_a_tower_below_a_loop_of_varying_length_has_no_fused_attention(vision_operators: Any) -> None:
+    """TensorRT-RTX 1.7 crashes, and takes the process with it, while it builds a graph with both."""
+    assert "Attention" in vision_operators(pruner="divprune", keep=0.25)
+    assert "Attention" in vision_operators(pruner="cls_attention", keep="0.1:1.0")
+    varying = vision_operators(pruner="divprune", keep="0.1:1.0")
+    assert "Scan" in varying
+    assert "Attention" not in varying
+
+
+@pytest.fixture
+def vision_operators(tiny_bundle: Any) -> Any:
+    """`vision_operators(...)`: operators of the tiny model's vision graph."""
+    return lambda **changes: tiny_bundle(**changes).manifest.graphs["vision"].operators

@@ -65,7 +65,9 @@ def test_a_tower_that_ends_at_the_feature_layer(
     (checkpoint_copy / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
     with pytest.raises(RecipeError, match="needs a following layer") as caught:
         vision_graph(pruner=name, checkpoint=str(checkpoint_copy))
-    assert caught.value.hint.startswith("these work on it: cls_attention, visionzip, divprune")
+    assert caught.value.hint.startswith(
+        "these work on it: cls_attention, tile_attention, visionzip, divprune"
+    )
     assert vision_graph(pruner="visionzip", checkpoint=str(checkpoint_copy))
 
 

@@ -10,6 +10,7 @@ shared with text, M kept patches.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
@@ -89,6 +90,21 @@ def _grid_of(seen: Seen) -> tuple[int, int]:
     return seen.grid
 
 
+def _best_of_tiles(seen: Seen, kept: int) -> Choice:
+    """Each tile's tokens in their own order; all by how far they stand from the front of their tile."""
+    scores = seen.attention_N
+    tiles = seen.tile_N if len(seen.tile_N) else np.zeros(len(scores))
+    gap, queue, lines = Gap(), [], {}
+    for tile in np.unique(tiles):
+        own = np.flatnonzero(tiles == tile)
+        lines[tile] = own[descending(scores[own])]
+        queue += [(Fraction(2 * rank + 1, len(own)), tile, token) for rank, token in enumerate(lines[tile])]
+    chosen = [token for *_, token in sorted(queue)[:kept]]
+    for line in lines.values():
+        gap.cut(scores[line], int(np.isin(line, chosen).sum()), relative=True)
+    return Choice(np.array(chosen, np.int64), margin=gap.smallest)
+
+
 def _best(scores_N: Floats, kept: int, *, relative: bool) -> Choice:
     gap, ranked = Gap(), descending(scores_N)
     gap.cut(scores_N[ranked], kept, relative=relative)
@@ -97,6 +113,7 @@ def _best(scores_N: Floats, kept: int, *, relative: bool) -> Choice:
 
 _CHOOSE: dict[str, Callable[[Seen, int, MergedId], Choice]] = {
     "cls_attention": lambda seen, kept, _: _best(seen.attention_N, kept, relative=True),
+    "tile_attention": lambda seen, kept, _: _best_of_tiles(seen, kept),
     "text_similarity": lambda seen, kept, _: _best(text_cosine(seen), kept, relative=False),
     "prumerge": merging.prumerge,
     "prumerge_plus": merging.prumerge_plus,

@@ -33,6 +33,7 @@ class Seen:
         projected_NH: patches after the projector.
         aligned_NP: patches in the space shared with text, not normalised.
         text_P: the expression there, not normalised.
+        tile_N: which tile saw each patch; empty where one saw all.
         aligned_inversely: whether patches that match are less similar to the text than others.
     """
 
@@ -47,6 +48,7 @@ class Seen:
     projected_NH: Floats = field(default_factory=_nothing)
     aligned_NP: Floats = field(default_factory=_nothing)
     text_P: Floats = field(default_factory=_nothing)
+    tile_N: Floats = field(default_factory=_nothing)
     aligned_inversely: bool = True
 
 

@@ -51,6 +51,7 @@ class InternVLReference:
                 "patches_NE": patches_NE,
                 "attention_N": self._over_squares(attention_tC[..., None], side)[..., 0],
                 "keys_ND": self._over_squares(keys_tCD, side),
+                "tile_N": torch.arange(len(squares)).repeat_interleave(len(patches_NE) // len(squares)),
                 "projected_NH": self._projector(patches_NE),
             }
         ]

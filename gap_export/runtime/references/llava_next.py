@@ -54,6 +54,7 @@ class LlavaNextReference:
             picture["following_keys_TE"] = torch.cat([whole_keys_TE[:1], keys_NE])
         picture["class_token_E"] = tiles[_WHOLE]["class_token_E"]
         picture["projected_NH"] = self._projector(picture["patches_NE"])
+        picture["tile_N"] = cells // len(tiles[_WHOLE]["patches_NE"])  # type: ignore[arg-type]
         picture["places"] = torch.from_numpy(pixels["cell_positions"])
         picture["lines"] = torch.from_numpy(pixels["newline_positions"])
         return [picture]

@@ -1,0 +1,34 @@
+"""Class-token attention within every tile: the same share of each is kept, whatever the others show.
+
+Source: FasterVLM (arXiv 2412.01818) on LLaVA-NeXT, which treats tiles as pictures of their own. Patches are ranked among those of
+their own tile, and kept by the share of the tile that comes before them, so that K needs no division among the tiles. With one
+tile it is `cls_attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gap_export.positions import MergedId
+from gap_export.prune import Selected, VisionFeatures
+from gap_export.prune.cls_attention import ClsAttention
+
+SHARES = 2**19
+"""Steps of a share: fine enough for tiles of up to 700 patches, and all products stay below 2**31."""
+
+MOST_TILES = 64
+
+
+class TileAttention:
+    """Top-k by rank within the tile."""
+
+    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+        """See `Pruner.select`; of patches at the same place in their tiles, that of the first tile is better."""
+        scores_BN, places_N = ClsAttention().scores(features), torch.arange(features.visual_tokens)
+        tile_N = torch.zeros_like(places_N) if features.tile_N is None else features.tile_N
+        beside_NN = tile_N[:, None] == tile_N
+        mine_BN1, theirs_B1N = scores_BN[:, :, None], scores_BN[:, None]
+        is_better_BNN = (theirs_B1N > mine_BN1) | ((theirs_B1N == mine_BN1) & (places_N < places_N[:, None]))
+        rank_BN = (is_better_BNN & beside_NN).to(torch.int64).sum(dim=-1)
+        share_BN = (2 * rank_BN + 1) * SHARES // beside_NN.to(torch.int64).sum(dim=-1)
+        return Selected((share_BN * MOST_TILES + tile_N).topk(kept, dim=-1, largest=False).indices)
