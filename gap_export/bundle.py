@@ -108,7 +108,7 @@ class DynamicTiles(Stored):
     std: tuple[Positive, Positive, Positive]
 
 
-AnyPreprocessing = Preprocessing | AnyRes | DynamicTiles
+AnyPreprocessing = Annotated[Preprocessing | AnyRes | DynamicTiles, Field(discriminator="layout")]
 """Whatever a bundle may hold; `layout` tells which."""
 
 
