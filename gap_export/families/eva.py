@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.graph.attention import onnx_attention
 
 HEAD_WIDTH = 88
 MOST_BLOCKS = 39
@@ -74,13 +74,19 @@ class _Patches(nn.Module):
 
 
 class EvaAttention(nn.Module):
-    """Self-attention."""
+    """Self-attention.
+
+    Args:
+        sizes: of the weights.
+        attention: name of the function that attends, as towers of transformers take it.
+    """
 
     num_key_value_groups = 1
 
-    def __init__(self, sizes: EvaSizes) -> None:
+    def __init__(self, sizes: EvaSizes, attention: str) -> None:
         super().__init__()
         self.heads = sizes.heads
+        self._attend = AttentionInterface()[attention]
         self.qkv = nn.Linear(sizes.width, 3 * sizes.width, bias=False)
         self.q_bias = nn.Parameter(torch.empty(sizes.width))
         self.v_bias = nn.Parameter(torch.empty(sizes.width))
@@ -96,7 +102,7 @@ class EvaAttention(nn.Module):
     def forward(self, normed_BTE: Tensor) -> Tensor:
         """[B, T, E] -> the same."""
         q_BATD, k_BATD, v_BATD = self.split(normed_BTE)
-        mixed_BTAD, _ = onnx_attention(self, q_BATD, k_BATD, v_BATD, None, scaling=HEAD_WIDTH**-0.5)
+        mixed_BTAD, _ = self._attend(self, q_BATD, k_BATD, v_BATD, None, scaling=HEAD_WIDTH**-0.5)
         out_BTE: Tensor = self.proj(mixed_BTAD.flatten(2))
         return out_BTE
 
@@ -115,10 +121,10 @@ class _FeedForward(nn.Module):
 class EvaBlock(nn.Module):
     """One layer."""
 
-    def __init__(self, sizes: EvaSizes) -> None:
+    def __init__(self, sizes: EvaSizes, attention: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(sizes.width, eps=EPS)
-        self.attn = EvaAttention(sizes)
+        self.attn = EvaAttention(sizes, attention)
         self.norm2 = nn.LayerNorm(sizes.width, eps=EPS)
         self.mlp = _FeedForward(sizes)
 
@@ -135,14 +141,15 @@ class EvaTower(nn.Module):
     Args:
         sizes: of its weights.
         tokens: T, the class token included; the table of positions has so many rows.
+        attention: see `EvaAttention`.
     """
 
-    def __init__(self, sizes: EvaSizes, tokens: int) -> None:
+    def __init__(self, sizes: EvaSizes, tokens: int, attention: str) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.width))
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, sizes.width))
         self.patch_embed = _Patches(sizes)
-        self.blocks = nn.ModuleList(EvaBlock(sizes) for _ in range(sizes.blocks))
+        self.blocks = nn.ModuleList(EvaBlock(sizes, attention) for _ in range(sizes.blocks))
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Encode.

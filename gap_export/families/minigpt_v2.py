@@ -163,7 +163,9 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
     language_model = hollow(lambda: AutoModel.from_config(text, **options), mode)
     modules: dict[str, nn.Module] = {
-        "vision_tower": hollow(lambda: EvaTower(sizes, 1 + side * side).to(dtype), mode),
+        "vision_tower": hollow(
+            lambda: EvaTower(sizes, 1 + side * side, selection.tower_attention(plan)).to(dtype), mode
+        ),
         # Nobody trained it: where the checkpoint has no weights for it, it only normalises.
         "ln_vision": hollow(
             lambda: nn.LayerNorm(sizes.width, elementwise_affine="ln_vision.weight" in checkpoint.weights),

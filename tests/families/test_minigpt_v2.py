@@ -267,8 +267,9 @@ def test_what_this_tower_cannot_do(pruner: str, options: dict[str, Any], tmp_pat
     assert "cls_attention" in caught.value.hint
 
 
-def test_engines_are_built(build: Callable[..., Bundle]) -> None:
-    bundle = build(precision="fp16", targets=["tensorrt-rtx"], max_new_tokens=4)
+@pytest.mark.parametrize("changes", [{}, {"pruner": "divprune", "keep": "0.2:1.0"}], ids=str)
+def test_engines_are_built(changes: dict[str, Any], build: Callable[..., Bundle]) -> None:
+    bundle = build(precision="fp16", targets=["tensorrt-rtx"], max_new_tokens=4, **changes)
     assert set(bundle.manifest.engines["tensorrt-rtx"]) == {"vision", "splice", "embed", "decoder"}
 
 
