@@ -85,6 +85,8 @@ class Recipe(BaseModel):
         capacity: cache slots; by default just enough for the longest prompt after pruning plus the longest answer.
         prompt: grounding prompt with `{expression}` and the image placeholder.
         fit: how pictures become squares.
+        max_pixels: most pixels of a picture as the model sees it, where models take pictures of any size; the checkpoint's
+            own limit when left out.
         targets: what to build besides the ONNX graphs.
         compute_capabilities: GPUs that engines are built for.
         gates: for `validate`; by default those of the precision.
@@ -113,6 +115,7 @@ class Recipe(BaseModel):
     capacity: int | None = Field(default=None, ge=1)
     prompt: str | None = None
     fit: Literal["pad", "crop", "stretch"] | None = None
+    max_pixels: int | None = Field(default=None, ge=1)
     targets: tuple[Target, ...] = ("onnx",)
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     gates: Gates | None = None
