@@ -108,7 +108,33 @@ class DynamicTiles(Stored):
     std: tuple[Positive, Positive, Positive]
 
 
-AnyPreprocessing = Annotated[Preprocessing | AnyRes | DynamicTiles, Field(discriminator="layout")]
+class Native(Stored):
+    """How a picture becomes patches at nearly its own size and shape (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+
+    Attributes:
+        layout: tells it from other kinds.
+        patch: side of a patch in pixels.
+        merge: patches along the side of the square that becomes one visual token.
+        frames: equal frames that a patch holds, as if the picture were a film.
+        fewest_pixels: smaller pictures are scaled up.
+        most_pixels: larger pictures are scaled down.
+        resample: Pillow's filter name.
+        mean: per channel, after scaling to 0..1.
+        std: per channel, after scaling to 0..1.
+    """
+
+    layout: Literal["native"] = "native"
+    patch: int = Field(ge=1)
+    merge: int = Field(ge=1)
+    frames: int = Field(ge=1)
+    fewest_pixels: int = Field(ge=1)
+    most_pixels: int = Field(ge=1)
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
+
+
+AnyPreprocessing = Annotated[Preprocessing | AnyRes | DynamicTiles | Native, Field(discriminator="layout")]
 """Whatever a bundle may hold; `layout` tells which."""
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gap_export.bundle import AnyPreprocessing, AnyRes, ModelFacts, Preprocessing
+from gap_export.bundle import AnyPreprocessing, AnyRes, ModelFacts, Native, Preprocessing
 from gap_export.positions import Ids
-from gap_export.runtime import tiles
+from gap_export.runtime import native_resolution, tiles
 from gap_export.runtime.preprocess import pixel_values
 
 PixelInputs = Mapping[str, NDArray[np.float32] | Ids]
@@ -65,6 +65,11 @@ def prepare(images: Sequence[Image.Image], preprocessing: AnyPreprocessing, mode
     """
     if isinstance(preprocessing, Preprocessing):
         return of_one_size(pixel_values(images, preprocessing), model.visual_tokens)
+    if isinstance(preprocessing, Native):
+        native = [native_resolution.native_picture(image, preprocessing) for image in images]
+        grids = np.array([picture.grid for picture in native], np.int64)
+        tokens_B = grids.prod(axis=1)
+        return Pictures(tuple(picture.inputs for picture in native), tokens_B, tokens_B, grids=grids)
     if isinstance(preprocessing, AnyRes):
         tiled = [tiles.anyres_picture(image, preprocessing) for image in images]
     else:
