@@ -133,14 +133,13 @@ def test_the_reference_turns_the_sign_too() -> None:
     seen = features(batch=1)
     assert seen.aligned_BNP is not None
     assert seen.text_BP is not None
-    empty = np.empty(0)
+    assert seen.projected_BNH is not None
     picture = reference.Seen(
-        seen.patches_BNE[0].double().numpy(),
-        GRID,
-        *([empty] * 5),
-        seen.projected_BNH[0].double().numpy(),  # type: ignore[index]
-        seen.aligned_BNP[0].double().numpy(),
-        seen.text_BP[0].double().numpy(),
+        patches_NE=seen.patches_BNE[0].double().numpy(),
+        grid=GRID,
+        projected_NH=seen.projected_BNH[0].double().numpy(),
+        aligned_NP=seen.aligned_BNP[0].double().numpy(),
+        text_P=seen.text_BP[0].double().numpy(),
     )
     for name in READERS:
         signs = [
