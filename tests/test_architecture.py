@@ -31,6 +31,7 @@ ROOMS = (
     "prune",
     "plan",
     "runtime.preprocess",  # families state how pictures become squares, grounding maps boxes back
+    "runtime.native_resolution",
     "runtime.tiles",
     "runtime.pictures",  # what runtimes take
     "runtime.session",  # the contract of runtimes
