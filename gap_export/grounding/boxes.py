@@ -7,10 +7,16 @@ A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the picture:
     shikra       [0.123,0.300,0.550,0.900]             refused         Shikra's REC metric
     minigpt_v2   {<12><30><55><90>}                    refused         MiniGPT-4's eval_ref.py
     internvl     <box>[[123, 300, 550, 900]]</box>     the first       InternVL's evaluate_grounding.py
+    qwen2_vl     <|box_start|>(123,300),(550,900)      the first       Qwen2-VL (arXiv 2409.12191), section 2.2
+                 <|box_end|>
+    qwen2_5_vl   {"bbox_2d": [79, 129, 352, 387]}      the first       Qwen2.5-VL's notebook on grounding
+    qwen3_vl     {"bbox_2d": [123, 300, 550, 900]}     the first       Qwen3-VL's notebook on grounding
 
     frame           0..1 spans
     image           the picture's own width and height
     padded_square   the square of the longer side, the picture centred on it with offset (max - min) // 2
+
+Qwen2.5-VL writes pixels of the picture as it sees it, scaled by its preprocessing. So its codec must be told that size (`seen`).
 
 Normalised boxes in the wrong frame look plausible and score low; nothing in the text tells the frame.
 """
@@ -27,6 +33,9 @@ from gap_export.runtime.preprocess import padding
 
 Box = tuple[float, float, float, float]
 """(x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, normalised or in pixels."""
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
 
 Frame = Literal["padded_square", "image"]
 
@@ -53,67 +62,99 @@ class BoxCodec:
 
     Attributes:
         name: key in `CODECS`.
-        pattern: finds one box, or one group of boxes, in an answer.
-        unit: the number that stands for the far edge of the frame.
-        write: normalised box -> text.
+        pattern: finds one box, or one group of boxes, in an answer; its numbers are those of its group, where it has one.
+        unit: the number that stands for the far edge of the frame; None where that is the size of the picture as seen.
+        write: box in those numbers -> text.
         several: what an answer with more than one box means: the first counts, or the answer is refused.
+        overshoot: what becomes of a box that leaves its frame: the answer is refused, or the box is cut at the frame.
     """
 
     name: str
     pattern: re.Pattern[str]
-    unit: float
+    unit: float | None
     write: Callable[[Box], str]
     several: Literal["first", "refuse"]
+    overshoot: Literal["refuse", "cut"] = "refuse"
 
     @property
     def example(self) -> str:
-        """A box as this codec writes it."""
-        return self.write(_EXAMPLE)
+        """A box as this codec writes it; of a picture of 640 by 480 pixels, where it writes pixels."""
+        return self.encode(_EXAMPLE, _EXAMPLE_SIZE)
 
-    def encode(self, box: Box) -> str:
+    def encode(self, box: Box, seen: Size | None = None) -> str:
         """Text of a normalised box.
 
+        Args:
+            box: to be written.
+            seen: size of the picture as the model sees it; codecs that write pixels need it.
+
         Raises:
-            ValueError: a coordinate that is not finite or not within 0..1, or an inverted box.
+            ValueError: a coordinate that is not finite or not within 0..1, or an inverted box; no size where it is needed.
         """
         fault = _fault(box)
         if fault:
             raise ValueError(f"box {box} {fault}")
+        across, down = self._units(seen)
         x1, y1, x2, y2 = (abs(value) for value in box)  # -0.0 would be written with its sign
-        return self.write((x1, y1, x2, y2))
+        return self.write((x1 * across, y1 * down, x2 * across, y2 * down))
 
-    def decode(self, text: str) -> tuple[Box, ...] | Unparsable:
+    def decode(self, text: str, seen: Size | None = None) -> tuple[Box, ...] | Unparsable:
         """All boxes of an answer, normalised, in the order in which they are written.
 
+        Args:
+            text: the answer.
+            seen: as in `encode`.
+
         Returns:
-            At least one box; or `Unparsable` if there is none, or if one that counts is out of 0..1 or
+            At least one box; or `Unparsable` if there is none, or if one that counts is out of 0..1 (where it is not cut) or
             inverted. Where the first box alone counts, unsound later ones are left out.
         """
+        across, down = self._units(seen)
         boxes: list[Box] = []
         for match in self.pattern.finditer(text):
-            numbers = [float(number) / self.unit + 0.0 for number in _NUMBER.findall(match.group())]
-            boxes.extend((x1, y1, x2, y2) for x1, y1, x2, y2 in zip(*[iter(numbers)] * 4, strict=True))
+            # (0.0 is added because -0 would keep its sign.)
+            numbers = [float(number) for number in _NUMBER.findall(match.group(match.lastindex or 0))]
+            boxes.extend(
+                (x1 / across + 0.0, y1 / down + 0.0, x2 / across + 0.0, y2 / down + 0.0)
+                for x1, y1, x2, y2 in zip(*[iter(numbers)] * 4, strict=True)
+            )
         if not boxes:
             return Unparsable(text, f"no box of the form {self.example}")
+        if self.overshoot == "cut":
+            boxes = [_clamped(box, 1, 1) if all(map(math.isfinite, box)) else box for box in boxes]
         for box in boxes[:1] if self.several == "first" else boxes:
             fault = _fault(box)
             if fault:
                 return Unparsable(text, f"box {box} {fault}")
         return tuple(box for box in boxes if not _fault(box))
 
-    def decode_one(self, text: str) -> Box | Unparsable:
+    def decode_one(self, text: str, seen: Size | None = None) -> Box | Unparsable:
         """The one box that answers a referring expression.
+
+        Args:
+            text: the answer.
+            seen: as in `encode`.
 
         Returns:
             The box; or `Unparsable`, also where several boxes stand and the family's protocol accepts only
             one.
         """
-        boxes = self.decode(text)
+        boxes = self.decode(text, seen)
         if isinstance(boxes, Unparsable):
             return boxes
         if len(boxes) > 1 and self.several == "refuse":
             return Unparsable(text, f"{len(boxes)} boxes where one is expected")
         return boxes[0]
+
+    def _units(self, seen: Size | None) -> tuple[float, float]:
+        """The numbers that stand for the far edges, across and down."""
+        if self.unit is not None:
+            return self.unit, self.unit
+        if seen is None:
+            raise ValueError(
+                f"boxes of {self.name} are in pixels of the picture as seen, whose size is needed"
+            )
+        return float(seen[0]), float(seen[1])
 
 
 def _fault(box: Box) -> str | None:
@@ -138,17 +179,29 @@ def _write_shikra(box: Box) -> str:
 
 def _write_minigpt_v2(box: Box) -> str:
     # Truncated, as the training boxes were; the 1e-9 keeps 0.29 * 100 = 28.999... at 29.
-    return "{" + "".join(f"<{int(value * 100 + 1e-9)}>" for value in box) + "}"
+    return "{" + "".join(f"<{int(value + 1e-9)}>" for value in box) + "}"
 
 
 def _write_internvl(box: Box) -> str:
-    return "<box>[[" + ", ".join(str(round(value * 1000)) for value in box) + "]]</box>"
+    return "<box>[[" + ", ".join(str(round(value)) for value in box) + "]]</box>"
+
+
+def _write_qwen2_vl(box: Box) -> str:
+    x1, y1, x2, y2 = (round(value) for value in box)
+    return f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
+
+
+def _write_bbox_2d(box: Box) -> str:
+    return '{"bbox_2d": [' + ", ".join(str(round(value)) for value in box) + "]}"
 
 
 _EXAMPLE: Box = (0.1, 0.2, 0.3, 0.4)
+_EXAMPLE_SIZE: Size = (640, 480)
 _NUMBER = re.compile(r"-?\d+(?:\.\d*)?")
 _DECIMAL = r"-?\d+(?:\.\d*)?"
 _FOUR = rf"{_DECIMAL}(?:\s*,\s*{_DECIMAL}){{3}}"
+_POINT = rf"\(\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*\)"
+_BBOX_2D = re.compile(rf"[\"']bbox_2d[\"']\s*:\s*\[\s*({_FOUR})\s*\]")
 
 CODECS: dict[str, BoxCodec] = {
     codec.name: codec
@@ -168,6 +221,11 @@ CODECS: dict[str, BoxCodec] = {
             _write_internvl,
             "first",
         ),
+        # The same goes for its tags.
+        BoxCodec("qwen2_vl", re.compile(rf"{_POINT}\s*,\s*{_POINT}"), 1000.0, _write_qwen2_vl, "first"),
+        # It does not know the size of the picture for certain; its authors cut boxes at the edge (QwenLM/Qwen3-VL, issue 1035).
+        BoxCodec("qwen2_5_vl", _BBOX_2D, None, _write_bbox_2d, "first", "cut"),
+        BoxCodec("qwen3_vl", _BBOX_2D, 1000.0, _write_bbox_2d, "first"),
     )
 }
 """name -> codec. Names are what `BoxFormat.codec` stores."""

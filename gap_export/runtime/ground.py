@@ -14,7 +14,7 @@ from gap_export.errors import InputError, SessionError
 from gap_export.grounding.boxes import CODECS, Box, Unparsable, to_pixels
 from gap_export.positions import Ids
 from gap_export.runtime.generate import Adjust, Generation, generate
-from gap_export.runtime.pictures import Pictures, prepare
+from gap_export.runtime.pictures import Pictures, prepare, seen_size
 from gap_export.runtime.prompt import (
     Prompts,
     decode_answer,
@@ -152,7 +152,7 @@ class Grounder:
 
     def _answer(self, tokens: list[int], image: Image.Image, kept: Ids) -> Answer:
         text = decode_answer(self._tokenizer, tokens)
-        box = self._codec.decode_one(text)
+        box = self._codec.decode_one(text, seen_size(image, self._manifest.preprocessing))
         if isinstance(box, Unparsable):
             return Answer(text=text, box=None, kept_indices=kept)
         pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)

@@ -79,3 +79,10 @@ def prepare(images: Sequence[Image.Image], preprocessing: AnyPreprocessing, mode
         visual_tokens=np.array([picture.visual_tokens for picture in tiled], np.int64),
         prunable=np.array([picture.prunable for picture in tiled], np.int64),
     )
+
+
+def seen_size(image: Image.Image, preprocessing: AnyPreprocessing) -> tuple[int, int] | None:
+    """(width, height) of a picture as the model sees it, where it keeps its shape; None where it becomes squares."""
+    if not isinstance(preprocessing, Native):
+        return None
+    return native_resolution.resized(*image.size, preprocessing)

@@ -15,7 +15,17 @@ from gap_export.bundle import Preprocessing
 from gap_export.grounding.boxes import CODECS, Box, Frame, Unparsable, from_pixels, to_pixels
 from gap_export.runtime.preprocess import fit
 
-STEP = {"llava": 0.01, "shikra": 0.001, "minigpt_v2": 0.01, "internvl": 0.001}
+STEP = {
+    "llava": 0.01,
+    "shikra": 0.001,
+    "minigpt_v2": 0.01,
+    "internvl": 0.001,
+    "qwen2_vl": 0.001,
+    "qwen2_5_vl": 0.001,
+    "qwen3_vl": 0.001,
+}
+SEEN = (1000, 1000)
+"""Size of the picture, for the codec that writes pixels; the others do not look at it."""
 FRAMES: tuple[Frame, ...] = ("padded_square", "image")
 
 
@@ -34,16 +44,34 @@ class TestWriting:
             ("shikra", "[0.123,0.300,0.550,1.000]"),
             ("minigpt_v2", "{<12><30><55><100>}"),
             ("internvl", "<box>[[123, 300, 550, 1000]]</box>"),
+            ("qwen2_vl", "<|box_start|>(123,300),(550,1000)<|box_end|>"),
+            ("qwen2_5_vl", '{"bbox_2d": [79, 134, 352, 448]}'),
+            ("qwen3_vl", '{"bbox_2d": [123, 300, 550, 1000]}'),
         ],
     )
     def test_form(self, name: str, text: str) -> None:
-        assert CODECS[name].encode((0.123, 0.3, 0.55, 1.0)) == text
+        assert CODECS[name].encode((0.123, 0.3, 0.55, 1.0), (640, 448)) == text
+
+    @given(box=normalised_boxes(), width=st.integers(1, 5000), height=st.integers(1, 5000))
+    def test_pixels_as_seen_go_there_and_back(self, box: Box, width: int, height: int) -> None:
+        codec, seen = CODECS["qwen2_5_vl"], (width, height)
+        back = codec.decode_one(codec.encode(box, seen), seen)
+        assert not isinstance(back, Unparsable)
+        across, down = 0.5 / width + 1e-9, 0.5 / height + 1e-9
+        for difference, reach in zip(np.subtract(back, box), (across, down) * 2, strict=True):
+            assert abs(difference) <= reach
+
+    def test_pixels_as_seen_need_the_size(self) -> None:
+        with pytest.raises(ValueError, match="whose size is needed"):
+            CODECS["qwen2_5_vl"].encode((0.1, 0.2, 0.3, 0.4))
+        with pytest.raises(ValueError, match="whose size is needed"):
+            CODECS["qwen2_5_vl"].decode("")
 
     @pytest.mark.parametrize("name", CODECS)
     @settings(deadline=None)
     @given(box=normalised_boxes())
     def test_round_trip_within_one_step(self, name: str, box: Box) -> None:
-        back = CODECS[name].decode_one(CODECS[name].encode(box))
+        back = CODECS[name].decode_one(CODECS[name].encode(box, SEEN), SEEN)
         assert not isinstance(back, Unparsable)
         # MiniGPT-v2 truncates, so it is off by up to a whole step, the others by half.
         reach = STEP[name] * (1.0 if name == "minigpt_v2" else 0.5) + 1e-9
@@ -54,18 +82,18 @@ class TestWriting:
         codec = CODECS[name]
         steps = round(1 / STEP[name])
         for step in range(steps + 1):
-            text = codec.encode((0.0, 0.0, step / steps, 1.0))
-            box = codec.decode_one(text)
+            text = codec.encode((0.0, 0.0, step / steps, 1.0), SEEN)
+            box = codec.decode_one(text, SEEN)
             assert not isinstance(box, Unparsable)
             assert box[2] == pytest.approx(step / steps, abs=1e-12)
-            assert codec.encode(box) == text
+            assert codec.encode(box, SEEN) == text
 
     def test_minigpt_v2_truncates(self) -> None:
         assert CODECS["minigpt_v2"].encode((0.019, 0.29, 0.999, 1.0)) == "{<1><29><99><100>}"
 
     @pytest.mark.parametrize("name", CODECS)
     def test_negative_zero_has_no_sign(self, name: str) -> None:
-        text = CODECS[name].encode((-0.0, 0.0, 1.0, 1.0))
+        text = CODECS[name].encode((-0.0, 0.0, 1.0, 1.0), SEEN)
         assert "-" not in text
 
     @pytest.mark.parametrize("name", CODECS)
@@ -82,7 +110,7 @@ class TestWriting:
     )
     def test_unsound_boxes_are_not_written(self, name: str, box: Box, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            CODECS[name].encode(box)
+            CODECS[name].encode(box, SEEN)
 
 
 class TestReading:
@@ -100,10 +128,24 @@ class TestReading:
             ("internvl", "<ref>the mug</ref><box>[[100, 200, 300, 400]]</box>"),
             ("internvl", "<ref>the mug</ref><box>[[100,200,300,400]]"),
             ("internvl", "<ref>mugs</ref><box>[[100, 200, 300, 400], [1, 2, 3, 4]]</box>"),
+            (
+                "qwen2_vl",
+                "<|object_ref_start|>mug<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>",
+            ),
+            ("qwen2_vl", "mug<|box_start|>(100, 200), (300, 400)"),
+            ("qwen2_5_vl", '```json\n[\n\t{"bbox_2d": [100, 200, 300, 400], "label": "a mug 2"}\n]\n```'),
+            ("qwen2_5_vl", '{"bbox_2d": [100, 200, 300, 400]}, {"bbox_2d": [5, 4, 3, 2]}'),
+            ("qwen3_vl", '{"label": "mug", "bbox_2d": [100,200,300,400]}'),
+            ("qwen3_vl", '[{"bbox_2d": [100, 200, 300, 400], "la'),
         ],
     )
     def test_one_box(self, name: str, text: str) -> None:
-        assert CODECS[name].decode_one(text) == (0.1, 0.2, 0.3, 0.4)
+        assert CODECS[name].decode_one(text, SEEN) == (0.1, 0.2, 0.3, 0.4)
+
+    def test_a_box_that_drifts_over_the_edge_is_cut(self) -> None:
+        """The example of the issue in which the authors say so: 476 in a picture of 364 by 448."""
+        box = CODECS["qwen2_5_vl"].decode_one('{"bbox_2d": [19, 300, 154, 476]}', (364, 448))
+        assert box == (19 / 364, 300 / 448, 154 / 364, 1.0)
 
     def test_all_boxes_in_order(self) -> None:
         expected = ((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8))
@@ -120,7 +162,7 @@ class TestReading:
         ],
     )
     def test_several_boxes_where_one_is_expected(self, name: str, text: str) -> None:
-        result = CODECS[name].decode_one(text)
+        result = CODECS[name].decode_one(text, SEEN)
         assert isinstance(result, Unparsable)
         assert "2 boxes" in result.reason
 
@@ -144,7 +186,7 @@ class TestReading:
         ],
     )
     def test_no_box(self, name: str, text: str) -> None:
-        for result in (CODECS[name].decode(text), CODECS[name].decode_one(text)):
+        for result in (CODECS[name].decode(text, SEEN), CODECS[name].decode_one(text, SEEN)):
             assert isinstance(result, Unparsable)
             assert result.text == text
             assert "no box of the form" in result.reason
@@ -165,10 +207,18 @@ class TestReading:
             ("internvl", "<box>[[100, 200, 1001, 400]]</box>", "leaves its frame"),
             ("internvl", "<box>[[100, 900, 300, 400]]</box>", "inverted"),
             ("internvl", "<box>[[0.1, 0.2, 0.3, 0.4]]</box>", "no box of the form"),
+            ("qwen2_vl", "(100,200),(300,1001)", "leaves its frame"),
+            ("qwen2_vl", "(300,200),(100,400)", "inverted"),
+            ("qwen2_vl", "(100,200),(300", "no box of the form"),
+            ("qwen2_5_vl", '{"bbox_2d": [300, 200, 100, 400]}', "inverted"),
+            ("qwen2_5_vl", '{"bbox_2d": [100, 200, 300', "no box of the form"),
+            ("qwen2_5_vl", '{"bbox": [100, 200, 300, 400]}', "no box of the form"),
+            ("qwen3_vl", '{"bbox_2d": [100, 900, 300, 400]}', "inverted"),
+            ("qwen3_vl", '{"bbox_2d": [100, 200, -1, 400]}', "leaves its frame"),
         ],
     )
     def test_unsound_box(self, name: str, text: str, reason: str) -> None:
-        result = CODECS[name].decode_one(text)
+        result = CODECS[name].decode_one(text, SEEN)
         assert isinstance(result, Unparsable)
         assert reason in result.reason
 
@@ -177,9 +227,9 @@ class TestReading:
 
     @pytest.mark.parametrize("name", CODECS)
     @settings(deadline=None)
-    @given(text=st.text(alphabet="[]{}<>;,. -0123456789ean", max_size=60))
+    @given(text=st.text(alphabet="[](){}<>;,. -0123456789ean", max_size=60))
     def test_any_text_gives_sound_boxes_or_a_reason(self, name: str, text: str) -> None:
-        result = CODECS[name].decode(text)
+        result = CODECS[name].decode(text, SEEN)
         if isinstance(result, Unparsable):
             assert result.reason
         else:
