@@ -201,8 +201,9 @@ def vision_graphs(checkpoint: Path, names: list[str], folder: Path) -> dict[str,
         recipe = load_recipe("llava").replaced(checkpoint=str(checkpoint), pruner=name, precision="fp32")
         reads_text = prune.strategy(name).needs_text
         tower = family.text_tower(opened, text) if reads_text else None
-        plan = plan_for(recipe, family.facts(opened), tower)
-        component = family.components(joined if reads_text else opened, plan)[0]
+        sizes = family.facts(opened, recipe)
+        plan = plan_for(recipe, sizes, tower)
+        component = family.components(joined if reads_text else opened, sizes, plan)[0]
         traced.append((name, component, trace.graph_from_component(component)))
     store = weights.WeightStore(joined, "fp32", folder)
     store.prepare([c.weight_key(p) for _, c, model in traced for p in weights.parameters_of(model)])

@@ -116,6 +116,7 @@ class Native(Stored):
         patch: side of a patch in pixels.
         merge: patches along the side of the square that becomes one visual token.
         frames: equal frames that a patch holds, as if the picture were a film.
+        window: visual tokens along the side of the squares within which most layers attend; None where all attend to all.
         fewest_pixels: smaller pictures are scaled up.
         most_pixels: larger pictures are scaled down.
         resample: Pillow's filter name.
@@ -127,6 +128,7 @@ class Native(Stored):
     patch: int = Field(ge=1)
     merge: int = Field(ge=1)
     frames: int = Field(ge=1)
+    window: int | None = Field(default=None, ge=1)
     fewest_pixels: int = Field(ge=1)
     most_pixels: int = Field(ge=1)
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
@@ -203,6 +205,10 @@ class ModelFacts(Stored):
     """Sizes of the exported model."""
 
     hidden_size: int
+    """H, width of the decoder."""
+    planes: int = 0
+    """Further features of every visual token, H wide each, that are added between the first layers (DeepStack). They travel
+    with the embedding: in the graphs it is (1 + planes) * H wide, and text has zeros there."""
     layers: int
     attention_heads: int
     kv_heads: int
@@ -221,6 +227,11 @@ class ModelFacts(Stored):
     """What a pruner may ask for and this tower does not have."""
     published_tower: str | None = None
     """Hub id of the published checkpoint whose vision tower has the same sizes, where there is one."""
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of what enters the decoder."""
+        return self.hidden_size * (1 + self.planes)
 
 
 Counting = Literal["fixed", "share", "chosen", "adaptive"]

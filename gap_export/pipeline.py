@@ -120,7 +120,7 @@ def build(
             hint="use a recipe of the checkpoint's family",
         )
     checkpoint = _with_parts(checkpoint, family, recipe)
-    facts, tokenizer = family.facts(checkpoint), family.tokenizer(checkpoint)
+    facts, tokenizer = family.facts(checkpoint, recipe), family.tokenizer(checkpoint)
     text_tower = None
     if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
         part = open_checkpoint(resolve(recipe.text_tower), name=recipe.text_tower)
@@ -144,7 +144,7 @@ def build(
     from gap_export.graph import lint, passes, trace, weights
 
     with atomic_folder(out) as folder:
-        components = family.components(checkpoint, plan)
+        components = family.components(checkpoint, facts, plan)
         models = []
         for component in components:
             progress(f"tracing {component.spec.name}")

@@ -86,6 +86,8 @@ class Recipe(BaseModel):
         capacity: cache slots; by default just enough for the longest prompt after pruning plus the longest answer.
         prompt: grounding prompt with `{expression}` and the image placeholder.
         fit: how pictures become squares.
+        max_pixels: larger pictures are scaled down, in families that take them at their own size; the checkpoint's own bound
+            when left out. It sets how many visual tokens a picture may have, and with it the cache.
         targets: what to build besides the ONNX graphs.
         compute_capabilities: GPUs that engines are built for.
         gates: for `validate`; by default those of the precision.
@@ -115,6 +117,7 @@ class Recipe(BaseModel):
     capacity: int | None = Field(default=None, ge=1)
     prompt: str | None = None
     fit: Literal["pad", "crop", "stretch"] | None = None
+    max_pixels: int | None = Field(default=None, ge=1)
     targets: tuple[Target, ...] = ("onnx",)
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     gates: Gates | None = None

@@ -184,7 +184,7 @@ def prepare(request: Request, out: Path, *, replace: bool = False, plot: bool = 
         sweep_plot.require()
     checkpoint = open_checkpoint(resolve(request.recipe.checkpoint), name=request.recipe.checkpoint)
     _, family = family_of(checkpoint)
-    facts, text_tower, part = family.facts(checkpoint), None, None
+    facts, text_tower, part = family.facts(checkpoint, request.recipe), None, None
     if request.recipe.text_tower and any(prune.strategy(name).needs_text for name in request.pruners):
         part = open_checkpoint(resolve(request.recipe.text_tower), name=request.recipe.text_tower)
         text_tower = family.text_tower(checkpoint, part)

@@ -24,6 +24,9 @@ FAMILIES = {
     "llava_onevision": "gap_export.families.llava_onevision",
     "llava_original": "gap_export.families.llava_original",
     "minigpt_v2": "gap_export.families.minigpt_v2",
+    "qwen2_5_vl": "gap_export.families.qwen2_5_vl",
+    "qwen2_vl": "gap_export.families.qwen2_vl",
+    "qwen3_vl": "gap_export.families.qwen3_vl",
     "shikra": "gap_export.families.shikra",
 }
 """Family -> module that describes it."""
@@ -75,8 +78,8 @@ class Family(Protocol):
         """
         ...
 
-    def facts(self, checkpoint: Checkpoint) -> ModelFacts:
-        """Sizes of the model."""
+    def facts(self, checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+        """Sizes of the model, as far as the recipe leaves them open."""
         ...
 
     def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> AnyPreprocessing:
@@ -99,11 +102,12 @@ class Family(Protocol):
         """
         ...
 
-    def components(self, checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+    def components(self, checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
         """`vision`, `splice`, `embed` and `decoder` (or `prefill` and `decode`), hollow, ready to be traced.
 
         Args:
             checkpoint: with the part `text_tower` where the plan has one.
+            sizes: of the model, as `facts` gave them.
             plan: of the build.
         """
         ...

@@ -88,7 +88,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
         """What vision gives and splice takes, in this order."""
         counts = (whole("kept_counts", batch),) if plan.counting == "adaptive" or differ else ()
         return (
-            real("visual_embeds", batch, extent, sizes.hidden_size),
+            real("visual_embeds", batch, extent, sizes.embedding_width),
             whole("kept_indices", batch, extent),
             *counts,
         )
@@ -99,7 +99,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
         outputs=visual(plan.kept_dim if plan.count_is_given else plan.most)[: 2 if differ else None],
     )
 
-    embeds = real("inputs_embeds", batch, spliced, sizes.hidden_size)
+    embeds = real("inputs_embeds", batch, spliced, sizes.embedding_width)
     embedding = pieces.language_model.get_input_embeddings()
     mrope = sizes.position_rows == 3
     ids_rows = (3,) if mrope else ()
@@ -130,12 +130,12 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     splicer = (
         staged.StagedSplice(embedding, plan, **placing)
         if plan.stages
-        else Splice(embedding, policy=plan.positions, mrope=mrope, **placing)
+        else Splice(embedding, policy=plan.positions, mrope=mrope, planes=sizes.planes, **placing)
     )
     embed = GraphSpec(
         name="embed",
         inputs=(whole("input_ids", batch, some_text),),
-        outputs=(real("inputs_embeds", batch, some_text, sizes.hidden_size),),
+        outputs=(real("inputs_embeds", batch, some_text, sizes.embedding_width),),
     )
 
     cache = [
@@ -149,7 +149,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     parts: list[tuple[GraphSpec, nn.Module]] = [
         (vision, pieces.vision),
         (splice, splicer),
-        (embed, Embed(embedding)),
+        (embed, Embed(embedding, planes=sizes.planes)),
     ]
     decoding = (pieces.language_model, pieces.lm_head)
     if plan.stages:
@@ -160,7 +160,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
         decoder = GraphSpec(
             name="decoder",
             inputs=(
-                real("inputs_embeds", batch, sequence, sizes.hidden_size),
+                real("inputs_embeds", batch, sequence, sizes.embedding_width),
                 whole("position_ids", *ids_rows, batch, sequence),
                 whole("write_index", batch),
                 whole("last_index", batch),
@@ -169,7 +169,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
             outputs=(logits, *present),
             aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
         )
-        parts.append((decoder, Decoder(*decoding)))
+        parts.append((decoder, Decoder(*decoding, planes=sizes.planes)))
     return [
         Component(
             module=module.eval(),

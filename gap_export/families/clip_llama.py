@@ -73,7 +73,7 @@ class ClipLlama:
             published_tower=published_tower(self.vision),
         )
 
-    def components(self, plan: Plan) -> list[Component]:
+    def components(self, sizes: ModelFacts, plan: Plan) -> list[Component]:
         """See `Family.components`."""
         dtype, _ = assembly.DTYPES[plan.precision]
         mode = fake_mode()
@@ -115,7 +115,7 @@ class ClipLlama:
             image_token_id=self.image_token_id,
             weight_key=lambda name: find_key(self.checkpoint, name, prefixes),
         )
-        return assembly.components(self.checkpoint.folder, self.facts(), plan, pieces)
+        return assembly.components(self.checkpoint.folder, sizes, plan, pieces)
 
     def _lm_head(self, dtype: torch.dtype) -> nn.Linear:
         text: Any = self.text

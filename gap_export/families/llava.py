@@ -35,7 +35,7 @@ GROUNDING_PROMPT = (
 )
 
 
-def facts(checkpoint: Checkpoint) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     """See `Family.facts`."""
     return _model(checkpoint).facts()
 
@@ -80,9 +80,9 @@ def box(recipe: Recipe) -> BoxFormat:
     return BoxFormat(codec="llava", frame="image" if recipe.fit == "stretch" else "padded_square")
 
 
-def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
     """See `Family.components`."""
-    return _model(checkpoint).components(plan)
+    return _model(checkpoint).components(sizes, plan)
 
 
 def _model(checkpoint: Checkpoint) -> ClipLlama:

@@ -85,7 +85,7 @@ class LlavaOnevisionVision(nn.Module):
         )
 
 
-def facts(checkpoint: Checkpoint) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     """See `Family.facts`."""
     config = _config(checkpoint)
     tokens, most = anyres_range(_tiling(checkpoint, config))
@@ -134,7 +134,7 @@ def box(recipe: Recipe) -> BoxFormat:
     return BoxFormat(codec="llava", frame="image")
 
 
-def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     config = _config(checkpoint)
     torch_dtype, _ = assembly.DTYPES[plan.precision]
@@ -154,7 +154,7 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         image_token_id=config.image_token_id,
         weight_key=lambda name: weight_key(checkpoint, name),
     )
-    return assembly.components(checkpoint.folder, facts(checkpoint), plan, pieces)
+    return assembly.components(checkpoint.folder, sizes, plan, pieces)
 
 
 def weight_key(checkpoint: Checkpoint, parameter: str) -> str:

@@ -54,7 +54,7 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return with_placeholder(found, PLACEHOLDER, found.get_vocab_size())
 
 
-def facts(checkpoint: Checkpoint) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     """See `Family.facts`."""
     return _model(checkpoint).facts()
 
@@ -90,9 +90,9 @@ def box(recipe: Recipe) -> BoxFormat:
     return llava.box(recipe)
 
 
-def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
     """See `Family.components`."""
-    return _model(checkpoint).components(plan)
+    return _model(checkpoint).components(sizes, plan)
 
 
 def _vision(checkpoint: Checkpoint) -> CLIPVisionConfig:

@@ -108,7 +108,7 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return with_placeholder(found, PLACEHOLDER, found.get_vocab_size())
 
 
-def facts(checkpoint: Checkpoint) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     """See `Family.facts`."""
     rows, columns = _grid(checkpoint)
     return ModelFacts(
@@ -155,24 +155,24 @@ def box(recipe: Recipe) -> BoxFormat:
     return BoxFormat(codec="minigpt_v2", frame="image")
 
 
-def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     dtype, _ = assembly.DTYPES[plan.precision]
-    mode, text, sizes = fake_mode(), _text(checkpoint), eva_sizes(checkpoint, _TOWER)
-    side = SIZE // sizes.patch
+    mode, text, eva = fake_mode(), _text(checkpoint), eva_sizes(checkpoint, _TOWER)
+    side = SIZE // eva.patch
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
     language_model = hollow(lambda: AutoModel.from_config(text, **options), mode)
     modules: dict[str, nn.Module] = {
         "vision_tower": hollow(
-            lambda: EvaTower(sizes, 1 + side * side, selection.tower_attention(plan)).to(dtype), mode
+            lambda: EvaTower(eva, 1 + side * side, selection.tower_attention(plan)).to(dtype), mode
         ),
         # Nobody trained it: where the checkpoint has no weights for it, it only normalises.
         "ln_vision": hollow(
-            lambda: nn.LayerNorm(sizes.width, elementwise_affine="ln_vision.weight" in checkpoint.weights),
+            lambda: nn.LayerNorm(eva.width, elementwise_affine="ln_vision.weight" in checkpoint.weights),
             mode,
         ),
         "multi_modal_projector": hollow(
-            lambda: nn.Linear(GROUP * sizes.width, text.hidden_size, dtype=dtype), mode
+            lambda: nn.Linear(GROUP * eva.width, text.hidden_size, dtype=dtype), mode
         ),
         "language_model": language_model,
         "lm_head": hollow(
@@ -192,7 +192,7 @@ def components(checkpoint: Checkpoint, plan: Plan) -> list[Component]:
         image_token_id=prompt(checkpoint, Recipe(name="", checkpoint="")).image_token_id,
         weight_key=lambda name: find_key(checkpoint, name, prefixes),
     )
-    return assembly.components(checkpoint.folder, facts(checkpoint), plan, pieces)
+    return assembly.components(checkpoint.folder, sizes, plan, pieces)
 
 
 @dataclass(frozen=True)

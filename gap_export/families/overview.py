@@ -39,6 +39,13 @@ class Overview:
 _PADDED = BoxFormat(codec="llava", frame="padded_square")
 _NO_CLASS_TOKEN: tuple[TowerPart, ...] = ("class_token", "projected_class_token", "following_layer", "grid")
 
+
+def _native(codec: str) -> Overview:
+    """The Qwen-VL models."""
+    box = BoxFormat(codec=codec, frame="image")
+    return Overview(box, _NO_CLASS_TOKEN, differs=True, reads_text=False)
+
+
 OVERVIEW = {
     "internvl": Overview(
         BoxFormat(codec="internvl", frame="image"),
@@ -57,6 +64,9 @@ OVERVIEW = {
         ("projected_class_token", "following_layer"),
         reads_text=False,
     ),
+    "qwen2_5_vl": _native("qwen2_5_vl"),
+    "qwen2_vl": _native("qwen2_vl"),
+    "qwen3_vl": _native("qwen3_vl"),
     "shikra": Overview(BoxFormat(codec="shikra", frame="padded_square")),
 }
 """Family -> what there is to know. A recipe may ask for less: `fit` moves the frame of boxes."""

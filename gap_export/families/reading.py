@@ -4,7 +4,6 @@ and under which name a weight is published.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ from transformers import AutoConfig
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.families.keys import find_key, require_known, with_shared_table
+from gap_export.families.keys import Prefixes, find_key, require_known, with_shared_table
 
-PREFIXES: Mapping[str, Sequence[str]] = {
+PREFIXES: Prefixes = {
     "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
     "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
     "language_model.": ("language_model.model.", "model.language_model."),
@@ -49,7 +48,7 @@ class Requirements:
             )
 
 
-_BICUBIC = 3
+BICUBIC = 3
 """Pillow's number, which is what is stored."""
 
 NOTHING = r"(?!)"
@@ -113,7 +112,7 @@ def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> 
     sides = {
         side for extent in extents for side in (extent.values() if isinstance(extent, dict) else [extent])
     }
-    require("resample of the image processor", settings.get("resample", _BICUBIC) == _BICUBIC, "3, bicubic")
+    require("resample of the image processor", settings.get("resample", BICUBIC) == BICUBIC, "3, bicubic")
     require("size of the image processor", sides <= {size}, f"{size}, as of the vision tower")
     return settings
 
@@ -150,21 +149,29 @@ def decoder_sizes(text_config: Any) -> dict[str, Any]:
     }
 
 
-def weight_key(checkpoint: Checkpoint, parameter: str, *, tied: bool) -> str:
+def weight_key(checkpoint: Checkpoint, parameter: str, *, tied: bool, prefixes: Prefixes = PREFIXES) -> str:
     """Checkpoint key of a parameter.
 
     Args:
         checkpoint: where it is looked for.
         parameter: name in the modules that are traced.
         tied: whether the head may be the token embedding.
+        prefixes: of the family.
 
     Raises:
         CheckpointError: the checkpoint has it under none of the known names.
     """
-    return find_key(checkpoint, parameter, with_shared_table(PREFIXES, tied=tied))
+    return find_key(checkpoint, parameter, with_shared_table(prefixes, tied=tied))
 
 
-def refuse_unknown_weights(checkpoint: Checkpoint, model: nn.Module, *, tied: bool, ignored: str) -> None:
+def refuse_unknown_weights(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    *,
+    tied: bool,
+    ignored: str,
+    prefixes: Prefixes = PREFIXES,
+) -> None:
     """Refuse a checkpoint with weights that transformers' model has no place for.
 
     Args:
@@ -172,12 +179,13 @@ def refuse_unknown_weights(checkpoint: Checkpoint, model: nn.Module, *, tied: bo
         model: hollow, whole: with its `model` and its `lm_head`.
         tied: see `weight_key`.
         ignored: pattern of further keys that are known and not used.
+        prefixes: of the family.
 
     Raises:
         CheckpointError: names some of them.
     """
     parameters = (name.removeprefix("model.") for name in model.state_dict())
-    require_known(checkpoint, parameters, with_shared_table(PREFIXES, tied=tied), ignored=ignored)
+    require_known(checkpoint, parameters, with_shared_table(prefixes, tied=tied), ignored=ignored)
 
 
 def _is_rgb(values: Any) -> bool:

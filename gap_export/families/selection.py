@@ -5,7 +5,9 @@ Shape letters: as in `prune/__init__.py`.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 
 from gap_export import prune
 from gap_export.graph.attention import IMPLEMENTATION, IN_MATMULS
@@ -40,7 +42,10 @@ def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None
 
 
 def project(
-    plan: Plan, features: prune.VisionFeatures, selected: prune.Selected, projector: nn.Module
+    plan: Plan,
+    features: prune.VisionFeatures,
+    selected: prune.Selected,
+    projector: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """[B, K, H]: the selected tokens as the decoder takes them.
 

@@ -19,16 +19,28 @@ from gap_export.positions import PositionPolicy
 
 
 class Embed(nn.Module):
-    """Token ids to embeddings: what decoding needs for every generated token."""
+    """Token ids to embeddings: what decoding needs for every generated token.
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    Args:
+        embedding: the decoder's token embedding.
+        planes: see `ModelFacts.planes`.
+    """
+
+    def __init__(self, embedding: nn.Embedding, *, planes: int = 0) -> None:
         super().__init__()
         self.embed_tokens = embedding
+        self.planes = planes
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """[B, T] int64 -> [B, T, H]."""
-        embeds: Tensor = self.embed_tokens(input_ids)
-        return embeds
+        """[B, T] int64 -> [B, T, (1 + planes) * H]."""
+        return with_empty_planes(self.embed_tokens(input_ids), self.planes)
+
+
+def with_empty_planes(embeds_BSH: Tensor, planes: int) -> Tensor:
+    """[B, S, (1 + planes) * H]: text has nothing to add between the layers."""
+    if not planes:
+        return embeds_BSH
+    return torch.cat([embeds_BSH, *[torch.zeros_like(embeds_BSH)] * planes], dim=-1)
 
 
 class Splice(nn.Module):
@@ -40,6 +52,7 @@ class Splice(nn.Module):
         visual_tokens: N; None where pictures differ.
         policy: how survivors are numbered.
         mrope: three rows of ids (time, height, width).
+        planes: see `ModelFacts.planes`; H below is the width of everything that belongs to a token.
     """
 
     def __init__(
@@ -50,6 +63,7 @@ class Splice(nn.Module):
         visual_tokens: int | None,
         policy: PositionPolicy,
         mrope: bool = False,
+        planes: int = 0,
     ) -> None:
         super().__init__()
         self.embed_tokens = embedding
@@ -57,6 +71,7 @@ class Splice(nn.Module):
         self.visual_tokens = visual_tokens
         self.policy = policy
         self.mrope = mrope
+        self.planes = planes
 
     def forward(
         self,
@@ -104,7 +119,7 @@ class Splice(nn.Module):
         # The placeholder's own id need not be in the table; what stands in its place comes from the picture.
         last = self.embed_tokens.num_embeddings - 1
         text_ids_BS = input_ids.gather(1, text_index_BS).clamp(0, last)
-        text_BSH = self.embed_tokens(text_ids_BS)
+        text_BSH = with_empty_planes(self.embed_tokens(text_ids_BS), self.planes)
         visual_BSH = visual_embeds.gather(1, visual_index_BS[:, :, None].expand(-1, -1, hidden))
         inputs_embeds = torch.where(is_visual_BS[:, :, None], visual_BSH, text_BSH)
 

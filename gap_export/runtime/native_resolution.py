@@ -1,9 +1,11 @@
 """Pictures at their own shape: scaled to whole patches, cut into them, each with its place (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 
 Arithmetic and pixels are those of transformers' Pillow-backed processor (`Qwen2VLImageProcessorPil`). A square of patches becomes
-one visual token; patches come square by square, so that those of one token follow each other.
+one visual token; patches come square by square, so that those of one token are together.
 
-Source: Qwen2-VL (arXiv 2409.12191), section 2.1, naive dynamic resolution.
+Source: Qwen2-VL (arXiv 2409.12191), section 2.1, naive dynamic resolution; windows: Qwen2.5-VL (arXiv 2502.13923), section 2.1.1.
+
+Shape letters: N visual tokens, P patches of each, F samples of a patch, W windows, M visual tokens of the largest window.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from gap_export.positions import Ids
 from gap_export.runtime.preprocess import FILTERS, normalised, rgb
 
 PIXELS, PATCH_POSITIONS = "pixel_values", "patch_positions"
+WINDOW_TOKENS, TOKEN_SLOTS = "window_tokens", "token_slots"
 """Names of the vision graph's inputs."""
+
+NO_TOKEN = -1
+"""Fills windows at the edge, which hold fewer tokens."""
 
 USUAL_SIZE = (640, 480)
 """Width and height of a usual picture, which engines are tuned for."""
@@ -35,7 +41,8 @@ class NativePicture:
     """One picture, ready for the vision graph.
 
     Attributes:
-        inputs: `pixel_values` [patches, 3 * frames * patch * patch] float32, `patch_positions` [patches, 2] int64 (row, column).
+        inputs: `pixel_values` [N, P, F] float32, `patch_positions` [N, P, 2] int64 (row, column); with windows `window_tokens`
+            [W, M] int64, the tokens of each, and `token_slots` [N] int64, where each token stands among those W * M.
         grid: (rows, columns) of its visual tokens.
     """
 
@@ -93,11 +100,26 @@ def native_picture(image: Image.Image, preprocessing: Native) -> NativePicture:
     positions = places_2HW.reshape(2, rows, merge, columns, merge).transpose(1, 3, 2, 4, 0)
     return NativePicture(
         inputs={
-            PIXELS: film.reshape(rows * columns * merge**2, -1),
-            PATCH_POSITIONS: np.ascontiguousarray(positions.reshape(-1, 2)),
+            PIXELS: film.reshape(rows * columns, merge**2, -1),
+            PATCH_POSITIONS: np.ascontiguousarray(positions.reshape(rows * columns, merge**2, 2)),
+            **_windows(rows, columns, preprocessing.window),
         },
         grid=(rows, columns),
     )
+
+
+def _windows(rows: int, columns: int, side: int | None) -> dict[str, Ids]:
+    """Which tokens share a window; squares from the upper left corner on, cut off at the right and the bottom."""
+    if side is None:
+        return {}
+    down, across = -(-rows // side), -(-columns // side)
+    padded = np.full((down * side, across * side), NO_TOKEN, np.int64)
+    padded[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    tokens_WM = padded.reshape(down, side, across, side).transpose(0, 2, 1, 3).reshape(down * across, side**2)
+    slots_N = np.empty(rows * columns, np.int64)
+    real = np.flatnonzero(tokens_WM >= 0)
+    slots_N[tokens_WM.flat[real]] = real
+    return {WINDOW_TOKENS: np.ascontiguousarray(tokens_WM), TOKEN_SLOTS: slots_N}
 
 
 def native_range(preprocessing: Native) -> tuple[TokenRange, int]:
@@ -115,3 +137,17 @@ def native_range(preprocessing: Native) -> tuple[TokenRange, int]:
     fewest = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
     width, height = resized(*USUAL_SIZE, preprocessing)
     return TokenRange(fewest=fewest, usual=width * height // area, most=most), most
+
+
+def most_windows(tokens: TokenRange, window: int) -> int:
+    """A number of windows that no picture exceeds, of whatever shape.
+
+    Args:
+        tokens: of pictures, as `native_range` gives it.
+        window: side in tokens.
+    """
+    # Every side may end in a part of a window. Rounded to tokens, a side may be 301 times as long as the other (1.5 times the
+    # limit, and one token); rows and columns of a fixed product sum up to most where they differ most.
+    longest = 1.5 * MOST_ASPECT + 1
+    sides = min(tokens.most + 1, math.sqrt(longest * tokens.most) * (1 + 1 / longest) + 2)
+    return math.floor(tokens.most / window**2 + sides / window + 1)

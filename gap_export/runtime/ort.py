@@ -241,7 +241,7 @@ class OnnxRuntimeSession:
             for tensor in self._bundle.manifest.graphs[graph].spec.inputs
             if tensor.dtype == "int64"
         }
-        embeds = _ort_value(np.zeros((batch, 1, self._model.hidden_size), self._dtype))
+        embeds = _ort_value(np.zeros((batch, 1, self._model.embedding_width), self._dtype))
         embed = self._sessions["embed"].io_binding()
         embed.bind_ortvalue_input("input_ids", _ort_value(token_ids))
         embed.bind_ortvalue_output("inputs_embeds", embeds)

@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights of families whose pictures become tiles, each in its published layout."""
+"""Small checkpoints with random weights of families whose pictures differ in size, each in its published layout."""
 
 from __future__ import annotations
 
@@ -56,7 +56,46 @@ def _anyres(
     }
 
 
+def _qwen_vl(model_type: str, tower: dict[str, Any], sections: list[int], **decoder: Any) -> dict[str, Any]:
+    """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
+    sizes = {"depth": 4, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections}
+    return {
+        "model_type": model_type,
+        "vision_config": {"model_type": model_type, "temporal_patch_size": 2, **sizes, **tower},
+        "text_config": _decoder(f"{model_type}_text", rope_parameters=rope, **decoder),
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": VOCABULARY - 1,
+        "vision_start_token_id": VOCABULARY - 2,
+        "vision_end_token_id": VOCABULARY - 3,
+    }
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": _qwen_vl(
+        "qwen2_vl",
+        {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},
+        [2, 3, 3],
+        tie_word_embeddings=True,
+    )
+    | {"tie_word_embeddings": True},
+    "qwen2_5_vl": _qwen_vl(
+        "qwen2_5_vl",
+        {"hidden_size": 32, "out_hidden_size": WIDTH, "window_size": 16, "fullatt_block_indexes": [1, 3]},
+        [2, 3, 3],
+    ),
+    "qwen3_vl": _qwen_vl(
+        "qwen3_vl",
+        {
+            "hidden_size": 32,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        [4, 2, 2],
+        head_dim=16,
+        num_hidden_layers=3,
+    ),
     "llava_next": _anyres(
         "llava_next",
         _tower("clip_vision_model", projection_dim=32),
@@ -89,7 +128,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Name -> config.json."""
 
 _NORMAL = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+_NATIVE = {**_NORMAL, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {**_NATIVE, "min_pixels": 4 * 64, "max_pixels": 48 * 64},
+    "qwen2_5_vl": {**_NATIVE, "min_pixels": 4 * 64, "max_pixels": 48 * 64},
+    "qwen3_vl": {**_NATIVE, "size": {"shortest_edge": 4 * 64, "longest_edge": 48 * 64}},
     "llava_next": {**_NORMAL, "image_grid_pinpoints": GRIDS},
     "llava_next_mistral": {**_NORMAL, "image_grid_pinpoints": GRIDS},
     "llava_onevision": {**_NORMAL, "image_grid_pinpoints": GRIDS},

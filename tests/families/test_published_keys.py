@@ -238,9 +238,9 @@ VISUAL = {"shikra-7b-delta-v1": (16, 16), "minigpt-v2": (32, 8)}
 def components(checkpoint: Checkpoint) -> tuple[ModelFacts, list[Component], Checkpoint]:
     _, family = family_of(checkpoint)
     joined = family.joined(checkpoint)
-    facts = family.facts(joined)
-    plan = plan_for(Recipe(name="x", checkpoint="x", precision="fp16"), facts)
-    return facts, family.components(joined, plan), joined
+    recipe = Recipe(name="x", checkpoint="x", precision="fp16")
+    facts = family.facts(joined, recipe)
+    return facts, family.components(joined, facts, plan_for(recipe, facts)), joined
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

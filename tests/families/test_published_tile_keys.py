@@ -220,9 +220,9 @@ PUBLISHED: dict[str, tuple[Callable[[Path], Checkpoint], tuple[int, int, int]]] 
 
 def components(checkpoint: Checkpoint) -> tuple[ModelFacts, list[Component]]:
     _, family = family_of(checkpoint)
-    facts = family.facts(checkpoint)
     recipe = Recipe(name="x", checkpoint="x", precision="fp16", pruner="dart")
-    return facts, family.components(checkpoint, plan_for(recipe, facts))
+    facts = family.facts(checkpoint, recipe)
+    return facts, family.components(checkpoint, facts, plan_for(recipe, facts))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -279,7 +279,7 @@ def test_what_is_not_supported_is_named(
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     checkpoint = open_checkpoint(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        family_of(checkpoint)[1].facts(checkpoint)
+        family_of(checkpoint)[1].facts(checkpoint, Recipe(name="x", checkpoint="x"))
     assert caught.value.hint
 
 
@@ -318,9 +318,10 @@ def test_strategies_that_cannot_work_are_refused(
     make: Callable[[Path], Checkpoint], pruner: str, works: set[str], tmp_path: Path
 ) -> None:
     checkpoint = make(tmp_path)
-    facts = family_of(checkpoint)[1].facts(checkpoint)
+    recipe = Recipe(name="x", checkpoint="x", pruner=pruner)
+    facts = family_of(checkpoint)[1].facts(checkpoint, recipe)
     with pytest.raises(RecipeError) as caught:
-        plan_for(Recipe(name="x", checkpoint="x", pruner=pruner), facts)
+        plan_for(recipe, facts)
     offered = set(caught.value.hint.removeprefix("these work on it: ").split(", "))
     assert works <= offered
     assert not offered & {pruner, "fastv", "spatial"}

@@ -266,7 +266,8 @@ def test_graphs_that_are_taken_for_the_same_are(deep_checkpoint: Path, tiny_opti
 
     def keys(**changes: Any) -> dict[str, Any]:
         recipe = Recipe.model_validate({**tiny_options, "keep": 0.25, **changes})
-        components = llava.components(checkpoint, plan_for(recipe, llava.facts(checkpoint)))
+        sizes = llava.facts(checkpoint, recipe)
+        components = llava.components(checkpoint, sizes, plan_for(recipe, sizes))
         return {each.spec.name: (each.spec.model_dump_json(), each.settings) for each in components}
 
     one, other = keys(pruner="pyramiddrop"), keys(pruner="sparsevlm")

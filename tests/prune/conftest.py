@@ -137,8 +137,9 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
                 checkpoint.with_part("text_tower", part),
                 family.text_tower(checkpoint, part),
             )
-        plan = plan_for(recipe, family.facts(checkpoint), text_tower)
-        component = family.components(checkpoint, plan)[0]
+        sizes = family.facts(checkpoint, recipe)
+        plan = plan_for(recipe, sizes, text_tower)
+        component = family.components(checkpoint, sizes, plan)[0]
         model = trace.graph_from_component(component)
         keys = [component.weight_key(name) for name in weights.parameters_of(model)]
         store = weights.WeightStore(checkpoint, recipe.precision, folder)

@@ -13,7 +13,14 @@ from PIL import Image
 from gap_export.bundle import ModelFacts, Native
 from gap_export.errors import InputError
 from gap_export.runtime import pictures
-from gap_export.runtime.native_resolution import MOST_ASPECT, native_picture, native_range, resized
+from gap_export.runtime.native_resolution import (
+    MOST_ASPECT,
+    NativePicture,
+    most_windows,
+    native_picture,
+    native_range,
+    resized,
+)
 
 _NORMAL: dict[str, Any] = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -36,6 +43,13 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(samples)
 
 
+def flat(picture: NativePicture) -> Any:
+    """Patches of all tokens in one row."""
+    pixels_NPF = picture.inputs["pixel_values"]
+    assert pixels_NPF.shape[:2] == (picture.grid[0] * picture.grid[1], 4)
+    return pixels_NPF.reshape(-1, pixels_NPF.shape[-1])
+
+
 def of_transformers(image: Image.Image, preprocessing: Native) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -55,7 +69,7 @@ def of_transformers(image: Image.Image, preprocessing: Native) -> Any:
 def test_pixels_and_grids_are_those_of_transformers(preprocessing: Native, extent: tuple[int, int]) -> None:
     image = noise(*extent)
     ours, theirs = native_picture(image, preprocessing), of_transformers(image, preprocessing)
-    np.testing.assert_array_equal(ours.inputs["pixel_values"], theirs["pixel_values"])
+    np.testing.assert_array_equal(flat(ours), theirs["pixel_values"])
     merge = preprocessing.merge
     assert [1, ours.grid[0] * merge, ours.grid[1] * merge] == theirs["image_grid_thw"][0].tolist()
 
@@ -66,7 +80,7 @@ def test_other_modes(mode: str) -> None:
     if mode == "RGBA":
         image.putalpha(Image.fromarray(np.arange(61 * 40, dtype=np.uint8).reshape(40, 61)))
     np.testing.assert_array_equal(
-        native_picture(image, QWEN2).inputs["pixel_values"], of_transformers(image, QWEN2)["pixel_values"]
+        flat(native_picture(image, QWEN2)), of_transformers(image, QWEN2)["pixel_values"]
     )
 
 
@@ -77,7 +91,39 @@ def test_positions_of_patches_are_those_of_transformers() -> None:
     picture = native_picture(noise(130, 90), QWEN2)
     rows, columns = picture.grid
     theirs = get_vision_position_ids(torch.tensor([[1, 2 * rows, 2 * columns]]), 2)
-    np.testing.assert_array_equal(picture.inputs["patch_positions"], theirs.numpy())
+    np.testing.assert_array_equal(picture.inputs["patch_positions"].reshape(-1, 2), theirs.numpy())
+
+
+@pytest.mark.parametrize("extent", [(130, 90), (224, 224), (190, 1), (1, 60), (500, 340)])
+def test_windows_are_those_of_transformers(extent: tuple[int, int]) -> None:
+    import torch
+    from transformers.vision_utils import get_vision_window_index
+
+    picture = native_picture(noise(*extent), QWEN2.model_copy(update={"window": 4}))
+    grid = torch.tensor([[1, 2 * picture.grid[0], 2 * picture.grid[1]]])
+    order, ends = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
+    tokens_WM, slots_N = picture.inputs["window_tokens"], picture.inputs["token_slots"]
+    assert tokens_WM[tokens_WM >= 0].tolist() == order.tolist()
+    assert ((tokens_WM >= 0).sum(axis=1).cumsum() * 4).tolist() == ends[1:].tolist()
+    assert tokens_WM.flatten()[slots_N].tolist() == list(range(len(slots_N)))
+
+
+@settings(max_examples=400)
+@given(
+    st.integers(1, 9000),
+    st.integers(1, 9000) | st.integers(1, 45),
+    st.sampled_from([4, 64]),
+    st.sampled_from([64, 300, 1280]),
+)
+def test_no_picture_has_more_windows(width: int, height: int, fewest: int, most: int) -> None:
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        return
+    limits = {"fewest_pixels": fewest * 28**2, "most_pixels": most * 28**2, "window": 4}
+    preprocessing = QWEN2.model_copy(update=limits)
+    tokens, _ = native_range(preprocessing)
+    rows, columns = (side // 28 for side in resized(width, height, preprocessing))
+    windows = -(-rows // 4) * -(-columns // 4)
+    assert 1 <= windows <= most_windows(tokens, 4)
 
 
 @pytest.mark.parametrize("extent", [(1, 201), (2000, 9)])

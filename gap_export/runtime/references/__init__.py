@@ -41,6 +41,9 @@ REFERENCES = {
     "llava_onevision": "llava_onevision:LlavaOnevisionReference",
     "llava_original": "original:LlavaOriginalReference",
     "minigpt_v2": "minigpt_v2:MiniGptReference",
+    "qwen2_5_vl": "qwen_vl:Qwen25VLReference",
+    "qwen2_vl": "qwen_vl:Qwen2VLReference",
+    "qwen3_vl": "qwen_vl:Qwen3VLReference",
     "shikra": "original:ShikraReference",
 }
 """Family -> its reference, `module:class` within this folder."""
