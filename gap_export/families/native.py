@@ -41,11 +41,20 @@ class Windows:
         tokens_WM: the tokens of each window, -1 where it ends early.
         slots_n: where each token stands among those W * M.
         patches: of a token.
+        mask_W1SS: bool, true where the key is a patch, false where it is padding. ONNX Runtime wants a row for every query.
     """
 
     tokens_WM: Tensor
     slots_n: Tensor
     patches: int
+    mask_W1SS: Tensor
+
+    @classmethod
+    def of(cls, tokens_WM: Tensor, slots_n: Tensor, patches: int) -> Windows:
+        """From what preprocessing gives."""
+        real_WS = (tokens_WM >= 0)[:, :, None].expand(-1, -1, patches).flatten(1)
+        mask_W1SS = real_WS[:, None, None].expand(-1, -1, real_WS.shape[1], -1)
+        return cls(tokens_WM, slots_n, patches, mask_W1SS)
 
     def divided(self, heads_PAD: Tensor) -> Tensor:
         """[W, A, M * p, D]: what belongs to the patches, window by window; padding repeats the first token."""
@@ -59,12 +68,6 @@ class Windows:
         tokens_mpAD = context_WSAD.unflatten(1, (-1, self.patches)).flatten(0, 1)
         joined_PAD: Tensor = tokens_mpAD.index_select(0, self.slots_n).flatten(0, 1)
         return joined_PAD
-
-    @property
-    def mask_W11S(self) -> Tensor:
-        """bool: true for patches, false for padding."""
-        real_WM = self.tokens_WM >= 0
-        return real_WM[:, :, None].expand(-1, -1, self.patches).flatten(1)[:, None, None]
 
 
 def embedded(patch_embed: Any, pixel_values_npF: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def _attended(attention: Any, hidden_PE: Tensor, rotary: Rotary, windows: Window
         context_PAD = compute(attention, *whole, None, scaling=attention.scaling)[0][0]
     else:
         pieces = (windows.divided(each) for each in heads)
-        context_WSAD = compute(attention, *pieces, windows.mask_W11S, scaling=attention.scaling)[0]
+        context_WSAD = compute(attention, *pieces, windows.mask_W1SS, scaling=attention.scaling)[0]
         context_PAD = windows.joined(context_WSAD)
     output_PE: Tensor = attention.proj(context_PAD.flatten(1))
     return output_PE

@@ -56,7 +56,7 @@ class Qwen25VLVision(nn.Module):
         Returns:
             visual_embeds [1, K, H], kept_indices [1, K] int64.
         """
-        tower, windows = self.visual, Windows(window_tokens, token_slots, pixel_values.shape[1])
+        tower, windows = self.visual, Windows.of(window_tokens, token_slots, pixel_values.shape[1])
         hidden_PE = embedded(tower.patch_embed, pixel_values)
         rotary = tower.rotary_pos_emb(hidden_PE, patch_positions.flatten(0, 1))
         for number, block in enumerate(tower.blocks):
