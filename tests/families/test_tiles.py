@@ -2,82 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from gap_export.bundle import Bundle
 from gap_export.parity import controls
-from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.generate import generate
 from gap_export.runtime.ground import keep_counts, open_session
-from gap_export.runtime.pictures import Pictures, prepare
 from gap_export.runtime.torch_staged import open_reference
 
-from .conftest import IMAGE_TOKEN, PROCESSORS, Tiny
-
-NEW_TOKENS = 20
-SIZES = {1: [(40, 30)], 2: [(100, 70), (30, 90)]}
-PROMPTS = [[1, 5, 6, IMAGE_TOKEN, 7, 8, 9], [1, IMAGE_TOKEN, 12, 13, 14, 15, 16, 17, 18]]
-
-Families = Callable[[str], Tiny]
-
-
-def images(batch: int) -> list[Image.Image]:
-    rng = np.random.default_rng(3)
-    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES[batch]]
-
-
-def prompts(batch: int) -> Any:
-    rows = PROMPTS[:batch]
-    ids = np.full((batch, max(map(len, rows))), -1, np.int64)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = tokens
-    return ids
-
-
-def pictures_of(bundle: Bundle, batch: int) -> Pictures:
-    return prepare(images(batch), bundle.manifest.preprocessing, bundle.manifest.model)
-
-
-def answer(session: Any, bundle: Bundle, batch: int, keep: float | None = None, **options: Any) -> Generation:
-    pictures = pictures_of(bundle, batch)
-    return generate(
-        session,
-        pictures,
-        prompts(batch),
-        max_new_tokens=NEW_TOKENS,
-        eos_token_ids=(),
-        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, pictures, keep),
-        keep_logits=True,
-        **options,
-    )
-
-
-def both(tiny: Tiny, bundle: Bundle, batch: int, keep: float | None = None) -> tuple[Generation, Generation]:
-    """The answer of the graphs, and that of the reference."""
-    manifest = bundle.manifest
-    reference = open_reference(manifest.family, tiny.folder, manifest.pruning)
-    return answer(open_session(bundle, "onnxruntime", threads=1), bundle, batch, keep), answer(
-        reference, bundle, batch, keep
-    )
-
-
-def assert_equal(mine: Generation, theirs: Generation) -> None:
-    np.testing.assert_array_equal(mine.kept_indices, theirs.kept_indices)
-    for row, last in enumerate(theirs.placement.last_index):
-        ids, expected = (run.placement.position_ids[row, : last + 1] for run in (mine, theirs))
-        np.testing.assert_array_equal(ids, expected)
-    assert mine.tokens == theirs.tokens
-    assert len(mine.tokens[0]) == NEW_TOKENS
-    difference = max(np.abs(a - b).max() for a, b in zip(mine.logits, theirs.logits, strict=True))
-    assert difference <= 1e-3
-
+from .answers import (
+    PROMPTS,
+    SIZES,
+    Families,
+    answer,
+    assert_equal,
+    both,
+    pictures_of,
+    prompts,
+    unpruned_prompt,
+    whole_model,
+)
+from .conftest import IMAGE_TOKEN
 
 BUILDS = [
     ("llava_next", {"pruner": "cls_attention", "keep": "0.1:0.3:1.0"}),
@@ -149,13 +98,6 @@ def shares_of_tiles(call: Any, kept: Any) -> list[tuple[float, int]]:
     return [(is_kept[tile_of == tile].mean(), int((tile_of == tile).sum())) for tile in np.unique(tile_of)]
 
 
-@cache
-def whole_model(name: str, folder: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
     """transformers packs tiles, cuts bars and adds ends of lines by itself, and numbers tokens 0..: nothing of ours is in it."""
@@ -164,11 +106,9 @@ def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
     tiny = tiny_family(name)
     bundle = tiny.bundle(**USUAL[name])
     mine = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2, 1.0)
-    pictures, model = pictures_of(bundle, 2), whole_model(name, tiny.folder)
+    pictures, model = pictures_of(bundle, 2), whole_model(tiny.folder)
     for row, (width, height) in enumerate(SIZES[2]):
-        ids: list[int] = []
-        for token in PROMPTS[row]:
-            ids += [token] * (int(pictures.visual_tokens[row]) if token == IMAGE_TOKEN else 1)
+        ids = unpruned_prompt(row, int(pictures.visual_tokens[row]))
         pixels = torch.from_numpy(pictures.calls[row]["pixel_values"])
         sizes = {} if name == "internvl" else {"image_sizes": torch.tensor([[height, width]])}
         with torch.inference_mode():
@@ -241,10 +181,6 @@ def test_a_line_that_ends_elsewhere_shows(tiny_family: Families) -> None:
         for inputs in (call, moved)
     )  # fmt: skip
     assert np.abs(right - wrong).max() > 1e-2
-
-
-def test_every_family_has_a_processor() -> None:
-    assert set(PROCESSORS) >= set(NAMES)
 
 
 def test_the_expression_is_read_once_for_all_tiles(
