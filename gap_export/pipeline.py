@@ -22,10 +22,12 @@ from gap_export import __version__, parity, prune
 from gap_export.artifact import atomic_folder, record_of, scratch_folder, write_atomically
 from gap_export.bundle import (
     MANIFEST,
+    AnyPreprocessing,
     Bundle,
     Engine,
     Graph,
     Manifest,
+    Native,
     PromptTemplate,
     Pruning,
     open_bundle,
@@ -120,6 +122,7 @@ def build(
             hint="use a recipe of the checkpoint's family",
         )
     checkpoint = _with_parts(checkpoint, family, recipe)
+    _refuse_max_pixels(family.preprocessing(checkpoint, recipe), recipe)
     facts, tokenizer = family.facts(checkpoint, recipe), family.tokenizer(checkpoint)
     text_tower = None
     if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
@@ -445,6 +448,16 @@ def _part_folders(recipe: Recipe) -> dict[str, Path]:
     """Where the checkpoints beside the main one lie."""
     named = {name: getattr(recipe, name) for name in PARTS}
     return {name: resolve(given) for name, given in named.items() if given is not None}
+
+
+def _refuse_max_pixels(preprocessing: AnyPreprocessing, recipe: Recipe) -> None:
+    """Refuse a bound that this model's preprocessing has no use for."""
+    if recipe.max_pixels is not None and not isinstance(preprocessing, Native):
+        raise RecipeError(
+            "is for models that take pictures at their own size and shape, and this one does not",
+            subject=f"max_pixels {recipe.max_pixels}",
+            hint="leave it out",
+        )
 
 
 def _check_prompt(tokenizer: Tokenizer, prompt: PromptTemplate, plan: Plan, recipe: Recipe) -> None:

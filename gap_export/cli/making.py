@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from gap_export.cli.app import JsonOption, build_room, console, interruptible, out, plain, print_json
+
+if TYPE_CHECKING:
+    from gap_export.grounding.boxes import BoxCodec
 
 
 def models(as_json: JsonOption = False) -> None:
@@ -27,10 +30,7 @@ def models(as_json: JsonOption = False) -> None:
         }
         for r in recipes
     }
-    boxes = {
-        name: f"{CODECS[each.box.codec].example} of the {each.box.frame.replace('_', ' ')}"
-        for name, each in known.items()
-    }
+    boxes = {name: _boxes(CODECS[each.box.codec], each.box.frame) for name, each in known.items()}
     if as_json:
         print_json(
             {
@@ -51,7 +51,11 @@ def models(as_json: JsonOption = False) -> None:
         )
         return
     table = Table(
-        "recipe", "family", "boxes", "checkpoint, and what lies beside it", "pruners that do not work"
+        "recipe",
+        "family",
+        Column("boxes", overflow="fold"),
+        Column("checkpoint, and what lies beside it", overflow="fold"),
+        "pruners that do not work",
     )
     for r in recipes:
         checkpoints = [r.checkpoint, *(f"{part}: {given}" for part, given in needed[r.name].items())]
@@ -64,6 +68,13 @@ def models(as_json: JsonOption = False) -> None:
     for row in prune.STRATEGIES:
         pruners.add_row(row.name, row.summary, prune.needs(row), row.where, prune.merging(row))
     out.print(pruners)
+
+
+def _boxes(codec: BoxCodec, frame: str) -> str:
+    """How a box is written, and of what."""
+    if codec.unit is None:
+        return f"{codec.example} in pixels of the {frame} as scaled, here to 640x480"
+    return f"{codec.example} of the {frame.replace('_', ' ')}"
 
 
 def build(
@@ -118,6 +129,12 @@ def build(
         str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Cache slots; by default just enough.")] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            help="Scale larger pictures down, in models that take them at their own size; sets the cache too."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of strategies that draw at random.")] = None,
     self_contained: Annotated[bool, typer.Option(help="Copy weights instead of linking them.")] = False,
@@ -142,6 +159,7 @@ def build(
         targets=target,
         checkpoint=checkpoint,
         capacity=capacity,
+        max_pixels=max_pixels,
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
