@@ -88,7 +88,10 @@ def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) ->
         max_new_tokens=manifest.max_new_tokens,
     )
     noise = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), np.uint8)
-    pictures = prepare([Image.fromarray(noise)] * batch, manifest.preprocessing, manifest.model)
+    images = manifest.prompt.images
+    pictures = prepare(
+        [Image.fromarray(noise)] * batch * images, manifest.preprocessing, manifest.model, per_prompt=images
+    )
     text_ids = None
     if manifest.text_tower is not None:
         text_ids = encode_text(
@@ -246,7 +249,8 @@ def _columns(readings: list[float]) -> tuple[float, ...]:
 
 def _prompt_slots(each: Contender) -> int:
     """Text tokens and visual tokens of the longest row as it enters the decoder; the placeholder itself takes no slot."""
-    return int(each.input_ids_BT.shape[1]) - 1 + each.bundle.manifest.pruning.kept
+    images = each.bundle.manifest.prompt.images
+    return int(each.input_ids_BT.shape[1]) - images + images * each.bundle.manifest.pruning.kept
 
 
 def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int) -> Row:

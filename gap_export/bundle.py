@@ -161,13 +161,15 @@ class PromptTemplate(Stored):
     """How an expression becomes token ids.
 
     Attributes:
-        grounding: the whole prompt with `{expression}` and one image placeholder.
-        image_token_id: the placeholder's id; exactly one per prompt.
+        grounding: the whole prompt with `{expression}` and an image placeholder for every picture.
+        images: pictures in one prompt; boxes are those of the last one.
+        image_token_id: the placeholder's id.
         add_special_tokens: whether the tokenizer adds its own (BOS) on top of the template.
         eos_token_ids: ids that end an answer.
     """
 
     grounding: str
+    images: int = Field(default=1, ge=1)
     image_token_id: int
     add_special_tokens: bool
     eos_token_ids: tuple[int, ...]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from gap_export.bundle import Manifest, Precision
@@ -139,13 +140,22 @@ def run_cases(
     results = []
     for start in range(0, len(cases), batch):
         part = cases[start : start + batch]
-        images, expressions = [case.image for case in part], [case.expression for case in part]
+        images, expressions = _shown(part, grounder.images_per_prompt), [case.expression for case in part]
         change = None if adjust is None else _change(adjust, grounder.text_before(expressions))
         results.append(
             grounder.ground(session, images, expressions, keep=keep, adjust=change, keep_logits=keep_logits)
         )
         tick(len(part))
     return results
+
+
+def _shown(cases: Sequence[Case], per_prompt: int) -> list[Image.Image]:
+    """The pictures of every prompt: a case's own comes last, after those of the cases before it."""
+    return [
+        cases[(number - back) % len(cases)].image
+        for number in range(len(cases))
+        for back in range(per_prompt - 1, -1, -1)
+    ]
 
 
 def _change(adjust: Wrong, text_before: Ids) -> Adjust:
@@ -194,11 +204,13 @@ def measure(
             mine.kept_indices,
             text_before=run.prompts.text_before,
             text_after=run.prompts.text_after,
-            visual_tokens=run.pictures.visual_tokens,
+            visual_tokens=run.pictures.by_prompt(run.pictures.visual_tokens),
             policy=pruning.positions,
             merged=pruning.merged,
             stages=tuple(stage.kept for stage in pruning.stages[1:]),
             grids=run.pictures.grids,
+            between=run.prompts.between,
+            kept_counts=mine.kept_counts,
         )
         for row in range(len(truth.answers)):
             identical = _kept_of(mine, row) == _kept_of(theirs, row)

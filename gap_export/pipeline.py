@@ -142,6 +142,7 @@ def build(
         recipe,
     )
     prompt, box = family.prompt(checkpoint, recipe), family.box(recipe)
+    prompt = prompt.model_copy(update={"images": recipe.images})
     _check_prompt(tokenizer, prompt, plan, recipe)
 
     from gap_export.graph import lint, passes, trace, weights

@@ -38,6 +38,7 @@ class Plan:
         stages: of strategies that drop tokens inside the decoder.
         never_pruned: most tokens of a picture that no strategy may drop; K counts them.
         shares: (smallest, largest) that requests may choose.
+        images: pictures in one prompt; all other numbers of visual tokens are those of one picture.
     """
 
     precision: Precision
@@ -57,6 +58,7 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     never_pruned: int = 0
     shares: tuple[float, float] | None = None
+    images: int = 1
 
     def layer_capacities(self, layers: int) -> tuple[int, ...]:
         """Cache slots of every layer."""
@@ -72,6 +74,23 @@ class Plan:
     def kept_dim(self) -> Dim:
         """K as a dimension that varies between calls."""
         return Dim(name="kept", minimum=self.fewest, optimum=self.kept, maximum=self.most)
+
+    @property
+    def row_dim(self) -> Dim:
+        """Visual tokens of a prompt, all pictures together, as a dimension that varies between calls."""
+        one, images = self.kept_dim, self.images
+        if images == 1:
+            return one
+        return Dim(
+            name="row",
+            minimum=one.minimum * images,
+            optimum=one.optimum * images,
+            maximum=one.maximum * images,
+        )
+
+    def spliced(self, kept: int) -> int:
+        """Slots of the longest prompt whose pictures keep so many tokens each."""
+        return self.max_text - self.images + self.images * kept
 
     @property
     def count_dim(self) -> Dim:
@@ -108,7 +127,9 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         layers=facts.layers,
         prune_layers=recipe.prune_layers,
     )
-    longest_answer = recipe.max_text - 1 + facts.visual_tokens + recipe.max_new_tokens
+    _refuse_several(recipe, facts)
+    words = recipe.max_text - recipe.images + recipe.max_new_tokens
+    longest_answer = words + recipe.images * facts.visual_tokens
     if longest_answer > facts.max_positions:
         raise RecipeError(
             f"positions up to {longest_answer} are needed (unpruned), the model knows {facts.max_positions}",
@@ -116,10 +137,10 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
             hint="lower max_text or max_new_tokens",
         )
     # One slot more than the longest answer needs: `validate` writes one too far on purpose.
-    needed = recipe.max_text - 1 + most + recipe.max_new_tokens + 1
+    needed = words + recipe.images * most + 1
     if recipe.capacity is not None and recipe.capacity < needed:
         raise RecipeError(
-            f"is too small: {recipe.max_text} text tokens, {most} visual tokens and {recipe.max_new_tokens} new tokens "
+            f"is too small: {recipe.max_text} text tokens, {recipe.images * most} visual tokens and {recipe.max_new_tokens} new tokens "
             f"need {needed}",
             subject=f"capacity {recipe.capacity}",
             hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
@@ -143,7 +164,33 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         stages=_stages(cuts, facts, capacity),
         never_pruned=facts.token_range.never_pruned if facts.token_range else 0,
         shares=(recipe.keep[0], recipe.keep[-1]) if isinstance(recipe.keep, tuple) else None,
+        images=recipe.images,
     )
+
+
+def _refuse_several(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse prompts with several pictures where the model or the prompt has one."""
+    if recipe.images == 1:
+        return
+    subject = f"images {recipe.images}"
+    if facts.token_range is None:
+        raise RecipeError(
+            "is more than this model takes: it knows prompts with one picture",
+            subject=subject,
+            hint="leave it out, or use a model whose pictures may differ in size",
+        )
+    if recipe.prompt is None:
+        raise RecipeError(
+            "needs a prompt with a placeholder for every picture, and the model's own has one",
+            subject=subject,
+            hint="write the whole prompt into the recipe (prompt:)",
+        )
+    if recipe.images >= recipe.max_text:
+        raise RecipeError(
+            f"leaves no room for text: max_text is {recipe.max_text}, and a placeholder counts as one",
+            subject=subject,
+            hint="raise max_text",
+        )
 
 
 def _counts(

@@ -22,7 +22,7 @@ Shape letters: B batch, N visual tokens, K kept, S spliced sequence, R rotary ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -146,7 +146,7 @@ def sequence_position_ids(
     policy: PositionPolicy,
     merged: int = 0,
 ) -> Ids:
-    """Position ids of one spliced prompt: text before, kept visual tokens, text after.
+    """Position ids of one spliced prompt with one image: text before, kept visual tokens, text after.
 
     Args:
         kept_K: [K] raster indices in 0..N-1, in the order in which the tokens enter the decoder.
@@ -163,18 +163,60 @@ def sequence_position_ids(
     Raises:
         ValueError: kept indices out of range or repeated.
     """
-    if len(np.unique(kept_K)) < len(kept_K) - merged or (
-        len(kept_K) and not 0 <= kept_K.min() <= kept_K.max() < visual_tokens
-    ):
-        raise ValueError(f"kept indices must be distinct and within 0..{visual_tokens - 1}")
-    image_extent = visual_tokens if policy is PositionPolicy.GAP else len(kept_K)
-    return np.concatenate(
-        [
-            np.arange(text_before, dtype=np.int64),
-            kept_position_ids(kept_K, text_before, policy),
-            text_before + image_extent + np.arange(text_after, dtype=np.int64),
-        ]
-    )
+    text = (text_before, text_after)
+    return prompt_position_ids(
+        [kept_K], text=text, visual_tokens=[visual_tokens], policy=policy, merged=merged
+    )[0]
+
+
+def prompt_position_ids(
+    kept: Sequence[Ids],
+    *,
+    text: Sequence[int],
+    visual_tokens: Sequence[int],
+    policy: PositionPolicy,
+    merged: int = 0,
+    grids: Sequence[Ids] | None = None,
+) -> tuple[Ids, int]:
+    """Position ids of one spliced prompt: text and images in turn, text first and last.
+
+    Source of the three rows: Qwen2-VL (arXiv 2409.12191), section 2.1: time, height, width; what follows an image goes on
+    after the largest of them.
+
+    Args:
+        kept: of every image, [K] raster indices as in `sequence_position_ids`.
+        text: how many tokens before, between and after the images.
+        visual_tokens: N of every image.
+        policy: how to number.
+        merged: see `sequence_position_ids`.
+        grids: rows and columns of every image's N tokens, for M-RoPE.
+
+    Returns:
+        ([S] int64, with grids [3, S]; the id that the first generated token gets).
+
+    Raises:
+        ValueError: kept indices out of range or repeated.
+    """
+    rows = 1 if grids is None else 3
+    position = text[0]
+    pieces = [np.arange(position, dtype=np.int64)[None].repeat(rows, axis=0)]
+    for number, (kept_K, visual, following) in enumerate(zip(kept, visual_tokens, text[1:], strict=True)):
+        if len(np.unique(kept_K)) < len(kept_K) - merged or (
+            len(kept_K) and not 0 <= kept_K.min() <= kept_K.max() < visual
+        ):
+            raise ValueError(f"kept indices must be distinct and within 0..{visual - 1}")
+        image_ids, extent = kept_position_ids(kept_K, position, policy)[None], len(kept_K)
+        if policy is PositionPolicy.GAP:
+            extent = int(visual)
+        if policy is PositionPolicy.GAP and grids is not None:
+            columns, extent = int(grids[number][1]), int(max(grids[number]))
+            image_ids = position + np.stack([np.zeros_like(kept_K), kept_K // columns, kept_K % columns])
+        position += extent
+        text_ids = position + np.arange(following, dtype=np.int64)
+        pieces += [np.broadcast_to(piece, (rows, piece.shape[-1])) for piece in (image_ids, text_ids[None])]
+        position += following
+    ids_RS = np.concatenate(pieces, axis=1)
+    return (ids_RS[0] if grids is None else ids_RS), position
 
 
 def place(
@@ -187,57 +229,58 @@ def place(
     merged: int = 0,
     stages: tuple[int, ...] = (),
     grids: Ids | None = None,
+    between: Ids | None = None,
+    kept_counts: Ids | None = None,
 ) -> Placement:
-    """Placement of a batch of right-padded prompts with one image each.
+    """Placement of a batch of right-padded prompts with I images each.
 
     Args:
-        kept_BK: [B, K] raster indices in the order in which the tokens enter the decoder; -1 after the tokens of a picture
-            that keeps fewer than others.
-        text_before: [B] T_pre of each row.
-        text_after: [B] T_post of each row.
-        visual_tokens: N, of all pictures or [B] of each.
+        kept_BK: [B, K] raster indices in the order in which the tokens enter the decoder, each within its own image; -1 after
+            the tokens of a row that keeps fewer than others.
+        text_before: [B] tokens before the first image (T_pre).
+        text_after: [B] tokens after the last one (T_post).
+        visual_tokens: N, of all images or [B], [B, I] of each.
         policy: how to number.
         merged: see `sequence_position_ids`.
         stages: visual tokens that every later stage has.
-        grids: [B, 2] rows and columns of each picture's visual tokens, for M-RoPE.
+        grids: [B, 2], [B, I, 2] rows and columns of each image's visual tokens, for M-RoPE.
+        between: [B, I - 1] tokens between one image and the next; None where there is one.
+        kept_counts: [B, I] how many of K each image keeps; None where there is one.
 
     Returns:
         Placement with S = max over rows of T_pre + K + T_post; ids of padding go on counting.
     """
+    batch = len(kept_BK)
     kept_rows = [row[row >= 0] for row in kept_BK]
     kept = np.array([len(row) for row in kept_rows], np.int64)
-    lengths = text_before + kept + text_after
-    longest = int(lengths.max())
-    visual_B = np.broadcast_to(np.asarray(visual_tokens, np.int64), kept.shape)
+    counts_BI = kept[:, None] if kept_counts is None else kept_counts.reshape(batch, -1)
+    between_BG = np.zeros((batch, 0), np.int64) if between is None else between
+    visual_BI = np.broadcast_to(
+        np.asarray(visual_tokens, np.int64).reshape(-1, counts_BI.shape[1]), counts_BI.shape
+    )
+    grids_BI2 = None if grids is None else grids.reshape(batch, -1, 2)
+
+    lengths = text_before + between_BG.sum(axis=1) + kept + text_after
+    padding = lengths.max() - lengths
     rows = [
-        sequence_position_ids(
-            row,
-            text_before=int(before),
-            text_after=longest - len(row) - int(before),
-            visual_tokens=int(visual),
+        prompt_position_ids(
+            np.split(kept_rows[row], counts_BI[row].cumsum()[:-1]),
+            text=[int(text_before[row]), *map(int, between_BG[row]), int(text_after[row] + padding[row])],
+            visual_tokens=visual_BI[row].tolist(),
             policy=policy,
             merged=merged,
+            grids=None if grids_BI2 is None else list(grids_BI2[row]),
         )
-        for row, before, visual in zip(kept_rows, text_before, visual_B, strict=True)
+        for row in range(batch)
     ]
-    extent = visual_B if policy is PositionPolicy.GAP else kept
-    position_ids = np.stack(rows)
-    if grids is not None:
-        position_ids = np.stack([position_ids] * 3)
-    if grids is not None and policy is PositionPolicy.GAP:
-        extent = grids.max(axis=1)
-        for row, (before, after) in enumerate(zip(text_before, text_before + kept, strict=True)):
-            position_ids[:, row] = mrope_ids(
-                position_ids[0, row], int(before), int(after), int(visual_B[row]), grids[row]
-            )
     return Placement(
-        position_ids=position_ids,
-        write_index=np.zeros(len(rows), np.int64),
+        position_ids=np.stack([ids for ids, _ in rows], axis=-2),
+        write_index=np.zeros(batch, np.int64),
         last_index=lengths - 1,
-        next_position=text_before + extent + text_after,
+        next_position=np.array([following for _, following in rows], np.int64) - padding,
         next_slot=lengths,
         image_start=text_before,
-        stage_write_index=tuple(np.zeros(len(rows), np.int64) for _ in stages),
+        stage_write_index=tuple(np.zeros(batch, np.int64) for _ in stages),
         stage_next_slot=tuple(text_before + left + text_after for left in stages),
     )
 
@@ -261,29 +304,6 @@ def advance(placement: Placement) -> Placement:
         stage_write_index=placement.stage_next_slot,
         stage_next_slot=tuple(slot + 1 for slot in placement.stage_next_slot),
     )
-
-
-def mrope_ids(ids_S: Ids, first: int, end: int, visual_tokens: int, grid: Ids) -> Ids:
-    """Three rows of ids from ids that count: what stands in the image follows its grid, what comes after moves up.
-
-    Source: Qwen2-VL (arXiv 2409.12191), section 2.1: time, height, width; text goes on after the largest of them.
-
-    Args:
-        ids_S: [S] ids under GAP that count the image's tokens.
-        first: index of the first visual token in S.
-        end: index after the last.
-        visual_tokens: N.
-        grid: rows, columns of the N tokens.
-
-    Returns:
-        [3, S] int64.
-    """
-    rows, columns = (int(extent) for extent in grid)
-    ids_3S = np.stack([ids_S] * 3)
-    raster = ids_S[first:end] - first
-    ids_3S[:, first:end] = first + np.stack([np.zeros_like(raster), raster // columns, raster % columns])
-    ids_3S[:, end:] += max(rows, columns) - visual_tokens
-    return ids_3S
 
 
 def gather_mrope_ids(position_ids_RS: Ids, surviving_P: Ids) -> tuple[Ids, int]:

@@ -85,6 +85,7 @@ class Recipe(BaseModel):
         max_batch: most pictures per call.
         capacity: cache slots; by default just enough for the longest prompt after pruning plus the longest answer.
         prompt: grounding prompt with `{expression}` and the image placeholder.
+        images: pictures in one prompt, which then has as many placeholders; boxes are those of the last one.
         fit: how pictures become squares.
         max_pixels: larger pictures are scaled down, in families that take them at their own size; the checkpoint's own bound
             when left out. It sets how many visual tokens a picture may have, and with it the cache.
@@ -116,6 +117,7 @@ class Recipe(BaseModel):
     max_batch: int = Field(default=8, ge=1)
     capacity: int | None = Field(default=None, ge=1)
     prompt: str | None = None
+    images: int = Field(default=1, ge=1)
     fit: Literal["pad", "crop", "stretch"] | None = None
     max_pixels: int | None = Field(default=None, ge=1)
     targets: tuple[Target, ...] = ("onnx",)

@@ -23,7 +23,10 @@ from gap_export.cli.app import (
 
 def run(
     bundle: BundleArgument,
-    image: Annotated[Path, typer.Option(help="A picture.")],
+    image: Annotated[
+        list[Path],
+        typer.Option(help="A picture; repeat it where the bundle's prompt has several, in their order."),
+    ],
     refer: Annotated[str, typer.Option(help="The referring expression: what to find.")],
     draw: Annotated[
         Path | None, typer.Option(help="Write the picture with the box and the kept patches.")
@@ -34,7 +37,7 @@ def run(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find what an expression refers to in a picture."""
+    """Find what an expression refers to in a picture (the last one, of several)."""
     from gap_export.bundle import open_bundle
     from gap_export.runtime.generate import refuse_overflow
     from gap_export.runtime.ground import Grounder, backend_of, open_session
@@ -42,11 +45,12 @@ def run(
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    picture = load_image(image)
+    pictures = [load_image(path) for path in image]
+    picture = pictures[-1]
     grounder = Grounder(opened)
     unknown = grounder.unknown_words(refer)
     session = open_session(opened, backend_of(backend), threads=threads)
-    grounded = grounder.ground(session, [picture], [refer], keep=keep, max_new_tokens=max_new_tokens)
+    grounded = grounder.ground(session, pictures, [refer], keep=keep, max_new_tokens=max_new_tokens)
     refuse_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:
@@ -73,7 +77,7 @@ def run(
     size = f"{picture.width} x {picture.height}"
     shown = f"no box on the picture ({size})" if box is None else f"box {box} in pixels of {size}"
     out.print(f"{plain(shown)}", highlight=False)
-    out.print(f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.pictures.visual_tokens[0])}", highlight=False)  # fmt: skip
+    out.print(f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.pictures.visual_tokens[-1])}", highlight=False)  # fmt: skip
     if draw is not None:
         out.print(f"  drawn to {draw}", highlight=False)
 
@@ -138,9 +142,9 @@ def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: st
         picture,
         answer.box,
         answer.kept_indices,
-        manifest.model.grid if pictures.grids is None else tuple(pictures.grids[0].tolist()),
+        manifest.model.grid if pictures.grids is None else tuple(pictures.grids[-1].tolist()),
         manifest.preprocessing,
-        visual_tokens=int(pictures.visual_tokens[0]),
+        visual_tokens=int(pictures.visual_tokens[-1]),
         caption=expression,
     )
     try:

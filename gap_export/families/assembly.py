@@ -19,6 +19,7 @@ from gap_export.bundle import ModelFacts, Precision
 from gap_export.families import staged
 from gap_export.families.decoder import Decoder
 from gap_export.families.splice import Embed, Splice
+from gap_export.families.splice_several import SpliceSeveral
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
 from gap_export.spec import Component, Dim, DType, GraphName, GraphSpec, TensorSpec
@@ -78,15 +79,16 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     def real(name: str, *shape: int | Dim) -> TensorSpec:
         return TensorSpec(name=name, dtype=dtype, shape=shape)
 
-    longest, usual = plan.max_text - 1 + plan.most, plan.max_text - 1 + plan.kept
-    text = Dim(name="text", minimum=2, optimum=plan.max_text, maximum=plan.max_text)
+    longest, usual = plan.spliced(plan.most), plan.spliced(plan.kept)
+    text = Dim(name="text", minimum=1 + plan.images, optimum=plan.max_text, maximum=plan.max_text)
     some_text = Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text)
-    spliced = Dim(name="spliced", minimum=plan.fewest + 1, optimum=usual, maximum=longest)
+    spliced = Dim(name="spliced", minimum=plan.images * plan.fewest + 1, optimum=usual, maximum=longest)
     sequence = Dim(name="sequence", minimum=1, optimum=usual, maximum=longest)
 
     def visual(extent: int | Dim) -> tuple[TensorSpec, ...]:
         """What vision gives and splice takes, in this order."""
-        counts = (whole("kept_counts", batch),) if plan.counting == "adaptive" or differ else ()
+        shape = (batch,) if plan.images == 1 else (batch, plan.images)
+        counts = (whole("kept_counts", *shape),) if plan.counting == "adaptive" or differ else ()
         return (
             real("visual_embeds", batch, extent, sizes.embedding_width),
             whole("kept_indices", batch, extent),
@@ -113,7 +115,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
             whole("input_ids", batch, text),
             *(
                 given
-                for given in visual(plan.most if plan.counting == "fixed" else plan.kept_dim)
+                for given in visual(plan.most if plan.counting == "fixed" else plan.row_dim)
                 # Policies that renumber do not look at which tokens were kept.
                 if given.name != "kept_indices" or plan.positions is PositionPolicy.GAP
             ),
@@ -130,6 +132,14 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     splicer = (
         staged.StagedSplice(embedding, plan, **placing)
         if plan.stages
+        else SpliceSeveral(
+            embedding,
+            image_token_id=pieces.image_token_id,
+            policy=plan.positions,
+            mrope=mrope,
+            planes=sizes.planes,
+        )
+        if plan.images > 1
         else Splice(embedding, policy=plan.positions, mrope=mrope, planes=sizes.planes, **placing)
     )
     embed = GraphSpec(
@@ -199,9 +209,10 @@ def _layout(sizes: ModelFacts, plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]
     """What splice must know of each picture, where pictures differ. Policies that renumber need not know it."""
     if sizes.token_range is None or plan.positions is not PositionPolicy.GAP:
         return ()
+    pictures = (batch,) if plan.images == 1 else (batch, plan.images)
     if sizes.position_rows == 3:
-        return (TensorSpec(name="image_grid", dtype="int64", shape=(batch, 2)),)
-    return (TensorSpec(name="visual_counts", dtype="int64", shape=(batch,)),)
+        return (TensorSpec(name="image_grid", dtype="int64", shape=(*pictures, 2)),)
+    return (TensorSpec(name="visual_counts", dtype="int64", shape=pictures),)
 
 
 def _settings(graph: GraphName, plan: Plan) -> Hashable:

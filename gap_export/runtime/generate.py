@@ -34,6 +34,7 @@ class Generation:
         finite: whether all logits were numbers; the argmax of others is no answer.
         ended: per row, whether the answer ended by itself and was not cut off at the longest length.
         stage_kept_indices: of every later stage [B, K] int64, where tokens are dropped inside the decoder.
+        kept_counts: [B] ([B, I] of several pictures) int64, how many tokens each picture keeps, where pictures differ.
     """
 
     tokens: list[list[int]]
@@ -45,11 +46,20 @@ class Generation:
     finite: bool = True
     ended: tuple[bool, ...] = ()
     stage_kept_indices: tuple[Ids, ...] = ()
+    kept_counts: Ids | None = None
 
     @property
     def every_kept_indices(self) -> tuple[Ids, ...]:
         """[B, K] int64: what entered the decoder, and what was left of it in every later stage."""
         return (self.kept_indices, *self.stage_kept_indices)
+
+    @property
+    def kept_of_last(self) -> list[Ids]:
+        """Per row, what is left at the end of its last picture, without padding."""
+        rows = [row[row >= 0] for row in self.every_kept_indices[-1]]
+        if self.kept_counts is None or self.kept_counts.ndim == 1:
+            return rows
+        return [row[-count:] for row, count in zip(rows, self.kept_counts[:, -1], strict=True)]
 
 
 def generate(
@@ -120,6 +130,7 @@ def generate(
         finite=finite,
         ended=tuple(ended.tolist()),
         stage_kept_indices=prefilled.kept_indices,
+        kept_counts=visual.kept_counts,
     )
 
 
@@ -132,10 +143,12 @@ def encode(
 ) -> VisualTokens:
     """The visual tokens of a batch, in as many calls as its pictures take; arguments as of `generate`."""
     rows = pictures.rows_per_call
+    # Every picture of a prompt is looked at with the prompt's expression.
+    texts = None if text_ids_BL is None else text_ids_BL.repeat(pictures.per_prompt, axis=0)
     parts = [
         session.encode(
             call,
-            text_ids_BL=None if text_ids_BL is None else text_ids_BL[number * rows : (number + 1) * rows],
+            text_ids_BL=None if texts is None else texts[number * rows : (number + 1) * rows],
             keep_count=None if keep_counts is None else keep_counts[number],
         )
         for number, call in enumerate(pictures.calls)

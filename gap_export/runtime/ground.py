@@ -35,8 +35,8 @@ class Answer:
 
     Attributes:
         text: as generated.
-        box: in pixels of the picture, clamped to it; None when the text holds no box, or one that lies in the padding.
-        kept_indices: [K] int64 raster indices of the surviving visual tokens.
+        box: in pixels of the prompt's last picture, clamped to it; None when the text holds no box, or one that lies in the padding.
+        kept_indices: [K] int64 raster indices of the surviving visual tokens of that picture.
     """
 
     text: str
@@ -83,7 +83,7 @@ class Grounder:
 
         Args:
             session: of this bundle, or the reference of its checkpoint.
-            images: RGB pictures, one per expression.
+            images: RGB pictures, as many per expression as a prompt has; those of an expression follow each other.
             expressions: what to find.
             keep: fraction of the visual tokens to keep, in bundles that let requests choose.
             max_new_tokens: longest answer; the manifest's by default.
@@ -91,7 +91,8 @@ class Grounder:
             keep_logits: see `generate`.
 
         Raises:
-            InputError: an expression that is empty or does not fit, or a fraction outside the range the bundle was built for.
+            InputError: an expression that is empty or does not fit, a fraction outside the range the bundle was built for, or
+                another number of pictures.
         """
         manifest = self._manifest
         longest = max_new_tokens if max_new_tokens is not None else manifest.max_new_tokens
@@ -100,6 +101,13 @@ class Grounder:
                 f"must be between 1 and {manifest.max_new_tokens}, which this bundle was built for",
                 subject=f"max_new_tokens {longest}",
                 hint="ask for fewer, or build with a larger --max-new-tokens and the capacity for it",
+            )
+        per_prompt = manifest.prompt.images
+        if len(images) != per_prompt * len(expressions):
+            raise InputError(
+                f"{'is' if len(images) == 1 else 'are'} not {per_prompt} for every expression, as this bundle's prompt has",
+                subject=f"{len(images)} picture{'' if len(images) == 1 else 's'} for {len(expressions)} expressions",
+                hint="give every picture of the prompt, in its order",
             )
         prompts = self._prompts(expressions, longest)
         pictures = self.pictures(images)
@@ -115,16 +123,22 @@ class Grounder:
             keep_logits=keep_logits,
         )
         answers = [
-            self._answer(tokens, image, kept[kept >= 0])
+            self._answer(tokens, image, kept)
             for tokens, image, kept in zip(
-                generation.tokens, images, generation.every_kept_indices[-1], strict=True
+                generation.tokens, images[per_prompt - 1 :: per_prompt], generation.kept_of_last, strict=True
             )
         ]
         return Grounded(answers=answers, generation=generation, prompts=prompts, pictures=pictures)
 
+    @property
+    def images_per_prompt(self) -> int:
+        """I."""
+        return self._manifest.prompt.images
+
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """See `pictures.prepare`."""
-        return prepare(images, self._manifest.preprocessing, self._manifest.model)
+        manifest = self._manifest
+        return prepare(images, manifest.preprocessing, manifest.model, per_prompt=manifest.prompt.images)
 
     def text_ids(self, expressions: Sequence[str]) -> Ids | None:
         """[B, L] int64 ids of the expressions for the vision graph; None where the pruner does not look at them."""

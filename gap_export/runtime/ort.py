@@ -113,9 +113,9 @@ class OnnxRuntimeSession:
             kept_counts=counts_B,
         )
 
-    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
+    def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`."""
-        return padded_together([np.asarray(part.numpy()) for part in parts], longest)
+        return padded_together([[np.asarray(part.numpy()) for part in row] for row in rows], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`."""

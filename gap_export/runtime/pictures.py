@@ -28,10 +28,11 @@ class Pictures:
 
     Attributes:
         calls: inputs of every call, in the order of the pictures.
-        visual_tokens: [B] int64: N of every picture, tokens that are never pruned included.
-        prunable: [B] int64: the tokens of which a share is kept.
-        grids: [B, 2] int64 (rows, columns) of the visual tokens, where positions follow the grid; None where they count.
+        visual_tokens: [B * I] int64: N of every picture, tokens that are never pruned included.
+        prunable: [B * I] int64: the tokens of which a share is kept.
+        grids: [B * I, 2] int64 (rows, columns) of the visual tokens, where positions follow the grid; None where they count.
         one_size: whether all pictures of the model have the same number of tokens, and one call takes them all.
+        per_prompt: I, how many of them belong to one prompt.
     """
 
     calls: tuple[PixelInputs, ...]
@@ -39,11 +40,18 @@ class Pictures:
     prunable: Ids
     grids: Ids | None = None
     one_size: bool = False
+    per_prompt: int = 1
 
     @property
     def rows_per_call(self) -> int:
         """Pictures in one call."""
         return len(self.visual_tokens) // len(self.calls)
+
+    def by_prompt(self, of_pictures: Ids) -> Ids:
+        """What is known of every picture, with an axis for the pictures of a prompt where those are several."""
+        if self.per_prompt == 1:
+            return of_pictures
+        return of_pictures.reshape(-1, self.per_prompt, *of_pictures.shape[1:])
 
 
 def of_one_size(pixel_values_BCHW: NDArray[np.float32], visual_tokens: int) -> Pictures:
@@ -52,13 +60,16 @@ def of_one_size(pixel_values_BCHW: NDArray[np.float32], visual_tokens: int) -> P
     return Pictures(({"pixel_values": pixel_values_BCHW},), tokens_B, tokens_B, one_size=True)
 
 
-def prepare(images: Sequence[Image.Image], preprocessing: AnyPreprocessing, model: ModelFacts) -> Pictures:
+def prepare(
+    images: Sequence[Image.Image], preprocessing: AnyPreprocessing, model: ModelFacts, *, per_prompt: int = 1
+) -> Pictures:
     """Preprocess a batch.
 
     Args:
-        images: RGB, at least one.
+        images: RGB, at least one; those of a prompt follow each other.
         preprocessing: of the bundle.
         model: the same.
+        per_prompt: I, how many belong to one prompt.
 
     Raises:
         InputError: a picture that cannot be fitted.
@@ -69,7 +80,13 @@ def prepare(images: Sequence[Image.Image], preprocessing: AnyPreprocessing, mode
         native = [native_resolution.native_picture(image, preprocessing) for image in images]
         grids = np.array([picture.grid for picture in native], np.int64)
         tokens_B = grids.prod(axis=1)
-        return Pictures(tuple(picture.inputs for picture in native), tokens_B, tokens_B, grids=grids)
+        return Pictures(
+            tuple(picture.inputs for picture in native),
+            tokens_B,
+            tokens_B,
+            grids=grids,
+            per_prompt=per_prompt,
+        )
     if isinstance(preprocessing, AnyRes):
         tiled = [tiles.anyres_picture(image, preprocessing) for image in images]
     else:
@@ -78,6 +95,7 @@ def prepare(images: Sequence[Image.Image], preprocessing: AnyPreprocessing, mode
         calls=tuple(picture.inputs for picture in tiled),
         visual_tokens=np.array([picture.visual_tokens for picture in tiled], np.int64),
         prunable=np.array([picture.prunable for picture in tiled], np.int64),
+        per_prompt=per_prompt,
     )
 
 

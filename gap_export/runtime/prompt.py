@@ -31,14 +31,16 @@ class Prompts(NamedTuple):
     """A batch of tokenized prompts.
 
     Attributes:
-        input_ids: [B, T] int64, one placeholder per row, short rows filled with `PAD` at the end.
-        text_before: [B] int64, tokens before the placeholder (T_pre).
-        text_after: [B] int64, tokens after it (T_post).
+        input_ids: [B, T] int64, I placeholders per row, short rows filled with `PAD` at the end.
+        text_before: [B] int64, tokens before the first placeholder (T_pre).
+        text_after: [B] int64, tokens after the last one (T_post).
+        between: [B, I - 1] int64, tokens between one placeholder and the next.
     """
 
     input_ids: Ids
     text_before: Ids
     text_after: Ids
+    between: Ids
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -103,16 +105,16 @@ def encode_prompts(
         tokenizer: from `load_tokenizer`.
         template: of the bundle.
         expressions: at least one.
-        kept: visual tokens after pruning (K); they take the placeholder's place.
+        kept: visual tokens of a picture after pruning (K); they take its placeholder's place.
         capacity: slots of the cache.
         max_new_tokens: slots to leave free for the answer.
 
     Returns:
-        Prompts with T_pre + K + T_post + max_new_tokens <= capacity for every row.
+        Prompts that fit into the cache, with their visual tokens and answers.
 
     Raises:
         InputError: an expression that is empty, not text, names a special token, or does not fit.
-        BundleError: a template without exactly one `{expression}` and one placeholder.
+        BundleError: a template without exactly one `{expression}`, or with another number of placeholders than it says.
         TypeError: a bare string for `expressions`, which would be taken letter by letter.
     """
     if isinstance(expressions, str):
@@ -123,12 +125,12 @@ def encode_prompts(
         raise _bad_template(f"has {template.grounding.count(SLOT)} times {SLOT} instead of once")
     guarded = _guarded_ids(tokenizer, template)
     empty = _encode(tokenizer, template, "")
-    if empty.count(template.image_token_id) != 1:
-        raise _bad_template(
-            f"gives {empty.count(template.image_token_id)} picture placeholders instead of one"
-        )
+    images, found = template.images, empty.count(template.image_token_id)
+    if found != images:
+        wanted = "one" if images == 1 else str(images)
+        raise _bad_template(f"gives {found} picture placeholders instead of {wanted}")
     expected = _count(empty, guarded)
-    fitting = capacity - kept - max_new_tokens
+    fitting = capacity - images * kept - max_new_tokens
 
     rows = []
     for raw in expressions:
@@ -137,12 +139,12 @@ def encode_prompts(
         row = _encode(tokenizer, template, expression)
         if _count(row, guarded) != expected:
             raise _names_special_token(expression, "a special token")
-        text_tokens = len(row) - 1
+        text_tokens = len(row) - images
         if text_tokens > fitting:
-            fixed = len(empty) - 1
+            fixed = len(empty) - images
             raise InputError(
                 f"makes a prompt of {text_tokens} text tokens, and {max(fitting, 0)} fit: "
-                f"capacity {capacity}, minus {kept} visual tokens, minus {max_new_tokens} for the answer",
+                f"capacity {capacity}, minus {images * kept} visual tokens, minus {max_new_tokens} for the answer",
                 subject=_quoted(expression),
                 hint=f"shorten the expression by {text_tokens - fitting} tokens"
                 if fixed < fitting
@@ -153,9 +155,17 @@ def encode_prompts(
     input_ids_BT = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
     for index, row in enumerate(rows):
         input_ids_BT[index, : len(row)] = row
-    text_before = np.array([row.index(template.image_token_id) for row in rows], np.int64)
-    text_after = np.array([len(row) for row in rows], np.int64) - 1 - text_before
-    return Prompts(input_ids_BT, text_before, text_after)
+    text_before, *between, text_after = text_lengths(input_ids_BT, template.image_token_id).T
+    return Prompts(
+        input_ids_BT, text_before, text_after, np.array(between, np.int64).reshape(-1, len(rows)).T
+    )
+
+
+def text_lengths(input_ids_BT: Ids, image_token_id: int) -> Ids:
+    """[B, I + 1] int64: how many text tokens stand before, between and after the I placeholders of every row."""
+    rows = [row[row != PAD] for row in input_ids_BT]
+    ends = [np.array([-1, *np.flatnonzero(row == image_token_id), len(row)], np.int64) for row in rows]
+    return np.stack([np.diff(each) - 1 for each in ends])
 
 
 def check_text_tokenizer(tokenizer: Tokenizer, tower: TextTower) -> None:

@@ -40,10 +40,11 @@ class VisualTokens:
 
     Attributes:
         embeds: [B, K, H] in the session's own form.
-        kept_indices: [B, K] int64 raster indices; -1 after the tokens of a picture that keeps fewer than others.
-        kept_counts: [B] int64, tokens of each picture, where pictures differ; None where all keep K.
-        visual_counts: [B] int64, tokens of each picture before pruning, where pictures differ in size.
-        image_grid: [B, 2] int64, rows and columns of those, where positions follow the grid.
+        kept_indices: [B, K] int64 raster indices; -1 after the tokens of a picture that keeps fewer than others. Several
+            pictures of a prompt stand one after the other, each with indices of its own.
+        kept_counts: [B] ([B, I] of several) int64, tokens of each picture, where pictures differ; None where all keep K.
+        visual_counts: [B] ([B, I]) int64, tokens of each picture before pruning, where pictures differ in size.
+        image_grid: [B, 2] ([B, I, 2]) int64, rows and columns of those, where positions follow the grid.
         scores: [B, N] float32 the selection was made by, where one score decides; only the reference tells.
         margins: [B] float64, the smallest gap any choice was made by, where no single score decides; the same.
     """
@@ -113,8 +114,8 @@ class Session(Protocol):
         """
         ...
 
-    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
-        """Embeddings [1, K, H] of several pictures as one batch [B, longest, H], rows padded at the end."""
+    def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
+        """Embeddings [1, K, H] of the pictures of every row, one after the other, as one batch [B, longest, H], rows padded at the end."""
         ...
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
@@ -192,29 +193,37 @@ def together(session: Session, parts: Sequence[VisualTokens], pictures: Pictures
     """
     if len(parts) == 1 and pictures.one_size:
         return parts[0]
-    counts_B = np.concatenate([np.full(len(part.kept_indices), part.kept_indices.shape[1]) for part in parts])
-    longest = int(counts_B.max())
-    kept_BK = np.full((len(counts_B), longest), NO_INDEX, np.int64)
-    for row, part in enumerate(parts):
-        kept_BK[row, : counts_B[row]] = part.kept_indices[0]
-    embeds = [part.embeds for part in parts]
+    step = pictures.per_prompt
+    rows = [parts[first : first + step] for first in range(0, len(parts), step)]
+    kept_rows = [np.concatenate([part.kept_indices[0] for part in row]) for row in rows]
+    longest = max(map(len, kept_rows))
+    kept_BK = np.full((len(rows), longest), NO_INDEX, np.int64)
+    for number, kept_K in enumerate(kept_rows):
+        kept_BK[number, : len(kept_K)] = kept_K
+    counts = np.array([part.kept_indices.shape[1] for part in parts], np.int64)
+    margins = [
+        min((float(part.margins[0]) for part in row if part.margins is not None), default=None)
+        for row in rows
+    ]
     return VisualTokens(
-        embeds=embeds[0] if len(parts) == 1 else session.embeds_together(embeds, longest),
+        embeds=parts[0].embeds
+        if len(parts) == 1
+        else session.embeds_together([[part.embeds for part in row] for row in rows], longest),
         kept_indices=kept_BK,
-        kept_counts=counts_B.astype(np.int64),
-        visual_counts=pictures.visual_tokens,
-        image_grid=pictures.grids,
-        margins=None
-        if any(part.margins is None for part in parts)
-        else np.concatenate([part.margins for part in parts if part.margins is not None]),
+        kept_counts=pictures.by_prompt(counts),
+        visual_counts=pictures.by_prompt(pictures.visual_tokens),
+        image_grid=None if pictures.grids is None else pictures.by_prompt(pictures.grids),
+        margins=None if None in margins else np.array(margins, np.float64),
     )
 
 
-def padded_together(rows: Sequence[NDArray[Any]], longest: int) -> NDArray[Any]:
-    """[1, K, H] arrays as one [B, longest, H], zeros at the end of short rows."""
-    whole = np.zeros((len(rows), longest, rows[0].shape[-1]), rows[0].dtype)
-    for row, embeds in enumerate(rows):
-        whole[row, : embeds.shape[1]] = embeds[0]
+def padded_together(rows: Sequence[Sequence[NDArray[Any]]], longest: int) -> NDArray[Any]:
+    """[1, K, H] arrays of every row as one [B, longest, H], zeros at the end of short rows."""
+    first = rows[0][0]
+    whole = np.zeros((len(rows), longest, first.shape[-1]), first.dtype)
+    for row, parts in enumerate(rows):
+        embeds_KH = np.concatenate([part[0] for part in parts])
+        whole[row, : len(embeds_KH)] = embeds_KH
     return whole
 
 

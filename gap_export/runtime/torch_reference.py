@@ -25,9 +25,9 @@ from gap_export.errors import CheckpointError
 from gap_export.positions import Ids, Placement, place
 from gap_export.prune import reference
 from gap_export.runtime.pictures import PixelInputs
+from gap_export.runtime.prompt import text_lengths
 from gap_export.runtime.references import ReferenceModel, Shown, quiet_loading
 from gap_export.runtime.session import (
-    PAD,
     Buffer,
     Prefilled,
     Spliced,
@@ -150,29 +150,33 @@ class TorchSession:
             margins=None if scores else np.array([choice.margin for choice in choices]),
         )
 
-    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
+    def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`; rows are not padded here."""
-        return [row for part in parts for row in part]
+        return [torch.cat([part[0] for part in row]) for row in rows]
 
     @torch.inference_mode()
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`; embeddings are a list of unpadded rows [S_b, H]."""
-        image_token, embed = self._model.image_token_id, self._model.embedding
-        before, after, rows = [], [], []
-        for ids_T, visual_KH in zip(input_ids_BT, visual.embeds, strict=True):
-            ids_T = ids_T[ids_T != PAD]
-            image = int(np.flatnonzero(ids_T == image_token)[0])
-            before.append(image)
-            after.append(len(ids_T) - image - 1)
+        texts_BI = text_lengths(input_ids_BT, self._model.image_token_id)
+        several = visual.kept_counts if texts_BI.shape[1] > 2 else None
+        rows = []
+        for row, visual_KH in enumerate(visual.embeds):
+            counts = [len(visual_KH)] if several is None else several[row].tolist()
             # (The placeholder's own id need not be in the table.)
-            before_TH, after_TH = (
-                embed(torch.from_numpy(ids)) for ids in (ids_T[:image], ids_T[image + 1 :])
-            )
-            rows.append(torch.cat([before_TH, visual_KH, after_TH]))
+            ends = (texts_BI[row] + 1).cumsum()
+            texts = [
+                input_ids_BT[row, end - 1 - count : end - 1]
+                for end, count in zip(ends, texts_BI[row], strict=True)
+            ]
+            text_rows = [self._model.embedding(torch.from_numpy(ids.copy())) for ids in texts]
+            turns = zip(text_rows, [*visual_KH.split(counts), visual_KH[:0]], strict=True)
+            rows.append(torch.cat([piece for turn in turns for piece in turn]))
         placement = place(
             visual.kept_indices,
-            text_before=np.array(before),
-            text_after=np.array(after),
+            text_before=texts_BI[:, 0],
+            text_after=texts_BI[:, -1],
+            between=texts_BI[:, 1:-1],
+            kept_counts=several,
             visual_tokens=self._pruning_extent(visual),
             policy=self._pruning.positions,
             merged=self._pruning.merged,

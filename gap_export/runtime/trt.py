@@ -346,9 +346,9 @@ class TensorRTSession:
             require_within_bound(counts_B, pruning)
         return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"), kept_counts=counts_B)
 
-    def embeds_together(self, parts: Sequence[Buffer], longest: int) -> Buffer:
+    def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`."""
-        return padded_together([np.asarray(part) for part in parts], longest)
+        return padded_together([[np.asarray(part) for part in row] for row in rows], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`; the embeddings are a `DeviceTensor`."""

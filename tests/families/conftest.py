@@ -28,7 +28,7 @@ def _decoder(kind: str, **changes: Any) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "bos_token_id": 1,
         "eos_token_id": EOS,
         "pad_token_id": 0,
@@ -198,7 +198,10 @@ def _builder(name: str, checkpoint: Path, folder: Path) -> Callable[..., Bundle]
     tracer = TracedOnce(remembered=64)
 
     def bundle(**changes: Any) -> Bundle:
-        key = "-".join(f"{field}={changes[field]}" for field in sorted(changes)) or "default"
+        key = (
+            "-".join(f"{field}={changes[field]}" for field in sorted(changes) if field != "prompt")
+            or "default"
+        )
         if key not in built:
             options = {
                 "name": name,

@@ -72,14 +72,14 @@ def ids_of(*tokens: str) -> list[int]:
 
 class TestEncode:
     def test_one_prompt(self, tokenizer: Tokenizer) -> None:
-        input_ids, before, after = encode(tokenizer, "the red mug")
+        input_ids, before, after, _ = encode(tokenizer, "the red mug")
         assert input_ids.dtype == before.dtype == after.dtype == np.int64
         assert input_ids.tolist() == [ids_of(*BEFORE, "<image>", "where", "is", "the", "red", "mug", *AFTER)]
         assert before.tolist() == [3]
         assert after.tolist() == [8]
 
     def test_rows_are_padded_at_the_end(self, tokenizer: Tokenizer) -> None:
-        input_ids, before, after = encode(tokenizer, "mug", "the small red mug on the left")
+        input_ids, before, after, _ = encode(tokenizer, "mug", "the small red mug on the left")
         assert input_ids[0, -6:].tolist() == [PAD] * 6
         assert PAD not in input_ids[1]
         real = (input_ids != PAD).sum(axis=1)
@@ -90,7 +90,7 @@ class TestEncode:
     @given(st.lists(st.lists(st.sampled_from(["the", "red", "mug", "left"]), min_size=1), min_size=1))
     def test_counts_always_add_up(self, expressions: list[list[str]]) -> None:
         texts = [" ".join(words) for words in expressions]
-        input_ids, before, after = encode(build_tokenizer(), *texts, capacity=4096)
+        input_ids, before, after, _ = encode(build_tokenizer(), *texts, capacity=4096)
         assert input_ids.shape == (len(texts), max(before + 1 + after))
         assert after.tolist() == [5 + len(words) for words in expressions]
         assert ((input_ids == TEMPLATE.image_token_id).sum(axis=1) == 1).all()
@@ -106,7 +106,7 @@ class TestEncode:
 
     def test_template_without_special_tokens(self, tokenizer: Tokenizer) -> None:
         template = TEMPLATE.model_copy(update={"add_special_tokens": False})
-        input_ids, before, _ = encode(tokenizer, "mug", template=template)
+        input_ids, before, *_ = encode(tokenizer, "mug", template=template)
         assert input_ids[0, 0] == TOKEN_ID["user"]
         assert before.tolist() == [2]
 
@@ -225,7 +225,7 @@ class TestRefused:
     @given(ATTEMPTS)
     def test_any_text_is_encoded_with_one_placeholder_or_refused(self, expression: str) -> None:
         with contextlib.suppress(InputError):
-            input_ids, before, _ = encode(build_tokenizer(), expression, capacity=4096)
+            input_ids, before, *_ = encode(build_tokenizer(), expression, capacity=4096)
             row = input_ids[0].tolist()
             assert row.count(TOKEN_ID["<image>"]) == 1
             assert row.count(TOKEN_ID["<s>"]) == 1
