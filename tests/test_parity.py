@@ -33,7 +33,7 @@ def prompts() -> Prompts:
     ids = np.full((2, 7), -1, np.int64)
     for row in range(2):
         ids[row, : BEFORE[row] + 1 + AFTER[row]] = 7
-    return Prompts(ids, BEFORE, AFTER)
+    return Prompts(ids, BEFORE, AFTER, np.zeros((len(ids), 0), np.int64))
 
 
 def grounded(
