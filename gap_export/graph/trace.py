@@ -47,6 +47,8 @@ def graph_from_component(component: Component) -> ir.Model:
     try:
         with _quiet():
             args, kwargs, shapes = _arguments(component)
+            # What was compiled before in this process (bodies of loops) leaves guards against the extents it was compiled for.
+            torch._dynamo.reset()
             exported = torch.export.export(
                 component.module, args, kwargs, dynamic_shapes=shapes, strict=False
             )

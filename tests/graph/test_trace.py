@@ -297,3 +297,49 @@ def test_what_does_not_export_is_an_error_of_ours() -> None:
         graph_from_component(Component(module=module, spec=spec, weight_key=str))
     assert caught.value.subject == "vision"
     assert "\n" not in caught.value.message
+
+
+class Chooses(nn.Module):
+    """A choice in steps: a loop whose body torch compiles."""
+
+    def __init__(self, kept: int | None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.kept = kept
+
+    def forward(self, tokens: torch.Tensor, keep_count: torch.Tensor | None = None) -> torch.Tensor:
+        from gap_export import prune
+        from gap_export.positions import MergedId
+
+        patches_BNE = tokens * self.scale
+        features = prune.VisionFeatures(patches_BNE=patches_BNE, grid=None, projected_BNH=patches_BNE)
+        kept = self.kept if keep_count is None else keep_count.shape[0]
+        assert kept is not None
+        pruner = prune.load("divprune")
+        return pruner.select(features, kept, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK
+
+
+def test_what_was_traced_before_leaves_no_trace() -> None:
+    """torch remembers for which extents it compiled the body of a loop, and would guard the next graph against them."""
+    batch = Dim(name="batch", minimum=1, optimum=1, maximum=8)
+    count = Dim(name="kept", minimum=1, optimum=5, maximum=16)
+
+    def traced(tokens: int | Dim, rows: int | Dim, kept: int | Dim) -> Any:
+        with fake_mode():
+            module = Chooses(kept if isinstance(kept, int) else None).eval()
+        given = () if isinstance(kept, int) else (kept,)
+        spec = GraphSpec(
+            name="vision",
+            inputs=(
+                TensorSpec(name="tokens", dtype="float32", shape=(rows, tokens, 8)),
+                *(TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=dim) for dim in given),
+            ),
+            outputs=(TensorSpec(name="kept_indices", dtype="int64", shape=(rows, kept)),),
+        )
+        return graph_from_component(Component(module=module, spec=spec, weight_key=lambda name: name))
+
+    traced(16, batch, 5)
+    traced(16, batch, count)
+    traced(36, batch, 5)
+    model = traced(Dim(name="tokens", minimum=4, optimum=8, maximum=97), 1, count)
+    assert str(model.graph.inputs[0].shape[1]) == "tokens"
