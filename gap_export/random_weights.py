@@ -1,4 +1,4 @@
-"""Stand-ins for checkpoints: published configuration, key names and sizes, random fp16 weights. For latency work without a download.
+"""Stand-ins for checkpoints: published configuration, key names and sizes, random weights. For latency work without a download.
 
 What an export and a request cost depends on shapes, names and bytes, not on values. Weights are streamed to disk from one block of
 random numbers, the same in every run; the whole checkpoint is never in memory. A stand-in is written once, into the user's cache.
@@ -29,7 +29,21 @@ SHARD_BYTES = 5 * 10**9
 _BLOCK_ELEMENTS = 2**24 - 3  # odd, so that the block falls differently on every row and every matrix
 _WEIGHT_STD = 0.02
 _ELEMENT_BYTES = 2
-_NORMS = ("norm.weight", "norm1.weight", "norm2.weight")
+
+Numbers = NDArray[np.float32]
+Elements = NDArray[np.float16] | NDArray[np.uint16]
+
+
+def _bfloat16(numbers: Numbers) -> NDArray[np.uint16]:
+    """The upper half of every float32; its sign, exponent and the first bits of its fraction."""
+    return (np.ascontiguousarray(numbers).view(np.uint32) >> 16).astype(np.uint16)
+
+
+_ELEMENTS: dict[str, tuple[str, Callable[[Numbers], Elements]]] = {
+    "float16": ("F16", lambda numbers: numbers.astype(np.float16)),
+    "bfloat16": ("BF16", _bfloat16),
+}
+"""`torch_dtype` of a configuration -> (what safetensors calls it, how numbers are stored)."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +126,11 @@ def _write(folder: Path, content: Published, progress: Progress) -> None:
             hint="free some, or set XDG_CACHE_HOME to a folder on another disk",
         )
     numbers = np.random.default_rng(0).standard_normal(_BLOCK_ELEMENTS, np.float32) * _WEIGHT_STD
-    block = numbers.astype(np.float16)
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shapes in zip(names, shards, strict=True):
         progress(f"writing random weights, {name}")
         with (folder / name).open("wb") as out:
-            _write_shard(out, shapes, block)
+            _write_shard(out, shapes, numbers, content.config["torch_dtype"])
     index = {
         "metadata": {"total_size": needed},
         "weight_map": {key: name for name, shapes in zip(names, shards, strict=True) for key in shapes},
@@ -148,12 +161,14 @@ def _bytes_of(shapes: Shapes) -> int:
     return sum(_ELEMENT_BYTES * int(np.prod(shape)) for shape in shapes.values())
 
 
-def _write_shard(out: BinaryIO, shapes: Shapes, block: NDArray[np.float16]) -> None:
+def _write_shard(out: BinaryIO, shapes: Shapes, numbers: Numbers, dtype: str) -> None:
+    stored, elements = _ELEMENTS[dtype]
+    block = elements(numbers)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, shape in shapes.items():
         start, end = end, end + _bytes_of({key: shape})
-        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+        header[key] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(struct.pack("<Q", len(text)) + text)
@@ -161,7 +176,7 @@ def _write_shard(out: BinaryIO, shapes: Shapes, block: NDArray[np.float16]) -> N
     for key, shape in shapes.items():
         left = int(np.prod(shape))
         if len(shape) == 1:  # norms around one and biases around zero, as trained models have them
-            out.write((block[:left] + np.float16(key.endswith(_NORMS))).tobytes())
+            out.write(elements(numbers[:left] + np.float32(key.endswith(".weight"))).tobytes())
             continue
         while left:
             piece = block[position : position + left]
@@ -171,13 +186,14 @@ def _write_shard(out: BinaryIO, shapes: Shapes, block: NDArray[np.float16]) -> N
 
 
 def _write_tokenizer(path: Path, special: dict[str, int]) -> None:
-    """Words that it does not know become `<unk>`; special tokens have the published ids."""
+    """Words that it does not know become `<unk>`; special tokens have the published ids. Not all models have one to begin with."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel(vocab=special, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", special["<s>"])]
-    )
+    if "<s>" in special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", special["<s>"])]
+        )
     tokenizer.save(str(path))

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gap_export import pipeline, random_weights
@@ -22,7 +23,7 @@ Usage = namedtuple("Usage", "total used free")
 def tiny(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A published model of a few kilobytes."""
     content = {
-        "config": json.loads((tiny_checkpoint / "config.json").read_text()),
+        "config": json.loads((tiny_checkpoint / "config.json").read_text()) | {"torch_dtype": "float16"},
         "preprocessor_config": json.loads((tiny_checkpoint / "preprocessor_config.json").read_text()),
         "special_tokens": {"<unk>": 3, "<s>": 1, "</s>": 2, "<image>": 4},
     }
@@ -84,6 +85,56 @@ def test_published_sizes_belong_to_recipes() -> None:
     for file in CONFIGS.glob("*.json"):
         assert file.stem.replace("--", "/") in wanted
         assert published(file.stem.replace("--", "/")).config["model_type"]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> None:
+    """At full size, as headers over holes: its keys and shapes, its prompt, its preprocessing, and the recipe that it belongs to."""
+    from gap_export.families import family_of
+    from gap_export.plan import plan_for
+    from gap_export.random_weights import _shapes, _write_tokenizer
+    from gap_export.runtime.prompt import encode_prompts, load_tokenizer
+    from tests.families.test_published_keys import write
+
+    content = published(file.stem.replace("--", "/"))
+    recipe = next(
+        r for r in map(load_recipe, known_recipes()) if r.checkpoint == file.stem.replace("--", "/")
+    )
+    (tmp_path / "config.json").write_text(json.dumps(content.config))
+    folder = write(tmp_path / "checkpoint", content.config, _shapes(tmp_path))
+    (folder / "preprocessor_config.json").write_text(json.dumps(content.preprocessor_config))
+    _write_tokenizer(folder / "tokenizer.json", content.special_tokens)
+    checkpoint = open_checkpoint(folder)
+    name, family = family_of(checkpoint)
+    assert name == recipe.family
+    sizes = family.facts(checkpoint, recipe)
+    plan = plan_for(recipe, sizes)
+    found = {
+        part.weight_key(parameter)
+        for part in family.components(checkpoint, sizes, plan)
+        for parameter, _ in part.module.named_parameters()
+    }
+    # (A tower's layers above those that are used, and its norms, are in the checkpoint too.)
+    assert len(found) > 0.9 * len(checkpoint.weights)
+    prompts = encode_prompts(
+        load_tokenizer(folder / "tokenizer.json"),
+        family.prompt(checkpoint, recipe),
+        ["object"],
+        kept=plan.most,
+        capacity=plan.capacity,
+        max_new_tokens=recipe.max_new_tokens,
+    )
+    assert prompts.text_before[0] > 0
+    assert {"fp16": "float16", "bf16": "bfloat16"}[recipe.precision] == content.config["torch_dtype"]
+
+
+def test_bfloat16_is_the_upper_half_of_a_float() -> None:
+    import torch
+
+    numbers = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    stored = torch.from_numpy(random_weights._bfloat16(numbers).view(np.int16)).view(torch.bfloat16)
+    assert np.abs(stored.float().numpy() - numbers).max() <= 2**-7 * np.abs(numbers).max()
+    assert not np.array_equal(stored.float().numpy(), numbers)
 
 
 def test_a_stand_in_has_the_layout_that_families_read(tiny: str) -> None:
