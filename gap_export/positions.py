@@ -306,6 +306,27 @@ def advance(placement: Placement) -> Placement:
     )
 
 
+def extended(placement: Placement, text_lengths: Ids, longest: int) -> Placement:
+    """Placement of text after a prompt of one row: every row goes on from there.
+
+    Args:
+        placement: of the prompt, B = 1.
+        text_lengths: [B] tokens of each row.
+        longest: T, to which short rows are padded.
+    """
+    first, slot = int(placement.next_position[0]), int(placement.next_slot[0])
+    batch = len(text_lengths)
+    ids_T = first + np.arange(longest, dtype=np.int64)
+    rows = placement.position_ids.shape[:-2]
+    return Placement(
+        position_ids=np.array(np.broadcast_to(ids_T, (*rows, batch, longest))),
+        write_index=np.full(batch, slot, np.int64),
+        last_index=text_lengths - 1,
+        next_position=first + text_lengths,
+        next_slot=slot + text_lengths,
+    )
+
+
 def gather_mrope_ids(position_ids_RS: Ids, surviving_P: Ids) -> tuple[Ids, int]:
     """GAP for M-RoPE: keep the columns of the surviving tokens, go on from the unpruned maximum.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gap_export.errors import EnvironmentLacks, SessionError
 
-_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ...Minor
 _OUT_OF_MEMORY = 2
 _GPU_HINT = "run it on a machine with an NVIDIA GPU and a current driver, or use the onnx target"
@@ -90,6 +90,10 @@ class Device:
         """Copy from the device into a contiguous array, after all work on the stream is done."""
         self._copy(array.ctypes.data, address, array.nbytes, _DEVICE_TO_HOST)
         self._check(self._runtime.cudaStreamSynchronize(ctypes.c_void_p(self.stream)), "running the engine")
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Copy from one place on the device to another."""
+        self._copy(to, source, nbytes, _DEVICE_TO_DEVICE)
 
     def close(self) -> None:
         """Give the stream back."""

@@ -103,7 +103,57 @@ def generate(
                 hint="shorten the expression, ask for fewer new tokens, or build with a larger --capacity",
             )
     prefilled = session.prefill(spliced.embeds, placement)
-    logits = prefilled.logits
+    decoded = decode(
+        session,
+        prefilled.logits,
+        placement,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        keep_logits=keep_logits,
+    )
+    return Generation(
+        tokens=decoded.tokens,
+        logits=decoded.logits,
+        kept_indices=visual.kept_indices,
+        placement=placement,
+        scores=visual.scores,
+        margins=visual.margins if prefilled.margins is None else prefilled.margins,
+        finite=decoded.finite,
+        ended=decoded.ended,
+        stage_kept_indices=prefilled.kept_indices,
+        kept_counts=visual.kept_counts,
+    )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the decode loop gives; fields as in `Generation`."""
+
+    tokens: list[list[int]]
+    logits: list[NDArray[np.float32]]
+    finite: bool
+    ended: tuple[bool, ...]
+
+
+def decode(
+    session: Session,
+    logits: NDArray[np.float32],
+    placement: Placement,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: tuple[int, ...],
+    keep_logits: bool = False,
+) -> Decoded:
+    """The one decode loop: greedy, token by token, until every row has ended.
+
+    Args:
+        session: with the prompts in its cache.
+        logits: [B, V] that the prompts gave.
+        placement: of the prompts.
+        max_new_tokens: see `generate`.
+        eos_token_ids: the same.
+        keep_logits: the same.
+    """
     kept_logits = [logits.copy()]
     ended = np.zeros(len(logits), bool)
     tokens: list[list[int]] = [[] for _ in range(len(logits))]
@@ -115,23 +165,11 @@ def generate(
         for row in np.flatnonzero(~ended):
             tokens[row].append(int(chosen[row]))
         if ended.all() or max(map(len, tokens)) == max_new_tokens:
-            break
+            return Decoded(tokens, kept_logits, finite, tuple(ended.tolist()))
         turn = advance(turn)
         logits = session.step(chosen, turn)
         if keep_logits:
             kept_logits.append(logits.copy())
-    return Generation(
-        tokens=tokens,
-        logits=kept_logits,
-        kept_indices=visual.kept_indices,
-        placement=placement,
-        scores=visual.scores,
-        margins=visual.margins if prefilled.margins is None else prefilled.margins,
-        finite=finite,
-        ended=tuple(ended.tolist()),
-        stage_kept_indices=prefilled.kept_indices,
-        kept_counts=visual.kept_counts,
-    )
 
 
 def encode(

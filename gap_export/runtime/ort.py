@@ -82,9 +82,13 @@ class OnnxRuntimeSession:
             ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")
         )
         self._sessions = {name: self._load(name) for name in manifest.graphs}
+        self._memory: dict[
+            str, NDArray[Any]
+        ] = {}  # of the largest batch so far; smaller ones use its first rows
         self._cache: dict[str, Any] = {}
         self._batch = 0
         self._decode: _DecodeBuffers | None = None
+        self._decodes: dict[int, _DecodeBuffers] = {}
 
     def encode(
         self,
@@ -140,8 +144,7 @@ class OnnxRuntimeSession:
     def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
         """See `Session.prefill`."""
         batch = placement.position_ids.shape[-2]
-        if batch != self._batch:
-            self._allocate(batch)
+        self._use_rows(batch)
         logits = np.empty((batch, self._model.vocabulary), np.float32)
         kept = {
             tensor.name: np.empty((batch, *tensor.extents("maximum")[1:]), np.int64)
@@ -154,10 +157,26 @@ class OnnxRuntimeSession:
         self._execute(self._prompt_graph, binding)
         return Prefilled(logits, tuple(kept.values()))
 
+    def fork(self, rows: int) -> None:
+        """See `Session.fork`."""
+        self._use_rows(rows)
+        for array in self._memory.values():
+            array[1:rows] = array[0]
+
+    def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
+        """See `Session.extend`."""
+        (embeds,) = self._run("embed", {"input_ids": np.maximum(token_ids_BT, 0)})
+        logits = np.empty((len(token_ids_BT), self._model.vocabulary), np.float32)
+        binding = self._decoder_binding(
+            self._prompt_graph, embeds, placement.decoder_inputs(), {"logits": logits}
+        )
+        self._execute(self._prompt_graph, binding)
+        return logits
+
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`; the array returned is overwritten by the next call."""
         if self._decode is None:
-            self._decode = self._bind_decode(self._batch)
+            self._decode = self._decodes[self._batch] = self._bind_decode(self._batch)
         decode = self._decode
         decode.token_ids[:, 0] = token_ids_B
         numbers = placement.decoder_inputs()
@@ -203,16 +222,28 @@ class OnnxRuntimeSession:
                 hint="the inputs do not fit the shapes in the manifest; see `gap-export inspect`",
             ) from error
 
-    def _allocate(self, batch: int) -> None:
+    def _use_rows(self, batch: int) -> None:
+        """Make the cache one of so many rows; what lies in the first of them stays."""
+        if batch == self._batch:
+            return
+        if any(len(array) < batch for array in self._memory.values()) or not self._memory:
+            self._memory = self._allocated(batch)
+            self._decodes.clear()
+        self._cache = {name: _ort_value(array[:batch]) for name, array in self._memory.items()}
+        self._batch = batch
+        self._decode = self._decodes.get(batch)
+
+    def _allocated(self, batch: int) -> dict[str, NDArray[Any]]:
         spec = self._bundle.manifest.graphs[self._token_graph].spec
         cached = set(spec.aliased.values())
-        self._cache = {
-            tensor.name: _ort_value(np.zeros((batch, *tensor.extents("maximum")[1:]), self._dtype))
+        memory = {
+            tensor.name: np.zeros((batch, *tensor.extents("maximum")[1:]), self._dtype)
             for tensor in spec.inputs
             if tensor.name in cached
         }
-        self._batch = batch
-        self._decode = None
+        for name, array in self._memory.items():
+            memory[name][:1] = array[:1]
+        return memory
 
     def _decoder_binding(
         self, graph: str, embeds: Any, numbers: dict[str, Ids], outputs: dict[str, NDArray[Any]]

@@ -126,6 +126,23 @@ class Session(Protocol):
         """Fill the cache from slot 0 on."""
         ...
 
+    def fork(self, rows: int) -> None:
+        """Give every one of `rows` rows the cache of the first: what a prompt of one row left is where all of them go on from.
+
+        Only for decoders in which every layer sees the same tokens. What is written afterwards lies in later slots, so a prompt
+        may be forked again and again.
+        """
+        ...
+
+    def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
+        """Feed text after what is in the cache: logits [B, V] of each row's last token; short rows are padded with `PAD`.
+
+        Args:
+            token_ids_BT: [B, T] int64.
+            placement: `position_ids` [B, T] (M-RoPE [3, B, T]), `write_index` [B] of the first token, `last_index` [B] within T.
+        """
+        ...
+
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed one token per row at `placement.position_ids` [B, 1] into slot `placement.write_index`; logits [B, V].
 

@@ -7,6 +7,7 @@ ids come from `positions.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from gap_export.runtime.pictures import PixelInputs
 from gap_export.runtime.prompt import text_lengths
 from gap_export.runtime.references import ReferenceModel, Shown, quiet_loading
 from gap_export.runtime.session import (
+    PAD,
     Buffer,
     Prefilled,
     Spliced,
@@ -110,6 +112,7 @@ class TorchSession:
         self._model, self._pruning, self._text_tower = model, pruning, text_tower
         self.capacities = (_UNBOUNDED,) * max(1, len(pruning.stages))
         self._groups: list[_Group] = []
+        self._forked: DynamicCache | None = None
 
     @torch.inference_mode()
     def encode(
@@ -198,13 +201,37 @@ class TorchSession:
         by_length: dict[int, list[int]] = {}
         for row, embeds_SH in enumerate(embeds):
             by_length.setdefault(len(embeds_SH), []).append(row)
-        self._groups = [_Group(rows, DynamicCache()) for rows in by_length.values()]
+        self._groups, self._forked = [_Group(rows, DynamicCache()) for rows in by_length.values()], None
         return Prefilled(
             self._forward(
                 lambda group: (
                     torch.stack([embeds[row] for row in group.rows]),
                     placement.position_ids[..., group.rows, : len(embeds[group.rows[0]])],
                 )
+            )
+        )
+
+    def fork(self, rows: int) -> None:
+        """See `Session.fork`; here the prompt is kept apart, and copied by whoever goes on from it."""
+        if self._forked is None:
+            self._forked = self._groups[0].cache
+
+    @torch.inference_mode()
+    def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
+        """See `Session.extend`; rows of one length are run together, without padding."""
+        assert self._forked is not None
+        lengths = (token_ids_BT != PAD).sum(axis=1)
+        self._groups = []
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length).tolist()
+            cache = copy.deepcopy(self._forked)
+            cache.batch_repeat_interleave(len(rows))
+            self._groups.append(_Group(rows, cache))
+        embed = self._model.embedding
+        return self._forward(
+            lambda group: (
+                embed(torch.from_numpy(token_ids_BT[group.rows, : lengths[group.rows[0]]])),
+                placement.position_ids[..., group.rows, : lengths[group.rows[0]]],
             )
         )
 

@@ -232,6 +232,13 @@ class _LoadedGraph:
         self._device.download(host, self._address_of[name])
         return from_wire(host, self._dtypes[name])
 
+    def copy_first_row(self, rows: int) -> None:
+        """Give every row of the cache what the first has. A row is so many bytes, whatever the batch."""
+        for name, extents in self._cache_extents.items():
+            nbytes = size_of(self._dtypes[name], extents)
+            for row in range(1, rows):
+                self._device.copy(self._address_of[name] + row * nbytes, self._address_of[name], nbytes)
+
     def close(self) -> None:
         for address in self._buffers.values():
             self._device.free(address)
@@ -379,6 +386,23 @@ class TensorRTSession:
         logits = self._decode(graph, embeds, placement, placement.slots_of_stages)
         kept = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith("kept_indices.")]
         return Prefilled(logits, tuple(graph.download(name) for name in kept))
+
+    def fork(self, rows: int) -> None:
+        """See `Session.fork`."""
+        self._graphs[self._prompt_graph].copy_first_row(rows)
+
+    def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
+        """See `Session.extend`.
+
+        Raises:
+            SessionError: the cache is full.
+        """
+        embed = self._graphs["embed"]
+        embed.prepare({"input_ids": np.maximum(token_ids_BT, 0)})
+        embeds = self._tensor(embed, "inputs_embeds")
+        embed.run({"inputs_embeds": embeds.address})
+        written = (placement.write_index + placement.last_index + 1,)
+        return self._decode(self._graphs[self._prompt_graph], embeds, placement, written)
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`.

@@ -73,6 +73,9 @@ class HostDevice:
         assert array.nbytes <= self.blocks[address].nbytes
         ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(to, source, nbytes)
+
     def close(self) -> None:
         pass
 
@@ -244,6 +247,20 @@ def test_the_session_agrees_with_onnx_runtime(opened: Any, small: Bundle, rows: 
     for mine, reference in zip(ours.logits, theirs.logits, strict=True):
         assert np.isfinite(mine).all(), "memory that was never cleared reached the attention"
         np.testing.assert_allclose(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_that_share_their_beginning(opened: Any, small: Bundle) -> None:
+    from gap_export.runtime.shared_prefix import answer_rest, prefill_shared
+
+    rests = np.array([[3, 5], [6, PAD]])
+    shared = []
+    for session in (opened[0], OnnxRuntimeSession(small)):
+        prefix = prefill_shared(session, of_one_size(PIXELS[:1], 36), PROMPTS[0, :2])
+        for rows in (rests[:1], rests):
+            shared.append(answer_rest(session, prefix, rows, max_new_tokens=3, eos_token_ids=()))
+    for mine, theirs in zip(shared[:2], shared[2:], strict=True):
+        assert mine.tokens == theirs.tokens
+        np.testing.assert_allclose(mine.logits[0], theirs.logits[0], rtol=1e-5, atol=1e-5)
 
 
 def test_an_id_that_moves_changes_the_answer(opened: Any) -> None:

@@ -1,0 +1,105 @@
+"""Many expressions about one picture: what their prompts begin with, picture included, goes through the model once.
+
+A causal decoder computes the same for a token whatever follows it. So the keys and values of the common beginning are computed for
+one row, given to all rows, and every row goes on with the text of its own.
+
+Only where the visual tokens do not depend on the expression, every layer sees the same tokens, and the picture comes before the
+expression. `sharable` tells.
+
+Shape letters: B rows, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gap_export.bundle import Manifest
+from gap_export.positions import Ids, Placement, extended
+from gap_export.runtime.generate import Decoded, decode, encode
+from gap_export.runtime.pictures import Pictures
+from gap_export.runtime.session import PAD, Session
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """The beginning of prompts about one picture, in the session's cache.
+
+    Attributes:
+        placement: of it.
+        text_tokens: of its text, placeholders included.
+        kept_indices: [K] int64 raster indices of the visual tokens that were kept of the last picture.
+    """
+
+    placement: Placement
+    text_tokens: int
+    kept_indices: Ids
+
+
+def sharable(manifest: Manifest) -> bool:
+    """Whether prompts of a bundle can share their beginning: no stages, no look at the expression."""
+    return not manifest.pruning.stages and manifest.text_tower is None
+
+
+def common_length(input_ids_BT: Ids, image_token_id: int) -> int:
+    """How many tokens prompts have in common from the first on; 0 where a picture comes after the first difference.
+
+    At least one token of every row is left over, so that each has something of its own to go on with.
+    """
+    rows = [row[row != PAD] for row in input_ids_BT]
+    shortest = min(map(len, rows)) - 1
+    same_T = (np.stack([row[:shortest] for row in rows]) == rows[0][:shortest]).all(axis=0)
+    length = int(same_T.argmin()) if not same_T.all() else shortest
+    after = any((row[length:] == image_token_id).any() for row in rows)
+    return 0 if after else length
+
+
+def prefill_shared(
+    session: Session,
+    pictures: Pictures,
+    prefix_ids_T: Ids,
+    *,
+    keep_counts: Sequence[int | None] | None = None,
+) -> SharedPrefix:
+    """Encode the picture and put the common beginning into the session's cache.
+
+    Args:
+        session: of a bundle whose prompts are `sharable`.
+        pictures: of one prompt.
+        prefix_ids_T: ids of the beginning, placeholders included.
+        keep_counts: see `generate.encode`.
+    """
+    visual = encode(session, pictures, keep_counts=keep_counts)
+    spliced = session.splice(prefix_ids_T[None], visual)
+    session.prefill(spliced.embeds, spliced.placement)
+    kept = visual.kept_indices[0]
+    kept = kept[kept >= 0]
+    if visual.kept_counts is not None and visual.kept_counts.ndim == 2:
+        kept = kept[-visual.kept_counts[0, -1] :]
+    return SharedPrefix(spliced.placement, len(prefix_ids_T), kept)
+
+
+def answer_rest(
+    session: Session,
+    prefix: SharedPrefix,
+    rest_ids_BT: Ids,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: tuple[int, ...],
+) -> Decoded:
+    """Answer prompts that begin with what is in the cache.
+
+    Args:
+        session: after `prefill_shared`.
+        prefix: what that gave.
+        rest_ids_BT: the rest of every prompt, at least one token, short rows padded with `PAD`.
+        max_new_tokens: longest answer.
+        eos_token_ids: end an answer.
+    """
+    session.fork(len(rest_ids_BT))
+    lengths_B = (rest_ids_BT != PAD).sum(axis=1).astype(np.int64)
+    placement = extended(prefix.placement, lengths_B, rest_ids_BT.shape[1])
+    logits = session.extend(rest_ids_BT, placement)
+    return decode(session, logits, placement, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
