@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from gap_export.graph.trace import TracedOnce
+    from gap_export.runtime.session import Session
     from gap_export.spec import Component
 
 Progress = Callable[[str], None]
@@ -229,6 +230,33 @@ def build(
     return Built(bundle=open_bundle(out), written_bytes=written)
 
 
+def open_torch(bundle: Bundle, *, checkpoint: Path | None = None, text_tower: Path | None = None) -> Session:
+    """The PyTorch model that a bundle was built from, with its pruning.
+
+    Args:
+        bundle: opened.
+        checkpoint: where the weights lie; by default where the bundle was built from.
+        text_tower: the same for the text tower, where there is one.
+
+    Raises:
+        CheckpointError: the weights are not there any more, or cannot be loaded.
+    """
+    from gap_export.runtime.torch_reference import TextReference
+    from gap_export.runtime.torch_staged import open_reference
+
+    manifest, reads = bundle.manifest, None
+    if manifest.text_tower is not None:
+        folder = text_tower or resolve(manifest.text_tower.checkpoint)
+        reads = TextReference(folder, manifest.text_tower)
+    return open_reference(
+        manifest.family,
+        checkpoint or resolve(manifest.checkpoint),
+        manifest.pruning,
+        parts=_part_folders(Recipe.model_validate(manifest.recipe)),
+        text_tower=reads,
+    )
+
+
 def validate(
     folder: Path,
     *,
@@ -263,8 +291,6 @@ def validate(
         GapExportError: something could not be run. Gates that are not met are in the report.
     """
     from gap_export.graph.trace import TracedOnce
-    from gap_export.runtime.torch_reference import TextReference
-    from gap_export.runtime.torch_staged import open_reference
 
     bundle = open_bundle(folder, every_hash=True)
     manifest = bundle.manifest
@@ -278,11 +304,8 @@ def validate(
             "--checkpoint FOLDER",
         )
     source = checkpoint or resolve(manifest.checkpoint)
-    reads = None
     if manifest.text_tower is not None:
-        text_source = text_tower or resolve(manifest.text_tower.checkpoint)
-        reads = TextReference(text_source, manifest.text_tower)
-        recipe = recipe.replaced(text_tower=str(text_source))
+        recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
     batch = min(batch, recipe.max_batch)
     questions = list(scenes.cases(cases))
     grounder = Grounder(bundle)
@@ -292,7 +315,7 @@ def validate(
     answer = partial(parity.run_cases, batch=batch, tick=tick)
     reference = answer(
         grounder,
-        open_reference(manifest.family, source, pruning, parts=_part_folders(recipe), text_tower=reads),
+        open_torch(bundle, checkpoint=source, text_tower=text_tower),
         questions,
         keep=keep,
         keep_logits=True,

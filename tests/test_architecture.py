@@ -42,6 +42,7 @@ ROOMS = (
     "engine",
     "grounding",
     "runtime",
+    "evaluation",
     "parity",
     "machine",
     "workers",

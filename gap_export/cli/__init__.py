@@ -12,11 +12,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from gap_export import __version__
-from gap_export.cli import making, measuring, using
+from gap_export.cli import evaluating, making, measuring, using
 from gap_export.cli.app import app, console, out, plain
 from gap_export.errors import GapExportError
 
 __all__ = ["__version__", "app", "main"]
+
+_NAMES = {"evaluate": "eval"}
+"""Commands whose name is taken by Python."""
 
 # In the order in which they are needed, which is that of the help.
 for command in (
@@ -26,10 +29,11 @@ for command in (
     using.run,
     measuring.bench,
     measuring.sweep,
+    evaluating.evaluate,
     using.inspect,
     using.lint,
 ):
-    app.command()(command)
+    app.command(_NAMES.get(command.__name__))(command)
 
 _INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells have it."""

@@ -194,7 +194,7 @@ def encode(
     return together(session, parts, pictures)
 
 
-def refuse_overflow(generation: Generation, backend: str) -> None:
+def refuse_overflow(generation: Generation | Decoded, backend: str) -> None:
     """Refuse answers made of logits that are not numbers.
 
     Raises:

@@ -109,7 +109,7 @@ class Grounder:
                 subject=f"{len(images)} picture{'' if len(images) == 1 else 's'} for {len(expressions)} expressions",
                 hint="give every picture of the prompt, in its order",
             )
-        prompts = self._prompts(expressions, longest)
+        prompts = self.prompts(expressions, longest)
         pictures = self.pictures(images)
         generation = generate(
             session,
@@ -152,21 +152,26 @@ class Grounder:
 
     def text_before(self, expressions: Sequence[str]) -> Ids:
         """[B] int64 text tokens before the image in the prompt of each expression."""
-        return self._prompts(expressions, self._manifest.max_new_tokens).text_before
+        return self.prompts(expressions).text_before
 
-    def _prompts(self, expressions: Sequence[str], max_new_tokens: int) -> Prompts:
+    def prompts(self, expressions: Sequence[str], max_new_tokens: int | None = None) -> Prompts:
+        """Tokenized prompts, with room for answers of that length (by default the longest); see `encode_prompts`."""
         return encode_prompts(
             self._tokenizer,
             self._manifest.prompt,
             expressions,
             kept=self._manifest.pruning.most,
             capacity=self._manifest.capacity,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._manifest.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The answer that generated tokens spell."""
+        return decode_answer(self._tokenizer, tokens)
 
     def _answer(self, tokens: list[int], image: Image.Image, kept: Ids) -> Answer:
         text = decode_answer(self._tokenizer, tokens)
-        box = self._codec.decode_one(text, seen_size(image, self._manifest.preprocessing))
+        box = self._codec.decode_one(text, seen_size(image.size, self._manifest.preprocessing))
         if isinstance(box, Unparsable):
             return Answer(text=text, box=None, kept_indices=kept)
         pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)

@@ -99,8 +99,13 @@ def prepare(
     )
 
 
-def seen_size(image: Image.Image, preprocessing: AnyPreprocessing) -> tuple[int, int] | None:
-    """(width, height) of a picture as the model sees it, where it keeps its shape; None where it becomes squares."""
+def seen_size(size: tuple[int, int], preprocessing: AnyPreprocessing) -> tuple[int, int] | None:
+    """(width, height) of a picture as the model sees it, where it keeps its shape; None where it becomes squares.
+
+    Args:
+        size: (width, height) of the picture.
+        preprocessing: of the bundle.
+    """
     if not isinstance(preprocessing, Native):
         return None
-    return native_resolution.resized(*image.size, preprocessing)
+    return native_resolution.resized(*size, preprocessing)

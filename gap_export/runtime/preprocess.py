@@ -15,11 +15,12 @@ panorama is padded and fitted here without ever holding its 12000x12000 square.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,10 +96,29 @@ def load_image(path: Path | str) -> Image.Image:
                 hint="give the path of a picture",
             )
         if os.path.getsize(path) == 0:
-            raise InputError(
-                "is empty (0 bytes)", subject=subject, hint="the download or copy failed: get it again"
-            )
-        return _decode(path, subject)
+            raise _empty(subject)
+    except OSError as error:
+        raise InputError(
+            f"cannot be read: {error.strerror}", subject=subject, hint="check its permissions"
+        ) from error
+    return _decoded(path, subject)
+
+
+def image_from_bytes(content: bytes, name: str) -> Image.Image:
+    """The same of an encoded picture in memory; `name` is for messages."""
+    if not content:
+        raise _empty(name)
+    return _decoded(io.BytesIO(content), name)
+
+
+def _empty(subject: str) -> InputError:
+    return InputError("is empty (0 bytes)", subject=subject, hint="the download or copy failed: get it again")
+
+
+def _decoded(source: Path | str | BinaryIO, subject: str) -> Image.Image:
+    """Decode; whatever goes wrong names the picture."""
+    try:
+        return _decode(source, subject)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -116,7 +136,7 @@ def load_image(path: Path | str) -> Image.Image:
         ) from error
 
 
-def _decode(path: Path | str, subject: str) -> Image.Image:
+def _decode(path: Path | str | BinaryIO, subject: str) -> Image.Image:
     Image.init()  # fills Image.OPEN; a Pillow built without one of the formats does not list it
     with warnings.catch_warnings():
         # The limit below is checked before any pixel is decoded; Pillow's own warning would say it twice.

@@ -1,0 +1,241 @@
+"""Commands about data sets of referring expressions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gap_export.cli.app import (
+    JsonOption,
+    KeepOption,
+    ThreadsOption,
+    build_room,
+    console,
+    interruptible,
+    out,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.dataset import Dataset
+    from gap_export.evaluation.run import EvalRecord, Scored, Work
+
+RESULTS, RECORD = "results.parquet", "eval.json"
+_SHOWN = 5
+
+
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Annotations: a file or folder; or scenes, scenes:7 (with seven expressions each)."
+        ),
+    ],
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; none with --predictions.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="For example val or testA, where the data set has several.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+    protocol: Annotated[str, typer.Option(help="unc or lmms-eval: how answers are scored.")] = "unc",
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt or torch.")
+    ] = "onnxruntime",
+    keep: KeepOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many expressions.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Most expressions per call.")] = 8,
+    one_by_one: Annotated[
+        bool, typer.Option(help="Every prompt by itself and whole; for comparison.")
+    ] = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Score answers from a file (JSON lines of id, answer) instead of a model's."),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="With --predictions: whose way to write boxes; see `gap-export models`."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the results; in the bundle by default.")
+    ] = None,
+    replace: Annotated[bool, typer.Option(help="Throw an evaluation of other settings away.")] = False,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Referring expression comprehension on a data set. May be killed: the same command goes on."""
+    from gap_export.errors import InputError
+    from gap_export.evaluation import tables
+    from gap_export.evaluation.dataset import open_dataset
+
+    if (bundle is None) == (predictions is None):
+        raise InputError(
+            "give one of them",
+            subject="a bundle, or --predictions",
+            hint="gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ...",
+        )
+    tables.require_pyarrow()
+    dataset = open_dataset(data, split=split, images=images)
+    if predictions is not None:
+        record, scored = _of_predictions(predictions, family, dataset, split, protocol, limit)
+        folder = output
+    else:
+        assert bundle is not None
+        record, scored, folder = _of_bundle(
+            bundle, dataset, split, protocol, backend, keep, limit, rows, one_by_one, output, replace, threads
+        )
+    if folder is not None:
+        from gap_export.artifact import write_atomically
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tables.write_results(scored, folder / f"{record.protocol}-{RESULTS}")
+        write_atomically(folder / f"{record.protocol}-{RECORD}", record.model_dump_json(indent=2) + "\n")
+    if as_json:
+        print_json(record.model_dump())
+    else:
+        _print(record, dataset, folder)
+
+
+def _of_predictions(
+    predictions: Path,
+    family: str | None,
+    dataset: Dataset,
+    split: str | None,
+    protocol: str,
+    limit: int | None,
+) -> tuple[EvalRecord, list[Scored]]:
+    from gap_export.errors import InputError
+    from gap_export.evaluation import tables
+    from gap_export.evaluation.protocols import protocol_of
+    from gap_export.evaluation.run import record_of, score_all
+    from gap_export.families.overview import OVERVIEW
+
+    if family not in OVERVIEW:
+        raise InputError(
+            "is not a family",
+            subject=f"--family {family}",
+            hint=f"say whose way to write boxes the answers have: {', '.join(OVERVIEW)}",
+        )
+    scoring = protocol_of(protocol, OVERVIEW[family].box)
+    expressions = dataset.expressions[:limit]
+    answers = tables.read_predictions(predictions, expressions, dataset.source)
+    scored = score_all(expressions, answers, scoring)
+    return record_of(scored, scoring, split=split or "all", backend="predictions"), scored
+
+
+def _of_bundle(
+    folder: Path,
+    dataset: Dataset,
+    split: str | None,
+    protocol: str,
+    backend: str,
+    keep: float | None,
+    limit: int | None,
+    rows: int,
+    one_by_one: bool,
+    output: Path | None,
+    replace: bool,
+    threads: int,
+) -> tuple[EvalRecord, list[Scored], Path]:
+    import hashlib
+
+    from gap_export.bundle import MANIFEST, open_bundle
+    from gap_export.errors import InputError
+    from gap_export.evaluation.answering import Answerer
+    from gap_export.evaluation.journal import Settings, open_journal
+    from gap_export.evaluation.protocols import protocol_of
+    from gap_export.evaluation.run import answer_all, record_of, score_all, work_of
+
+    opened = open_bundle(folder)
+    scoring = protocol_of(protocol, opened.manifest.box)
+    if dataset.source is None:
+        raise InputError(
+            "brings no pictures", subject=dataset.name, hint="give the folder that holds them (--images)"
+        )
+    work = work_of(dataset.expressions, dataset.source, limit=limit)
+    _warn_of_missing(work)
+    settings = Settings(
+        bundle=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+        annotations=dataset.identity,
+        split=split or "all",
+        backend=backend,
+        keep=keep,
+        share=not one_by_one,
+    )
+    name = "-".join(
+        [Path(dataset.name.split(" ")[0]).stem.replace(":", "-"), split or "all", backend]
+        + ([f"keep{keep:g}"] if keep is not None else [])
+        + (["one-by-one"] if one_by_one else [])
+    )
+    target = output or opened.reports / "eval" / name
+    journal = open_journal(target, settings, replace=replace)
+    session = _session(opened, backend, threads)
+    answerer = Answerer(opened, session, keep=keep, share=not one_by_one, rows=rows)
+    with interruptible() as go_on, _progress() as bar:
+        task = bar.add_task(f"answering with {session.backend}", total=len(work.expressions))
+
+        def tick(count: int) -> None:
+            go_on()
+            bar.advance(task, count)
+
+        answer_all(answerer, work, dataset.source, journal, tick=tick)
+    scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.preprocessing)
+    record = record_of(scored, scoring, split=split or "all", backend=session.backend, work=work)
+    return record, scored, target
+
+
+def _session(bundle: Any, backend: str, threads: int) -> Any:
+    from gap_export.runtime.ground import backend_of, open_session
+
+    if backend == "torch":
+        return build_room().open_torch(bundle)
+    return open_session(bundle, backend_of(backend), threads=threads)
+
+
+def _progress() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _warn_of_missing(work: Work) -> None:
+    if not work.missing:
+        return
+    named = ", ".join(work.missing[:_SHOWN]) + (" ..." if len(work.missing) > _SHOWN else "")
+    console.print(
+        f"[yellow]{len(work.missing)} pictures are not there[/], so {len(work.not_asked)} expressions are neither asked nor "
+        f"scored: {named}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{dataset.name}, {record.split}: {record.words}")
+    for name in (
+        "accuracy",
+        "95 % interval",
+        "mean IoU",
+        "expressions",
+        "pictures",
+        "without a box",
+        "not scored",
+        "backend",
+    ):
+        table.add_column(name)
+    table.add_row(
+        f"{100 * record.accuracy:.2f}",
+        f"{100 * record.low:.2f} to {100 * record.high:.2f}",
+        f"{record.mean_iou:.4f}",
+        str(record.expressions),
+        str(record.images),
+        str(record.unparsable),
+        str(record.not_scored),
+        record.backend,
+    )
+    out.print(table)
+    if folder is not None:
+        out.print(f"  results in {folder}", highlight=False, soft_wrap=True)
