@@ -88,6 +88,7 @@ class FakeSession:
 def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> Contender:
     session.name = name
     manifest = SimpleNamespace(
+        prompt=SimpleNamespace(images=1),
         precision="fp16",
         capacity=session.capacity,
         cache_slots=2 * session.capacity,

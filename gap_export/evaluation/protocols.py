@@ -18,7 +18,7 @@ import numpy as np
 from gap_export.bundle import BoxFormat
 from gap_export.errors import InputError
 from gap_export.grounding import metrics
-from gap_export.grounding.boxes import CODECS, Box, Frame, Size, Unparsable, to_pixels
+from gap_export.grounding.boxes import CODECS, Box, Frame, Size, Unparsable, from_pixels, to_pixels
 from gap_export.grounding.metrics import Area, Comparator
 
 ProtocolName = Literal["unc", "lmms-eval"]
@@ -104,6 +104,8 @@ def score(answer: str, truth: Box, size: Size, protocol: Protocol, *, seen: Size
     if isinstance(box, Unparsable):
         return Score(None, box.reason, 0.0, False)
     pixels = to_pixels(box, protocol.frame, *size, clamp=True)
-    overlap = float(metrics.iou(np.array(pixels), np.array(truth), area=protocol.area))
+    # lmms-eval compares normalised boxes. An overlap does not depend on the unit, but for rounding, which decides at the threshold.
+    compared = (box, from_pixels(truth, "image", *size)) if protocol.name == "lmms-eval" else (pixels, truth)
+    overlap = float(metrics.iou(np.array(compared[0]), np.array(compared[1]), area=protocol.area))
     hit = overlap > THRESHOLD if protocol.comparator == ">" else overlap >= THRESHOLD
     return Score(pixels, None, overlap, hit)
