@@ -30,6 +30,7 @@ for command in (
     measuring.bench,
     measuring.sweep,
     evaluating.evaluate,
+    evaluating.compare,
     using.inspect,
     using.lint,
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
+    from gap_export.evaluation.compare import Comparison
     from gap_export.evaluation.dataset import Dataset
     from gap_export.evaluation.run import EvalRecord, Scored, Work
 
@@ -81,9 +83,8 @@ def evaluate(
         folder = output
     else:
         assert bundle is not None
-        record, scored, folder = _of_bundle(
-            bundle, dataset, split, protocol, backend, keep, limit, rows, one_by_one, output, replace, threads
-        )
+        asked = _Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads)
+        record, scored, folder = _of_bundle(bundle, dataset, asked, output, replace)
     if folder is not None:
         from gap_export.artifact import write_atomically
 
@@ -123,19 +124,29 @@ def _of_predictions(
     return record_of(scored, scoring, split=split or "all", backend="predictions"), scored
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """How a bundle is to answer: the command's options of the same names."""
+
+    split: str
+    protocol: str
+    backend: str
+    keep: float | None
+    limit: int | None
+    rows: int
+    share: bool
+    threads: int
+
+    def name(self, data: str) -> str:
+        """Of the folder that results go to by default."""
+        parts = [Path(data.split(" ")[0]).stem.replace(":", "-"), self.split, self.backend]
+        parts += [] if self.keep is None else [f"keep{self.keep:g}"]
+        parts += [] if self.share else ["one-by-one"]
+        return "-".join(parts)
+
+
 def _of_bundle(
-    folder: Path,
-    dataset: Dataset,
-    split: str | None,
-    protocol: str,
-    backend: str,
-    keep: float | None,
-    limit: int | None,
-    rows: int,
-    one_by_one: bool,
-    output: Path | None,
-    replace: bool,
-    threads: int,
+    folder: Path, dataset: Dataset, asked: _Asked, output: Path | None, replace: bool
 ) -> tuple[EvalRecord, list[Scored], Path]:
     import hashlib
 
@@ -147,30 +158,25 @@ def _of_bundle(
     from gap_export.evaluation.run import answer_all, record_of, score_all, work_of
 
     opened = open_bundle(folder)
-    scoring = protocol_of(protocol, opened.manifest.box)
+    scoring = protocol_of(asked.protocol, opened.manifest.box)
     if dataset.source is None:
         raise InputError(
             "brings no pictures", subject=dataset.name, hint="give the folder that holds them (--images)"
         )
-    work = work_of(dataset.expressions, dataset.source, limit=limit)
+    work = work_of(dataset.expressions, dataset.source, limit=asked.limit)
     _warn_of_missing(work)
     settings = Settings(
         bundle=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
         annotations=dataset.identity,
-        split=split or "all",
-        backend=backend,
-        keep=keep,
-        share=not one_by_one,
+        split=asked.split,
+        backend=asked.backend,
+        keep=asked.keep,
+        share=asked.share,
     )
-    name = "-".join(
-        [Path(dataset.name.split(" ")[0]).stem.replace(":", "-"), split or "all", backend]
-        + ([f"keep{keep:g}"] if keep is not None else [])
-        + (["one-by-one"] if one_by_one else [])
-    )
-    target = output or opened.reports / "eval" / name
+    target = output or opened.reports / "eval" / asked.name(dataset.name)
     journal = open_journal(target, settings, replace=replace)
-    session = _session(opened, backend, threads)
-    answerer = Answerer(opened, session, keep=keep, share=not one_by_one, rows=rows)
+    session = _session(opened, asked.backend, asked.threads)
+    answerer = Answerer(opened, session, keep=asked.keep, share=asked.share, rows=asked.rows)
     with interruptible() as go_on, _progress() as bar:
         task = bar.add_task(f"answering with {session.backend}", total=len(work.expressions))
 
@@ -180,7 +186,7 @@ def _of_bundle(
 
         answer_all(answerer, work, dataset.source, journal, tick=tick)
     scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.preprocessing)
-    record = record_of(scored, scoring, split=split or "all", backend=session.backend, work=work)
+    record = record_of(scored, scoring, split=asked.split, backend=session.backend, work=work)
     return record, scored, target
 
 
@@ -239,3 +245,66 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
     out.print(table)
     if folder is not None:
         out.print(f"  results in {folder}", highlight=False, soft_wrap=True)
+
+
+def compare(
+    first: Annotated[
+        Path, typer.Argument(help="Folder of an evaluation: the one that is right by definition.")
+    ],
+    second: Annotated[Path, typer.Argument(help="Folder of another over the same expressions.")],
+    protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
+    max_accuracy_drop: Annotated[float, typer.Option(help="Largest loss of accuracy.")] = 0.05,
+    min_prediction_agreement: Annotated[
+        float, typer.Option(help="Smallest share of expressions whose two boxes overlap by half.")
+    ] = 0.95,
+    min_box_iou: Annotated[float, typer.Option(help="Smallest mean IoU of the two boxes.")] = 0.90,
+    worst: Annotated[int, typer.Option(min=0, help="How many disagreements to name.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Two evaluations expression by expression; exit 1 when a gate is not met."""
+    from gap_export.evaluation import tables
+    from gap_export.evaluation.compare import Demands, open_run
+    from gap_export.evaluation.compare import compare as compared
+
+    tables.require_pyarrow()
+    demands = Demands(
+        max_accuracy_drop=max_accuracy_drop,
+        min_prediction_agreement=min_prediction_agreement,
+        min_box_iou=min_box_iou,
+    )
+    result = compared(open_run(first, protocol), open_run(second, protocol), demands, worst=worst)
+    if as_json:
+        print_json(result.model_dump())
+    else:
+        _print_comparison(result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _print_comparison(result: Comparison) -> None:
+    from rich.table import Table
+
+    out.print(
+        f"{result.expressions} expressions about {result.images} pictures, {result.protocol}: "
+        f"{100 * result.first_accuracy:.2f} -> {100 * result.second_accuracy:.2f} "
+        f"({100 * result.difference:+.2f}, 95 % interval {100 * result.low:+.2f} to {100 * result.high:+.2f}); "
+        f"{result.gained} gained, {result.lost} lost, McNemar p {result.mcnemar_p:.3g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    gates = Table("gate", "measured", "demand", "")
+    for gate in result.gates:
+        sign = "<=" if gate.name.startswith("max") else ">="
+        gates.add_row(
+            gate.name, f"{gate.measured:.4f}", f"{sign} {gate.limit:g}", "ok" if gate.passed else "[red]no[/]"
+        )
+    out.print(gates)
+    if result.worst:
+        table = Table("expression", "picture", "IoU of both boxes", "first", "second")
+        for each in result.worst:
+            table.add_row(
+                each.id,
+                each.image,
+                f"{each.iou:.3f}",
+                *("hit" if hit else "miss" for hit in (each.first_hits, each.second_hits)),
+            )
+        out.print(table)
