@@ -64,7 +64,9 @@ class Contender:
     keep_counts: Sequence[int | None] | None = None
 
 
-def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) -> Contender:
+def contender(
+    name: str, bundle: Bundle, session: Session, *, batch: int = 1, keep: float | None = None
+) -> Contender:
     """A contender with a stand-in request: the bundle's own prompt around a short expression, noise for a picture.
 
     What a dense model costs depends on shapes, not on values.
@@ -74,9 +76,10 @@ def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) ->
         bundle: opened.
         session: the bundle, loaded.
         batch: pictures per request.
+        keep: fraction of the visual tokens to keep, in bundles that let requests choose.
 
     Raises:
-        InputError: the prompt and the bundle's longest answer do not fit into the cache.
+        InputError: a fraction that cannot be chosen, or the prompt and the bundle's longest answer do not fit into the cache.
     """
     manifest = bundle.manifest
     prompts = encode_prompts(
@@ -97,7 +100,7 @@ def contender(name: str, bundle: Bundle, session: Session, *, batch: int = 1) ->
         text_ids = encode_text(
             load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
         )
-    counts = keep_counts(manifest.pruning, manifest.model, pictures, None)
+    counts = keep_counts(manifest.pruning, manifest.model, pictures, keep)
     return Contender(name, bundle, session, pictures, prompts.input_ids, text_ids, counts)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from gap_export import __version__
-from gap_export.cli import evaluating, making, measuring, using
+from gap_export.cli import comparing, evaluating, making, measuring, using
 from gap_export.cli.app import app, console, out, plain
 from gap_export.errors import GapExportError
 
@@ -30,7 +30,8 @@ for command in (
     measuring.bench,
     measuring.sweep,
     evaluating.evaluate,
-    evaluating.compare,
+    comparing.compare,
+    comparing.recommend,
     using.inspect,
     using.lint,
 ):

@@ -20,7 +20,6 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.compare import Comparison
     from gap_export.evaluation.dataset import Dataset
     from gap_export.evaluation.run import EvalRecord, Scored, Work
 
@@ -83,18 +82,24 @@ def evaluate(
         folder = output
     else:
         assert bundle is not None
-        asked = _Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads)
-        record, scored, folder = _of_bundle(bundle, dataset, asked, output, replace)
+        asked = Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads)
+        record, scored, folder = evaluate_bundle(bundle, dataset, asked, output, replace)
     if folder is not None:
-        from gap_export.artifact import write_atomically
-
-        folder.mkdir(parents=True, exist_ok=True)
-        tables.write_results(scored, folder / f"{record.protocol}-{RESULTS}")
-        write_atomically(folder / f"{record.protocol}-{RECORD}", record.model_dump_json(indent=2) + "\n")
+        store(record, scored, folder)
     if as_json:
         print_json(record.model_dump())
     else:
         _print(record, dataset, folder)
+
+
+def store(record: EvalRecord, scored: list[Scored], folder: Path) -> None:
+    """Write results and record; the record comes last, so that where it is, all is."""
+    from gap_export.artifact import write_atomically
+    from gap_export.evaluation import tables
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tables.write_results(scored, folder / f"{record.protocol}-{RESULTS}")
+    write_atomically(folder / f"{record.protocol}-{RECORD}", record.model_dump_json(indent=2) + "\n")
 
 
 def _of_predictions(
@@ -125,7 +130,7 @@ def _of_predictions(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """How a bundle is to answer: the command's options of the same names."""
 
     split: str
@@ -145,9 +150,21 @@ class _Asked:
         return "-".join(parts)
 
 
-def _of_bundle(
-    folder: Path, dataset: Dataset, asked: _Asked, output: Path | None, replace: bool
+def evaluate_bundle(
+    folder: Path, dataset: Dataset, asked: Asked, output: Path | None, replace: bool
 ) -> tuple[EvalRecord, list[Scored], Path]:
+    """Answer what is not answered yet, and score.
+
+    Args:
+        folder: the bundle.
+        dataset: opened.
+        asked: how.
+        output: folder of the results; in the bundle by default.
+        replace: throw an evaluation of other settings away.
+
+    Returns:
+        (record, scores, folder of the results).
+    """
     import hashlib
 
     from gap_export.bundle import MANIFEST, open_bundle
@@ -245,66 +262,3 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
     out.print(table)
     if folder is not None:
         out.print(f"  results in {folder}", highlight=False, soft_wrap=True)
-
-
-def compare(
-    first: Annotated[
-        Path, typer.Argument(help="Folder of an evaluation: the one that is right by definition.")
-    ],
-    second: Annotated[Path, typer.Argument(help="Folder of another over the same expressions.")],
-    protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
-    max_accuracy_drop: Annotated[float, typer.Option(help="Largest loss of accuracy.")] = 0.05,
-    min_prediction_agreement: Annotated[
-        float, typer.Option(help="Smallest share of expressions whose two boxes overlap by half.")
-    ] = 0.95,
-    min_box_iou: Annotated[float, typer.Option(help="Smallest mean IoU of the two boxes.")] = 0.90,
-    worst: Annotated[int, typer.Option(min=0, help="How many disagreements to name.")] = 20,
-    as_json: JsonOption = False,
-) -> None:
-    """Two evaluations expression by expression; exit 1 when a gate is not met."""
-    from gap_export.evaluation import tables
-    from gap_export.evaluation.compare import Demands, open_run
-    from gap_export.evaluation.compare import compare as compared
-
-    tables.require_pyarrow()
-    demands = Demands(
-        max_accuracy_drop=max_accuracy_drop,
-        min_prediction_agreement=min_prediction_agreement,
-        min_box_iou=min_box_iou,
-    )
-    result = compared(open_run(first, protocol), open_run(second, protocol), demands, worst=worst)
-    if as_json:
-        print_json(result.model_dump())
-    else:
-        _print_comparison(result)
-    raise typer.Exit(0 if result.passed else 1)
-
-
-def _print_comparison(result: Comparison) -> None:
-    from rich.table import Table
-
-    out.print(
-        f"{result.expressions} expressions about {result.images} pictures, {result.protocol}: "
-        f"{100 * result.first_accuracy:.2f} -> {100 * result.second_accuracy:.2f} "
-        f"({100 * result.difference:+.2f}, 95 % interval {100 * result.low:+.2f} to {100 * result.high:+.2f}); "
-        f"{result.gained} gained, {result.lost} lost, McNemar p {result.mcnemar_p:.3g}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    gates = Table("gate", "measured", "demand", "")
-    for gate in result.gates:
-        sign = "<=" if gate.name.startswith("max") else ">="
-        gates.add_row(
-            gate.name, f"{gate.measured:.4f}", f"{sign} {gate.limit:g}", "ok" if gate.passed else "[red]no[/]"
-        )
-    out.print(gates)
-    if result.worst:
-        table = Table("expression", "picture", "IoU of both boxes", "first", "second")
-        for each in result.worst:
-            table.add_row(
-                each.id,
-                each.image,
-                f"{each.iou:.3f}",
-                *("hit" if hit else "miss" for hit in (each.first_hits, each.second_hits)),
-            )
-        out.print(table)

@@ -36,6 +36,12 @@ class Embed(nn.Module):
         return with_empty_planes(self.embed_tokens(input_ids), self.planes)
 
 
+def grid_ids(raster_BS: Tensor, columns: Tensor) -> Tensor:
+    """[3, B, S]: time, row and column of tokens whose raster indices are given, in grids of so many columns ([B, 1] or [B, S])."""
+    row_BS = torch.div(raster_BS, columns, rounding_mode="trunc")
+    return torch.stack([torch.zeros_like(row_BS), row_BS, raster_BS - row_BS * columns])
+
+
 def with_empty_planes(embeds_BSH: Tensor, planes: int) -> Tensor:
     """[B, S, (1 + planes) * H]: text has nothing to add between the layers."""
     if not planes:
@@ -155,6 +161,4 @@ class Splice(nn.Module):
         if self.policy is not PositionPolicy.GAP:
             return torch.stack([image_ids_BS] * 3)
         assert image_grid is not None
-        columns_B1 = image_grid[:, 1:]
-        row_BS = torch.div(image_ids_BS, columns_B1, rounding_mode="trunc")
-        return torch.stack([torch.zeros_like(row_BS), row_BS, image_ids_BS - row_BS * columns_B1])
+        return grid_ids(image_ids_BS, image_grid[:, 1:])

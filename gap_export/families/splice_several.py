@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gap_export.families.splice import with_empty_planes
+from gap_export.families.splice import grid_ids, with_empty_planes
 from gap_export.positions import PositionPolicy
 
 
@@ -122,6 +122,4 @@ class SpliceSeveral(nn.Module):
         if self.policy is not PositionPolicy.GAP:
             return torch.stack([image_ids_BS] * 3)
         assert image_grid is not None
-        columns_BS = image_grid[:, :, 1].gather(1, picture_BS)
-        row_BS = torch.div(image_ids_BS, columns_BS, rounding_mode="trunc")
-        return torch.stack([torch.zeros_like(row_BS), row_BS, image_ids_BS - row_BS * columns_BS])
+        return grid_ids(image_ids_BS, image_grid[:, :, 1].gather(1, picture_BS))

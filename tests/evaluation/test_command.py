@@ -103,3 +103,28 @@ def test_what_cannot_work(
     message = evaluate(*[names.get(each, each) for each in arguments], "-o", str(tmp_path / "out"), code=2)
     assert words in message
     assert "hint" in message
+
+
+def test_recommend(tiny_bundle: Callable[..., Bundle]) -> None:
+    """A random model grounds nothing at any share, so that the smallest loses nothing."""
+    folder = tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder
+    arguments = ["--data", "scenes", "--limit", "12", "--keeps", "1.0,0.3", "--requests", "2", "--json"]
+    command = [*COMMAND[:-1], "recommend", str(folder), *arguments, "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (record["chosen"], record["expressions"]) == (0.3, 12)
+    assert all(point["speedup"] > 0 for point in record["points"])
+    assert (folder / "reports" / "eval" / "scenes-all-onnxruntime-keep0.3" / "unc-results.parquet").is_file()
+
+
+def test_compare(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    folder = str(tiny_bundle().folder)
+    for name in ("one", "other"):
+        evaluate(folder, "--data", "scenes", "--limit", "10", "-o", str(tmp_path / name), "--json")
+    command = [*COMMAND[:-1], "compare", str(tmp_path / "one"), str(tmp_path / "other")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    record = json.loads(done.stdout)
+    assert (done.returncode, record["agreement"], record["identical"], record["worst"]) == (0, 1.0, 1.0, [])
+    failing = [*command, "--min-box-iou", "1.1"]
+    assert subprocess.run(failing, capture_output=True, check=False).returncode == 1

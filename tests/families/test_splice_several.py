@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from torch import nn
 
 from gap_export.families.hollow import fake_mode
 from gap_export.families.splice_several import SpliceSeveral
-from gap_export.graph import lint, passes, trace
+from gap_export.graph import lint
 from gap_export.positions import PositionPolicy, gather_mrope_ids, place
-from gap_export.spec import Component, Dim, GraphSpec, TensorSpec
+from gap_export.spec import Dim, GraphSpec, TensorSpec
+
+from .exporting import write_splice
 
 IMAGE, PAD, VOCABULARY, HIDDEN, PICTURES, PLANES = 9, -1, 20, 4, 2, 1
 GRIDS = np.array([[[3, 5], [2, 2]], [[1, 7], [4, 2]], [[2, 1], [1, 1]]])
@@ -68,15 +69,9 @@ def exported(
     with fake_mode():
         embedding = nn.Embedding(VOCABULARY, HIDDEN)
     splice = SpliceSeveral(embedding, image_token_id=IMAGE, policy=policy, mrope=mrope, planes=PLANES)
-    component = Component(module=splice.eval(), spec=spec(policy, mrope=mrope), weight_key=lambda name: name)
-    model = trace.graph_from_component(component)
-    for name, value in model.graph.initializers.items():
-        if trace.is_hollow(value.const_value):
-            value.const_value = ir.tensor(table, name=name)
-    passes.simplify(model)
-    path = tmp_path_factory.mktemp("splice") / "splice.onnx"
-    passes.write_graph(model, component.spec, path)
-    return policy, mrope, path, component.spec
+    graph = spec(policy, mrope=mrope)
+    path = write_splice(splice, graph, table, tmp_path_factory.mktemp("splice"))
+    return policy, mrope, path, graph
 
 
 def words_of(row: int) -> list[int]:

@@ -1,0 +1,191 @@
+"""Commands that weigh evaluations against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gap_export.cli.app import (
+    BackendOption,
+    BundleArgument,
+    JsonOption,
+    ThreadsOption,
+    console,
+    out,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.compare import Comparison
+    from gap_export.evaluation.recommend import Recommendation
+
+_WARMUP = 5
+
+
+def compare(
+    first: Annotated[
+        Path, typer.Argument(help="Folder of an evaluation: the one that is right by definition.")
+    ],
+    second: Annotated[Path, typer.Argument(help="Folder of another over the same expressions.")],
+    protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
+    max_accuracy_drop: Annotated[float, typer.Option(help="Largest loss of accuracy.")] = 0.05,
+    min_prediction_agreement: Annotated[
+        float, typer.Option(help="Smallest share of expressions whose two boxes overlap by half.")
+    ] = 0.95,
+    min_box_iou: Annotated[float, typer.Option(help="Smallest mean IoU of the two boxes.")] = 0.90,
+    worst: Annotated[int, typer.Option(min=0, help="How many disagreements to name.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Two evaluations expression by expression; exit 1 when a gate is not met."""
+    from gap_export.evaluation import tables
+    from gap_export.evaluation.compare import Demands, open_run
+    from gap_export.evaluation.compare import compare as compared
+
+    tables.require_pyarrow()
+    demands = Demands(
+        max_accuracy_drop=max_accuracy_drop,
+        min_prediction_agreement=min_prediction_agreement,
+        min_box_iou=min_box_iou,
+    )
+    result = compared(open_run(first, protocol), open_run(second, protocol), demands, worst=worst)
+    if as_json:
+        print_json(result.model_dump())
+    else:
+        _print_comparison(result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _print_comparison(result: Comparison) -> None:
+    from rich.table import Table
+
+    out.print(
+        f"{result.expressions} expressions about {result.images} pictures, {result.protocol}: "
+        f"{100 * result.first_accuracy:.2f} -> {100 * result.second_accuracy:.2f} "
+        f"({100 * result.difference:+.2f}, 95 % interval {100 * result.low:+.2f} to {100 * result.high:+.2f}); "
+        f"{result.gained} gained, {result.lost} lost, McNemar p {result.mcnemar_p:.3g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    gates = Table("gate", "measured", "demand", "")
+    for gate in result.gates:
+        sign = "<=" if gate.name.startswith("max") else ">="
+        gates.add_row(
+            gate.name, f"{gate.measured:.4f}", f"{sign} {gate.limit:g}", "ok" if gate.passed else "[red]no[/]"
+        )
+    out.print(gates)
+    if result.worst:
+        table = Table("expression", "picture", "IoU of both boxes", "first", "second")
+        for each in result.worst:
+            table.add_row(
+                each.id,
+                each.image,
+                f"{each.iou:.3f}",
+                *("hit" if hit else "miss" for hit in (each.first_hits, each.second_hits)),
+            )
+        out.print(table)
+
+
+def recommend(
+    bundle: BundleArgument,
+    data: Annotated[str, typer.Option(help="As of gap-export eval.")] = "scenes:7",
+    max_accuracy_drop: Annotated[
+        float, typer.Option(help="Loss that is allowed, with all of its 95 % interval.")
+    ] = 0.02,
+    keeps: Annotated[
+        str,
+        typer.Option(help="Fractions to try, separated by commas; the largest is what losses are against."),
+    ] = "1.0,0.5,0.35,0.25,0.15,0.1",
+    split: Annotated[str | None, typer.Option(help="As of gap-export eval.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+    protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many expressions.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per fraction whose time is measured.")] = 30,
+    backend: BackendOption = "onnxruntime",
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """The smallest share of visual tokens that loses little enough, and how much faster it is; exit 1 when none is."""
+    from gap_export import bench
+    from gap_export.bundle import open_bundle
+    from gap_export.cli.evaluating import Asked, evaluate_bundle, store
+    from gap_export.errors import InputError
+    from gap_export.evaluation import tables
+    from gap_export.evaluation.compare import open_run
+    from gap_export.evaluation.dataset import open_dataset
+    from gap_export.evaluation.recommend import recommend as recommended
+    from gap_export.runtime.ground import backend_of, open_session
+
+    tables.require_pyarrow()
+    try:
+        shares = sorted({float(share) for share in keeps.split(",")}, reverse=True)
+    except ValueError as error:
+        raise InputError(
+            "is not a list of fractions", subject=f"--keeps {keeps}", hint="for example 1.0,0.5,0.25"
+        ) from error
+    if len(shares) < 2:
+        raise InputError(
+            "is one fraction",
+            subject=f"--keeps {keeps}",
+            hint="give at least two: losses are against the largest",
+        )
+    dataset = open_dataset(data, split=split, images=images)
+    runs = {}
+    for share in shares:
+        asked = Asked(split or "all", protocol, backend, share, limit, 8, True, threads)
+        record, scored, folder = evaluate_bundle(bundle, dataset, asked, None, False)
+        store(record, scored, folder)
+        runs[share] = open_run(folder, protocol)
+    opened = open_bundle(bundle)
+    session = open_session(opened, backend_of(backend), threads=threads)
+    contenders = [bench.contender(f"{share:g}", opened, session, keep=share) for share in shares]
+    with console.status("measuring"):
+        measured = bench.measure(contenders, requests=requests, new_tokens=1, warmup=_WARMUP)
+    times = {float(row.name): row.ttft_ms.p50 for row in measured.rows}
+    speedups = {share: times[shares[0]] / times[share] for share in shares}
+    result = recommended(runs, max_accuracy_drop, speedups=speedups)
+    if as_json:
+        print_json(result.model_dump())
+    else:
+        _print_recommendation(result)
+    raise typer.Exit(0 if result.chosen is not None else 1)
+
+
+def _print_recommendation(result: Recommendation) -> None:
+    from rich.table import Table
+
+    table = Table(
+        "keep",
+        "tokens",
+        "accuracy",
+        "loss",
+        "95 % interval",
+        "first token",
+        "",
+        title=f"{result.expressions} expressions, {result.protocol}",
+    )
+    for point in result.points:
+        mark = (
+            "[bold green]<- this one[/]"
+            if point.keep == result.chosen
+            else ""
+            if point.inside
+            else "[red]may lose more[/]"
+        )
+        table.add_row(
+            f"{point.keep:g}",
+            f"{point.mean_kept:.1f}",
+            f"{100 * point.accuracy:.2f}",
+            f"{0.0 - 100 * point.difference:.2f}",
+            f"{0.0 - 100 * point.high:.2f} to {0.0 - 100 * point.low:.2f}",
+            "-" if point.speedup is None else f"{point.speedup:.2f} times as fast",
+            mark,
+        )
+    out.print(table)
+    if result.chosen is None:
+        out.print(
+            f"no smaller share is sure to lose at most {100 * result.max_accuracy_drop:g} points; more expressions narrow the intervals",
+            highlight=False,
+            soft_wrap=True,
+        )
