@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
+    from gap_export.evaluation.answering import Answerer
     from gap_export.evaluation.dataset import Dataset
     from gap_export.evaluation.run import EvalRecord, Scored, Work
 
@@ -61,6 +63,13 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Folder of the results; in the bundle by default.")
     ] = None,
     replace: Annotated[bool, typer.Option(help="Throw an evaluation of other settings away.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: pictures are dealt to the workers of a cluster.")
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="With --engine ray.")] = 2,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster; one is started here when left out.")
+    ] = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,7 +91,10 @@ def evaluate(
         folder = output
     else:
         assert bundle is not None
-        asked = Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads)
+        if engine not in ("local", "ray"):
+            raise InputError("is not an engine", subject=f"--engine {engine}", hint="choose local or ray")
+        cluster = Cluster(workers, ray_address) if engine == "ray" else None
+        asked = Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads, cluster)
         record, scored, folder = evaluate_bundle(bundle, dataset, asked, output, replace)
     if folder is not None:
         store(record, scored, folder)
@@ -130,6 +142,14 @@ def _of_predictions(
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """Of Ray: how many workers, and where it is; None starts one here."""
+
+    workers: int
+    address: str | None
+
+
+@dataclass(frozen=True)
 class Asked:
     """How a bundle is to answer: the command's options of the same names."""
 
@@ -141,6 +161,7 @@ class Asked:
     rows: int
     share: bool
     threads: int
+    cluster: Cluster | None = None
 
     def name(self, data: str) -> str:
         """Of the folder that results go to by default."""
@@ -169,11 +190,13 @@ def evaluate_bundle(
 
     from gap_export.bundle import MANIFEST, open_bundle
     from gap_export.errors import InputError
-    from gap_export.evaluation.answering import Answerer
     from gap_export.evaluation.journal import Settings, open_journal
     from gap_export.evaluation.protocols import protocol_of
     from gap_export.evaluation.run import answer_all, record_of, score_all, work_of
+    from gap_export.runtime.ground import backend_of
 
+    if asked.backend != "torch":
+        backend_of(asked.backend)  # before anything is written
     opened = open_bundle(folder)
     scoring = protocol_of(asked.protocol, opened.manifest.box)
     if dataset.source is None:
@@ -192,27 +215,47 @@ def evaluate_bundle(
     )
     target = output or opened.reports / "eval" / asked.name(dataset.name)
     journal = open_journal(target, settings, replace=replace)
-    session = _session(opened, asked.backend, asked.threads)
-    answerer = Answerer(opened, session, keep=asked.keep, share=asked.share, rows=asked.rows)
     with interruptible() as go_on, _progress() as bar:
-        task = bar.add_task(f"answering with {session.backend}", total=len(work.expressions))
+        task = bar.add_task(f"answering with {asked.backend}", total=len(work.expressions))
 
         def tick(count: int) -> None:
             go_on()
             bar.advance(task, count)
 
-        answer_all(answerer, work, dataset.source, journal, tick=tick)
+        make = partial(make_answerer, folder, asked)
+        if asked.cluster is None:
+            answer_all(make(), work, dataset.source, journal, tick=tick)
+        else:
+            from gap_export.evaluation.on_ray import answer_on_ray
+
+            cluster = asked.cluster
+            answer_on_ray(
+                make,
+                work,
+                dataset.source,
+                journal,
+                workers=cluster.workers,
+                address=cluster.address,
+                tick=tick,
+            )
     scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.preprocessing)
-    record = record_of(scored, scoring, split=asked.split, backend=session.backend, work=work)
+    record = record_of(scored, scoring, split=asked.split, backend=asked.backend, work=work)
     return record, scored, target
 
 
-def _session(bundle: Any, backend: str, threads: int) -> Any:
+def make_answerer(folder: Path, asked: Asked) -> Answerer:
+    """Open a bundle to be asked, in this process or in a worker's."""
+    from gap_export.bundle import open_bundle
+    from gap_export.evaluation.answering import Answerer
     from gap_export.runtime.ground import backend_of, open_session
 
-    if backend == "torch":
-        return build_room().open_torch(bundle)
-    return open_session(bundle, backend_of(backend), threads=threads)
+    bundle = open_bundle(folder)
+    session = (
+        build_room().open_torch(bundle)
+        if asked.backend == "torch"
+        else open_session(bundle, backend_of(asked.backend), threads=asked.threads)
+    )
+    return Answerer(bundle, session, keep=asked.keep, share=asked.share, rows=asked.rows)
 
 
 def _progress() -> Any:

@@ -5,7 +5,7 @@ Answering knows nothing of protocols, and scoring nothing of models: the same an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,30 +78,43 @@ def answer_all(
     Raises:
         GapExportError: a picture cannot be read, or the runtime failed. What was answered stays.
     """
-    for name, group in work.pictures.items():
-        tick(sum(expression.id in journal.known for expression in group))
-        todo = [expression for expression in group if expression.id not in journal.known]
-        if not todo:
-            continue
-        image = source.open(name)
-        answers = answerer.about(image, [expression.text for expression in todo])
-        journal.add(
-            [
-                AnswerRow(
-                    id=expression.id,
-                    image=name,
-                    width=image.width,
-                    height=image.height,
-                    answer=answer.text,
-                    refused=answer.refused,
-                    tokens=answer.tokens,
-                    kept=answer.kept,
-                    seconds=round(answer.seconds, 6),
-                )
-                for expression, answer in zip(todo, answers, strict=True)
-            ]
+    for group in groups_left(work, journal, tick):
+        journal.add(rows_about(answerer, source, group))
+        tick(len(group))
+
+
+def groups_left(work: Work, journal: Journal, tick: Tick) -> Iterator[tuple[Expression, ...]]:
+    """Expressions about one picture each, without those that the journal holds; of those `tick` is told."""
+    for group in work.pictures.values():
+        left = tuple(expression for expression in group if expression.id not in journal.known)
+        if len(left) < len(group):
+            tick(len(group) - len(left))
+        if left:
+            yield left
+
+
+def rows_about(answerer: Answerer, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
+    """Answer expressions about one picture.
+
+    Raises:
+        GapExportError: the picture cannot be read, or the runtime failed.
+    """
+    image = source.open(group[0].image)
+    answers = answerer.about(image, [expression.text for expression in group])
+    return [
+        AnswerRow(
+            id=expression.id,
+            image=expression.image,
+            width=image.width,
+            height=image.height,
+            answer=answer.text,
+            refused=answer.refused,
+            tokens=answer.tokens,
+            kept=answer.kept,
+            seconds=round(answer.seconds, 6),
         )
-        tick(len(todo))
+        for expression, answer in zip(group, answers, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
