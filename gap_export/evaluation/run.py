@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gap_export.bundle import AnyPreprocessing, Stored
+from gap_export.bundle import AnyPreprocessing, Native, Stored
 from gap_export.errors import InputError
 from gap_export.evaluation.annotations import Expression
 from gap_export.evaluation.answering import Answerer
@@ -18,6 +18,7 @@ from gap_export.evaluation.journal import AnswerRow, Journal
 from gap_export.evaluation.pictures import Source
 from gap_export.evaluation.protocols import Protocol, Score, score
 from gap_export.grounding import metrics
+from gap_export.grounding.boxes import CODECS
 from gap_export.runtime.pictures import seen_size
 
 Tick = Callable[[int], None]
@@ -181,6 +182,12 @@ def score_all(
     Raises:
         InputError: an expression without an answer, or a box that needs the preprocessing and has none.
     """
+    if CODECS[protocol.codec].unit is None and not isinstance(preprocessing, Native):
+        raise InputError(
+            "writes pixels of the picture as it saw it, and how large that was is not known",
+            subject=f"boxes of {protocol.codec}",
+            hint="score its answers with its bundle: gap-export eval BUNDLE",
+        )
     by_id = {row.id: row for row in rows}
     scored = []
     for expression in expressions:

@@ -204,6 +204,22 @@ def test_an_expression_without_an_answer_is_named(expressions: Any, tmp_path: Pa
         score_all(expressions, rows, protocol_of("unc", _padded()))
 
 
+def test_pixels_of_the_picture_as_seen_need_its_size(expressions: Any, tmp_path: Path) -> None:
+    from gap_export.bundle import BoxFormat, Native
+
+    path = tmp_path / "answers.jsonl"
+    answer = '{"id": "%s", "answer": "{\\"bbox_2d\\": [2, 4, 40, 50]}"}\n'
+    path.write_text("".join(answer % each.id for each in expressions))
+    protocol = protocol_of("unc", BoxFormat(codec="qwen2_5_vl", frame="image"))
+    rows = read_predictions(path, expressions, None)
+    with pytest.raises(InputError, match="how large that was is not known"):
+        score_all(expressions, rows, protocol)
+    plain = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    native = Native(patch=14, merge=2, frames=2, fewest_pixels=80 * 60, most_pixels=10**6, **plain)  # type: ignore[arg-type]
+    (first, *_) = score_all(expressions, rows, protocol, native)
+    assert first.score.box == pytest.approx((2 * 40 / 84, 4 * 30 / 84, 40 * 40 / 84, 50 * 30 / 84))
+
+
 def test_pictures_of_a_folder_are_found_by_either_name(tmp_path: Path) -> None:
     inside = tmp_path / "train2014"
     inside.mkdir()

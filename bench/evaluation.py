@@ -1,0 +1,83 @@
+"""What sharing the beginning of prompts saves in an evaluation. See README.md for the protocol.
+
+    python bench/evaluation.py [--pictures N] [--label TEXT]
+
+The bundled model, seven expressions per picture, every picture answered both ways in turn: beginning shared, expressions batched; and
+prompts whole, one by one. The last line printed is the record, also stored in bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import record
+from rich.console import Console
+from rich.progress import track
+
+PER_PICTURE = 7
+TARGET = 3.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--label", default="", help="words stored with the record")
+    options = parser.parse_args()
+
+    from gap_export import pipeline
+    from gap_export.evaluation.answering import Answerer
+    from gap_export.evaluation.dataset import open_dataset
+    from gap_export.evaluation.run import work_of
+    from gap_export.recipe import load_recipe
+    from gap_export.runtime.ground import open_session
+
+    console = Console(stderr=True)
+    dataset = open_dataset(f"scenes:{PER_PICTURE}")
+    assert dataset.source is not None
+    groups = [
+        group
+        for group in work_of(dataset.expressions, dataset.source).pictures.values()
+        if len(group) == PER_PICTURE
+    ][: options.pictures]
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = pipeline.build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
+        session = open_session(bundle, "onnxruntime")
+        ways = {
+            name: Answerer(bundle, session, share=share)
+            for name, share in (("shared", True), ("whole", False))
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        different = 0
+        for number, group in enumerate(track(groups, "answering", console=console)):
+            image, texts = dataset.source.open(group[0].image), [each.text for each in group]
+            answers = {}
+            # Each way goes first every other time.
+            for name in sorted(ways, reverse=bool(number % 2)):
+                answered = ways[name].about(image, texts)
+                answers[name] = [(each.text, each.tokens, each.kept) for each in answered]
+                seconds[name].append(sum(each.seconds for each in answered))
+            different += sum(a != b for a, b in zip(answers["shared"], answers["whole"], strict=True))
+    ratios = np.array(seconds["whole"]) / np.array(seconds["shared"])
+    low, median, high = (round(float(value), 2) for value in np.percentile(ratios, (10, 50, 90)))
+    measured = {
+        "pictures": len(groups),
+        "expressions_per_picture": PER_PICTURE,
+        "times_as_fast": {"p10": low, "p50": median, "p90": high},
+        "milliseconds_per_picture": {
+            name: round(1000 * float(np.median(values)), 1) for name, values in seconds.items()
+        },
+        "different_answers": different,
+        "target": {"times_as_fast": TARGET, "different_answers": 0},
+    }
+    console.print(
+        f"shared prompts are {median} times as fast (10th to 90th percentile {low} to {high}); {different} of "
+        f"{PER_PICTURE * len(groups)} answers differ"
+    )
+    return record.finish("evaluation", measured, label=options.label, ok=median >= TARGET and not different)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
