@@ -169,7 +169,7 @@ def plain_answers(
     )
     grounder = Grounder(bundle)
     answers = []
-    prompts = grounder._prompts(EXPRESSIONS, NEW).input_ids
+    prompts = grounder.prompts(EXPRESSIONS, NEW).input_ids
     for picture, ids in zip(PICTURES, prompts, strict=True):
         hidden, attention = eva.run(
             torch.from_numpy(grounder.pictures([picture]).calls[0]["pixel_values"][0])
@@ -208,7 +208,7 @@ def test_graphs_are_the_model(
         (sessions[0], [0, 1]),
         (sessions[1], [0, 1]),
     ]:
-        prompts = grounder._prompts([EXPRESSIONS[row] for row in rows], NEW)
+        prompts = grounder.prompts([EXPRESSIONS[row] for row in rows], NEW)
         made = generate(
             session,
             grounder.pictures([PICTURES[row] for row in rows]),
@@ -241,7 +241,7 @@ def test_facts(build: Callable[..., Bundle]) -> None:
     assert (manifest.family, manifest.model.grid, manifest.model.visual_tokens) == ("minigpt_v2", (8, 2), 16)
     assert (manifest.box.codec, manifest.box.frame) == ("minigpt_v2", "image")
     assert manifest.prompt.image_token_id == VOCABULARY
-    ids = Grounder(build())._prompts(EXPRESSIONS, NEW).input_ids[0].tolist()
+    ids = Grounder(build()).prompts(EXPRESSIONS, NEW).input_ids[0].tolist()
     assert ids[:2] == [1, 1], "one BOS from the template, one from the tokenizer"
 
 

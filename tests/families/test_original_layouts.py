@@ -224,7 +224,7 @@ def plain_answers(
     decoder = Llama(weights, LAYERS, HEADS, HEADS, EPS, 10000.0)
     clip = ClipTower(load_file(tower / "model.safetensors"), heads=2, patch=6)
     grounder = Grounder(bundle)
-    prompts = grounder._prompts(EXPRESSIONS, NEW).input_ids
+    prompts = grounder.prompts(EXPRESSIONS, NEW).input_ids
     answers = []
     for picture, ids in zip(PICTURES, prompts, strict=True):
         pixels = torch.from_numpy(grounder.pictures([picture]).calls[0]["pixel_values"][0])
@@ -259,7 +259,7 @@ def test_graphs_are_the_model(
     session, grounder = open_session(bundle, "onnxruntime", threads=1), Grounder(bundle)
     truth = plain_answers(which, options, bundle, tiny_text_tower)
     for rows in ([0], [1], [0, 1]):
-        prompts = grounder._prompts([EXPRESSIONS[row] for row in rows], NEW)
+        prompts = grounder.prompts([EXPRESSIONS[row] for row in rows], NEW)
         made = generate(
             session,
             grounder.pictures([PICTURES[row] for row in rows]),
@@ -299,7 +299,7 @@ def test_the_reference_of_validate_is_the_same_model(
         bundle.manifest.family, Path(given["checkpoint"]), bundle.manifest.pruning, parts=parts
     )
     grounder = Grounder(bundle)
-    prompts = grounder._prompts(EXPRESSIONS, NEW)
+    prompts = grounder.prompts(EXPRESSIONS, NEW)
     made = generate(
         reference, grounder.pictures(PICTURES), prompts.input_ids, max_new_tokens=NEW, eos_token_ids=(), keep_logits=True
     )  # fmt: skip

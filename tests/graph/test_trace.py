@@ -196,13 +196,14 @@ def test_stale_cache_contents_cannot_leak(
     right = forced(session, pixels, ragged_ids)[1]
 
     def spoil(session: Any) -> None:
-        session._allocate(4)
-        for buffer in session._cache.values():
-            buffer._numpy_obj[:] = garbage
+        session._use_rows(4)
+        for array in session._memory.values():
+            array[:] = garbage
 
     spoiled = forced(session, pixels, ragged_ids, before_prefill=spoil)[1]
     assert all(np.array_equal(a, b) for a, b in zip(spoiled, right, strict=True))
-    session._allocate(1)
+    for array in session._memory.values():
+        array[:] = 0
 
 
 def test_a_slot_left_out_is_seen(
