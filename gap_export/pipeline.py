@@ -123,7 +123,8 @@ def build(
             hint="use a recipe of the checkpoint's family",
         )
     checkpoint = _with_parts(checkpoint, family, recipe)
-    _refuse_max_pixels(family.preprocessing(checkpoint, recipe), recipe)
+    preprocessing = family.preprocessing(checkpoint, recipe)
+    _refuse_max_pixels(preprocessing, recipe)
     facts, tokenizer = family.facts(checkpoint, recipe), family.tokenizer(checkpoint)
     text_tower = None
     if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
@@ -206,7 +207,7 @@ def build(
             ),
             capacity=plan.capacity,
             max_new_tokens=recipe.max_new_tokens,
-            preprocessing=family.preprocessing(checkpoint, recipe),
+            preprocessing=preprocessing,
             prompt=prompt,
             box=box,
             text_tower=text_tower,

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from gap_export.errors import GapExportError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(
     name="gap-export",
@@ -68,6 +71,14 @@ def interruptible() -> Iterator[Callable[[], None]]:
         yield go_on
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def progress_bar() -> Progress:
+    """What is being done, how much of it is, and when it will be; gone when it is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def build_room() -> Any:

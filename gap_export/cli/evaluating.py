@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from gap_export.cli.app import (
     interruptible,
     out,
     print_json,
+    progress_bar,
 )
 
 if TYPE_CHECKING:
@@ -186,8 +187,7 @@ def evaluate_bundle(
     Returns:
         (record, scores, folder of the results).
     """
-    import hashlib
-
+    from gap_export.artifact import record_of as file_record
     from gap_export.bundle import MANIFEST, open_bundle
     from gap_export.errors import InputError
     from gap_export.evaluation.journal import Settings, open_journal
@@ -206,7 +206,7 @@ def evaluate_bundle(
     work = work_of(dataset.expressions, dataset.source, limit=asked.limit)
     _warn_of_missing(work)
     settings = Settings(
-        bundle=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+        bundle=file_record(folder / MANIFEST).sha256,
         annotations=dataset.identity,
         split=asked.split,
         backend=asked.backend,
@@ -215,7 +215,7 @@ def evaluate_bundle(
     )
     target = output or opened.reports / "eval" / asked.name(dataset.name)
     journal = open_journal(target, settings, replace=replace)
-    with interruptible() as go_on, _progress() as bar:
+    with interruptible() as go_on, progress_bar() as bar:
         task = bar.add_task(f"answering with {asked.backend}", total=len(work.expressions))
 
         def tick(count: int) -> None:
@@ -223,7 +223,9 @@ def evaluate_bundle(
             bar.advance(task, count)
 
         make = partial(make_answerer, folder, asked)
-        if asked.cluster is None:
+        if all(expression.id in journal.known for expression in work.expressions):
+            tick(len(work.expressions))
+        elif asked.cluster is None:
             answer_all(make(), work, dataset.source, journal, tick=tick)
         else:
             from gap_export.evaluation.on_ray import answer_on_ray
@@ -256,13 +258,6 @@ def make_answerer(folder: Path, asked: Asked) -> Answerer:
         else open_session(bundle, backend_of(asked.backend), threads=asked.threads)
     )
     return Answerer(bundle, session, keep=asked.keep, share=asked.share, rows=asked.rows)
-
-
-def _progress() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 def _warn_of_missing(work: Work) -> None:

@@ -19,6 +19,7 @@ from gap_export.cli.app import (
     out,
     plain,
     print_json,
+    progress_bar,
 )
 
 
@@ -34,15 +35,12 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from gap_export.bundle import open_bundle
     from gap_export.runtime.ground import backend_of
 
     pipeline = build_room()
     staged = bool(open_bundle(bundle).manifest.pruning.stages)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("starting", total=pipeline.validation_work(cases, staged=staged))
         report = pipeline.validate(
             bundle,

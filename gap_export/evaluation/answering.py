@@ -76,7 +76,7 @@ class Answerer:
             SessionError: the runtime failed.
         """
         began = time.perf_counter()
-        refused = {expression: self._refusal(expression) for expression in dict.fromkeys(expressions)}
+        refused = self._refusals(list(dict.fromkeys(expressions)))
         askable = [expression for expression in refused if refused[expression] is None]
         answers = self._answers(image, askable) if askable else {}
         seconds = (time.perf_counter() - began) / len(expressions)
@@ -86,12 +86,15 @@ class Answerer:
             answered.append(Answered(text, refused[expression], tokens, kept, seconds))
         return answered
 
-    def _refusal(self, expression: str) -> str | None:
+    def _refusals(self, expressions: list[str]) -> dict[str, str | None]:
+        """Why each expression cannot be asked; seldom is one, so they are looked at one by one only then."""
         try:
-            self._grounder.prompts([expression])
+            self._grounder.prompts(expressions)
         except InputError as error:
-            return error.message
-        return None
+            if len(expressions) == 1:
+                return {expressions[0]: error.message}
+            return {each: why for one in expressions for each, why in self._refusals([one]).items()}
+        return dict.fromkeys(expressions)
 
     def _answers(self, image: Image.Image, expressions: Sequence[str]) -> dict[str, tuple[str, int, int]]:
         """Expression -> (answer, generated tokens, visual tokens kept)."""

@@ -181,7 +181,7 @@ def compare(first: Run, second: Run, demands: Demands, *, worst: int = 20, seed:
     low, high = bootstrap_interval(change, first.images, seed=seed)
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
     agreed = metrics.agreement(first.boxes, boxes, threshold=AGREES_FROM)
-    overlaps = _overlaps(first.boxes, boxes)
+    overlaps = metrics.box_overlaps(first.boxes, boxes)
     farthest = np.argsort(overlaps, kind="stable")[:worst]
     difference = float(change.mean())
     return Comparison(
@@ -250,13 +250,6 @@ def mcnemar(gained: int, lost: int) -> float:
         for k in range(min(gained, lost) + 1)
     ]
     return min(1.0, 2 * math.fsum(map(math.exp, tail)))
-
-
-def _overlaps(first: list[Box | None], second: list[Box | None]) -> NDArray[np.float64]:
-    """[N] IoU of both boxes; 1 where neither run has one, or where they are the same."""
-    values = metrics.iou(metrics.as_rows(first), metrics.as_rows(second))
-    same = np.array([a == b for a, b in zip(first, second, strict=True)])
-    return np.where(same, 1.0, values)
 
 
 def _at_most(name: str, limit: float, measured: float) -> Gate:

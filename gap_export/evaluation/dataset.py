@@ -18,7 +18,6 @@ from gap_export.grounding import scenes
 
 SCENES = 2000
 _SCENES = re.compile(r"scenes(?::([1-9]\d*))?")
-_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def open_dataset(data: str, *, split: str | None = None, images: Path | None = N
     annotations = read_annotations(path, split=split)
     source: Source | None = None if images is None else Folder(images)
     if source is None and annotations.pictures is not None:
-        source = Embedded(annotations.pictures, annotations.pictures.names())
+        source = Embedded(annotations.pictures)
     name = f"{path.name} ({annotations.format})"
     return Dataset(name, _sha256(path), annotations.expressions, source)
 
@@ -99,6 +98,5 @@ def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
-            while piece := content.read(_PIECE):
-                digest.update(piece)
+            hashlib.file_digest(content, lambda: digest)
     return digest.hexdigest()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
 from gap_export.errors import InputError
+from gap_export.evaluation.annotations import EmbeddedPictures
 from gap_export.runtime.preprocess import image_from_bytes, load_image
 
 
@@ -69,12 +70,11 @@ class Embedded:
     """Pictures that lie in the data set.
 
     Args:
-        read: encoded bytes by name.
-        names: of all there are.
+        pictures: of the data set.
     """
 
-    def __init__(self, read: Reader, names: Iterable[str]) -> None:
-        self._read, self._names = read, frozenset(names)
+    def __init__(self, pictures: EmbeddedPictures) -> None:
+        self._pictures, self._names = pictures, frozenset(pictures.names())
 
     def has(self, name: str) -> bool:
         """See `Source.has`."""
@@ -82,15 +82,7 @@ class Embedded:
 
     def open(self, name: str) -> Image.Image:
         """See `Source.open`."""
-        return image_from_bytes(self._read.read(name), name)
-
-
-class Reader(Protocol):
-    """Encoded pictures by name."""
-
-    def read(self, image: str) -> bytes:
-        """Bytes of one picture."""
-        ...
+        return image_from_bytes(self._pictures.read(name), name)
 
 
 class InMemory:

@@ -129,19 +129,11 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
             *(staged.splice_outputs(plan, batch) if plan.stages else ()),
         ),
     )
-    splicer = (
-        staged.StagedSplice(embedding, plan, **placing)
-        if plan.stages
-        else SpliceSeveral(
-            embedding,
-            image_token_id=pieces.image_token_id,
-            policy=plan.positions,
-            mrope=mrope,
-            planes=sizes.planes,
-        )
-        if plan.images > 1
-        else Splice(embedding, policy=plan.positions, mrope=mrope, planes=sizes.planes, **placing)
-    )
+    if plan.stages:
+        splicer: nn.Module = staged.StagedSplice(embedding, plan, **placing)
+    else:
+        spliced_by = SpliceSeveral if plan.images > 1 else Splice
+        splicer = spliced_by(embedding, policy=plan.positions, mrope=mrope, planes=sizes.planes, **placing)
     embed = GraphSpec(
         name="embed",
         inputs=(whole("input_ids", batch, some_text),),

@@ -18,7 +18,6 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from gap_export import prune
 from gap_export.bundle import AnyRes, BoxFormat, ModelFacts, PromptTemplate, TextTower
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError
 from gap_export.families import assembly, reading, selection
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
@@ -104,11 +103,7 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     Raises:
         CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
     """
-    raise CheckpointError(
-        f"has a text tower that shares no space with the SigLIP tower of {MODEL}",
-        subject=str(part.folder),
-        hint="use a pruner that does not look at the expression",
-    )
+    raise reading.no_text_tower(part, f"SigLIP tower of {MODEL}")
 
 
 def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> AnyRes:
@@ -145,7 +140,7 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
         return LlavaOnevisionForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
-    reading.refuse_unknown_weights(checkpoint, model, tied=_tied(config), ignored=reading.NOTHING)
+    reading.refuse_unknown_weights(checkpoint, model, tied=reading.is_tied(config), ignored=reading.NOTHING)
     pieces = assembly.Pieces(
         vision=LlavaOnevisionVision(model, plan),
         vision_inputs=anyres_inputs(_tiling(checkpoint, config)),
@@ -163,11 +158,7 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     Raises:
         CheckpointError: the checkpoint has it under none of the known names.
     """
-    return reading.weight_key(checkpoint, parameter, tied=_tied(reading.read_config(checkpoint)))
-
-
-def _tied(config: Any) -> bool:
-    return bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+    return reading.weight_key(checkpoint, parameter, tied=reading.is_tied(reading.read_config(checkpoint)))
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:

@@ -15,7 +15,7 @@ from torch import nn
 
 from gap_export.bundle import BoxFormat, ModelFacts, Native, PromptTemplate, TextTower, TowerPart
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError, RecipeError
+from gap_export.errors import RecipeError
 from gap_export.families import assembly, reading, selection
 from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.llava_next import refuse_fit
@@ -80,11 +80,7 @@ class QwenVL:
         Raises:
             CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
         """
-        raise CheckpointError(
-            f"has a text tower that shares no space with the vision tower of {self.name}",
-            subject=str(part.folder),
-            hint="use a pruner that does not look at the expression",
-        )
+        raise reading.no_text_tower(part, f"vision tower of {self.name}")
 
     def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> Native:
         """See `Family.preprocessing`.
@@ -131,7 +127,7 @@ class QwenVL:
             return self.model._from_config(config, **options)
 
         model = hollow(build, fake_mode())
-        tied = _tied(config)
+        tied = reading.is_tied(config)
         reading.refuse_unknown_weights(
             checkpoint, model, tied=tied, ignored=reading.NOTHING, prefixes=PREFIXES
         )
@@ -189,7 +185,3 @@ class QwenVL:
         for field, wanted, holds in self.supported(config):
             require(field, holds, wanted)
         return config
-
-
-def _tied(config: Any) -> bool:
-    return bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))

@@ -135,6 +135,25 @@ def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:
     return tuple(ends)
 
 
+def no_text_tower(part: Checkpoint, tower: str) -> CheckpointError:
+    """The refusal of families whose vision tower has no published text tower in the same space.
+
+    Args:
+        part: the text tower that was given.
+        tower: of the family, in words.
+    """
+    return CheckpointError(
+        f"has a text tower that shares no space with the {tower}",
+        subject=str(part.folder),
+        hint="use a pruner that does not look at the expression",
+    )
+
+
+def is_tied(config: Any) -> bool:
+    """Whether the head is the token embedding."""
+    return bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))
+
+
 def decoder_sizes(text_config: Any) -> dict[str, Any]:
     """The fields of `ModelFacts` that are about the decoder."""
     return {

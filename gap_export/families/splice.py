@@ -135,7 +135,7 @@ class Splice(nn.Module):
                 raise ValueError("gap needs the kept indices")
             image_ids = kept_indices.gather(1, visual_index_BS)
         if self.mrope:
-            image_ids = self._three_rows(image_ids, image_grid)
+            image_ids = self._three_rows(image_ids, None if image_grid is None else image_grid[:, 1:])
         text_position_BS = torch.where(is_after_BS, slots_S[None] + (extent - kept), slots_S[None])
         position_ids = torch.where(is_visual_BS, before_B1 + image_ids, text_position_BS)
 
@@ -156,9 +156,10 @@ class Splice(nn.Module):
         assert self.visual_tokens is not None
         return self.visual_tokens
 
-    def _three_rows(self, image_ids_BS: Tensor, image_grid: Tensor | None) -> Tensor:
-        """[3, B, S]: time stands still, height and width follow the grid; ids that were renumbered are the same in all rows."""
+    def _three_rows(self, image_ids_BS: Tensor, columns: Tensor | None) -> Tensor:
+        """[3, B, S]: time stands still, height and width follow grids of so many columns ([B, 1] or [B, S]); ids that were
+        renumbered are the same in all rows."""
         if self.policy is not PositionPolicy.GAP:
             return torch.stack([image_ids_BS] * 3)
-        assert image_grid is not None
-        return grid_ids(image_ids_BS, image_grid[:, 1:])
+        assert columns is not None
+        return grid_ids(image_ids_BS, columns)

@@ -10,40 +10,16 @@ Shape letters: as in `splice.py`; I pictures in a prompt, the same number in eve
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gap_export.families.splice import grid_ids, with_empty_planes
+from gap_export.families.splice import Splice, with_empty_planes
 from gap_export.positions import PositionPolicy
 
 
-class SpliceSeveral(nn.Module):
-    """Text embedding, insertion of the visual tokens, and the position arithmetic.
+class SpliceSeveral(Splice):
+    """Like `Splice`, with the same number of pictures, I, in every row."""
 
-    Args:
-        embedding: the decoder's token embedding.
-        image_token_id: id of the placeholder; I of them in every row.
-        policy: how survivors are numbered.
-        mrope: three rows of ids (time, height, width).
-        planes: see `ModelFacts.planes`.
-    """
-
-    def __init__(
-        self,
-        embedding: nn.Embedding,
-        *,
-        image_token_id: int,
-        policy: PositionPolicy,
-        mrope: bool = False,
-        planes: int = 0,
-    ) -> None:
-        super().__init__()
-        self.embed_tokens = embedding
-        self.image_token_id = image_token_id
-        self.policy = policy
-        self.mrope = mrope
-        self.planes = planes
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
         visual_embeds: Tensor,
@@ -101,7 +77,9 @@ class SpliceSeveral(nn.Module):
                 raise ValueError("gap needs the kept indices")
             image_ids = kept_indices.gather(1, visual_index_BS)
         if self.mrope:
-            image_ids = self._three_rows(image_ids, picture_BS, image_grid)
+            image_ids = self._three_rows(
+                image_ids, None if image_grid is None else image_grid[:, :, 1].gather(1, picture_BS)
+            )
         first_BS = first_position_BT.gather(1, token_BS)
         position_ids = torch.where(is_visual_BS, first_BS + image_ids, first_BS)
         return inputs_embeds, position_ids, extents_BT.sum(1), slots_BT.sum(1)
@@ -116,10 +94,3 @@ class SpliceSeveral(nn.Module):
             return image_grid.amax(dim=2)
         assert visual_counts is not None
         return visual_counts
-
-    def _three_rows(self, image_ids_BS: Tensor, picture_BS: Tensor, image_grid: Tensor | None) -> Tensor:
-        """[3, B, S]: time stands still, height and width follow the grid; ids that were renumbered are the same in all rows."""
-        if self.policy is not PositionPolicy.GAP:
-            return torch.stack([image_ids_BS] * 3)
-        assert image_grid is not None
-        return grid_ids(image_ids_BS, image_grid[:, :, 1].gather(1, picture_BS))

@@ -215,6 +215,18 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, z: float = 1.96) -
     )
 
 
+def box_overlaps(first: Sequence[Box | None], second: Sequence[Box | None]) -> Floats:
+    """[N] IoU of the boxes that two runs gave; 1 where they are the same, without area too, or where neither run gave one.
+
+    Raises:
+        ValueError: different lengths.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"runs of different length: {len(first)} and {len(second)}")
+    same = np.array([a == b for a, b in zip(first, second, strict=True)], np.bool_)
+    return np.where(same, 1.0, iou(as_rows(first), as_rows(second)))
+
+
 def agreement(
     first: Sequence[Box | None], second: Sequence[Box | None], *, threshold: float = 0.5
 ) -> Agreement:
@@ -228,16 +240,11 @@ def agreement(
     Raises:
         ValueError: different lengths, or no rows.
     """
-    if len(first) != len(second):
-        raise ValueError(f"runs of different length: {len(first)} and {len(second)}")
     if not first:
         raise ValueError("no rows")
-    rows_a, rows_b = as_rows(first), as_rows(second)
-    missing_a, missing_b = (np.isnan(rows).any(axis=-1) for rows in (rows_a, rows_b))
-    both_missing = missing_a & missing_b
-    same = (rows_a == rows_b).all(axis=-1) | both_missing
-    # Two equal boxes without area have no IoU, but they are the same answer.
-    overlaps = np.where(same, 1.0, iou(rows_a, rows_b))
+    overlaps = box_overlaps(first, second)
+    same = [a == b for a, b in zip(first, second, strict=True)]
+    missing_a, missing_b = (np.array([box is None for box in boxes]) for boxes in (first, second))
     return Agreement(
         value=float(np.mean(overlaps >= threshold)),
         identical=float(np.mean(same)),

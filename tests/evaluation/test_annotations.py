@@ -37,7 +37,7 @@ def test_pictures_inside_a_table(few: list[Expression], writer: Any, tmp_path: P
 
     read = read_annotations(writer("parquet", few, tmp_path), split="val")
     assert read.pictures is not None
-    source = Embedded(read.pictures, read.pictures.names())
+    source = Embedded(read.pictures)
     sizes = [source.open(each.image).size for each in read.expressions]
     assert sizes == [(each.width, each.height) for each in few]
     assert not source.has("another.jpg")

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from gap_export.bundle import Bundle
+from gap_export.parity import controls
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ground import keep_counts, open_session
 from gap_export.runtime.pictures import Pictures, prepare
@@ -43,6 +44,24 @@ def prompts(batch: int) -> Any:
 def pictures_of(bundle: Bundle, batch: int) -> Pictures:
     """The batch, as the bundle takes it."""
     return prepare(images(batch), bundle.manifest.preprocessing, bundle.manifest.model)
+
+
+def moved_by(control: str, prompts: list[list[int]], ask: Callable[..., Generation]) -> float:
+    """By how much logits change under a wrong placement.
+
+    Args:
+        control: name in `parity.controls`.
+        prompts: of both rows.
+        ask: called with `adjust`, see `generate`.
+    """
+    before = np.array([tokens.index(IMAGE_TOKEN) for tokens in prompts])
+    wrong = controls()[control]
+
+    def adjust(placement: Any, visual: Any) -> Any:
+        return wrong(placement, before, (visual.kept_indices >= 0).sum(axis=1))
+
+    right, off = ask(), ask(adjust=adjust)
+    return float(max(np.abs(a - b).max() for a, b in zip(right.logits, off.logits, strict=True)))
 
 
 def answer(session: Any, bundle: Bundle, batch: int, keep: float | None = None, **options: Any) -> Generation:

@@ -14,46 +14,15 @@ from gap_export.families.hollow import fake_mode
 from gap_export.families.splice import Splice
 from gap_export.graph import lint
 from gap_export.positions import PositionPolicy, gather_mrope_ids, place
-from gap_export.spec import Dim, GraphSpec, TensorSpec
+from gap_export.spec import GraphSpec
 
-from .exporting import write_splice
+from .exporting import splice_spec, write_splice
 
 IMAGE, PAD, VOCABULARY, HIDDEN = 9, -1, 20, 4
 GRIDS = np.array([[3, 5], [4, 2], [1, 7]])
 KEPT = ((0, 4, 5, 14), (1, 6), (3,))
 TEXT = ((2, 3), (0, 4), (3, 1))
 POLICIES = (PositionPolicy.GAP, PositionPolicy.SHIFTED)
-
-
-def spec(policy: PositionPolicy, *, mrope: bool) -> GraphSpec:
-    batch, text = (
-        Dim(name="batch", minimum=1, optimum=2, maximum=4),
-        Dim(name="text", minimum=2, optimum=6, maximum=8),
-    )
-    kept = Dim(name="kept", minimum=1, optimum=3, maximum=8)
-    spliced = Dim(name="spliced", minimum=2, optimum=8, maximum=15)
-
-    def whole(name: str, *shape: int | Dim) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int64", shape=shape)
-
-    layout = whole("image_grid", batch, 2) if mrope else whole("visual_counts", batch)
-    by_policy = (whole("kept_indices", batch, kept),) if policy is PositionPolicy.GAP else ()
-    return GraphSpec(
-        name="splice",
-        inputs=(
-            whole("input_ids", batch, text),
-            TensorSpec(name="visual_embeds", dtype="float32", shape=(batch, kept, HIDDEN)),
-            *by_policy,
-            whole("kept_counts", batch),
-            *((layout,) if policy is PositionPolicy.GAP else ()),
-        ),
-        outputs=(
-            TensorSpec(name="inputs_embeds", dtype="float32", shape=(batch, spliced, HIDDEN)),
-            whole("position_ids", *((3,) if mrope else ()), batch, spliced),
-            whole("next_position", batch),
-            whole("next_slot", batch),
-        ),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +38,7 @@ def exported(
     with fake_mode():
         embedding = nn.Embedding(VOCABULARY, HIDDEN)
     splice = Splice(embedding, image_token_id=IMAGE, visual_tokens=None, policy=policy, mrope=mrope)
-    graph = spec(policy, mrope=mrope)
+    graph = splice_spec(policy, mrope=mrope, hidden=HIDDEN)
     path = write_splice(splice, graph, table, tmp_path_factory.mktemp("splice"))
     return policy, mrope, path, graph
 

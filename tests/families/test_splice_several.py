@@ -14,46 +14,15 @@ from gap_export.families.hollow import fake_mode
 from gap_export.families.splice_several import SpliceSeveral
 from gap_export.graph import lint
 from gap_export.positions import PositionPolicy, gather_mrope_ids, place
-from gap_export.spec import Dim, GraphSpec, TensorSpec
+from gap_export.spec import GraphSpec
 
-from .exporting import write_splice
+from .exporting import splice_spec, write_splice
 
 IMAGE, PAD, VOCABULARY, HIDDEN, PICTURES, PLANES = 9, -1, 20, 4, 2, 1
 GRIDS = np.array([[[3, 5], [2, 2]], [[1, 7], [4, 2]], [[2, 1], [1, 1]]])
 KEPT = (((0, 4, 5, 14), (1,)), ((3,), (0, 6, 7)), ((1,), (0,)))
 TEXT = ((2, 1, 3), (0, 0, 4), (3, 2, 0))
 POLICIES = (PositionPolicy.GAP, PositionPolicy.SHIFTED)
-
-
-def spec(policy: PositionPolicy, *, mrope: bool) -> GraphSpec:
-    batch, text = (
-        Dim(name="batch", minimum=1, optimum=2, maximum=4),
-        Dim(name="text", minimum=3, optimum=6, maximum=9),
-    )
-    kept = Dim(name="kept", minimum=2, optimum=4, maximum=8)
-    spliced = Dim(name="spliced", minimum=3, optimum=8, maximum=15)
-
-    def whole(name: str, *shape: int | Dim) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int64", shape=shape)
-
-    layout = whole("image_grid", batch, PICTURES, 2) if mrope else whole("visual_counts", batch, PICTURES)
-    by_policy = (whole("kept_indices", batch, kept),) if policy is PositionPolicy.GAP else ()
-    return GraphSpec(
-        name="splice",
-        inputs=(
-            whole("input_ids", batch, text),
-            TensorSpec(name="visual_embeds", dtype="float32", shape=(batch, kept, 2 * HIDDEN)),
-            *by_policy,
-            whole("kept_counts", batch, PICTURES),
-            *((layout,) if policy is PositionPolicy.GAP else ()),
-        ),
-        outputs=(
-            TensorSpec(name="inputs_embeds", dtype="float32", shape=(batch, spliced, 2 * HIDDEN)),
-            whole("position_ids", *((3,) if mrope else ()), batch, spliced),
-            whole("next_position", batch),
-            whole("next_slot", batch),
-        ),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +37,10 @@ def exported(
     policy, mrope = request.param
     with fake_mode():
         embedding = nn.Embedding(VOCABULARY, HIDDEN)
-    splice = SpliceSeveral(embedding, image_token_id=IMAGE, policy=policy, mrope=mrope, planes=PLANES)
-    graph = spec(policy, mrope=mrope)
+    splice = SpliceSeveral(
+        embedding, image_token_id=IMAGE, visual_tokens=None, policy=policy, mrope=mrope, planes=PLANES
+    )
+    graph = splice_spec(policy, mrope=mrope, hidden=2 * HIDDEN, per_prompt=(PICTURES,))
     path = write_splice(splice, graph, table, tmp_path_factory.mktemp("splice"))
     return policy, mrope, path, graph
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from gap_export.runtime.ground import Grounder, keep_counts, open_session
 from gap_export.runtime.pictures import Pictures, prepare
 from gap_export.runtime.torch_staged import open_reference
 
-from .answers import NEW_TOKENS, Families, assert_equal, whole_model
+from .answers import NEW_TOKENS, Families, assert_equal, moved_by, whole_model
 from .conftest import IMAGE_TOKEN
 
 NAMES = ("llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -157,15 +158,7 @@ def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) 
 def test_wrong_placements_show(tiny_family: Families, name: str, control: str) -> None:
     _, bundle = bundle_of(tiny_family, name)
     session = open_session(bundle, "onnxruntime", threads=1)
-    right = answer(session, bundle, 2)
-    before = np.array([tokens.index(IMAGE_TOKEN) for tokens in PROMPTS])
-    wrong = controls()[control]
-
-    def adjust(placement: Any, visual: Any) -> Any:
-        return wrong(placement, before, (visual.kept_indices >= 0).sum(axis=1))
-
-    off = answer(session, bundle, 2, adjust=adjust)
-    assert max(np.abs(a - b).max() for a, b in zip(right.logits, off.logits, strict=True)) > 1e-2
+    assert moved_by(control, PROMPTS, partial(answer, session, bundle, 2)) > 1e-2
 
 
 def test_boxes_are_those_of_the_last_picture(tiny_family: Families) -> None:
