@@ -57,7 +57,7 @@ def main() -> int:
             # Each way goes first every other time.
             for name in sorted(ways, reverse=bool(number % 2)):
                 answered = ways[name].about(image, texts)
-                answers[name] = [(each.text, each.tokens, each.kept) for each in answered]
+                answers[name] = [(each.text, each.tokens, each.kept_indices) for each in answered]
                 seconds[name].append(sum(each.seconds for each in answered))
             different += sum(a != b for a, b in zip(answers["shared"], answers["whole"], strict=True))
     ratios = np.array(seconds["whole"]) / np.array(seconds["shared"])

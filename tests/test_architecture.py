@@ -42,19 +42,20 @@ ROOMS = (
     "engine",
     "grounding",
     "runtime",
+    "machine",
     "evaluation",
     "parity",
-    "machine",
     "workers",
     "bench",
-    "report",
     "sweep_record",
     "sweep_store",
     "sweep_plot",
     "random_weights",
     "preflight",
     "pipeline",
+    "validation",
     "sweep",
+    "report",
     "cli",
     "__main__",
 )
@@ -70,6 +71,7 @@ HEAVY = {
     "huggingface_hub",
     "ml_dtypes",
     "matplotlib",
+    "jinja2",
 }
 """What running a bundle does not need."""
 

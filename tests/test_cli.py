@@ -20,7 +20,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from gap_export import cli, pipeline
+from gap_export import cli, validation
 from gap_export.artifact import record_of
 from gap_export.bundle import Bundle, Manifest, open_bundle, write_manifest
 from gap_export.cli import making
@@ -589,7 +589,7 @@ def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(
 
 @pytest.fixture
 def ready_companions(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Companions of the session's making instead of freshly built ones; building them is tested in test_pipeline."""
+    """Companions of the session's making instead of freshly built ones; building them is tested in test_validation."""
 
     @contextmanager
     def companion(_bundle: Bundle, recipe: Any, *_: Any) -> Iterator[Bundle]:
@@ -600,7 +600,7 @@ def ready_companions(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) 
         else:
             yield tiny_bundle(positions=str(recipe.positions))
 
-    monkeypatch.setattr(pipeline, "_companion", companion)
+    monkeypatch.setattr(validation, "_companion", companion)
 
 
 @pytest.mark.usefixtures("ready_companions")

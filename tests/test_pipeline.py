@@ -1,10 +1,9 @@
-"""Build and validate as wholes: what a bundle is bound to, validation of bundles that are not the usual ones."""
+"""Build as a whole: what a bundle is bound to, and what a build leaves behind."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from gap_export import pipeline
 from gap_export.bundle import Bundle, open_bundle
 from gap_export.errors import BundleError, CheckpointError, GapExportError
-from gap_export.parity import ParityReport
 from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe
 
@@ -167,100 +165,6 @@ def _traced_once(trace: Any) -> Callable[[Any], Any]:
         return _GRAPHS[name].clone()
 
     return graph
-
-
-# Validation, companions really built
-
-
-def report_of(folder: Path, **options: Any) -> tuple[ParityReport, list[int]]:
-    ticks: list[int] = []
-    report = pipeline.validate(folder, threads=1, tick=ticks.append, **options)
-    assert report == ParityReport.model_validate_json((folder / "reports" / "parity.json").read_text())
-    return report, ticks
-
-
-def test_a_bundle_with_no_slot_to_spare_is_validated(tiny_options: dict[str, Any], tmp_path: Path) -> None:
-    """Its companion that keeps every token needs more slots than were asked for."""
-    tight = Recipe.model_validate({**tiny_options, "capacity": 24 - 1 + 9 + 5 + 1})
-    folder = pipeline.build(tight, tmp_path / "tight").bundle.folder
-    report, ticks = report_of(folder, cases=3, batch=2)
-    assert report.ok, report
-    assert sum(ticks) == pipeline.validation_work(3)
-    assert len(report.controls) == 5
-    assert report.grounding.kept == 9
-    assert [path.name for path in tmp_path.iterdir()] == ["tight"], "companions are gone"
-
-
-@pytest.fixture
-def no_companions(monkeypatch: pytest.MonkeyPatch, tiny_bundle: BuildBundle) -> None:
-    from contextlib import nullcontext
-
-    monkeypatch.setattr(pipeline, "_companion", lambda *_: nullcontext(tiny_bundle()))
-
-
-@pytest.mark.usefixtures("no_companions")
-@pytest.mark.parametrize(
-    ("changes", "controls"),
-    [
-        ({"pruner": "none", "keep": 1.0}, {"ids permuted", "two ids swapped", "write index off by one"}),
-        ({"positions": "shifted"}, {"ids permuted", "two ids swapped", "write index off by one"}),
-        ({"keep": 0.02}, {"ids shifted", "decoding continues at kept length", "write index off by one"}),
-    ],
-    ids=["nothing pruned", "shifted", "one token"],
-)
-def test_controls_that_would_change_nothing_are_not_held_against_a_bundle(
-    changes: dict[str, Any], controls: set[str], tiny_bundle: BuildBundle, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(tiny_bundle(**changes).folder, tmp_path / "bundle"))
-    report, _ = report_of(folder, cases=4)
-    assert {control.name for control in report.controls} == controls
-    assert len(report.controls) + len(report.inapplicable_controls) == 5
-    assert report.ok, report
-
-
-@pytest.mark.usefixtures("no_companions")
-@pytest.mark.parametrize("pruner", ["fastv", "pyramiddrop", "sparsevlm"])
-def test_decoders_that_drop_tokens_are_validated(
-    pruner: str, deep_bundle: BuildBundle, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(deep_bundle(pruner=pruner, positions="gap").folder, tmp_path / "bundle"))
-    report, _ = report_of(folder, cases=6, batch=3)
-    assert report.ok, report
-    assert report.inapplicable_controls == ["ids shifted"]
-    assert {"last stage's write index off by one", "one slot counter for all stages"} < {
-        control.name for control in report.controls
-    }
-    assert report.measurement.kept_sets_equal == report.measurement.position_ids_equal == 1.0
-    assert report.grounding.kept == 9
-
-
-def test_companions_leave_out_what_only_the_pruner_knows(
-    deep_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The whole decoder has no layer to prune before."""
-    bundle = deep_bundle(pruner="fastv", prune_layers=(3,), keep=0.1)
-    asked: list[Recipe] = []
-
-    def build(recipe: Recipe, out: Path, **_: Any) -> Any:
-        asked.append(recipe)
-        return pipeline.Built(bundle, 0)
-
-    monkeypatch.setattr(pipeline, "build", build)
-    report_of(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")), cases=2)
-    assert [(r.pruner, str(r.positions), r.prune_layers) for r in asked] == [
-        ("none", "gap", ()), ("fastv", "shifted", (3,)), ("fastv", "permuted", (3,))
-    ]  # fmt: skip
-
-
-@pytest.mark.usefixtures("no_companions")
-def test_batches_that_do_not_divide_the_control_cases(
-    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline, "CONTROL_CASES", 5)
-    report, _ = report_of(bundle_copy, cases=8, batch=4)
-    assert report.ok, report
-    monkeypatch.setattr(pipeline, "CONTROL_CASES", 2)
-    assert report_of(bundle_copy, cases=5, batch=4)[0].ok
 
 
 def test_errors_of_ours_print_on_one_line() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gap_export import pipeline, random_weights
+from gap_export import pipeline, random_weights, validation
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import BundleError, CheckpointError, EnvironmentLacks
 from gap_export.random_weights import CONFIGS, published, random_checkpoint
@@ -57,7 +57,7 @@ def test_a_stand_in_is_built_like_a_checkpoint(tiny: str, tmp_path: Path) -> Non
     again = random_checkpoint(tiny)
     assert [shard.stat().st_mtime_ns for shard in sorted(again.glob("*.safetensors"))] == written
     with pytest.raises(BundleError, match="holds random weights, which ground nothing"):
-        pipeline.validate(bundle.folder, cases=4)
+        validation.validate(bundle.folder, cases=4)
 
 
 def test_weights_are_the_same_every_time(tiny: str, tmp_path: Path) -> None:

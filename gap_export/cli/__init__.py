@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from gap_export import __version__
-from gap_export.cli import comparing, evaluating, making, measuring, using
+from gap_export.cli import comparing, evaluating, making, measuring, reporting, using
 from gap_export.cli.app import app, console, out, plain
 from gap_export.errors import GapExportError
 
@@ -32,6 +32,7 @@ for command in (
     evaluating.evaluate,
     comparing.compare,
     comparing.recommend,
+    reporting.report,
     using.inspect,
     using.lint,
 ):

@@ -24,32 +24,45 @@ if TYPE_CHECKING:
 _WARMUP = 5
 
 
+# Where they are left out: the recipe's where a bundle is held against PyTorch, otherwise those of NVIDIA's grounding checks.
+AccuracyDropOption = Annotated[
+    float | None, typer.Option(help="Largest loss of accuracy; the recipe's against PyTorch, else 0.05.")
+]
+AgreementOption = Annotated[
+    float | None,
+    typer.Option(help="Smallest share of expressions whose two boxes overlap by half; 0.95 by default."),
+]
+BoxIouOption = Annotated[
+    float | None,
+    typer.Option(help="Smallest mean IoU of the two boxes; the recipe's against PyTorch, else 0.90."),
+]
+
+
 def compare(
     first: Annotated[
         Path, typer.Argument(help="Folder of an evaluation: the one that is right by definition.")
     ],
     second: Annotated[Path, typer.Argument(help="Folder of another over the same expressions.")],
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
-    max_accuracy_drop: Annotated[float, typer.Option(help="Largest loss of accuracy.")] = 0.05,
-    min_prediction_agreement: Annotated[
-        float, typer.Option(help="Smallest share of expressions whose two boxes overlap by half.")
-    ] = 0.95,
-    min_box_iou: Annotated[float, typer.Option(help="Smallest mean IoU of the two boxes.")] = 0.90,
+    max_accuracy_drop: AccuracyDropOption = None,
+    min_prediction_agreement: AgreementOption = None,
+    min_box_iou: BoxIouOption = None,
     worst: Annotated[int, typer.Option(min=0, help="How many disagreements to name.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Two evaluations expression by expression; exit 1 when a gate is not met."""
     from gap_export.evaluation import tables
-    from gap_export.evaluation.compare import Demands, open_run
     from gap_export.evaluation.compare import compare as compared
+    from gap_export.evaluation.compare import demands_on, open_run
 
     tables.require_pyarrow()
-    demands = Demands(
-        max_accuracy_drop=max_accuracy_drop,
-        min_prediction_agreement=min_prediction_agreement,
-        min_box_iou=min_box_iou,
-    )
-    result = compared(open_run(first, protocol), open_run(second, protocol), demands, worst=worst)
+    given = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_prediction_agreement": min_prediction_agreement,
+        "min_box_iou": min_box_iou,
+    }
+    one, other = open_run(first, protocol), open_run(second, protocol)
+    result = compared(one, other, demands_on(one, other, given), worst=worst)
     if as_json:
         print_json(result.model_dump())
     else:
@@ -108,12 +121,15 @@ def recommend(
 ) -> None:
     """The smallest share of visual tokens that loses little enough, and how much faster it is; exit 1 when none is."""
     from gap_export import bench
+    from gap_export.artifact import write_atomically
     from gap_export.bundle import open_bundle
     from gap_export.cli.evaluating import Asked, evaluate_bundle, store
     from gap_export.errors import InputError
     from gap_export.evaluation import tables
     from gap_export.evaluation.compare import open_run
     from gap_export.evaluation.dataset import open_dataset
+    from gap_export.evaluation.provenance import provenance_of
+    from gap_export.evaluation.recommend import RECORD
     from gap_export.evaluation.recommend import recommend as recommended
     from gap_export.runtime.ground import backend_of, open_session
 
@@ -135,7 +151,7 @@ def recommend(
     for share in shares:
         asked = Asked(split or "all", protocol, backend, share, limit, 8, True, threads)
         record, scored, folder = evaluate_bundle(bundle, dataset, asked, None, False)
-        store(record, scored, folder)
+        store(record, scored, provenance_of(bundle, data, split, images), folder)
         runs[share] = open_run(folder, protocol)
     opened = open_bundle(bundle)
     session = open_session(opened, backend_of(backend), threads=threads)
@@ -143,8 +159,8 @@ def recommend(
     with console.status("measuring"):
         measured = bench.measure(contenders, requests=requests, new_tokens=1, warmup=_WARMUP)
     times = {float(row.name): row.ttft_ms.p50 for row in measured.rows}
-    speedups = {share: times[shares[0]] / times[share] for share in shares}
-    result = recommended(runs, max_accuracy_drop, speedups=speedups)
+    result = recommended(runs, max_accuracy_drop, ttft_ms=times)
+    write_atomically(opened.reports / RECORD, result.model_dump_json(indent=2) + "\n")
     if as_json:
         print_json(result.model_dump())
     else:

@@ -24,6 +24,7 @@ from gap_export.cli.app import (
 if TYPE_CHECKING:
     from gap_export.evaluation.answering import Answerer
     from gap_export.evaluation.dataset import Dataset
+    from gap_export.evaluation.provenance import Provenance
     from gap_export.evaluation.run import EvalRecord, Scored, Work
 
 RESULTS, RECORD = "results.parquet", "eval.json"
@@ -78,6 +79,7 @@ def evaluate(
     from gap_export.errors import InputError
     from gap_export.evaluation import tables
     from gap_export.evaluation.dataset import open_dataset
+    from gap_export.evaluation.provenance import provenance_of
 
     if (bundle is None) == (predictions is None):
         raise InputError(
@@ -98,19 +100,21 @@ def evaluate(
         asked = Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads, cluster)
         record, scored, folder = evaluate_bundle(bundle, dataset, asked, output, replace)
     if folder is not None:
-        store(record, scored, folder)
+        store(record, scored, provenance_of(bundle, data, split, images), folder)
     if as_json:
         print_json(record.model_dump())
     else:
         _print(record, dataset, folder)
 
 
-def store(record: EvalRecord, scored: list[Scored], folder: Path) -> None:
-    """Write results and record; the record comes last, so that where it is, all is."""
+def store(record: EvalRecord, scored: list[Scored], provenance: Provenance, folder: Path) -> None:
+    """Write results, where they are from, and the record, which comes last: where it is, all is."""
     from gap_export.artifact import write_atomically
     from gap_export.evaluation import tables
+    from gap_export.evaluation.provenance import write_provenance
 
     folder.mkdir(parents=True, exist_ok=True)
+    write_provenance(provenance, folder)
     tables.write_results(scored, folder / f"{record.protocol}-{RESULTS}")
     write_atomically(folder / f"{record.protocol}-{RECORD}", record.model_dump_json(indent=2) + "\n")
 

@@ -177,7 +177,7 @@ def build(
             self_contained=self_contained,
             progress=show,
         )
-    from gap_export.report import keeping
+    from gap_export.report.terminal import keeping
 
     manifest = built.bundle.manifest
     pruning = manifest.pruning

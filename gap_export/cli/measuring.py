@@ -38,11 +38,13 @@ def validate(
     from gap_export.bundle import open_bundle
     from gap_export.runtime.ground import backend_of
 
-    pipeline = build_room()
+    build_room()
+    from gap_export import validation
+
     staged = bool(open_bundle(bundle).manifest.pruning.stages)
     with progress_bar() as bar:
-        task = bar.add_task("starting", total=pipeline.validation_work(cases, staged=staged))
-        report = pipeline.validate(
+        task = bar.add_task("starting", total=validation.validation_work(cases, staged=staged))
+        report = validation.validate(
             bundle,
             cases=cases,
             keep=keep,
@@ -57,7 +59,7 @@ def validate(
     if as_json:
         print_json(json.loads(report.model_dump_json()))  # as stored: what is not a number is null
     else:
-        from gap_export import report as page
+        from gap_export.report import terminal as page
 
         page.print_parity(report, out)
     raise typer.Exit(0 if report.ok else 1)

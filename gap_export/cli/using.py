@@ -88,8 +88,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What is inside a bundle: ids, slots, ops, engines, sizes."""
-    from gap_export import report as page
     from gap_export.bundle import open_bundle
+    from gap_export.report import terminal as page
 
     facts = page.bundle_facts(open_bundle(bundle, every_hash=verify))
     if as_json:

@@ -26,14 +26,14 @@ class Answered:
         text: the answer; empty where the expression was refused.
         refused: why the model could not be asked.
         tokens: generated.
-        kept: visual tokens that were kept.
+        kept_indices: raster indices of the visual tokens that were kept of the last picture.
         seconds: of the picture's work, in equal parts among its expressions.
     """
 
     text: str
     refused: str | None
     tokens: int
-    kept: int
+    kept_indices: tuple[int, ...]
     seconds: float
 
 
@@ -82,7 +82,7 @@ class Answerer:
         seconds = (time.perf_counter() - began) / len(expressions)
         answered = []
         for expression in expressions:
-            text, tokens, kept = answers.get(expression, ("", 0, 0))
+            text, tokens, kept = answers.get(expression, ("", 0, ()))
             answered.append(Answered(text, refused[expression], tokens, kept, seconds))
         return answered
 
@@ -96,23 +96,30 @@ class Answerer:
             return {each: why for one in expressions for each, why in self._refusals([one]).items()}
         return dict.fromkeys(expressions)
 
-    def _answers(self, image: Image.Image, expressions: Sequence[str]) -> dict[str, tuple[str, int, int]]:
+    def _answers(
+        self, image: Image.Image, expressions: Sequence[str]
+    ) -> dict[str, tuple[str, int, tuple[int, ...]]]:
         """Expression -> (answer, generated tokens, visual tokens kept)."""
         images = [image] * self._grounder.images_per_prompt
         prompts = self._grounder.prompts(expressions).input_ids
         common = common_length(prompts, self._manifest.prompt.image_token_id) if self._share else 0
-        found: dict[str, tuple[str, int, int]] = {}
+        found: dict[str, tuple[str, int, tuple[int, ...]]] = {}
         if not common:
             for first in range(0, len(expressions), self._rows):
                 part = expressions[first : first + self._rows]
                 run = self._grounder.ground(self._session, images * len(part), part, keep=self._keep)
                 refuse_overflow(run.generation, self._session.backend)
                 for expression, answer, tokens in zip(part, run.answers, run.generation.tokens, strict=True):
-                    found[expression] = (answer.text, len(tokens), len(answer.kept_indices))
+                    found[expression] = (
+                        answer.text,
+                        len(tokens),
+                        tuple(answer.kept_indices.tolist()),
+                    )
             return found
         pictures = self._grounder.pictures(images)
         counts = keep_counts(self._manifest.pruning, self._manifest.model, pictures, self._keep)
         prefix = prefill_shared(self._session, pictures, prompts[0, :common], keep_counts=counts)
+        kept = tuple(prefix.kept_indices.tolist())
         for first in range(0, len(expressions), self._rows):
             part = expressions[first : first + self._rows]
             decoded = answer_rest(
@@ -124,7 +131,7 @@ class Answerer:
             )
             refuse_overflow(decoded, self._session.backend)
             for expression, ids in zip(part, decoded.tokens, strict=True):
-                found[expression] = (self._grounder.text_of(ids), len(ids), len(prefix.kept_indices))
+                found[expression] = (self._grounder.text_of(ids), len(ids), kept)
         return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.bundle import Stored
+from gap_export.bundle import MANIFEST, Stored, open_bundle
 from gap_export.errors import InputError
+from gap_export.evaluation.provenance import FILE as PROVENANCE
+from gap_export.evaluation.provenance import read_provenance
 from gap_export.grounding import metrics
 from gap_export.grounding.boxes import Box
 
@@ -216,6 +219,31 @@ def compare(first: Run, second: Run, demands: Demands, *, worst: int = 20, seed:
             if overlaps[row] < 1
         ),
     )
+
+
+def demands_on(first: Run, second: Run, given: Mapping[str, float | None]) -> Demands:
+    """What the second run must meet.
+
+    Args:
+        first: that it is held against.
+        second: the run.
+        given: by name; None leaves a demand to its bundle's recipe where the first run is PyTorch's over the same bundle, and
+            otherwise to the defaults of `Demands`.
+    """
+    chosen: dict[str, float] = {}
+    bundle = _bundle_folder(second)
+    if first.record["backend"] == "torch" and bundle is not None and bundle == _bundle_folder(first):
+        gates = open_bundle(bundle).manifest.gates
+        chosen = {name: float(gates[name]) for name in Demands.model_fields if name in gates}
+    return Demands(**(chosen | {name: value for name, value in given.items() if value is not None}))
+
+
+def _bundle_folder(run: Run) -> Path | None:
+    """Of the bundle that answered, where it is still there."""
+    if not (run.folder / PROVENANCE).is_file():
+        return None
+    folder = read_provenance(run.folder).bundle
+    return Path(folder) if folder is not None and (Path(folder) / MANIFEST).is_file() else None
 
 
 def bootstrap_interval(

@@ -43,7 +43,7 @@ class AnswerRow(Stored):
         answer: text.
         refused: why the model could not be asked.
         tokens: generated.
-        kept: visual tokens kept.
+        kept_indices: raster indices of the visual tokens that were kept of the last picture, in the decoder's order.
         seconds: see `answering.Answered`.
     """
 
@@ -54,8 +54,13 @@ class AnswerRow(Stored):
     answer: str
     refused: str | None = None
     tokens: int
-    kept: int
+    kept_indices: tuple[int, ...] = ()
     seconds: float
+
+    @property
+    def kept(self) -> int:
+        """How many visual tokens were kept."""
+        return len(self.kept_indices)
 
 
 class Journal:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from gap_export.bundle import Stored
 from gap_export.evaluation.compare import Demands, Run, compare
 
+RECORD = "recommend.json"
+"""Where the record lies among a bundle's reports."""
+
 _NO_DEMANDS = Demands(max_accuracy_drop=1.0, min_prediction_agreement=0.0, min_box_iou=0.0)
 
 
@@ -21,6 +24,7 @@ class Point(Stored):
         low: lower end of its 95 % interval.
         high: upper end.
         inside: whether the whole interval lies above the loss that was allowed.
+        ttft_ms: median time to the first token.
         speedup: time to the first token of the largest share over that of this one.
     """
 
@@ -31,6 +35,7 @@ class Point(Stored):
     low: float
     high: float
     inside: bool
+    ttft_ms: float | None = None
     speedup: float | None = None
 
 
@@ -53,20 +58,20 @@ class Recommendation(Stored):
 
 
 def recommend(
-    runs: Mapping[float, Run], max_accuracy_drop: float, *, speedups: Mapping[float, float] | None = None
+    runs: Mapping[float, Run], max_accuracy_drop: float, *, ttft_ms: Mapping[float, float] | None = None
 ) -> Recommendation:
     """Choose.
 
     Args:
         runs: share -> evaluation, at least two.
         max_accuracy_drop: loss against the largest share that is allowed, with all of its interval.
-        speedups: share -> factor, where it was measured.
+        ttft_ms: share -> median time to the first token in one interleaved run, where it was measured.
 
     Raises:
         InputError: evaluations of different expressions.
     """
     shares = sorted(runs, reverse=True)
-    first, points = runs[shares[0]], []
+    first, points, times = runs[shares[0]], [], ttft_ms or {}
     for keep in shares:
         against = compare(first, runs[keep], _NO_DEMANDS, worst=0)
         points.append(
@@ -78,7 +83,8 @@ def recommend(
                 low=against.low,
                 high=against.high,
                 inside=against.low >= -max_accuracy_drop,
-                speedup=None if speedups is None else speedups.get(keep),
+                ttft_ms=times.get(keep),
+                speedup=times[shares[0]] / times[keep] if {keep, shares[0]} <= times.keys() else None,
             )
         )
     inside = [point.keep for point in points[1:] if point.inside]

@@ -111,7 +111,7 @@ def rows_about(answerer: Answerer, source: Source, group: Sequence[Expression]) 
             answer=answer.text,
             refused=answer.refused,
             tokens=answer.tokens,
-            kept=answer.kept,
+            kept_indices=answer.kept_indices,
             seconds=round(answer.seconds, 6),
         )
         for expression, answer in zip(group, answers, strict=True)

@@ -31,7 +31,7 @@ def require_pyarrow() -> None:
 
 def write_results(scored: Sequence[Scored], path: Path) -> None:
     """One row per expression: id, image, expression, answer, true box, box, IoU, whether it hits, why there is no box, tokens
-    generated, visual tokens kept, seconds."""
+    generated, raster indices of the visual tokens kept, seconds."""
     import pyarrow
     from pyarrow import parquet
 
@@ -48,7 +48,7 @@ def write_results(scored: Sequence[Scored], path: Path) -> None:
             ("hit", pyarrow.bool_()),
             ("no_box_because", pyarrow.string()),
             ("tokens", pyarrow.int64()),
-            ("kept", pyarrow.int64()),
+            ("kept_indices", pyarrow.list_(pyarrow.int32())),
             ("seconds", pyarrow.float64()),
         ]
     )
@@ -64,7 +64,7 @@ def write_results(scored: Sequence[Scored], path: Path) -> None:
             "hit": each.score.hit,
             "no_box_because": each.row.refused or each.score.reason,
             "tokens": each.row.tokens,
-            "kept": each.row.kept,
+            "kept_indices": list(each.row.kept_indices),
             "seconds": each.row.seconds,
         }
         for each in scored
@@ -125,7 +125,6 @@ def read_predictions(path: Path, expressions: Sequence[Expression], source: Sour
             height=height,
             answer=answer,
             tokens=0,
-            kept=0,
             seconds=0.0,
         )
     return list(rows.values())

@@ -127,12 +127,7 @@ class TorchSession:
         vision_inputs(
             pruning, reads_text=self._text_tower is not None, text_ids_BL=text_ids_BL, keep_count=keep_count
         )
-        pictures = self._model.see(pixels)
-        if self._text_tower is not None and text_ids_BL is not None:
-            for shown, text_P in zip(pictures, self._text_tower.embedded(text_ids_BL), strict=True):
-                normed_NE = shown["normed_NE"]
-                assert normed_NE is not None
-                shown["aligned_NP"], shown["text_P"] = self._text_tower.aligned(normed_NE), text_P
+        pictures = self._see(pixels, text_ids_BL)
         choices = [self._choose(shown, keep_count) for shown in pictures]
         adaptive = pruning.counting == "adaptive"
         if adaptive:
@@ -152,6 +147,42 @@ class TorchSession:
             scores=np.stack([score.numpy() for score in scores if score is not None]) if scores else None,
             margins=None if scores else np.array([choice.margin for choice in choices]),
         )
+
+    @torch.inference_mode()
+    def order_of(
+        self,
+        pruner: str,
+        pixels: PixelInputs,
+        kept: int,
+        *,
+        grid: tuple[int, int],
+        text_ids_BL: Ids | None = None,
+    ) -> Ids:
+        """What a strategy, this session's or another, would keep of one picture.
+
+        Args:
+            pruner: its name; one that chooses before the decoder.
+            pixels: of one call with one picture.
+            kept: K.
+            grid: (rows, columns) of the visual tokens.
+            text_ids_BL: [1, L], for strategies that look at the expression.
+
+        Returns:
+            [K] int64 raster indices, best first.
+        """
+        (shown,) = self._see(pixels, text_ids_BL)
+        seen, pruning = self._seen(shown, grid), self._pruning
+        return reference.choose(pruner, seen, kept, seed=pruning.seed, merged_id=pruning.merged_id).indices_K
+
+    def _see(self, pixels: PixelInputs, text_ids_BL: Ids | None) -> list[Shown]:
+        """What the tower shows of every picture, with the expression where it is read."""
+        pictures = self._model.see(pixels)
+        if self._text_tower is not None and text_ids_BL is not None:
+            for shown, text_P in zip(pictures, self._text_tower.embedded(text_ids_BL), strict=True):
+                normed_NE = shown["normed_NE"]
+                assert normed_NE is not None
+                shown["aligned_NP"], shown["text_P"] = self._text_tower.aligned(normed_NE), text_P
+        return pictures
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`; rows are not padded here."""
@@ -268,13 +299,7 @@ class TorchSession:
         """What is kept of one picture, in the order in which it enters the decoder."""
         pruning = self._pruning
         pruner = "none" if pruning.stages else pruning.pruner
-        parts = {
-            field.name: shown[field.name].double().numpy()  # type: ignore[union-attr]
-            for field in fields(reference.Seen)
-            if shown.get(field.name) is not None
-        }
-        inversely = self._text_tower is None or self._text_tower.aligned_inversely
-        seen = reference.Seen(grid=self._model.grid, aligned_inversely=inversely, **parts)
+        seen = self._seen(shown, self._model.grid)
         if pruning.counting == "adaptive":
             choice = reference.choose_adaptive(
                 pruning.pruner, seen, pruning.most, merged_id=pruning.merged_id
@@ -292,3 +317,13 @@ class TorchSession:
         order = np.argsort(choice.indices_K, kind="stable")
         patches_KE = None if choice.patches_KE is None else choice.patches_KE[order]
         return replace(choice, indices_K=choice.indices_K[order], patches_KE=patches_KE)
+
+    def _seen(self, shown: Shown, grid: tuple[int, int] | None) -> reference.Seen:
+        """The same in float64, as the strategies of the reference take it."""
+        parts = {
+            field.name: shown[field.name].double().numpy()  # type: ignore[union-attr]
+            for field in fields(reference.Seen)
+            if shown.get(field.name) is not None
+        }
+        inversely = self._text_tower is None or self._text_tower.aligned_inversely
+        return reference.Seen(grid=grid, aligned_inversely=inversely, **parts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gap_export.bundle import Bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.annotations import Expression
-from gap_export.evaluation.compare import Demands, Run, bootstrap_interval, compare, mcnemar, open_run
+from gap_export.evaluation.compare import (
+    Demands,
+    Run,
+    bootstrap_interval,
+    compare,
+    demands_on,
+    mcnemar,
+    open_run,
+)
 from gap_export.evaluation.journal import AnswerRow
 from gap_export.evaluation.protocols import protocol_of
+from gap_export.evaluation.provenance import Provenance, write_provenance
 from gap_export.evaluation.run import record_of, score_all
 from gap_export.evaluation.tables import write_results
 from gap_export.families.overview import OVERVIEW
@@ -28,7 +40,7 @@ def run_of(hits: list[bool], boxes: list[Any] | None = None, images: list[str] |
     count = len(hits)
     return Run(
         folder=Path("run"),
-        record={"protocol": "unc"},
+        record={"protocol": "unc", "backend": "onnxruntime"},
         ids=[f"e{number}" for number in range(count)],
         images=images or [f"p{number // 2}" for number in range(count)],
         hits=np.array(hits),
@@ -127,7 +139,14 @@ def test_runs_are_read_back(tmp_path: Path) -> None:
     answers = ["[0.00, 0.00, 0.50, 0.50]", "nothing", "[0.00, 0.00, 1.00, 1.00]"]
     rows = [
         AnswerRow(
-            id=f"e{n}", image="a.jpg", width=10, height=10, answer=answers[n], tokens=1, kept=1, seconds=0
+            id=f"e{n}",
+            image="a.jpg",
+            width=10,
+            height=10,
+            answer=answers[n],
+            tokens=1,
+            kept_indices=(0,),
+            seconds=0,
         )
         for n in range(3)
     ]
@@ -146,3 +165,33 @@ def test_runs_are_read_back(tmp_path: Path) -> None:
     (tmp_path / "unc-results.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match="cannot be read"):
         open_run(tmp_path, "unc")
+
+
+def stored(folder: Path, backend: str, bundle: Path | None) -> Run:
+    """A run whose folder says which bundle answered."""
+    folder.mkdir()
+    where = None if bundle is None else str(bundle)
+    write_provenance(
+        Provenance(bundle=where, data="d", split=None, images=None, processor="p", versions={}), folder
+    )
+    run = run_of([True] * 4)
+    return replace(run, folder=folder, record={**run.record, "backend": backend})
+
+
+def test_demands_against_pytorch_are_those_of_the_recipe(
+    tiny_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    bundle = tiny_bundle()
+    torch, engine = (stored(tmp_path / name, name, bundle.folder) for name in ("torch", "onnxruntime"))
+    tight = demands_on(torch, engine, {})
+    assert (tight.max_accuracy_drop, tight.min_box_iou) == (0.005, 0.99)
+    assert tight.min_prediction_agreement == Demands().min_prediction_agreement
+    given = demands_on(torch, engine, {"min_box_iou": 0.5, "max_accuracy_drop": None})
+    assert (given.max_accuracy_drop, given.min_box_iou) == (0.005, 0.5)
+
+    assert demands_on(engine, engine, {}) == Demands(), "the first is not PyTorch's"
+    other = stored(tmp_path / "other", "onnxruntime", tmp_path)
+    assert demands_on(torch, other, {}) == Demands(), "another bundle may lose more"
+    file = stored(tmp_path / "file", "predictions", None)
+    assert demands_on(torch, file, {}) == Demands()
+    assert demands_on(run_of([True]), run_of([True]), {"max_accuracy_drop": 0.2}).max_accuracy_drop == 0.2

@@ -14,7 +14,14 @@ SETTINGS = Settings(bundle="b", annotations="a", split="val", backend="torch", k
 
 
 def row(identity: str, **changes: Any) -> AnswerRow:
-    fields = {"image": "x.jpg", "width": 10, "height": 20, "answer": "[0, 0, 1, 1]\n", "tokens": 3, "kept": 2}
+    fields = {
+        "image": "x.jpg",
+        "width": 10,
+        "height": 20,
+        "answer": "[0, 0, 1, 1]\n",
+        "tokens": 3,
+        "kept_indices": (2, 7),
+    }
     return AnswerRow.model_validate({"id": identity, "seconds": 0.5, **fields, **changes})
 
 

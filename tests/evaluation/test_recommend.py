@@ -34,7 +34,7 @@ def runs_of(**accuracies: float) -> dict[float, Run]:
 
 def test_the_smallest_inside_is_chosen() -> None:
     runs = runs_of(k100=0.9, k50=0.9, k25=0.895, k10=0.8)
-    result = recommend(runs, 0.02, speedups={1.0: 1.0, 0.25: 2.5})
+    result = recommend(runs, 0.02, ttft_ms={1.0: 50.0, 0.25: 20.0})
     assert result.chosen == 0.25
     assert [point.inside for point in result.points] == [True, True, True, False]
     assert [point.keep for point in result.points] == [1.0, 0.5, 0.25, 0.1]

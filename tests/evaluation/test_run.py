@@ -49,7 +49,7 @@ def answered(answerer: Answerer, work: Work, source: Any, folder: Path) -> dict[
     journal = open_journal(folder, SETTINGS)
     answer_all(answerer, work, source, journal)
     assert len(journal.rows) == len(journal.known) == len(work.expressions)
-    return {row.id: (row.answer, row.tokens, row.kept) for row in journal.rows}
+    return {row.id: (row.answer, row.tokens, row.kept_indices) for row in journal.rows}
 
 
 @pytest.mark.parametrize(

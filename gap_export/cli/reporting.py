@@ -1,0 +1,100 @@
+"""The command that writes a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gap_export.cli.app import console, needs_build_extra, out
+from gap_export.cli.comparing import AccuracyDropOption, AgreementOption, BoxIouOption
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.pictures import Source
+    from gap_export.report.page import AskStrategies
+    from gap_export.report.runs import Subject
+
+
+def report(
+    subjects: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A bundle that was evaluated; or evaluations, the one that is right by definition first, the judged one last."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, if they moved.")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst expressions to show.")] = 12,
+    drawn: Annotated[int, typer.Option(min=0, help="How many drawn at random.")] = 12,
+    strategies: Annotated[
+        bool, typer.Option(help="Show what every pruner would keep; loads the PyTorch model.")
+    ] = True,
+    max_accuracy_drop: AccuracyDropOption = None,
+    min_prediction_agreement: AgreementOption = None,
+    min_box_iou: BoxIouOption = None,
+) -> None:
+    """One HTML page of evaluations: tables, plots, boxes over pictures, what pruners keep. Works without a network."""
+    from gap_export.artifact import write_atomically
+    from gap_export.evaluation.compare import demands_on
+    from gap_export.report.page import page, require
+    from gap_export.report.runs import open_subject
+
+    require()
+    subject = open_subject(subjects, protocol)
+    given = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_prediction_agreement": min_prediction_agreement,
+        "min_box_iou": min_box_iou,
+    }
+    with console.status("drawing the page"):
+        text = page(
+            subject,
+            demands_on(subject.first.run, subject.judged.run, given),
+            _source(subject, images),
+            title=f"Grounding of {subject.judged.name}",
+            worst=worst,
+            drawn=drawn,
+            strategies=_ask(subject) if strategies else "left out (--no-strategies)",
+        )
+    write_atomically(output, text)
+    out.print(f"{output}: {len(text.encode()) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+
+
+def _source(subject: Subject, images: Path | None) -> Source | None:
+    """Pictures of the data set, or None with a word on the screen."""
+    from gap_export.errors import GapExportError
+    from gap_export.evaluation.dataset import open_dataset
+
+    provenance = subject.first.provenance
+    folder = images or (None if provenance.images is None else Path(provenance.images))
+    try:
+        source = open_dataset(provenance.data, split=provenance.split, images=folder).source
+    except GapExportError as error:
+        console.print(
+            f"[yellow]pictures are not shown[/]: {error}; give their folder (--images)", highlight=False
+        )
+        return None
+    if source is None:
+        console.print("[yellow]pictures are not shown[/]: give their folder (--images)", highlight=False)
+    return source
+
+
+def _ask(subject: Subject) -> AskStrategies | str:
+    """Ask every strategy, or why that cannot be done."""
+    from functools import partial
+
+    from gap_export.pipeline import RANDOM
+
+    bundle = subject.judged.bundle
+    if bundle is None:
+        return subject.judged.bundle_lacks
+    if bundle.manifest.checkpoint == RANDOM:
+        return "the bundle holds random weights"
+    try:
+        from gap_export.report.strategies import choices
+    except ImportError as error:
+        lacking = needs_build_extra(error)
+        return f"{lacking.subject} {lacking.message} ({lacking.hint})"
+    return partial(choices, bundle)
