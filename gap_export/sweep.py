@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from gap_export import parity, pipeline, prune, sweep_plot
 from gap_export.artifact import record_of, scratch_folder, write_atomically
 from gap_export.bundle import ModelFacts, TextTower
 from gap_export.checkpoint import Checkpoint, open_checkpoint
+from gap_export.cluster import Cluster, results_on
 from gap_export.errors import GapExportError, InputError, RecipeError
 from gap_export.families import family_of
 from gap_export.grounding import metrics, scenes
@@ -197,6 +200,7 @@ def run(
     sweep: Sweep,
     *,
     jobs: int = 1,
+    cluster: Cluster | None = None,
     plot: bool = True,
     notify: Notify = lambda step: None,
     finished: Callable[[Cell, Answers], None] = lambda cell, answers: None,
@@ -206,6 +210,7 @@ def run(
     Args:
         sweep: prepared.
         jobs: processes to deal cells to; what comes out does not depend on it.
+        cluster: of Ray, to deal them to instead; checkpoints must be there under the same paths.
         plot: draw it.
         notify: told of every stage, and of answers as they are made: `cases` per remaining cell.
         finished: told of every cell that was finished now.
@@ -217,9 +222,15 @@ def run(
     with scratch_folder(beside=store.folder, purpose="sweeping") as scratch:
         make_worker = partial(_Answering, request, scratch)
         tasks = _grouped(sweep.remaining(), request.keeps)
-        for cell, answers in results_of(make_worker, tasks, jobs=jobs, notify=notify):
-            store.save(cell, answers)
-            finished(cell, answers)
+        dealt = (
+            results_of(make_worker, tasks, jobs=jobs, notify=notify)
+            if cluster is None
+            else _results_on(cluster, make_worker, tasks, notify)
+        )
+        with closing(dealt) as results:
+            for cell, answers in results:
+                store.save(cell, answers)
+                finished(cell, answers)
     record = record_from_answers(
         request.recipe.name,
         sweep.visual_tokens,
@@ -232,6 +243,26 @@ def run(
     if plot:
         write_atomically(store.folder / PLOT, sweep_plot.png(record))
     return record
+
+
+def _results_on(
+    cluster: Cluster, make_worker: Callable[[], _Answering], tasks: Sequence[Sequence[Cell]], notify: Notify
+) -> Generator[tuple[Cell, Answers]]:
+    """Cells of a group arrive together: what a worker does between is not told across the cluster."""
+    worker, named = partial(_whole_groups, make_worker), lambda cells: cells[0].label
+    with closing(results_on(cluster, worker, tasks, name_of=named)) as groups:
+        for group in groups:
+            for cell, answers in group:
+                notify(Step(cell.label, len(answers.ious)))
+                yield cell, answers
+
+
+def _whole_groups(
+    make_worker: Callable[[], _Answering],
+) -> Callable[[Sequence[Cell]], list[tuple[Cell, Answers]]]:
+    """A worker that gives all cells of a group at once."""
+    worker = make_worker()
+    return lambda cells: list(worker(cells, lambda step: None))
 
 
 def plan_cells(
@@ -285,7 +316,8 @@ class _Answering:
     def __init__(self, request: Request, scratch: Path) -> None:
         from gap_export.graph.trace import TracedOnce
 
-        self._request, self._scratch = request, scratch
+        # On another machine of a cluster the caller's folder need not be there.
+        self._request, self._scratch = request, scratch if scratch.is_dir() else Path(tempfile.mkdtemp())
         self._questions = list(scenes.cases(request.cases))
         self._tracer = TracedOnce()
 

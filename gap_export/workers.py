@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -67,7 +67,7 @@ def results_of(
     *,
     jobs: int,
     notify: Notify = lambda step: None,
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Do all tasks.
 
     Args:

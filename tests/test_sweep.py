@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import psutil
 import pytest
 import yaml
 
 from gap_export import cli, parity, pipeline, sweep
 from gap_export.bundle import Bundle, ModelFacts
+from gap_export.cluster import Cluster
 from gap_export.errors import EnvironmentLacks, GapExportError, InputError, RecipeError, SessionError
 from gap_export.graph import trace
 from gap_export.graph.trace import TracedOnce
@@ -27,7 +29,7 @@ from gap_export.positions import PositionPolicy
 from gap_export.recipe import Recipe
 from gap_export.runtime.ground import Grounder, open_session
 from gap_export.spec import Component
-from gap_export.sweep_record import SweepRecord
+from gap_export.sweep_record import Cell, SweepRecord
 
 BuildBundle = Callable[..., Bundle]
 CASES = 6
@@ -427,3 +429,36 @@ def test_the_command_refuses(
     assert words in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+# On a cluster
+
+
+def test_on_a_cluster_whose_worker_is_killed(
+    swept: Swept, tiny_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The cell that was at work is done again by another; all cells are those of a sweep in one process."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'gap-export[ray]'")
+    request = request_of(tiny_options, positions=(PositionPolicy.GAP,))
+    prepared = sweep.prepare(request, tmp_path / "out", plot=False)
+    killed: list[int] = []
+    steps: list[Any] = []
+
+    def finished(cell: Cell, answers: Any) -> None:
+        """One group is done, the other is at work."""
+        if not killed:
+            killed.extend(
+                process.pid
+                for process in psutil.Process().children(recursive=True)
+                if process.name().startswith("ray::_Worker.do")
+            )
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    record = sweep.run(prepared, cluster=Cluster(2), plot=False, notify=steps.append, finished=finished)
+    assert killed
+    assert len(record.rows) == 2
+    assert sum(step.done for step in steps) == 2 * CASES, "nothing is counted twice"
+    for path in (tmp_path / "out" / "cells").iterdir():
+        assert path.read_bytes() == (swept.folder / "cells" / path.name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "bundles are gone"

@@ -18,6 +18,8 @@ from gap_export.errors import GapExportError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from gap_export.cluster import Cluster
+
 app = typer.Typer(
     name="gap-export",
     help="Export pruned multimodal LLMs to ONNX and TensorRT with their position ids intact.",
@@ -38,6 +40,11 @@ KeepOption = Annotated[
     typer.Option(
         help="Fraction of visual tokens to keep, in bundles built with a range; their default when left out."
     ),
+]
+EngineOption = Annotated[str, typer.Option(help="local, or ray: work is dealt to the workers of a cluster.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="With --engine ray.")]
+RayAddressOption = Annotated[
+    str | None, typer.Option(help="Of a running cluster; one is started here when left out.")
 ]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
 
@@ -79,6 +86,20 @@ def progress_bar() -> Progress:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
+
+
+def cluster_of(engine: str, workers: int, ray_address: str | None) -> Cluster | None:
+    """Where `--engine` says that work is done; None for this machine without Ray.
+
+    Raises:
+        InputError: there is no such engine.
+    """
+    from gap_export.cluster import Cluster
+    from gap_export.errors import InputError
+
+    if engine not in ("local", "ray"):
+        raise InputError("is not an engine", subject=f"--engine {engine}", hint="choose local or ray")
+    return Cluster(workers, ray_address) if engine == "ray" else None
 
 
 def build_room() -> Any:

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gap_export.cli.app import (
+    EngineOption,
     JsonOption,
     KeepOption,
+    RayAddressOption,
     ThreadsOption,
+    WorkersOption,
     build_room,
+    cluster_of,
     console,
     interruptible,
     out,
@@ -22,6 +26,7 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
+    from gap_export.cluster import Cluster
     from gap_export.evaluation.answering import Answerer
     from gap_export.evaluation.dataset import Dataset
     from gap_export.evaluation.provenance import Provenance
@@ -65,13 +70,9 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Folder of the results; in the bundle by default.")
     ] = None,
     replace: Annotated[bool, typer.Option(help="Throw an evaluation of other settings away.")] = False,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray: pictures are dealt to the workers of a cluster.")
-    ] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="With --engine ray.")] = 2,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Of a running cluster; one is started here when left out.")
-    ] = None,
+    engine: EngineOption = "local",
+    workers: WorkersOption = 2,
+    ray_address: RayAddressOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -94,9 +95,7 @@ def evaluate(
         folder = output
     else:
         assert bundle is not None
-        if engine not in ("local", "ray"):
-            raise InputError("is not an engine", subject=f"--engine {engine}", hint="choose local or ray")
-        cluster = Cluster(workers, ray_address) if engine == "ray" else None
+        cluster = cluster_of(engine, workers, ray_address)
         asked = Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads, cluster)
         record, scored, folder = evaluate_bundle(bundle, dataset, asked, output, replace)
     if folder is not None:
@@ -144,14 +143,6 @@ def _of_predictions(
     answers = tables.read_predictions(predictions, expressions, dataset.source)
     scored = score_all(expressions, answers, scoring)
     return record_of(scored, scoring, split=split or "all", backend="predictions"), scored
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Of Ray: how many workers, and where it is; None starts one here."""
-
-    workers: int
-    address: str | None
 
 
 @dataclass(frozen=True)
@@ -234,16 +225,7 @@ def evaluate_bundle(
         else:
             from gap_export.evaluation.on_ray import answer_on_ray
 
-            cluster = asked.cluster
-            answer_on_ray(
-                make,
-                work,
-                dataset.source,
-                journal,
-                workers=cluster.workers,
-                address=cluster.address,
-                tick=tick,
-            )
+            answer_on_ray(make, work, dataset.source, journal, asked.cluster, tick=tick)
     scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.preprocessing)
     record = record_of(scored, scoring, split=asked.split, backend=asked.backend, work=work)
     return record, scored, target

@@ -11,10 +11,14 @@ import typer
 from gap_export.cli.app import (
     BackendOption,
     BundleArgument,
+    EngineOption,
     JsonOption,
     KeepOption,
+    RayAddressOption,
     ThreadsOption,
+    WorkersOption,
     build_room,
+    cluster_of,
     console,
     out,
     plain,
@@ -133,6 +137,9 @@ def sweep(
     jobs: Annotated[
         int, typer.Option(min=1, help="Processes that cells are dealt to; results do not depend on it.")
     ] = 2,
+    engine: EngineOption = "local",
+    workers: WorkersOption = 2,
+    ray_address: RayAddressOption = None,
     plot: Annotated[bool, typer.Option(help="Draw sweep.png (needs matplotlib).")] = True,
     replace: Annotated[
         bool, typer.Option(help="Throw away a sweep of other settings in the output folder.")
@@ -142,6 +149,7 @@ def sweep(
     """Accuracy of every strategy at every count under every position policy; may be killed and goes on."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    cluster = cluster_of(engine, workers, ray_address)
     build_room()
     from gap_export import sweep as room
     from gap_export.recipe import load_recipe
@@ -180,7 +188,7 @@ def sweep(
                 accuracy = sum(answers.hits) / cases
                 console.print(f"{cell.label}: {accuracy:.3f}; {_time_left(bar.tasks[0])}", highlight=False)
 
-        record = room.run(prepared, jobs=jobs, plot=plot, notify=notify, finished=finished)
+        record = room.run(prepared, jobs=jobs, cluster=cluster, plot=plot, notify=notify, finished=finished)
     if as_json:
         print_json(record.model_dump(mode="json"))
         return

@@ -99,10 +99,11 @@ def answers(journal: Journal) -> dict[str, str]:
 
 
 def on_ray(maker: Any, work: tuple[Work, Any], folder: Path, address: str | None, **options: Any) -> Journal:
+    from gap_export.cluster import Cluster
     from gap_export.evaluation.on_ray import answer_on_ray
 
     journal = open_journal(folder, SETTINGS)
-    answer_on_ray(maker, *work, journal, workers=2, address=address, **options)
+    answer_on_ray(maker, *work, journal, Cluster(2, address), **options)
     return journal
 
 
