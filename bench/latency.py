@@ -41,8 +41,8 @@ def main() -> int:
     options = parser.parse_args()
     requests = 40 if options.smoke else options.requests
 
-    from gap_export.bench import contender, measure
-    from gap_export.bench_record import tables
+    from gap_export.bench.measure import contender, measure
+    from gap_export.bench.record import tables
     from gap_export.bundle import open_bundle
     from gap_export.runtime.ground import open_session
 

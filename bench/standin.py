@@ -12,6 +12,27 @@ from gap_export.random_weights import Published, published, write_checkpoint
 LLAVA_7B = published("llava-hf/llava-1.5-7b-hf").config
 LLAVA_13B = published("llava-hf/llava-1.5-13b-hf").config
 IMAGE_TOKEN = LLAVA_7B["image_token_index"]
+LLAVA_135M = {
+    **LLAVA_7B,
+    "torch_dtype": "float16",
+    "vision_config": {
+        **LLAVA_7B["vision_config"],
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 512,
+    },
+    "text_config": {
+        **LLAVA_7B["text_config"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+}
+"""A tower as CLIP-B/14 at 336 pixels (576 patches) and a decoder as SmolLM-135M: what fits a laptop."""
 
 
 def truncated(config: dict[str, Any], *, text_layers: int, vision_layers: int) -> dict[str, Any]:

@@ -329,12 +329,34 @@ class Pruning(Stored):
         return self.model_copy(update=changes)
 
 
+class FlopTerm(Stored):
+    """A product in the formula of a graph's floating-point operations.
+
+    Attributes:
+        factor: of all extents that are numbers.
+        dims: names of those that are not, one as often as it occurs.
+    """
+
+    factor: int
+    dims: tuple[str, ...]
+
+
 class Graph(Stored):
-    """One ONNX file of the bundle, what it takes and gives, and how many nodes of which operator it has."""
+    """One ONNX file of the bundle.
+
+    Attributes:
+        file: its name.
+        spec: what it takes and gives.
+        operators: how many nodes of which operator it has.
+        flops: terms of a sum, see `graph/cost.py`.
+        weight_bytes: of all weights that it reads.
+    """
 
     file: str
     spec: GraphSpec
     operators: dict[str, int]
+    flops: tuple[FlopTerm, ...] = ()
+    weight_bytes: int = 0
 
 
 class Engine(Stored):

@@ -132,7 +132,7 @@ def build(
     prompt = prompt.model_copy(update={"images": recipe.images})
     _check_prompt(tokenizer, prompt, plan, recipe)
 
-    from gap_export.graph import lint, passes, trace, weights
+    from gap_export.graph import cost, lint, passes, trace, weights
 
     with atomic_folder(out) as folder:
         components = family.components(checkpoint, facts, plan)
@@ -155,7 +155,13 @@ def build(
             progress(f"writing and linting {name}.onnx")
             weights.attach_weights(model, store, component.weight_key)
             passes.simplify(model)
-            graph = Graph(file=f"{name}.onnx", spec=component.spec, operators=passes.operators(model))
+            graph = Graph(
+                file=f"{name}.onnx",
+                spec=component.spec,
+                operators=passes.operators(model),
+                flops=cost.flops_of(model),
+                weight_bytes=cost.weight_bytes_of(model),
+            )
             passes.write_graph(model, component.spec, folder / graph.file)
             profile = "decoder" if name == "prefill" or name == "decode" else name
             lint.lint_graph(folder / graph.file, profile=profile, own=True, policy=plan.positions).require()

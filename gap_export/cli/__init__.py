@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from gap_export import __version__
-from gap_export.cli import comparing, evaluating, making, measuring, reporting, using
+from gap_export.cli import benching, comparing, evaluating, making, measuring, reporting, using
 from gap_export.cli.app import app, console, out, plain
 from gap_export.errors import GapExportError
 
@@ -27,7 +27,7 @@ for command in (
     making.build,
     measuring.validate,
     using.run,
-    measuring.bench,
+    benching.bench,
     measuring.sweep,
     evaluating.evaluate,
     comparing.compare,

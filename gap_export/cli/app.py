@@ -18,7 +18,9 @@ from gap_export.errors import GapExportError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from gap_export.bundle import Bundle
     from gap_export.cluster import Cluster
+    from gap_export.runtime.session import Session
 
 app = typer.Typer(
     name="gap-export",
@@ -110,6 +112,21 @@ def build_room() -> Any:
     except ImportError as error:
         raise needs_build_extra(error) from error
     return pipeline
+
+
+def open_backend(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
+    """Load a bundle into a runtime, or the PyTorch model that it was built from (`torch`: eager, with as many threads)."""
+    from gap_export.runtime.ground import backend_of, open_session
+
+    if backend != "torch":
+        return open_session(bundle, backend_of(backend), threads=threads)
+    pipeline = build_room()
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    session: Session = pipeline.open_torch(bundle)
+    return session
 
 
 def needs_build_extra(error: ImportError) -> GapExportError:

@@ -120,8 +120,8 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """The smallest share of visual tokens that loses little enough, and how much faster it is; exit 1 when none is."""
-    from gap_export import bench
     from gap_export.artifact import write_atomically
+    from gap_export.bench.measure import contender, measure
     from gap_export.bundle import open_bundle
     from gap_export.cli.evaluating import Asked, evaluate_bundle, store
     from gap_export.errors import InputError
@@ -155,9 +155,9 @@ def recommend(
         runs[share] = open_run(folder, protocol)
     opened = open_bundle(bundle)
     session = open_session(opened, backend_of(backend), threads=threads)
-    contenders = [bench.contender(f"{share:g}", opened, session, keep=share) for share in shares]
+    contenders = [contender(f"{share:g}", opened, session, keep=share) for share in shares]
     with console.status("measuring"):
-        measured = bench.measure(contenders, requests=requests, new_tokens=1, warmup=_WARMUP)
+        measured = measure(contenders, requests=requests, new_tokens=1, warmup=_WARMUP)
     times = {float(row.name): row.ttft_ms.p50 for row in measured.rows}
     result = recommended(runs, max_accuracy_drop, ttft_ms=times)
     write_atomically(opened.reports / RECORD, result.model_dump_json(indent=2) + "\n")

@@ -16,10 +16,10 @@ from gap_export.cli.app import (
     RayAddressOption,
     ThreadsOption,
     WorkersOption,
-    build_room,
     cluster_of,
     console,
     interruptible,
+    open_backend,
     out,
     print_json,
     progress_bar,
@@ -235,14 +235,9 @@ def make_answerer(folder: Path, asked: Asked) -> Answerer:
     """Open a bundle to be asked, in this process or in a worker's."""
     from gap_export.bundle import open_bundle
     from gap_export.evaluation.answering import Answerer
-    from gap_export.runtime.ground import backend_of, open_session
 
     bundle = open_bundle(folder)
-    session = (
-        build_room().open_torch(bundle)
-        if asked.backend == "torch"
-        else open_session(bundle, backend_of(asked.backend), threads=asked.threads)
-    )
+    session = open_backend(bundle, asked.backend, threads=asked.threads)
     return Answerer(bundle, session, keep=asked.keep, share=asked.share, rows=asked.rows)
 
 

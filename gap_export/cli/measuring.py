@@ -69,51 +69,6 @@ def validate(
     raise typer.Exit(0 if report.ok else 1)
 
 
-def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="One bundle, or several to compare in one run.")],
-    requests: Annotated[int, typer.Option(min=1, help="Requests measured, per bundle.")] = 100,
-    new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Generated per request; the shortest limit by default.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per request.")] = 1,
-    backend: BackendOption = "onnxruntime",
-    threads: ThreadsOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Time to first token, time per token and memory; several bundles take turns, so that their ratios hold."""
-    from rich.progress import Progress
-
-    from gap_export import bench as room
-    from gap_export.artifact import write_atomically
-    from gap_export.bench_record import tables
-    from gap_export.bundle import open_bundle
-    from gap_export.runtime.ground import backend_of, open_session
-
-    runtime = backend_of(backend)
-    opened = [open_bundle(folder) for folder in bundles]
-    contenders = [
-        room.contender(str(folder), bundle, open_session(bundle, runtime, threads=threads), batch=batch)
-        for folder, bundle in zip(bundles, opened, strict=True)
-    ]
-    warmup = 10
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("measuring", total=warmup + requests)
-        record = room.measure(
-            contenders,
-            requests=requests,
-            new_tokens=new_tokens or min(bundle.manifest.max_new_tokens for bundle in opened),
-            warmup=warmup,
-            tick=lambda: bar.advance(task),
-        )
-    for bundle in opened:
-        write_atomically(bundle.reports / "bench.json", record.model_dump_json(indent=2) + "\n")
-    if as_json:
-        print_json(record.model_dump(mode="json"))
-    else:
-        for table in tables(record):
-            out.print(table)
-
-
 def sweep(
     model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
     pruners: Annotated[

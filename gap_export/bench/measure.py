@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gap_export.bench_record import QUANTITIES, BenchRecord, Percentiles, Ratio, Row
+from gap_export.bench.cost import cache_bytes, cost_of
+from gap_export.bench.record import QUANTITIES, BenchRecord, Device, Percentiles, Ratio, Row
 from gap_export.bundle import Bundle
 from gap_export.errors import InputError
 from gap_export.machine import cpu_name, peak_rss_bytes, versions
@@ -38,7 +40,6 @@ _RESAMPLES = 2000
 _INTERVAL = (2.5, 97.5)
 PICTURE = (480, 640)
 """Height and width of the noise that stands in for a picture: those of most in RefCOCO."""
-_CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def measure(
     new_tokens: int,
     warmup: int = 10,
     device: str = "",
+    roofline: Device | None = None,
     clock: Clock = time.perf_counter,
     tick: Callable[[], None] = lambda: None,
 ) -> BenchRecord:
@@ -125,6 +127,7 @@ def measure(
         new_tokens: generated per picture.
         warmup: rounds before the first measured one.
         device: what it runs on; the CPU's name by default.
+        roofline: what that can do at best, for the cost card.
         clock: for tests.
         tick: called after every round, warm-up included.
 
@@ -164,7 +167,8 @@ def measure(
         requests=requests,
         warmup=warmup,
         peak_rss_bytes=peak_rss_bytes(),
-        rows=tuple(_row(each, table[each.name], new_tokens) for each in contenders),
+        roofline=roofline,
+        rows=tuple(_row(each, table[each.name], new_tokens, roofline) for each in contenders),
         ratios=tuple(
             ratio(one, other, quantity, table[one][:, column], table[other][:, column])
             for one, other in combinations(names, 2)
@@ -256,12 +260,14 @@ def _prompt_slots(each: Contender) -> int:
     return int(each.input_ids_BT.shape[1]) - images + images * each.bundle.manifest.pruning.kept
 
 
-def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int) -> Row:
+def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, device: Device | None) -> Row:
     manifest = each.bundle.manifest
     model, pruning = manifest.model, manifest.pruning
     batch = len(each.input_ids_BT)
-    cache_elements = 2 * model.kv_heads * model.head_dim * manifest.cache_slots * batch
-    spans = {quantity: percentiles(samples_RQ[:, column]) for column, quantity in enumerate(QUANTITIES)}
+    cost = None if device is None else cost_of(each, _prompt_slots(each), device)
+    spans: dict[str, Any] = {
+        quantity: percentiles(samples_RQ[:, column]) for column, quantity in enumerate(QUANTITIES)
+    }
     return Row(
         name=each.name,
         backend=each.session.backend,
@@ -274,7 +280,14 @@ def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int) -> R
         batch=batch,
         prompt_slots=_prompt_slots(each),
         capacity=manifest.capacity,
-        cache_bytes=cache_elements * _CACHE_BYTES[manifest.precision],
+        cache_bytes=cache_bytes(each, batch),
         new_tokens=new_tokens,
         **spans,
+        cost=cost,
+        roofline_fraction=_fraction(None if cost is None else cost.first_token_ms, spans["ttft_ms"]),
+        tpot_roofline_fraction=_fraction(None if cost is None else cost.decode.roofline_ms, spans["tpot_ms"]),
     )
+
+
+def _fraction(least_ms: float | None, measured: Percentiles) -> float | None:
+    return None if not least_ms or not measured.p50 else round(least_ms / measured.p50, _DIGITS)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_export.bench import Contender, contender, measure, percentiles, ratio, time_request
-from gap_export.bench_record import QUANTITIES, BenchRecord, Ratio, tables
+from gap_export.bench.measure import Contender, contender, measure, percentiles, ratio, time_request
+from gap_export.bench.record import QUANTITIES, BenchRecord, Ratio, tables
 from gap_export.bundle import Bundle, ModelFacts, Pruning
 from gap_export.errors import InputError
 from gap_export.machine import RUNTIME_PACKAGES, cpu_name, peak_rss_bytes, versions

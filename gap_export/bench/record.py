@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,49 @@ class Percentiles(_Record):
     p99: float
 
 
+class Device(_Record):
+    """What the machine can do at best, measured: see `cost.measure_device`."""
+
+    flops_per_second: float
+    bytes_per_second: float
+    threads: int
+
+
+class PhaseCost(_Record):
+    """One phase of a request.
+
+    Attributes:
+        flops: operations; None where the bundle does not tell.
+        bytes: of weights read once and of the cache that is read or written.
+        roofline_ms: no less time than this, on the device of the record.
+    """
+
+    flops: int | None
+    bytes: int
+    roofline_ms: float | None
+
+
+class Cost(_Record):
+    """The cost card of a contender's request; `decode` is one token of every row."""
+
+    vision: PhaseCost
+    prefill: PhaseCost
+    decode: PhaseCost
+    cache_bytes: int
+
+    @property
+    def first_token_flops(self) -> int | None:
+        """Up to the first token."""
+        parts = (self.vision.flops, self.prefill.flops)
+        return None if None in parts else sum(part or 0 for part in parts)
+
+    @property
+    def first_token_ms(self) -> float | None:
+        """No less time than this up to the first token."""
+        parts = (self.vision.roofline_ms, self.prefill.roofline_ms)
+        return None if None in parts else sum(part or 0.0 for part in parts)
+
+
 class Row(_Record):
     """One contender.
 
@@ -56,6 +100,10 @@ class Row(_Record):
         ttft_ms: time to first token, the sum of the three above.
         tpot_ms: time per output token after the first, the mean over one request; 0 when only one was asked for.
         total_ms: the whole request.
+        cost: of one request; None where no device was measured.
+        roofline_fraction: least time to the first token that the device allows, over its median.
+        tpot_roofline_fraction: the same of a token.
+        peak_rss_bytes: of a process that holds this contender alone; None where it was not measured.
     """
 
     name: str
@@ -77,6 +125,10 @@ class Row(_Record):
     ttft_ms: Percentiles
     tpot_ms: Percentiles
     total_ms: Percentiles
+    cost: Cost | None = None
+    roofline_fraction: float | None = None
+    tpot_roofline_fraction: float | None = None
+    peak_rss_bytes: int | None = None
 
 
 class Ratio(_Record):
@@ -107,6 +159,7 @@ class BenchRecord(_Record):
         versions: package -> version.
         requests: rounds measured; every contender answered one request per round.
         warmup: rounds before them that were not measured.
+        roofline: what the device can do; None where it was not measured.
         peak_rss_bytes: of the process with all contenders loaded; None where the system does not tell.
         rows: contenders, in the caller's order.
         ratios: every pair of rows, every quantity.
@@ -116,14 +169,17 @@ class BenchRecord(_Record):
     versions: dict[str, str]
     requests: int
     warmup: int
+    roofline: Device | None = None
     peak_rss_bytes: int | None
     rows: tuple[Row, ...]
     ratios: tuple[Ratio, ...]
 
 
 def tables(record: BenchRecord) -> list[Table]:
-    """The record for the screen: one column per contender, then one per pair of them."""
+    """The record for the screen: the cost card, one column per contender, then one per pair of them."""
     from rich.table import Table
+
+    cards = [] if record.roofline is None else [_card(record, record.roofline)]
 
     rows = Table("", *(row.name for row in record.rows))
     rows.title = f"median over {record.requests} requests, ms (90th percentile in brackets)"
@@ -133,7 +189,7 @@ def tables(record: BenchRecord) -> list[Table]:
         spans = [getattr(row, quantity) for row in record.rows]
         rows.add_row(words, *(f"{span.p50:.3f} ({span.p90:.3f})" for span in spans))
     if len(record.rows) == 1:
-        return [rows]
+        return [*cards, rows]
     pairs = list(combinations([row.name for row in record.rows], 2))
     found = {(each.numerator, each.denominator, each.quantity): each for each in record.ratios}
     ratios = Table("", *(f"{one} / {other}" for one, other in pairs))
@@ -144,4 +200,39 @@ def tables(record: BenchRecord) -> list[Table]:
             words,
             *(f"{each.ratio:.3f} ({each.low:.3f} to {each.high:.3f})" if each else "" for each in cells),
         )
-    return [rows, ratios]
+    return [*cards, rows, ratios]
+
+
+def _card(record: BenchRecord, device: Device) -> Table:
+    from rich.table import Table
+
+    card = Table("cost", *(row.name for row in record.rows))
+    card.title = f"this machine at its best: {device.flops_per_second / 1e9:.0f} GFLOP/s, {device.bytes_per_second / 1e9:.1f} GB/s"
+
+    def line(words: str, cells: Iterable[str]) -> None:
+        card.add_row(words, *cells)
+
+    costs = [row.cost for row in record.rows]
+    for phase in ("vision", "prefill", "decode"):
+        parts = [None if cost is None else getattr(cost, phase) for cost in costs]
+        line(f"{phase}, GFLOP", (_number(part and part.flops, 1e9) for part in parts))
+        line(f"{phase}, MB", (_number(part and part.bytes, 1e6) for part in parts))
+    line("cache, MB", (_number(None if cost is None else cost.cache_bytes, 1e6) for cost in costs))
+    line("roofline / time to first token", (_share(row.roofline_fraction) for row in record.rows))
+    line("roofline / time per token", (_share(row.tpot_roofline_fraction) for row in record.rows))
+    line("peak memory alone, MB", (_number(row.peak_rss_bytes, 1e6) for row in record.rows))
+    first = costs[0] and costs[0].first_token_flops
+    if first and len(costs) > 1:
+        shares = ((cost and cost.first_token_flops) for cost in costs)
+        line(
+            "operations to the first token / first column", (_share(n / first if n else None) for n in shares)
+        )
+    return card
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:,.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

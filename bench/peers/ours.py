@@ -1,0 +1,79 @@
+"""gap-export in ONNX Runtime: a bundle, as `gap-export run` opens it.
+
+python ours.py CHECKPOINT THREADS NEW_TOKENS KEEP POSITIONS PRECISION
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from request import now, peak_rss_bytes, request, serve
+
+
+def build(checkpoint: str, folder: str, keep: float, positions: str, precision: str) -> dict[str, Any]:
+    """In a process of its own: PyTorch is neither in memory nor in the way of what is measured."""
+    from gap_export import pipeline
+    from gap_export.recipe import load_recipe
+
+    pruned: dict[str, Any] = {"pruner": "cls_attention", "keep": keep, "positions": positions}
+    if keep == 1.0:
+        pruned = {"pruner": "none", "keep": 1.0}
+    began = now()
+    recipe = load_recipe("llava").replaced(
+        checkpoint=checkpoint, precision=precision, max_new_tokens=256, **pruned
+    )
+    built = pipeline.build(recipe, Path(folder))
+    return {
+        "export_s": now() - began,
+        "export_peak_rss_bytes": peak_rss_bytes(),
+        "written_bytes": built.written_bytes,
+    }
+
+
+def main() -> None:
+    checkpoint, threads, new_tokens, keep, positions, precision = sys.argv[1:]
+    with tempfile.TemporaryDirectory(dir=Path(checkpoint).parent) as scratch:
+        folder = f"{scratch}/bundle"
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
+            facts = builder.submit(build, checkpoint, folder, float(keep), positions, precision).result()
+
+        import numpy as np
+
+        from gap_export.bench.measure import Contender
+        from gap_export.bundle import open_bundle
+        from gap_export.machine import versions
+        from gap_export.positions import advance
+        from gap_export.runtime.generate import encode
+        from gap_export.runtime.ground import open_session
+        from gap_export.runtime.pictures import of_one_size
+
+        began = now()
+        bundle = open_bundle(Path(folder))
+        session = open_session(bundle, "onnxruntime", threads=int(threads))
+        load_s = now() - began
+        asked = request()
+        visual = bundle.manifest.model.visual_tokens
+        each = Contender("ours", bundle, session, of_one_size(asked.pixels, visual), asked.input_ids[None])
+
+        def answer() -> tuple[float, list[float], list[int]]:
+            began = now()
+            spliced = session.splice(each.input_ids_BT, encode(session, each.pictures))
+            turn, logits = spliced.placement, session.prefill(spliced.embeds, spliced.placement).logits
+            tokens, readings = [int(logits.argmax())], [now()]
+            for _ in range(int(new_tokens) - 1):
+                turn = advance(turn)
+                logits = session.step(np.array([tokens[-1]], np.int64), turn)
+                tokens.append(int(logits.argmax()))
+                readings.append(now())
+            return readings[0] - began, np.diff(readings).tolist(), tokens
+
+        serve({"versions": versions(), "load_s": load_s, **facts}, answer)
+
+
+if __name__ == "__main__":
+    main()

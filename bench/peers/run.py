@@ -1,0 +1,175 @@
+"""gap-export beside what its users would take instead: one checkpoint, one request, one machine, in turn. See README.md.
+
+    python bench/peers/run.py [--peers NAME,...] [--rounds N] [--new-tokens N] [--threads N] [--label TEXT]
+
+Every peer is a process; round after round each answers the same request, in an order drawn anew. The last line printed is the record, also stored in
+bench/results/peers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import record  # noqa: E402
+from standin import LLAVA_135M, ensure_checkpoint  # noqa: E402
+
+PEERS: dict[str, list[str]] = {
+    "gap@0.25": ["ours.py", "0.25", "gap", "fp32"],
+    "shifted@0.25": ["ours.py", "0.25", "shifted", "fp32"],
+    "ours@1.0": ["ours.py", "1.0", "gap", "fp32"],
+    "transformers eager": ["transformers_peer.py", "eager"],
+    "transformers sdpa": ["transformers_peer.py", "sdpa"],
+    "transformers compile": ["transformers_peer.py", "compile"],
+}
+"""Name -> script and its own arguments."""
+BASE = "ours@1.0"
+"""What others are compared with at an equal number of tokens."""
+
+
+@dataclass
+class Peer:
+    """A process that answers."""
+
+    name: str
+    process: subprocess.Popen[str]
+    facts: dict[str, Any]
+
+    def ask(self, line: str = "go") -> dict[str, Any]:
+        """One line in, one line out."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return _line_of(self.process, self.name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", default=",".join(PEERS), help="names, separated by commas")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
+    parser.add_argument("--label", default="", help="words stored with the record")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    checkpoint, _ = ensure_checkpoint(options.scratch / "llava-135m", LLAVA_135M)
+    peers = []
+    try:
+        for name in options.peers.split(","):
+            console.print(f"starting {name}")
+            peers.append(_started(name, checkpoint, options))
+        order, samples = np.random.default_rng(0), {peer.name: [] for peer in peers}
+        for number in track(range(-3, options.rounds), "answering", console=console):
+            for place in order.permutation(len(peers)):
+                row = peers[place].ask()
+                if number >= 0:
+                    samples[peers[place].name].append(row)
+        for peer in peers:
+            peer.facts["peak_rss_bytes"] = peer.ask("stop")["peak_rss_bytes"]
+    finally:
+        for peer in peers:
+            peer.process.kill()
+    rows = {peer.name: {**peer.facts, **_figures(samples[peer.name])} for peer in peers}
+    ratios = {
+        f"{one} / {other}": {
+            quantity: _ratio(samples[one], samples[other], quantity) for quantity in ("ttft_ms", "tpot_ms")
+        }
+        for one in rows
+        for other in rows
+        if one != other and (one.startswith("transformers") or other in (BASE, "shifted@0.25"))
+    }
+    _print(rows, ratios)
+    tokens = {name: samples[name][0]["tokens"] for name in rows}
+    measured = {
+        "rounds": options.rounds,
+        "new_tokens": options.new_tokens,
+        "threads": options.threads,
+        "rows": rows,
+        "ratios": ratios,
+        "same_tokens_as_ours": {name: made == tokens.get(BASE) for name, made in tokens.items()},
+    }
+    return record.finish("peers", measured, label=options.label, ok=True)
+
+
+def _started(name: str, checkpoint: Path, options: argparse.Namespace) -> Peer:
+    script, *arguments = PEERS[name]
+    command = [
+        sys.executable,
+        str(HERE / script),
+        str(checkpoint),
+        str(options.threads),
+        str(options.new_tokens),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    process = subprocess.Popen(
+        [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    facts = _line_of(process, name)
+    facts.pop("ready")
+    return Peer(name, process, facts)
+
+
+def _line_of(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    raise SystemExit(f"{name} ended with exit code {process.wait()}; its own words are above")
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    figures = {}
+    for quantity in ("ttft_ms", "tpot_ms"):
+        values = [row[quantity] for row in rows]
+        p50, p90 = np.percentile(values, (50, 90))
+        figures[quantity] = {"p50": round(float(p50), 3), "p90": round(float(p90), 3)}
+    steps = np.median([row["steps_ms"] for row in rows], axis=0)
+    half = len(steps) // 2
+    figures["late_over_early_steps"] = round(float(np.median(steps[half:]) / np.median(steps[:half])), 4)
+    return figures
+
+
+def _ratio(one: list[dict[str, Any]], other: list[dict[str, Any]], quantity: str) -> list[float]:
+    """[ratio of medians, low, high]: 95 % of resampled rounds, drawn in pairs."""
+    first, second = (np.array([row[quantity] for row in rows]) for rows in (one, other))
+    draws = np.random.default_rng(0).integers(0, len(first), (2000, len(first)))
+    resampled = np.median(first[draws], axis=1) / np.median(second[draws], axis=1)
+    ratio = float(np.median(first) / np.median(second))
+    return [round(value, 4) for value in (ratio, *map(float, np.percentile(resampled, (2.5, 97.5))))]
+
+
+def _print(rows: dict[str, Any], ratios: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("peer", "TTFT ms (p90)", "TPOT ms (p90)", "peak MB", "export s", "export MB", "written MB")
+    for name, row in rows.items():
+        spans = [f"{row[q]['p50']:.1f} ({row[q]['p90']:.1f})" for q in ("ttft_ms", "tpot_ms")]
+        export = [row.get("export_s"), row.get("export_peak_rss_bytes"), row.get("written_bytes")]
+        units = (1, 1e6, 1e6)
+        cells = ["-" if v is None else f"{v / unit:.1f}" for v, unit in zip(export, units, strict=True)]
+        table.add_row(name, *spans, f"{row['peak_rss_bytes'] / 1e6:.0f}", *cells)
+    console.print(table)
+    for name, quantities in ratios.items():
+        words = ", ".join(
+            f"{q[:4].upper()} {v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})" for q, v in quantities.items()
+        )
+        console.print(f"{name}: {words}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

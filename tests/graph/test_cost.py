@@ -1,0 +1,97 @@
+"""Operations counted in graphs, against sums written out by hand and against PyTorch's own counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
+
+from gap_export.bundle import Bundle, Graph
+from gap_export.graph.cost import flops_of, weight_bytes_of
+
+
+def evaluated(graph: Graph, **dims: int) -> int:
+    return sum(term.factor * int(np.prod([dims[name] for name in term.dims])) for term in graph.flops)
+
+
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 1), (1, 24), (3, 7)])
+def test_the_decoder(
+    tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path, batch: int, sequence: int
+) -> None:
+    """Every product of a Llama layer, attention over the whole cache, and the head for one token."""
+    bundle = tiny_bundle()
+    model, capacity = bundle.manifest.model, bundle.manifest.capacity
+    config = LlamaConfig(
+        **LlavaForConditionalGeneration.config_class.from_pretrained(tiny_checkpoint).text_config.to_dict()
+    )
+    width, inner = config.hidden_size, config.intermediate_size
+    grouped = model.kv_heads * model.head_dim
+    per_token = 2 * (2 * width * width + 2 * width * grouped + 3 * width * inner)
+    attention = 4 * model.attention_heads * model.head_dim * capacity
+    expected = batch * (sequence * model.layers * (per_token + attention) + 2 * width * model.vocabulary)
+    assert evaluated(bundle.manifest.graphs["decoder"], batch=batch, sequence=sequence) == expected
+
+
+def test_the_tower(tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path) -> None:
+    """PyTorch counts what its own model does; ours skips what no layer above the feature layer needs, and adds a projector."""
+    whole = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="eager").eval()
+    tower: CLIPVisionModel = whole.model.vision_tower
+    layers = tower.vision_model.encoder.layers if hasattr(tower, "vision_model") else tower.encoder.layers
+    removed = len(layers) - 2  # the feature layer is the last but one
+    pixels = torch.zeros(1, 3, 36, 36)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    everything = counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layers[-1](hidden, attention_mask=None)
+    last = counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        whole.model.multi_modal_projector(hidden[:, 1:10])
+    projector = counter.get_total_flops()
+    assert removed == 1
+    graph = tiny_bundle(pruner="spatial").manifest.graphs["vision"]
+    assert evaluated(graph, batch=1) == everything - last + projector
+    attending = tiny_bundle().manifest.graphs["vision"]
+    extra = evaluated(attending, batch=1) - evaluated(graph, batch=1)
+    assert 0 < extra < 0.05 * everything, "one row of attention, once more"
+
+
+def test_weights_are_counted_once(tiny_bundle: Callable[..., Bundle]) -> None:
+    bundle = tiny_bundle()
+    for name, graph in bundle.manifest.graphs.items():
+        model = ir.load(bundle.graph_path(name))
+        assert graph.weight_bytes == weight_bytes_of(model)
+    table = bundle.manifest.model.vocabulary * bundle.manifest.model.hidden_size * 4
+    assert bundle.manifest.graphs["embed"].weight_bytes == pytest.approx(table, rel=0.02)
+
+
+def product(left: Any, right: Any, op: str = "MatMul", **attributes: Any) -> ir.Model:
+    values = [
+        ir.Value(
+            name=name, shape=None if shape is None else ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT)
+        )
+        for name, shape in (("left", left), ("right", right))
+    ]
+    node = ir.node(op, values, attributes)
+    return ir.Model(ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 24}), ir_version=10)
+
+
+def test_formulas() -> None:
+    (term,) = flops_of(product(["b", 5, "s"], ["s", 7]))
+    assert (term.factor, term.dims) == (2 * 5 * 7, ("b", "s"))
+    (term,) = flops_of(product(["b", 4], [7, 4], "Gemm", transB=1))
+    assert (term.factor, term.dims) == (2 * 4 * 7, ("b",))
+    (term,) = flops_of(product(["s", "s"], ["s", "s"]))
+    assert (term.factor, term.dims) == (2, ("s", "s", "s"))
+
+
+def test_what_is_not_known_is_not_counted() -> None:
+    assert flops_of(product(None, [4, 7])) == ()
+    assert flops_of(product([None, 4], [4, 7])) == ()
