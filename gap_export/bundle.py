@@ -21,7 +21,16 @@ SCHEMA_VERSION = 1
 
 Positive = Annotated[float, Field(gt=0)]
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Activations = Literal["fp32", "fp16", "bf16"]
+ACTIVATIONS: dict[Precision, Activations] = {
+    "fp32": "fp32",
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "int8": "fp32",
+    "int4": "fp32",
+}
+"""Precision -> that of activations, of the cache, and of weights that are not quantised."""
 TowerPart = Literal["class_token", "projected_class_token", "following_layer", "grid"]
 """What a pruner may ask of a vision tower: a class token; one that the projector takes; a layer after the one whose output the
 decoder gets; patches that lie on one grid, the same for all pictures."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from gap_export import __version__, prune
 from gap_export.artifact import atomic_folder, record_of
 from gap_export.bundle import (
+    ACTIVATIONS,
     MANIFEST,
     AnyPreprocessing,
     Bundle,
@@ -132,7 +133,7 @@ def build(
     prompt = prompt.model_copy(update={"images": recipe.images})
     _check_prompt(tokenizer, prompt, plan, recipe)
 
-    from gap_export.graph import cost, lint, passes, trace, weights
+    from gap_export.graph import cost, lint, passes, quantize, trace, weights
 
     with atomic_folder(out) as folder:
         components = family.components(checkpoint, facts, plan)
@@ -141,20 +142,35 @@ def build(
             progress(f"tracing {component.spec.name}")
             models.append((tracer or trace.graph_from_component)(component))
         progress("placing the weights")
-        store = weights.WeightStore(checkpoint, recipe.precision, folder, self_contained)
+        store = weights.WeightStore(checkpoint, ACTIVATIONS[recipe.precision], folder, self_contained)
+        quantized = quantize.QuantizedStore(checkpoint, folder)
+        parameters = [weights.parameters_of(model) for model in models]
+        schemes = [
+            quantize.schemes_of(component, recipe.precision, names)
+            for component, names in zip(components, parameters, strict=True)
+        ]
         store.prepare(
             [
                 component.weight_key(name)
-                for component, model in zip(components, models, strict=True)
-                for name in weights.parameters_of(model)
+                for component, names, low in zip(components, parameters, schemes, strict=True)
+                for name in names
+                if name not in low
             ]
         )
+        quantized.prepare(
+            {
+                component.weight_key(name): scheme
+                for component, low in zip(components, schemes, strict=True)
+                for name, scheme in low.items()
+            }
+        )
         graphs: dict[str, Graph] = {}
-        for component, model in zip(components, models, strict=True):
+        for component, model, low in zip(components, models, schemes, strict=True):
             name = component.spec.name
             progress(f"writing and linting {name}.onnx")
-            weights.attach_weights(model, store, component.weight_key)
+            weights.attach_weights(model, store, component.weight_key, stand_ins=low)
             passes.simplify(model)
+            quantize.quantize(model, low, {name: component.weight_key(name) for name in low}, quantized)
             graph = Graph(
                 file=f"{name}.onnx",
                 spec=component.spec,
@@ -214,10 +230,14 @@ def build(
             recipe=recipe.model_dump(mode="json"),
         )
         write_manifest(folder, manifest)
-        written = store.written_bytes + sum(
-            path.stat().st_size
-            for path in folder.rglob("*")
-            if path.suffix != ".safetensors" and path.is_file()
+        written = (
+            store.written_bytes
+            + quantized.written_bytes
+            + sum(
+                path.stat().st_size
+                for path in folder.rglob("*")
+                if path.suffix != ".safetensors" and path.is_file()
+            )
         )
     return Built(bundle=open_bundle(out), written_bytes=written)
 

@@ -112,6 +112,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
     Raises:
         RecipeError: numbers that contradict each other or the model.
     """
+    _refuse_engines(recipe)
     strategy = prune.strategy(recipe.pruner)
     prune.require_tower(strategy, facts.tower_lacks, differ=facts.token_range is not None)
     prune.require_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
@@ -272,3 +273,14 @@ def _stages(cuts: tuple[Cut, ...], facts: ModelFacts, capacity: int) -> tuple[St
 
 def _in_steps(slots: int) -> int:
     return -(-slots // _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+def _refuse_engines(recipe: Recipe) -> None:
+    """TensorRT reads no integers that are made while running, and its four bits want other activations."""
+    engines = [target for target in recipe.targets if target != "onnx"]
+    if engines and recipe.precision in ("int8", "int4"):
+        raise RecipeError(
+            f"runs in ONNX Runtime, not in {' or '.join(engines)}",
+            subject=f"precision {recipe.precision}",
+            hint="build engines with --precision fp16 or bf16, or leave --target out",
+        )

@@ -11,14 +11,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.bundle import ModelFacts, Precision
+from gap_export.bundle import ACTIVATIONS, Activations, ModelFacts, Precision
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import EnvironmentLacks
 from gap_export.recipe import Recipe
 from gap_export.weight_files import WeightLocation
 
-STORED: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_WIDTH: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_WIDTH: dict[Activations, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+_QUANTIZED: dict[Precision, float] = {"int8": 1.01, "int4": 0.63}
+"""Bytes per weight of a linear layer, scales included."""
 
 # Measured by bench/export.py: 0.59 GB with 32 layers, most of it torch and transformers themselves.
 _IMPORTS, _PER_LAYER = 450 * 10**6, 5 * 10**6
@@ -51,12 +53,17 @@ def needs_of(
         linkable: whether the output lies on a file system into which the checkpoint's files can be linked.
         self_contained: whether they are copied anyway.
     """
-    wanted, width = STORED[recipe.precision], _WIDTH[recipe.precision]
+    activations = ACTIVATIONS[recipe.precision]
+    wanted, width = STORED[activations], _WIDTH[activations]
+    quantized = _QUANTIZED.get(recipe.precision)
     converted, whole, files = 0, 0, set[Path]()
     for weight in checkpoint.weights.values():
         elements = 1
         for extent in weight.shape:
             elements *= extent
+        if quantized is not None and len(weight.shape) == 2 and weight.shape[0] != facts.vocabulary:
+            converted += round(elements * quantized)
+            continue
         whole += elements * width
         if isinstance(weight, WeightLocation) and weight.dtype == wanted:
             files.add(weight.file)

@@ -53,7 +53,32 @@ _HALF = Gates(
     min_box_iou=0.95,
     max_accuracy_drop=0.01,
 )
-DEFAULT_GATES: dict[Precision, Gates] = {"fp32": Gates(), "fp16": _HALF, "bf16": _HALF}
+_INT8 = Gates(
+    min_kept_sets_equal=0.0,
+    max_logit_difference=10.0,
+    min_logit_cosine=0.9,
+    max_norm_deviation=0.2,
+    min_token_agreement=0.8,
+    min_box_iou=0.9,
+    max_accuracy_drop=0.02,
+)
+"""A tower in whole numbers ranks its patches a little differently, so most sets differ by a few: boxes and accuracy decide."""
+_INT4 = _INT8.model_copy(
+    update={
+        "min_kept_sets_equal": 0.99,
+        "max_logit_difference": 20.0,
+        "min_logit_cosine": 0.8,
+        "max_norm_deviation": 1.0,
+    }
+)
+"""The tower is not quantised here. Weights of four bits are off by a tenth, which single rows of logits show; boxes and accuracy decide."""
+DEFAULT_GATES: dict[Precision, Gates] = {
+    "fp32": Gates(),
+    "fp16": _HALF,
+    "bf16": _HALF,
+    "int8": _INT8,
+    "int4": _INT4,
+}
 """Half precision is held against the reference in fp32, so its gates leave room for rounding."""
 
 

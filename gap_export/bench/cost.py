@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from gap_export.bench.record import Cost, Device, PhaseCost
-from gap_export.bundle import FlopTerm, Graph
+from gap_export.bundle import ACTIVATIONS, FlopTerm, Graph
 from gap_export.spec import Dim, GraphSpec
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def cache_bytes(each: Contender, batch: int) -> int:
     """Of keys and values of all layers."""
     manifest = each.bundle.manifest
     elements = 2 * manifest.model.kv_heads * manifest.model.head_dim * manifest.cache_slots * batch
-    return elements * {"fp32": 4, "fp16": 2, "bf16": 2}[manifest.precision]
+    return elements * {"fp32": 4, "fp16": 2, "bf16": 2}[ACTIVATIONS[manifest.precision]]
 
 
 def _product(term: FlopTerm, dims: Mapping[str, int]) -> int:

@@ -28,6 +28,8 @@ DTYPES: dict[Precision, tuple[torch.dtype, DType]] = {
     "fp32": (torch.float32, "float32"),
     "fp16": (torch.float16, "float16"),
     "bf16": (torch.bfloat16, "bfloat16"),
+    "int8": (torch.float32, "float32"),
+    "int4": (torch.float32, "float32"),
 }
 
 BATCH = "batch"

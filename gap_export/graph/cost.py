@@ -71,7 +71,7 @@ def _attention(node: ir.Node) -> list[int | str] | None:
     return [4, *query, key[2]]
 
 
-_COUNTS = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Attention": _attention}
+_COUNTS = {"MatMul": _matmul, "MatMulInteger": _matmul, "Gemm": _gemm, "Conv": _conv, "Attention": _attention}
 
 
 def _extents(value: ir.Value | None) -> list[int | str] | None:

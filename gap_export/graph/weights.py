@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.artifact import place_file
-from gap_export.bundle import Precision
+from gap_export.bundle import Activations
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, EnvironmentLacks, TraceError
 from gap_export.graph.trace import is_hollow
 from gap_export.weight_files import Derived, WeightLocation
 
-_STORED: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _NUMPY = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -45,14 +45,14 @@ class WeightStore:
 
     Attributes:
         checkpoint: where they come from.
-        precision: element type they must have.
+        precision: element type they must have, those excepted that are quantised.
         folder: the bundle being built.
         self_contained: copy instead of linking.
         written_bytes: bytes newly written so far (links cost none).
     """
 
     checkpoint: Checkpoint
-    precision: Precision
+    precision: Activations
     folder: Path
     self_contained: bool = False
     written_bytes: int = 0
@@ -82,6 +82,19 @@ class WeightStore:
             length=location.length,
             dtype=_IR[location.dtype],
             shape=ir.Shape(location.shape),
+            name=name,
+            base_dir=str(self.folder),
+        )
+
+    def stand_in(self, key: str, name: str) -> ir.ExternalTensor:
+        """Shape and type of a weight, and no bytes."""
+        shape = self.checkpoint.weights[key].shape
+        return ir.ExternalTensor(
+            location="quantized",
+            offset=0,
+            length=0,
+            dtype=_IR[_STORED[self.precision]],
+            shape=ir.Shape(shape),
             name=name,
             base_dir=str(self.folder),
         )
@@ -157,6 +170,23 @@ class WeightStore:
             write(changed.tobytes())
 
 
+class WeightReader:
+    """Rows of one weight in float32, whatever it is stored as or computed from; nothing is held.
+
+    Args:
+        checkpoint: where it lies.
+        key: of the weight.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, key: str) -> None:
+        self._weight = checkpoint.weights[key]
+        self._stored = [_mapped(each) for each in _stored_sources(self._weight)]
+
+    def rows(self, rows: slice) -> NDArray[np.float32]:
+        """Some of them."""
+        return _rows_of(self._weight, self._stored, rows)
+
+
 def _is_stored_as(weight: WeightLocation | Derived, wanted: str) -> bool:
     return isinstance(weight, WeightLocation) and weight.dtype == wanted
 
@@ -189,13 +219,20 @@ def parameters_of(model: ir.Model) -> list[str]:
     return [name for name, value in model.graph.initializers.items() if is_hollow(value.const_value)]
 
 
-def attach_weights(model: ir.Model, store: WeightStore, weight_key: Callable[[str], str]) -> None:
+def attach_weights(
+    model: ir.Model,
+    store: WeightStore,
+    weight_key: Callable[[str], str],
+    *,
+    stand_ins: Collection[str] = (),
+) -> None:
     """Replace every fake initializer by a reference into the bundle's weight files.
 
     Args:
         model: a traced graph; changed in place.
         store: prepared for the keys of this graph.
         weight_key: parameter name -> checkpoint key.
+        stand_ins: parameters that are about to be quantised, and get a tensor that nobody may read.
 
     Raises:
         CheckpointError: a weight whose shape is not what the config says.
@@ -203,7 +240,7 @@ def attach_weights(model: ir.Model, store: WeightStore, weight_key: Callable[[st
     for name in parameters_of(model):
         value = model.graph.initializers[name]
         key = weight_key(name)
-        tensor = store.tensor(key, name)
+        tensor = store.stand_in(key, name) if name in stand_ins else store.tensor(key, name)
         if value.shape is None or list(value.shape) != list(tensor.shape):
             raise CheckpointError(
                 f"{key} has shape {list(tensor.shape)} where config.json implies {value.shape}",

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from gap_export.bundle import Bundle
+from gap_export.bundle import ACTIVATIONS, Bundle
 from gap_export.errors import SessionError
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.pictures import PixelInputs
@@ -66,7 +66,7 @@ class OnnxRuntimeSession:
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         manifest = bundle.manifest
-        if manifest.precision not in ("fp32", "fp16"):
+        if ACTIVATIONS[manifest.precision] not in ("fp32", "fp16"):
             raise SessionError(
                 f"{manifest.precision} graphs have no CPU kernels in ONNX Runtime",
                 subject=str(bundle.folder),
@@ -190,6 +190,8 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         path = self._bundle.graph_path(name)
         try:
             return ort.InferenceSession(

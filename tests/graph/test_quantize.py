@@ -1,0 +1,192 @@
+"""Whole numbers for weights: rounding against an exact one, packing against onnx, graphs against NumPy, gates that hold."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
+
+from gap_export.bundle import Bundle
+from gap_export.errors import RecipeError
+from gap_export.graph.quantize import BLOCK, FILE, int4_rows, int8_rows, packed_pairs
+from gap_export.pipeline import build, open_torch
+from gap_export.plan import plan_for
+from gap_export.recipe import Recipe
+from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.ground import open_session
+from gap_export.runtime.pictures import of_one_size
+
+PROMPT = [1, 5, 6, 4, 7, 8, 9]
+weights = arrays(np.float32, (4, 2 * BLOCK), elements=st.floats(-8, 8, width=32))
+
+
+@given(weights)
+def test_int8_is_nearest(rows: Any) -> None:
+    numbers, scales = int8_rows(rows)
+    assert np.abs(numbers).max() <= 127
+    assert (np.abs(numbers * scales[:, None] - rows) <= scales[:, None] * 0.5001 + 1e-30).all()
+
+
+@given(weights)
+def test_int4_is_nearest_but_for_what_is_cut_off(rows: Any) -> None:
+    numbers, scales = int4_rows(rows)
+    assert numbers.min() >= -8
+    assert numbers.max() <= 7
+    blocks, steps = rows.reshape(4, 2, BLOCK), scales[..., None]
+    restored = numbers.reshape(4, 2, BLOCK) * steps
+    cut = np.clip(blocks / steps, -8, 7) * steps  # opposite to the extreme there is one step less
+    assert (np.abs(restored - cut) <= np.abs(steps) * 0.5001 + 1e-6).all()
+    extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], 2)
+    kept = np.take_along_axis(restored, np.abs(blocks).argmax(axis=2)[..., None], 2)
+    np.testing.assert_allclose(kept, extremes, rtol=1e-6, atol=1e-30)
+
+
+def test_pairs_lie_as_onnx_has_them() -> None:
+    numbers = np.random.default_rng(0).integers(-8, 8, (6, 4)).astype(np.int8)
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=(4, 6))
+    tensor.raw_data = packed_pairs(numbers).T.tobytes()
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor).astype(np.int8), numbers.T)
+
+
+@pytest.fixture(scope="module")
+def low(tiny_bundle: Callable[..., Bundle]) -> Callable[[str], Bundle]:
+    return lambda precision: tiny_bundle(precision=precision)
+
+
+def answered(bundle: Bundle, session: Any, **options: Any) -> Generation:
+    ids = np.array([PROMPT, [*PROMPT[:-2], -1, -1]], np.int64)
+    pixels = np.random.default_rng(1).standard_normal((2, 3, 36, 36), np.float32)
+    return generate(
+        session, of_one_size(pixels, 36), ids, max_new_tokens=5, eos_token_ids=(), keep_logits=True, **options
+    )
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_it_computes_nearly_the_same(low: Callable[[str], Bundle], precision: str) -> None:
+    """A tiny model with sharp random attention forgives little: its prompt's logits still point the same way."""
+    bundle = low(precision)
+    mine = answered(bundle, open_session(bundle, "onnxruntime", threads=1))
+    theirs = answered(bundle, open_torch(bundle))
+    a, b = mine.logits[0].ravel(), theirs.logits[0].ravel()
+    assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > (0.97 if precision == "int8" else 0.85)
+    assert mine.placement.position_ids.dtype == np.int64
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_restored_weights_give_the_graphs_own_logits(
+    low: Callable[[str], Bundle], precision: str, tiny_checkpoint: Path
+) -> None:
+    """What is in the file, multiplied out by NumPy, is nearest to the checkpoint's weights."""
+    stored = {
+        name: value.const_value.numpy()
+        for name, value in ir.load(low(precision).graph_path("decoder")).graph.initializers.items()
+        if value.const_value is not None and name.endswith((".int8", ".int4", ".scale"))
+    }
+    checkpoint = load_file(tiny_checkpoint / "model.safetensors")
+    found = [name for name in stored if name.endswith((".int8", ".int4"))]
+    assert len(found) == 2 * 7 + 1, "two layers of seven, and the head"
+    for name in found:
+        parameter, _, scheme = name.rpartition(".")
+        numbers = stored[name].astype(np.float32)
+        scales = stored[f"{parameter}.scale"]
+        restored = numbers * (scales if scheme == "int8" else np.repeat(scales, BLOCK, axis=0))
+        inner = parameter.removeprefix("language_model.").removeprefix("layers.")
+        (weight,) = (
+            w.T for key, w in checkpoint.items() if "language_model" in key and key.endswith(f".{inner}")
+        )
+        error = np.abs(restored - weight).mean() / np.abs(weight).mean()
+        assert error < (0.01 if scheme == "int8" else 0.12)
+        assert scheme == ("int8" if precision == "int8" or parameter.endswith("lm_head.weight") else "int4")
+
+
+def test_only_standard_operators_and_no_float_weights_left(low: Callable[[str], Bundle]) -> None:
+    int8, int4 = (low(precision).manifest.graphs for precision in ("int8", "int4"))
+    assert int8["decoder"].operators["MatMulInteger"] == 15
+    assert int8["vision"].operators["MatMulInteger"] > 10
+    assert "MatMulInteger" not in int4["vision"].operators
+    assert int4["decoder"].operators["DequantizeLinear"] == 14
+    for name in ("int8", "int4"):
+        for graph in ("decoder", "vision", "splice", "embed"):
+            model = onnx.load(low(name).graph_path(graph), load_external_data=False)
+            assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+
+
+def test_what_one_layer_reads_is_quantised_once(low: Callable[[str], Bundle]) -> None:
+    """Three projections share one DynamicQuantizeLinear."""
+    operators = low("int8").manifest.graphs["decoder"].operators
+    assert operators["DynamicQuantizeLinear"] == 2 * 4 + 1
+
+
+def test_the_decoder_reads_fewer_bytes(
+    low: Callable[[str], Bundle], tiny_bundle: Callable[..., Bundle]
+) -> None:
+    whole, int8, int4 = (
+        bundle.manifest.graphs["decoder"].weight_bytes for bundle in (tiny_bundle(), low("int8"), low("int4"))
+    )
+    assert int4 < int8 < 0.4 * whole
+    flops = [
+        sum(term.factor for term in b.manifest.graphs["decoder"].flops)
+        for b in (tiny_bundle(), low("int8"), low("int4"))
+    ]
+    assert flops[0] == flops[1] == flops[2]
+
+
+def test_the_file_is_a_safetensors_file(low: Callable[[str], Bundle]) -> None:
+    from safetensors import safe_open
+
+    path = low("int4").folder / FILE
+    with safe_open(path, "np") as stored:
+        names = list(stored.keys())
+        assert stored.get_tensor(next(name for name in names if name.endswith(".int8"))).dtype == np.int8
+    assert sum(name.endswith(".scale") for name in names) == len(names) / 2
+    assert low("int4").manifest.files[FILE].bytes == path.stat().st_size
+
+
+def test_gapped_ids_still_count(low: Callable[[str], Bundle]) -> None:
+    """The same bundle with ids shifted by one after the picture answers otherwise."""
+    bundle = low("int8")
+    session = open_session(bundle, "onnxruntime", threads=1)
+
+    def shifted(placement: Any, visual: Any) -> Any:
+        from dataclasses import replace
+
+        ids = placement.position_ids.copy()
+        ids[:, 3:12] = np.arange(3, 12)
+        return replace(placement, position_ids=ids)
+
+    right, wrong = answered(bundle, session), answered(bundle, session, adjust=shifted)
+    assert np.abs(right.logits[0] - wrong.logits[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_no_engines(tiny_options: dict[str, Any], tiny_bundle: Callable[..., Bundle], precision: str) -> None:
+    recipe = Recipe.model_validate(
+        {**tiny_options, "precision": precision, "targets": ["onnx", "tensorrt-rtx"]}
+    )
+    with pytest.raises(RecipeError, match="runs in ONNX Runtime, not in tensorrt-rtx"):
+        plan_for(recipe, tiny_bundle().manifest.model)
+
+
+def test_half_precision_checkpoints_are_read_as_they_are(
+    tiny_options: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_checkpoint, folder)
+    file = folder / "model.safetensors"
+    save_file({k: v.astype(np.float16) for k, v in load_file(file).items()}, file, {"format": "pt"})
+    recipe = Recipe.model_validate({**tiny_options, "checkpoint": str(folder), "precision": "int8"})
+    built = build(recipe, tmp_path / "out")
+    assert (built.bundle.folder / "weights-fp32.safetensors").is_file()
+    assert built.written_bytes > (built.bundle.folder / FILE).stat().st_size
+    assert answered(built.bundle, open_session(built.bundle, "onnxruntime", threads=1)).finite
