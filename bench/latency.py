@@ -9,6 +9,7 @@ at a quarter of the visual tokens, and nothing pruned. The last line printed is 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -36,7 +37,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
     parser.add_argument("--label", default="", help="words stored with the record")
     parser.add_argument(
-        "--smoke", action="store_true", help="40 requests, nothing stored, no target: does it run?"
+        "--smoke",
+        action="store_true",
+        help="40 requests, nothing stored, no target: does it run, and what has moved?",
     )
     options = parser.parse_args()
     requests = 40 if options.smoke else options.requests
@@ -81,6 +84,8 @@ def main() -> int:
         f"{'within' if free else 'OUTSIDE'} 1 ± {TOLERANCE:g}"
     )
     console.print(f"keep 0.25 / keep 1.0: {pruning.ratio:.3f} ({pruning.low:.3f} to {pruning.high:.3f})")
+    for words in moved(json.loads((record.RESULTS / "latency.json").read_text())["ratios"], measured.ratios):
+        console.print(words, highlight=False)
     return record.finish(
         "latency",
         {"threads": options.threads, **measured.model_dump(mode="json")},
@@ -88,6 +93,20 @@ def main() -> int:
         ok=free or options.smoke,
         store=not options.smoke,
     )
+
+
+def moved(before: list[dict[str, Any]], now: Any) -> list[str]:
+    """Ratios whose interval holds the last record's no more, in words; those of few requests move by chance."""
+    last = {(each["numerator"], each["denominator"], each["quantity"]): each["ratio"] for each in before}
+    lines = []
+    for each in now:
+        then = last.get((each.numerator, each.denominator, each.quantity))
+        if then is not None and not each.low <= then <= each.high:
+            lines.append(
+                f"moved: {each.numerator} / {each.denominator}, {each.quantity}: {then:.3f} -> {each.ratio:.3f} "
+                f"({each.low:.3f} to {each.high:.3f})"
+            )
+    return lines or ["no ratio has moved since the last record"]
 
 
 def build(folder: Path, changes: dict[str, Any]) -> None:

@@ -54,6 +54,7 @@ class Contender:
         input_ids_BT: [B, T] int64, one placeholder per row.
         text_ids_BL: [B, L] int64, for pruners that look at the expression.
         keep_counts: what every call of the vision graph is told, where it is.
+        keep: fraction that was asked for; the bundle's own when left out.
     """
 
     name: str
@@ -63,6 +64,13 @@ class Contender:
     input_ids_BT: Ids
     text_ids_BL: Ids | None = None
     keep_counts: Sequence[int | None] | None = None
+    keep: float | None = None
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens of the longest picture as they enter the decoder."""
+        told = [count for count in self.keep_counts or () if count is not None]
+        return max(told, default=self.bundle.manifest.pruning.kept)
 
 
 def contender(
@@ -102,7 +110,7 @@ def contender(
             load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
         )
     counts = keep_counts(manifest.pruning, manifest.model, pictures, keep)
-    return Contender(name, bundle, session, pictures, prompts.input_ids, text_ids, counts)
+    return Contender(name, bundle, session, pictures, prompts.input_ids, text_ids, counts, keep)
 
 
 def measure(
@@ -257,7 +265,7 @@ def _columns(readings: list[float]) -> tuple[float, ...]:
 def _prompt_slots(each: Contender) -> int:
     """Text tokens and visual tokens of the longest row as it enters the decoder; the placeholder itself takes no slot."""
     images = each.bundle.manifest.prompt.images
-    return int(each.input_ids_BT.shape[1]) - images + images * each.bundle.manifest.pruning.kept
+    return int(each.input_ids_BT.shape[1]) - images + images * each.kept
 
 
 def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, device: Device | None) -> Row:
@@ -274,8 +282,8 @@ def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, devi
         precision=manifest.precision,
         positions=pruning.positions,
         pruner=pruning.pruner,
-        keep=pruning.keep,
-        kept=pruning.left,
+        keep=pruning.keep if each.keep is None else each.keep,
+        kept=pruning.left if each.keep is None else each.kept,
         visual_tokens=model.visual_tokens,
         batch=batch,
         prompt_slots=_prompt_slots(each),
