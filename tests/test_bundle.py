@@ -48,7 +48,7 @@ def test_paths_of_a_bundle(tiny_bundle: Callable[..., Bundle]) -> None:
         (lambda m: m.update(colour="red"), "colour"),
         (lambda m: m["pruning"].update(positions="packed"), "pruning.positions"),
         (lambda m: m["preprocessing"].update(std=[0, 0, 0]), "preprocessing.square.std"),
-        (lambda m: m.update(precision="int4"), "precision"),
+        (lambda m: m.update(precision="int2"), "precision"),
         (lambda m: m.update(files=None), "files"),
     ],
 )
