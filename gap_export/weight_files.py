@@ -32,6 +32,7 @@ BYTES_PER_ELEMENT = {
     "BOOL": 1,
 }
 _LARGEST_HEADER = 100 * 2**20
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,43 @@ class Derived:
     def file(self) -> Path:
         """The file of its first source, for messages."""
         return self.sources[0].file
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor that is to be written into a safetensors file.
+
+    Attributes:
+        name: its key.
+        dtype: safetensors' name of the element type.
+        shape: extents.
+        length: in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    length: int
+
+
+def lay_out(parts: Sequence[Part]) -> tuple[bytes, dict[str, int], int]:
+    """Where tensors come to lie in a safetensors file of their own, each at a multiple of 64 bytes.
+
+    Returns:
+        (what the file begins with, name -> offset in the file, bytes of the file).
+    """
+    header: dict[str, object] = {}
+    starts: dict[str, int] = {}
+    end = 0
+    for part in parts:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + part.length
+        starts[part.name] = start
+        header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + end
 
 
 def read_header(file: Path) -> dict[str, WeightLocation]:

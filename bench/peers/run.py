@@ -28,6 +28,8 @@ sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
 from standin import LLAVA_135M, ensure_checkpoint  # noqa: E402
 
+from gap_export.bench.measure import ratio  # noqa: E402
+
 PEERS: dict[str, list[str]] = {
     "gap@0.25": ["ours.py", "0.25", "gap", "fp32"],
     "shifted@0.25": ["ours.py", "0.25", "shifted", "fp32"],
@@ -148,10 +150,8 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _ratio(one: list[dict[str, Any]], other: list[dict[str, Any]], quantity: str) -> list[float]:
     """[ratio of medians, low, high]: 95 % of resampled rounds, drawn in pairs."""
     first, second = (np.array([row[quantity] for row in rows]) for rows in (one, other))
-    draws = np.random.default_rng(0).integers(0, len(first), (2000, len(first)))
-    resampled = np.median(first[draws], axis=1) / np.median(second[draws], axis=1)
-    ratio = float(np.median(first) / np.median(second))
-    return [round(value, 4) for value in (ratio, *map(float, np.percentile(resampled, (2.5, 97.5))))]
+    found = ratio("one", "other", quantity, first, second)
+    return [found.ratio, found.low, found.high]
 
 
 def _print(rows: dict[str, Any], ratios: dict[str, Any]) -> None:

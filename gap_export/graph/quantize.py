@@ -14,8 +14,7 @@ Shape letters: N columns of the product (rows of the stored weight), K its inner
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.errors import EnvironmentLacks, TraceError
 from gap_export.graph.weights import WeightReader
 from gap_export.spec import Component
+from gap_export.weight_files import Part, lay_out
 
 Scheme = Literal["int8", "int4"]
 
@@ -39,7 +39,6 @@ FILE = "weights-quantized.safetensors"
 
 _DECODERS = ("decoder", "prefill", "decode")
 _HEAD = "lm_head.weight"
-_ALIGNMENT = 64
 _STEP_ELEMENTS = 4 * 2**20
 
 
@@ -104,39 +103,21 @@ class QuantizedStore:
         """
         if not wanted:
             return
-        header: dict[str, object] = {}
-        end = 0
-
-        def part(name: str, dtype: ir.DataType, stored: str, shape: tuple[int, ...], length: int) -> _Place:
-            nonlocal end
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = start + length
-            extents = list(shape) if stored != "U8" else [length]
-            header[name] = {"dtype": stored, "shape": extents, "data_offsets": [start, end]}
-            return _Place(dtype, shape, start, length)
-
-        for key, scheme in wanted.items():
-            columns, inner = self.checkpoint.weights[key].shape
-            if scheme == "int8":
-                data = part(f"{key}.int8", ir.DataType.INT8, "I8", (inner, columns), inner * columns)
-                scale = part(f"{key}.scale", ir.DataType.FLOAT, "F32", (columns,), 4 * columns)
-            else:
-                blocks = inner // BLOCK
-                data = part(f"{key}.int4", ir.DataType.INT4, "U8", (inner, columns), inner * columns // 2)
-                scale = part(
-                    f"{key}.scale", ir.DataType.FLOAT, "F32", (blocks, columns), 4 * blocks * columns
-                )
-            self._places[key, scheme] = data, scale
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-        base, path = 8 + len(text), self.folder / FILE
+        parts = [part for key, scheme in wanted.items() for part in self._parts(key, scheme)]
+        head, offsets, size = lay_out(parts)
+        path = self.folder / FILE
         try:
             with path.open("wb") as out:
-                out.write(struct.pack("<Q", len(text)) + text)
-                out.truncate(base + end)
-            for (key, scheme), (data, scale) in self._places.items():
-                moved = [_Place(p.dtype, p.shape, base + p.offset, p.length) for p in (data, scale)]
-                self._places[key, scheme] = moved[0], moved[1]
+                out.write(head)
+                out.truncate(size)
+            for key, scheme in wanted.items():
+                data, scale = self._parts(key, scheme)
+                columns, inner = self.checkpoint.weights[key].shape
+                number = ir.DataType.INT8 if scheme == "int8" else ir.DataType.INT4
+                self._places[key, scheme] = (
+                    _Place(number, (inner, columns), offsets[data.name], data.length),
+                    _Place(ir.DataType.FLOAT, scale.shape, offsets[scale.name], scale.length),
+                )
                 self._write(path, key, scheme)
         except OSError as error:
             raise EnvironmentLacks(
@@ -144,7 +125,17 @@ class QuantizedStore:
                 subject=str(path),
                 hint="free disk space and build again",
             ) from error
-        self.written_bytes = base + end
+        self.written_bytes = size
+
+    def _parts(self, key: str, scheme: Scheme) -> tuple[Part, Part]:
+        """(numbers, scales) of a weight, as they are stored."""
+        columns, inner = self.checkpoint.weights[key].shape
+        scale = (columns,) if scheme == "int8" else (inner // BLOCK, columns)
+        scales = Part(f"{key}.scale", "F32", scale, 4 * math.prod(scale))
+        if scheme == "int8":
+            return Part(f"{key}.int8", "I8", (inner, columns), inner * columns), scales
+        packed = inner * columns // 2  # safetensors knows no four bits
+        return Part(f"{key}.int4", "U8", (packed,), packed), scales
 
     def tensors(self, key: str, scheme: Scheme) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
         """(numbers, scales) of a weight."""

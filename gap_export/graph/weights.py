@@ -8,8 +8,6 @@ weights that a family computes from stored ones (`checkpoint.Derived`).
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ from gap_export.bundle import Activations
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, EnvironmentLacks, TraceError
 from gap_export.graph.trace import is_hollow
-from gap_export.weight_files import Derived, WeightLocation
+from gap_export.weight_files import Derived, Part, WeightLocation, lay_out
 
 _STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _NUMPY = {
@@ -35,7 +33,6 @@ _NUMPY = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _IR = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-_ALIGNMENT = 64
 _CHUNK_ELEMENTS = 4 * 2**20
 
 
@@ -111,8 +108,7 @@ class WeightStore:
 
     def _write_converted(self, path: Path, keys: list[str], wanted: str) -> dict[str, WeightLocation]:
         width = _NUMPY[wanted].itemsize
-        header: dict[str, object] = {}
-        end = 0
+        parts = []
         for key in keys:
             source = self.checkpoint.weights[key]
             foreign = [each.dtype for each in _stored_sources(source) if each.dtype not in _NUMPY]
@@ -122,25 +118,18 @@ class WeightStore:
                     subject=str(source.file),
                     hint="use a checkpoint in fp32, fp16 or bf16",
                 )
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = start + int(np.prod(source.shape, dtype=np.int64)) * width
-            header[key] = {"dtype": wanted, "shape": list(source.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-        base = 8 + len(text)
+            elements = int(np.prod(source.shape, dtype=np.int64))
+            parts.append(Part(key, wanted, source.shape, elements * width))
+        head, offsets, _ = lay_out(parts)
         converted: dict[str, WeightLocation] = {}
         try:
             with path.open("wb") as out:
-                out.write(struct.pack("<Q", len(text)) + text)
-                for key in keys:
-                    entry = header[key]
-                    assert isinstance(entry, dict)
-                    start, end = entry["data_offsets"]
-                    out.seek(base + start)
-                    self._stream(key, out.write, wanted)
-                    converted[key] = WeightLocation(
-                        path, wanted, self.checkpoint.weights[key].shape, base + start, end - start
-                    )
+                out.write(head)
+                for part in parts:
+                    offset = offsets[part.name]
+                    out.seek(offset)
+                    self._stream(part.name, out.write, wanted)
+                    converted[part.name] = WeightLocation(path, wanted, part.shape, offset, part.length)
                 self.written_bytes += out.tell()
         except OSError as error:
             raise EnvironmentLacks(

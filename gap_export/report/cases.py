@@ -15,6 +15,7 @@ from gap_export.errors import GapExportError
 from gap_export.evaluation.compare import Disagreement
 from gap_export.evaluation.pictures import Source
 from gap_export.grounding.draw import TINY, patch_edges
+from gap_export.grounding.metrics import box_overlaps
 from gap_export.report.runs import Answer, Subject
 from gap_export.runtime.native_resolution import resized
 
@@ -132,8 +133,6 @@ def random_cases(subject: Subject, album: Album, count: int) -> list[Case]:
 
 
 def _case(subject: Subject, album: Album, identity: str) -> Case:
-    from gap_export.grounding.metrics import box_overlaps
-
     first, judged = subject.first.answers[identity], subject.judged.answers[identity]
     picture = album.picture(judged)
     between = None if len(subject.runs) == 1 else float(box_overlaps([first.box], [judged.box])[0])
