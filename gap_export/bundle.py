@@ -6,6 +6,7 @@ transformers is needed to read it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from gap_export.artifact import FileRecord, verify, write_atomically
 from gap_export.errors import BundleError
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.spec import GraphSpec
+from gap_export.spec import Dim, GraphSpec
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+SLOT_STEP = 16
+"""Caches are laid out in steps of so many slots, so that requests of similar length share a layout."""
+_SLOT_AXIS = 2
 
 Positive = Annotated[float, Field(gt=0)]
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
@@ -399,7 +403,7 @@ class Manifest(Stored):
     model: ModelFacts
     pruning: Pruning
     capacity: int
-    """Slots of the static cache: the longest prompt plus answer, in tokens that enter the decoder. Later stages need fewer
+    """Most slots of the cache: the longest prompt plus answer, in tokens that enter the decoder. Later stages need fewer
     (`Stage.capacity`)."""
     max_new_tokens: int
     preprocessing: AnyPreprocessing
@@ -420,10 +424,35 @@ class Manifest(Stored):
         return tuple(stage.capacity for stage in self.pruning.stages) or (self.capacity,)
 
     @property
-    def cache_slots(self) -> int:
-        """Cache slots of all layers together."""
-        staged = sum(stage.capacity * stage.layers for stage in self.pruning.stages)
-        return staged or self.capacity * self.model.layers
+    def capacity_dims(self) -> tuple[str, ...]:
+        """Names of the dimensions that are the cache slots of every stage; empty where the cache is static."""
+        decoder = self.graphs["decode" if self.pruning.stages else "decoder"].spec
+        pasts = set(decoder.aliased.values())
+        slots = [tensor.shape[_SLOT_AXIS] for tensor in decoder.inputs if tensor.name in pasts]
+        return tuple(dict.fromkeys(dim.name for dim in slots if isinstance(dim, Dim)))
+
+    def slots_for(self, needed: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Cache slots of every stage that a runtime lays out for a request: attention runs over all of them, filled or not.
+
+        Args:
+            needed: of every stage; None for all there are.
+
+        Returns:
+            What is needed, in steps of `SLOT_STEP`; where the cache is static, its capacity.
+        """
+        if needed is None or not self.capacity_dims:
+            return self.capacities
+        in_steps = (-(-slots // SLOT_STEP) * SLOT_STEP for slots in needed)
+        return tuple(min(slots, most) for slots, most in zip(in_steps, self.capacities, strict=True))
+
+    def cache_slots(self, capacities: Sequence[int]) -> int:
+        """Cache slots of all layers together.
+
+        Args:
+            capacities: of every stage.
+        """
+        layers = [stage.layers for stage in self.pruning.stages] or [self.model.layers]
+        return sum(slots * count for slots, count in zip(capacities, layers, strict=True))
 
 
 class Bundle:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle import Counting, ModelFacts, Precision, Stage, TextTower, TokenRange
+from gap_export.bundle import SLOT_STEP, Counting, ModelFacts, Precision, Stage, TextTower, TokenRange
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import stages
 from gap_export.prune.stages import Cut
 from gap_export.recipe import Recipe
 from gap_export.spec import Dim
-
-_CAPACITY_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Plan:
         merged_id: for strategies that merge.
         text_tower: for strategies that look at the expression; None for all others.
         capacity: cache slots C; of stage 0, where there are stages.
+        static_cache: whether the cache always has all of them, and not as many as a request needs.
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
         stages: of strategies that drop tokens inside the decoder.
@@ -53,6 +52,7 @@ class Plan:
     merged_id: MergedId
     text_tower: TextTower | None
     capacity: int
+    static_cache: bool
     max_text: int
     max_batch: int
     stages: tuple[Stage, ...] = ()
@@ -60,10 +60,20 @@ class Plan:
     shares: tuple[float, float] | None = None
     images: int = 1
 
-    def layer_capacities(self, layers: int) -> tuple[int, ...]:
+    def layer_capacities(self, layers: int) -> tuple[int | Dim, ...]:
         """Cache slots of every layer."""
-        staged = tuple(stage.capacity for stage in self.stages for _ in stage.run)
-        return staged or (self.capacity,) * layers
+        if not self.stages:
+            return (self._slots("capacity", self.capacity),) * layers
+        return tuple(
+            self._slots(f"capacity_{number}", stage.capacity)
+            for number, stage in enumerate(self.stages)
+            for _ in stage.run
+        )
+
+    def _slots(self, name: str, capacity: int) -> int | Dim:
+        return (
+            capacity if self.static_cache else Dim(name=name, minimum=1, optimum=capacity, maximum=capacity)
+        )
 
     @property
     def count_is_given(self) -> bool:
@@ -160,6 +170,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         merged_id=recipe.merged_id,
         text_tower=text_tower,
         capacity=capacity,
+        static_cache=recipe.capacity is not None or any(target != "onnx" for target in recipe.targets),
         max_text=recipe.max_text,
         max_batch=recipe.max_batch,
         stages=_stages(cuts, facts, capacity),
@@ -272,7 +283,7 @@ def _stages(cuts: tuple[Cut, ...], facts: ModelFacts, capacity: int) -> tuple[St
 
 
 def _in_steps(slots: int) -> int:
-    return -(-slots // _CAPACITY_STEP) * _CAPACITY_STEP
+    return -(-slots // SLOT_STEP) * SLOT_STEP
 
 
 def _refuse_engines(recipe: Recipe) -> None:

@@ -108,7 +108,8 @@ class Recipe(BaseModel):
         max_new_tokens: longest answer.
         max_text: longest prompt in text tokens, the placeholder counted as one.
         max_batch: most pictures per call.
-        capacity: cache slots; by default just enough for the longest prompt after pruning plus the longest answer.
+        capacity: makes the cache static, with so many slots; by default it has as many as a request needs, and where engines are built
+            (which want a static one) just enough for the longest prompt after pruning plus the longest answer.
         prompt: grounding prompt with `{expression}` and the image placeholder.
         images: pictures in one prompt, which then has as many placeholders; boxes are those of the last one.
         fit: how pictures become squares.

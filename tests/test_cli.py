@@ -559,8 +559,8 @@ def test_a_decoder_that_drops_tokens_answers_and_is_timed(
     assert timed.code == 0, timed.err
     (row,) = json.loads(timed.out)["rows"]
     manifest = open_bundle(folder).manifest
-    assert (row["kept"], row["capacity"]) == (9, manifest.capacity)
-    assert row["cache_bytes"] == 2 * 2 * 16 * manifest.cache_slots * 4
+    assert (row["kept"], row["capacity"]) == (9, manifest.slots_for([row["prompt_slots"] + 2])[0])
+    assert row["cache_bytes"] == 2 * 2 * 16 * manifest.cache_slots([row["capacity"]]) * 4
 
 
 def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(

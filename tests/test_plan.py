@@ -43,6 +43,17 @@ def test_capacity_holds_the_longest_prompt_its_answer_and_one_more(keep: float, 
         plan_for(recipe_with(keep=keep, max_text=text, max_new_tokens=new, capacity=needed - 1), FACTS)
 
 
+def test_a_cache_is_static_for_engines_and_where_it_is_said() -> None:
+    varying = plan_for(recipe_with(keep=0.25), FACTS)
+    (slots,) = set(varying.layer_capacities(3))
+    assert isinstance(slots, Dim)
+    assert slots.maximum == varying.capacity
+    said = plan_for(recipe_with(keep=0.25, capacity=640), FACTS)
+    assert said.layer_capacities(3) == (640,) * 3
+    engines = plan_for(recipe_with(keep=0.25, targets=("onnx", "tensorrt-rtx")), FACTS)
+    assert engines.layer_capacities(3) == (engines.capacity,) * 3
+
+
 def test_positions_are_those_of_the_unpruned_prompt() -> None:
     """Pruning saves slots, not positions: what the model was trained for limits the prompt before pruning."""
     fits = recipe_with(keep=0.01, max_text=1473, max_new_tokens=1)
@@ -121,13 +132,16 @@ def test_stages_of_a_decoder_that_drops_tokens(capacity: int | None) -> None:
     spare = [stage.capacity - least for stage, least in zip(plan.stages, needed, strict=True)]
     assert min(spare) == spare[0] >= 0
     assert plan.stages[0].capacity == plan.capacity == (capacity or 624)
-    assert plan.layer_capacities(32) == tuple(stage.capacity for stage in plan.stages for _ in range(8))
+    slots = [dim if isinstance(dim, int) else dim.maximum for dim in plan.layer_capacities(32)]
+    assert slots == [stage.capacity for stage in plan.stages for _ in range(8)]
+    names = {dim.name for dim in plan.layer_capacities(32) if isinstance(dim, Dim)}
+    assert names == (set() if capacity else {f"capacity_{number}" for number in range(len(plan.stages))})
 
 
 def test_strategies_before_the_decoder_have_no_stages() -> None:
     plan = plan_for(recipe_with(), DEEP)
     assert plan.stages == ()
-    assert plan.layer_capacities(32) == (plan.capacity,) * 32
+    assert len(set(plan.layer_capacities(32))) == 1
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,10 @@ def main() -> None:
         def answer() -> tuple[float, list[float], list[int]]:
             began = now()
             spliced = session.splice(each.input_ids_BT, encode(session, each.pictures))
-            turn, logits = spliced.placement, session.prefill(spliced.embeds, spliced.placement).logits
+            turn, logits = (
+                spliced.placement,
+                session.prefill(spliced.embeds, spliced.placement, room=int(new_tokens)).logits,
+            )
             tokens, readings = [int(logits.argmax())], [now()]
             for _ in range(int(new_tokens) - 1):
                 turn = advance(turn)

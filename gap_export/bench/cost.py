@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,12 +48,13 @@ def measure_device(threads: int = 0) -> Device:
     )
 
 
-def cost_of(each: Contender, prompt_slots: int, device: Device) -> Cost:
+def cost_of(each: Contender, prompt_slots: int, capacities: Sequence[int], device: Device) -> Cost:
     """What one request of a contender costs.
 
     Args:
         each: with its request.
         prompt_slots: length of the longest prompt in the decoder.
+        capacities: cache slots of every stage.
         device: measured.
     """
     manifest = each.bundle.manifest
@@ -65,21 +66,23 @@ def cost_of(each: Contender, prompt_slots: int, device: Device) -> Cost:
         )
         for call in calls
     ]
+    cached = cache_bytes(each, batch, capacities)
+    slots = dict(zip(manifest.capacity_dims, capacities, strict=False))
     prompt, token = ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")
-    per_slot = cache_bytes(each, batch) / max(manifest.capacity, 1)
+    per_slot = cached / max(capacities[0], 1)
     return Cost(
         vision=_phase(_sum(vision), len(calls) * graphs["vision"].weight_bytes, device),
         prefill=_phase(
-            flops(graphs[prompt], {"batch": batch, "sequence": prompt_slots}),
+            flops(graphs[prompt], {"batch": batch, "sequence": prompt_slots, **slots}),
             graphs[prompt].weight_bytes + round(per_slot * prompt_slots),
             device,
         ),
         decode=_phase(
-            flops(graphs[token], {"batch": batch, "sequence": 1}),
-            graphs[token].weight_bytes + cache_bytes(each, batch),
+            flops(graphs[token], {"batch": batch, "sequence": 1, **slots}),
+            graphs[token].weight_bytes + cached,
             device,
         ),
-        cache_bytes=cache_bytes(each, batch),
+        cache_bytes=cached,
     )
 
 
@@ -106,10 +109,12 @@ def dims_of(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def cache_bytes(each: Contender, batch: int) -> int:
+def cache_bytes(each: Contender, batch: int, capacities: Sequence[int]) -> int:
     """Of keys and values of all layers."""
     manifest = each.bundle.manifest
-    elements = 2 * manifest.model.kv_heads * manifest.model.head_dim * manifest.cache_slots * batch
+    elements = (
+        2 * manifest.model.kv_heads * manifest.model.head_dim * manifest.cache_slots(capacities) * batch
+    )
     return elements * {"fp32": 4, "fp16": 2, "bf16": 2}[ACTIVATIONS[manifest.precision]]
 
 

@@ -199,7 +199,7 @@ def time_request(each: Contender, new_tokens: int, clock: Clock = time.perf_coun
     readings.append(clock())
     spliced = session.splice(each.input_ids_BT, visual)
     readings.append(clock())
-    logits = session.prefill(spliced.embeds, spliced.placement).logits
+    logits = session.prefill(spliced.embeds, spliced.placement, room=new_tokens).logits
     readings.append(clock())
     turn = spliced.placement
     for _ in range(new_tokens - 1):
@@ -268,11 +268,19 @@ def _prompt_slots(each: Contender) -> int:
     return int(each.input_ids_BT.shape[1]) - images + images * each.kept
 
 
+def _capacities(each: Contender, new_tokens: int) -> tuple[int, ...]:
+    """Cache slots of every stage that the session lays out for the request."""
+    manifest, most = each.bundle.manifest, _prompt_slots(each) + new_tokens
+    stages = manifest.pruning.stages
+    return manifest.slots_for([most - (stages[0].kept - stage.kept) for stage in stages] or [most])
+
+
 def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, device: Device | None) -> Row:
     manifest = each.bundle.manifest
     model, pruning = manifest.model, manifest.pruning
     batch = len(each.input_ids_BT)
-    cost = None if device is None else cost_of(each, _prompt_slots(each), device)
+    capacities = _capacities(each, new_tokens)
+    cost = None if device is None else cost_of(each, _prompt_slots(each), capacities, device)
     spans: dict[str, Any] = {
         quantity: percentiles(samples_RQ[:, column]) for column, quantity in enumerate(QUANTITIES)
     }
@@ -287,8 +295,8 @@ def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, devi
         visual_tokens=model.visual_tokens,
         batch=batch,
         prompt_slots=_prompt_slots(each),
-        capacity=manifest.capacity,
-        cache_bytes=cache_bytes(each, batch),
+        capacity=capacities[0],
+        cache_bytes=cache_bytes(each, batch, capacities),
         new_tokens=new_tokens,
         **spans,
         cost=cost,

@@ -128,7 +128,12 @@ def build(
     checkpoint: Annotated[
         str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")
     ] = None,
-    capacity: Annotated[int | None, typer.Option(help="Cache slots; by default just enough.")] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            help="Make the cache static, with so many slots; by default as many as a request needs."
+        ),
+    ] = None,
     max_pixels: Annotated[
         int | None,
         typer.Option(

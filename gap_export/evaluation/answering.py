@@ -118,7 +118,8 @@ class Answerer:
             return found
         pictures = self._grounder.pictures(images)
         counts = keep_counts(self._manifest.pruning, self._manifest.model, pictures, self._keep)
-        prefix = prefill_shared(self._session, pictures, prompts[0, :common], keep_counts=counts)
+        room = prompts.shape[1] - common + self._manifest.max_new_tokens
+        prefix = prefill_shared(self._session, pictures, prompts[0, :common], keep_counts=counts, room=room)
         kept = tuple(prefix.kept_indices.tolist())
         for first in range(0, len(expressions), self._rows):
             part = expressions[first : first + self._rows]

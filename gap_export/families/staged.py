@@ -95,7 +95,7 @@ class _StagedDecoder(nn.Module):
     ) -> Tensor:
         """The layers of one stage, from a slot on; `watch` looks at the last of them."""
         rotary = self._rotary(hidden_BSH, ids_BS)
-        mask = slot_mask(slot_B, hidden_BSH.shape[1], stage.capacity)
+        mask = slot_mask(slot_B, hidden_BSH.shape[1], cache.present[2 * stage.first_layer].shape[2])
         for number in stage.run:
             hidden_BSH = self.language_model.layers[number](
                 hidden_BSH,

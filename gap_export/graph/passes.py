@@ -11,11 +11,13 @@ from onnx_ir.passes import common
 
 from gap_export import __version__
 from gap_export.errors import TraceError
+from gap_export.graph.fuse import fuse
+from gap_export.graph.rows import select_rows_early
 from gap_export.spec import GraphSpec
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold constants, drop dead and duplicate nodes; in place.
+    """Fold constants, fuse what has an operator of its own, drop rows and nodes that nobody reads; in place.
 
     Weights are external and stay so: folding the `Transpose` of one would write a second copy of it into the model.
     """
@@ -23,7 +25,12 @@ def simplify(model: ir.Model) -> None:
         common.InlinePass(),
         _fold_constants,
         _state_extents,
+        fuse,
         common.RemoveUnusedNodesPass(),
+        common.CommonSubexpressionEliminationPass(),
+        select_rows_early,
+        common.RemoveUnusedNodesPass(),
+        _fold_constants,
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.OutputFixPass(),  # where the two counters are equal (nothing pruned), both outputs stay

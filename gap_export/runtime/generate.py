@@ -102,7 +102,7 @@ def generate(
                 subject="prompt",
                 hint="shorten the expression, ask for fewer new tokens, or build with a larger --capacity",
             )
-    prefilled = session.prefill(spliced.embeds, placement)
+    prefilled = session.prefill(spliced.embeds, placement, room=max_new_tokens)
     decoded = decode(
         session,
         prefilled.logits,

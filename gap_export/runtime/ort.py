@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,19 @@ from gap_export.spec import TensorSpec
 
 _NUMPY = {"float32": np.float32, "float16": np.float16}
 
+_LAYOUTS_KEPT = 8
+"""Bound calls are small, and requests of similar length share one."""
+
 # Fusions that put rotary into attention read only the first position id (see docs/positions.md).
 _FORBIDDEN_FUSIONS = ["GroupQueryAttentionFusion"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Rows of the cache, and slots of every stage."""
+
+    rows: int
+    capacities: tuple[int, ...]
 
 
 @dataclass
@@ -84,11 +96,12 @@ class OnnxRuntimeSession:
         self._sessions = {name: self._load(name) for name in manifest.graphs}
         self._memory: dict[
             str, NDArray[Any]
-        ] = {}  # of the largest batch so far; smaller ones use its first rows
+        ] = {}  # flat, of the largest cache so far; smaller ones use its beginning
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._cache: dict[str, Any] = {}
-        self._batch = 0
+        self._layout = _Layout(0, ())
         self._decode: _DecodeBuffers | None = None
-        self._decodes: dict[int, _DecodeBuffers] = {}
+        self._decodes: dict[_Layout, _DecodeBuffers] = {}
 
     def encode(
         self,
@@ -141,10 +154,10 @@ class OnnxRuntimeSession:
         )
         return Spliced(embeds=embeds, placement=placement)
 
-    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
         """See `Session.prefill`."""
         batch = placement.position_ids.shape[-2]
-        self._use_rows(batch)
+        self._lay_out(_Layout(batch, self._bundle.manifest.slots_for(self._slots_needed(placement, room))))
         logits = np.empty((batch, self._model.vocabulary), np.float32)
         kept = {
             tensor.name: np.empty((batch, *tensor.extents("maximum")[1:]), np.int64)
@@ -159,9 +172,10 @@ class OnnxRuntimeSession:
 
     def fork(self, rows: int) -> None:
         """See `Session.fork`."""
-        self._use_rows(rows)
-        for array in self._memory.values():
-            array[1:rows] = array[0]
+        self._lay_out(_Layout(rows, self._layout.capacities))
+        for name, array in self._memory.items():
+            cache = array[: math.prod(self._shapes[name])].reshape(self._shapes[name])
+            cache[1:] = cache[0]
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.extend`."""
@@ -176,7 +190,8 @@ class OnnxRuntimeSession:
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`; the array returned is overwritten by the next call."""
         if self._decode is None:
-            self._decode = self._decodes[self._batch] = self._bind_decode(self._batch)
+            self._decode = self._bind_decode(self._layout.rows)
+            self._decodes[self._layout] = self._decode
         decode = self._decode
         decode.token_ids[:, 0] = token_ids_B
         numbers = placement.decoder_inputs()
@@ -224,27 +239,56 @@ class OnnxRuntimeSession:
                 hint="the inputs do not fit the shapes in the manifest; see `gap-export inspect`",
             ) from error
 
-    def _use_rows(self, batch: int) -> None:
-        """Make the cache one of so many rows; what lies in the first of them stays."""
-        if batch == self._batch:
-            return
-        if any(len(array) < batch for array in self._memory.values()) or not self._memory:
-            self._memory = self._allocated(batch)
-            self._decodes.clear()
-        self._cache = {name: _ort_value(array[:batch]) for name, array in self._memory.items()}
-        self._batch = batch
-        self._decode = self._decodes.get(batch)
+    def _slots_needed(self, placement: Placement, room: int | None) -> list[int] | None:
+        """Of every stage: what the prompt writes, padding included, or where its tokens end, and the room after that."""
+        if room is None:
+            return None
+        length, stages = placement.position_ids.shape[-1], self._bundle.manifest.pruning.stages
+        written = [length - (stages[0].kept - stage.kept) for stage in stages] or [length]
+        return [
+            max(int(slots.max()), own) + room
+            for slots, own in zip(placement.slots_of_stages, written, strict=True)
+        ]
 
-    def _allocated(self, batch: int) -> dict[str, NDArray[Any]]:
-        spec = self._bundle.manifest.graphs[self._token_graph].spec
+    def _lay_out(self, layout: _Layout) -> None:
+        """Give the cache so many rows of so many slots; with as many slots as before, what lies in the first row stays."""
+        if layout == self._layout:
+            return
+        self._shapes = self._shapes_of(layout)
+        if not self._memory or any(
+            math.prod(shape) > self._memory[name].size for name, shape in self._shapes.items()
+        ):
+            self._memory = self._allocated()
+            self._decodes.clear()
+        if len(self._decodes) > _LAYOUTS_KEPT:
+            self._decodes.clear()
+        self._cache = {
+            name: _ort_value(self._memory[name][: math.prod(shape)].reshape(shape))
+            for name, shape in self._shapes.items()
+        }
+        self._layout = layout
+        self._decode = self._decodes.get(layout)
+
+    def _shapes_of(self, layout: _Layout) -> dict[str, tuple[int, ...]]:
+        """Of every past."""
+        manifest = self._bundle.manifest
+        spec = manifest.graphs[self._token_graph].spec
         cached = set(spec.aliased.values())
-        memory = {
-            tensor.name: np.zeros((batch, *tensor.extents("maximum")[1:]), self._dtype)
+        extents = {"batch": layout.rows, **dict(zip(manifest.capacity_dims, layout.capacities, strict=False))}
+        return {
+            tensor.name: tuple(dim if isinstance(dim, int) else extents[dim.name] for dim in tensor.shape)
             for tensor in spec.inputs
             if tensor.name in cached
         }
+
+    def _allocated(self) -> dict[str, NDArray[Any]]:
+        """Zeros, because what lies in slots not yet written is multiplied with zero, and must be a number."""
+        memory = {
+            name: np.zeros(max(math.prod(shape), self._memory[name].size if self._memory else 0), self._dtype)
+            for name, shape in self._shapes.items()
+        }
         for name, array in self._memory.items():
-            memory[name][:1] = array[:1]
+            memory[name][: array.size] = array
         return memory
 
     def _decoder_binding(

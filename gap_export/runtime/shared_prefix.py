@@ -62,6 +62,7 @@ def prefill_shared(
     prefix_ids_T: Ids,
     *,
     keep_counts: Sequence[int | None] | None = None,
+    room: int | None = None,
 ) -> SharedPrefix:
     """Encode the picture and put the common beginning into the session's cache.
 
@@ -70,10 +71,11 @@ def prefill_shared(
         pictures: of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
         keep_counts: see `generate.encode`.
+        room: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
     """
     visual = encode(session, pictures, keep_counts=keep_counts)
     spliced = session.splice(prefix_ids_T[None], visual)
-    session.prefill(spliced.embeds, spliced.placement)
+    session.prefill(spliced.embeds, spliced.placement, room=room)
     kept = visual.kept_indices[0]
     kept = kept[kept >= 0]
     if visual.kept_counts is not None and visual.kept_counts.ndim == 2:

@@ -227,7 +227,7 @@ class TorchSession:
         return self._model.grid[0] * self._model.grid[1]
 
     @torch.inference_mode()
-    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
         """See `Session.prefill`."""
         by_length: dict[int, list[int]] = {}
         for row, embeds_SH in enumerate(embeds):

@@ -71,7 +71,7 @@ class StagedTorchSession(TorchSession):
             )
 
     @torch.inference_mode()
-    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
         """See `Session.prefill`; `kept_indices` and `margins` are filled in."""
         assert placement.image_start is not None
         self._rows, logits = [], []

@@ -376,7 +376,7 @@ class TensorRTSession:
         placement = placement_from_splice({name: splice.download(name) for name in counters})
         return Spliced(embeds=embeds, placement=placement)
 
-    def prefill(self, embeds: Buffer, placement: Placement) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
         """See `Session.prefill`.
 
         Raises:

@@ -31,13 +31,13 @@ def asked(tiny_bundle: Callable[..., Bundle]) -> Any:
 
 def test_phases(asked: Any) -> None:
     manifest = asked.bundle.manifest
-    card = cost_of(asked, 20, SLOW)
+    card = cost_of(asked, 20, (48,), SLOW)
     decoder, vision = manifest.graphs["decoder"], manifest.graphs["vision"]
-    assert card.prefill.flops == flops(decoder, {"batch": 2, "sequence": 20})
-    assert card.decode.flops == flops(decoder, {"batch": 2, "sequence": 1})
+    assert card.prefill.flops == flops(decoder, {"batch": 2, "sequence": 20, "capacity": 48})
+    assert card.decode.flops == flops(decoder, {"batch": 2, "sequence": 1, "capacity": 48})
     assert card.vision.flops == flops(vision, {"batch": 2})
     slot = 2 * manifest.model.kv_heads * manifest.model.head_dim * 4 * 2 * manifest.model.layers
-    assert card.cache_bytes == slot * manifest.capacity
+    assert card.cache_bytes == slot * 48
     assert card.prefill.bytes == decoder.weight_bytes + slot * 20
     assert card.decode.bytes == decoder.weight_bytes + card.cache_bytes
     assert card.first_token_flops == (card.vision.flops or 0) + (card.prefill.flops or 0)
@@ -45,7 +45,7 @@ def test_phases(asked: Any) -> None:
 
 @pytest.mark.parametrize(("peak", "bandwidth", "by_operations"), [(1e6, 1e12, True), (1e15, 1e3, False)])
 def test_the_lower_roof_decides(asked: Any, peak: float, bandwidth: float, by_operations: bool) -> None:
-    card = cost_of(asked, 20, Device(flops_per_second=peak, bytes_per_second=bandwidth, threads=1))
+    card = cost_of(asked, 20, (48,), Device(flops_per_second=peak, bytes_per_second=bandwidth, threads=1))
     expected = (card.decode.flops or 0) / peak if by_operations else card.decode.bytes / bandwidth
     assert card.decode.roofline_ms == pytest.approx(1e3 * expected)
 
@@ -54,7 +54,7 @@ def test_older_bundles_do_not_tell(asked: Any) -> None:
     manifest = asked.bundle.manifest
     graphs = {name: graph.model_copy(update={"flops": ()}) for name, graph in manifest.graphs.items()}
     bundle = Bundle(asked.bundle.folder, manifest.model_copy(update={"graphs": graphs}))
-    card = cost_of(replace(asked, bundle=bundle), 20, SLOW)
+    card = cost_of(replace(asked, bundle=bundle), 20, (48,), SLOW)
     assert card.first_token_flops is None
     assert card.first_token_ms is None
     assert card.decode.roofline_ms is None
@@ -104,7 +104,12 @@ def test_pictures_are_all_encoded(tiny_bundle: Callable[..., Bundle]) -> None:
     """The card counts every call of the vision graph."""
     bundle = tiny_bundle()
     one, two = (
-        cost_of(contender("t", bundle, open_session(bundle, "onnxruntime", threads=1), batch=batch), 20, SLOW)
+        cost_of(
+            contender("t", bundle, open_session(bundle, "onnxruntime", threads=1), batch=batch),
+            20,
+            (48,),
+            SLOW,
+        )
         for batch in (1, 2)
     )
     assert two.vision.flops == 2 * (one.vision.flops or 0)

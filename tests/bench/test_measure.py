@@ -68,7 +68,7 @@ class FakeSession:
         ids = np.tile(np.arange(LENGTH), (batch, 1))
         return Spliced(None, Placement(ids, slots * 0, slots - 1, np.full(batch, NEXT_POSITION), slots))
 
-    def prefill(self, embeds: Any, placement: Placement) -> Any:
+    def prefill(self, embeds: Any, placement: Placement, *, room: int | None = None) -> Any:
         self.clock.now += self.prefill_s * self.factor
         return Prefilled(self._logits(len(placement.position_ids), 0))
 
@@ -91,7 +91,9 @@ def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> 
         prompt=SimpleNamespace(images=1),
         precision="fp16",
         capacity=session.capacity,
-        cache_slots=2 * session.capacity,
+        capacity_dims=(),
+        slots_for=lambda needed: (session.capacity,),
+        cache_slots=lambda capacities: 2 * capacities[0],
         model=ModelFacts(
             hidden_size=32,
             layers=2,

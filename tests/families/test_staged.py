@@ -181,7 +181,7 @@ def test_a_later_stage_has_no_fewer_slots_to_spare(pruner: str, deep_bundle: Dee
     spare = [stage.capacity - stage.kept for stage in manifest.pruning.stages]
     assert min(spare) == spare[0]
     assert manifest.capacities[0] == manifest.capacity == max(manifest.capacities)
-    assert manifest.cache_slots == sum(
+    assert manifest.cache_slots(manifest.capacities) == sum(
         tensor.extents("maximum")[2]
         for tensor in manifest.graphs["decode"].spec.inputs
         if tensor.name.endswith(".key")
@@ -290,7 +290,7 @@ def test_tensorrt_builds_both_graphs_in_half_precision(
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
     from gap_export.engine.build import engine_from_graph
 
-    bundle = deep_bundle(pruner=pruner, precision="fp16")
+    bundle = deep_bundle(pruner=pruner, precision="fp16", capacity=80)
     for name in ("prefill", "decode"):
         spec = bundle.manifest.graphs[name].spec
         engine = engine_from_graph(

@@ -25,9 +25,9 @@ def evaluated(graph: Graph, **dims: int) -> int:
 def test_the_decoder(
     tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path, batch: int, sequence: int
 ) -> None:
-    """Every product of a Llama layer, attention over the whole cache, and the head for one token."""
-    bundle = tiny_bundle()
-    model, capacity = bundle.manifest.model, bundle.manifest.capacity
+    """Every product of a Llama layer, attention over the whole cache; of the last layer keys and values, and one token of the rest."""
+    bundle, capacity = tiny_bundle(), 48
+    model = bundle.manifest.model
     config = LlamaConfig(
         **LlavaForConditionalGeneration.config_class.from_pretrained(tiny_checkpoint).text_config.to_dict()
     )
@@ -35,12 +35,18 @@ def test_the_decoder(
     grouped = model.kv_heads * model.head_dim
     per_token = 2 * (2 * width * width + 2 * width * grouped + 3 * width * inner)
     attention = 4 * model.attention_heads * model.head_dim * capacity
-    expected = batch * (sequence * model.layers * (per_token + attention) + 2 * width * model.vocabulary)
-    assert evaluated(bundle.manifest.graphs["decoder"], batch=batch, sequence=sequence) == expected
+    keys_and_values = 2 * 2 * width * grouped
+    last = sequence * keys_and_values + per_token - keys_and_values + attention
+    expected = sequence * (model.layers - 1) * (per_token + attention) + last + 2 * width * model.vocabulary
+    dims = {"batch": batch, "sequence": sequence, "capacity": capacity}
+    assert evaluated(bundle.manifest.graphs["decoder"], **dims) == batch * expected
 
 
 def test_the_tower(tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path) -> None:
-    """PyTorch counts what its own model does; ours skips what no layer above the feature layer needs, and adds a projector."""
+    """PyTorch counts what its own model does; ours skips what no layer above the feature layer needs, and adds a projector.
+
+    Of the feature layer itself, only keys and values are computed for patches that are dropped.
+    """
     whole = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="eager").eval()
     tower: CLIPVisionModel = whole.model.vision_tower
     layers = tower.vision_model.encoder.layers if hasattr(tower, "vision_model") else tower.encoder.layers
@@ -57,7 +63,9 @@ def test_the_tower(tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path) ->
     projector = counter.get_total_flops()
     assert removed == 1
     graph = tiny_bundle(pruner="spatial").manifest.graphs["vision"]
-    assert evaluated(graph, batch=1) == everything - last + projector
+    (kept, slots), width, inner = (9, 37), tower.config.hidden_size, tower.config.intermediate_size
+    dropped = (slots - kept) * (2 * (2 * width * width + 2 * width * inner) + 4 * slots * width)
+    assert evaluated(graph, batch=1) == everything - last + projector - dropped
     attending = tiny_bundle().manifest.graphs["vision"]
     extra = evaluated(attending, batch=1) - evaluated(graph, batch=1)
     assert 0 < extra < 0.05 * everything, "one row of attention, once more"

@@ -196,7 +196,6 @@ def test_stale_cache_contents_cannot_leak(
     right = forced(session, pixels, ragged_ids)[1]
 
     def spoil(session: Any) -> None:
-        session._use_rows(4)
         for array in session._memory.values():
             array[:] = garbage
 

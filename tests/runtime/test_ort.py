@@ -129,6 +129,57 @@ def test_bound_arrays_outlive_the_call_that_made_them(
     del rubbish
 
 
+# A cache no longer than the request needs
+
+
+def slots_of(session: OnnxRuntimeSession) -> set[int]:
+    return {buffer.shape()[2] for buffer in session._cache.values()}
+
+
+def test_the_cache_is_as_long_as_prompt_and_answer_need_in_steps(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    shortest, longest = ragged_ids[[3], :3], ragged_ids[[0]]
+    for ids, new in ((shortest, 2), (longest, 5)):
+        slots = int(answer(session, pixels[[0]], ids, new).placement.next_slot.max())
+        (laid_out,) = slots_of(session)
+        assert slots + new <= laid_out < slots + new + 16
+        assert laid_out % 16 == 0
+
+
+def test_the_length_of_the_cache_changes_no_number(
+    tiny_bundle: BuildBundle, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    varying = OnnxRuntimeSession(tiny_bundle(), threads=1)
+    static = OnnxRuntimeSession(tiny_bundle(capacity=128), threads=1)
+    ours, theirs = answer(varying, pixels, ragged_ids), answer(static, pixels, ragged_ids)
+    assert slots_of(static) == {128}
+    assert max(slots_of(varying)) < 128
+    assert ours.tokens == theirs.tokens
+    for mine, reference in zip(ours.logits, theirs.logits, strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-5)
+
+
+def test_requests_of_any_length_in_any_order_leave_nothing_behind(
+    tiny_bundle: BuildBundle, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    """A short request uses the beginning of the memory of a long one, in another layout."""
+    used = OnnxRuntimeSession(tiny_bundle(), threads=1)
+    requests = [([0], 5), ([3], 2), ([1, 2], 3), ([3], 2), ([0, 1, 2, 3], 5), ([2], 4)]
+    for rows, new in requests:
+        length = int((ragged_ids[rows] >= 0).sum(axis=1).max())
+        asked = (pixels[rows], ragged_ids[rows][:, :length], new)
+        assert same(answer(used, *asked), answer(OnnxRuntimeSession(tiny_bundle(), threads=1), *asked))
+
+
+def test_without_a_word_about_what_follows_there_is_room_for_all(
+    session: OnnxRuntimeSession, pixels: NDArray[np.float32], ragged_ids: Ids
+) -> None:
+    spliced = session.splice(ragged_ids, session.encode({"pixel_values": pixels}))
+    session.prefill(spliced.embeds, spliced.placement)
+    assert slots_of(session) == set(session.capacities)
+
+
 # Prompts do not see each other
 
 

@@ -434,7 +434,7 @@ def test_a_bundle_without_engines(tmp_path: Path, write_small_bundle: Any) -> No
 @pytest.fixture
 def staged(deep_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """(session on the stand-in, its device, what the engines were asked to do, the bundle)."""
-    plain = deep_bundle(pruner="pyramiddrop", positions=PositionPolicy.GAP)
+    plain = deep_bundle(pruner="pyramiddrop", positions=PositionPolicy.GAP, capacity=80)
     engines = {
         name: Engine(
             file=graph.file,

@@ -320,11 +320,13 @@ def test_a_past_that_others_read_cannot_share_its_buffer(parts: SimpleNamespace)
     assert "read by other operators" in report.errors[0].sentence
 
 
-def test_the_capacity_must_be_static(parts: SimpleNamespace) -> None:
-    report = lint(parts, own=True, past="float[B,1,P,16]", present="float[B,1,P,16]")
-    assert {f.sentence for f in report.errors} == {
-        "its sequence length is not static, which TensorRT requires"
-    }
+def test_a_cache_that_varies_is_a_warning_for_others_and_ours_where_no_engine_is_built(
+    parts: SimpleNamespace,
+) -> None:
+    varying = {"past": "float[B,1,P,16]", "present": "float[B,1,P,16]"}
+    found = {f.sentence for f in lint(parts, **varying).findings if f.severity == "warning"}
+    assert "its sequence length is not static, which TensorRT requires" in found
+    assert lint(parts, own=True, **varying).errors == ()
 
 
 def test_a_growing_cache_is_a_warning_for_others_and_an_error_for_us(parts: SimpleNamespace) -> None:
