@@ -27,7 +27,7 @@ def build(checkpoint: str, folder: str, keep: float, positions: str, precision: 
     recipe = load_recipe("llava").replaced(
         checkpoint=checkpoint, precision=precision, max_new_tokens=256, **pruned
     )
-    built = pipeline.build(recipe, Path(folder))
+    built = pipeline.build(recipe, Path(folder), replace=True)
     return {
         "export_s": now() - began,
         "export_peak_rss_bytes": peak_rss_bytes(),

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -24,12 +28,16 @@ from rich.progress import track
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import environment  # noqa: E402
+import ours  # noqa: E402
 import record  # noqa: E402
 from standin import LLAVA_135M, ensure_checkpoint  # noqa: E402
 
 from gap_export.bench.measure import ratio  # noqa: E402
 
+BUNDLE = "BUNDLE"
+"""Stands for an unpruned bundle of ours: the tower of peers that export none."""
 PEERS: dict[str, list[str]] = {
     "gap@0.25": ["ours.py", "0.25", "gap", "fp32"],
     "shifted@0.25": ["ours.py", "0.25", "shifted", "fp32"],
@@ -37,10 +45,26 @@ PEERS: dict[str, list[str]] = {
     "transformers eager": ["transformers_peer.py", "eager"],
     "transformers sdpa": ["transformers_peer.py", "sdpa"],
     "transformers compile": ["transformers_peer.py", "compile"],
+    "transformers exporter": ["exported_decoder_peer.py", "transformers", BUNDLE],
+    "mobius": ["exported_decoder_peer.py", "mobius", BUNDLE],
+    "openvino": ["openvino_peer.py", "fp32"],
 }
 """Name -> script and its own arguments."""
+BY_CHOICE: dict[str, list[str]] = {
+    "ours int8@1.0": ["ours.py", "1.0", "gap", "int8"],
+    "ours int8@0.25": ["ours.py", "0.25", "gap", "int8"],
+    "openvino default": ["openvino_peer.py", "default"],
+}
+"""Not in fp32: run when they are named."""
+ELSEWHERE = ("mobius", "openvino", "openvino default")
+"""In the environment that environment.py makes."""
+OURS = ("gap@0.25", "shifted@0.25", "ours@1.0", "ours int8@1.0", "ours int8@0.25")
 BASE = "ours@1.0"
 """What others are compared with at an equal number of tokens."""
+
+
+said_last: dict[str, deque[str]] = {}
+"""Name of a peer -> the last lines of its standard error."""
 
 
 @dataclass
@@ -61,7 +85,9 @@ class Peer:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", default=",".join(PEERS), help="names, separated by commas")
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help=f"names, separated by commas; also {', '.join(BY_CHOICE)}"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
@@ -69,10 +95,17 @@ def main() -> int:
     parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
     console = Console(stderr=True)
+    names = options.peers.split(",")
+    _require(names, options.scratch)
     checkpoint, _ = ensure_checkpoint(options.scratch / "llava-135m", LLAVA_135M)
     peers = []
     try:
-        for name in options.peers.split(","):
+        if any(BUNDLE in (PEERS | BY_CHOICE)[name] for name in names):
+            console.print("building an unpruned bundle")
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
+                whole = str(options.scratch / "whole")
+                builder.submit(ours.build, str(checkpoint), whole, 1.0, "gap", "fp32").result()
+        for name in names:
             console.print(f"starting {name}")
             peers.append(_started(name, checkpoint, options))
         order, samples = np.random.default_rng(0), {peer.name: [] for peer in peers}
@@ -93,7 +126,7 @@ def main() -> int:
         }
         for one in rows
         for other in rows
-        if one != other and (one.startswith("transformers") or other in (BASE, "shifted@0.25"))
+        if one != other and other in OURS and (one not in OURS or other in (BASE, "shifted@0.25"))
     }
     _print(rows, ratios)
     tokens = {name: samples[name][0]["tokens"] for name in rows}
@@ -109,18 +142,29 @@ def main() -> int:
 
 
 def _started(name: str, checkpoint: Path, options: argparse.Namespace) -> Peer:
-    script, *arguments = PEERS[name]
+    script, *arguments = (PEERS | BY_CHOICE)[name]
+    arguments = [str(options.scratch / "whole") if each == BUNDLE else each for each in arguments]
     command = [
-        sys.executable,
+        str(environment.python_of(options.scratch)) if name in ELSEWHERE else sys.executable,
         str(HERE / script),
         str(checkpoint),
         str(options.threads),
         str(options.new_tokens),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    surroundings = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [*command, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=surroundings,
     )
+    # Exporters talk a lot; what they said last is kept for the case that they end.
+    said: deque[str] = deque(maxlen=12)
+    assert process.stderr is not None
+    Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
+    said_last[name] = said
     facts = _line_of(process, name)
     facts.pop("ready")
     return Peer(name, process, facts)
@@ -132,7 +176,20 @@ def _line_of(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
         if line.startswith("{"):
             found: dict[str, Any] = json.loads(line)
             return found
-    raise SystemExit(f"{name} ended with exit code {process.wait()}; its own words are above")
+    code = process.wait()
+    raise SystemExit(f"{name} ended with exit code {code}:\n{''.join(said_last[name])}")
+
+
+def _require(names: list[str], scratch: Path) -> None:
+    unknown = [name for name in names if name not in PEERS | BY_CHOICE]
+    if unknown:
+        raise SystemExit(f"{', '.join(unknown)}: no such peer; there are {', '.join(PEERS | BY_CHOICE)}")
+    missing = [name for name in names if name in ELSEWHERE]
+    if missing and not environment.python_of(scratch).exists():
+        raise SystemExit(
+            f"{', '.join(missing)} need an environment of their own: run `python bench/peers/environment.py`, "
+            "or name others with --peers"
+        )
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -155,7 +212,7 @@ def _ratio(one: list[dict[str, Any]], other: list[dict[str, Any]], quantity: str
 
 
 def _print(rows: dict[str, Any], ratios: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(width=120)
     table = Table("peer", "TTFT ms (p90)", "TPOT ms (p90)", "peak MB", "export s", "export MB", "written MB")
     for name, row in rows.items():
         spans = [f"{row[q]['p50']:.1f} ({row[q]['p90']:.1f})" for q in ("ttft_ms", "tpot_ms")]

@@ -1,8 +1,10 @@
 """The cost card: operations and bytes of every phase, and the time that this machine needs for them at the very least.
 
 The roofline (Williams, Waterman, Patterson 2009): no phase is faster than its operations at the machine's peak, nor than its bytes at the
-machine's bandwidth. Both are measured on the spot, by a large matrix product and a large copy, with as many threads as are measured
-with; what is written in a data sheet is not what a container gets.
+machine's bandwidth. Both are measured on the spot, with as many threads as are measured with: the peak by
+a large matrix product, the bandwidth by a large copy and by the product of a large matrix with a vector, whichever is faster (decoding reads and
+writes next to nothing, and one core does not use all of a memory's bandwidth). What is written in a data sheet is not what a container
+gets.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _SIDE = 2048
 _COPY_BYTES = 2**28
+_COLUMNS = 8192
 _REPEATS = 5
 
 
@@ -38,12 +41,18 @@ def measure_device(threads: int = 0) -> Device:
     source = np.ones(_COPY_BYTES // 8)
     target = np.empty_like(source)
     product = np.empty_like(one)
+    rows = _COPY_BYTES // 4 // _COLUMNS
+    matrix, vector = np.ones((rows, _COLUMNS), np.float32, order="F"), np.ones(_COLUMNS, np.float32)
+    read = np.empty(rows, np.float32)
     with threadpool_limits(threads or None):
         multiplied = _best(lambda: np.matmul(one, other, out=product))
+        seen = _best(lambda: np.matmul(matrix, vector, out=read))
     copied = _best(lambda: np.copyto(target, source))
     return Device(
         flops_per_second=2 * _SIDE**3 / multiplied,
-        bytes_per_second=2 * _COPY_BYTES / copied,  # read once and written once
+        bytes_per_second=max(
+            2 * _COPY_BYTES / copied, _COPY_BYTES / seen
+        ),  # a copy is read once and written once
         threads=threads,
     )
 

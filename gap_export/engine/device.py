@@ -1,4 +1,4 @@
-"""The few CUDA runtime calls a session needs: memory, copies, one stream.
+"""The few CUDA runtime calls a session needs: memory, copies, one stream, and work on it that is captured once and launched again.
 
 Polygraphy finds and loads the CUDA runtime library (on Windows, in wheels, in toolkits). The calls themselves go straight
 to it, because Polygraphy's own wrappers print to the terminal and report a bare status number. `polygraphy.cuda` imports
@@ -8,6 +8,7 @@ neither TensorRT, so it does not matter which of the two is installed.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from gap_export.errors import EnvironmentLacks, SessionError
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
+_ONE_THREAD = (
+    1  # cudaStreamCaptureModeThreadLocal: calls of other threads are no part of a capture, nor in its way
+)
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor and ...Minor
 _OUT_OF_MEMORY = 2
 _GPU_HINT = "run it on a machine with an NVIDIA GPU and a current driver, or use the onnx target"
@@ -94,6 +98,38 @@ class Device:
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Copy from one place on the device to another."""
         self._copy(to, source, nbytes, _DEVICE_TO_DEVICE)
+
+    def capture(self, work: Callable[[], None]) -> int:
+        """Record what `work` puts on the stream as a CUDA graph. It is not executed; `launch` does that.
+
+        Returns:
+            A handle for `launch` and `forget`. It reads and writes the addresses that it was captured with.
+
+        Raises:
+            SessionError: something in it cannot be captured.
+        """
+        runtime, stream = self._runtime, ctypes.c_void_p(self.stream)
+        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+        status = runtime.cudaStreamBeginCapture(stream, ctypes.c_int(_ONE_THREAD))
+        self._check(status, "starting to capture")
+        try:
+            work()
+        finally:  # a stream that is left capturing executes nothing any more
+            status = runtime.cudaStreamEndCapture(stream, ctypes.byref(graph))
+        self._check(status, "capturing")
+        status = runtime.cudaGraphInstantiateWithFlags(ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+        runtime.cudaGraphDestroy(graph)
+        self._check(status, "preparing what was captured")
+        return int(ready.value or 0)
+
+    def launch(self, captured: int) -> None:
+        """Execute what was captured, on the stream."""
+        status = self._runtime.cudaGraphLaunch(ctypes.c_void_p(captured), ctypes.c_void_p(self.stream))
+        self._check(status, "launching what was captured")
+
+    def forget(self, captured: int) -> None:
+        """Give a captured graph back."""
+        self._runtime.cudaGraphExecDestroy(ctypes.c_void_p(captured))
 
     def close(self) -> None:
         """Give the stream back."""

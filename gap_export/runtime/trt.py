@@ -79,6 +79,10 @@ class _Pool:
         self._idle.clear()
 
 
+_TOKENS = "decoder, one token"
+"""A second context of the decoder, where single tokens have their own."""
+
+
 class DeviceTensor:
     """A tensor on the GPU. `np.asarray` copies it to the host, as float32 where it is a float.
 
@@ -121,6 +125,7 @@ class _LoadedGraph:
         library: that opened it.
         device: that it runs on.
         cache_of: a graph whose cache this one goes on writing.
+        captures: whether calls of one shape become a CUDA graph: the first is executed as it is, the second captured.
     """
 
     def __init__(
@@ -130,6 +135,8 @@ class _LoadedGraph:
         library: Library,
         device: Device,
         cache_of: _LoadedGraph | None = None,
+        *,
+        captures: bool = False,
     ) -> None:
         self.spec = spec
         self._library = library
@@ -146,6 +153,7 @@ class _LoadedGraph:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._travelling: Mapping[str, int] = {}
         self._addresses_set = False
+        self._captures, self._captured, self._ran_as_it_is = captures, 0, False
         self._context = self._created_context()
         plan = plan_buffers(spec, travelling=_TRAVELLING[spec.name])
         shared = {name: cache_of.address(name) for name in self._cache_extents} if cache_of else {}
@@ -198,6 +206,16 @@ class _LoadedGraph:
                     self._context.set_tensor_address(name, address), f"tensor {name}", "take its buffer"
                 )
             self._addresses_set, self._travelling = True, dict(travelling)
+            self._forget_capture()
+        if self._captures and self._ran_as_it_is:
+            # A context settles with its first call of a shape; what is captured before that would not be what runs.
+            self._captured = self._captured or self._device.capture(self._execute)
+            self._device.launch(self._captured)
+        else:
+            self._execute()
+            self._ran_as_it_is = True
+
+    def _execute(self) -> None:
         with self._library.log.collecting() as log:
             if not self._context.execute_async_v3(self._device.stream):
                 raise messages.error_from_complaints(
@@ -239,7 +257,13 @@ class _LoadedGraph:
             for row in range(1, rows):
                 self._device.copy(self._address_of[name] + row * nbytes, self._address_of[name], nbytes)
 
+    def _forget_capture(self) -> None:
+        if self._captured:
+            self._device.forget(self._captured)
+        self._captured, self._ran_as_it_is = 0, False
+
     def close(self) -> None:
+        self._forget_capture()
         for address in self._buffers.values():
             self._device.free(address)
         self._buffers.clear()
@@ -272,6 +296,7 @@ class _LoadedGraph:
                 self._context.set_input_shape(name, shape), f"input {name}", f"take the shape {list(shape)}"
             )
         self._shapes = shapes
+        self._forget_capture()
 
     def _must(self, done: Any, what: str, doing: str) -> None:
         if not done:
@@ -288,6 +313,8 @@ class TensorRTSession:
     Args:
         bundle: opened and verified.
         target: whose engines to run: `tensorrt-rtx` or `tensorrt`.
+        cuda_graphs: launch the decoder's single-token call as one CUDA graph. It then has a context of its own, since whatever
+            changes a context after a capture invalidates that; activations take as much memory again.
 
     Raises:
         SessionError: the bundle holds no engines for this target.
@@ -295,7 +322,9 @@ class TensorRTSession:
         EnvironmentLacks: the library, the CUDA runtime, a GPU, or memory on it is missing.
     """
 
-    def __init__(self, bundle: Bundle, *, target: EngineTarget = "tensorrt-rtx") -> None:
+    def __init__(
+        self, bundle: Bundle, *, target: EngineTarget = "tensorrt-rtx", cuda_graphs: bool = False
+    ) -> None:
         manifest = bundle.manifest
         engines = manifest.engines.get(target, {})
         names: tuple[GraphName, ...] = tuple(graph.spec.name for graph in manifest.graphs.values())
@@ -325,10 +354,16 @@ class TensorRTSession:
         try:
             for name in names:
                 opened = open_engine(paths[name], library)
+                spec = manifest.graphs[name].spec
                 cache_of = self._graphs["prefill"] if name == "decode" else None
                 self._graphs[name] = _LoadedGraph(
-                    manifest.graphs[name].spec, opened, library, self._device, cache_of
+                    spec, opened, library, self._device, cache_of, captures=cuda_graphs and name == "decode"
                 )
+                if name == "decoder" and cuda_graphs:
+                    self._token_graph = _TOKENS
+                    self._graphs[_TOKENS] = _LoadedGraph(
+                        spec, opened, library, self._device, self._graphs[name], captures=True
+                    )
         except BaseException:
             self.close()
             raise

@@ -6,6 +6,7 @@ executes the ONNX graph, the session's buffers, aliases, profiles and counters a
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 from dataclasses import replace
@@ -51,6 +52,9 @@ class HostDevice:
     def __init__(self) -> None:
         self.blocks: dict[int, Any] = {}
         self.allocated = 0
+        self.captures: list[Any] = []
+        self.launches: list[int] = []
+        self.living: set[int] = set()
 
     def allocate(self, nbytes: int) -> int:
         block = np.full(nbytes, 0xFF, np.uint8)
@@ -76,8 +80,22 @@ class HostDevice:
     def copy(self, to: int, source: int, nbytes: int) -> None:
         ctypes.memmove(to, source, nbytes)
 
+    def capture(self, work: Any) -> int:
+        """As a GPU does: nothing of it is executed yet."""
+        self.captures.append(work)
+        self.living.add(len(self.captures))
+        return len(self.captures)
+
+    def launch(self, captured: int) -> None:
+        assert captured in self.living
+        self.launches.append(captured)
+        self.captures[captured - 1]()
+
+    def forget(self, captured: int) -> None:
+        self.living.remove(captured)
+
     def close(self) -> None:
-        pass
+        assert not self.living
 
 
 class HostEngine:
@@ -98,7 +116,9 @@ class HostEngine:
         self.given: dict[str, tuple[int, ...]] = {}
 
     def create_execution_context(self) -> HostEngine:
-        return self
+        context = copy.copy(self)
+        context.shapes, context.addresses, context.given = {}, {}, {}
+        return context
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert stream == HostDevice.stream
@@ -223,6 +243,33 @@ class CountingEngine:
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return True
+
+
+def test_single_tokens_are_captured_once_per_shape(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, log = HostDevice(), list[tuple[Any, ...]]()
+    stand_in(monkeypatch, small, device, log)
+    session, reference = TensorRTSession(small, cuda_graphs=True), OnnxRuntimeSession(small)
+    for rows, captured in ((1, [1, 1]), (1, [1, 1, 1]), (2, [2, 2]), (1, [3, 3])):
+        device.launches.clear()
+        ours, theirs = (
+            generate(
+                each,
+                of_one_size(PIXELS[:rows], 36),
+                PROMPTS[:rows],
+                max_new_tokens=4,
+                eos_token_ids=(),
+                keep_logits=True,
+            )
+            for each in (session, reference)
+        )
+        assert device.launches == captured, "the first call of a shape is executed as it is"
+        assert ours.tokens == theirs.tokens
+        for mine, expected in zip(ours.logits, theirs.logits, strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
+    assert len(device.captures) == 3
+    session.close()
+    assert not device.living
+    assert not device.blocks
 
 
 @pytest.mark.parametrize("rows", [1, 2])
