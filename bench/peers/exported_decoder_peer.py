@@ -16,32 +16,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from request import now, peak_rss_bytes, request, serve
-
-LAYERS = 30
+from request import Request, now, peak_rss_bytes, request, serve
 
 
 def export_with_mobius(checkpoint: Path, folder: Path) -> None:
-    """The decoder alone; its command line finds no weights for a model in parts, so they are handed over here."""
-    import mobius
-    from mobius._model_package import _apply_weights_to_model
-    from safetensors.torch import load_file
+    """In fp32, with the fusions mobius has for CPUs."""
+    from mobius_export import export_decoder
 
-    package = mobius.build(str(checkpoint), load_weights=False, dtype="f32", execution_provider="cpu")
-    decoder = package["decoder"]
-    stored = {
-        key: value for file in checkpoint.glob("*.safetensors") for key, value in load_file(file).items()
-    }
-    weights = {}
-    for name, value in decoder.graph.initializers.items():
-        if value.const_value is None:
-            key = name.removeprefix("decoder.")
-            weights[name] = stored.get(key, stored.get(f"model.language_{key}"))
-            if weights[name] is None:
-                weights[name] = stored[key.replace("model.", "model.language_model.", 1)]
-            weights[name] = weights[name].float()
-    _apply_weights_to_model(decoder, weights)
-    package.save(str(folder), components=lambda name: name == "decoder", progress_bar=False)
+    export_decoder(checkpoint, folder, "f32")
 
 
 def export_with_transformers(checkpoint: Path, folder: Path) -> None:
@@ -52,9 +34,9 @@ def export_with_transformers(checkpoint: Path, folder: Path) -> None:
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    asked = request()
+    asked = request(str(checkpoint))
     sample = {
-        "input_ids": torch.from_numpy(asked.expanded_ids(576)),
+        "input_ids": torch.from_numpy(asked.expanded_ids),
         "pixel_values": torch.from_numpy(asked.pixels),
     }
     sample["attention_mask"] = torch.ones_like(sample["input_ids"])
@@ -65,13 +47,14 @@ def export_with_transformers(checkpoint: Path, folder: Path) -> None:
 class Mobius:
     """One graph for prompt and token; gives logits of every row."""
 
-    def __init__(self, folder: Path, load: Any) -> None:
+    def __init__(self, folder: Path, load: Any, asked: Request) -> None:
         self._decoder = load(folder / "model.onnx")
-        self._past = [f"{part}.{kind}" for part in range(LAYERS) for kind in ("key", "value")]
+        self._past = [f"{part}.{kind}" for part in range(asked.layers) for kind in ("key", "value")]
+        self._empty = np.zeros((1, asked.kv_heads, 0, asked.head_dim), np.float32)
 
     def prompt(self, embeds: Any, ids: Any) -> tuple[Any, list[Any]]:
         """Logits of the last row, and the cache."""
-        empty = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 3, 0, 64), np.float32))
+        empty = ort.OrtValue.ortvalue_from_numpy(self._empty)
         return self._call(embeds, ids.shape[1], [empty] * len(self._past))
 
     def token(self, embeds: Any, token: int, position: int, cache: list[Any]) -> tuple[Any, list[Any]]:
@@ -88,7 +71,7 @@ class Mobius:
 class Transformers:
     """Three graphs."""
 
-    def __init__(self, folder: Path, load: Any) -> None:
+    def __init__(self, folder: Path, load: Any, asked: Request) -> None:
         self._prompt, self._head, self._token = (
             load(folder / f"{name}.onnx") for name in ("language_model", "lm_head", "decode")
         )
@@ -141,12 +124,12 @@ def main() -> None:
             "written_bytes": sum(file.stat().st_size for file in folder.iterdir()),
         }
         began = now()
-        decoder = runner(folder, load)
+        asked = request(checkpoint)
+        decoder = runner(folder, load, asked)
         vision, splice, embed = (
             load(Path(bundle) / f"{name}.onnx") for name in ("vision", "splice", "embed")
         )
         facts["load_s"] = now() - began
-        asked = request()
         spliced = [given.name for given in splice.get_inputs()]
 
         def answer() -> tuple[float, list[float], list[int]]:

@@ -18,8 +18,6 @@ import torch
 from optimum.intel import OVModelForVisualCausalLM
 from request import now, peak_rss_bytes, request, serve
 
-VISUAL_TOKENS = 576
-
 
 @torch.inference_mode()
 def main() -> None:
@@ -44,9 +42,9 @@ def main() -> None:
         model = OVModelForVisualCausalLM.from_pretrained(folder, ov_config=settings)
         model.compile()
         load_s = now() - began
-        asked = request()
+        asked = request(checkpoint)
         pixels = torch.from_numpy(asked.pixels)
-        input_ids = torch.from_numpy(asked.expanded_ids(VISUAL_TOKENS))
+        input_ids = torch.from_numpy(asked.expanded_ids)
         length = input_ids.shape[1]
 
         def answer() -> tuple[float, list[float], list[int]]:

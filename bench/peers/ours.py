@@ -24,9 +24,12 @@ def build(checkpoint: str, folder: str, keep: float, positions: str, precision: 
     if keep == 1.0:
         pruned = {"pruner": "none", "keep": 1.0}
     began = now()
-    recipe = load_recipe("llava").replaced(
-        checkpoint=checkpoint, precision=precision, max_new_tokens=256, **pruned
+    small = Path(checkpoint).name == "llava-shapes"
+    recipe = load_recipe("shapes" if small else "llava").replaced(
+        precision=precision, max_new_tokens=256, **pruned
     )
+    if not small:
+        recipe = recipe.replaced(checkpoint=checkpoint)
     built = pipeline.build(recipe, Path(folder), replace=True)
     return {
         "export_s": now() - began,
@@ -56,7 +59,7 @@ def main() -> None:
         bundle = open_bundle(Path(folder))
         session = open_session(bundle, "onnxruntime", threads=int(threads))
         load_s = now() - began
-        asked = request()
+        asked = request(checkpoint)
         visual = bundle.manifest.model.visual_tokens
         each = Contender("ours", bundle, session, of_one_size(asked.pixels, visual), asked.input_ids[None])
 

@@ -18,7 +18,7 @@ import numpy as np
 
 TEXT_BEFORE, TEXT_AFTER = 35, 29
 """Text tokens around the picture, as many as LLaVA-1.5's grounding prompt has."""
-IMAGE_TOKEN, FIRST_ID, LAST_ID = 32000, 3, 31999
+FIRST_ID, SMALL_VOCABULARY = 3, 1000
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,54 @@ class Request:
     """One picture and one prompt, the same in every run.
 
     Attributes:
-        pixels: [1, 3, 336, 336] float32, noise.
+        pixels: [1, 3, size, size] float32, noise.
         input_ids: [T] int64 with one placeholder.
+        image_token: its id.
+        visual_tokens: N.
+        layers: of the decoder.
+        kv_heads: of the decoder.
+        head_dim: of the decoder.
     """
 
     pixels: Any
     input_ids: Any
+    image_token: int
+    visual_tokens: int
+    layers: int
+    kv_heads: int
+    head_dim: int
 
-    def expanded_ids(self, visual_tokens: int) -> Any:
+    @property
+    def expanded_ids(self) -> Any:
         """[1, T - 1 + N] int64 with the placeholder as often as there are visual tokens."""
-        before, after = self.input_ids[:TEXT_BEFORE], self.input_ids[TEXT_BEFORE + 1 :]
-        return np.r_[before, [IMAGE_TOKEN] * visual_tokens, after][None].astype(np.int64)
+        (at,) = np.flatnonzero(self.input_ids == self.image_token)
+        before, after = self.input_ids[:at], self.input_ids[at + 1 :]
+        return np.r_[before, [self.image_token] * self.visual_tokens, after][None].astype(np.int64)
 
 
-def request() -> Request:
-    """The request."""
+def request(checkpoint: str) -> Request:
+    """The request that fits a checkpoint: 65 text tokens, or 21 for the bundled model, whose prompts are shorter."""
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    vision, text, image_token = config["vision_config"], config["text_config"], config["image_token_index"]
     random = np.random.default_rng(1)
-    pixels = random.standard_normal((1, 3, 336, 336), np.float32)
-    ids = random.integers(FIRST_ID, LAST_ID, TEXT_BEFORE + 1 + TEXT_AFTER)
-    ids[TEXT_BEFORE] = IMAGE_TOKEN
-    return Request(pixels, ids)
+    pixels = random.standard_normal((1, 3, vision["image_size"], vision["image_size"]), np.float32)
+    small = text["vocab_size"] < SMALL_VOCABULARY
+    before, after = (10, 10) if small else (TEXT_BEFORE, TEXT_AFTER)
+    # Below the special tokens that were added at the end, or above those at the beginning.
+    ids = random.integers(
+        *((image_token + 1, text["vocab_size"]) if small else (FIRST_ID, image_token)), before + 1 + after
+    )
+    ids[before] = image_token
+    heads = text["num_attention_heads"]
+    return Request(
+        pixels,
+        ids,
+        image_token,
+        (vision["image_size"] // vision["patch_size"]) ** 2,
+        text["num_hidden_layers"],
+        text.get("num_key_value_heads", heads),
+        text.get("head_dim") or text["hidden_size"] // heads,
+    )
 
 
 def peak_rss_bytes() -> int:

@@ -1,6 +1,6 @@
 """gap-export beside what its users would take instead: one checkpoint, one request, one machine, in turn. See README.md.
 
-    python bench/peers/run.py [--peers NAME,...] [--rounds N] [--new-tokens N] [--threads N] [--label TEXT]
+    python bench/peers/run.py [--model 135m|shapes] [--peers NAME,...] [--rounds N] [--new-tokens N] [--threads N] [--label TEXT]
 
 Every peer is a process; round after round each answers the same request, in an order drawn anew. The last line printed is the record, also stored in
 bench/results/peers.json.
@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from standin import LLAVA_135M, ensure_checkpoint  # noqa: E402
 
 from gap_export.bench.measure import ratio  # noqa: E402
 
+SHAPES = HERE.parents[1] / "gap_export" / "assets" / "llava-shapes"
 BUNDLE = "BUNDLE"
 """Stands for an unpruned bundle of ours: the tower of peers that export none."""
 PEERS: dict[str, list[str]] = {
@@ -88,6 +90,7 @@ def main() -> int:
     parser.add_argument(
         "--peers", default=",".join(PEERS), help=f"names, separated by commas; also {', '.join(BY_CHOICE)}"
     )
+    parser.add_argument("--model", choices=("135m", "shapes"), default="135m")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
@@ -97,7 +100,10 @@ def main() -> int:
     console = Console(stderr=True)
     names = options.peers.split(",")
     _require(names, options.scratch)
-    checkpoint, _ = ensure_checkpoint(options.scratch / "llava-135m", LLAVA_135M)
+    if options.model == "shapes":
+        checkpoint = Path(shutil.copytree(SHAPES, options.scratch / SHAPES.name, dirs_exist_ok=True))
+    else:
+        checkpoint, _ = ensure_checkpoint(options.scratch / "llava-135m", LLAVA_135M)
     peers = []
     try:
         if any(BUNDLE in (PEERS | BY_CHOICE)[name] for name in names):
@@ -138,7 +144,9 @@ def main() -> int:
         "ratios": ratios,
         "same_tokens_as_ours": {name: made == tokens.get(BASE) for name, made in tokens.items()},
     }
-    return record.finish("peers", measured, label=options.label, ok=True)
+    return record.finish(
+        "peers" if options.model == "135m" else "peers_shapes", measured, label=options.label, ok=True
+    )
 
 
 def _started(name: str, checkpoint: Path, options: argparse.Namespace) -> Peer:

@@ -13,8 +13,6 @@ import transformers
 from request import now, request, serve
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 
-VISUAL_TOKENS = 576
-
 
 @torch.inference_mode()
 def main() -> None:
@@ -27,8 +25,8 @@ def main() -> None:
         checkpoint, dtype=torch.float32, attn_implementation=attention, local_files_only=True
     ).eval()
     load_s = now() - began
-    asked = request()
-    pixels, input_ids = torch.from_numpy(asked.pixels), torch.from_numpy(asked.expanded_ids(VISUAL_TOKENS))
+    asked = request(checkpoint)
+    pixels, input_ids = torch.from_numpy(asked.pixels), torch.from_numpy(asked.expanded_ids)
     length = input_ids.shape[1]
     # The prompt runs as it is; compiled are the calls with one token, whose shapes do not change.
     step = (
