@@ -39,7 +39,14 @@ from gap_export.runtime.session import Session
 SCORE_MARGIN = 1e-3
 """Relative difference to the score of the last token kept below which the choice between two tokens is a tie."""
 
-CHOICE_MARGIN: dict[Precision, float] = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "int8": 5e-2, "int4": 1e-5}
+CHOICE_MARGIN: dict[Precision, float] = {
+    "fp32": 1e-5,
+    "fp16": 5e-3,
+    "bf16": 2e-2,
+    "int8": 5e-2,
+    "int4": 1e-5,
+    "int4-fp16": 5e-3,
+}
 """The same for strategies in which no single score decides: if the reference made any of its choices by less, one that
 comes out otherwise, and everything that follows from it, is a tie. What a tower rounds differently grows with the element
 type; in half precision long chains of choices nearly always hold one such, and accuracy is the gate that decides."""

@@ -143,7 +143,7 @@ def build(
             models.append((tracer or trace.graph_from_component)(component))
         progress("placing the weights")
         store = weights.WeightStore(checkpoint, ACTIVATIONS[recipe.precision], folder, self_contained)
-        quantized = quantize.QuantizedStore(checkpoint, folder)
+        quantized = quantize.QuantizedStore(checkpoint, folder, half=ACTIVATIONS[recipe.precision] == "fp16")
         parameters = [weights.parameters_of(model) for model in models]
         schemes = [
             quantize.schemes_of(component, recipe.precision, names)

@@ -287,11 +287,11 @@ def _in_steps(slots: int) -> int:
 
 
 def _refuse_engines(recipe: Recipe) -> None:
-    """TensorRT reads no integers that are made while running, and its four bits want other activations."""
+    """TensorRT reads no integers that are made while running, and its half-precision kernels want activations to match."""
     engines = [target for target in recipe.targets if target != "onnx"]
     if engines and recipe.precision in ("int8", "int4"):
         raise RecipeError(
             f"runs in ONNX Runtime, not in {' or '.join(engines)}",
             subject=f"precision {recipe.precision}",
-            hint="build engines with --precision fp16 or bf16, or leave --target out",
+            hint="build engines with --precision fp16, bf16 or int4-fp16, or leave --target out",
         )

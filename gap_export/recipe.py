@@ -78,6 +78,7 @@ DEFAULT_GATES: dict[Precision, Gates] = {
     "bf16": _HALF,
     "int8": _INT8,
     "int4": _INT4,
+    "int4-fp16": _INT4.model_copy(update={"min_kept_sets_equal": _HALF.min_kept_sets_equal}),
 }
 """Half precision is held against the reference in fp32, so its gates leave room for rounding."""
 

@@ -65,7 +65,7 @@ def test_the_value_given_is_shown() -> None:
         recipe().replaced(keep=1.5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16"])
 def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
     assert recipe(precision=precision).demands == DEFAULT_GATES[precision]  # type: ignore[index]
     strict = recipe(precision=precision, gates={"max_logit_difference": 1e-6})
@@ -76,7 +76,7 @@ def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
 
 def test_no_default_gate_lets_everything_pass() -> None:
     """Logits of quantised weights differ wherever one looks; there, boxes, tokens and accuracy are what is demanded."""
-    for precision in ("int8", "int4"):
+    for precision in ("int8", "int4", "int4-fp16"):
         low = DEFAULT_GATES[precision]  # type: ignore[index]
         assert low.min_box_iou >= 0.9
         assert low.min_token_agreement >= 0.8

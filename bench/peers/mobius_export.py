@@ -27,7 +27,7 @@ def export_decoder(checkpoint: Path, folder: Path, dtype: str) -> None:
             key = name.removeprefix("decoder.")
             # As transformers 5 names them, and as the published checkpoint does.
             keys = (key, key.replace("model.", "model.language_model.", 1), f"language_model.{key}")
-            (found,) = (stored[each] for each in keys if each in stored)
+            found = next(stored[each] for each in keys if each in stored)
             weights[name] = found.float() if dtype == "f32" else found
     _apply_weights_to_model(decoder, weights)
     package.save(str(folder), components=lambda name: name == "decoder", progress_bar=False)

@@ -121,7 +121,7 @@ def build(
         str | None,
         typer.Option(help="Vision tower of models published without theirs (folder, .pth file or hub id)."),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8, int4 or int4-fp16.")] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")
     ] = None,

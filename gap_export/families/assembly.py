@@ -30,6 +30,7 @@ DTYPES: dict[Precision, tuple[torch.dtype, DType]] = {
     "bf16": (torch.bfloat16, "bfloat16"),
     "int8": (torch.float32, "float32"),
     "int4": (torch.float32, "float32"),
+    "int4-fp16": (torch.float16, "float16"),
 }
 
 BATCH = "batch"

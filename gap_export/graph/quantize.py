@@ -1,9 +1,10 @@
-"""Low precision in standard operators: matrix products whose weights are whole numbers, activations and everything else in float32.
+"""Low precision in standard operators: matrix products whose weights are whole numbers, activations and everything else are floats.
 
     int8    DynamicQuantizeLinear -> MatMulInteger -> scale. One scale per column of the weight, one per call for activations, found while
             running; towers and decoders.
     int4    DequantizeLinear in blocks of 32 along the input -> MatMul, in the decoder; its head as above, towers in float32. Runtimes read
             four bits and multiply in one go (ONNX Runtime: `MatMulNBits`).
+    int4-fp16   the same blocks in half precision throughout, head and towers included: what engines take.
 
 Rounding is to nearest, symmetric about zero; a block of int4 is scaled by its extreme value, which becomes -8 (as llama.cpp's Q4_0).
 Weights are written once, turned so that nothing is turned while running, some rows at a time: a 7B model takes no more memory than
@@ -40,6 +41,8 @@ FILE = "weights-quantized.safetensors"
 _DECODERS = ("decoder", "prefill", "decode")
 _HEAD = "lm_head.weight"
 _STEP_ELEMENTS = 4 * 2**20
+_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Parts of a block's extreme that -8 may stand for: cutting the extreme off a little often rounds the other 31 better."""
 
 
 def schemes_of(component: Component, precision: Precision, parameters: Collection[str]) -> dict[str, Scheme]:
@@ -50,7 +53,7 @@ def schemes_of(component: Component, precision: Precision, parameters: Collectio
         precision: of the bundle.
         parameters: that the traced graph has.
     """
-    if precision not in ("int8", "int4"):
+    if precision not in ("int8", "int4", "int4-fp16"):
         return {}
     shapes = {
         f"{name}.weight": module.weight.shape
@@ -61,10 +64,13 @@ def schemes_of(component: Component, precision: Precision, parameters: Collectio
         return dict.fromkeys(shapes, "int8")
     if component.spec.name not in _DECODERS:
         return {}
-    return {
-        name: "int4" if not name.endswith(_HEAD) and columns % 2 == 0 and inner % BLOCK == 0 else "int8"
+    in_blocks = {
+        name: not name.endswith(_HEAD) and columns % 2 == 0 and inner % BLOCK == 0
         for name, (columns, inner) in shapes.items()
     }
+    if precision == "int4-fp16":
+        return {name: "int4" for name, fits in in_blocks.items() if fits}
+    return {name: "int4" if fits else "int8" for name, fits in in_blocks.items()}
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,13 @@ class QuantizedStore:
     Attributes:
         checkpoint: where they come from.
         folder: the bundle being built.
+        half: whether scales are in fp16, as activations are then.
         written_bytes: so far.
     """
 
     checkpoint: Checkpoint
     folder: Path
+    half: bool = False
     written_bytes: int = 0
     _places: dict[tuple[str, Scheme], tuple[_Place, _Place]] = field(default_factory=dict)
 
@@ -116,7 +124,12 @@ class QuantizedStore:
                 number = ir.DataType.INT8 if scheme == "int8" else ir.DataType.INT4
                 self._places[key, scheme] = (
                     _Place(number, (inner, columns), offsets[data.name], data.length),
-                    _Place(ir.DataType.FLOAT, scale.shape, offsets[scale.name], scale.length),
+                    _Place(
+                        ir.DataType.FLOAT16 if self.half else ir.DataType.FLOAT,
+                        scale.shape,
+                        offsets[scale.name],
+                        scale.length,
+                    ),
                 )
                 self._write(path, key, scheme)
         except OSError as error:
@@ -131,7 +144,8 @@ class QuantizedStore:
         """(numbers, scales) of a weight, as they are stored."""
         columns, inner = self.checkpoint.weights[key].shape
         scale = (columns,) if scheme == "int8" else (inner // BLOCK, columns)
-        scales = Part(f"{key}.scale", "F32", scale, 4 * math.prod(scale))
+        kind, width = ("F16", 2) if self.half else ("F32", 4)
+        scales = Part(f"{key}.scale", kind, scale, width * math.prod(scale))
         if scheme == "int8":
             return Part(f"{key}.int8", "I8", (inner, columns), inner * columns), scales
         packed = inner * columns // 2  # safetensors knows no four bits
@@ -159,7 +173,8 @@ class QuantizedStore:
         step = 2 * max(1, _STEP_ELEMENTS // inner // 2)
         packed = columns if scheme == "int8" else columns // 2
         numbers = np.memmap(path, np.uint8, "r+", offset=data.offset, shape=(inner, packed))
-        scales = np.memmap(path, np.float32, "r+", offset=scale.offset, shape=scale.shape)
+        kind = np.float16 if self.half else np.float32
+        scales = np.memmap(path, kind, "r+", offset=scale.offset, shape=scale.shape)
         read = WeightReader(self.checkpoint, key)
         for start in range(0, columns, step):
             rows_NK = read.rows(slice(start, min(start + step, columns)))
@@ -168,7 +183,7 @@ class QuantizedStore:
                 numbers[:, start : start + step] = quantized_NK.T.view(np.uint8)
                 scales[start : start + step] = scales_N
             else:
-                quantized_NK, scales_NB = int4_rows(rows_NK)
+                quantized_NK, scales_NB = int4_rows(rows_NK, kind)
                 numbers[:, start // 2 : (start + step) // 2] = packed_pairs(quantized_NK).T
                 scales[:, start : start + step] = scales_NB.T
 
@@ -179,15 +194,33 @@ def int8_rows(rows_NK: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[n
     return np.clip(np.rint(rows_NK / scales_N[:, None]), -127, 127).astype(np.int8), scales_N
 
 
-def int4_rows(rows_NK: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """([N, K] int8 in -8..7, [N, K / 32] float32 scales, which have the sign that makes a block's extreme -8)."""
+def int4_rows(
+    rows_NK: NDArray[np.float32], kind: type[np.floating[Any]] = np.float32
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """([N, K] int8 in -8..7, [N, K / 32] float32 scales, which have the sign that makes a block's extreme -8).
+
+    Args:
+        rows_NK: of the weight.
+        kind: what scales are stored in: weights are rounded to what they will be multiplied with.
+    """
     columns, inner = rows_NK.shape
     blocks_NBL = rows_NK.reshape(columns, inner // BLOCK, BLOCK)
     place_NB1 = np.abs(blocks_NBL).argmax(axis=2)[..., None]
     extreme_NB1 = np.take_along_axis(blocks_NBL, place_NB1, axis=2)
-    scales_NB1 = _never_zero(extreme_NB1 / -8)
-    quantized = np.clip(np.rint(blocks_NBL / scales_NB1), -8, 7).astype(np.int8)
-    return quantized.reshape(columns, inner), scales_NB1[..., 0]
+    best_NBL = scales_NB1 = error_NB1 = None
+    for shrunk in _SHRUNK:
+        tried_NB1 = _never_zero((extreme_NB1 * (shrunk / -8)).astype(kind))
+        whole_NBL = np.clip(np.rint(blocks_NBL / tried_NB1), -8, 7)
+        off_NB1 = np.square(whole_NBL * tried_NB1 - blocks_NBL).sum(axis=2, keepdims=True)
+        if best_NBL is None or scales_NB1 is None or error_NB1 is None:
+            best_NBL, scales_NB1, error_NB1 = whole_NBL, tried_NB1, off_NB1
+            continue
+        better_NB1 = off_NB1 < error_NB1
+        best_NBL = np.where(better_NB1, whole_NBL, best_NBL)
+        scales_NB1 = np.where(better_NB1, tried_NB1, scales_NB1)
+        error_NB1 = np.minimum(off_NB1, error_NB1)
+    assert best_NBL is not None and scales_NB1 is not None
+    return best_NBL.astype(np.int8).reshape(columns, inner), scales_NB1[..., 0]
 
 
 def _never_zero(scales: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
@@ -286,7 +319,7 @@ def _integer_product(
 
 def _block_product(graph: ir.Graph, product: ir.Node, data: ir.Value, scale: ir.Value) -> None:
     real = ir.node("DequantizeLinear", [data, scale], {"axis": 0, "block_size": BLOCK})
-    real.outputs[0].shape, real.outputs[0].type = data.shape, ir.TensorType(ir.DataType.FLOAT)
+    real.outputs[0].shape, real.outputs[0].type = data.shape, scale.type
     _replace(graph, product, [real, ir.node("MatMul", [product.inputs[0], real.outputs[0]])])
 
 

@@ -47,9 +47,25 @@ def test_int4_is_nearest_but_for_what_is_cut_off(rows: Any) -> None:
     restored = numbers.reshape(4, 2, BLOCK) * steps
     cut = np.clip(blocks / steps, -8, 7) * steps  # opposite to the extreme there is one step less
     assert (np.abs(restored - cut) <= np.abs(steps) * 0.5001 + 1e-6).all()
-    extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], 2)
-    kept = np.take_along_axis(restored, np.abs(blocks).argmax(axis=2)[..., None], 2)
-    np.testing.assert_allclose(kept, extremes, rtol=1e-6, atol=1e-30)
+
+
+@given(weights, st.sampled_from([np.float32, np.float16]))
+def test_of_all_scales_that_are_tried_int4_takes_the_one_that_loses_least(rows: Any, kind: Any) -> None:
+    """Block by block, in float64."""
+    numbers, scales = int4_rows(rows, kind)
+    assert (scales.astype(kind) == scales).all()
+    for block, whole, scale in zip(
+        rows.reshape(-1, BLOCK).astype(np.float64),
+        numbers.reshape(-1, BLOCK),
+        scales.reshape(-1),
+        strict=True,
+    ):
+        extreme = block[np.abs(block).argmax()]
+        lost = []
+        for shrunk in (1.0, 0.95, 0.9, 0.85, 0.8):
+            step = float(kind(np.float32(extreme) * np.float32(shrunk / -8))) or 1.0
+            lost.append(np.square(np.clip(np.rint(block / step), -8, 7) * step - block).sum())
+        assert np.square(whole * float(scale) - block).sum() <= min(lost) * 1.001 + 1e-6
 
 
 def test_pairs_lie_as_onnx_has_them() -> None:
@@ -72,7 +88,7 @@ def answered(bundle: Bundle, session: Any, **options: Any) -> Generation:
     )
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "int4-fp16"])
 def test_it_computes_nearly_the_same(low: Callable[[str], Bundle], precision: str) -> None:
     """A tiny model with sharp random attention forgives little: its prompt's logits still point the same way."""
     bundle = low(precision)
@@ -176,6 +192,28 @@ def test_no_engines(tiny_options: dict[str, Any], tiny_bundle: Callable[..., Bun
     )
     with pytest.raises(RecipeError, match="runs in ONNX Runtime, not in tensorrt-rtx"):
         plan_for(recipe, tiny_bundle().manifest.model)
+
+
+def test_engines_take_four_bits_in_half_precision(deep_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
+    from gap_export.engine.build import engine_from_graph
+
+    bundle = deep_bundle(precision="int4-fp16", capacity=80)
+    graph = bundle.manifest.graphs["decoder"]
+    model = onnx.load(bundle.graph_path("decoder"), load_external_data=False)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    scales = {kind for name, kind in kinds.items() if name.endswith(".scale")}
+    assert scales == {onnx.TensorProto.FLOAT16}
+    assert onnx.TensorProto.INT4 in kinds.values()
+    assert kinds["lm_head.weight"] == onnx.TensorProto.FLOAT16
+    assert not {"MatMulInteger", "DynamicQuantizeLinear"} & {node.op_type for node in model.graph.node}
+    engine_from_graph(
+        bundle.graph_path("decoder"),
+        graph.spec,
+        target="tensorrt-rtx",
+        compute_capabilities=("8.6",),
+        folder=tmp_path,
+    )
 
 
 def test_half_precision_checkpoints_are_read_as_they_are(
