@@ -207,20 +207,18 @@ def int4_rows(
     blocks_NBL = rows_NK.reshape(columns, inner // BLOCK, BLOCK)
     place_NB1 = np.abs(blocks_NBL).argmax(axis=2)[..., None]
     extreme_NB1 = np.take_along_axis(blocks_NBL, place_NB1, axis=2)
-    best_NBL = scales_NB1 = error_NB1 = None
+    wholes, steps, losses = [], [], []
     for shrunk in _SHRUNK:
-        tried_NB1 = _never_zero((extreme_NB1 * (shrunk / -8)).astype(kind))
-        whole_NBL = np.clip(np.rint(blocks_NBL / tried_NB1), -8, 7)
-        off_NB1 = np.square(whole_NBL * tried_NB1 - blocks_NBL).sum(axis=2, keepdims=True)
-        if best_NBL is None or scales_NB1 is None or error_NB1 is None:
-            best_NBL, scales_NB1, error_NB1 = whole_NBL, tried_NB1, off_NB1
-            continue
-        better_NB1 = off_NB1 < error_NB1
-        best_NBL = np.where(better_NB1, whole_NBL, best_NBL)
-        scales_NB1 = np.where(better_NB1, tried_NB1, scales_NB1)
-        error_NB1 = np.minimum(off_NB1, error_NB1)
-    assert best_NBL is not None and scales_NB1 is not None
-    return best_NBL.astype(np.int8).reshape(columns, inner), scales_NB1[..., 0]
+        step_NB1 = _never_zero((extreme_NB1 * (shrunk / -8)).astype(kind))
+        whole_NBL = np.clip(np.rint(blocks_NBL / step_NB1), -8, 7)
+        losses.append(np.square(whole_NBL * step_NB1 - blocks_NBL).sum(axis=2, keepdims=True))
+        wholes.append(whole_NBL.astype(np.int8))
+        steps.append(step_NB1)
+    best_1NB1 = np.stack(losses).argmin(axis=0)[None]
+    quantized_NBL, scales_NB1 = (
+        np.take_along_axis(np.stack(tried), best_1NB1, axis=0)[0] for tried in (wholes, steps)
+    )
+    return quantized_NBL.reshape(columns, inner), scales_NB1[..., 0]
 
 
 def _never_zero(scales: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
