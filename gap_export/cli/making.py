@@ -182,7 +182,7 @@ def build(
             self_contained=self_contained,
             progress=show,
         )
-    from gap_export.report.terminal import keeping
+    from gap_export.report.terminal import cache_length, keeping
 
     manifest = built.bundle.manifest
     pruning = manifest.pruning
@@ -210,7 +210,7 @@ def build(
         return
     out.print(
         f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, {keeping(pruning, manifest.model.visual_tokens)} ({pruning.pruner}), "
-        f"positions {pruning.positions}, cache {manifest.capacity} slots",
+        f"positions {pruning.positions}, {cache_length(manifest)}",
         highlight=False,
         soft_wrap=True,
     )

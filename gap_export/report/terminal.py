@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gap_export.bundle import Bundle, Pruning
+from gap_export.bundle import Bundle, Manifest, Pruning
 from gap_export.engine.inspect import engine_facts
 from gap_export.parity import ParityReport
 from gap_export.spec import TensorSpec
@@ -75,6 +75,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "text_tower": manifest.text_tower.model_dump() if manifest.text_tower else None,
         "visual_tokens": model.visual_tokens,
         "capacity": manifest.capacity,
+        "cache": cache_length(manifest),
         "ids_and_slots": ids_and_slots(bundle),
         "stages": stages(pruning),
         "graphs": {
@@ -111,6 +112,11 @@ def keeping(pruning: Pruning, visual_tokens: int) -> str:
     if pruning.stages:
         return f"keep {pruning.left} of {visual_tokens} at the end, {pruning.mean_kept:.4g} in the mean over layers"
     return f"keep {pruning.kept} of {visual_tokens}"
+
+
+def cache_length(manifest: Manifest) -> str:
+    """How many slots its cache has, in words."""
+    return f"cache of {'up to ' if manifest.capacity_dims else ''}{manifest.capacity} slots"
 
 
 def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
@@ -166,7 +172,7 @@ def print_bundle(facts: dict[str, Any], console: Console) -> None:
     """The record of `bundle_facts`, for people."""
     console.print(
         f"[bold]{facts['name']}[/] ({facts['family']}, {facts['precision']}): {facts['keep']} "
-        f"({facts['pruner']}), positions {facts['positions']}, cache {facts['capacity']} slots",
+        f"({facts['pruner']}), positions {facts['positions']}, {facts['cache']}",
         highlight=False,
         soft_wrap=True,
     )
