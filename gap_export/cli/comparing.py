@@ -56,13 +56,15 @@ def compare(
     from gap_export.evaluation.compare import demands_on, open_run
 
     tables.require_pyarrow()
-    given = {
-        "max_accuracy_drop": max_accuracy_drop,
-        "min_prediction_agreement": min_prediction_agreement,
-        "min_box_iou": min_box_iou,
-    }
     one, other = open_run(first, protocol), open_run(second, protocol)
-    result = compared(one, other, demands_on(one, other, given), worst=worst)
+    demands = demands_on(
+        one,
+        other,
+        max_accuracy_drop=max_accuracy_drop,
+        min_prediction_agreement=min_prediction_agreement,
+        min_box_iou=min_box_iou,
+    )
+    result = compared(one, other, demands, worst=worst)
     if as_json:
         print_json(result.model_dump())
     else:

@@ -43,15 +43,16 @@ def report(
 
     require()
     subject = open_subject(subjects, protocol)
-    given = {
-        "max_accuracy_drop": max_accuracy_drop,
-        "min_prediction_agreement": min_prediction_agreement,
-        "min_box_iou": min_box_iou,
-    }
     with console.status("drawing the page"):
         text = page(
             subject,
-            demands_on(subject.first.run, subject.judged.run, given),
+            demands_on(
+                subject.first.run,
+                subject.judged.run,
+                max_accuracy_drop=max_accuracy_drop,
+                min_prediction_agreement=min_prediction_agreement,
+                min_box_iou=min_box_iou,
+            ),
             _source(subject, images),
             title=f"Grounding of {subject.judged.name}",
             worst=worst,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,14 +220,14 @@ def compare(first: Run, second: Run, demands: Demands, *, worst: int = 20, seed:
     )
 
 
-def demands_on(first: Run, second: Run, given: Mapping[str, float | None]) -> Demands:
+def demands_on(first: Run, second: Run, **given: float | None) -> Demands:
     """What the second run must meet.
 
     Args:
         first: that it is held against.
         second: the run.
-        given: by name; None leaves a demand to its bundle's recipe where the first run is PyTorch's over the same bundle, and
-            otherwise to the defaults of `Demands`.
+        given: fields of `Demands`; None leaves one to its bundle's recipe where the first run is PyTorch's over the same bundle,
+            and otherwise to the default.
     """
     chosen: dict[str, float] = {}
     bundle = _bundle_folder(second)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from gap_export.artifact import write_atomically
 from gap_export.bundle import Stored
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, InputError
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 
@@ -117,6 +117,23 @@ def open_journal(folder: Path, settings: Settings, *, replace: bool = False) -> 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(there, settings.model_dump_json(indent=2) + "\n")
     return Journal(folder, [])
+
+
+def read_settings(folder: Path) -> Settings | None:
+    """Of the evaluation in a folder; None where answers came from a file.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    path = folder / SETTINGS
+    try:
+        return Settings.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError as error:
+        raise InputError(
+            "is damaged or was written by another version",
+            subject=str(path),
+            hint="run the same evaluation again, with --replace",
+        ) from error
 
 
 def _difference(path: Path, wanted: Settings) -> str | None:

@@ -15,7 +15,7 @@ from gap_export.artifact import record_of
 from gap_export.bundle import MANIFEST, Bundle, open_bundle
 from gap_export.errors import GapExportError, InputError
 from gap_export.evaluation.compare import Run, open_run
-from gap_export.evaluation.journal import SETTINGS, Settings
+from gap_export.evaluation.journal import Settings, read_settings
 from gap_export.evaluation.provenance import Provenance, read_provenance
 from gap_export.evaluation.recommend import RECORD, Recommendation
 from gap_export.grounding.boxes import Box
@@ -224,8 +224,7 @@ def _of_bundle(folder: Path, protocol: str) -> Subject:
 
 def _evaluated(folder: Path, protocol: str) -> Evaluated:
     run, provenance = open_run(folder, protocol), read_provenance(folder)
-    path = folder / SETTINGS
-    settings = Settings.model_validate_json(path.read_bytes()) if path.is_file() else None
+    settings = read_settings(folder)
     bundle, lacks = _bundle(provenance, settings)
     return Evaluated(run, provenance, settings, bundle, lacks)
 

@@ -183,15 +183,15 @@ def test_demands_against_pytorch_are_those_of_the_recipe(
 ) -> None:
     bundle = tiny_bundle()
     torch, engine = (stored(tmp_path / name, name, bundle.folder) for name in ("torch", "onnxruntime"))
-    tight = demands_on(torch, engine, {})
+    tight = demands_on(torch, engine)
     assert (tight.max_accuracy_drop, tight.min_box_iou) == (0.005, 0.99)
     assert tight.min_prediction_agreement == Demands().min_prediction_agreement
-    given = demands_on(torch, engine, {"min_box_iou": 0.5, "max_accuracy_drop": None})
+    given = demands_on(torch, engine, min_box_iou=0.5, max_accuracy_drop=None)
     assert (given.max_accuracy_drop, given.min_box_iou) == (0.005, 0.5)
 
-    assert demands_on(engine, engine, {}) == Demands(), "the first is not PyTorch's"
+    assert demands_on(engine, engine) == Demands(), "the first is not PyTorch's"
     other = stored(tmp_path / "other", "onnxruntime", tmp_path)
-    assert demands_on(torch, other, {}) == Demands(), "another bundle may lose more"
+    assert demands_on(torch, other) == Demands(), "another bundle may lose more"
     file = stored(tmp_path / "file", "predictions", None)
-    assert demands_on(torch, file, {}) == Demands()
-    assert demands_on(run_of([True]), run_of([True]), {"max_accuracy_drop": 0.2}).max_accuracy_drop == 0.2
+    assert demands_on(torch, file) == Demands()
+    assert demands_on(run_of([True]), run_of([True]), max_accuracy_drop=0.2).max_accuracy_drop == 0.2

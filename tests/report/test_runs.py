@@ -87,3 +87,11 @@ def test_damaged_provenance_is_an_error_with_advice(evaluated: Path, tmp_path: P
     with pytest.raises(InputError, match="missing or damaged") as caught:
         open_subject([tmp_path / "ort"], "unc")
     assert "what is answered is kept" in caught.value.hint
+
+
+def test_damaged_settings_are_an_error_with_advice(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "ort", tmp_path / "ort")
+    (tmp_path / "ort" / "settings.json").write_text('{"protocol": 3}')
+    with pytest.raises(InputError, match="damaged or was written by another version") as caught:
+        open_subject([tmp_path / "ort"], "unc")
+    assert "--replace" in caught.value.hint
