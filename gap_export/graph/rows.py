@@ -174,7 +174,7 @@ def _row_operands(
         found = [_Operand(place, axis) for place, value in enumerate(node.inputs) if value in extents]
         others = [value for value in node.inputs if value not in extents]
         same = len({extents[node.inputs[o.place]] for o in found}) == 1  # type: ignore[index]
-        return found if same and all(v is not None and (_rank(v) or 0) <= 1 for v in others) else None
+        return found if same and all(v is not None and _rank(v) in (0, 1) for v in others) else None
     if kind == "Reshape" and axis == _ROWS:  # heads apart or together: [B, S, heads, D] and [B, S, H]
         inner, outer = (None if v is None else v.shape for v in (first, node.outputs[0]))
         if inner is None or outer is None or {len(inner), len(outer)} != {3, 4}:
@@ -184,9 +184,8 @@ def _row_operands(
     if kind == "Transpose":
         order = node.attributes.get("perm")
         return None if order is None else [_Operand(0, order.as_ints()[axis])]
-    if (
-        kind == "RotaryEmbedding" and axis == 2 and len(node.inputs) == 3
-    ):  # [B, heads, S, D], and rows of cosines and sines
+    if kind == "RotaryEmbedding" and axis == 2 and len(node.inputs) == 3:
+        # [B, heads, S, D], and rows of cosines and sines
         return [_Operand(0, axis), _Operand(1, _ROWS), _Operand(2, _ROWS)]
     if kind == "Attention" and axis == 2 and len(node.inputs) <= 4:
         mask = node.inputs[3] if len(node.inputs) == 4 else None
@@ -297,8 +296,9 @@ def _rank(value: ir.Value) -> int | None:
     """Of a value; of a turned weight, that of the weight."""
     if value.shape is not None:
         return len(value.shape)
-    if value.const_value is not None:
-        return len(value.const_value.shape)
+    content = ir.convenience.get_const_tensor(value)
+    if content is not None:
+        return len(content.shape)
     node = value.producer()
     if node is not None and node.op_type in ("Transpose", "Cast", "Identity") and node.inputs[0] is not None:
         return _rank(node.inputs[0])

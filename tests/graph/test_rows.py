@@ -158,3 +158,24 @@ def test_the_last_layer_of_a_decoder_and_of_a_tower(tiny_bundle: Callable[..., A
     queries = [shapes[name][2] for name in names]
     layers = bundle.manifest.model.layers
     assert sorted(queries, key=str) == [1, *["sequence"] * (layers - 1)]
+
+
+def test_a_sum_with_something_of_unknown_rank_stops_the_choice() -> None:
+    """It may have a row for every token."""
+
+    class Scaled(nn.Module):
+        def forward(self, x_BSH: Tensor, rows_BK: Tensor) -> Tensor:
+            hidden = (x_BSH @ torch.eye(WIDTH)) * x_BSH.mean(-1, keepdim=True)
+            return hidden.gather(1, rows_BK[..., None].expand(-1, -1, WIDTH))
+
+    example = (torch.zeros(2, ROWS, WIDTH), torch.zeros(2, 3, dtype=torch.int64))
+    program = torch.onnx.export(
+        Scaled().eval(), example, opset_version=OPSET, dynamo=True, optimize=False, verbose=False
+    )
+    assert program is not None
+    for node in program.model.graph:
+        if node.op_type == "ReduceMean":
+            node.outputs[0].shape = None
+    before = [node.op_type for node in program.model.graph]
+    select_rows_early(program.model)
+    assert [node.op_type for node in program.model.graph] == before
