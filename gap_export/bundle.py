@@ -443,8 +443,14 @@ class Manifest(Stored):
         """
         if needed is None or not self.capacity_dims:
             return self.capacities
-        in_steps = (-(-slots // SLOT_STEP) * SLOT_STEP for slots in needed)
-        return tuple(min(slots, most) for slots, most in zip(in_steps, self.capacities, strict=True))
+        return tuple(
+            min(in_slot_steps(slots), most) for slots, most in zip(needed, self.capacities, strict=True)
+        )
+
+    def lengths_of_stages(self, length: int) -> list[int]:
+        """Tokens of a prompt of that length in every stage; of the one there is, where pruning comes before the decoder."""
+        stages = self.pruning.stages
+        return [length - (stages[0].kept - stage.kept) for stage in stages] or [length]
 
     def cache_slots(self, capacities: Sequence[int]) -> int:
         """Cache slots of all layers together.
@@ -454,6 +460,11 @@ class Manifest(Stored):
         """
         layers = [stage.layers for stage in self.pruning.stages] or [self.model.layers]
         return sum(slots * count for slots, count in zip(capacities, layers, strict=True))
+
+
+def in_slot_steps(slots: int) -> int:
+    """The next multiple of `SLOT_STEP`."""
+    return -(-slots // SLOT_STEP) * SLOT_STEP
 
 
 class Bundle:

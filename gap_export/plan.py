@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle import SLOT_STEP, Counting, ModelFacts, Precision, Stage, TextTower, TokenRange
+from gap_export.bundle import Counting, ModelFacts, Precision, Stage, TextTower, TokenRange, in_slot_steps
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import stages
@@ -156,7 +156,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
             subject=f"capacity {recipe.capacity}",
             hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
         )
-    capacity = recipe.capacity or _in_steps(needed)
+    capacity = recipe.capacity or in_slot_steps(needed)
     return Plan(
         precision=recipe.precision,
         pruner=recipe.pruner,
@@ -276,14 +276,10 @@ def _stages(cuts: tuple[Cut, ...], facts: ModelFacts, capacity: int) -> tuple[St
             layers=end - cut.first_layer,
             kept=cut.kept,
             merged=cut.merged,
-            capacity=min(capacity, _in_steps(capacity - (facts.visual_tokens - cut.kept))),
+            capacity=min(capacity, in_slot_steps(capacity - (facts.visual_tokens - cut.kept))),
         )
         for cut, end in zip((Cut(0, facts.visual_tokens), *cuts), ends, strict=True)
     )
-
-
-def _in_steps(slots: int) -> int:
-    return -(-slots // SLOT_STEP) * SLOT_STEP
 
 
 def _refuse_engines(recipe: Recipe) -> None:

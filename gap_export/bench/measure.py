@@ -270,9 +270,8 @@ def _prompt_slots(each: Contender) -> int:
 
 def _capacities(each: Contender, new_tokens: int) -> tuple[int, ...]:
     """Cache slots of every stage that the session lays out for the request."""
-    manifest, most = each.bundle.manifest, _prompt_slots(each) + new_tokens
-    stages = manifest.pruning.stages
-    return manifest.slots_for([most - (stages[0].kept - stage.kept) for stage in stages] or [most])
+    manifest = each.bundle.manifest
+    return manifest.slots_for(manifest.lengths_of_stages(_prompt_slots(each) + new_tokens))
 
 
 def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, device: Device | None) -> Row:

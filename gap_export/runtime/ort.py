@@ -243,8 +243,7 @@ class OnnxRuntimeSession:
         """Of every stage: what the prompt writes, padding included, or where its tokens end, and the room after that."""
         if room is None:
             return None
-        length, stages = placement.position_ids.shape[-1], self._bundle.manifest.pruning.stages
-        written = [length - (stages[0].kept - stage.kept) for stage in stages] or [length]
+        written = self._bundle.manifest.lengths_of_stages(placement.position_ids.shape[-1])
         return [
             max(int(slots.max()), own) + room
             for slots, own in zip(placement.slots_of_stages, written, strict=True)

@@ -92,6 +92,7 @@ def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> 
         precision="fp16",
         capacity=session.capacity,
         capacity_dims=(),
+        lengths_of_stages=lambda length: [length],
         slots_for=lambda needed: (session.capacity,),
         cache_slots=lambda capacities: 2 * capacities[0],
         model=ModelFacts(
