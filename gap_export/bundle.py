@@ -25,7 +25,7 @@ _SLOT_AXIS = 2
 
 Positive = Annotated[float, Field(gt=0)]
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16", "fp8", "nvfp4"]
 Activations = Literal["fp32", "fp16", "bf16"]
 ACTIVATIONS: dict[Precision, Activations] = {
     "fp32": "fp32",
@@ -34,6 +34,8 @@ ACTIVATIONS: dict[Precision, Activations] = {
     "int8": "fp32",
     "int4": "fp32",
     "int4-fp16": "fp16",
+    "fp8": "fp16",
+    "nvfp4": "fp16",
 }
 """Precision -> that of activations, of the cache, and of weights that are not quantised."""
 TowerPart = Literal["class_token", "projected_class_token", "following_layer", "grid"]

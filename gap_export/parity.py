@@ -46,6 +46,8 @@ CHOICE_MARGIN: dict[Precision, float] = {
     "int8": 5e-2,
     "int4": 1e-5,
     "int4-fp16": 5e-3,
+    "fp8": 5e-3,
+    "nvfp4": 5e-3,
 }
 """The same for strategies in which no single score decides: if the reference made any of its choices by less, one that
 comes out otherwise, and everything that follows from it, is a tie. What a tower rounds differently grows with the element

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gap_export import __version__, prune
-from gap_export.artifact import atomic_folder, record_of
+from gap_export.artifact import atomic_folder, record_of, write_atomically
 from gap_export.bundle import (
     ACTIVATIONS,
     MANIFEST,
@@ -39,6 +39,7 @@ from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.plan import Plan, plan_for
 from gap_export.preflight import linkable, needs_of, require_room
 from gap_export.random_weights import random_checkpoint
+from gap_export.ranges import RANGES, read_ranges
 from gap_export.recipe import Recipe, Target
 from gap_export.runtime.prompt import check_text_tokenizer, encode_prompts, load_tokenizer
 
@@ -118,6 +119,7 @@ def build(
         checkpoint, text_tower = checkpoint.with_part("text_tower", part), family.text_tower(checkpoint, part)
         check_text_tokenizer(load_tokenizer(part.folder / _TOKENIZER), text_tower)
     plan = plan_for(recipe, facts, text_tower)
+    ranges = None if recipe.ranges is None else read_ranges(Path(recipe.ranges))
     require_room(
         needs_of(
             checkpoint,
@@ -133,7 +135,7 @@ def build(
     prompt = prompt.model_copy(update={"images": recipe.images})
     _check_prompt(tokenizer, prompt, plan, recipe)
 
-    from gap_export.graph import cost, lint, passes, quantize, trace, weights
+    from gap_export.graph import cost, lint, passes, quantize, quantized_weights, trace, weights
 
     with atomic_folder(out) as folder:
         components = family.components(checkpoint, facts, plan)
@@ -143,12 +145,16 @@ def build(
             models.append((tracer or trace.graph_from_component)(component))
         progress("placing the weights")
         store = weights.WeightStore(checkpoint, ACTIVATIONS[recipe.precision], folder, self_contained)
-        quantized = quantize.QuantizedStore(checkpoint, folder, half=ACTIVATIONS[recipe.precision] == "fp16")
+        half = ACTIVATIONS[recipe.precision] == "fp16"
+        quantized = quantized_weights.QuantizedStore(checkpoint, folder, half=half)
         parameters = [weights.parameters_of(model) for model in models]
         schemes = [
             quantize.schemes_of(component, recipe.precision, names)
             for component, names in zip(components, parameters, strict=True)
         ]
+        if ranges is not None:
+            ranges.require([name for low in schemes for name in low], family_name)
+            write_atomically(folder / RANGES, ranges.model_dump_json(indent=2) + "\n")
         store.prepare(
             [
                 component.weight_key(name)
@@ -170,7 +176,8 @@ def build(
             progress(f"writing and linting {name}.onnx")
             weights.attach_weights(model, store, component.weight_key, stand_ins=low)
             passes.simplify(model)
-            quantize.quantize(model, low, {name: component.weight_key(name) for name in low}, quantized)
+            keys = {name: component.weight_key(name) for name in low}
+            quantize.quantize(model, low, keys, quantized, {} if ranges is None else ranges.largest)
             graph = Graph(
                 file=f"{name}.onnx",
                 spec=component.spec,
@@ -299,7 +306,7 @@ def _build_engines(
             folder / graph.file,
             graph.spec,
             target=target,
-            compute_capabilities=recipe.compute_capabilities,
+            compute_capabilities=recipe.devices,
             folder=folder,
             progress=partial(_report_phase, progress, f"{target} engine of {name}"),
         )

@@ -10,7 +10,8 @@ from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import stages
 from gap_export.prune.stages import Cut
-from gap_export.recipe import Recipe
+from gap_export.ranges import CALIBRATE
+from gap_export.recipe import FIXED_SCALES, SMALLEST_DEVICE, Recipe
 from gap_export.spec import Dim
 
 
@@ -123,6 +124,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         RecipeError: numbers that contradict each other or the model.
     """
     _refuse_engines(recipe)
+    _refuse_ranges(recipe)
     strategy = prune.strategy(recipe.pruner)
     prune.require_tower(strategy, facts.tower_lacks, differ=facts.token_range is not None)
     prune.require_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
@@ -289,5 +291,29 @@ def _refuse_engines(recipe: Recipe) -> None:
         raise RecipeError(
             f"runs in ONNX Runtime, not in {' or '.join(engines)}",
             subject=f"precision {recipe.precision}",
-            hint="build engines with --precision fp16, bf16 or int4-fp16, or leave --target out",
+            hint="build engines with --precision fp16, bf16, int4-fp16, fp8 or nvfp4, or leave --target out",
+        )
+    smallest = SMALLEST_DEVICE.get(recipe.precision, 0)
+    too_old = [each for each in recipe.devices if each[:1].isdigit() and float(each) < smallest]
+    if engines and too_old:
+        raise RecipeError(
+            f"is not known to GPUs of compute capability {', '.join(too_old)}",
+            subject=f"precision {recipe.precision}",
+            hint=f"build for {smallest} or later, or leave compute_capabilities out of the recipe",
+        )
+
+
+def _refuse_ranges(recipe: Recipe) -> None:
+    """Ranges go with precisions that have use for them, and those with ranges."""
+    if recipe.precision in FIXED_SCALES and recipe.ranges is None:
+        raise RecipeError(
+            "needs to know how large activations get (--ranges)",
+            subject=f"precision {recipe.precision}",
+            hint=CALIBRATE,
+        )
+    if recipe.ranges is not None and recipe.precision not in FIXED_SCALES:
+        raise RecipeError(
+            "has no use for ranges of activations",
+            subject=f"precision {recipe.precision}",
+            hint=f"leave --ranges out, or build with --precision {' or '.join(FIXED_SCALES)}",
         )

@@ -19,7 +19,13 @@ from gap_export.weight_files import WeightLocation
 
 STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _WIDTH: dict[Activations, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-_QUANTIZED: dict[Precision, float] = {"int8": 1.01, "int4": 0.63, "int4-fp16": 0.57}
+_QUANTIZED: dict[Precision, float] = {
+    "int8": 1.01,
+    "int4": 0.63,
+    "int4-fp16": 0.57,
+    "fp8": 1.01,
+    "nvfp4": 0.57,
+}
 """Bytes per weight of a linear layer, scales included."""
 
 # Measured by bench/export.py: 0.59 GB with 32 layers, most of it torch and transformers themselves.

@@ -72,6 +72,17 @@ _INT4 = _INT8.model_copy(
     }
 )
 """The tower is not quantised here. Weights of four bits are off by a tenth, which single rows of logits show; boxes and accuracy decide."""
+_FP8 = _INT8.model_copy(update={"min_kept_sets_equal": _HALF.min_kept_sets_equal, "max_norm_deviation": 0.4})
+"""The tower is in half precision."""
+_NVFP4 = _INT4.model_copy(
+    update={
+        "min_kept_sets_equal": _HALF.min_kept_sets_equal,
+        "min_logit_cosine": 0.6,
+        "min_token_agreement": 0.7,
+        "min_box_iou": 0.75,
+    }
+)
+"""Activations of four bits move boxes more than weights do; whether they still hit is for accuracy to say."""
 DEFAULT_GATES: dict[Precision, Gates] = {
     "fp32": Gates(),
     "fp16": _HALF,
@@ -79,8 +90,17 @@ DEFAULT_GATES: dict[Precision, Gates] = {
     "int8": _INT8,
     "int4": _INT4,
     "int4-fp16": _INT4.model_copy(update={"min_kept_sets_equal": _HALF.min_kept_sets_equal}),
+    "fp8": _FP8,
+    "nvfp4": _NVFP4,
 }
 """Half precision is held against the reference in fp32, so its gates leave room for rounding."""
+
+USUAL_DEVICES = ("8.6", "8.9", "12.0")
+"""Compute capabilities of GPUs that TensorRT-RTX is for."""
+SMALLEST_DEVICE: dict[Precision, float] = {"fp8": 8.9, "nvfp4": 10.0}
+"""Compute capability from which on a GPU multiplies such numbers."""
+FIXED_SCALES: tuple[Precision, ...] = ("fp8", "nvfp4")
+"""Precisions that need to know beforehand how large activations get."""
 
 
 class Recipe(BaseModel):
@@ -106,6 +126,7 @@ class Recipe(BaseModel):
         text_tower: CLIP checkpoint (`bundled:NAME`, a folder, or a hub id) that pruners which look at the expression take
             the text tower and the projections from; it must be the one the vision tower comes from.
         precision: element type of weights and activations.
+        ranges: file of `gap-export calibrate`, for precisions whose activations have fixed scales.
         max_new_tokens: longest answer.
         max_text: longest prompt in text tokens, the placeholder counted as one.
         max_batch: most pictures per call.
@@ -117,7 +138,7 @@ class Recipe(BaseModel):
         max_pixels: larger pictures are scaled down, in families that take them at their own size; the checkpoint's own bound
             when left out. It sets how many visual tokens a picture may have, and with it the cache.
         targets: what to build besides the ONNX graphs.
-        compute_capabilities: GPUs that engines are built for.
+        compute_capabilities: GPUs that engines are built for; when left out, those of TensorRT-RTX that know the precision.
         gates: for `validate`; by default those of the precision.
     """
 
@@ -139,6 +160,7 @@ class Recipe(BaseModel):
     vision_tower: str | None = None
     text_tower: str | None = None
     precision: Precision = "fp32"
+    ranges: str | None = None
     max_new_tokens: int = Field(default=32, ge=1)
     max_text: int = Field(default=128, ge=2)
     max_batch: int = Field(default=8, ge=1)
@@ -148,7 +170,7 @@ class Recipe(BaseModel):
     fit: Literal["pad", "crop", "stretch"] | None = None
     max_pixels: int | None = Field(default=None, ge=1)
     targets: tuple[Target, ...] = ("onnx",)
-    compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
+    compute_capabilities: tuple[str, ...] | None = None
     gates: Gates | None = None
 
     @field_validator("keep", mode="before")
@@ -176,6 +198,13 @@ class Recipe(BaseModel):
         if not low <= default <= high or low == high:
             raise ValueError("is a range and goes from the smallest to the largest, the default between them")
         return (low, default, high)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Compute capabilities that engines are built for."""
+        return self.compute_capabilities or tuple(
+            each for each in USUAL_DEVICES if float(each) >= SMALLEST_DEVICE.get(self.precision, 0)
+        )
 
     @property
     def demands(self) -> Gates:

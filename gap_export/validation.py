@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,14 +24,25 @@ from gap_export.hub import resolve
 from gap_export.machine import BUILD_PACKAGES, versions
 from gap_export.pipeline import RANDOM, Progress, build, open_torch
 from gap_export.positions import PositionPolicy
+from gap_export.ranges import RANGES
 from gap_export.recipe import Recipe, Target
 from gap_export.runtime.ground import Backend, Grounded, Grounder, open_session
 
 if TYPE_CHECKING:
     from gap_export.graph.trace import TracedOnce
+    from gap_export.runtime.session import Session
 
 CONTROL_CASES = 48
 """Cases each negative control is run on, rounded down to whole batches."""
+
+
+class Opener(Protocol):
+    """Loads a bundle into a runtime; see `open_session`."""
+
+    def __call__(self, bundle: Bundle, backend: Backend, *, threads: int) -> Session:
+        """The session."""
+        ...
+
 
 _COMPANIONS: dict[str, dict[str, Any]] = {
     "full": {"pruner": "none", "keep": 1.0, "prune_layers": ()},
@@ -53,6 +64,7 @@ def validate(
     threads: int = 0,
     progress: Progress = lambda words: None,
     tick: parity.Tick = lambda count: None,
+    opened: Opener = open_session,
 ) -> parity.ParityReport:
     """Bundle to parity report, which is also stored in the bundle.
 
@@ -70,6 +82,7 @@ def validate(
         threads: of ONNX Runtime; 0 lets it choose.
         progress: told when a stage begins.
         tick: told how many answers were finished since the last call; `validation_work` says how many there will be.
+        opened: how a bundle becomes a session.
 
     Raises:
         GapExportError: something could not be run. Gates that are not met are in the report.
@@ -87,13 +100,15 @@ def validate(
             hint="measure it with `gap-export bench`; to compare it with PyTorch all the same, pass the folder of its weights: "
             "--checkpoint FOLDER",
         )
+    if recipe.ranges is not None:
+        recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
     source = checkpoint or resolve(manifest.checkpoint)
     if manifest.text_tower is not None:
         recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
     batch = min(batch, recipe.max_batch)
     questions = list(scenes.cases(cases))
     grounder = Grounder(bundle)
-    session = open_session(bundle, backend, threads=threads)
+    session = opened(bundle, backend, threads=threads)
 
     progress("answering with PyTorch")
     answer = partial(parity.run_cases, batch=batch, tick=tick)
@@ -129,7 +144,7 @@ def validate(
             changed = recipe.replaced(checkpoint=str(source), **changes)
             with _companion(bundle, changed, backend, tracer, progress) as companion:
                 progress(f"answering with {name}")
-                other = open_session(companion, backend, threads=threads)
+                other = opened(companion, backend, threads=threads)
                 answers = answer(Grounder(companion), other, questions)
                 accuracy[name] = parity.accuracy_of(answers, questions)
 

@@ -29,6 +29,7 @@ BYTES_PER_ELEMENT = {
     "I16": 2,
     "I8": 1,
     "U8": 1,
+    "F8_E4M3": 1,
     "BOOL": 1,
 }
 _LARGEST_HEADER = 100 * 2**20

@@ -213,7 +213,9 @@ def tiny_bundle(
     tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Bundle]:
     """`tiny_bundle(precision=..., keep=..., positions=..., pruner=...)`: a bundle, built on first use. Not to be changed."""
-    folder = tmp_path_factory.mktemp("bundles")
+    from gap_export.graph.trace import TracedOnce
+
+    folder, tracer = tmp_path_factory.mktemp("bundles"), TracedOnce(remembered=64)
     built: dict[str, Bundle] = {}
 
     def bundle(**changes: Any) -> Bundle:
@@ -222,7 +224,7 @@ def tiny_bundle(
             from gap_export import pipeline
 
             recipe = Recipe.model_validate({**tiny_options, **changes})
-            built[name] = pipeline.build(recipe, folder / name).bundle
+            built[name] = pipeline.build(recipe, folder / name, tracer=tracer).bundle
         return built[name]
 
     return bundle

@@ -368,6 +368,28 @@ def test_build_reports_what_it_made(command: Command, recipe_file: Path, tmp_pat
     assert record["written_bytes"] == written
 
 
+def test_measured_ranges_make_a_bundle_in_fp8(
+    command: Command, tiny_bundle: BuildBundle, recipe_file: Path, tmp_path: Path
+) -> None:
+    ranges = tmp_path / "ranges.json"
+    result = command("calibrate", tiny_bundle().folder, "-o", ranges, "--samples", "2", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out) == json.loads(ranges.read_text())
+    spoken = command("calibrate", tiny_bundle().folder, "-o", ranges, "--samples", "2")
+    assert "15 layers over 2 questions (scenes)" in spoken.out
+    low = ("build", "--model", recipe_file, "-o", tmp_path / "low", "--precision", "fp8")
+    refused(command(*low), "needs to know how large activations get", "gap-export calibrate")
+    refused(command(*low, "--ranges", recipe_file), "is not a file of ranges")
+    result = command(*low, "--ranges", ranges)
+    assert result.code == 0, result.err
+    assert (tmp_path / "low" / "ranges.json").is_file()
+    refused(command("calibrate", tmp_path / "low", "-o", ranges), "is in fp8")
+    refused(
+        command("calibrate", tiny_bundle().folder, "-o", ranges, "--images", tmp_path),
+        "belongs to a data set",
+    )
+
+
 def test_ctrl_c_in_the_middle_of_a_build_leaves_nothing_and_the_same_command_finishes(
     recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -205,3 +205,13 @@ def test_what_needs_pictures_of_one_size(changes: dict[str, Any], message: str) 
     tower = TextTower(checkpoint="x", context=8, width=4, aligned_inversely=True)
     with pytest.raises(RecipeError, match=message):
         plan_for(recipe_with(**changes), MANY, tower if changes["pruner"] == "trim" else None)
+
+
+def test_ranges_go_with_precisions_that_have_use_for_them() -> None:
+    for precision in ("fp8", "nvfp4"):
+        with pytest.raises(RecipeError, match="needs to know how large activations get") as caught:
+            plan_for(recipe_with(precision=precision), FACTS)
+        assert "gap-export calibrate" in caught.value.hint
+        plan_for(recipe_with(precision=precision, ranges="ranges.json"), FACTS)
+    with pytest.raises(RecipeError, match="has no use for ranges"):
+        plan_for(recipe_with(precision="int8", ranges="ranges.json"), FACTS)

@@ -54,7 +54,7 @@ def test_replacing_validates_again_and_leaves_out_what_is_none() -> None:
     assert base.replaced(keep=None, pruner=None) == base
     changed = base.replaced(keep=0.25, targets=["onnx", "tensorrt-rtx"])
     assert (changed.keep, changed.targets, changed.capacity) == (0.25, ("onnx", "tensorrt-rtx"), 100)
-    for wrong in ({"keep": 2.0}, {"precision": "fp8"}, {"positions": "packed"}, {"seed": -1}, {"kep": 0.5}):
+    for wrong in ({"keep": 2.0}, {"precision": "fp6"}, {"positions": "packed"}, {"seed": -1}, {"kep": 0.5}):
         with pytest.raises(RecipeError) as caught:
             base.replaced(**wrong)
         assert next(iter(wrong)) in caught.value.message
@@ -65,7 +65,7 @@ def test_the_value_given_is_shown() -> None:
         recipe().replaced(keep=1.5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16", "fp8", "nvfp4"])
 def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
     assert recipe(precision=precision).demands == DEFAULT_GATES[precision]  # type: ignore[index]
     strict = recipe(precision=precision, gates={"max_logit_difference": 1e-6})
@@ -76,11 +76,16 @@ def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
 
 def test_no_default_gate_lets_everything_pass() -> None:
     """Logits of quantised weights differ wherever one looks; there, boxes, tokens and accuracy are what is demanded."""
-    for precision in ("int8", "int4", "int4-fp16"):
+    for precision in ("int8", "int4", "int4-fp16", "fp8"):
         low = DEFAULT_GATES[precision]  # type: ignore[index]
         assert low.min_box_iou >= 0.9
         assert low.min_token_agreement >= 0.8
         assert low.max_accuracy_drop <= 0.02
+    # Activations of four bits move boxes; they must hit as often all the same.
+    four_bits = DEFAULT_GATES["nvfp4"]
+    assert four_bits.min_box_iou >= 0.75
+    assert four_bits.min_token_agreement >= 0.7
+    assert four_bits.max_accuracy_drop <= 0.02
     for gates in (Gates(), *(DEFAULT_GATES[name] for name in ("fp32", "fp16", "bf16"))):
         assert gates.max_logit_difference < 1
         assert gates.min_logit_cosine > 0.99
@@ -121,3 +126,10 @@ def test_keep_may_be_a_range_or_adaptive(typed: Any, stored: Any) -> None:
 def test_a_range_goes_from_the_smallest_to_the_largest(keep: Any) -> None:
     with pytest.raises(ValidationError):
         recipe(keep=keep)
+
+
+def test_devices_are_those_that_know_the_precision() -> None:
+    assert recipe().devices == ("8.6", "8.9", "12.0")
+    assert recipe(precision="fp8").devices == ("8.9", "12.0")
+    assert recipe(precision="nvfp4").devices == ("12.0",)
+    assert recipe(precision="fp8", compute_capabilities=["12.0"]).devices == ("12.0",)

@@ -106,3 +106,33 @@ def test_batches_that_do_not_divide_the_control_cases(
     assert report.ok, report
     monkeypatch.setattr(validation, "CONTROL_CASES", 2)
     assert report_of(bundle_copy, cases=5, batch=4)[0].ok
+
+
+def test_companions_take_the_ranges_that_the_bundle_brings(
+    tiny_options: dict[str, Any],
+    tiny_bundle: BuildBundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The file that it was built with may be gone by then."""
+    from contextlib import nullcontext
+
+    from gap_export.calibration import calibrate
+    from gap_export.ranges import read_ranges
+
+    file = tmp_path / "ranges.json"
+    file.write_text(calibrate(tiny_bundle().folder, samples=1, threads=1).model_dump_json())
+    recipe = Recipe.model_validate({**tiny_options, "precision": "fp8", "ranges": str(file)})
+    bundle = pipeline.build(recipe, tmp_path / "bundle").bundle
+    asked: list[Recipe] = []
+
+    def companion(_bundle: Bundle, changed: Recipe, *_: Any) -> Any:
+        asked.append(changed)
+        return nullcontext(bundle)
+
+    monkeypatch.setattr(validation, "_companion", companion)
+    expected = read_ranges(file)
+    file.unlink()
+    report_of(bundle.folder, cases=2)
+    assert len(asked) == 3
+    assert all(read_ranges(Path(str(each.ranges))) == expected for each in asked)

@@ -25,6 +25,7 @@ _NAMES = {"evaluate": "eval"}
 for command in (
     making.models,
     making.build,
+    making.calibrate,
     measuring.validate,
     using.run,
     benching.bench,

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from gap_export.cli.app import JsonOption, build_room, console, interruptible, out, plain, print_json
+from gap_export.cli.app import (
+    BundleArgument,
+    JsonOption,
+    ThreadsOption,
+    build_room,
+    console,
+    interruptible,
+    out,
+    plain,
+    print_json,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from gap_export.grounding.boxes import BoxCodec
@@ -121,7 +132,13 @@ def build(
         str | None,
         typer.Option(help="Vision tower of models published without theirs (folder, .pth file or hub id)."),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8, int4 or int4-fp16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, bf16, int8, int4, int4-fp16, fp8 or nvfp4.")
+    ] = None,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(help="How large activations get, for fp8 and nvfp4; see `gap-export calibrate`."),
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")
     ] = None,
@@ -161,6 +178,7 @@ def build(
         positions=positions,
         merged_id=merged_id,
         precision=precision,
+        ranges=None if ranges is None else str(ranges.absolute()),
         targets=target,
         checkpoint=checkpoint,
         capacity=capacity,
@@ -217,6 +235,56 @@ def build(
     for name, engines in manifest.engines.items():
         out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
     out.print(f"  {_size(built.written_bytes)} written besides linked weights", highlight=False)
+
+
+def calibrate(
+    bundle: BundleArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, for `build --ranges`.")],
+    samples: Annotated[int, typer.Option(min=1, help="Questions to answer.")] = 128,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Where the data set has several.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of its pictures.")] = None,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """How large a model's activations get, measured on an fp32 or fp16 bundle: what fp8 and nvfp4 need."""
+    from gap_export.artifact import write_atomically
+    from gap_export.errors import InputError
+    from gap_export.evaluation.dataset import open_dataset
+
+    build_room()
+    from gap_export import calibration
+
+    if data is None and (split is not None or images is not None):
+        raise InputError(
+            "belongs to a data set",
+            subject="--split" if split is not None else "--images",
+            hint="name one with --data, or leave it out to measure on generated scenes",
+        )
+    dataset = None if data is None else open_dataset(data, split=split, images=images)
+    with progress_bar() as bar:
+        task = bar.add_task("answering", total=samples)
+        found = calibration.calibrate(
+            bundle,
+            samples=samples,
+            dataset=dataset,
+            threads=threads,
+            tick=lambda count: bar.advance(task, count),
+        )
+    write_atomically(output, found.model_dump_json(indent=2) + "\n")
+    if as_json:
+        print_json(found.model_dump())
+        return
+    name, largest = max(found.largest.items(), key=lambda each: each[1])
+    out.print(
+        f"[bold green]measured[/] {output}: {len(found.largest)} layers over {found.samples} questions ({plain(found.source)}); "
+        f"the largest activation is {largest:.4g}, read by {name}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _size(count: int) -> str:

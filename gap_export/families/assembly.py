@@ -31,6 +31,8 @@ DTYPES: dict[Precision, tuple[torch.dtype, DType]] = {
     "int8": (torch.float32, "float32"),
     "int4": (torch.float32, "float32"),
     "int4-fp16": (torch.float16, "float16"),
+    "fp8": (torch.float16, "float16"),
+    "nvfp4": (torch.float16, "float16"),
 }
 
 BATCH = "batch"

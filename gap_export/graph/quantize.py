@@ -1,48 +1,39 @@
-"""Low precision in standard operators: matrix products whose weights are whole numbers, activations and everything else are floats.
+"""Low precision: matrix products whose weights have few bits, activations and everything else are floats.
 
-    int8    DynamicQuantizeLinear -> MatMulInteger -> scale. One scale per column of the weight, one per call for activations, found while
-            running; towers and decoders.
-    int4    DequantizeLinear in blocks of 32 along the input -> MatMul, in the decoder; its head as above, towers in float32. Runtimes read
-            four bits and multiply in one go (ONNX Runtime: `MatMulNBits`).
-    int4-fp16   the same blocks in half precision throughout, head and towers included: what engines take.
+    int8       DynamicQuantizeLinear -> MatMulInteger -> scale. One scale per column of the weight, one per call for activations, found
+               while running; towers and decoders.
+    int4       DequantizeLinear in blocks of 32 along the input -> MatMul, in the decoder; its head as above, towers in float32. Runtimes
+               read four bits and multiply in one go (ONNX Runtime: `MatMulNBits`).
+    int4-fp16  the same blocks in half precision throughout, head and towers included: what engines take.
+    fp8        QuantizeLinear -> DequantizeLinear for activations and DequantizeLinear for weights -> MatMul, in the decoder; its head
+               and towers in half precision. Engines multiply E4M3 by E4M3.
+    nvfp4      the same places in E2M1, with a scale per block of 16: activations by TensorRT's own operator, whose block scales are
+               found while running.
 
-Rounding is to nearest, symmetric about zero; a block of int4 is scaled by its extreme value, which becomes -8 (as llama.cpp's Q4_0).
-Weights are written once, turned so that nothing is turned while running, some rows at a time: a 7B model takes no more memory than
-its largest matrix.
-
-Shape letters: N columns of the product (rows of the stored weight), K its inner extent.
+Activations of fp8 and nvfp4 have one scale that is measured beforehand (`ranges.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from torch import nn
 
 from gap_export.bundle import Precision
-from gap_export.checkpoint import Checkpoint
-from gap_export.errors import EnvironmentLacks, TraceError
-from gap_export.graph.weights import WeightReader
+from gap_export.errors import TraceError
+from gap_export.graph.quantized_weights import QuantizedStore, Scheme
+from gap_export.graph.rounding import BLOCK, E4M3_MAX, FP4_BLOCK, nvfp4_whole
 from gap_export.spec import Component
-from gap_export.weight_files import Part, lay_out
 
-Scheme = Literal["int8", "int4"]
-
-BLOCK = 32
-FILE = "weights-quantized.safetensors"
-
-_DECODERS = ("decoder", "prefill", "decode")
+DECODERS = ("decoder", "prefill", "decode")
 _HEAD = "lm_head.weight"
-_STEP_ELEMENTS = 4 * 2**20
-_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Parts of a block's extreme that -8 may stand for: cutting the extreme off a little often rounds the other 31 better."""
+_BLOCKS: dict[Scheme, int] = {"int8": 1, "int4": BLOCK, "fp8": 1, "nvfp4": FP4_BLOCK}
+_OF_DECODERS: dict[Precision, Scheme] = {"int4": "int4", "int4-fp16": "int4", "fp8": "fp8", "nvfp4": "nvfp4"}
+"""Precisions that leave towers alone, and what they do to the linear layers of decoders but for the head."""
+ENGINE_DOMAIN = "trt"
+"""Operators that only TensorRT knows."""
 
 
 def schemes_of(component: Component, precision: Precision, parameters: Collection[str]) -> dict[str, Scheme]:
@@ -53,8 +44,6 @@ def schemes_of(component: Component, precision: Precision, parameters: Collectio
         precision: of the bundle.
         parameters: that the traced graph has.
     """
-    if precision not in ("int8", "int4", "int4-fp16"):
-        return {}
     shapes = {
         f"{name}.weight": module.weight.shape
         for name, module in component.module.named_modules()
@@ -62,178 +51,23 @@ def schemes_of(component: Component, precision: Precision, parameters: Collectio
     }
     if precision == "int8":
         return dict.fromkeys(shapes, "int8")
-    if component.spec.name not in _DECODERS:
+    if precision not in _OF_DECODERS or component.spec.name not in DECODERS:
         return {}
-    in_blocks = {
-        name: not name.endswith(_HEAD) and columns % 2 == 0 and inner % BLOCK == 0
+    scheme = _OF_DECODERS[precision]
+    found: dict[str, Scheme] = {
+        name: scheme
         for name, (columns, inner) in shapes.items()
+        if not name.endswith(_HEAD) and columns % 2 == 0 and inner % _BLOCKS[scheme] == 0
     }
-    if precision == "int4-fp16":
-        return {name: "int4" for name, fits in in_blocks.items() if fits}
-    return {name: "int4" if fits else "int8" for name, fits in in_blocks.items()}
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one part of a quantised weight lies in the file."""
-
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-@dataclass
-class QuantizedStore:
-    """Writes quantised weights into a bundle folder, each once.
-
-    Attributes:
-        checkpoint: where they come from.
-        folder: the bundle being built.
-        half: whether scales are in fp16, as activations are then.
-        written_bytes: so far.
-    """
-
-    checkpoint: Checkpoint
-    folder: Path
-    half: bool = False
-    written_bytes: int = 0
-    _places: dict[tuple[str, Scheme], tuple[_Place, _Place]] = field(default_factory=dict)
-
-    def prepare(self, wanted: Mapping[str, Scheme]) -> None:
-        """Quantise all weights that are asked for, in one file.
-
-        Args:
-            wanted: checkpoint key -> scheme.
-
-        Raises:
-            EnvironmentLacks: no room on the disk.
-        """
-        if not wanted:
-            return
-        parts = [part for key, scheme in wanted.items() for part in self._parts(key, scheme)]
-        head, offsets, size = lay_out(parts)
-        path = self.folder / FILE
-        try:
-            with path.open("wb") as out:
-                out.write(head)
-                out.truncate(size)
-            for key, scheme in wanted.items():
-                data, scale = self._parts(key, scheme)
-                columns, inner = self.checkpoint.weights[key].shape
-                number = ir.DataType.INT8 if scheme == "int8" else ir.DataType.INT4
-                self._places[key, scheme] = (
-                    _Place(number, (inner, columns), offsets[data.name], data.length),
-                    _Place(
-                        ir.DataType.FLOAT16 if self.half else ir.DataType.FLOAT,
-                        scale.shape,
-                        offsets[scale.name],
-                        scale.length,
-                    ),
-                )
-                self._write(path, key, scheme)
-        except OSError as error:
-            raise EnvironmentLacks(
-                f"could not be written: {error.strerror}",
-                subject=str(path),
-                hint="free disk space and build again",
-            ) from error
-        self.written_bytes = size
-
-    def _parts(self, key: str, scheme: Scheme) -> tuple[Part, Part]:
-        """(numbers, scales) of a weight, as they are stored."""
-        columns, inner = self.checkpoint.weights[key].shape
-        scale = (columns,) if scheme == "int8" else (inner // BLOCK, columns)
-        kind, width = ("F16", 2) if self.half else ("F32", 4)
-        scales = Part(f"{key}.scale", kind, scale, width * math.prod(scale))
-        if scheme == "int8":
-            return Part(f"{key}.int8", "I8", (inner, columns), inner * columns), scales
-        packed = inner * columns // 2  # safetensors knows no four bits
-        return Part(f"{key}.int4", "U8", (packed,), packed), scales
-
-    def tensors(self, key: str, scheme: Scheme) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
-        """(numbers, scales) of a weight."""
-        data, scale = (
-            ir.ExternalTensor(
-                location=FILE,
-                offset=place.offset,
-                length=place.length,
-                dtype=place.dtype,
-                shape=ir.Shape(place.shape),
-                name=f"{key}.{part}",
-                base_dir=str(self.folder),
-            )
-            for part, place in zip((scheme, "scale"), self._places[key, scheme], strict=True)
-        )
-        return data, scale
-
-    def _write(self, path: Path, key: str, scheme: Scheme) -> None:
-        data, scale = self._places[key, scheme]
-        columns, inner = self.checkpoint.weights[key].shape
-        step = 2 * max(1, _STEP_ELEMENTS // inner // 2)
-        packed = columns if scheme == "int8" else columns // 2
-        numbers = np.memmap(path, np.uint8, "r+", offset=data.offset, shape=(inner, packed))
-        kind = np.float16 if self.half else np.float32
-        scales = np.memmap(path, kind, "r+", offset=scale.offset, shape=scale.shape)
-        read = WeightReader(self.checkpoint, key)
-        for start in range(0, columns, step):
-            rows_NK = read.rows(slice(start, min(start + step, columns)))
-            if scheme == "int8":
-                quantized_NK, scales_N = int8_rows(rows_NK)
-                numbers[:, start : start + step] = quantized_NK.T.view(np.uint8)
-                scales[start : start + step] = scales_N
-            else:
-                quantized_NK, scales_NB = int4_rows(rows_NK, kind)
-                numbers[:, start // 2 : (start + step) // 2] = packed_pairs(quantized_NK).T
-                scales[:, start : start + step] = scales_NB.T
-
-
-def int8_rows(rows_NK: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """([N, K] int8 in -127..127, [N] float32 scales); their product is nearest to the rows."""
-    scales_N = _never_zero(np.abs(rows_NK).max(axis=1) / 127)
-    return np.clip(np.rint(rows_NK / scales_N[:, None]), -127, 127).astype(np.int8), scales_N
-
-
-def int4_rows(
-    rows_NK: NDArray[np.float32], kind: type[np.floating[Any]] = np.float32
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """([N, K] int8 in -8..7, [N, K / 32] float32 scales, which have the sign that makes a block's extreme -8).
-
-    Args:
-        rows_NK: of the weight.
-        kind: what scales are stored in: weights are rounded to what they will be multiplied with.
-    """
-    columns, inner = rows_NK.shape
-    blocks_NBL = rows_NK.reshape(columns, inner // BLOCK, BLOCK)
-    place_NB1 = np.abs(blocks_NBL).argmax(axis=2)[..., None]
-    extreme_NB1 = np.take_along_axis(blocks_NBL, place_NB1, axis=2)
-    wholes, steps, losses = [], [], []
-    for shrunk in _SHRUNK:
-        step_NB1 = _never_zero((extreme_NB1 * (shrunk / -8)).astype(kind))
-        whole_NBL = np.clip(np.rint(blocks_NBL / step_NB1), -8, 7)
-        losses.append(np.square(whole_NBL * step_NB1 - blocks_NBL).sum(axis=2, keepdims=True))
-        wholes.append(whole_NBL.astype(np.int8))
-        steps.append(step_NB1)
-    best_1NB1 = np.stack(losses).argmin(axis=0)[None]
-    quantized_NBL, scales_NB1 = (
-        np.take_along_axis(np.stack(tried), best_1NB1, axis=0)[0] for tried in (wholes, steps)
-    )
-    return quantized_NBL.reshape(columns, inner), scales_NB1[..., 0]
-
-
-def _never_zero(scales: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """One where there is nothing to scale, or so little that its scale is no number in float32 any more."""
-    return np.asarray(np.where(scales != 0, scales, 1), np.float32)
-
-
-def packed_pairs(quantized_NK: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """[N / 2, K] uint8: two neighbours of a column in one byte, the first in its low half, as ONNX packs four-bit numbers."""
-    halves = quantized_NK.view(np.uint8) & 0xF
-    return (halves[0::2] | (halves[1::2] << 4)).astype(np.uint8)
+    return {name: found.get(name, "int8") for name in shapes} if precision == "int4" else found
 
 
 def quantize(
-    model: ir.Model, schemes: Mapping[str, Scheme], keys: Mapping[str, str], store: QuantizedStore
+    model: ir.Model,
+    schemes: Mapping[str, Scheme],
+    keys: Mapping[str, str],
+    store: QuantizedStore,
+    ranges: Mapping[str, float],
 ) -> None:
     """Replace matrix products with weights that were quantised; in place.
 
@@ -242,31 +76,38 @@ def quantize(
         schemes: parameter -> scheme.
         keys: parameter -> checkpoint key.
         store: prepared for those keys.
+        ranges: parameter -> largest magnitude of what it is multiplied with; for fp8 and nvfp4.
 
     Raises:
         TraceError: such a weight is used in another way than a linear layer uses it.
     """
-    activations: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    for name, scheme in schemes.items():
-        weight = model.graph.initializers.get(name)
-        if weight is None:  # a layer that does not reach an output
-            continue
-        data, scale = (
-            _initializer(model, tensor, f"{name}.{part}")
-            for tensor, part in zip(store.tensors(keys[name], scheme), (scheme, "scale"), strict=True)
-        )
-        for product, turned in _products(weight, name):
+    # Layers that do not reach an output are not there.
+    weights = {name: model.graph.initializers[name] for name in schemes if name in model.graph.initializers}
+    products = _Products(model, _largest(weights, ranges))
+    for name, weight in weights.items():
+        scheme = schemes[name]
+        tensors = store.tensors(keys[name], scheme)
+        values = [products.initializer(tensor, f"{name}.{part}") for part, tensor in tensors.items()]
+        for product, turned in products_of(weight, name):
             if scheme == "int8":
-                _integer_product(model.graph, product, data, scale, activations)
+                products.of_integers(product, *values)
+            elif scheme == "int4":
+                products.of_blocks(product, *values)
+            elif scheme == "fp8":
+                products.of_eight_bit_floats(product, *values)
             else:
-                _block_product(model.graph, product, data, scale)
+                products.of_four_bit_floats(product, *values)
             if turned is not None and not turned.outputs[0].consumers():
                 model.graph.remove(turned, safe=True)
         model.graph.initializers.pop(name)
 
 
-def _products(weight: ir.Value, name: str) -> list[tuple[ir.Node, ir.Node | None]]:
-    """(product, what turns the weight for it) of every linear layer that has this weight."""
+def products_of(weight: ir.Value, name: str) -> list[tuple[ir.Node, ir.Node | None]]:
+    """(product, what turns the weight for it) of every linear layer that has this weight.
+
+    Raises:
+        TraceError: it is used in another way.
+    """
     found: list[tuple[ir.Node, ir.Node | None]] = []
     for node in weight.consumers():
         if node.op_type == "Gemm" and node.attributes["transB"].as_int() and node.inputs[1] is weight:
@@ -284,47 +125,136 @@ def _products(weight: ir.Value, name: str) -> list[tuple[ir.Node, ir.Node | None
     return found
 
 
-def _initializer(model: ir.Model, tensor: ir.ExternalTensor, name: str) -> ir.Value:
-    value = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    model.graph.register_initializer(value)
-    return value
+def _largest(weights: Mapping[str, ir.Value], ranges: Mapping[str, float]) -> dict[ir.Value, float]:
+    """Of every activation the largest magnitude that was measured for any weight it meets.
+
+    Where a graph computes fewer rows than another of the same model, weights that share an activation here may have had their own there.
+    """
+    found: dict[ir.Value, float] = {}
+    for name in weights.keys() & ranges.keys():
+        for product, _ in products_of(weights[name], name):
+            found[_given(product)] = max(ranges[name], found.get(_given(product), 0.0))
+    return found
 
 
-def _integer_product(
-    graph: ir.Graph,
-    product: ir.Node,
-    data: ir.Value,
-    scale: ir.Value,
-    activations: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]],
-) -> None:
-    given, out = product.inputs[0], product.outputs[0]
+class _Products:
+    """Puts products of few bits in the place of others. Activations that several of them read are quantised once.
+
+    Args:
+        model: changed in place.
+        largest: magnitudes that activations reach, of those that need a scale beforehand.
+    """
+
+    def __init__(self, model: ir.Model, largest: Mapping[ir.Value, float]) -> None:
+        self._graph, self._largest = model.graph, largest
+        self._integers: dict[ir.Value, tuple[ir.Value, ...]] = {}
+        self._floats: dict[ir.Value, ir.Value] = {}
+
+    def initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        """A tensor of the graph's own; one of that name that is already there is taken again."""
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def of_integers(self, product: ir.Node, numbers: ir.Value, scale: ir.Value) -> None:
+        """Eight-bit whole numbers by such."""
+        given, out = _given(product), product.outputs[0]
+        if given not in self._integers:
+            node = ir.node("DynamicQuantizeLinear", [given], num_outputs=3)
+            node.outputs[0].shape, node.outputs[0].type = given.shape, ir.TensorType(ir.DataType.UINT8)
+            self._graph.insert_before(product, [node])
+            self._integers[given] = tuple(node.outputs)
+        whole_numbers, step, zero = self._integers[given]
+        whole = ir.node("MatMulInteger", [whole_numbers, numbers, zero])
+        whole.outputs[0].shape, whole.outputs[0].type = out.shape, ir.TensorType(ir.DataType.INT32)
+        real = ir.node("Cast", [whole.outputs[0]], {"to": ir.DataType.FLOAT})
+        both = ir.node("Mul", [step, scale])
+        self._replace(product, [whole, real, both, ir.node("Mul", [real.outputs[0], both.outputs[0]])])
+
+    def of_blocks(self, product: ir.Node, numbers: ir.Value, scale: ir.Value) -> None:
+        """Floats by four-bit whole numbers."""
+        real = ir.node("DequantizeLinear", [numbers, scale], {"axis": 0, "block_size": BLOCK})
+        real.outputs[0].shape, real.outputs[0].type = numbers.shape, scale.type
+        self._replace(product, [real, ir.node("MatMul", [product.inputs[0], real.outputs[0]])])
+
+    def of_eight_bit_floats(self, product: ir.Node, numbers: ir.Value, scale: ir.Value) -> None:
+        """E4M3 by E4M3."""
+        given = _given(product)
+        if given not in self._floats:
+            step = self._scalar(given, self._largest[given] / E4M3_MAX, ir.DataType.FLOAT16)
+            zero = self.initializer(ir.tensor(np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy())), "fp8.zero")
+            low = ir.node("QuantizeLinear", [given, step, zero])
+            back = ir.node("DequantizeLinear", [low.outputs[0], step])
+            low.outputs[0].shape, low.outputs[0].type = given.shape, ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+            back.outputs[0].shape, back.outputs[0].type = given.shape, given.type
+            self._graph.insert_before(product, [low, back])
+            self._floats[given] = back.outputs[0]
+        real = ir.node("DequantizeLinear", [numbers, scale], {"axis": 1})
+        real.outputs[0].shape, real.outputs[0].type = numbers.shape, scale.type
+        self._replace(product, [real, ir.node("MatMul", [self._floats[given], real.outputs[0]])])
+
+    def of_four_bit_floats(
+        self, product: ir.Node, numbers: ir.Value, scale: ir.Value, whole: ir.Value
+    ) -> None:
+        """E2M1 by E2M1."""
+        given = _given(product)
+        blocks = {"block_size": FP4_BLOCK}
+        if given not in self._floats:
+            step = self._scalar(given, nvfp4_whole(self._largest[given]), ir.DataType.FLOAT)
+            low = ir.Node(
+                ENGINE_DOMAIN,
+                "TRT_FP4DynamicQuantize",
+                [given, step],
+                [
+                    ir.AttrInt64("axis", -1),
+                    ir.AttrInt64("block_size", FP4_BLOCK),
+                    ir.AttrInt64("scale_type", ir.DataType.FLOAT8E4M3FN.value),
+                ],
+                num_outputs=2,
+            )
+            kinds = (ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN)
+            for value, kind in zip(low.outputs, kinds, strict=True):
+                value.type = ir.TensorType(kind)
+            low.outputs[0].shape = given.shape
+            scales = ir.node("DequantizeLinear", [low.outputs[1], step])
+            back = ir.node("DequantizeLinear", [low.outputs[0], scales.outputs[0]], {"axis": -1, **blocks})
+            half = ir.node("Cast", [back.outputs[0]], {"to": ir.DataType.FLOAT16})
+            half.outputs[0].shape, half.outputs[0].type = given.shape, given.type
+            self._graph.insert_before(product, [low, scales, back, half])
+            self._floats[given] = half.outputs[0]
+            self._graph.opset_imports[ENGINE_DOMAIN] = 1
+        scales = ir.node("DequantizeLinear", [scale, whole])
+        real = ir.node("DequantizeLinear", [numbers, scales.outputs[0]], {"axis": 0, **blocks})
+        half = ir.node("Cast", [real.outputs[0]], {"to": ir.DataType.FLOAT16})
+        half.outputs[0].shape, half.outputs[0].type = numbers.shape, given.type
+        self._replace(
+            product, [scales, real, half, ir.node("MatMul", [self._floats[given], half.outputs[0]])]
+        )
+
+    def _scalar(self, given: ir.Value, number: float, kind: ir.DataType) -> ir.Value:
+        """A scale of activations; one where they were zero throughout, or so small that half precision knows no such scale."""
+        content = np.asarray(number, kind.numpy())
+        content = content if content > 0 else np.ones_like(content)
+        return self.initializer(ir.tensor(content), f"{given.name}.scale")
+
+    def _replace(self, product: ir.Node, nodes: list[ir.Node]) -> None:
+        """Put nodes in the place of a product, and add what a Gemm adds."""
+        if len(product.inputs) > 2 and product.inputs[2] is not None:
+            nodes = [*nodes, ir.node("Add", [nodes[-1].outputs[0], product.inputs[2]])]
+        made, out = nodes[-1].outputs[0], product.outputs[0]
+        made.shape, made.type = out.shape, out.type
+        ir.convenience.replace_nodes_and_values(self._graph, product, [product], nodes, [out], [made])
+
+
+def _given(product: ir.Node) -> ir.Value:
+    """The activations of a product."""
+    given = product.inputs[0]
     assert given is not None
-    if given not in activations:  # one for all products of the same activations
-        node = ir.node("DynamicQuantizeLinear", [given], num_outputs=3)
-        node.outputs[0].shape, node.outputs[0].type = given.shape, ir.TensorType(ir.DataType.UINT8)
-        graph.insert_before(product, [node])
-        activations[given] = node.outputs[0], node.outputs[1], node.outputs[2]
-    numbers, step, zero = activations[given]
-    whole = ir.node("MatMulInteger", [numbers, data, zero])
-    whole.outputs[0].shape, whole.outputs[0].type = out.shape, ir.TensorType(ir.DataType.INT32)
-    real = ir.node("Cast", [whole.outputs[0]], {"to": ir.DataType.FLOAT})
-    both = ir.node("Mul", [step, scale])
-    scaled = ir.node("Mul", [real.outputs[0], both.outputs[0]])
-    _replace(graph, product, [whole, real, both, scaled])
-
-
-def _block_product(graph: ir.Graph, product: ir.Node, data: ir.Value, scale: ir.Value) -> None:
-    real = ir.node("DequantizeLinear", [data, scale], {"axis": 0, "block_size": BLOCK})
-    real.outputs[0].shape, real.outputs[0].type = data.shape, scale.type
-    _replace(graph, product, [real, ir.node("MatMul", [product.inputs[0], real.outputs[0]])])
-
-
-def _replace(graph: ir.Graph, product: ir.Node, nodes: list[ir.Node]) -> None:
-    """Put nodes in the place of a product, and add what a Gemm adds."""
-    if len(product.inputs) > 2 and product.inputs[2] is not None:
-        nodes = [*nodes, ir.node("Add", [nodes[-1].outputs[0], product.inputs[2]])]
-    made, out = nodes[-1].outputs[0], product.outputs[0]
-    made.shape, made.type = out.shape, out.type
-    ir.convenience.replace_nodes_and_values(graph, product, [product], nodes, [out], [made])
+    return given

@@ -11,8 +11,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from gap_export.bundle import ACTIVATIONS, Bundle
-from gap_export.errors import SessionError
+from gap_export.bundle import Bundle
+from gap_export.errors import GapExportError, SessionError
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.pictures import PixelInputs
 from gap_export.runtime.session import (
@@ -29,13 +29,16 @@ from gap_export.runtime.session import (
 )
 from gap_export.spec import TensorSpec
 
+NOT_ON_CPUS = ("bf16", "nvfp4")
+"""Precisions that only engines have."""
+
 _NUMPY = {"float32": np.float32, "float16": np.float16}
 
 _LAYOUTS_KEPT = 8
 """Bound calls are small, and requests of similar length share one."""
 
 # Fusions that put rotary into attention read only the first position id (see docs/positions.md).
-_FORBIDDEN_FUSIONS = ["GroupQueryAttentionFusion"]
+FORBIDDEN_FUSIONS = ["GroupQueryAttentionFusion"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class OnnxRuntimeSession:
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         manifest = bundle.manifest
-        if ACTIVATIONS[manifest.precision] not in ("fp32", "fp16"):
+        if manifest.precision in NOT_ON_CPUS:
             raise SessionError(
                 f"{manifest.precision} graphs have no CPU kernels in ONNX Runtime",
                 subject=str(bundle.folder),
@@ -207,17 +210,25 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3
         # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-        path = self._bundle.graph_path(name)
         try:
-            return ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_FORBIDDEN_FUSIONS
-            )
+            return self._opened(name, options)
+        except GapExportError:
+            raise
         except Exception as error:  # pybind exceptions of ONNX Runtime share no public base class
             raise SessionError(
                 f"was refused by ONNX Runtime {ort.__version__}: {_first_line(error)}",
-                subject=str(path),
+                subject=str(self._bundle.graph_path(name)),
                 hint="check the bundle with `gap-export inspect --verify`, or build it again with this version",
             ) from error
+
+    def _opened(self, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+        """A graph in ONNX Runtime; its errors are those of ONNX Runtime."""
+        return ort.InferenceSession(
+            str(self._bundle.graph_path(name)),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=FORBIDDEN_FUSIONS,
+        )
 
     def _run(self, name: str, inputs: dict[str, Any]) -> list[Any]:
         """Run a graph once, outputs allocated by the runtime."""

@@ -1,0 +1,91 @@
+"""How large activations get: what precisions need to know whose activations have a scale before they run.
+
+    {"gap_export": "0.1.0", "bundle": "shapes", "family": "llava", "samples": 128, "source": "scenes", "largest": {PARAMETER: 3.2, ...}}
+
+A range belongs to the weight that the activation is multiplied with, by the name it has in the graph. Names do not depend on pruner,
+share or precision, so one file serves all bundles of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gap_export.errors import RecipeError
+
+RANGES = "ranges.json"
+"""Its name in a bundle that was built with it."""
+
+
+class Ranges(BaseModel):
+    """What `calibrate` measured.
+
+    Attributes:
+        gap_export: version that wrote it.
+        bundle: name of the bundle it was measured on.
+        family: of the model.
+        checkpoint: of the model.
+        samples: how many questions were answered.
+        source: where they are from.
+        largest: parameter of the decoder -> largest magnitude of what it was multiplied with.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gap_export: str
+    bundle: str
+    family: str
+    checkpoint: str
+    samples: int = Field(ge=1)
+    source: str
+    largest: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+    def require(self, parameters: Collection[str], family: str) -> None:
+        """Refuse ranges that are of another model.
+
+        Args:
+            parameters: that need one.
+            family: of the model that is built.
+
+        Raises:
+            RecipeError: a range is missing.
+        """
+        missing = sorted(set(parameters) - set(self.largest))
+        if missing or family != self.family:
+            what = f"no range of {missing[0]}" if missing else f"ranges of family {self.family!r}"
+            raise RecipeError(
+                f"has {what}, so it is of another model than this {family}",
+                subject=f"ranges of {self.bundle} ({self.checkpoint})",
+                hint=CALIBRATE,
+            )
+
+
+CALIBRATE = (
+    "build the model with --precision fp32 (or fp16), run `gap-export calibrate BUNDLE -o ranges.json`, and "
+    "build again with --ranges ranges.json"
+)
+
+
+def read_ranges(path: Path) -> Ranges:
+    """Read a file of ranges.
+
+    Raises:
+        RecipeError: it is not there, or is no such file.
+    """
+    try:
+        return Ranges.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RecipeError(
+            f"cannot be read: {error.strerror}", subject=f"ranges {path}", hint=CALIBRATE
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            f"is not a file of ranges: {where + ': ' if where else ''}{first['msg']}",
+            subject=f"ranges {path}",
+            hint=CALIBRATE,
+        ) from error

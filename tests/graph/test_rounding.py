@@ -1,0 +1,154 @@
+"""Floats to few bits: against exact rounding, against every number a format has, and packing against onnx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from onnx import TensorProto, helper, numpy_helper
+
+from gap_export.graph.rounding import (
+    BLOCK,
+    FP4_BLOCK,
+    INT8_MAX,
+    fp8_rows,
+    int4_rows,
+    int8_rows,
+    nvfp4_rows,
+    nvfp4_whole,
+    packed_pairs,
+)
+
+E4M3 = np.unique(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64))
+E4M3 = E4M3[np.isfinite(E4M3)]
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E2M1 = np.concatenate([-E2M1[:0:-1], E2M1])
+
+weights = arrays(np.float32, (4, 2 * BLOCK), elements=st.floats(-8, 8, width=32))
+
+
+@given(weights)
+def test_int8_is_nearest(rows: Any) -> None:
+    numbers, scales = int8_rows(rows)
+    assert np.abs(numbers).max() <= INT8_MAX
+    assert (np.abs(numbers * scales[:, None] - rows) <= scales[:, None] * 0.5001 + 1e-30).all()
+
+
+@pytest.mark.parametrize("extreme", [INT8_MAX, -INT8_MAX])
+def test_products_of_extremes_are_not_cut_off(extreme: int) -> None:
+    """On any processor: with eight bits of weight they would be, where there is no VNNI."""
+    inner, columns = 512, 32
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w", "zero"], ["y"])],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", inner]),
+            helper.make_tensor_value_info("zero", TensorProto.UINT8, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", columns])],
+        [numpy_helper.from_array(np.full((inner, columns), extreme, np.int8), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for rows in (1, 40):
+        feeds = {"x": np.full((rows, inner), 255, np.uint8), "zero": np.array(0, np.uint8)}
+        assert (session.run(None, feeds)[0] == 255 * extreme * inner).all()
+
+
+@given(weights)
+def test_int4_is_nearest_but_for_what_is_cut_off(rows: Any) -> None:
+    numbers, scales = int4_rows(rows)
+    assert numbers.min() >= -8
+    assert numbers.max() <= 7
+    blocks, steps = rows.reshape(4, 2, BLOCK), scales[..., None]
+    restored = numbers.reshape(4, 2, BLOCK) * steps
+    cut = np.clip(blocks / steps, -8, 7) * steps  # opposite to the extreme there is one step less
+    assert (np.abs(restored - cut) <= np.abs(steps) * 0.5001 + 1e-6).all()
+
+
+@given(weights, st.sampled_from([np.float32, np.float16]))
+def test_of_all_scales_that_are_tried_int4_takes_the_one_that_loses_least(rows: Any, kind: Any) -> None:
+    """Block by block, in float64."""
+    numbers, scales = int4_rows(rows, kind)
+    assert (scales.astype(kind) == scales).all()
+    for block, whole, scale in zip(
+        rows.reshape(-1, BLOCK).astype(np.float64),
+        numbers.reshape(-1, BLOCK),
+        scales.reshape(-1),
+        strict=True,
+    ):
+        extreme = block[np.abs(block).argmax()]
+        lost = []
+        for shrunk in (1.0, 0.95, 0.9, 0.85, 0.8):
+            step = float(kind(np.float32(extreme) * np.float32(shrunk / -8))) or 1.0
+            lost.append(np.square(np.clip(np.rint(block / step), -8, 7) * step - block).sum())
+        assert np.square(whole * float(scale) - block).sum() <= min(lost) * 1.001 + 1e-6
+
+
+def test_pairs_lie_as_onnx_has_them() -> None:
+    numbers = np.random.default_rng(0).integers(-8, 8, (6, 4)).astype(np.int8)
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=(4, 6))
+    tensor.raw_data = packed_pairs(numbers).T.tobytes()
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor).astype(np.int8), numbers.T)
+
+
+def nearest(values: Any, among: Any) -> Any:
+    """Distance of every value to the nearest number of a format."""
+    return np.abs(np.asarray(values, np.float64)[..., None] - among).min(axis=-1)
+
+
+@given(weights)
+def test_fp8_is_nearest(rows: Any) -> None:
+    numbers, scales = fp8_rows(rows, np.float16)
+    assert (scales == scales.astype(np.float16)).all()
+    scaled = np.clip(rows / scales[:, None], -448, 448)
+    found = np.abs(numbers.astype(np.float64) - scaled)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, nearest(scaled, E4M3), atol=1e-6)
+
+
+@given(weights)
+def test_nvfp4_is_nearest_to_what_its_scales_allow(rows: Any) -> None:
+    whole = nvfp4_whole(float(np.abs(rows).max()))
+    numbers, scales = nvfp4_rows(rows, whole)
+    steps = scales.astype(np.float64) * whole
+    assert (steps > 0).all()
+    scaled = np.clip(rows.reshape(4, -1, FP4_BLOCK) / steps[..., None], -6, 6)
+    found = np.abs(numbers.astype(np.float64).reshape(scaled.shape) - scaled)
+    np.testing.assert_allclose(found, nearest(scaled, E2M1), atol=1e-5)
+
+
+@given(weights)
+def test_nvfp4_loses_no_more_than_the_plain_scale(rows: Any) -> None:
+    """Largest number for the extreme, as NVIDIA's tools have it: the search must not be worse, block by block."""
+    whole = nvfp4_whole(float(np.abs(rows).max()))
+    numbers, scales = nvfp4_rows(rows, whole)
+    blocks = rows.reshape(4, -1, FP4_BLOCK).astype(np.float64)
+    mine = numbers.astype(np.float64).reshape(blocks.shape) * (scales.astype(np.float64) * whole)[..., None]
+    wanted = np.abs(blocks).max(axis=2) / 6 / whole
+    plain = np.maximum(wanted.astype(ml_dtypes.float8_e4m3fn).astype(np.float64), 2.0**-9) * whole
+    theirs = np.clip(blocks / plain[..., None], -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    lost, plainly_lost = (np.square(blocks - each).sum(axis=2) for each in (mine, theirs * plain[..., None]))
+    assert (lost <= plainly_lost * 1.001 + 1e-6).all()
+
+
+def test_a_weight_of_zeros_stays_zero() -> None:
+    zeros = np.zeros((2, BLOCK), np.float32)
+    assert nvfp4_whole(0.0) == 1.0
+    for numbers, _ in (int8_rows(zeros), int4_rows(zeros), fp8_rows(zeros), nvfp4_rows(zeros, 1.0)):
+        assert not numbers.astype(np.float32).any()
+
+
+def test_pairs_of_e2m1_lie_as_onnx_has_them() -> None:
+    numbers = np.random.default_rng(0).choice(E2M1, (6, 4)).astype(ml_dtypes.float4_e2m1fn)
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.FLOAT4E2M1, dims=(4, 6))
+    tensor.raw_data = packed_pairs(numbers).T.tobytes()
+    restored = numpy_helper.to_array(tensor).astype(np.float32)
+    np.testing.assert_array_equal(restored, numbers.T.astype(np.float32))
