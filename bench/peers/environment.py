@@ -32,6 +32,8 @@ def main() -> None:
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for wanted in ([TORCH], [TORCH, "--requirement", str(HERE / "requirements.txt")]):
         subprocess.run([*install, *wanted], check=True)
+    # optimum-intel brings it, no peer uses it, and beside torch's CPU build PyPI's does not import, nor then transformers.
+    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
     print(f"ready: {python}")
 
 

@@ -7,6 +7,7 @@ python openvino_peer.py CHECKPOINT THREADS NEW_TOKENS fp32|default
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from importlib.metadata import version
@@ -17,6 +18,24 @@ import openvino
 import torch
 from optimum.intel import OVModelForVisualCausalLM
 from request import now, peak_rss_bytes, request, serve
+from safetensors.torch import load_file, save_file
+
+
+def as_it_names_them(checkpoint: Path, folder: Path) -> Path:
+    """A copy with the tower's weights under the names of the transformers that optimum-intel needs; those it does not find it makes up."""
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors" and file.suffixes[-2:] != [".safetensors", ".index.json"]:
+            shutil.copy(file, folder)
+    stored = {
+        key: value for file in checkpoint.glob("*.safetensors") for key, value in load_file(file).items()
+    }
+    tower, inner = "vision_tower.", "vision_tower.vision_model."
+    named = {
+        key if tower not in key or inner in key else key.replace(tower, inner, 1): value
+        for key, value in stored.items()
+    }
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @torch.inference_mode()
@@ -26,10 +45,12 @@ def main() -> None:
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     if kind == "fp32":
         settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    with tempfile.TemporaryDirectory(dir=Path(checkpoint).parent) as folder:
+    beside = Path(checkpoint).parent
+    with tempfile.TemporaryDirectory(dir=beside) as source, tempfile.TemporaryDirectory(dir=beside) as folder:
+        renamed = as_it_names_them(Path(checkpoint), Path(source))
         began = now()
         exported = OVModelForVisualCausalLM.from_pretrained(
-            checkpoint, export=True, compile=False, load_in_8bit=False
+            renamed, export=True, compile=False, load_in_8bit=False
         )
         exported.save_pretrained(folder)
         facts = {

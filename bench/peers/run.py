@@ -50,15 +50,17 @@ PEERS: dict[str, list[str]] = {
     "transformers exporter": ["exported_decoder_peer.py", "transformers", BUNDLE],
     "mobius": ["exported_decoder_peer.py", "mobius", BUNDLE],
     "openvino": ["openvino_peer.py", "fp32"],
+    "llama.cpp": ["llama_cpp_peer.py", "f32", BUNDLE],
 }
 """Name -> script and its own arguments."""
 BY_CHOICE: dict[str, list[str]] = {
     "ours int8@1.0": ["ours.py", "1.0", "gap", "int8"],
     "ours int8@0.25": ["ours.py", "0.25", "gap", "int8"],
     "openvino default": ["openvino_peer.py", "default"],
+    "llama.cpp q8_0": ["llama_cpp_peer.py", "q8_0", BUNDLE],
 }
 """Not in fp32: run when they are named."""
-ELSEWHERE = ("mobius", "openvino", "openvino default")
+ELSEWHERE = ("mobius", "openvino", "openvino default", "llama.cpp", "llama.cpp q8_0")
 """In the environment that environment.py makes."""
 OURS = ("gap@0.25", "shifted@0.25", "ours@1.0", "ours int8@1.0", "ours int8@0.25")
 BASE = "ours@1.0"
