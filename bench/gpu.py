@@ -39,6 +39,7 @@ from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
 DEVICE, PROVIDER = "cuda", "CUDAExecutionProvider"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SIDE, COPIED = 8192, 2**31
 """Of the matrices that are multiplied, and bytes that are copied, for the roofline."""
 
@@ -366,7 +367,7 @@ class TransformersSession:
 
         from gap_export.hub import resolve
 
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
+        dtype = DTYPES[options.precision]
         source = checkpoint or resolve(bundle.manifest.checkpoint)
         self._model: Any = LlavaForConditionalGeneration.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", local_files_only=True

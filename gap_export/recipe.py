@@ -78,11 +78,12 @@ _NVFP4 = _INT4.model_copy(
     update={
         "min_kept_sets_equal": _HALF.min_kept_sets_equal,
         "min_logit_cosine": 0.6,
+        "max_norm_deviation": 1.5,
         "min_token_agreement": 0.7,
         "min_box_iou": 0.75,
     }
 )
-"""Activations of four bits move boxes more than weights do; whether they still hit is for accuracy to say."""
+"""Activations of four bits move logits and boxes more than weights do; whether they still hit is for accuracy to say."""
 DEFAULT_GATES: dict[Precision, Gates] = {
     "fp32": Gates(),
     "fp16": _HALF,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -29,15 +28,9 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 
 
 @pytest.fixture
-def kit(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def kit(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, whose GPU is the CPU."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("gpu_kit", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_kit", module)
-    spec.loader.exec_module(module)
+    module = script("gpu")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "PROVIDER", "CPUExecutionProvider")
     return module
@@ -74,7 +67,7 @@ def test_transformers_answers_as_the_unpruned_bundle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # what is compiled is the same call
-    monkeypatch.setattr(torch, "float16", torch.float32)
+    monkeypatch.setitem(kit.DTYPES, "fp16", torch.float32)
     bundle = tiny_bundle(pruner="cls_attention", keep="0.1:0.3:1.0")
     peer = kit.TransformersSession(bundle, tiny_checkpoint, Namespace(precision="fp16"), compiled=compiled)
     ours = logits_of(open_session(bundle, "onnxruntime", threads=1), bundle, 1.0, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,18 +17,10 @@ from gap_export.bundle import Bundle
 from gap_export.calibration import calibrate
 from gap_export.runtime.ground import open_session
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "nvfp4.py"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("nvfp4_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def nvfp4(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("nvfp4")
 
 
 def restored(x: Any, step: float) -> Any:
@@ -65,7 +56,7 @@ def quantizer(step: float) -> ir.Model:
 
 
 @pytest.mark.parametrize("step", [0.01, 1.0])
-def test_activations_are_those_of_e2m1(script: ModuleType, step: float) -> None:
+def test_activations_are_those_of_e2m1(nvfp4: ModuleType, step: float) -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((3, 2, 32)) * 10.0 ** rng.integers(-3, 2, (3, 2, 1))).astype(np.float16)
     x[0, 0, :16] = 0
@@ -73,14 +64,14 @@ def test_activations_are_those_of_e2m1(script: ModuleType, step: float) -> None:
         np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6] * 2) * 6 * 0.5
     )  # ties, where the scale is exact
     model = quantizer(step)
-    script.rewrite(model)
+    nvfp4.rewrite(model)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     (mine,) = session.run(None, {"x": x})
     np.testing.assert_array_equal(mine, restored(x, step).astype(np.float16))
 
 
 def test_a_rewritten_bundle_answers_nearly_as_in_half_precision(
-    script: ModuleType, deep_bundle: Callable[..., Bundle], tmp_path: Path
+    nvfp4: ModuleType, deep_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:
     import shutil
 
@@ -101,7 +92,7 @@ def test_a_rewritten_bundle_answers_nearly_as_in_half_precision(
         .logits[0]
         .ravel()
         for session in (
-            script.in_standard_operators(low, "onnxruntime", threads=1),
+            nvfp4.in_standard_operators(low, "onnxruntime", threads=1),
             open_session(half, "onnxruntime", threads=1),
         )
     )
