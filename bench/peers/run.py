@@ -124,6 +124,7 @@ def main() -> int:
                     samples[peers[place].name].append(row)
         for peer in peers:
             peer.facts["peak_rss_bytes"] = peer.ask("stop")["peak_rss_bytes"]
+            peer.process.wait(timeout=60)  # it removes what it exported
     finally:
         for peer in peers:
             peer.process.kill()
