@@ -49,6 +49,11 @@ def forced(
     return visual.kept_indices, logits
 
 
+ROUNDING = 3e-5
+"""Of fp32, as a share of the largest logit: 1.03e-5 was seen on a processor without AVX-512, which sums in another order. Two ids exchanged
+give over three hundred times the bound."""
+
+
 def worst(mine: Logits, theirs: Logits) -> float:
     """Largest difference over all steps, as a share of the largest logit."""
     assert len(mine) == len(theirs) == STEPS + 1
@@ -80,7 +85,7 @@ def test_prefill_and_decode_equal_transformers(
     kept, logits = forced(session, pixels[rows], ragged_ids[rows])
     kept_there, logits_there = forced(reference, pixels[rows], ragged_ids[rows])
     assert kept.tolist() == kept_there.tolist()
-    assert worst(logits, logits_there) < 1e-5
+    assert worst(logits, logits_there) < ROUNDING
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -101,7 +106,7 @@ def test_any_ids_are_taken_as_they_are(
         rng_copy = np.random.default_rng()
         rng_copy.bit_generator.state = state
         results.append(forced(runner, pixels[:2], ragged_ids[:2], adjust=scatter)[1])
-    assert worst(*results) < 1e-5
+    assert worst(*results) < ROUNDING
 
 
 def test_positions_matter_in_the_exported_decoder(
@@ -157,7 +162,7 @@ def test_a_row_answers_as_it_does_alone(
         for step in range(STEPS):
             turn = advance(turn)
             alone.append(session.step(tokens[step, [row]].astype(np.int64), turn).copy())
-        assert worst([logits[[row]] for logits in together], alone) < 1e-5
+        assert worst([logits[[row]] for logits in together], alone) < ROUNDING
 
 
 # Traps
