@@ -145,7 +145,7 @@ class _Products:
         largest: magnitudes that activations reach, of those that need a scale beforehand.
     """
 
-    def __init__(self, model: ir.Model, largest: Mapping[ir.Value, float]) -> None:
+    def __init__(self, model: ir.Model, largest: dict[ir.Value, float]) -> None:
         self._graph, self._largest = model.graph, largest
         self._integers: dict[ir.Value, tuple[ir.Value, ...]] = {}
         self._floats: dict[ir.Value, ir.Value] = {}
@@ -250,6 +250,8 @@ class _Products:
             nodes = [*nodes, ir.node("Add", [nodes[-1].outputs[0], product.inputs[2]])]
         made, out = nodes[-1].outputs[0], product.outputs[0]
         made.shape, made.type = out.shape, out.type
+        if out in self._largest:  # another linear layer reads this one as it is
+            self._largest[made] = self._largest[out]
         ir.convenience.replace_nodes_and_values(self._graph, product, [product], nodes, [out], [made])
 
 
