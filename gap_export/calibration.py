@@ -23,7 +23,7 @@ from gap_export.graph.quantize import DECODERS
 from gap_export.grounding.scenes import DEV_SEED, Case, cases
 from gap_export.ranges import Ranges
 from gap_export.runtime.ground import Grounder
-from gap_export.runtime.ort import FORBIDDEN_FUSIONS, OnnxRuntimeSession
+from gap_export.runtime.ort import OnnxRuntimeSession
 
 SCENES = "scenes"
 """Stands for generated scenes; not those that validation asks about."""
@@ -97,9 +97,9 @@ class _Watched(OnnxRuntimeSession):
         self._probes: dict[str, dict[str, tuple[NDArray[np.float32], list[str]]]] = {}
         super().__init__(bundle, threads=threads)
 
-    def _opened(self, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
         if name not in DECODERS:
-            return super()._opened(name, options)
+            return super()._model_of(name, options)
         model, outputs = probed(self._bundle.graph_path(name))
         self._probes[name] = {
             output: (np.zeros((), np.float32), parameters) for output, parameters in outputs.items()
@@ -107,9 +107,7 @@ class _Watched(OnnxRuntimeSession):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self._bundle.folder)
         )
-        return ort.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=FORBIDDEN_FUSIONS
-        )
+        return model
 
     def _execute(self, name: str, binding: Any) -> None:
         probes = self._probes.get(name, {})

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from request import Request, now, peak_rss_bytes, request, serve
+from request import Request, export_facts, now, request, serve
 
 
 def export_with_mobius(checkpoint: Path, folder: Path) -> None:
@@ -118,11 +118,7 @@ def main() -> None:
         folder = Path(scratch)
         began = now()
         export(Path(checkpoint), folder)
-        facts = {
-            "export_s": now() - began,
-            "export_peak_rss_bytes": peak_rss_bytes(),
-            "written_bytes": sum(file.stat().st_size for file in folder.iterdir()),
-        }
+        facts = export_facts(began, folder)
         began = now()
         asked = request(checkpoint)
         decoder = runner(folder, load, asked)

@@ -19,7 +19,7 @@ import llama_cpp
 import numpy as np
 import onnxruntime as ort
 from exported_decoder_peer import run
-from request import now, peak_rss_bytes, request, serve
+from request import export_facts, now, request, serve
 from safetensors.numpy import load_file
 
 LAYER = {
@@ -141,11 +141,7 @@ def main() -> None:
             how = llama_cpp.llama_model_quantize_default_params()
             how.ftype, how.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, int(threads)
             llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(how))
-        facts = {
-            "export_s": now() - began,
-            "export_peak_rss_bytes": peak_rss_bytes(),
-            "written_bytes": sum(file.stat().st_size for file in Path(scratch).iterdir()),
-        }
+        facts = export_facts(began, Path(scratch))
         began = now()
         asked = request(source)
         vision, splice = (

@@ -17,7 +17,7 @@ import numpy as np
 import openvino
 import torch
 from optimum.intel import OVModelForVisualCausalLM
-from request import now, peak_rss_bytes, request, serve
+from request import export_facts, now, request, serve
 from safetensors.torch import load_file, save_file
 
 
@@ -53,11 +53,7 @@ def main() -> None:
             renamed, export=True, compile=False, load_in_8bit=False
         )
         exported.save_pretrained(folder)
-        facts = {
-            "export_s": now() - began,
-            "export_peak_rss_bytes": peak_rss_bytes(),
-            "written_bytes": sum(file.stat().st_size for file in Path(folder).iterdir()),
-        }
+        facts = export_facts(began, Path(folder))
         del exported
         began = now()
         model = OVModelForVisualCausalLM.from_pretrained(folder, ov_config=settings)

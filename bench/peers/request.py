@@ -83,6 +83,15 @@ def peak_rss_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def export_facts(began: float, folder: Path) -> dict[str, Any]:
+    """Of an export that has just ended: its seconds, the peak of memory so far, what lies in its folder."""
+    return {
+        "export_s": now() - began,
+        "export_peak_rss_bytes": peak_rss_bytes(),
+        "written_bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+
+
 def serve(facts: dict[str, Any], answer: Callable[[], tuple[float, list[float], list[int]]]) -> None:
     """Answer for as long as lines come.
 

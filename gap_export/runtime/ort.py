@@ -38,7 +38,7 @@ _LAYOUTS_KEPT = 8
 """Bound calls are small, and requests of similar length share one."""
 
 # Fusions that put rotary into attention read only the first position id (see docs/positions.md).
-FORBIDDEN_FUSIONS = ["GroupQueryAttentionFusion"]
+_FORBIDDEN_FUSIONS = ["GroupQueryAttentionFusion"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,12 @@ class OnnxRuntimeSession:
         # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
-            return self._opened(name, options)
+            return ort.InferenceSession(
+                self._model_of(name, options),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=_FORBIDDEN_FUSIONS,
+            )
         except GapExportError:
             raise
         except Exception as error:  # pybind exceptions of ONNX Runtime share no public base class
@@ -221,14 +226,9 @@ class OnnxRuntimeSession:
                 hint="check the bundle with `gap-export inspect --verify`, or build it again with this version",
             ) from error
 
-    def _opened(self, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
-        """A graph in ONNX Runtime; its errors are those of ONNX Runtime."""
-        return ort.InferenceSession(
-            str(self._bundle.graph_path(name)),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=FORBIDDEN_FUSIONS,
-        )
+    def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
+        """Path or content of a graph; content needs options that say where its weights lie."""
+        return str(self._bundle.graph_path(name))
 
     def _run(self, name: str, inputs: dict[str, Any]) -> list[Any]:
         """Run a graph once, outputs allocated by the runtime."""
