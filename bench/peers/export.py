@@ -1,9 +1,9 @@
-"""The decoder of LLaVA-1.5-7B exported by gap-export and by mobius, one after the other: time, memory, bytes written.
+"""The decoder of LLaVA-1.5-7B exported by gap-export and by mobius, in turns: time, memory, bytes written.
 
-    python bench/peers/export.py [--scratch FOLDER] [--label TEXT]
+    python bench/peers/export.py [--repeats 3] [--scratch FOLDER] [--label TEXT]
 
-Random weights in fp16; every export is a process of its own. The last line printed is the record, also stored in
-bench/results/peers_export.json. Needs the environment of `environment.py`, 28 GB of disk, and 14 GB of memory for mobius.
+Random weights in fp16; every export is a process of its own. Repeats show how much of a time is the disk's: one of the two writes
+the weights anew. The last line printed is the record, also stored in bench/results/peers_export.json. Needs the environment of `environment.py`, 28 GB of disk, and 14 GB of memory for mobius.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from standin import LLAVA_7B, ensure_checkpoint  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="exports with each")
     parser.add_argument("--scratch", type=Path, default=environment.SCRATCH)
     parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
@@ -45,21 +47,34 @@ def main() -> int:
             theirs,
         ),
     }
-    exports = {}
-    for name, (command, out) in commands.items():
-        console.print(f"exporting with {name}")
-        shutil.rmtree(out, ignore_errors=True)
-        exports[name] = timed(command)
-        shutil.rmtree(out, ignore_errors=True)
-    table = Table("decoder of 7B", "seconds", "peak RSS, GB", "written, MB")
-    for name, found in exports.items():
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for repeat in range(options.repeats):
+        for name, (command, out) in commands.items():
+            console.print(f"exporting with {name}, {repeat + 1} of {options.repeats}")
+            shutil.rmtree(out, ignore_errors=True)
+            runs[name].append(timed(command))
+            shutil.rmtree(out, ignore_errors=True)
+    exports = {name: {"median": medians(found), "runs": found} for name, found in runs.items()}
+    table = Table("decoder of 7B", "seconds (least to most)", "peak RSS, GB", "written, MB")
+    for name, found in runs.items():
+        median, seconds = exports[name]["median"], [run["seconds"] for run in found]
         table.add_row(
-            name, f"{found['seconds']:.0f}", f"{found['peak_rss_gb']:.2f}", f"{found['written_mb']:.1f}"
+            name,
+            f"{median['seconds']:.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
+            f"{median['peak_rss_gb']:.2f}",
+            f"{median['written_mb']:.1f}",
         )
     console.print(table)
     return record.finish(
         "peers_export", {"weight_bytes": size, "exports": exports}, label=options.label, ok=True
     )
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    return {
+        figure: statistics.median(run[figure] for run in runs)
+        for figure in ("seconds", "peak_rss_gb", "written_mb")
+    }
 
 
 def timed(command: list[str]) -> dict[str, Any]:
