@@ -53,8 +53,7 @@ def _gemm(node: ir.Node) -> list[int | str] | None:
     left, right = (_extents(value) for value in node.inputs[:2])
     if left is None or right is None:
         return None
-    turned = node.attributes.get("transB")
-    return [2, *left, right[0] if turned is not None and turned.as_int() else right[-1]]
+    return [2, *left, right[0] if node.attributes.get_int("transB", 0) else right[-1]]
 
 
 def _conv(node: ir.Node) -> list[int | str] | None:

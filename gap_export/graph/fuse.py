@@ -15,6 +15,8 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
+from gap_export.graph.constants import integers, scalar
+
 _HEADS_FIRST = 4
 """Rank of [B, heads, S, D]."""
 
@@ -40,7 +42,7 @@ class _NormOfMean(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # a clas
         result = pattern.MatchResult()
         if (
             x.dtype != weight.dtype
-            or _scalar(epsilon) is None
+            or scalar(epsilon) is None
             or weight.shape is None
             or len(weight.shape) != 1
         ):
@@ -49,7 +51,7 @@ class _NormOfMean(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # a clas
 
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, epsilon: ir.Value, **_: Any) -> Any:
         """One node."""
-        attributes = {"axis": -1, "epsilon": _scalar(epsilon), "stash_type": int(ir.DataType.FLOAT)}
+        attributes = {"axis": -1, "epsilon": scalar(epsilon), "stash_type": int(ir.DataType.FLOAT)}
         return op.RMSNormalization(x, weight, **attributes)
 
 
@@ -102,13 +104,13 @@ class _Rotation(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # a class 
 def _half_angle(value: ir.Value, kind: str) -> tuple[ir.Value, ir.Value | None] | None:
     """(angles [B, S, D/2], factor) of Unsqueeze(kind(Concat(angles, angles)) * factor, 1); None for any other form."""
     spread = _made_by(value, "Unsqueeze")
-    if spread is None or _numbers(spread.inputs[1]) != [1]:
+    if spread is None or integers(spread.inputs[1]) != [1]:
         return None
     rows, factor = spread.inputs[0], None
     scaled = _made_by(rows, "Mul")
     if scaled is not None:
         rows, factor = scaled.inputs
-        if _scalar(factor) is None:
+        if scalar(factor) is None:
             return None
     waves = _made_by(rows, kind)
     joined = None if waves is None else _made_by(waves.inputs[0], "Concat")
@@ -117,7 +119,7 @@ def _half_angle(value: ir.Value, kind: str) -> tuple[ir.Value, ir.Value | None] 
     angle, again = joined.inputs
     if angle is None or angle is not again:
         return None
-    return angle, None if factor is None or _scalar(factor) == 1 else factor
+    return angle, None if factor is None or scalar(factor) == 1 else factor
 
 
 def _cut(value: ir.Value) -> tuple[int, int] | None:
@@ -126,7 +128,7 @@ def _cut(value: ir.Value) -> tuple[int, int] | None:
     whole = None if node is None or node.inputs[0] is None else node.inputs[0].shape
     if node is None or whole is None or len(node.inputs) != 5:
         return None
-    start, end, axis, step = (_numbers(operand) for operand in node.inputs[1:])
+    start, end, axis, step = (integers(operand) for operand in node.inputs[1:])
     width = whole[-1]
     if (
         axis not in ([len(whole) - 1], [-1])
@@ -142,13 +144,3 @@ def _cut(value: ir.Value) -> tuple[int, int] | None:
 def _made_by(value: ir.Value | None, kind: str) -> ir.Node | None:
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == kind else None
-
-
-def _numbers(value: ir.Value | None) -> list[int] | None:
-    content = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if content is None else [int(number) for number in content.numpy().reshape(-1)]
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    content = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if content is None or content.size != 1 else float(content.numpy().reshape(-1)[0])

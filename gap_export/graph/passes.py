@@ -11,6 +11,7 @@ from onnx_ir.passes import common
 
 from gap_export import __version__
 from gap_export.errors import TraceError
+from gap_export.graph.constants import integers
 from gap_export.graph.fuse import fuse
 from gap_export.graph.rows import select_rows_early
 from gap_export.spec import GraphSpec
@@ -73,8 +74,7 @@ def _state_extents(model: ir.Model) -> None:
         if parts is None or parts.op_type != "Concat" or extents is None or len(extents) != len(parts.inputs):
             continue
         for place, (part, extent) in enumerate(zip(parts.inputs, extents, strict=True)):
-            content = ir.convenience.get_const_tensor(part) if part is not None else None
-            if isinstance(extent, int) and content is not None and content.numpy().tolist() == [-1]:
+            if isinstance(extent, int) and integers(part) == [-1]:
                 stated = ir.node("Constant", [], {"value": ir.tensor([extent], dtype=ir.DataType.INT64)})
                 # Other Reshapes may share the old one and mean another extent by their -1.
                 inputs = [*parts.inputs[:place], stated.outputs[0], *parts.inputs[place + 1 :]]

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from gap_export.graph.constants import integers
+
 _ROWS = 1
 """Axis of the rows in [B, S, H]."""
 _UNARY = frozenset(
@@ -73,7 +75,7 @@ class _Choice:
 
 
 def _choice(node: ir.Node) -> _Choice | None:
-    if node.op_type != "GatherElements" or _integer(node, "axis", 0) != _ROWS:
+    if node.op_type != "GatherElements" or node.attributes.get_int("axis", 0) != _ROWS:
         return None
     source, spread = node.inputs[0], node.inputs[1]
     expand = spread.producer() if spread is not None else None
@@ -90,7 +92,7 @@ def _choice(node: ir.Node) -> _Choice | None:
         and len(source.uses()) == 1
         and not source.is_graph_output()
     ):
-        starts, ends, axes, *steps = (_constant(operand) for operand in above.inputs[1:])
+        starts, ends, axes, *steps = (integers(operand) for operand in above.inputs[1:])
         plain = all(step == [1] for step in steps) and axes == [_ROWS]
         if plain and starts is not None and ends is not None and starts[0] > 0 and ends[0] >= _TO_THE_END:
             skipped, source = starts[0], above.inputs[0]
@@ -164,7 +166,7 @@ def _row_operands(
     if node.domain not in ("", "ai.onnx"):
         return None
     kind, first = node.op_type, node.inputs[0]
-    if kind in _UNARY or (kind in _NORMS and _integer(node, "axis", -1) == -1):
+    if kind in _UNARY or (kind in _NORMS and node.attributes.get_int("axis", -1) == -1):
         return [_Operand(0, axis)] if axis == _ROWS else None
     if kind == "MatMul":
         weight = node.inputs[1]
@@ -303,13 +305,3 @@ def _rank(value: ir.Value) -> int | None:
     if node is not None and node.op_type in ("Transpose", "Cast", "Identity") and node.inputs[0] is not None:
         return _rank(node.inputs[0])
     return None
-
-
-def _constant(value: ir.Value | None) -> list[int] | None:
-    content = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if content is None else [int(number) for number in content.numpy().reshape(-1)]
-
-
-def _integer(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()

@@ -85,8 +85,7 @@ class AttentionSite:
     @property
     def rotates_inside(self) -> bool:
         """Whether the operator itself applies rotary embeddings."""
-        attribute = self.node.attributes.get("do_rotary")
-        return attribute is not None and attribute.as_int() != 0
+        return self.node.attributes.get_int("do_rotary", 0) != 0
 
 
 def find_attention(flow: Flow) -> list[AttentionSite]:

@@ -6,7 +6,7 @@ import re
 
 import onnx_ir as ir
 
-from gap_export.graph.lint.dataflow import SHAPE_ONLY, Flow, integer, is_op, name_of, operand
+from gap_export.graph.lint.dataflow import SHAPE_ONLY, Flow, is_op, name_of, operand
 from gap_export.graph.lint.report import Finding, Rule
 
 CACHE = Rule(id="cache-in-place", title="every present is a TensorScatter into its own past")
@@ -78,7 +78,7 @@ def _pair(flow: Flow, node: ir.Node, past: ir.Value, present: ir.Value, own: boo
         return [*found, ("its past has no shape", "declare [batch, kv_heads, capacity, head_dim]")]
     if after is not None and list(before) != list(after):
         found.append((f"past is {before} and present is {after}", "keep one shape"))
-    axis = integer(node, "axis", -2) % max(len(before), 1)
+    axis = node.attributes.get_int("axis", -2) % max(len(before), 1)
     if len(before) != 4 or axis != SEQUENCE_AXIS:
         found.append((f"it is written along axis {axis} of {len(before)}", "use [B, Hkv, C, D] and axis 2"))
     elif (

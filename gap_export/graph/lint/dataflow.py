@@ -274,12 +274,6 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
     return value if value is not None and value.name else None
 
 
-def integer(node: ir.Node, attribute: str, default: int) -> int:
-    """An integer attribute."""
-    found = node.attributes.get(attribute)
-    return default if found is None else found.as_int()
-
-
 def name_of(thing: ir.Value | ir.Node) -> str:
     """A name a reader can search for: nodes without one go by their first output."""
     if thing.name:

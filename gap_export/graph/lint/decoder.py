@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from gap_export.graph.lint.angles import Angle, Source, classify, find_ids
 from gap_export.graph.lint.attention import AttentionSite, cache_sources, carried, find_attention
-from gap_export.graph.lint.dataflow import Flow, integer, is_float, is_op, name_of, operand
+from gap_export.graph.lint.dataflow import Flow, is_float, is_op, name_of, operand
 from gap_export.graph.lint.report import Finding, Rule
 from gap_export.graph.lint.rotary import RotaryFinder, RotarySite, token_inputs
 from gap_export.graph.lint.stages import StageIds, find_stage_ids
@@ -317,7 +317,7 @@ def _causality(flow: Flow, site: AttentionSite, own: bool) -> list[Finding]:
     if site.form != "standard":
         return []
     node, name = site.node, name_of(site.node)
-    causal = integer(node, "is_causal", 0) != 0
+    causal = node.attributes.get_int("is_causal", 0) != 0
     lengths = operand(node, 6) is not None
     caches = cache_sources(flow, site)
     findings = []

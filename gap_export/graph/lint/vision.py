@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from gap_export.graph.lint.dataflow import Flow, constant, integer, is_op, name_of, operand
+from gap_export.graph.lint.dataflow import Flow, constant, is_op, name_of, operand
 from gap_export.graph.lint.report import Finding, Rule
 
 ASCENDING = Rule(
@@ -186,16 +186,16 @@ class _Order:
         name = name_of(node)
         if value is node.outputs[1]:
             return f"the indices come from TopK {name} in score order"
-        if not integer(node, "sorted", 1):
+        if not node.attributes.get_int("sorted", 1):
             return f"TopK {name} does not sort"
         source = operand(node, 0)
         axis, rank = (
-            integer(node, "axis", -1),
+            node.attributes.get_int("axis", -1),
             len(source.shape) if source is not None and source.shape is not None else None,
         )
         if axis != -1 and axis + 1 != rank:
             return f"TopK {name} does not sort along the last axis"
-        return (-1 if integer(node, "largest", 1) else 1), None
+        return (-1 if node.attributes.get_int("largest", 1) else 1), None
 
     def _reordered(self, node: ir.Node) -> tuple[int, ir.Value | None] | str:
         """x[argsort(x)], and an ascending table read at ascending indices."""
@@ -205,8 +205,8 @@ class _Order:
             return f"{name_of(node)} lacks an operand"
         if is_op(sorter, "TopK") and sorter is not None and operand(sorter, 0) is not None:
             same = self._behind(operand(sorter, 0)) is self._behind(data)
-            if same and integer(sorter, "sorted", 1):
-                return (-1 if integer(sorter, "largest", 1) else 1), None
+            if same and sorter.attributes.get_int("sorted", 1):
+                return (-1 if sorter.attributes.get_int("largest", 1) else 1), None
         table = constant(data)
         if table is not None and table.ndim and self._of_constant(table, 1)[0] == 1:
             return 1, index
@@ -224,7 +224,7 @@ class _Order:
         count, sorter = operand(modulo, 1), self._producer(operand(modulo, 0))
         if count is None or not is_op(sorter, "TopK") or sorter is None:
             return False
-        ascending = not integer(sorter, "largest", 1) and bool(integer(sorter, "sorted", 1))
+        ascending = [sorter.attributes.get_int(name, 1) for name in ("largest", "sorted")] == [0, 1]
         packed = self._producer(operand(sorter, 0))
         if not ascending or not is_op(packed, "Add") or packed is None:
             return False
