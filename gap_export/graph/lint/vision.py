@@ -205,7 +205,7 @@ class _Order:
             return f"{name_of(node)} lacks an operand"
         if is_op(sorter, "TopK") and sorter is not None and operand(sorter, 0) is not None:
             same = self._behind(operand(sorter, 0)) is self._behind(data)
-            if same and sorter.attributes.get_int("sorted", 1):
+            if same and sorter.attributes.get_int("sorted", 1) != 0:
                 return (-1 if sorter.attributes.get_int("largest", 1) else 1), None
         table = constant(data)
         if table is not None and table.ndim and self._of_constant(table, 1)[0] == 1:
