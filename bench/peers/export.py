@@ -3,7 +3,8 @@
     python bench/peers/export.py [--repeats 3] [--scratch FOLDER] [--label TEXT]
 
 Random weights in fp16; every export is a process of its own. Repeats show how much of a time is the disk's: one of the two writes
-the weights anew. The last line printed is the record, also stored in bench/results/peers_export.json. Needs the environment of `environment.py`, 28 GB of disk, and 14 GB of memory for mobius.
+the weights anew. The last line printed is the record, also stored in bench/results/peers_export.json. Needs the environment of
+`environment.py`, 28 GB of disk, and 14 GB of memory for mobius.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ def main() -> int:
             shutil.rmtree(out, ignore_errors=True)
             runs[name].append(timed(command))
             shutil.rmtree(out, ignore_errors=True)
-    exports = {name: {"median": medians(found), "runs": found} for name, found in runs.items()}
+    exports = {}
     table = Table("decoder of 7B", "seconds (least to most)", "peak RSS, GB", "written, MB")
     for name, found in runs.items():
-        median, seconds = exports[name]["median"], [run["seconds"] for run in found]
+        median, seconds = medians(found), [run["seconds"] for run in found]
+        exports[name] = {"median": median, "runs": found}
         table.add_row(
             name,
             f"{median['seconds']:.0f} ({min(seconds):.0f} to {max(seconds):.0f})",

@@ -88,5 +88,5 @@ def _extents(value: ir.Value | None) -> list[int | str] | None:
     inner = _extents(node.inputs[0])
     if inner is None or node.op_type != "Transpose":
         return inner
-    order = node.attributes.get("perm")
-    return inner[::-1] if order is None else [inner[place] for place in order.as_ints()]
+    order = node.attributes.get_ints("perm")
+    return inner[::-1] if order is None else [inner[place] for place in order]

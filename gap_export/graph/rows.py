@@ -184,8 +184,8 @@ def _row_operands(
         known = all(isinstance(extent, int) for extent in outer[_ROWS + 1 :])
         return [_Operand(0, axis)] if known and inner[_ROWS] == outer[_ROWS] else None
     if kind == "Transpose":
-        order = node.attributes.get("perm")
-        return None if order is None else [_Operand(0, order.as_ints()[axis])]
+        order = node.attributes.get_ints("perm")
+        return None if order is None else [_Operand(0, order[axis])]
     if kind == "RotaryEmbedding" and axis == 2 and len(node.inputs) == 3:
         # [B, heads, S, D], and rows of cosines and sines
         return [_Operand(0, axis), _Operand(1, _ROWS), _Operand(2, _ROWS)]

@@ -47,7 +47,7 @@ def _present(flow: Flow, present: ir.Value, own: bool) -> list[Finding]:
         )
     else:
         found += _pair(flow, node, past, present, own)
-    if node.attributes.get("mode") is not None and node.attributes["mode"].as_string() != "linear":
+    if node.attributes.get_string("mode", "linear") != "linear":
         found.append(("TensorScatter is circular", "use mode=linear: TensorRT knows no other"))
     if index is None:
         found.append(

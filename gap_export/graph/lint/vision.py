@@ -224,7 +224,8 @@ class _Order:
         count, sorter = operand(modulo, 1), self._producer(operand(modulo, 0))
         if count is None or not is_op(sorter, "TopK") or sorter is None:
             return False
-        ascending = [sorter.attributes.get_int(name, 1) for name in ("largest", "sorted")] == [0, 1]
+        option = sorter.attributes.get_int
+        ascending = option("largest", 1) == 0 and option("sorted", 1) != 0
         packed = self._producer(operand(sorter, 0))
         if not ascending or not is_op(packed, "Add") or packed is None:
             return False
