@@ -27,12 +27,12 @@ def main() -> int:
     parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
 
-    from gap_export import pipeline
-    from gap_export.evaluation.answering import Answerer
-    from gap_export.evaluation.dataset import open_dataset
-    from gap_export.evaluation.run import work_of
-    from gap_export.recipe import load_recipe
-    from gap_export.runtime.ground import open_session
+    from gap_export.evaluation.refer.answering import Answerer
+    from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.evaluation.refer.run import work_of
+    from gap_export.pipeline import build
+    from gap_export.recipe.recipe import load_recipe
+    from gap_export.runtime.model import open_session
 
     console = Console(stderr=True)
     dataset = open_dataset(f"scenes:{PER_PICTURE}")
@@ -43,7 +43,7 @@ def main() -> int:
         if len(group) == PER_PICTURE
     ][: options.pictures]
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = pipeline.build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
+        bundle = build.build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
         session = open_session(bundle, "onnxruntime")
         ways = {
             name: Answerer(bundle, session, share=share)

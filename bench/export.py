@@ -106,7 +106,7 @@ def in_fresh_process(name: str, scratch: Path) -> dict[str, Any]:
 
 def measured_build(name: str, checkpoint: Path, out: Path) -> dict[str, Any]:
     """Build here; what it took, by stage."""
-    from gap_export.machine import peak_rss_bytes
+    from gap_export.environment import peak_rss_bytes
 
     stages: list[tuple[str, float]] = []
 
@@ -133,14 +133,14 @@ def measured_build(name: str, checkpoint: Path, out: Path) -> dict[str, Any]:
 
 
 def recipe_for(checkpoint: Path) -> Any:
-    from gap_export.recipe import load_recipe
+    from gap_export.recipe.recipe import load_recipe
 
     return load_recipe("llava").replaced(checkpoint=str(checkpoint))
 
 
 def build_bundle(checkpoint: Path, out: Path, progress: Any) -> None:
     """What `gap-export build --model llava` does."""
-    from gap_export import pipeline
+    from gap_export.pipeline import build as pipeline
 
     pipeline.build(recipe_for(checkpoint), out, progress=progress)
 
@@ -148,9 +148,10 @@ def build_bundle(checkpoint: Path, out: Path, progress: Any) -> None:
 def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:
     """The pipeline's stages for the decoder graph alone: no other graph, no tokenizer, no hashes."""
     progress("importing")
+    from gap_export import linter
     from gap_export.checkpoint import open_checkpoint
     from gap_export.families import family_of
-    from gap_export.graph import lint, passes, trace, weights
+    from gap_export.graph import passes, trace, weights
     from gap_export.plan import plan_for
 
     progress("reading the checkpoint")
@@ -171,7 +172,7 @@ def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:
     progress("writing decoder.onnx")
     passes.write_graph(model, decoder.spec, out / "decoder.onnx")
     progress("linting decoder.onnx")
-    lint.lint_graph(out / "decoder.onnx", profile="decoder", own=True, policy=recipe.positions).require()
+    linter.lint_graph(out / "decoder.onnx", profile="decoder", own=True, policy=recipe.positions).require()
 
 
 def table(builds: dict[str, dict[str, Any]]) -> Table:

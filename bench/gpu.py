@@ -27,14 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from standin import LLAVA_7B, LLAVA_135M, ensure_checkpoint
 
-from gap_export import pipeline
-from gap_export.bench.measure import Contender, contender, measure
-from gap_export.bench.record import BenchRecord, Device
-from gap_export.bundle import Bundle
+from gap_export.bundle.folder import Bundle
 from gap_export.engine.build import supported_compute_capabilities
 from gap_export.engine.library import load_library
 from gap_export.errors import GapExportError
-from gap_export.recipe import load_recipe
+from gap_export.evaluation.latency.measure import Contender, contender, measure
+from gap_export.evaluation.latency.record import BenchRecord, Device
+from gap_export.pipeline import build
+from gap_export.recipe.recipe import load_recipe
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
@@ -181,7 +181,7 @@ def roofline() -> Device:
 
 def validated_on(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     """The bundled model, gates and negative controls, on one backend."""
-    from gap_export import validation
+    from gap_export.evaluation import validate
 
     folder = options.scratch / f"shapes-{backend}"
     onnx_only = backend == "onnxruntime-cuda"
@@ -190,20 +190,20 @@ def validated_on(backend: str, options: argparse.Namespace) -> dict[str, Any]:
         targets=("onnx",) if onnx_only else ("onnx", backend),
         compute_capabilities=("current",),
     )
-    pipeline.build(recipe, folder, replace=True)
+    build.build(recipe, folder, replace=True)
     if onnx_only:
         return parity_of_cuda(folder, options.cases)
-    found = validation.validate(folder, cases=options.cases, backend=backend)  # type: ignore[arg-type]
+    found = validate.validate(folder, cases=options.cases, backend=backend)  # type: ignore[arg-type]
     return {"passed": found.ok, "report": found.model_dump(mode="json")}
 
 
 def parity_of_cuda(folder: Path, cases: int) -> dict[str, Any]:
     """ONNX Runtime's CUDA provider beside its CPU provider, which `validate` holds against PyTorch."""
-    from gap_export import parity
-    from gap_export.bundle import open_bundle
-    from gap_export.grounding import scenes
-    from gap_export.recipe import Recipe
-    from gap_export.runtime.ground import Grounder, open_session
+    from gap_export.boxes import scenes
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.evaluation import parity
+    from gap_export.recipe.recipe import Recipe
+    from gap_export.runtime.model import Grounder, open_session
 
     bundle = open_bundle(folder)
     questions, grounder = list(scenes.cases(cases)), Grounder(bundle)
@@ -299,7 +299,7 @@ def built(
     }
     if checkpoint is not None:
         changes |= {"checkpoint": str(checkpoint), "max_new_tokens": max(64, options.new_tokens)}
-    return pipeline.build(
+    return build.build(
         recipe.replaced(**changes), options.scratch / f"gpu-{options.model}-{target}", replace=True
     ).bundle
 
@@ -365,7 +365,7 @@ class TransformersSession:
     ) -> None:
         from transformers import LlavaForConditionalGeneration
 
-        from gap_export.hub import resolve
+        from gap_export.checkpoint.hub import resolve
 
         dtype = DTYPES[options.precision]
         source = checkpoint or resolve(bundle.manifest.checkpoint)
@@ -443,7 +443,7 @@ class TransformersSession:
 
 def warmed_up(name: str, bundle: Bundle, session: Any, keep: float, batch: int) -> Contender:
     """A contender that has answered twice: kernels are chosen, graphs captured, code compiled."""
-    from gap_export.bench.measure import time_request
+    from gap_export.evaluation.latency.measure import time_request
 
     shares = bundle.manifest.pruning.counting == "chosen"
     each = contender(

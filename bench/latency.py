@@ -44,10 +44,10 @@ def main() -> int:
     options = parser.parse_args()
     requests = 40 if options.smoke else options.requests
 
-    from gap_export.bench.measure import contender, measure
-    from gap_export.bench.record import tables
-    from gap_export.bundle import open_bundle
-    from gap_export.runtime.ground import open_session
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.evaluation.latency.measure import contender, measure
+    from gap_export.evaluation.latency.record import tables
+    from gap_export.runtime.model import open_session
 
     console = Console()
     with tempfile.TemporaryDirectory(prefix="gap-export-latency-") as scratch:
@@ -110,8 +110,8 @@ def moved(before: list[dict[str, Any]], now: Any) -> list[str]:
 
 
 def build(folder: Path, changes: dict[str, Any]) -> None:
-    from gap_export import pipeline
-    from gap_export.recipe import load_recipe
+    from gap_export.pipeline import build as pipeline
+    from gap_export.recipe.recipe import load_recipe
 
     pipeline.build(load_recipe("shapes").replaced(**changes), folder)
 

@@ -21,15 +21,15 @@ import onnx_ir as ir
 import record
 from rich.console import Console
 
-from gap_export.bundle import Bundle
+from gap_export.bundle.folder import Bundle
+from gap_export.evaluation.report.terminal import print_parity
+from gap_export.evaluation.validate import validate
 from gap_export.graph.quantize import DECODERS, ENGINE_DOMAIN
 from gap_export.graph.rounding import E2M1_MAX, E4M3_MAX, FP4_BLOCK
-from gap_export.pipeline import build
-from gap_export.recipe import load_recipe
-from gap_export.report.terminal import print_parity
-from gap_export.runtime.ground import Backend
+from gap_export.pipeline.build import build
+from gap_export.recipe.recipe import load_recipe
+from gap_export.runtime.model import Backend
 from gap_export.runtime.ort import OnnxRuntimeSession
-from gap_export.validation import validate
 
 
 def main() -> int:

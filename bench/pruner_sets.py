@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gap_export import prune
 from gap_export.graph import passes
-from gap_export.graph.attention import OPSET
+from gap_export.modeling.attention import OPSET
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import order, reference
 

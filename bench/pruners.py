@@ -190,7 +190,7 @@ def vision_graphs(checkpoint: Path, names: list[str], folder: Path) -> dict[str,
     from gap_export.families import family_of
     from gap_export.graph import passes, trace, weights
     from gap_export.plan import plan_for
-    from gap_export.recipe import load_recipe
+    from gap_export.recipe.recipe import load_recipe
 
     opened = open_checkpoint(checkpoint)
     _, family = family_of(opened)

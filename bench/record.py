@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gap_export.machine import cpu_name, versions
+from gap_export.environment import cpu_name, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("gap-export", "numpy", "onnxruntime", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gap_export.checkpoint.random_weights import Published, published, write_checkpoint
 from gap_export.errors import EnvironmentLacks
-from gap_export.random_weights import Published, published, write_checkpoint
 
 LLAVA_7B = published("llava-hf/llava-1.5-7b-hf").config
 LLAVA_13B = published("llava-hf/llava-1.5-13b-hf").config

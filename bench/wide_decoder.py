@@ -82,15 +82,15 @@ def main() -> int:
 
 
 def run_step(step: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
-    from gap_export.bundle import open_bundle
-    from gap_export.machine import peak_rss_bytes
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.environment import peak_rss_bytes
 
     if step == "build":
-        from gap_export import pipeline
-        from gap_export.recipe import load_recipe
+        from gap_export.pipeline import build
+        from gap_export.recipe.recipe import load_recipe
 
         recipe = load_recipe("llava").replaced(checkpoint=str(checkpoint), precision="fp32")
-        facts: dict[str, Any] = {"written_mb": round(pipeline.build(recipe, folder).written_bytes / 1e6, 1)}
+        facts: dict[str, Any] = {"written_mb": round(build.build(recipe, folder).written_bytes / 1e6, 1)}
     else:
         facts = {}
         answer(step, checkpoint, folder, open_bundle(folder))
@@ -101,13 +101,13 @@ def run_step(step: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
 def answer(backend: str, checkpoint: Path, folder: Path, bundle: Any) -> None:
     """Two rows of different length, greedily, every logit kept."""
     from gap_export import positions
+    from gap_export.inputs.batch import of_one_size
+    from gap_export.inputs.prompt import PAD
     from gap_export.runtime.generate import generate
-    from gap_export.runtime.pictures import of_one_size
-    from gap_export.runtime.session import PAD
 
     session: Any
     if backend == "torch":
-        from gap_export.runtime.torch_staged import open_reference
+        from gap_export.runtime.torch.staged import open_reference
 
         session = open_reference("llava", checkpoint, bundle.manifest.pruning)
     else:

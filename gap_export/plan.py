@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle import Counting, ModelFacts, Precision, Stage, TextTower, TokenRange, in_slot_steps
+from gap_export.bundle.cache_layout import in_slot_steps
+from gap_export.bundle.manifest import Counting, ModelFacts, Stage
+from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
+from gap_export.inputs.layouts import TokenRange
+from gap_export.inputs.prompt import TextTower
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.prune import stages
-from gap_export.prune.stages import Cut
-from gap_export.ranges import CALIBRATE
-from gap_export.recipe import FIXED_SCALES, SMALLEST_DEVICE, Recipe
-from gap_export.spec import Dim
+from gap_export.precision import FIXED_SCALES, SMALLEST_DEVICE, Precision
+from gap_export.prune.in_decoder import stages
+from gap_export.prune.in_decoder.stages import Cut
+from gap_export.recipe.ranges import CALIBRATE
+from gap_export.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

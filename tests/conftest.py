@@ -18,8 +18,9 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from gap_export.bundle import Bundle, Pruning
-from gap_export.recipe import Recipe
+from gap_export.bundle.folder import Bundle
+from gap_export.bundle.manifest import Pruning
+from gap_export.recipe.recipe import Recipe
 
 GRID = (6, 6)
 IMAGE_TOKEN, EOS, VOCABULARY = 4, 2, 64
@@ -180,8 +181,7 @@ def tiny_text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_ids(tiny_text_tower: Path) -> NDArray[np.int64]:
     """[4, 7] int64: four expressions for the tiny text tower, short ones filled with the token that ends them."""
-    from gap_export.bundle import TextTower
-    from gap_export.runtime.prompt import encode_text, load_tokenizer
+    from gap_export.inputs.prompt import TextTower, encode_text, load_tokenizer
 
     tower = TextTower(checkpoint="tiny", context=12, width=16, aligned_inversely=True)
     expressions = ["the red mug", "a cat", "the small blue circle left", "square"]
@@ -221,10 +221,10 @@ def tiny_bundle(
     def bundle(**changes: Any) -> Bundle:
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in built:
-            from gap_export import pipeline
+            from gap_export.pipeline import build
 
             recipe = Recipe.model_validate({**tiny_options, **changes})
-            built[name] = pipeline.build(recipe, folder / name, tracer=tracer).bundle
+            built[name] = build.build(recipe, folder / name, tracer=tracer).bundle
         return built[name]
 
     return bundle
@@ -243,9 +243,9 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
 
     def session(pruning: Pruning) -> Any:
         from gap_export import prune
-        from gap_export.bundle import TextTower
-        from gap_export.runtime.torch_reference import TextReference
-        from gap_export.runtime.torch_staged import open_reference
+        from gap_export.inputs.prompt import TextTower
+        from gap_export.runtime.torch.session import TextReference
+        from gap_export.runtime.torch.staged import open_reference
 
         key = pruning.model_dump_json()
         if key not in sessions:
@@ -264,8 +264,8 @@ def deep_bundle(
     deep_checkpoint: Path, tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Bundle]:
     """`deep_bundle(pruner=..., positions=..., ...)`: a bundle of the deep checkpoint that keeps a quarter, built on first use."""
-    from gap_export import pipeline
     from gap_export.graph.trace import TracedOnce
+    from gap_export.pipeline import build
 
     folder, tracer = tmp_path_factory.mktemp("deep-bundles"), TracedOnce(remembered=64)
     built: dict[str, Bundle] = {}
@@ -274,7 +274,7 @@ def deep_bundle(
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in built:
             options = {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25, **changes}
-            built[name] = pipeline.build(Recipe.model_validate(options), folder / name, tracer=tracer).bundle
+            built[name] = build.build(Recipe.model_validate(options), folder / name, tracer=tracer).bundle
         return built[name]
 
     return bundle
@@ -283,7 +283,7 @@ def deep_bundle(
 @pytest.fixture(scope="session")
 def deep_reference(deep_checkpoint: Path) -> Callable[[Pruning], Any]:
     """`deep_reference(pruning)`: the PyTorch session of the deep checkpoint."""
-    from gap_export.runtime.torch_staged import open_reference
+    from gap_export.runtime.torch.staged import open_reference
 
     return lambda pruning: open_reference("llava", deep_checkpoint, pruning)
 

@@ -13,52 +13,33 @@ from pathlib import Path
 import pytest
 
 import gap_export
-from gap_export.bundle import Bundle
+from gap_export.bundle.folder import Bundle
 
 PACKAGE = Path(gap_export.__file__).parent
 
 ROOMS = (
     "errors",
-    "spec",
+    "environment",
+    "files",
+    "records",
     "positions",
-    "artifact",
+    "precision",
+    "inputs",
     "bundle",
     "recipe",
-    "ranges",
-    "weight_files",
-    "torch_archive",
     "checkpoint",
-    "hub",
     "prune",
     "plan",
-    "runtime.preprocess",  # families state how pictures become squares, grounding maps boxes back
-    "runtime.native_resolution",
-    "runtime.tiles",
-    "runtime.pictures",  # what runtimes take
-    "runtime.session",  # the contract of runtimes
-    "runtime.prompt",  # families say which tokens a prompt is made of
-    "graph.attention",  # families build their models on this seam
+    "modeling",
     "families",
     "graph",
+    "linter",
     "engine",
-    "grounding",
+    "boxes",
     "runtime",
-    "machine",
-    "workers",
-    "cluster",
-    "evaluation",
-    "parity",
-    "bench",
-    "sweep_record",
-    "sweep_store",
-    "sweep_plot",
-    "random_weights",
-    "preflight",
     "pipeline",
-    "calibration",
-    "validation",
-    "sweep",
-    "report",
+    "parallel",
+    "evaluation",
     "cli",
     "__main__",
 )
@@ -78,8 +59,19 @@ HEAVY = {
 }
 """What running a bundle does not need."""
 
-RUN_TIME_ROOMS = ("errors", "spec", "positions", "artifact", "bundle", "runtime", "grounding")
-BUILD_ONLY = ("runtime.torch_reference", "runtime.torch_staged", "runtime.references")
+RUN_TIME_ROOMS = (
+    "errors",
+    "environment",
+    "files",
+    "records",
+    "positions",
+    "precision",
+    "inputs",
+    "bundle",
+    "boxes",
+    "runtime",
+)
+BUILD_ONLY = ("runtime.torch",)
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -118,8 +110,6 @@ def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
 
 def room_of(module: str) -> str:
     """The most particular entry of the table that covers a module."""
-    if module.startswith("bench"):
-        return "bench"
     fitting = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
     assert fitting, f"{module} has no place in the table of rooms"
     return max(fitting, key=len)
@@ -195,8 +185,8 @@ def test_a_bundle_runs_without_torch_transformers_and_onnx(
 ) -> None:
     folder = str(tiny_bundle().folder)
     code = f"""{BLOCKER}
-import gap_export.bundle, gap_export.runtime.ort, gap_export.runtime.ground
-import gap_export.grounding.boxes, gap_export.grounding.draw, gap_export.grounding.metrics, gap_export.grounding.scenes
+import gap_export.bundle.manifest, gap_export.runtime.ort, gap_export.runtime.model
+import gap_export.boxes.codecs, gap_export.boxes.draw, gap_export.boxes.metrics, gap_export.boxes.scenes
 from gap_export import cli
 cli.main()
 """

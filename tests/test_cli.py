@@ -20,11 +20,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from gap_export import cli, validation
-from gap_export.artifact import record_of
-from gap_export.bundle import Bundle, Manifest, open_bundle, write_manifest
+from gap_export import cli
+from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
+from gap_export.bundle.manifest import Manifest
+from gap_export.checkpoint.hub import resolve
 from gap_export.cli import making
-from gap_export.hub import resolve
+from gap_export.evaluation import validate
+from gap_export.files import record_of
 
 BuildBundle = Callable[..., Bundle]
 
@@ -626,7 +628,7 @@ def ready_companions(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) 
         else:
             yield tiny_bundle(positions=str(recipe.positions))
 
-    monkeypatch.setattr(validation, "_companion", companion)
+    monkeypatch.setattr(validate, "_companion", companion)
 
 
 @pytest.mark.usefixtures("ready_companions")

@@ -14,15 +14,21 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from gap_export.bundle import Bundle
+from gap_export.bundle.folder import Bundle
 from gap_export.cli import app
-from gap_export.runtime.ground import Grounder, open_session
-from gap_export.runtime.preprocess import load_image
+from gap_export.inputs.images import load_image
+from gap_export.runtime.model import Grounder, open_session
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "bench/*.md", "training/**/*.md", "gap_export/assets/**/*.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "bench/*.md",
+        "training/**/*.md",
+        "gap_export/checkpoint/assets/**/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 GENERATED = ROOT / "docs" / "commands.md"

@@ -39,12 +39,12 @@ def test_recipes_are_in_the_wheel(wheel_files: set[str]) -> None:
 @pytest.mark.parametrize("checkpoint", ["llava-shapes", "clip-shapes"])
 def test_the_bundled_checkpoints_are_whole(wheel_files: set[str], checkpoint: str) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
-        assert f"gap_export/assets/{checkpoint}/{name}" in wheel_files
+        assert f"gap_export/checkpoint/assets/{checkpoint}/{name}" in wheel_files
 
 
 @pytest.mark.parametrize(("checkpoint", "limit"), [("llava-shapes", 8_000_000), ("clip-shapes", 600_000)])
 def test_the_bundled_checkpoints_are_small(checkpoint: str, limit: int) -> None:
-    folder = ROOT / "gap_export" / "assets" / checkpoint
+    folder = ROOT / "gap_export" / "checkpoint" / "assets" / checkpoint
     assert sum(path.stat().st_size for path in folder.iterdir()) <= limit
 
 

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gap_export.bundle import ModelFacts, TextTower, TokenRange
+from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
+from gap_export.inputs.layouts import TokenRange
+from gap_export.inputs.prompt import TextTower
 from gap_export.plan import plan_for
-from gap_export.recipe import Recipe
-from gap_export.spec import Dim
+from gap_export.recipe.recipe import Recipe
 
 FACTS = ModelFacts(
     hidden_size=8,

@@ -17,8 +17,8 @@ from request import now, peak_rss_bytes, request, serve
 
 def build(checkpoint: str, folder: str, keep: float, positions: str, precision: str) -> dict[str, Any]:
     """In a process of its own: PyTorch is neither in memory nor in the way of what is measured."""
-    from gap_export import pipeline
-    from gap_export.recipe import load_recipe
+    from gap_export.pipeline import build as pipeline
+    from gap_export.recipe.recipe import load_recipe
 
     pruned: dict[str, Any] = {"pruner": "cls_attention", "keep": keep, "positions": positions}
     if keep == 1.0:
@@ -47,13 +47,13 @@ def main() -> None:
 
         import numpy as np
 
-        from gap_export.bench.measure import Contender
-        from gap_export.bundle import open_bundle
-        from gap_export.machine import versions
+        from gap_export.bundle.folder import open_bundle
+        from gap_export.environment import versions
+        from gap_export.evaluation.latency.measure import Contender
+        from gap_export.inputs.batch import of_one_size
         from gap_export.positions import advance
         from gap_export.runtime.generate import encode
-        from gap_export.runtime.ground import open_session
-        from gap_export.runtime.pictures import of_one_size
+        from gap_export.runtime.model import open_session
 
         began = now()
         bundle = open_bundle(Path(folder))

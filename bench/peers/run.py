@@ -35,9 +35,9 @@ import ours  # noqa: E402
 import record  # noqa: E402
 from standin import LLAVA_135M, ensure_checkpoint  # noqa: E402
 
-from gap_export.bench.measure import ratio  # noqa: E402
+from gap_export.evaluation.latency.measure import ratio  # noqa: E402
 
-SHAPES = HERE.parents[1] / "gap_export" / "assets" / "llava-shapes"
+SHAPES = HERE.parents[1] / "gap_export" / "checkpoint" / "assets" / "llava-shapes"
 BUNDLE = "BUNDLE"
 """Stands for an unpruned bundle of ours: the tower of peers that export none."""
 PEERS: dict[str, list[str]] = {

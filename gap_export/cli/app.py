@@ -18,8 +18,8 @@ from gap_export.errors import GapExportError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from gap_export.bundle import Bundle
-    from gap_export.cluster import Cluster
+    from gap_export.bundle.folder import Bundle
+    from gap_export.parallel.ray import Cluster
     from gap_export.runtime.session import Session
 
 app = typer.Typer(
@@ -96,8 +96,8 @@ def cluster_of(engine: str, workers: int, ray_address: str | None) -> Cluster | 
     Raises:
         InputError: there is no such engine.
     """
-    from gap_export.cluster import Cluster
     from gap_export.errors import InputError
+    from gap_export.parallel.ray import Cluster
 
     if engine not in ("local", "ray"):
         raise InputError("is not an engine", subject=f"--engine {engine}", hint="choose local or ray")
@@ -107,25 +107,25 @@ def cluster_of(engine: str, workers: int, ray_address: str | None) -> Cluster | 
 def build_room() -> Any:
     """The pipeline, or advice on what to install for it."""
     try:
-        from gap_export import pipeline
         from gap_export.graph import trace  # noqa: F401  (fails early where torch is missing)
+        from gap_export.pipeline import build
     except ImportError as error:
         raise needs_build_extra(error) from error
-    return pipeline
+    return build
 
 
 def open_backend(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
     """Load a bundle into a runtime, or the PyTorch model that it was built from (`torch`: eager, with as many threads)."""
-    from gap_export.runtime.ground import backend_of, open_session
+    from gap_export.runtime.model import backend_of, open_session
 
     if backend != "torch":
         return open_session(bundle, backend_of(backend), threads=threads)
-    pipeline = build_room()
+    build = build_room()
     if threads:
         import torch
 
         torch.set_num_threads(threads)
-    session: Session = pipeline.open_torch(bundle)
+    session: Session = build.open_torch(bundle)
     return session
 
 

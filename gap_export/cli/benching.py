@@ -21,9 +21,9 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from gap_export.bench.measure import Contender
-    from gap_export.bench.record import BenchRecord
-    from gap_export.bundle import Bundle
+    from gap_export.bundle.folder import Bundle
+    from gap_export.evaluation.latency.measure import Contender
+    from gap_export.evaluation.latency.record import BenchRecord
 
 _WARMUP = 10
 
@@ -52,10 +52,10 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """What a request costs and how long it takes, part by part; all contenders take turns, so that their ratios hold."""
-    from gap_export.bench.cost import measure_device
-    from gap_export.bench.measure import measure
-    from gap_export.bench.memory import peak_of
-    from gap_export.bundle import open_bundle
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.evaluation.latency.cost import measure_device
+    from gap_export.evaluation.latency.measure import measure
+    from gap_export.evaluation.latency.memory import peak_of
 
     wanted = _contenders(bundles, _words(f"{backend},{against}"), _fractions(keep), _counts(batch))
     opened = {folder: open_bundle(folder) for folder in bundles}
@@ -104,14 +104,14 @@ class Wanted(NamedTuple):
 
 def alone(one: Wanted, threads: int) -> Contender:
     """A contender in a process that holds nothing else."""
-    from gap_export.bundle import open_bundle
+    from gap_export.bundle.folder import open_bundle
 
     bundle = open_bundle(one.folder)
     return _contender(one, bundle, open_backend(bundle, one.backend, threads=threads))
 
 
 def _contender(one: Wanted, bundle: Bundle, session: Any) -> Contender:
-    from gap_export.bench.measure import contender
+    from gap_export.evaluation.latency.measure import contender
 
     return contender(one.name, bundle, session, batch=one.batch, keep=one.keep)
 
@@ -161,12 +161,12 @@ def _counts(text: str) -> list[int]:
 
 
 def _store(record: BenchRecord, bundles: Sequence[Bundle]) -> None:
-    from gap_export.artifact import write_atomically
+    from gap_export.files import write_atomically
 
     for bundle in bundles:
         write_atomically(bundle.reports / "bench.json", record.model_dump_json(indent=2) + "\n")
     try:
-        from gap_export.bench.plot import png
+        from gap_export.evaluation.latency.plot import png
 
         picture = png(record)
     except ImportError as error:
@@ -177,7 +177,7 @@ def _store(record: BenchRecord, bundles: Sequence[Bundle]) -> None:
 
 
 def _print(record: BenchRecord) -> None:
-    from gap_export.bench.record import tables
+    from gap_export.evaluation.latency.record import tables
 
     for table in tables(record):
         out.print(table)

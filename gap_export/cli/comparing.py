@@ -18,8 +18,8 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.compare import Comparison
-    from gap_export.evaluation.recommend import Recommendation
+    from gap_export.evaluation.refer.compare import Comparison
+    from gap_export.evaluation.refer.recommend import Recommendation
 
 _WARMUP = 5
 
@@ -51,9 +51,9 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Two evaluations expression by expression; exit 1 when a gate is not met."""
-    from gap_export.evaluation import tables
-    from gap_export.evaluation.compare import compare as compared
-    from gap_export.evaluation.compare import demands_on, open_run
+    from gap_export.evaluation.refer import tables
+    from gap_export.evaluation.refer.compare import compare as compared
+    from gap_export.evaluation.refer.compare import demands_on, open_run
 
     tables.require_pyarrow()
     one, other = open_run(first, protocol), open_run(second, protocol)
@@ -122,18 +122,18 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """The smallest share of visual tokens that loses little enough, and how much faster it is; exit 1 when none is."""
-    from gap_export.artifact import write_atomically
-    from gap_export.bench.measure import contender, measure
-    from gap_export.bundle import open_bundle
+    from gap_export.bundle.folder import open_bundle
     from gap_export.cli.evaluating import Asked, evaluate_bundle, store
     from gap_export.errors import InputError
-    from gap_export.evaluation import tables
-    from gap_export.evaluation.compare import open_run
-    from gap_export.evaluation.dataset import open_dataset
-    from gap_export.evaluation.provenance import provenance_of
-    from gap_export.evaluation.recommend import RECORD
-    from gap_export.evaluation.recommend import recommend as recommended
-    from gap_export.runtime.ground import backend_of, open_session
+    from gap_export.evaluation.latency.measure import contender, measure
+    from gap_export.evaluation.refer import tables
+    from gap_export.evaluation.refer.compare import open_run
+    from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.evaluation.refer.provenance import provenance_of
+    from gap_export.evaluation.refer.recommend import RECORD
+    from gap_export.evaluation.refer.recommend import recommend as recommended
+    from gap_export.files import write_atomically
+    from gap_export.runtime.model import backend_of, open_session
 
     tables.require_pyarrow()
     try:

@@ -26,11 +26,11 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from gap_export.cluster import Cluster
-    from gap_export.evaluation.answering import Answerer
-    from gap_export.evaluation.dataset import Dataset
-    from gap_export.evaluation.provenance import Provenance
-    from gap_export.evaluation.run import EvalRecord, Scored, Work
+    from gap_export.evaluation.refer.answering import Answerer
+    from gap_export.evaluation.refer.dataset import Dataset
+    from gap_export.evaluation.refer.provenance import Provenance
+    from gap_export.evaluation.refer.run import EvalRecord, Scored, Work
+    from gap_export.parallel.ray import Cluster
 
 RESULTS, RECORD = "results.parquet", "eval.json"
 _SHOWN = 5
@@ -78,9 +78,9 @@ def evaluate(
 ) -> None:
     """Referring expression comprehension on a data set. May be killed: the same command goes on."""
     from gap_export.errors import InputError
-    from gap_export.evaluation import tables
-    from gap_export.evaluation.dataset import open_dataset
-    from gap_export.evaluation.provenance import provenance_of
+    from gap_export.evaluation.refer import tables
+    from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.evaluation.refer.provenance import provenance_of
 
     if (bundle is None) == (predictions is None):
         raise InputError(
@@ -108,9 +108,9 @@ def evaluate(
 
 def store(record: EvalRecord, scored: list[Scored], provenance: Provenance, folder: Path) -> None:
     """Write results, where they are from, and the record, which comes last: where it is, all is."""
-    from gap_export.artifact import write_atomically
-    from gap_export.evaluation import tables
-    from gap_export.evaluation.provenance import write_provenance
+    from gap_export.evaluation.refer import tables
+    from gap_export.evaluation.refer.provenance import write_provenance
+    from gap_export.files import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     write_provenance(provenance, folder)
@@ -127,9 +127,9 @@ def _of_predictions(
     limit: int | None,
 ) -> tuple[EvalRecord, list[Scored]]:
     from gap_export.errors import InputError
-    from gap_export.evaluation import tables
-    from gap_export.evaluation.protocols import protocol_of
-    from gap_export.evaluation.run import record_of, score_all
+    from gap_export.evaluation.refer import tables
+    from gap_export.evaluation.refer.protocols import protocol_of
+    from gap_export.evaluation.refer.run import record_of, score_all
     from gap_export.families.overview import OVERVIEW
 
     if family not in OVERVIEW:
@@ -182,13 +182,13 @@ def evaluate_bundle(
     Returns:
         (record, scores, folder of the results).
     """
-    from gap_export.artifact import record_of as file_record
-    from gap_export.bundle import MANIFEST, open_bundle
+    from gap_export.bundle.folder import MANIFEST, open_bundle
     from gap_export.errors import InputError
-    from gap_export.evaluation.journal import Settings, open_journal
-    from gap_export.evaluation.protocols import protocol_of
-    from gap_export.evaluation.run import answer_all, record_of, score_all, work_of
-    from gap_export.runtime.ground import backend_of
+    from gap_export.evaluation.refer.journal import Settings, open_journal
+    from gap_export.evaluation.refer.protocols import protocol_of
+    from gap_export.evaluation.refer.run import answer_all, record_of, score_all, work_of
+    from gap_export.files import record_of as file_record
+    from gap_export.runtime.model import backend_of
 
     if asked.backend != "torch":
         backend_of(asked.backend)  # before anything is written
@@ -223,7 +223,7 @@ def evaluate_bundle(
         elif asked.cluster is None:
             answer_all(make(), work, dataset.source, journal, tick=tick)
         else:
-            from gap_export.evaluation.on_ray import answer_on_ray
+            from gap_export.evaluation.refer.on_ray import answer_on_ray
 
             answer_on_ray(make, work, dataset.source, journal, asked.cluster, tick=tick)
     scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.preprocessing)
@@ -233,8 +233,8 @@ def evaluate_bundle(
 
 def make_answerer(folder: Path, asked: Asked) -> Answerer:
     """Open a bundle to be asked, in this process or in a worker's."""
-    from gap_export.bundle import open_bundle
-    from gap_export.evaluation.answering import Answerer
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.evaluation.refer.answering import Answerer
 
     bundle = open_bundle(folder)
     session = open_backend(bundle, asked.backend, threads=asked.threads)

@@ -22,16 +22,17 @@ from gap_export.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from gap_export.grounding.boxes import BoxCodec
+    from gap_export.boxes.codecs import BoxCodec
 
 
 def models(as_json: JsonOption = False) -> None:
     """Recipes, families, and what each needs."""
     from dataclasses import asdict
 
-    from gap_export import prune, recipe
+    from gap_export import prune
+    from gap_export.boxes.codecs import CODECS
     from gap_export.families.overview import OVERVIEW
-    from gap_export.grounding.boxes import CODECS
+    from gap_export.recipe import recipe
 
     recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
     known = {r.name: OVERVIEW[r.family] for r in recipes if r.family in OVERVIEW}
@@ -164,7 +165,7 @@ def build(
     as_json: JsonOption = False,
 ) -> None:
     """Checkpoint to bundle: graphs, then engines for every --target."""
-    from gap_export import recipe as recipes
+    from gap_export.recipe import recipe as recipes
 
     recipe = recipes.load_recipe(model).replaced(
         keep=keep,
@@ -200,7 +201,7 @@ def build(
             self_contained=self_contained,
             progress=show,
         )
-    from gap_export.report.terminal import cache_length, keeping
+    from gap_export.evaluation.report.terminal import cache_length, keeping
 
     manifest = built.bundle.manifest
     pruning = manifest.pruning
@@ -251,12 +252,12 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """How large a model's activations get, measured on an fp32 or fp16 bundle: what fp8 and nvfp4 need."""
-    from gap_export.artifact import write_atomically
     from gap_export.errors import InputError
-    from gap_export.evaluation.dataset import open_dataset
+    from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.files import write_atomically
 
     build_room()
-    from gap_export import calibration
+    from gap_export.evaluation import calibrate
 
     if data is None and (split is not None or images is not None):
         raise InputError(
@@ -267,7 +268,7 @@ def calibrate(
     dataset = None if data is None else open_dataset(data, split=split, images=images)
     with progress_bar() as bar:
         task = bar.add_task("answering", total=samples)
-        found = calibration.calibrate(
+        found = calibrate.calibrate(
             bundle,
             samples=samples,
             dataset=dataset,

@@ -39,16 +39,16 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
-    from gap_export.bundle import open_bundle
-    from gap_export.runtime.ground import backend_of
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.runtime.model import backend_of
 
     build_room()
-    from gap_export import validation
+    from gap_export.evaluation import validate
 
     staged = bool(open_bundle(bundle).manifest.pruning.stages)
     with progress_bar() as bar:
-        task = bar.add_task("starting", total=validation.validation_work(cases, staged=staged))
-        report = validation.validate(
+        task = bar.add_task("starting", total=validate.validation_work(cases, staged=staged))
+        report = validate.validate(
             bundle,
             cases=cases,
             keep=keep,
@@ -63,7 +63,7 @@ def validate(
     if as_json:
         print_json(json.loads(report.model_dump_json()))  # as stored: what is not a number is null
     else:
-        from gap_export.report import terminal as page
+        from gap_export.evaluation.report import terminal as page
 
         page.print_parity(report, out)
     raise typer.Exit(0 if report.ok else 1)
@@ -106,10 +106,10 @@ def sweep(
 
     cluster = cluster_of(engine, workers, ray_address)
     build_room()
-    from gap_export import sweep as room
-    from gap_export.recipe import load_recipe
-    from gap_export.runtime.ground import backend_of
-    from gap_export.sweep_record import tables, verdict
+    from gap_export.evaluation.sweep import run as room
+    from gap_export.evaluation.sweep.record import tables, verdict
+    from gap_export.recipe.recipe import load_recipe
+    from gap_export.runtime.model import backend_of
 
     request = room.Request(
         recipe=load_recipe(model),

@@ -11,9 +11,9 @@ from gap_export.cli.app import console, needs_build_extra, out
 from gap_export.cli.comparing import AccuracyDropOption, AgreementOption, BoxIouOption
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.pictures import Source
-    from gap_export.report.page import AskStrategies
-    from gap_export.report.runs import Subject
+    from gap_export.evaluation.refer.image_source import Source
+    from gap_export.evaluation.report.page import AskStrategies
+    from gap_export.evaluation.report.runs import Subject
 
 
 def report(
@@ -36,10 +36,10 @@ def report(
     min_box_iou: BoxIouOption = None,
 ) -> None:
     """One HTML page of evaluations: tables, plots, boxes over pictures, what pruners keep. Works without a network."""
-    from gap_export.artifact import write_atomically
-    from gap_export.evaluation.compare import demands_on
-    from gap_export.report.page import page, require
-    from gap_export.report.runs import open_subject
+    from gap_export.evaluation.refer.compare import demands_on
+    from gap_export.evaluation.report.page import page, require
+    from gap_export.evaluation.report.runs import open_subject
+    from gap_export.files import write_atomically
 
     require()
     subject = open_subject(subjects, protocol)
@@ -66,7 +66,7 @@ def report(
 def _source(subject: Subject, images: Path | None) -> Source | None:
     """Pictures of the data set, or None with a word on the screen."""
     from gap_export.errors import GapExportError
-    from gap_export.evaluation.dataset import open_dataset
+    from gap_export.evaluation.refer.dataset import open_dataset
 
     provenance = subject.first.provenance
     folder = images or (None if provenance.images is None else Path(provenance.images))
@@ -86,7 +86,7 @@ def _ask(subject: Subject) -> AskStrategies | str:
     """Ask every strategy, or why that cannot be done."""
     from functools import partial
 
-    from gap_export.pipeline import RANDOM
+    from gap_export.pipeline.build import RANDOM
 
     bundle = subject.judged.bundle
     if bundle is None:
@@ -94,7 +94,7 @@ def _ask(subject: Subject) -> AskStrategies | str:
     if bundle.manifest.checkpoint == RANDOM:
         return "the bundle holds random weights"
     try:
-        from gap_export.report.strategies import choices
+        from gap_export.evaluation.report.strategies import choices
     except ImportError as error:
         lacking = needs_build_extra(error)
         return f"{lacking.subject} {lacking.message} ({lacking.hint})"

@@ -38,10 +38,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Find what an expression refers to in a picture (the last one, of several)."""
-    from gap_export.bundle import open_bundle
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.inputs.images import load_image
     from gap_export.runtime.generate import refuse_overflow
-    from gap_export.runtime.ground import Grounder, backend_of, open_session
-    from gap_export.runtime.preprocess import load_image
+    from gap_export.runtime.model import Grounder, backend_of, open_session
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -88,8 +88,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What is inside a bundle: ids, slots, ops, engines, sizes."""
-    from gap_export.bundle import open_bundle
-    from gap_export.report import terminal as page
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.evaluation.report import terminal as page
 
     facts = page.bundle_facts(open_bundle(bundle, every_hash=verify))
     if as_json:
@@ -114,7 +114,7 @@ def lint(
             "is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(kinds)}"
         )
     try:
-        from gap_export.graph.lint import lint_graph
+        from gap_export.linter import lint_graph
     except ImportError as error:
         raise needs_build_extra(error) from error
 
@@ -135,8 +135,8 @@ def lint(
 
 
 def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: str, pictures: Any) -> None:
+    from gap_export.boxes.draw import draw
     from gap_export.errors import InputError
-    from gap_export.grounding.draw import draw
 
     image = draw(
         picture,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.spec import DType, GraphSpec
+from gap_export.bundle.spec import DType, GraphSpec
 
 _WIRE: dict[DType, Any] = {
     "float32": np.float32,

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gap_export.artifact import record_of
-from gap_export.bundle import Engine, EngineTarget
+from gap_export.bundle.manifest import Engine, EngineTarget
+from gap_export.bundle.spec import DType, GraphSpec, TensorSpec
 from gap_export.engine import messages
 from gap_export.engine.device import Device
 from gap_export.engine.library import TARGETS, Library, Message, load_library
 from gap_export.engine.profiles import Profile, profiles_from_spec
 from gap_export.errors import EngineError, EnvironmentLacks
-from gap_export.spec import DType, GraphSpec, TensorSpec
+from gap_export.files import record_of
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, steps done, steps in all). Called from the builder's threads; an exception ends the build."""

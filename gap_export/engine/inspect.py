@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gap_export.bundle import Engine
+from gap_export.bundle.manifest import Engine
+from gap_export.bundle.spec import GraphSpec, TensorSpec
 from gap_export.engine import messages
 from gap_export.engine.device import Device
 from gap_export.engine.library import TARGETS, Library, load_library
 from gap_export.engine.profiles import profiles_from_spec
 from gap_export.errors import EngineError, EnvironmentLacks
-from gap_export.spec import GraphSpec, TensorSpec
 
 # magic (4 bytes, "?trt"), 12 bytes, size of the file (uint64), version (4 bytes); the version's place is the one that
 # NVIDIA's trtexec --getPlanVersionOnly reads.

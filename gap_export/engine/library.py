@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from gap_export.bundle import EngineTarget
+from gap_export.bundle.manifest import EngineTarget
 from gap_export.errors import EnvironmentLacks
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.errors import EngineError, SessionError
-from gap_export.spec import Dim, GraphSpec, TensorSpec
 
 SEQUENCE = "sequence"
 """The named dimension that counts the tokens of one decoder call."""

@@ -6,16 +6,18 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from gap_export.bundle import AnyPreprocessing, BoxFormat, ModelFacts, PromptTemplate, TextTower
+from gap_export.bundle.manifest import BoxFormat, ModelFacts
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.recipe import Recipe
+from gap_export.inputs.layouts import AnyPreprocessing
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from gap_export.bundle.spec import Component
     from gap_export.plan import Plan
-    from gap_export.spec import Component
 
 FAMILIES = {
     "internvl": "gap_export.families.internvl",

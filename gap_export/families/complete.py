@@ -5,8 +5,8 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.tokenizers import stored_tokenizer
 from gap_export.families import Part
-from gap_export.families.tokenizers import stored_tokenizer
 
 
 def parts(checkpoint: Checkpoint) -> tuple[Part, ...]:

@@ -18,21 +18,23 @@ from transformers import InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from gap_export import prune
-from gap_export.bundle import BoxFormat, DynamicTiles, ModelFacts, PromptTemplate, TextTower
+from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
-from gap_export.families import assembly, reading, selection
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.llava_next import refuse_fit
-from gap_export.families.tiles import Gather, features_of_picture, pixel_values
-from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.inputs.layouts import DynamicTiles
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.inputs.tiles import dynamic_range
+from gap_export.modeling import assembly, hf_config, selection
+from gap_export.modeling.attention import IMPLEMENTATION
+from gap_export.modeling.fake import fake_mode, hollow
+from gap_export.modeling.tiles import Gather, features_of_picture, pixel_values
 from gap_export.plan import Plan
 from gap_export.prune import order
-from gap_export.recipe import Recipe
-from gap_export.runtime.tiles import dynamic_range
-from gap_export.spec import Component
+from gap_export.recipe.recipe import Recipe
 
 MODEL = "InternVL"
 _QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{expression}</ref>"
@@ -127,7 +129,7 @@ def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     config = _config(checkpoint)
     tokens, most = dynamic_range(_tiling(checkpoint, config))
     return ModelFacts(
-        **reading.decoder_sizes(config.text_config),
+        **hf_config.decoder_sizes(config.text_config),
         visual_tokens=most,
         grid=None,
         token_range=tokens,
@@ -141,7 +143,7 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     Raises:
         CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
     """
-    raise reading.no_text_tower(part, f"vision tower of {MODEL}")
+    raise hf_config.no_text_tower(part, f"vision tower of {MODEL}")
 
 
 def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> DynamicTiles:
@@ -157,7 +159,7 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
         grounding=recipe.prompt or GROUNDING_PROMPT,
         image_token_id=config.image_token_id,
         add_special_tokens=True,
-        eos_token_ids=reading.end_tokens(checkpoint, config.text_config),
+        eos_token_ids=hf_config.end_tokens(checkpoint, config.text_config),
     )
 
 
@@ -178,7 +180,9 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
         return InternVLForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
-    reading.refuse_unknown_weights(checkpoint, model, tied=reading.is_tied(config), ignored=reading.NOTHING)
+    hf_config.refuse_unknown_weights(
+        checkpoint, model, tied=hf_config.is_tied(config), ignored=hf_config.NOTHING
+    )
     pieces = assembly.Pieces(
         vision=InternVLVision(model, plan),
         vision_inputs=(pixel_values(_tiling(checkpoint, config)),),
@@ -196,12 +200,14 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     Raises:
         CheckpointError: the checkpoint has it under none of the known names.
     """
-    return reading.weight_key(checkpoint, parameter, tied=reading.is_tied(reading.read_config(checkpoint)))
+    return hf_config.weight_key(
+        checkpoint, parameter, tied=hf_config.is_tied(hf_config.read_config(checkpoint))
+    )
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTiles:
-    vision, require = config.vision_config, reading.Requirements(checkpoint, MODEL)
-    settings = reading.tile_processor(checkpoint, require, vision.image_size[0])
+    vision, require = config.vision_config, hf_config.Requirements(checkpoint, MODEL)
+    settings = hf_config.tile_processor(checkpoint, require, vision.image_size[0])
     side = round(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
     return DynamicTiles(
         size=vision.image_size[0],
@@ -214,7 +220,7 @@ def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTiles:
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    config, require = reading.read_config(checkpoint), reading.Requirements(checkpoint, MODEL)
+    config, require = hf_config.read_config(checkpoint), hf_config.Requirements(checkpoint, MODEL)
     vision, text = config.vision_config, config.text_config
     require("vision_config.model_type", vision.model_type == "internvl_vision", "InternViT")
     require("text_config.model_type", text.model_type in ("qwen2", "llama", "qwen3"), "qwen2, qwen3, llama")

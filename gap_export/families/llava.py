@@ -14,19 +14,21 @@ from typing import cast
 from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
+from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import RecipeError
-from gap_export.families import reading
-from gap_export.families.clip_llama import ClipLlama
-from gap_export.families.clip_text import read_text_tower
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
+from gap_export.inputs.images import mean_colour
+from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.modeling import hf_config
+from gap_export.modeling.clip_llama import ClipLlama
+from gap_export.modeling.clip_text import read_text_tower
 from gap_export.plan import Plan
-from gap_export.recipe import Recipe
-from gap_export.runtime.preprocess import mean_colour
-from gap_export.spec import Component
+from gap_export.recipe.recipe import Recipe
 
 GROUNDING_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -47,7 +49,7 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
 
 def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
     """See `Family.preprocessing`."""
-    stored = reading.image_processor(checkpoint)
+    stored = hf_config.image_processor(checkpoint)
     mean, std = stored["image_mean"], stored["image_std"]
     return Preprocessing(
         size=_config(checkpoint).vision_config.image_size,
@@ -65,7 +67,7 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
         grounding=recipe.prompt or GROUNDING_PROMPT,
         image_token_id=config.image_token_id,
         add_special_tokens=True,
-        eos_token_ids=reading.end_tokens(checkpoint, config.text_config),
+        eos_token_ids=hf_config.end_tokens(checkpoint, config.text_config),
     )
 
 
@@ -98,13 +100,13 @@ def _model(checkpoint: Checkpoint) -> ClipLlama:
         # `vision_feature_layer` counts hidden states, the embeddings being number 0.
         feature_layer=feature if feature >= 0 else layers + 1 + feature,
         image_token_id=config.image_token_id,
-        prefixes=reading.PREFIXES,
+        prefixes=hf_config.PREFIXES,
     )
 
 
 def _config(checkpoint: Checkpoint) -> LlavaConfig:
-    config = cast(LlavaConfig, reading.read_config(checkpoint))
-    require = reading.Requirements(checkpoint, "LLaVA-1.5")
+    config = cast(LlavaConfig, hf_config.read_config(checkpoint))
+    require = hf_config.Requirements(checkpoint, "LLaVA-1.5")
     require("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer, not a list")
     require("vision_feature_select_strategy", config.vision_feature_select_strategy == "default", "default")
     require("vision_config.model_type", config.vision_config.model_type == "clip_vision_model", "CLIP")

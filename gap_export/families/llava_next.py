@@ -15,28 +15,30 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration
 
-from gap_export.bundle import AnyRes, BoxFormat, ModelFacts, PromptTemplate, TextTower
+from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import RecipeError
-from gap_export.families import assembly, reading, selection
-from gap_export.families.clip import ClipVision
-from gap_export.families.clip_text import (
+from gap_export.families.complete import joined as joined
+from gap_export.families.complete import parts as parts
+from gap_export.families.complete import tokenizer as tokenizer
+from gap_export.inputs.layouts import AnyRes
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.inputs.tiles import anyres_range
+from gap_export.modeling import assembly, hf_config, selection
+from gap_export.modeling.attention import IMPLEMENTATION
+from gap_export.modeling.clip import ClipVision
+from gap_export.modeling.clip_text import (
     TEXT_TOWER,
     hollow_text_tower,
     published_tower,
     read_text_tower,
     text_weight_key,
 )
-from gap_export.families.complete import joined as joined
-from gap_export.families.complete import parts as parts
-from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.hollow import fake_mode, hollow
-from gap_export.families.tiles import anyres_inputs, cells_gather, features_of_picture, with_newlines
-from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.modeling.fake import fake_mode, hollow
+from gap_export.modeling.tiles import anyres_inputs, cells_gather, features_of_picture, with_newlines
 from gap_export.plan import Plan
-from gap_export.recipe import Recipe
-from gap_export.runtime.tiles import anyres_range
-from gap_export.spec import Component
+from gap_export.recipe.recipe import Recipe
 
 _QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {expression}."
 GROUNDING_PROMPTS = {
@@ -95,7 +97,7 @@ def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     tokens, most = anyres_range(_tiling(checkpoint, config))
     above = config.vision_config.num_hidden_layers - _feature_layer(config)
     return ModelFacts(
-        **reading.decoder_sizes(config.text_config),
+        **hf_config.decoder_sizes(config.text_config),
         visual_tokens=most,
         grid=None,
         token_range=tokens,
@@ -122,7 +124,7 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
         grounding=recipe.prompt or GROUNDING_PROMPTS[config.text_config.model_type],
         image_token_id=config.image_token_id,
         add_special_tokens=True,
-        eos_token_ids=reading.end_tokens(checkpoint, config.text_config),
+        eos_token_ids=hf_config.end_tokens(checkpoint, config.text_config),
     )
 
 
@@ -144,7 +146,7 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
         return LlavaNextForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, mode)
-    reading.refuse_unknown_weights(checkpoint, model, tied=False, ignored=f"{TEXT_TOWER}/")
+    hf_config.refuse_unknown_weights(checkpoint, model, tied=False, ignored=f"{TEXT_TOWER}/")
     text = (
         None
         if plan.text_tower is None
@@ -171,7 +173,7 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     """
     if parameter.startswith(f"{TEXT_TOWER}."):
         return text_weight_key(checkpoint, parameter)
-    return reading.weight_key(checkpoint, parameter, tied=False)
+    return hf_config.weight_key(checkpoint, parameter, tied=False)
 
 
 def refuse_fit(recipe: Recipe, model: str) -> None:
@@ -189,8 +191,8 @@ def refuse_fit(recipe: Recipe, model: str) -> None:
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
-    vision, require = config.vision_config, reading.Requirements(checkpoint, "LLaVA-NeXT")
-    settings = reading.tile_processor(checkpoint, require, vision.image_size)
+    vision, require = config.vision_config, hf_config.Requirements(checkpoint, "LLaVA-NeXT")
+    settings = hf_config.tile_processor(checkpoint, require, vision.image_size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
     same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
     require(
@@ -208,7 +210,7 @@ def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    config, require = reading.read_config(checkpoint), reading.Requirements(checkpoint, "LLaVA-NeXT")
+    config, require = hf_config.read_config(checkpoint), hf_config.Requirements(checkpoint, "LLaVA-NeXT")
     vision, text = config.vision_config, config.text_config
     layer = config.vision_feature_layer
     require("vision_config.model_type", vision.model_type == "clip_vision_model", "CLIP")

@@ -16,21 +16,23 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from gap_export import prune
-from gap_export.bundle import AnyRes, BoxFormat, ModelFacts, PromptTemplate, TextTower
+from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
-from gap_export.families import assembly, reading, selection
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.llava_next import refuse_fit
-from gap_export.families.tiles import anyres_inputs, corners_gather, with_newlines
-from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.inputs.layouts import AnyRes
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.inputs.tiles import anyres_range
+from gap_export.modeling import assembly, hf_config, selection
+from gap_export.modeling.attention import IMPLEMENTATION
+from gap_export.modeling.fake import fake_mode, hollow
+from gap_export.modeling.tiles import anyres_inputs, corners_gather, with_newlines
 from gap_export.plan import Plan
 from gap_export.prune.order import take
-from gap_export.recipe import Recipe
-from gap_export.runtime.tiles import anyres_range
-from gap_export.spec import Component
+from gap_export.recipe.recipe import Recipe
 
 MODEL = "LLaVA-OneVision"
 GROUNDING_PROMPT = (
@@ -89,7 +91,7 @@ def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     config = _config(checkpoint)
     tokens, most = anyres_range(_tiling(checkpoint, config))
     return ModelFacts(
-        **reading.decoder_sizes(config.text_config),
+        **hf_config.decoder_sizes(config.text_config),
         visual_tokens=most,
         grid=None,
         token_range=tokens,
@@ -103,7 +105,7 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     Raises:
         CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
     """
-    raise reading.no_text_tower(part, f"SigLIP tower of {MODEL}")
+    raise hf_config.no_text_tower(part, f"SigLIP tower of {MODEL}")
 
 
 def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> AnyRes:
@@ -119,7 +121,7 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
         grounding=recipe.prompt or GROUNDING_PROMPT,
         image_token_id=config.image_token_id,
         add_special_tokens=True,
-        eos_token_ids=reading.end_tokens(checkpoint, config.text_config),
+        eos_token_ids=hf_config.end_tokens(checkpoint, config.text_config),
     )
 
 
@@ -140,7 +142,9 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
         return LlavaOnevisionForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
-    reading.refuse_unknown_weights(checkpoint, model, tied=reading.is_tied(config), ignored=reading.NOTHING)
+    hf_config.refuse_unknown_weights(
+        checkpoint, model, tied=hf_config.is_tied(config), ignored=hf_config.NOTHING
+    )
     pieces = assembly.Pieces(
         vision=LlavaOnevisionVision(model, plan),
         vision_inputs=anyres_inputs(_tiling(checkpoint, config)),
@@ -158,12 +162,14 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     Raises:
         CheckpointError: the checkpoint has it under none of the known names.
     """
-    return reading.weight_key(checkpoint, parameter, tied=reading.is_tied(reading.read_config(checkpoint)))
+    return hf_config.weight_key(
+        checkpoint, parameter, tied=hf_config.is_tied(hf_config.read_config(checkpoint))
+    )
 
 
 def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
-    size, require = config.vision_config.image_size, reading.Requirements(checkpoint, MODEL)
-    settings = reading.tile_processor(checkpoint, require, size)
+    size, require = config.vision_config.image_size, hf_config.Requirements(checkpoint, MODEL)
+    settings = hf_config.tile_processor(checkpoint, require, size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
     same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
     require(
@@ -182,7 +188,7 @@ def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    config, require = reading.read_config(checkpoint), reading.Requirements(checkpoint, MODEL)
+    config, require = hf_config.read_config(checkpoint), hf_config.Requirements(checkpoint, MODEL)
     vision, text = config.vision_config, config.text_config
     require("vision_config.model_type", vision.model_type == "siglip_vision_model", "SigLIP")
     require("text_config.model_type", text.model_type == "qwen2", "qwen2")

@@ -21,22 +21,25 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
 from gap_export import prune
-from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
+from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.spec import Component, TensorSpec
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.derived import with_low_rank
+from gap_export.checkpoint.safetensors import Derived
+from gap_export.checkpoint.tokenizers import stored_tokenizer, token_id, with_placeholder
+from gap_export.checkpoint.weight_map import find_key, require_known, with_shared_table
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import Part, assembly, reading, selection
-from gap_export.families.clip_vision import OPENAI_MEAN, OPENAI_STD
-from gap_export.families.eva import EvaTower, eva_sizes
-from gap_export.families.hollow import fake_mode, hollow
-from gap_export.families.keys import find_key, require_known, with_shared_table
-from gap_export.families.merges import with_low_rank
-from gap_export.families.tokenizers import stored_tokenizer, token_id, with_placeholder
-from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.families import Part
+from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.modeling import assembly, hf_config, selection
+from gap_export.modeling.attention import IMPLEMENTATION
+from gap_export.modeling.clip_vision import OPENAI_MEAN, OPENAI_STD
+from gap_export.modeling.eva import EvaTower, eva_sizes
+from gap_export.modeling.fake import fake_mode, hollow
 from gap_export.plan import Plan
 from gap_export.prune import order
-from gap_export.recipe import Recipe
-from gap_export.spec import Component, TensorSpec
-from gap_export.weight_files import Derived
+from gap_export.recipe.recipe import Recipe
 
 GROUNDING_PROMPT = "<s>[INST] <Img><ImageHere></Img> [refer] give me the location of {expression} [/INST]"
 PLACEHOLDER, END = "<ImageHere>", "</s>"
@@ -112,7 +115,7 @@ def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
     """See `Family.facts`."""
     rows, columns = _grid(checkpoint)
     return ModelFacts(
-        **reading.decoder_sizes(_text(checkpoint)),
+        **hf_config.decoder_sizes(_text(checkpoint)),
         visual_tokens=rows * columns,
         grid=(rows, columns),
         tower_lacks=("projected_class_token", "following_layer"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle import BoxFormat, TowerPart
+from gap_export.bundle.manifest import BoxFormat, TowerPart
 
 
 @dataclass(frozen=True)

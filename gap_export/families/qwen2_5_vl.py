@@ -14,9 +14,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.native import Windows, embedded, layer
 from gap_export.families.qwen2_vl import merged
 from gap_export.families.qwen_vl import QwenVL
+from gap_export.modeling.native import Windows, embedded, layer
 from gap_export.plan import Plan
 
 GROUNDING_PROMPT = (

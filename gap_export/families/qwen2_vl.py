@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
 from gap_export import prune
-from gap_export.families import selection
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.native import embedded, layer
 from gap_export.families.qwen_vl import QwenVL
+from gap_export.modeling import selection
+from gap_export.modeling.native import embedded, layer
 from gap_export.plan import Plan
 from gap_export.prune import order
 

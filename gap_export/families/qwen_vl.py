@@ -13,18 +13,20 @@ from typing import Any
 
 from torch import nn
 
-from gap_export.bundle import BoxFormat, ModelFacts, Native, PromptTemplate, TextTower, TowerPart
+from gap_export.bundle.manifest import BoxFormat, ModelFacts, TowerPart
+from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import RecipeError
-from gap_export.families import assembly, reading, selection
-from gap_export.families.hollow import fake_mode, hollow
 from gap_export.families.llava_next import refuse_fit
-from gap_export.families.native import native_inputs
-from gap_export.graph.attention import IMPLEMENTATION
+from gap_export.inputs.layouts import Native
+from gap_export.inputs.native_resolution import native_range
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.modeling import assembly, hf_config, selection
+from gap_export.modeling.attention import IMPLEMENTATION
+from gap_export.modeling.fake import fake_mode, hollow
+from gap_export.modeling.native import native_inputs
 from gap_export.plan import Plan
-from gap_export.recipe import Recipe
-from gap_export.runtime.native_resolution import native_range
-from gap_export.spec import Component
+from gap_export.recipe.recipe import Recipe
 
 PREFIXES = {
     "visual.": ("model.visual.", "visual."),
@@ -65,7 +67,7 @@ class QwenVL:
         config = self._config(checkpoint)
         tokens, most = native_range(self.preprocessing(checkpoint, recipe))
         return ModelFacts(
-            **reading.decoder_sizes(config.text_config),
+            **hf_config.decoder_sizes(config.text_config),
             visual_tokens=most,
             grid=None,
             token_range=tokens,
@@ -80,7 +82,7 @@ class QwenVL:
         Raises:
             CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
         """
-        raise reading.no_text_tower(part, f"vision tower of {self.name}")
+        raise hf_config.no_text_tower(part, f"vision tower of {self.name}")
 
     def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> Native:
         """See `Family.preprocessing`.
@@ -108,7 +110,7 @@ class QwenVL:
             grounding=recipe.prompt or self.grounding,
             image_token_id=config.image_token_id,
             add_special_tokens=True,
-            eos_token_ids=reading.end_tokens(checkpoint, config.text_config),
+            eos_token_ids=hf_config.end_tokens(checkpoint, config.text_config),
         )
 
     def box(self, recipe: Recipe) -> BoxFormat:
@@ -127,9 +129,9 @@ class QwenVL:
             return self.model._from_config(config, **options)
 
         model = hollow(build, fake_mode())
-        tied = reading.is_tied(config)
-        reading.refuse_unknown_weights(
-            checkpoint, model, tied=tied, ignored=reading.NOTHING, prefixes=PREFIXES
+        tied = hf_config.is_tied(config)
+        hf_config.refuse_unknown_weights(
+            checkpoint, model, tied=tied, ignored=hf_config.NOTHING, prefixes=PREFIXES
         )
         assert sizes.token_range is not None
         pieces = assembly.Pieces(
@@ -138,15 +140,15 @@ class QwenVL:
             language_model=model.model.language_model,
             lm_head=model.lm_head,
             image_token_id=config.image_token_id,
-            weight_key=lambda name: reading.weight_key(checkpoint, name, tied=tied, prefixes=PREFIXES),
+            weight_key=lambda name: hf_config.weight_key(checkpoint, name, tied=tied, prefixes=PREFIXES),
         )
         return assembly.components(checkpoint.folder, sizes, plan, pieces)
 
     def _native(self, checkpoint: Checkpoint) -> Native:
         """As the checkpoint's own processor has it."""
         config = self._config(checkpoint)
-        vision, require = config.vision_config, reading.Requirements(checkpoint, self.name)
-        settings = reading.image_processor(checkpoint)
+        vision, require = config.vision_config, hf_config.Requirements(checkpoint, self.name)
+        settings = hf_config.image_processor(checkpoint)
         for field, own in (
             ("patch_size", vision.patch_size),
             ("merge_size", vision.spatial_merge_size),
@@ -156,7 +158,7 @@ class QwenVL:
             require(f"{field} of the image processor", same, f"{own}, as of the vision tower")
         require(
             "resample of the image processor",
-            settings.get("resample", reading.BICUBIC) == reading.BICUBIC,
+            settings.get("resample", hf_config.BICUBIC) == hf_config.BICUBIC,
             "3, bicubic",
         )
         size = settings.get("size") or {}
@@ -176,7 +178,7 @@ class QwenVL:
         )
 
     def _config(self, checkpoint: Checkpoint) -> Any:
-        config, require = reading.read_config(checkpoint), reading.Requirements(checkpoint, self.name)
+        config, require = hf_config.read_config(checkpoint), hf_config.Requirements(checkpoint, self.name)
         text, rope = config.text_config, config.text_config.rope_parameters
         layer_types = {*(getattr(text, "layer_types", None) or ["full_attention"])}
         require("text_config.use_sliding_window", layer_types == {"full_attention"}, "false")

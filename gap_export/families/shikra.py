@@ -14,18 +14,20 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from gap_export.bundle import BoxFormat, ModelFacts, Preprocessing, PromptTemplate, TextTower
+from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.derived import plus_base
+from gap_export.checkpoint.tokenizers import stored_tokenizer, token_id
 from gap_export.errors import CheckpointError
 from gap_export.families import Part, llava
-from gap_export.families.clip_llama import ClipLlama
-from gap_export.families.clip_text import read_text_tower
-from gap_export.families.clip_vision import CLIP_LEFT_OUT, OPENAI_MEAN, OPENAI_STD, vision_config
-from gap_export.families.merges import plus_base
-from gap_export.families.tokenizers import stored_tokenizer, token_id
+from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.modeling.clip_llama import ClipLlama
+from gap_export.modeling.clip_text import read_text_tower
+from gap_export.modeling.clip_vision import CLIP_LEFT_OUT, OPENAI_MEAN, OPENAI_STD, vision_config
 from gap_export.plan import Plan
-from gap_export.recipe import Recipe
-from gap_export.spec import Component
+from gap_export.recipe.recipe import Recipe
 
 # One of the 54 templates of its evaluation, the image in front as in most of them.
 GROUNDING_PROMPT = (

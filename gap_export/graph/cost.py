@@ -12,7 +12,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from gap_export.bundle import FlopTerm
+from gap_export.bundle.manifest import FlopTerm
 
 Monomial = tuple[str, ...]
 

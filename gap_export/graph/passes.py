@@ -10,11 +10,11 @@ import onnxscript.optimizer
 from onnx_ir.passes import common
 
 from gap_export import __version__
+from gap_export.bundle.spec import GraphSpec
 from gap_export.errors import TraceError
 from gap_export.graph.constants import integers
 from gap_export.graph.fuse import fuse
 from gap_export.graph.rows import select_rows_early
-from gap_export.spec import GraphSpec
 
 
 def simplify(model: ir.Model) -> None:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.safetensors import Part, lay_out
 from gap_export.errors import EnvironmentLacks
 from gap_export.graph.rounding import (
     BLOCK,
@@ -31,7 +32,6 @@ from gap_export.graph.rounding import (
     packed_pairs,
 )
 from gap_export.graph.weights import WeightReader
-from gap_export.weight_files import Part, lay_out
 
 Scheme = Literal["int8", "int4", "fp8", "nvfp4"]
 

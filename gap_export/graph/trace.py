@@ -17,9 +17,9 @@ import onnx_ir as ir
 import torch
 from torch._subclasses import FakeTensor
 
+from gap_export.bundle.spec import Component, Dim, TensorSpec
 from gap_export.errors import TraceError
-from gap_export.graph.attention import OPSET
-from gap_export.spec import Component, Dim, TensorSpec
+from gap_export.modeling.attention import OPSET
 
 _TORCH_DTYPES = {
     "float32": torch.float32,

@@ -18,12 +18,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gap_export.artifact import place_file
-from gap_export.bundle import Activations
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.safetensors import Derived, Part, WeightLocation, lay_out
 from gap_export.errors import CheckpointError, EnvironmentLacks, TraceError
+from gap_export.files import place_file
 from gap_export.graph.trace import is_hollow
-from gap_export.weight_files import Derived, Part, WeightLocation, lay_out
+from gap_export.precision import Activations
 
 _STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _NUMPY = {

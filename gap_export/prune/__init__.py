@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gap_export.positions import MergedId
-from gap_export.prune.refusals import (
+from gap_export.prune.compatibility import (
     kept_count,
     require_adaptive,
     require_count,

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from gap_export.bundle import TowerPart
+from gap_export.bundle.manifest import TowerPart
 from gap_export.errors import RecipeError
 
 Where = Literal["before the decoder", "inside the decoder"]
@@ -145,19 +145,19 @@ STRATEGIES: tuple[Strategy, ...] = (
     Strategy("none", "none:KeepAll", "nothing is pruned"),
     Strategy(
         "fastv",
-        "fastv:FastV",
+        "in_decoder.fastv:FastV",
         "what the last token of the prompt attends to most in an early layer",
         where="inside the decoder",
     ),
     Strategy(
         "pyramiddrop",
-        "pyramiddrop:PyramidDrop",
+        "in_decoder.pyramiddrop:PyramidDrop",
         "the same in three steps, each by the next layer's attention",
         where="inside the decoder",
     ),
     Strategy(
         "sparsevlm",
-        "sparsevlm:SparseVlm",
+        "in_decoder.sparsevlm:SparseVlm",
         "what the telling words attend to most, in three steps; the best of the rest as cluster means",
         merges=True,
         where="inside the decoder",

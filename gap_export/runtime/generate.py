@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import InputError, SessionError
+from gap_export.inputs.batch import Pictures
 from gap_export.positions import Ids, Placement, advance
-from gap_export.runtime.pictures import Pictures
 from gap_export.runtime.session import Session, VisualTokens, together
 
 Adjust = Callable[[Placement, VisualTokens], Placement]

@@ -11,10 +11,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from gap_export.bundle import Bundle
+from gap_export.bundle.folder import Bundle
+from gap_export.bundle.spec import TensorSpec
 from gap_export.errors import GapExportError, SessionError
+from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
-from gap_export.runtime.pictures import PixelInputs
 from gap_export.runtime.session import (
     IMAGE_GRID,
     KEPT_COUNTS,
@@ -27,7 +28,6 @@ from gap_export.runtime.session import (
     require_within_bound,
     vision_inputs,
 )
-from gap_export.spec import TensorSpec
 
 NOT_ON_CPUS = ("bf16", "nvfp4")
 """Precisions that only engines have."""

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.bundle import Pruning
+from gap_export.bundle.manifest import Pruning
 from gap_export.errors import InputError
+from gap_export.inputs.batch import Pictures, PixelInputs
 from gap_export.positions import Ids, Placement
-from gap_export.runtime.pictures import Pictures, PixelInputs
 
 Buffer = Any
 """A tensor in the session's own form (NumPy array, OrtValue, torch tensor, device pointer)."""
@@ -29,9 +29,6 @@ VISUAL_COUNTS, IMAGE_GRID = "visual_counts", "image_grid"
 
 NO_INDEX = -1
 """Fills short rows of `kept_indices`."""
-
-PAD = -1
-"""Fills short rows of `input_ids`; no tokenizer has it, so the graph can count the real tokens."""
 
 
 @dataclass(frozen=True)

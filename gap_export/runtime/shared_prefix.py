@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gap_export.bundle import Manifest
+from gap_export.bundle.manifest import Manifest
+from gap_export.inputs.batch import Pictures
+from gap_export.inputs.prompt import PAD
 from gap_export.positions import Ids, Placement, extended
 from gap_export.runtime.generate import Decoded, decode, encode
-from gap_export.runtime.pictures import Pictures
-from gap_export.runtime.session import PAD, Session
+from gap_export.runtime.session import Session
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.bundle import Bundle, EngineTarget
+from gap_export.bundle.folder import Bundle
+from gap_export.bundle.manifest import EngineTarget
+from gap_export.bundle.spec import DType, GraphName, GraphSpec
 from gap_export.engine import messages
 from gap_export.engine.buffers import empty_wire, from_wire, plan_buffers, size_of, to_wire
 from gap_export.engine.device import Device
@@ -26,8 +28,8 @@ from gap_export.engine.inspect import check_engine, open_engine
 from gap_export.engine.library import Library, load_library
 from gap_export.engine.profiles import choose_profile, profiles_from_spec
 from gap_export.errors import SessionError
+from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
-from gap_export.runtime.pictures import PixelInputs
 from gap_export.runtime.session import (
     IMAGE_GRID,
     KEPT_COUNTS,
@@ -40,7 +42,6 @@ from gap_export.runtime.session import (
     require_within_bound,
     vision_inputs,
 )
-from gap_export.spec import DType, GraphName, GraphSpec
 
 # Tensors that go from one graph to the next without touching the host.
 _TRAVELLING: dict[GraphName, tuple[str, ...]] = {

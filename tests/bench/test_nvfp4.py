@@ -13,9 +13,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from gap_export.bundle import Bundle
-from gap_export.calibration import calibrate
-from gap_export.runtime.ground import open_session
+from gap_export.bundle.folder import Bundle
+from gap_export.evaluation.calibrate import calibrate
+from gap_export.runtime.model import open_session
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_a_rewritten_bundle_answers_nearly_as_in_half_precision(
 ) -> None:
     import shutil
 
-    from gap_export.bundle import open_bundle
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.inputs.batch import of_one_size
     from gap_export.runtime.generate import generate
-    from gap_export.runtime.pictures import of_one_size
 
     ranges = tmp_path / "ranges.json"
     ranges.write_text(calibrate(deep_bundle().folder, samples=2, threads=1).model_dump_json())

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from gap_export.spec import Dim, DType, GraphSpec, TensorSpec
+from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
 
 HEADS, HEAD_SIZE, HIDDEN, CAPACITY, VOCABULARY = 4, 16, 32, 32, 40
 ONNX_TYPES: dict[DType, int] = {

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
 from gap_export.engine.buffers import empty_wire, from_wire, plan_buffers, size_of, to_wire
-from gap_export.spec import Dim, DType, GraphSpec, TensorSpec
 
 BATCH = Dim(name="batch", minimum=1, optimum=1, maximum=3)
 SEQUENCE = Dim(name="sequence", minimum=1, optimum=8, maximum=20)

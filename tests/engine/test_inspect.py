@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle import Engine
+from gap_export.bundle.manifest import Engine
+from gap_export.bundle.spec import GraphSpec
 from gap_export.engine.build import engine_from_graph
 from gap_export.engine.device import Device
 from gap_export.engine.inspect import check_engine, engine_facts, facts_of_opened, read_header
 from gap_export.engine.library import Library, MessageLog, load_library
 from gap_export.errors import EngineError, EnvironmentLacks
-from gap_export.spec import GraphSpec
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
 pytest.importorskip("onnx", reason="the test graphs are made with onnx")

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.engine.profiles import Profile, Range, choose_profile, profiles_from_spec
 from gap_export.errors import EngineError, SessionError
-from gap_export.spec import Dim, GraphSpec, TensorSpec
 
 
 @st.composite

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gap_export.bundle import Bundle
-from gap_export.parity import controls
+from gap_export.bundle.folder import Bundle
+from gap_export.evaluation.parity import controls
+from gap_export.inputs.batch import Pictures, prepare
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.ground import keep_counts, open_session
-from gap_export.runtime.pictures import Pictures, prepare
-from gap_export.runtime.torch_staged import open_reference
+from gap_export.runtime.model import keep_counts, open_session
+from gap_export.runtime.torch.staged import open_reference
 
 from .conftest import IMAGE_TOKEN, Tiny
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle import Bundle
-from gap_export.recipe import Recipe
+from gap_export.bundle.folder import Bundle
+from gap_export.recipe.recipe import Recipe
 
 IMAGE_TOKEN, EOS, VOCABULARY, WIDTH = 4, 2, 64, 64
 TILE = 36
@@ -191,8 +191,8 @@ def tiny_family(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def _builder(name: str, checkpoint: Path, folder: Path) -> Callable[..., Bundle]:
-    from gap_export import pipeline
     from gap_export.graph.trace import TracedOnce
+    from gap_export.pipeline import build
 
     built: dict[str, Bundle] = {}
     tracer = TracedOnce(remembered=64)
@@ -213,7 +213,7 @@ def _builder(name: str, checkpoint: Path, folder: Path) -> Callable[..., Bundle]
                 "pruner": "divprune",
                 **changes,
             }
-            built[key] = pipeline.build(Recipe.model_validate(options), folder / key, tracer=tracer).bundle
+            built[key] = build.build(Recipe.model_validate(options), folder / key, tracer=tracer).bundle
         return built[key]
 
     return bundle

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gap_export import pipeline
-from gap_export.bundle import Bundle
+from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, GapExportError
 from gap_export.families import family_of, minigpt_v2
-from gap_export.recipe import Recipe
+from gap_export.inputs.images import fit
+from gap_export.pipeline import build as pipeline
+from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.generate import generate
-from gap_export.runtime.ground import Grounder, open_session
-from gap_export.runtime.preprocess import fit
-from gap_export.runtime.torch_staged import open_reference
+from gap_export.runtime.model import Grounder, open_session
+from gap_export.runtime.torch.staged import open_reference
 from tests.families.plain_models import EvaTower, Llama, llama_shapes, random_weights, spliced
 from tests.families.test_original_layouts import config_of, write_tokenizer
 

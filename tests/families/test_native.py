@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from gap_export.errors import RecipeError
-from gap_export.parity import controls
+from gap_export.evaluation.parity import controls
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.generate import generate
-from gap_export.runtime.ground import keep_counts, open_session
+from gap_export.runtime.model import keep_counts, open_session
 
 from .answers import (
     PROMPTS,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gap_export import prune
+from gap_export.boxes.codecs import CODECS
 from gap_export.families import FAMILIES
 from gap_export.families.overview import OVERVIEW
-from gap_export.grounding.boxes import CODECS
-from gap_export.recipe import known_recipes, load_recipe
+from gap_export.recipe.recipe import known_recipes, load_recipe
 
 
 def test_every_family_is_there() -> None:

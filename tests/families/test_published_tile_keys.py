@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle import ModelFacts
+from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import family_of
 from gap_export.plan import plan_for
-from gap_export.recipe import Recipe
-from gap_export.spec import Component
+from gap_export.recipe.recipe import Recipe
 from tests.families.plain_models import llama_shapes
 from tests.families.test_published_keys import (
     CLIP_CONFIG,

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gap_export import parity, prune
-from gap_export.bundle import Bundle, Pruning
+from gap_export import prune
+from gap_export.bundle.folder import Bundle
+from gap_export.bundle.manifest import Pruning
+from gap_export.evaluation import parity
+from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, Placement, PositionPolicy, advance
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ort import OnnxRuntimeSession
-from gap_export.runtime.pictures import of_one_size
 from gap_export.runtime.session import VisualTokens
 
 DeepBundle = Callable[..., Bundle]
@@ -260,7 +262,7 @@ def test_graphs_that_are_taken_for_the_same_are(deep_checkpoint: Path, tiny_opti
     from gap_export.checkpoint import open_checkpoint
     from gap_export.families import llava
     from gap_export.plan import plan_for
-    from gap_export.recipe import Recipe
+    from gap_export.recipe.recipe import Recipe
 
     checkpoint = open_checkpoint(deep_checkpoint)
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gap_export.parity import controls
+from gap_export.evaluation.parity import controls
 from gap_export.runtime.generate import generate
-from gap_export.runtime.ground import keep_counts, open_session
-from gap_export.runtime.torch_staged import open_reference
+from gap_export.runtime.model import keep_counts, open_session
+from gap_export.runtime.torch.staged import open_reference
 
 from .answers import (
     PROMPTS,
@@ -180,7 +180,7 @@ def test_a_line_that_ends_elsewhere_shows(tiny_family: Families) -> None:
 def test_the_expression_is_read_once_for_all_tiles(
     tiny_family: Families, tiny_text_tower: Path, text_ids: Any
 ) -> None:
-    from gap_export.runtime.torch_reference import TextReference
+    from gap_export.runtime.torch.session import TextReference
 
     tiny = tiny_family("llava_next")
     bundle = tiny.bundle(pruner="text_similarity", keep=0.3, text_tower=str(tiny_text_tower))

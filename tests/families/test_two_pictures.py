@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from gap_export.errors import InputError, RecipeError
-from gap_export.parity import controls
+from gap_export.evaluation.parity import controls
+from gap_export.inputs.batch import Pictures, prepare
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.ground import Grounder, keep_counts, open_session
-from gap_export.runtime.pictures import Pictures, prepare
-from gap_export.runtime.torch_staged import open_reference
+from gap_export.runtime.model import Grounder, keep_counts, open_session
+from gap_export.runtime.torch.staged import open_reference
 
 from .answers import NEW_TOKENS, Families, assert_equal, moved_by, whole_model
 from .conftest import IMAGE_TOKEN
@@ -192,12 +192,12 @@ def test_recipes_that_cannot_work(tiny_family: Families, changes: dict[str, Any]
 def test_models_of_one_picture_refuse(
     tiny_checkpoint: Any, tiny_options: dict[str, Any], tmp_path: Any
 ) -> None:
-    from gap_export import pipeline
-    from gap_export.recipe import Recipe
+    from gap_export.pipeline import build
+    from gap_export.recipe.recipe import Recipe
 
     recipe = Recipe.model_validate({**tiny_options, "images": 2})
     with pytest.raises(RecipeError, match="one picture"):
-        pipeline.build(recipe, tmp_path / "out")
+        build.build(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

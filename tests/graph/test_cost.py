@@ -13,7 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
 
-from gap_export.bundle import Bundle, Graph
+from gap_export.bundle.folder import Bundle
+from gap_export.bundle.manifest import Graph
 from gap_export.graph.cost import flops_of, weight_bytes_of
 
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gap_export import prune
-from gap_export.bundle import Bundle
+from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
-from gap_export.families.splice import Splice
+from gap_export.modeling.splice import Splice
 from gap_export.positions import Ids, PositionPolicy, place
 from gap_export.runtime.ort import OnnxRuntimeSession
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from gap_export.graph.attention import OPSET
 from gap_export.graph.passes import operators, simplify
+from gap_export.modeling.attention import OPSET
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 5, 8
 FREQUENCIES = 10000.0 ** (-torch.arange(0, WIDTH, 2) / WIDTH)

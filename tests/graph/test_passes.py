@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from gap_export.bundle.spec import GraphSpec, TensorSpec
 from gap_export.errors import TraceError
 from gap_export.graph.passes import simplify, write_graph
-from gap_export.spec import GraphSpec, TensorSpec
 
 SPEC = GraphSpec(
     name="embed",

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gap_export.graph.attention import OPSET, onnx_attention
 from gap_export.graph.passes import simplify
 from gap_export.graph.rows import select_rows_early
+from gap_export.modeling.attention import OPSET, onnx_attention
 
 HEADS, HEAD, CAPACITY, ROWS = 2, 4, 9, 7
 WIDTH = HEADS * HEAD

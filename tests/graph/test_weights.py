@@ -16,14 +16,15 @@ from onnx import external_data_helper
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from gap_export import artifact
-from gap_export.artifact import record_of
-from gap_export.bundle import Bundle, Precision
+from gap_export import files
+from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import Checkpoint, open_checkpoint
+from gap_export.checkpoint.safetensors import read_header
 from gap_export.errors import CheckpointError, EnvironmentLacks
-from gap_export.families.reading import weight_key
+from gap_export.files import record_of
 from gap_export.graph.weights import WeightStore
-from gap_export.weight_files import read_header
+from gap_export.modeling.hf_config import weight_key
+from gap_export.precision import Precision
 
 NUMPY = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -199,7 +200,7 @@ def test_a_checkpoint_on_another_file_system_is_copied(
         raise OSError(18, "Invalid cross-device link")
 
     store = store_of(tmp_path, {"a": np.arange(3, dtype=np.float32)}, "fp32")
-    monkeypatch.setattr(artifact.os, "link", refuse)
+    monkeypatch.setattr(files.os, "link", refuse)
     assert stored_values(store, "a").tolist() == [0, 1, 2]
     assert store.written_bytes > 0
 

@@ -15,14 +15,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from gap_export import prune
+from gap_export import linter, prune
 from gap_export.checkpoint import open_checkpoint
 from gap_export.families import family_of
-from gap_export.graph import lint, passes, trace, weights
+from gap_export.graph import passes, trace, weights
 from gap_export.plan import plan_for
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import VisionFeatures, order, reference
-from gap_export.recipe import Recipe
+from gap_export.recipe.recipe import Recipe
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 LARGE, MEDIUM, SMALL = (24, 24), (16, 16), (4, 5)
@@ -148,7 +148,7 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         passes.simplify(model)
         path = folder / "vision.onnx"
         passes.write_graph(model, component.spec, path)
-        lint.lint_graph(path, profile="vision", own=True, policy=plan.positions).require()
+        linter.lint_graph(path, profile="vision", own=True, policy=plan.positions).require()
         return path, component.spec, keys
 
     return build

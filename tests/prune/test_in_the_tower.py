@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gap_export import prune
-from gap_export.bundle import Pruning
+from gap_export.bundle.manifest import Pruning
 from gap_export.errors import RecipeError
 from gap_export.positions import Ids, MergedId, PositionPolicy
 

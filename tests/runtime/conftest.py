@@ -8,23 +8,13 @@ from typing import Any
 
 import pytest
 
-from gap_export.artifact import record_of
-from gap_export.bundle import (
-    BoxFormat,
-    Bundle,
-    Engine,
-    EngineTarget,
-    Graph,
-    Manifest,
-    ModelFacts,
-    Preprocessing,
-    PromptTemplate,
-    Pruning,
-    open_bundle,
-    write_manifest,
-)
+from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
+from gap_export.bundle.manifest import BoxFormat, Engine, EngineTarget, Graph, Manifest, ModelFacts, Pruning
+from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
+from gap_export.files import record_of
+from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.prompt import PromptTemplate
 from gap_export.positions import PositionPolicy
-from gap_export.spec import Dim, DType, GraphSpec, TensorSpec
 
 N, K, H, CAPACITY, MAX_TEXT, MAX_BATCH = 6, 3, 8, 16, 8, 2
 IMAGE_TOKEN = 7

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gap_export.errors import InputError, SessionError
+from gap_export.inputs.batch import PixelInputs, of_one_size
 from gap_export.positions import Ids, Placement, PositionPolicy, place
 from gap_export.runtime.generate import Generation, generate, refuse_overflow
-from gap_export.runtime.pictures import PixelInputs, of_one_size
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 EOS, VISUAL, VOCABULARY = 2, 20, 12

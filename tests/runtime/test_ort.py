@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gap_export.bundle import Bundle, open_bundle
+from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import SessionError
+from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, advance
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.ground import backend_of, open_session
+from gap_export.runtime.model import backend_of, open_session
 from gap_export.runtime.ort import OnnxRuntimeSession
-from gap_export.runtime.pictures import of_one_size
 
 BuildBundle = Callable[..., Bundle]
 

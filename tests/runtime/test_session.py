@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gap_export.bundle import Pruning
+from gap_export.bundle.manifest import Pruning
 from gap_export.errors import InputError
 from gap_export.runtime.session import require_within_bound, vision_inputs
 

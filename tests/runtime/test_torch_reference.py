@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlavaForConditionalGeneration
 
-from gap_export.bundle import Pruning
+from gap_export.bundle.manifest import Pruning
 from gap_export.errors import CheckpointError
+from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, PositionPolicy
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.pictures import of_one_size
-from gap_export.runtime.torch_reference import TorchSession
-from gap_export.runtime.torch_staged import open_reference
+from gap_export.runtime.torch.session import TorchSession
+from gap_export.runtime.torch.staged import open_reference
 
 VISUAL, IMAGE = 36, 4
 

@@ -17,25 +17,21 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from gap_export.artifact import record_of
-from gap_export.bundle import (
-    Bundle,
-    Engine,
-    open_bundle,
-    write_manifest,
-)
+from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
+from gap_export.bundle.manifest import Engine
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.engine.device import Device
 from gap_export.engine.library import Library, MessageLog
 from gap_export.engine.profiles import profiles_from_spec
 from gap_export.errors import EngineError, EnvironmentLacks, SessionError
+from gap_export.files import record_of
+from gap_export.inputs.batch import of_one_size
+from gap_export.inputs.prompt import PAD
 from gap_export.positions import PositionPolicy, advance
 from gap_export.runtime import trt
 from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
-from gap_export.runtime.pictures import of_one_size
-from gap_export.runtime.session import PAD
 from gap_export.runtime.trt import TensorRTSession
-from gap_export.spec import Dim, GraphSpec, TensorSpec
 
 GRAPHS = ("vision", "splice", "embed", "decoder")
 IMAGE_TOKEN, LONGEST_PROMPT = 7, 8

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from gap_export.grounding.scenes import COLOURS, SHAPES, SIZES, SceneObject, cases, make_scene, queries  # noqa: E402
+from gap_export.boxes.scenes import COLOURS, SHAPES, SIZES, SceneObject, cases, make_scene, queries  # noqa: E402
 from training.clip_shapes import data  # noqa: E402
 from training.clip_shapes.evaluate import Truth, area_under_curve, survival, truth_of  # noqa: E402
 from training.clip_shapes.losses import patch_loss, picture_loss, picture_scores  # noqa: E402

@@ -19,13 +19,13 @@ from transformers import (  # noqa: E402
 )
 
 import gap_export  # noqa: E402
-from gap_export.grounding.scenes import DEV_SEED, cases, make_scene  # noqa: E402
+from gap_export.boxes.scenes import DEV_SEED, cases, make_scene  # noqa: E402
 from training.clip_shapes.data import patch_features, shows_named  # noqa: E402
 from training.clip_shapes.evaluate import truth_of  # noqa: E402
 from training.clip_shapes.model import load_checkpoint  # noqa: E402
 from training.shapes.data import owner_map  # noqa: E402
 
-ASSETS = Path(gap_export.__file__).parent / "assets"
+ASSETS = Path(gap_export.__file__).parent / "checkpoint" / "assets"
 CLIP, LLAVA = ASSETS / "clip-shapes", ASSETS / "llava-shapes"
 SCENES = 16
 

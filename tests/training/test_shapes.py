@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from gap_export.grounding.scenes import SceneObject, make_scene  # noqa: E402
+from gap_export.boxes.scenes import SceneObject, make_scene  # noqa: E402
 from training.shapes.data import ANSWER_LEN, QUESTION_LEN, build_bank, load_bank, owner_map, turn_ids  # noqa: E402
 from training.shapes.decoder import Alone, FastDecoder  # noqa: E402
 from training.shapes.evaluate import answer, box_of, features_and_scores, iou, kind_of  # noqa: E402

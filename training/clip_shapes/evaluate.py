@@ -23,16 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from gap_export.grounding.scenes import (
-    COLOURS,
-    DEV_SEED,
-    HELD_OUT_SEED,
-    SHAPES,
-    SIZES,
-    Case,
-    cases,
-    make_scene,
-)
+from gap_export.boxes.scenes import COLOURS, DEV_SEED, HELD_OUT_SEED, SHAPES, SIZES, Case, cases, make_scene
 from training.clip_shapes.data import fitting, patch_features, shows_named
 from training.clip_shapes.model import ClipShapes, load_checkpoint
 from training.clip_shapes.vocabulary import named_kinds, text_ids
@@ -129,7 +120,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--llava", type=Path, default=Path("gap_export/assets/llava-shapes"))
+    parser.add_argument("--llava", type=Path, default=Path("gap_export/checkpoint/assets/llava-shapes"))
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--split", choices=("dev", "held-out"), default="dev")
     parser.add_argument("--boxes", action="store_true", help="answer with the kept tokens too (minutes)")

@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--llava", type=Path, default=Path("gap_export/assets/llava-shapes"))
+    parser.add_argument("--llava", type=Path, default=Path("gap_export/checkpoint/assets/llava-shapes"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=5_000, help="each is seen mirrored as well")
     parser.add_argument("--bank", type=Path, help="folder of scenes and patches, to share them between runs")

@@ -13,7 +13,7 @@ import re
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
-from gap_export.grounding.scenes import COLOURS, SHAPES, SIZES
+from gap_export.boxes.scenes import COLOURS, SHAPES, SIZES
 
 UNK, BOS, EOS = "<unk>", "<|startoftext|>", "<|endoftext|>"
 _GRAMMAR_WORDS = ("the", "on", "at", "of", "left", "right", "top", "bottom", "above", "below")

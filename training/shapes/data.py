@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from gap_export.grounding.scenes import (
+from gap_export.boxes.scenes import (
     COLOURS,
     IMAGE_SIZE,
     SHAPES,

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from gap_export.grounding.scenes import DEV_SEED, HELD_OUT_SEED, IMAGE_SIZE, KINDS, Case, cases
+from gap_export.boxes.scenes import DEV_SEED, HELD_OUT_SEED, IMAGE_SIZE, KINDS, Case, cases
 from training.shapes.model import IMAGE_MEAN, IMAGE_STD, PATCHES
 from training.shapes.vocabulary import (
     COORDINATE_BINS,

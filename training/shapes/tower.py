@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from gap_export.grounding.scenes import COLOURS, SHAPES, SIZES
+from gap_export.boxes.scenes import COLOURS, SHAPES, SIZES
 from training.shapes.attention import ExpAttend
 from training.shapes.data import NO_OBJECT
 from training.shapes.model import GRID, HIDDEN, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, PATCH_SIZE, PATCHES

@@ -10,7 +10,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
-from gap_export.grounding.scenes import COLOURS, SHAPES, SIZES
+from gap_export.boxes.scenes import COLOURS, SHAPES, SIZES
 
 SYSTEM_PROMPT = (
     "The assistant answers every question about the picture with the box of the object that is meant."

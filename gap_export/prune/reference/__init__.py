@@ -17,7 +17,7 @@ import numpy as np
 from gap_export.positions import MergedId
 from gap_export.prune.random import drawn_indices
 from gap_export.prune.reference import diverse, merging
-from gap_export.prune.reference.picture import (
+from gap_export.prune.reference.features import (
     Choice,
     Floats,
     Gap,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gap_export.positions import MergedId
-from gap_export.prune.reference.picture import Choice, Gap, Seen, descending, text_cosine, unit
+from gap_export.prune.reference.features import Choice, Gap, Seen, descending, text_cosine, unit
 
 
 def divprune(seen: Seen, kept: int, merged_id: MergedId) -> Choice:

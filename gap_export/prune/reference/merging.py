@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from gap_export.positions import MergedId
-from gap_export.prune.reference.picture import Choice, Floats, Gap, Seen, descending, matching, softmax, unit
+from gap_export.prune.reference.features import Choice, Floats, Gap, Seen, descending, matching, softmax, unit
 
 
 def prumerge(seen: Seen, kept: int, merged_id: MergedId) -> Choice:

@@ -1,0 +1,269 @@
+"""The reader's own picture with what the model saw and what it answered.
+
+Patches that were pruned lose their colour and fade towards slate, which is visible on white and on black
+pictures alike; kept patches stay as they are, with a hairline around them. Parts that never reached the model
+(cut away by a centre crop) count as pruned. The box is amber between two dark lines, drawn outside its edge
+so that it hides nothing, however small the object. A band below says what was asked and what came out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from gap_export.boxes.codecs import Box, to_pixels
+from gap_export.inputs.images import crop_size, padding
+from gap_export.inputs.layouts import AnyPreprocessing
+from gap_export.positions import Ids
+
+LEAST_LONG_SIDE = 640
+"""Smaller pictures are enlarged to at least this many pixels on the long side."""
+TINY = 200
+"""Up to this long side, pixels are enlarged as squares; smoothing would invent detail that the model did not
+get."""
+LEAST_WIDTH = 420
+"""Of the canvas, so that the caption under a narrow picture can be read."""
+
+_FADED = 0.6
+"""How far a pruned pixel goes towards slate."""
+_SLATE, _AMBER, _CASING, _HAIRLINE = (72, 77, 86), (255, 196, 0), (12, 14, 18), (255, 255, 255)
+_BAND, _TEXT, _FAINT = (18, 20, 26), (245, 246, 248), (158, 166, 178)
+
+
+def draw(
+    image: Image.Image,
+    box: Box | None,
+    kept_indices: Ids,
+    grid: tuple[int, int] | None,
+    preprocessing: AnyPreprocessing,
+    *,
+    visual_tokens: int,
+    caption: str,
+) -> Image.Image:
+    """Draw an answer.
+
+    Args:
+        image: the original picture, any size; RGB as from `load_image`.
+        box: (x1, y1, x2, y2) in pixels of `image`, cut to it where it leaves it; None if the answer had no
+            box.
+        kept_indices: [K] int64 raster indices of the kept patches.
+        grid: (rows, columns) of all patches; None where they do not lie on one grid, and none is shaded.
+        preprocessing: how the picture was fitted, which says where a patch lies on it.
+        visual_tokens: N before pruning.
+        caption: the expression.
+
+    Returns:
+        RGB: the picture, at its own size or enlarged, above a caption.
+
+    Raises:
+        ValueError: an index outside the grid, a box that is inverted or not finite.
+    """
+    picture, scale = _enlarged(image.convert("RGB"))
+    kept = len(kept_indices)
+    if grid is not None:
+        kept_RC = _kept_cells(kept_indices, grid)
+        kept = int(kept_RC.sum())
+        columns_x, rows_y = patch_edges(image.width, image.height, grid, preprocessing)
+        picture = _shade(picture, kept_RC, columns_x * scale[0], rows_y * scale[1])
+    if box is not None:
+        x1, y1, x2, y2 = _cut_to(image, box)
+        _stroke_box(picture, (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]))
+    answer = "no box in the answer" if box is None else "box " + ", ".join(f"{value:.0f}" for value in box)
+    return _with_caption(picture, caption, f"kept {kept} of {visual_tokens} patches  ·  {answer}")
+
+
+def patch_edges(
+    width: int, height: int, grid: tuple[int, int], preprocessing: AnyPreprocessing
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the patch grid lies on the original picture.
+
+    Args:
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        grid: (rows, columns).
+        preprocessing: how the picture was fitted.
+
+    Returns:
+        ([columns + 1] x, [rows + 1] y) edges in pixels of the picture. Under `pad` they go beyond it.
+    """
+    rows, columns = grid
+    if preprocessing.layout == "square" and preprocessing.fit == "pad":
+        side, left, top = padding(width, height)
+        first_x, first_y, span_x, span_y = -float(left), -float(top), float(side), float(side)
+    elif preprocessing.layout == "square" and preprocessing.fit == "crop":
+        size = preprocessing.size
+        resized_width, resized_height = crop_size(width, height, size)
+        per_x, per_y = width / resized_width, height / resized_height
+        first_x, first_y = (resized_width - size) // 2 * per_x, (resized_height - size) // 2 * per_y
+        span_x, span_y = size * per_x, size * per_y
+    else:
+        first_x, first_y, span_x, span_y = 0.0, 0.0, float(width), float(height)
+    return (
+        first_x + span_x * np.arange(columns + 1, dtype=np.float64) / columns,
+        first_y + span_y * np.arange(rows + 1, dtype=np.float64) / rows,
+    )
+
+
+def _cut_to(image: Image.Image, box: Box) -> Box:
+    """The part of a box in pixels that lies on the picture."""
+    normalised = (box[0] / image.width, box[1] / image.height, box[2] / image.width, box[3] / image.height)
+    return to_pixels(normalised, "image", image.width, image.height, clamp=True)
+
+
+def _enlarged(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
+    """The picture at a size that can be looked at, and the factors (across, down) it was enlarged by."""
+    longest = max(image.size)
+    if longest >= LEAST_LONG_SIDE:
+        return image, (1.0, 1.0)
+    if longest <= TINY:
+        factor = -(-LEAST_LONG_SIDE // longest)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST), (
+            factor,
+            factor,
+        )
+    width, height = (max(1, round(extent * LEAST_LONG_SIDE / longest)) for extent in image.size)
+    enlarged = image.resize((width, height), Image.Resampling.LANCZOS)
+    return enlarged, (width / image.width, height / image.height)
+
+
+def _kept_cells(kept_indices: Ids, grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """[rows, columns] whether each patch was kept."""
+    rows, columns = grid
+    indices = np.asarray(kept_indices, np.int64).reshape(-1)
+    if indices.size and not 0 <= indices.min() <= indices.max() < rows * columns:
+        raise ValueError(f"kept indices must be within 0..{rows * columns - 1}")
+    cells = np.zeros(rows * columns, np.bool_)
+    cells[indices] = True
+    return cells.reshape(rows, columns)
+
+
+def _shade(
+    picture: Image.Image,
+    kept_RC: NDArray[np.bool_],
+    columns_x: NDArray[np.float64],
+    rows_y: NDArray[np.float64],
+) -> Image.Image:
+    """Fade what was pruned and draw a hairline around what was kept."""
+    column_of_x = np.searchsorted(columns_x, np.arange(picture.width) + 0.5, side="right") - 1
+    row_of_y = np.searchsorted(rows_y, np.arange(picture.height) + 0.5, side="right") - 1
+    # One ring of pruned cells around the grid catches the pixels that lie outside it.
+    ringed = np.pad(kept_RC, 1)
+    visible_HW = ringed[np.ix_(row_of_y + 1, column_of_x + 1)]
+    if visible_HW.all():
+        return picture
+
+    # In three steps over 8-bit pictures and not in float32 at once, which would take 300 MB for a
+    # 12-megapixel photo.
+    grey = picture.convert("L").convert("RGB")
+    faded = Image.blend(Image.blend(picture, grey, 0.8), Image.new("RGB", picture.size, _SLATE), _FADED)
+    shaded = Image.composite(picture, faded, Image.fromarray(visible_HW.astype(np.uint8) * 255))
+    border_HW = _border(visible_HW, thickness=max(1, round(max(picture.size) / 900)))
+    hairline = Image.new("RGB", picture.size, _HAIRLINE)
+    return Image.composite(hairline, shaded, Image.fromarray(border_HW.astype(np.uint8) * 150))
+
+
+def _border(visible_HW: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
+    """[H, W] the visible pixels within `thickness` of one that is not; the rim of the picture is no
+    border."""
+    inner = visible_HW.copy()
+    for axis in (0, 1):
+        for step in range(1, thickness + 1):
+            extent = visible_HW.shape[axis]
+            if step >= extent:
+                break
+            ahead, behind = [slice(None), slice(None)], [slice(None), slice(None)]
+            ahead[axis], behind[axis] = slice(step, None), slice(None, -step)
+            inner[tuple(behind)] &= visible_HW[tuple(ahead)]
+            inner[tuple(ahead)] &= visible_HW[tuple(behind)]
+    return visible_HW & ~inner
+
+
+def _stroke_box(picture: Image.Image, box: Box) -> None:
+    """Draw a cased line around a box, in place; where the box touches the rim, the line moves inwards."""
+    line = max(3, round(max(picture.size) / 180))
+    casing = max(1, line // 3)
+    total = line + 2 * casing
+    left, top = max(0, round(box[0]) - total), max(0, round(box[1]) - total)
+    right, bottom = min(picture.width, round(box[2]) + total), min(picture.height, round(box[3]) + total)
+    pen = ImageDraw.Draw(picture)
+    for inset, thickness, colour in ((0, total, _CASING), (casing, line, _AMBER)):
+        corners = (left + inset, top + inset, right - 1 - inset, bottom - 1 - inset)
+        if corners[0] <= corners[2] and corners[1] <= corners[3]:
+            pen.rectangle(corners, outline=colour, width=thickness)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Caption
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the caption band."""
+
+    text: str
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    colour: tuple[int, int, int]
+    height: int
+
+
+def _with_caption(picture: Image.Image, expression: str, facts: str) -> Image.Image:
+    """The picture, centred, above a band with the expression and a line of facts."""
+    width = max(picture.width, LEAST_WIDTH)
+    unit = max(18, round(max(width, min(picture.size)) / 36))
+    margin = unit
+    large, small = ImageFont.load_default(unit), ImageFont.load_default(max(13, round(unit * 0.72)))
+    room = width - 2 * margin
+    words = "".join(character if character.isprintable() else " " for character in expression).split()
+    lines = [
+        _Line(text, large, _TEXT, round(unit * 1.35)) for text in _wrapped(words, large, room, at_most=3)
+    ]
+    lines += [
+        _Line(text, small, _FAINT, round(unit * 1.05)) for text in _wrapped(facts.split(" "), small, room, 2)
+    ]
+    band = sum(line.height for line in lines) + round(unit * 1.3)
+    canvas = Image.new("RGB", (width, picture.height + band), _BAND)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    pen = ImageDraw.Draw(canvas)
+    y = picture.height + round(unit * 0.6)
+    for line in lines:
+        pen.text((margin, y), line.text, font=line.font, fill=line.colour)
+        y += line.height
+    return canvas
+
+
+def _wrapped(
+    words: list[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int, at_most: int
+) -> list[str]:
+    """Words in lines no wider than `room` pixels; what does not fit into `at_most` lines ends in an
+    ellipsis."""
+    lines: list[str] = []
+    rest = list(words)
+    while rest:
+        taken = 1
+        while taken < len(rest) and font.getlength(" ".join(rest[: taken + 1])) <= room:
+            taken += 1
+        line, rest = " ".join(rest[:taken]), rest[taken:]
+        cut_short = bool(rest) and len(lines) + 1 == at_most
+        lines.append(_shortened(line, font, room, cut_short))
+        if cut_short:
+            break
+    return lines
+
+
+def _shortened(
+    line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int, cut_short: bool
+) -> str:
+    """A line that fits, with an ellipsis if anything was cut from it or after it."""
+    if not cut_short and font.getlength(line) <= room:
+        return line
+    fits, too_long = 0, len(line) + 1  # bisection: a single word may have thousands of letters
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if font.getlength(line[:middle] + "...") <= room:
+            fits = middle
+        else:
+            too_long = middle
+    return line[:fits].rstrip() + "..."

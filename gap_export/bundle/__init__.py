@@ -1,0 +1,1 @@
+"""The bundle folder: what its manifest says, how its cache is laid out, how it is opened."""

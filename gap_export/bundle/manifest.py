@@ -1,0 +1,286 @@
+"""The bundle: one folder with plain ONNX graphs, weights, tokenizer and a manifest that explains them.
+
+Everything a runtime needs to turn a picture and an expression into a box stands in `manifest.json`; neither torch nor
+transformers is needed to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from gap_export.bundle.cache_layout import in_slot_steps
+from gap_export.bundle.spec import Dim, GraphSpec
+from gap_export.files import FileRecord
+from gap_export.inputs.layouts import AnyPreprocessing, TokenRange
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.positions import MergedId, PositionPolicy
+from gap_export.precision import Precision
+from gap_export.records import Record
+
+SCHEMA_VERSION = 1
+_SLOT_AXIS = 2
+
+EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
+TowerPart = Literal["class_token", "projected_class_token", "following_layer", "grid"]
+"""What a pruner may ask of a vision tower: a class token; one that the projector takes; a layer after the one whose output the
+decoder gets; patches that lie on one grid, the same for all pictures."""
+
+
+class BoxFormat(Record):
+    """How the model writes a box, and in which frame.
+
+    Attributes:
+        codec: name in `grounding.boxes.CODECS`.
+        frame: `padded_square` (0..1 of the padded square) or `image` (of the original width and height).
+    """
+
+    codec: str
+    frame: Literal["padded_square", "image"]
+
+
+class ModelFacts(Record):
+    """Sizes of the exported model."""
+
+    hidden_size: int
+    """H, width of the decoder."""
+    planes: int = 0
+    """Further features of every visual token, H wide each, that are added between the first layers (DeepStack). They travel
+    with the embedding: in the graphs it is (1 + planes) * H wide, and text has zeros there."""
+    layers: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    visual_tokens: int
+    """N; of the largest picture, where pictures differ."""
+    grid: tuple[int, int] | None
+    """(rows, columns) of the visual tokens; None where pictures differ."""
+    token_range: TokenRange | None = None
+    """Where pictures differ in how many visual tokens they have."""
+    position_rows: Literal[1, 3] = 1
+    """Rows of position ids: 3 for M-RoPE (time, height, width)."""
+    max_positions: int
+    tower_lacks: tuple[TowerPart, ...] = ()
+    """What a pruner may ask for and this tower does not have."""
+    published_tower: str | None = None
+    """Hub id of the published checkpoint whose vision tower has the same sizes, where there is one."""
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of what enters the decoder."""
+        return self.hidden_size * (1 + self.planes)
+
+
+Counting = Literal["fixed", "share", "chosen", "adaptive"]
+"""Who says how many visual tokens a picture keeps: the build; the build, as a share of what the picture has; each request; or
+what the picture shows."""
+
+
+class Stage(Record):
+    """A run of decoder layers that see the same tokens. Stage 0 sees every visual token, each later one fewer.
+
+    Attributes:
+        first_layer: the layer it begins with.
+        layers: how many it has.
+        kept: visual tokens that its layers see, merged ones included.
+        merged: how many of them were merged from several as the stage began. Each has the raster index of one of those.
+        capacity: cache slots of its layers.
+    """
+
+    first_layer: int = Field(ge=0)
+    layers: int = Field(ge=1)
+    kept: int = Field(ge=1)
+    merged: int = Field(default=0, ge=0)
+    capacity: int = Field(ge=1)
+
+    @property
+    def run(self) -> range:
+        """Its layers."""
+        return range(self.first_layer, self.first_layer + self.layers)
+
+
+class Pruning(Record):
+    """What is pruned and how survivors are numbered.
+
+    Attributes:
+        pruner: name in the table of strategies.
+        keep: fraction of visual tokens kept, in (0, 1]: the default where requests choose, the bound where pictures do; what
+            is left after the last stage, where there are stages.
+        kept: how many enter the decoder: the count that `keep` gives, or all of them, where tokens are dropped inside it.
+        counting: who says how many.
+        fewest: smallest count.
+        most: largest count; what cache and engines have room for.
+        shares: (smallest, largest) that requests may choose; None where they have no choice.
+        positions: numbering policy.
+        seed: seed of strategies that draw at random.
+        merged: how many of the kept tokens were merged from many and have no raster index of their own.
+        merged_id: which index those stand for.
+        stages: of strategies that drop tokens inside the decoder; empty for those that prune before it.
+    """
+
+    pruner: str
+    keep: float
+    kept: int
+    counting: Counting = "fixed"
+    fewest: int
+    most: int
+    shares: tuple[float, float] | None = None
+    positions: PositionPolicy
+    seed: int
+    merged: int = Field(default=0, ge=0)
+    merged_id: MergedId = MergedId.LAST_VISUAL
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def left(self) -> int:
+        """Visual tokens that are left at the end of the decoder."""
+        return self.stages[-1].kept if self.stages else self.kept
+
+    @property
+    def mean_kept(self) -> float:
+        """Visual tokens that a decoder layer sees, on average: what papers about dropping them inside it compare by."""
+        if not self.stages:
+            return float(self.kept)
+        layers = sum(stage.layers for stage in self.stages)
+        return sum(stage.kept * stage.layers for stage in self.stages) / layers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_unless_said(cls, given: Any) -> Any:
+        """A fixed count is its own smallest and largest."""
+        if isinstance(given, dict) and "kept" in given:
+            return {"fewest": given["kept"], "most": given["kept"], **given}
+        return given
+
+    def fixed_at(self, kept: int, visual_tokens: int) -> Pruning:
+        """The same with one count for all pictures."""
+        changes = {
+            "keep": kept / visual_tokens,
+            "kept": kept,
+            "fewest": kept,
+            "most": kept,
+            "counting": "fixed",
+        }
+        return self.model_copy(update=changes)
+
+
+class FlopTerm(Record):
+    """A product in the formula of a graph's floating-point operations.
+
+    Attributes:
+        factor: of all extents that are numbers.
+        dims: names of those that are not, one as often as it occurs.
+    """
+
+    factor: int
+    dims: tuple[str, ...]
+
+
+class Graph(Record):
+    """One ONNX file of the bundle.
+
+    Attributes:
+        file: its name.
+        spec: what it takes and gives.
+        operators: how many nodes of which operator it has.
+        flops: terms of a sum, see `graph/cost.py`.
+        weight_bytes: of all weights that it reads.
+    """
+
+    file: str
+    spec: GraphSpec
+    operators: dict[str, int]
+    flops: tuple[FlopTerm, ...] = ()
+    weight_bytes: int = 0
+
+
+class Engine(Record):
+    """One serialized TensorRT or TensorRT-RTX engine.
+
+    Attributes:
+        file: path inside the bundle.
+        target: the runtime it was built for.
+        version: of the library that built it; engines load only in the same one.
+        compute_capabilities: e.g. ("8.6", "8.9").
+        graph_sha256: of the ONNX file it was built from.
+    """
+
+    file: str
+    target: EngineTarget
+    version: str
+    compute_capabilities: tuple[str, ...]
+    graph_sha256: str
+
+
+class Manifest(Record):
+    """Everything a runtime needs, and where everything came from."""
+
+    schema_version: int = SCHEMA_VERSION
+    gap_export: str
+    name: str
+    family: str
+    checkpoint: str
+    """Folder or hub id the weights came from (`random` for random weights)."""
+    precision: Precision
+    model: ModelFacts
+    pruning: Pruning
+    capacity: int
+    """Most slots of the cache: the longest prompt plus answer, in tokens that enter the decoder. Later stages need fewer
+    (`Stage.capacity`)."""
+    max_new_tokens: int
+    preprocessing: AnyPreprocessing
+    prompt: PromptTemplate
+    box: BoxFormat
+    text_tower: TextTower | None = None
+    graphs: dict[str, Graph]
+    engines: dict[EngineTarget, dict[str, Engine]] = Field(default_factory=dict)
+    """target -> graph name -> engine."""
+    gates: dict[str, float] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Cache slots of every stage; of the one there is, where pruning comes before the decoder."""
+        return tuple(stage.capacity for stage in self.pruning.stages) or (self.capacity,)
+
+    @property
+    def capacity_dims(self) -> tuple[str, ...]:
+        """Names of the dimensions that are the cache slots of every stage; empty where the cache is static."""
+        decoder = self.graphs["decode" if self.pruning.stages else "decoder"].spec
+        pasts = set(decoder.aliased.values())
+        slots = [tensor.shape[_SLOT_AXIS] for tensor in decoder.inputs if tensor.name in pasts]
+        return tuple(dict.fromkeys(dim.name for dim in slots if isinstance(dim, Dim)))
+
+    def slots_for(self, needed: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Cache slots of every stage that a runtime lays out for a request: attention runs over all of them, filled or not.
+
+        Args:
+            needed: of every stage; None for all there are.
+
+        Returns:
+            What is needed, in steps of `SLOT_STEP`; where the cache is static, its capacity.
+        """
+        if needed is None or not self.capacity_dims:
+            return self.capacities
+        return tuple(
+            min(in_slot_steps(slots), most) for slots, most in zip(needed, self.capacities, strict=True)
+        )
+
+    def lengths_of_stages(self, length: int) -> list[int]:
+        """Tokens of a prompt of that length in every stage; of the one there is, where pruning comes before the decoder."""
+        stages = self.pruning.stages
+        return [length - (stages[0].kept - stage.kept) for stage in stages] or [length]
+
+    def cache_slots(self, capacities: Sequence[int]) -> int:
+        """Cache slots of all layers together.
+
+        Args:
+            capacities: of every stage.
+        """
+        layers = [stage.layers for stage in self.pruning.stages] or [self.model.layers]
+        return sum(slots * count for slots, count in zip(capacities, layers, strict=True))

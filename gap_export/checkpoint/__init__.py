@@ -1,0 +1,170 @@
+"""A checkpoint on disk: its config, and where in which file every weight lies. No weight is loaded here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gap_export.checkpoint.safetensors import Derived, WeightLocation, read_header
+from gap_export.errors import CheckpointError, EnvironmentLacks
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_ARCHIVES = (".bin", ".pth", ".pt")
+"""Files of torch.save; see `torch_archive.py`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that was looked through, not loaded.
+
+    Attributes:
+        folder: where it lies.
+        name: what the user called it.
+        config: the parsed `config.json`; empty where there is none.
+        weights: key -> location, or how it is computed, over all shards; those of a part are called `part/key`.
+        parts: name -> other checkpoints that pieces of the model come from.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    weights: dict[str, WeightLocation | Derived]
+    parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+    def with_weights(self, changed: Mapping[str, WeightLocation | Derived]) -> Checkpoint:
+        """The same checkpoint with some weights added or replaced."""
+        return replace(self, weights={**self.weights, **changed})
+
+    def stored(self, key: str) -> WeightLocation:
+        """Where a weight lies that others are computed from.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        location = self.weights.get(key)
+        if not isinstance(location, WeightLocation):
+            part, _, own = key.rpartition("/")
+            raise CheckpointError(
+                f"has no {own}",
+                subject=str(self.parts[part].folder if part in self.parts else self.folder),
+                hint="a shard is missing, or the checkpoint is of another model",
+            )
+        return location
+
+    def with_part(self, name: str, part: Checkpoint) -> Checkpoint:
+        """The same checkpoint, joined by another one that a piece of the model comes from."""
+        joined = {f"{name}/{key}": location for key, location in part.weights.items()}
+        return replace(self, weights={**self.weights, **joined}, parts={**self.parts, name: part})
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of `config.json`."""
+        return str(self.config.get("model_type", ""))
+
+    def json(self, file: str) -> dict[str, Any]:
+        """Parse one of the checkpoint's JSON files; an absent file is an empty dict."""
+        path = self.folder / file
+        return _read_json(path) if path.is_file() else {}
+
+
+def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
+    """Read a checkpoint's config and weight headers.
+
+    Args:
+        folder: Hugging Face layout: `config.json`, one or several weight files, tokenizer files; or a folder with one `.pth`
+            file and no config; or such a file itself.
+        name: what to call it in messages; defaults to the folder.
+
+    Raises:
+        CheckpointError: something is missing, truncated, or stored in a form that could execute code.
+    """
+    if folder.is_file() and folder.suffix in _ARCHIVES:
+        return Checkpoint(folder.parent, name or str(folder), {}, dict(read_weights(folder)))
+    if not folder.is_dir():
+        raise CheckpointError(
+            "is not a folder", subject=str(folder), hint="name a checkpoint folder, a recipe or a hub id"
+        )
+    config_file = folder / "config.json"
+    bare = sorted(folder.glob("*.pth"))
+    if not config_file.is_file() and len(bare) == 1:
+        return Checkpoint(folder, name or str(folder), {}, dict(read_weights(bare[0])))
+    if not config_file.is_file():
+        raise CheckpointError(
+            "has no config.json", subject=str(folder), hint="point at a checkpoint in Hugging Face layout"
+        )
+    config = _read_json(config_file)
+    weights: dict[str, WeightLocation | Derived] = {}
+    for shard in _shards(folder):
+        weights.update(read_weights(shard))
+    return Checkpoint(folder=folder, name=name or str(folder), config=config, weights=weights)
+
+
+def read_weights(file: Path) -> dict[str, WeightLocation]:
+    """Where the tensors of one file lie.
+
+    Raises:
+        CheckpointError: damaged, cut short, or a pickle that is more than tensors.
+        EnvironmentLacks: torch is needed to read it and not installed.
+    """
+    if file.suffix not in _ARCHIVES:
+        return read_header(file)
+    try:
+        from gap_export.checkpoint.torch_archive import read_torch_archive
+    except ImportError as error:
+        raise EnvironmentLacks(
+            f"is needed to read {file.name}", subject="torch", hint="pip install 'gap-export[build]'"
+        ) from error
+    return read_torch_archive(file)
+
+
+def _shards(folder: Path) -> list[Path]:
+    for index in (folder / name for name in _INDEXES):
+        if not index.is_file():
+            continue
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(
+                "does not say which file holds which weight (weight_map)",
+                subject=str(index),
+                hint="use a clean download",
+            )
+        names = sorted(set(listed.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(
+                    f"points outside the checkpoint folder: {name!r}",
+                    subject=str(index),
+                    hint="use a clean download",
+                )
+            if not (folder / name).is_file():
+                raise CheckpointError(
+                    f"lists {name}, which is not there",
+                    subject=str(index),
+                    hint=f"download {name} again: the checkpoint is incomplete",
+                )
+        return [folder / name for name in names]
+    for single in (folder / name for name in _SINGLES):
+        if single.is_file():
+            return [single]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_ARCHIVES))
+    raise CheckpointError(
+        f"has no {_SINGLES[0]}" + (f" (only {', '.join(others[:3])})" if others else ""),
+        subject=str(folder),
+        hint="download the weight files of the checkpoint, and their index where there are several",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "cannot be read as JSON", subject=str(path), hint="fetch the checkpoint again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", subject=str(path), hint="fetch the checkpoint again")
+    return value

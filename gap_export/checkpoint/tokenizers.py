@@ -1,0 +1,81 @@
+"""The tokenizer of a checkpoint, in the form that bundles keep, with a placeholder for the image where it has none."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError
+from gap_export.inputs.prompt import load_tokenizer
+
+TOKENIZER = "tokenizer.json"
+_SENTENCEPIECE = "tokenizer.model"
+
+
+def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that lies in a checkpoint's folder.
+
+    Raises:
+        CheckpointError: none there, damaged, or in a form that cannot be converted here.
+    """
+    folder = checkpoint.folder
+    if not (folder / TOKENIZER).is_file() and (folder / _SENTENCEPIECE).is_file():
+        return _converted(folder)
+    return load_tokenizer(folder / TOKENIZER)
+
+
+def with_placeholder(tokenizer: Tokenizer, name: str, id_: int) -> Tokenizer:
+    """The same tokenizer, with a token for the image.
+
+    Args:
+        tokenizer: changed in place.
+        name: of the placeholder in the prompt.
+        id_: that the model knows it by, or the first one it has no row for.
+
+    Raises:
+        CheckpointError: the tokenizer gives it another id.
+    """
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    given = tokenizer.token_to_id(name)
+    if given != id_:
+        raise CheckpointError(
+            f"gives {name} the id {given} where {id_} is needed",
+            subject=TOKENIZER,
+            hint="use the tokenizer that the checkpoint was published with",
+        )
+    return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, name: str) -> int:
+    """Id of a token.
+
+    Raises:
+        CheckpointError: the tokenizer does not have it.
+    """
+    id_: int | None = tokenizer.token_to_id(name)
+    if id_ is None:
+        raise CheckpointError(
+            f"has no token {name}",
+            subject=TOKENIZER,
+            hint="use the tokenizer that the checkpoint was published with, not that of its base model",
+        )
+    return id_
+
+
+def _converted(folder: Path) -> Tokenizer:
+    """SentencePiece to `tokenizers`, by transformers' own converter."""
+    from transformers import AutoTokenizer
+
+    with contextlib.suppress(Exception):  # whatever is missing or damaged, the advice is the same
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = getattr(found, "backend_tokenizer", None)
+        if isinstance(backend, Tokenizer):
+            return backend
+    raise CheckpointError(
+        f"has only {_SENTENCEPIECE}, which could not be converted to {TOKENIZER}",
+        subject=str(folder),
+        hint="pip install sentencepiece protobuf, or save the tokenizer with transformers' save_pretrained",
+    )

@@ -1,0 +1,1 @@
+"""Referring expression comprehension: data sets, protocols, runs, comparisons."""

@@ -1,0 +1,101 @@
+"""Parquet files with pictures inside, one row per object, as lmms-lab publishes RefCOCO, RefCOCO+ and RefCOCOg on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gap_export.errors import EnvironmentLacks, InputError
+from gap_export.evaluation.refer.annotations import Annotations, Expression, shown
+from gap_export.evaluation.refer.annotations.rows import RowReader
+
+COLUMNS = ("question_id", "answer", "bbox")
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a picture lies."""
+
+    file: Path
+    group: int
+    row: int
+
+
+class TablePictures:
+    """Pictures of a table, read one by one: a file may hold gigabytes of them."""
+
+    def __init__(self, places: dict[str, _Place]) -> None:
+        self._places = places
+        self._group: tuple[Path, int, Any] | None = None  # the last one read: rows of a picture lie together
+
+    def names(self) -> Sequence[str]:
+        """See `EmbeddedPictures.names`."""
+        return list(self._places)
+
+    def read(self, image: str) -> bytes:
+        """See `EmbeddedPictures.read`."""
+        place = self._places[image]
+        if self._group is None or self._group[:2] != (place.file, place.group):
+            column = _opened(place.file).read_row_group(place.group, columns=["image"]).column("image")
+            self._group = (place.file, place.group, column)
+        content = self._group[2][place.row].as_py()
+        content = content.get("bytes") if isinstance(content, dict) else content
+        if not isinstance(content, bytes):
+            raise InputError(
+                "holds no picture in that row", subject=f"{place.file}, {image}", hint="get the file again"
+            )
+        return content
+
+
+def read_parquet(files: Sequence[Path]) -> Annotations:
+    """Read one split, in one or several files.
+
+    Raises:
+        InputError: see `read_annotations`.
+        EnvironmentLacks: pyarrow is not installed.
+    """
+    expressions: list[Expression] = []
+    places: dict[str, _Place] = {}
+    embedded = True
+    for path in files:
+        table = _opened(path)
+        names = table.schema_arrow.names
+        if not set(COLUMNS) <= set(names):
+            raise InputError(
+                f"has columns {shown(names)}, not {', '.join(COLUMNS)}",
+                subject=str(path),
+                hint="known formats: see docs/evaluation.md",
+            )
+        embedded = embedded and "image" in names
+        wanted = [name for name in (*COLUMNS, "file_name") if name in names]
+        number = 0
+        for group in range(table.num_row_groups):
+            for within, row in enumerate(table.read_row_group(group, columns=wanted).to_pylist()):
+                number += 1
+                reader = RowReader(path, number, row)
+                identity, box = reader.text("question_id"), reader.extents("bbox")
+                image = row.get("file_name") or identity
+                places.setdefault(image, _Place(path, group, within))
+                answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+                for count, text in enumerate(answers):
+                    words = RowReader(path, number, {"answer": text}).text("answer")
+                    expressions.append(reader.expression(f"{identity}.{count}", image, words, box))
+    return Annotations("parquet", tuple(expressions), TablePictures(places) if embedded else None)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise EnvironmentLacks(
+            "is not installed", subject="pyarrow", hint="pip install 'gap-export[eval]'"
+        ) from error
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, ArrowException) as error:
+        raise InputError(
+            f"cannot be read: {str(error).splitlines()[0]}", subject=str(path), hint="get the file again"
+        ) from error

@@ -1,0 +1,84 @@
+"""REFER's own files: `refs(unc).p` (or google, umd) and `instances.json` beside it. RefCOCO, RefCOCO+ and RefCOCOg are published so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gap_export.errors import InputError
+from gap_export.evaluation.refer.annotations import Annotations, Expression, shown
+from gap_export.evaluation.refer.annotations.restricted_pickle import read_pickle
+from gap_export.evaluation.refer.annotations.rows import RowReader
+
+INSTANCES = "instances.json"
+
+
+def read_refer(path: Path, split: str | None) -> Annotations:
+    """Read one split.
+
+    Args:
+        path: of the pickle.
+        split: train, val, test, testA or testB; all of them when left out.
+
+    Raises:
+        InputError: see `read_annotations`; or no instances.json beside it.
+    """
+    references = read_pickle(path)
+    if not isinstance(references, list) or not all(isinstance(each, dict) for each in references):
+        raise InputError(
+            f"holds {shown(type(references).__name__)}, not a list of references",
+            subject=str(path),
+            hint="known formats: see docs/evaluation.md",
+        )
+    instances = path.parent / INSTANCES
+    if not instances.is_file():
+        raise InputError(
+            "is not there",
+            subject=str(instances),
+            hint="boxes and pictures of REFER are in it; put it beside",
+        )
+    try:
+        content = json.loads(instances.read_text(encoding="utf-8"))
+        objects = {each["id"]: each for each in content["annotations"]}
+        pictures = {each["id"]: each for each in content["images"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"is not COCO's instances: {error}", subject=str(instances), hint="get the file again"
+        ) from error
+    splits = sorted({str(each.get("split")) for each in references})
+    if split is not None and split not in splits:
+        raise InputError(
+            f"is not there; there are {', '.join(splits)}",
+            subject=f"split {split} of {path}",
+            hint="choose one of them (--split)",
+        )
+    expressions: list[Expression] = []
+    for number, reference in enumerate(references, 1):
+        if split is None or reference.get("split") == split:
+            expressions += _of_reference(path, number, reference, objects, pictures)
+    return Annotations("refer", tuple(expressions))
+
+
+def _of_reference(
+    path: Path, number: int, reference: dict[str, Any], objects: dict[Any, Any], pictures: dict[Any, Any]
+) -> list[Expression]:
+    row = RowReader(path, number, reference)
+    item, picture = objects.get(reference.get("ann_id")), pictures.get(reference.get("image_id"))
+    if item is None or picture is None:
+        missing = (
+            f"annotation {reference.get('ann_id')}"
+            if item is None
+            else f"picture {reference.get('image_id')}"
+        )
+        raise row.error(f"{INSTANCES} does not hold {missing}")
+    whole = RowReader(path, number, {**reference, **picture, "bbox": item.get("bbox")})
+    box, image = whole.extents("bbox"), whole.text("file_name")
+    sentences = reference.get("sentences")
+    if not isinstance(sentences, list):
+        raise row.error(f"sentences is {shown(sentences)}, not a list")
+    found = []
+    for sentence in sentences:
+        text = RowReader(path, number, sentence).text("sent")
+        found.append(whole.expression(str(sentence.get("sent_id")), image, text, box))
+    return found

@@ -1,0 +1,102 @@
+"""What `--data` means: a file of annotations with its pictures, or scenes made on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gap_export.boxes import scenes
+from gap_export.errors import InputError
+from gap_export.evaluation.refer.annotations import Expression, read_annotations
+from gap_export.evaluation.refer.image_source import Embedded, Folder, InMemory, Source
+
+SCENES = 2000
+_SCENES = re.compile(r"scenes(?::([1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Expressions and where their pictures are.
+
+    Attributes:
+        name: for people.
+        identity: sha256 of the annotations, or the name of scenes, which are the same every time.
+        expressions: in order.
+        source: of the pictures; None where there are none at hand.
+    """
+
+    name: str
+    identity: str
+    expressions: tuple[Expression, ...]
+    source: Source | None
+
+
+def open_dataset(data: str, *, split: str | None = None, images: Path | None = None) -> Dataset:
+    """Open a data set.
+
+    Args:
+        data: path of annotations; `scenes`, 2000 held-out scenes with one expression each; or `scenes:7`, with seven each.
+        split: see `read_annotations`.
+        images: folder of the pictures, where the data set does not bring them.
+
+    Raises:
+        InputError: see `read_annotations` and `Folder`.
+    """
+    built_in = _SCENES.fullmatch(data)
+    if built_in:
+        per_scene = int(built_in[1] or 1)
+        expressions, pictures = zip(*_scenes(per_scene), strict=True)
+        return Dataset(
+            data,
+            data,
+            tuple(each for group in expressions for each in group),
+            InMemory(dict(pictures)),
+        )
+    path = Path(data)
+    annotations = read_annotations(path, split=split)
+    source: Source | None = None if images is None else Folder(images)
+    if source is None and annotations.pictures is not None:
+        source = Embedded(annotations.pictures)
+    name = f"{path.name} ({annotations.format})"
+    return Dataset(name, _sha256(path), annotations.expressions, source)
+
+
+def _scenes(per_scene: int) -> Iterator[tuple[list[Expression], tuple[str, Image.Image]]]:
+    """Held-out scenes with as many different expressions each as were asked for, or as the scene allows."""
+    for index in range(SCENES):
+        scene = scenes.make_scene(scenes.HELD_OUT_SEED, index)
+        name = f"shapes-{scenes.HELD_OUT_SEED}-{index:05d}"
+        draw = np.random.default_rng((scenes.HELD_OUT_SEED, index, 1))
+        queries = scenes.sample_queries(
+            draw, scene.objects, min(per_scene, len(scenes.queries(scene.objects)))
+        )
+        picture = Image.fromarray(scene.pixels)
+        group = []
+        for number, query in enumerate(queries):
+            x1, y1, x2, y2 = (float(edge) for edge in scene.objects[query.target].box)
+            group.append(
+                Expression(f"{name}.{number}", name, query.expression, (x1, y1, x2, y2), *picture.size)
+            )
+        yield group, (name, picture)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of all files of a folder that are no pictures."""
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.rglob("*") if p.suffix in (".p", ".json", ".parquet"))
+    )
+    if not files:
+        raise InputError("holds no annotations", subject=str(path), hint="see docs/evaluation.md")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            hashlib.file_digest(content, lambda: digest)
+    return digest.hexdigest()

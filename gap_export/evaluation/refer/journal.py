@@ -1,0 +1,178 @@
+"""The folder of an evaluation while it runs: what was asked, and one line per answer, in the order in which they came.
+
+Lines of one picture are written and flushed to the disk together. A run that was killed goes on after the last whole line; what a torn
+write left is cut off. So no expression is answered twice, and none is lost.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gap_export.errors import BundleError, InputError
+from gap_export.files import write_atomically
+from gap_export.records import Record
+
+SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+
+
+class Settings(Record):
+    """What all answers of a folder have in common."""
+
+    bundle: str
+    """sha256 of the bundle's manifest."""
+    annotations: str
+    """sha256 of the annotation file, or the name of a built-in data set."""
+    split: str
+    backend: str
+    keep: float | None
+    share: bool
+
+
+class AnswerRow(Record):
+    """One answer.
+
+    Attributes:
+        id: of the expression.
+        image: as the annotations name it.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        answer: text.
+        refused: why the model could not be asked.
+        tokens: generated.
+        kept_indices: raster indices of the visual tokens that were kept of the last picture, in the decoder's order.
+        seconds: see `answering.Answered`.
+    """
+
+    id: str
+    image: str
+    width: int
+    height: int
+    answer: str
+    refused: str | None = None
+    tokens: int
+    kept_indices: tuple[int, ...] = ()
+    seconds: float
+
+    @property
+    def kept(self) -> int:
+        """How many visual tokens were kept."""
+        return len(self.kept_indices)
+
+
+class Journal:
+    """The opened folder.
+
+    Args:
+        folder: made or checked by `open_journal`.
+        rows: what lies in it.
+    """
+
+    def __init__(self, folder: Path, rows: list[AnswerRow]) -> None:
+        self.folder = folder
+        self.rows = rows
+        self.known = {row.id for row in rows}
+
+    def add(self, rows: Sequence[AnswerRow]) -> None:
+        """Keep answers; they are on the disk when this returns."""
+        text = "".join(row.model_dump_json() + "\n" for row in rows)
+        with (self.folder / ANSWERS).open("a", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        self.rows.extend(rows)
+        self.known.update(row.id for row in rows)
+
+
+def open_journal(folder: Path, settings: Settings, *, replace: bool = False) -> Journal:
+    """Make the folder of an evaluation, or go on with it.
+
+    Args:
+        folder: absent, empty, or an evaluation's.
+        settings: what its answers must have in common.
+        replace: throw an evaluation of other settings away.
+
+    Raises:
+        BundleError: something else is there, an evaluation of other settings, or a damaged one.
+    """
+    there = folder / SETTINGS
+    if folder.is_dir() and any(folder.iterdir()) and not there.is_file():
+        raise BundleError(
+            "is not empty and holds no evaluation", subject=str(folder), hint="choose another output folder"
+        )
+    if there.is_file():
+        difference = _difference(there, settings)
+        if difference is None:
+            return Journal(folder, _whole_rows(folder / ANSWERS))
+        if not replace:
+            raise BundleError(
+                f"holds another evaluation: {difference}",
+                subject=str(folder),
+                hint="choose another output folder, or pass --replace to throw that one away",
+            )
+        (folder / ANSWERS).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(there, settings.model_dump_json(indent=2) + "\n")
+    return Journal(folder, [])
+
+
+def read_settings(folder: Path) -> Settings | None:
+    """Of the evaluation in a folder; None where answers came from a file.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    path = folder / SETTINGS
+    try:
+        return Settings.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError as error:
+        raise InputError(
+            "is damaged or was written by another version",
+            subject=str(path),
+            hint="run the same evaluation again, with --replace",
+        ) from error
+
+
+def _difference(path: Path, wanted: Settings) -> str | None:
+    """The first setting in which a stored evaluation differs, in words."""
+    try:
+        there = Settings.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return f"its {SETTINGS} is damaged or was written by another version"
+    for name in Settings.model_fields:
+        mine, theirs = getattr(wanted, name), getattr(there, name)
+        if mine != theirs:
+            return f"{name} {theirs} there, {mine} here"
+    return None
+
+
+def _whole_rows(path: Path) -> list[AnswerRow]:
+    """Rows of the journal; the end of a write that was cut short is removed from the file."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        write_atomically(path, whole)
+    rows, known = [], set[str]()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = AnswerRow.model_validate_json(line)
+        except ValidationError as error:
+            raise BundleError(
+                f"is damaged in line {number}",
+                subject=str(path),
+                hint="delete the folder, or start the evaluation again with --replace",
+            ) from error
+        if row.id in known:
+            raise BundleError(
+                f"holds the answer to {row.id} twice (line {number})",
+                subject=str(path),
+                hint="two evaluations wrote into it at once: start again with --replace",
+            )
+        known.add(row.id)
+        rows.append(row)
+    return rows

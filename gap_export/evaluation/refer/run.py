@@ -1,0 +1,247 @@
+"""An evaluation: expressions grouped by picture, answered, journalled; then scored under a protocol.
+
+Answering knows nothing of protocols, and scoring nothing of models: the same answers can be scored under each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gap_export.boxes import metrics
+from gap_export.boxes.codecs import CODECS
+from gap_export.errors import InputError
+from gap_export.evaluation.refer.annotations import Expression
+from gap_export.evaluation.refer.answering import Answerer
+from gap_export.evaluation.refer.image_source import Source
+from gap_export.evaluation.refer.journal import AnswerRow, Journal
+from gap_export.evaluation.refer.protocols import Protocol, Score, score
+from gap_export.inputs.batch import seen_size
+from gap_export.inputs.layouts import AnyPreprocessing, Native
+from gap_export.records import Record
+
+Tick = Callable[[int], None]
+"""Called with the number of expressions finished since the last call."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do.
+
+    Attributes:
+        pictures: name -> expressions about it, in the order of the annotations.
+        missing: names of pictures that are not there; their expressions are not asked and not scored.
+        not_asked: expressions about those.
+    """
+
+    pictures: dict[str, tuple[Expression, ...]]
+    missing: tuple[str, ...]
+    not_asked: tuple[str, ...]
+
+    @property
+    def expressions(self) -> list[Expression]:
+        """All that are asked."""
+        return [expression for group in self.pictures.values() for expression in group]
+
+
+def work_of(expressions: Sequence[Expression], source: Source, *, limit: int | None = None) -> Work:
+    """Group expressions by picture.
+
+    Args:
+        expressions: of the data set.
+        source: of its pictures.
+        limit: only so many expressions, from the first on.
+
+    Raises:
+        InputError: not one picture is there.
+    """
+    groups: dict[str, list[Expression]] = {}
+    for expression in expressions[:limit]:
+        groups.setdefault(expression.image, []).append(expression)
+    missing = tuple(name for name in groups if not source.has(name))
+    if groups and len(missing) == len(groups):
+        raise InputError(
+            f"none of the {len(groups)} pictures is there",
+            subject=missing[0],
+            hint="give the folder that holds them (--images)",
+        )
+    not_asked = tuple(expression.id for name in missing for expression in groups[name])
+    pictures = {name: tuple(group) for name, group in groups.items() if name not in set(missing)}
+    return Work(pictures, missing, not_asked)
+
+
+def answer_all(
+    answerer: Answerer, work: Work, source: Source, journal: Journal, *, tick: Tick = lambda count: None
+) -> None:
+    """Answer what the journal does not hold yet.
+
+    Raises:
+        GapExportError: a picture cannot be read, or the runtime failed. What was answered stays.
+    """
+    for group in groups_left(work, journal, tick):
+        journal.add(rows_about(answerer, source, group))
+        tick(len(group))
+
+
+def groups_left(work: Work, journal: Journal, tick: Tick) -> Iterator[tuple[Expression, ...]]:
+    """Expressions about one picture each, without those that the journal holds; of those `tick` is told."""
+    for group in work.pictures.values():
+        left = tuple(expression for expression in group if expression.id not in journal.known)
+        if len(left) < len(group):
+            tick(len(group) - len(left))
+        if left:
+            yield left
+
+
+def rows_about(answerer: Answerer, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
+    """Answer expressions about one picture.
+
+    Raises:
+        GapExportError: the picture cannot be read, or the runtime failed.
+    """
+    image = source.open(group[0].image)
+    answers = answerer.about(image, [expression.text for expression in group])
+    return [
+        AnswerRow(
+            id=expression.id,
+            image=expression.image,
+            width=image.width,
+            height=image.height,
+            answer=answer.text,
+            refused=answer.refused,
+            tokens=answer.tokens,
+            kept_indices=answer.kept_indices,
+            seconds=round(answer.seconds, 6),
+        )
+        for expression, answer in zip(group, answers, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One expression with its answer and score."""
+
+    expression: Expression
+    row: AnswerRow
+    score: Score
+
+
+class EvalRecord(Record):
+    """The outcome under one protocol.
+
+    Attributes:
+        protocol: name.
+        words: the protocol in words.
+        split: of the data set.
+        expressions: scored.
+        images: that they are about.
+        accuracy: share that hits.
+        low: lower end of its 95 % interval (Wilson).
+        high: upper end.
+        mean_iou: answers without a box count 0.
+        unparsable: answers without a box among the expressions.
+        refused: expressions among those that the model could not be asked.
+        missing_images: pictures that were not there.
+        not_scored: expressions about those.
+        mean_kept: visual tokens kept, on average.
+        backend: that answered.
+    """
+
+    protocol: str
+    words: str
+    split: str
+    expressions: int
+    images: int
+    accuracy: float
+    low: float
+    high: float
+    mean_iou: float
+    unparsable: int
+    refused: int
+    missing_images: int
+    not_scored: int
+    mean_kept: float
+    backend: str
+
+
+def score_all(
+    expressions: Iterable[Expression],
+    rows: Sequence[AnswerRow],
+    protocol: Protocol,
+    preprocessing: AnyPreprocessing | None = None,
+) -> list[Scored]:
+    """Score answers.
+
+    Args:
+        expressions: that were asked.
+        rows: one answer to each, in any order; answers to other expressions are not looked at.
+        protocol: how.
+        preprocessing: of the model, for codecs that write pixels of the picture as it saw it.
+
+    Raises:
+        InputError: an expression without an answer, or a box that needs the preprocessing and has none.
+    """
+    if CODECS[protocol.codec].unit is None and not isinstance(preprocessing, Native):
+        raise InputError(
+            "writes pixels of the picture as it saw it, and how large that was is not known",
+            subject=f"boxes of {protocol.codec}",
+            hint="score its answers with its bundle: gap-export eval BUNDLE",
+        )
+    by_id = {row.id: row for row in rows}
+    scored = []
+    for expression in expressions:
+        row = by_id.get(expression.id)
+        if row is None:
+            raise InputError(
+                "has no answer",
+                subject=f"expression {expression.id}",
+                hint="every expression needs one, if an empty one: it then counts as a miss",
+            )
+        size = (row.width, row.height)
+        seen = None if preprocessing is None else seen_size(size, preprocessing)
+        scored.append(Scored(expression, row, score(row.answer, expression.box, size, protocol, seen=seen)))
+    return scored
+
+
+def record_of(
+    scored: Sequence[Scored], protocol: Protocol, *, split: str, backend: str, work: Work | None = None
+) -> EvalRecord:
+    """Sum up.
+
+    Args:
+        scored: at least one.
+        protocol: they were scored under.
+        split: of the data set.
+        backend: that answered.
+        work: for what was left out.
+
+    Raises:
+        InputError: nothing was scored.
+    """
+    if not scored:
+        raise InputError(
+            "holds no expression", subject=f"split {split}", hint="choose another split or a larger --limit"
+        )
+    hits = np.array([each.score.hit for each in scored])
+    # The comparison was made one by one; what passes it is 1, what does not is 0.
+    accuracy = metrics.accuracy(hits.astype(np.float64), comparator=">")
+    low, high = accuracy.interval()
+    return EvalRecord(
+        protocol=protocol.name,
+        words=protocol.words,
+        split=split,
+        expressions=len(scored),
+        images=len({each.row.image for each in scored}),
+        accuracy=accuracy.value,
+        low=low,
+        high=high,
+        mean_iou=float(np.mean([each.score.iou for each in scored])),
+        unparsable=sum(each.score.box is None for each in scored),
+        refused=sum(each.row.refused is not None for each in scored),
+        missing_images=len(work.missing) if work else 0,
+        not_scored=len(work.not_asked) if work else 0,
+        mean_kept=float(np.mean([each.row.kept for each in scored])),
+        backend=backend,
+    )

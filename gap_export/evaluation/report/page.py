@@ -1,0 +1,148 @@
+"""One HTML file that can be sent to somebody: no script, nothing fetched, every picture inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from gap_export import __version__
+from gap_export.errors import EnvironmentLacks, GapExportError
+from gap_export.evaluation.refer.compare import Comparison, Demands, compare
+from gap_export.evaluation.refer.image_source import Source
+from gap_export.evaluation.report import plots
+from gap_export.evaluation.report.cases import Album, Picture, random_cases, worst_cases
+from gap_export.evaluation.report.runs import Answer, Evaluated, Subject, provenance_facts
+
+MOST_MAPS = 3
+"""Pictures that strategies are shown on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the headline table."""
+
+    run: Evaluated
+    against: Comparison | None
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """What every strategy would keep.
+
+    Attributes:
+        pictures: that they were asked about.
+        expressions: one per picture, for those that look at it.
+        choices: `strategies.Choices` of each.
+        lacks: why there are none.
+    """
+
+    pictures: Sequence[Picture]
+    expressions: Sequence[str]
+    choices: Sequence[Any]
+    lacks: str = ""
+
+
+AskStrategies = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Any]]
+"""Pictures and expressions -> `strategies.Choices`; raises `GapExportError` where the model cannot be opened."""
+
+
+def require() -> None:
+    """Refuse before long work where a page could not be drawn.
+
+    Raises:
+        EnvironmentLacks: a package is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentLacks(
+            "is needed for a page", subject=error.name or "a package", hint="pip install 'gap-export[report]'"
+        ) from error
+
+
+def page(
+    subject: Subject,
+    demands: Demands,
+    source: Source | None,
+    *,
+    title: str,
+    worst: int = 12,
+    drawn: int = 12,
+    strategies: AskStrategies | str,
+) -> str:
+    """The page.
+
+    Args:
+        subject: what it is about.
+        demands: on the judged run against the first.
+        source: of pictures; where one is not at hand, its place says so.
+        title: of the page.
+        worst: how many of the worst expressions to show.
+        drawn: how many drawn at random.
+        strategies: asks every strategy, or says why that cannot be done.
+
+    Raises:
+        InputError: runs over different expressions.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    album = Album(source)
+    rows = [
+        Row(run, None if run is subject.first else compare(subject.first.run, run.run, demands, worst=worst))
+        for run in subject.runs
+    ]
+    verdict = rows[subject.chosen].against
+    cases = {
+        "worst": worst_cases(subject, album, () if verdict is None else verdict.worst, worst),
+        "random": random_cases(subject, album, drawn),
+    }
+    latency, latency_words = plots.latency_plot(subject)
+    environment = Environment(
+        loader=PackageLoader("gap_export.evaluation.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        version=__version__,
+        subject=subject,
+        rows=rows,
+        verdict=verdict,
+        accuracy_plot=plots.accuracy_plot(subject),
+        latency_plot=latency,
+        latency_words=latency_words,
+        cases=cases,
+        strategies=_strategies(subject, album, strategies),
+        pictures=album.pictures,
+        provenance=[(run.name, provenance_facts(run)) for run in subject.runs],
+    )
+
+
+def _strategies(subject: Subject, album: Album, ask: AskStrategies | str) -> Strategies:
+    if isinstance(ask, str):
+        return Strategies((), (), (), ask)
+    shown: list[Answer] = []
+    images: list[Image.Image] = []
+    for identity in subject.first.run.ids:
+        answer = subject.judged.answers[identity]
+        image = album.image(answer.image)
+        if image is not None and answer.image not in [each.image for each in shown]:
+            shown.append(answer)
+            images.append(image)
+        if len(shown) == MOST_MAPS:
+            break
+    if not images:
+        return Strategies((), (), (), "no picture is at hand")
+    expressions = [answer.expression for answer in shown]
+    try:
+        found = ask(images, expressions)
+    except GapExportError as error:
+        return Strategies((), (), (), str(error))
+    return Strategies([album.picture(answer) for answer in shown], expressions, found)

@@ -1,0 +1,275 @@
+"""Evaluations that a page is about: their results, the bundles that answered, and what else was measured on those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from gap_export.boxes.codecs import Box
+from gap_export.bundle.folder import MANIFEST, Bundle, open_bundle
+from gap_export.errors import GapExportError, InputError
+from gap_export.evaluation.parity import ParityReport
+from gap_export.evaluation.refer.compare import Run, open_run
+from gap_export.evaluation.refer.journal import Settings, read_settings
+from gap_export.evaluation.refer.provenance import Provenance, read_provenance
+from gap_export.evaluation.refer.recommend import RECORD, Recommendation
+from gap_export.files import record_of
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row of results.
+
+    Attributes:
+        id: of the expression.
+        image: name of the picture.
+        expression: what was asked for.
+        text: the model's answer.
+        truth: box in pixels.
+        box: that the model gave, in pixels; None without one.
+        iou: of both.
+        hit: under the protocol.
+        kept_indices: raster indices of the visual tokens that were kept.
+        seconds: see `answering.Answered`.
+    """
+
+    id: str
+    image: str
+    expression: str
+    text: str
+    truth: Box
+    box: Box | None
+    iou: float
+    hit: bool
+    kept_indices: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation.
+
+    Attributes:
+        run: results, as `compare` takes them.
+        provenance: where they are from.
+        settings: of the answers; None where those came from a file.
+        bundle: that answered; None where there was none, or where it is not the same any more.
+        bundle_lacks: why there is none.
+    """
+
+    run: Run
+    provenance: Provenance
+    settings: Settings | None
+    bundle: Bundle | None
+    bundle_lacks: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.run.folder.name
+
+    @property
+    def backend(self) -> str:
+        """That answered."""
+        return str(self.run.record["backend"])
+
+    @property
+    def positions(self) -> str:
+        """Policy of the bundle, `unpruned` where there is nothing to number, `-` where it is not known."""
+        if self.bundle is None:
+            return "-"
+        pruning, model = self.bundle.manifest.pruning, self.bundle.manifest.model
+        whole = pruning.fewest == model.visual_tokens and model.token_range is None
+        return "unpruned" if whole or pruning.pruner == "none" else str(pruning.positions)
+
+    @cached_property
+    def answers(self) -> dict[str, Answer]:
+        """By id."""
+        from pyarrow import parquet
+
+        path = self.run.folder / f"{self.run.record['protocol']}-results.parquet"
+        return {
+            row["id"]: Answer(
+                id=row["id"],
+                image=row["image"],
+                expression=row["expression"],
+                text=row["answer"],
+                truth=tuple(row["truth"]),
+                box=None if row["box"] is None else tuple(row["box"]),
+                iou=row["iou"],
+                hit=row["hit"],
+                kept_indices=tuple(row["kept_indices"]),
+                seconds=row["seconds"],
+            )
+            for row in parquet.read_table(path).to_pylist()
+        }
+
+    @property
+    def median_seconds(self) -> float:
+        """Per expression."""
+        return float(np.median([answer.seconds for answer in self.answers.values()]))
+
+    @property
+    def parity(self) -> ParityReport | None:
+        """What `validate` left in the bundle."""
+        path = None if self.bundle is None else self.bundle.reports / "parity.json"
+        if path is None or not path.is_file():
+            return None
+        try:
+            return ParityReport.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise _of_another_version(path, "gap-export validate") from error
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """What `recommend` left in the bundle, if it is about the same expressions."""
+        path = None if self.bundle is None else self.bundle.reports / RECORD
+        if path is None or not path.is_file():
+            return None
+        try:
+            found = Recommendation.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise _of_another_version(path, "gap-export recommend") from error
+        same = (found.protocol, found.expressions) == (self.run.record["protocol"], len(self.run.ids))
+        return found if same else None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """All that a page is about.
+
+    Attributes:
+        runs: that answered the same expressions, the one that is right by definition first.
+        chosen: place of the one that the page judges.
+        left_out: name of an evaluation of the bundle -> why it is not on the page.
+    """
+
+    runs: tuple[Evaluated, ...]
+    chosen: int
+    left_out: dict[str, str]
+
+    @property
+    def first(self) -> Evaluated:
+        """The one that others are held against."""
+        return self.runs[0]
+
+    @property
+    def judged(self) -> Evaluated:
+        """The one that the page is about."""
+        return self.runs[self.chosen]
+
+
+def open_subject(folders: Sequence[Path], protocol: str) -> Subject:
+    """What a page is to be about.
+
+    Args:
+        folders: evaluations, of which the first is right by definition and the last is judged; or one bundle, whose evaluations are
+            then taken, from the one with most tokens on, and the share that `recommend` chose is judged.
+        protocol: of all.
+
+    Raises:
+        InputError: no evaluation under that protocol, or evaluations of different expressions.
+    """
+    if len(folders) == 1 and (folders[0] / MANIFEST).is_file():
+        return _of_bundle(folders[0], protocol)
+    runs = tuple(_evaluated(folder, protocol) for folder in folders)
+    for other in runs[1:]:
+        if set(other.run.ids) != set(runs[0].run.ids):
+            raise InputError(
+                "answer different expressions",
+                subject=f"{runs[0].run.folder} and {other.run.folder}",
+                hint="a page is about runs over the same data, split and --limit",
+            )
+    return Subject(runs, len(runs) - 1, {})
+
+
+def _of_bundle(folder: Path, protocol: str) -> Subject:
+    found, left_out = [], {}
+    for path in sorted((open_bundle(folder).reports / "eval").glob("*/")):
+        try:
+            found.append(_evaluated(path, protocol))
+        except InputError as error:
+            left_out[path.name] = error.message
+    if not found:
+        raise InputError(
+            f"has no finished evaluation under {protocol}",
+            subject=str(folder),
+            hint="run gap-export eval or gap-export recommend first, or name the folders of evaluations",
+        )
+    # Of most expressions, and of these those of most runs: all others would not compare.
+    asked = [frozenset(run.run.ids) for run in found]
+    common = max(asked, key=lambda ids: (len(ids), asked.count(ids)))
+    left_out |= {
+        run.name: "answers other expressions" for run, ids in zip(found, asked, strict=True) if ids != common
+    }
+    runs = [run for run, ids in zip(found, asked, strict=True) if ids == common]
+    runs.sort(key=lambda run: (-run.run.record["mean_kept"], run.backend != "torch", run.name))
+    recommended = runs[0].recommendation
+    chosen = len(runs) - 1
+    if recommended is not None and recommended.chosen is not None:
+        places = [
+            place
+            for place, run in enumerate(runs)
+            if run.settings is not None and run.settings.keep == recommended.chosen
+        ]
+        chosen = places[-1] if places else chosen
+    return Subject(tuple(runs), chosen, left_out)
+
+
+def _evaluated(folder: Path, protocol: str) -> Evaluated:
+    run, provenance = open_run(folder, protocol), read_provenance(folder)
+    settings = read_settings(folder)
+    bundle, lacks = _bundle(provenance, settings)
+    return Evaluated(run, provenance, settings, bundle, lacks)
+
+
+def _bundle(provenance: Provenance, settings: Settings | None) -> tuple[Bundle | None, str]:
+    """The bundle, or why there is none."""
+    if provenance.bundle is None or settings is None:
+        return None, "answers came from a file"
+    folder = Path(provenance.bundle)
+    if not (folder / MANIFEST).is_file():
+        return None, f"its bundle is not at {folder} any more"
+    if record_of(folder / MANIFEST).sha256 != settings.bundle:
+        return None, f"its bundle at {folder} was built anew since"
+    try:
+        return open_bundle(folder), ""
+    except GapExportError as error:
+        return None, f"its bundle at {folder} {error.message}"
+
+
+def _of_another_version(path: Path, command: str) -> InputError:
+    return InputError(
+        "is damaged or was written by another version", subject=str(path), hint=f"run {command} again"
+    )
+
+
+def provenance_facts(run: Evaluated) -> dict[str, Any]:
+    """Facts that a number is worth nothing without."""
+    facts: dict[str, Any] = {
+        "folder": str(run.run.folder),
+        "protocol": run.run.record["words"],
+        "data": run.provenance.data,
+        "split": run.run.record["split"],
+        "processor": run.provenance.processor,
+        "versions": ", ".join(f"{name} {version}" for name, version in run.provenance.versions.items()),
+    }
+    if run.settings is not None:
+        facts |= {"manifest sha256": run.settings.bundle, "annotations": run.settings.annotations}
+    if run.bundle is not None:
+        manifest = run.bundle.manifest
+        facts |= {
+            "bundle": str(run.bundle.folder),
+            "checkpoint": manifest.checkpoint,
+            "precision": manifest.precision,
+            "built with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        }
+    else:
+        facts["bundle"] = run.bundle_lacks
+    return facts

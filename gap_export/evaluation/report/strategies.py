@@ -1,0 +1,172 @@
+"""What every strategy would keep of the same picture, and in which order: the scores behind a choice, made visible.
+
+Strategies score in units of their own, and some have no score but an order (those that choose one token after the other). So what is
+compared is the place of each token in that order: brightest is what a strategy would keep if it could keep one token only.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gap_export import prune
+from gap_export.boxes.draw import patch_edges
+from gap_export.bundle.folder import Bundle
+from gap_export.checkpoint import open_checkpoint
+from gap_export.checkpoint.hub import resolve
+from gap_export.errors import GapExportError
+from gap_export.evaluation.report.cases import token_grid
+from gap_export.families import family_of
+from gap_export.inputs.batch import prepare
+from gap_export.inputs.prompt import encode_text, load_tokenizer
+from gap_export.pipeline.build import open_model_of
+from gap_export.positions import Ids
+from gap_export.recipe.recipe import Recipe
+from gap_export.runtime.model import keep_counts
+from gap_export.runtime.torch.session import TextReference, TorchSession
+
+_SLATE = (72, 77, 86, 190)
+_OPACITY = 185
+
+
+@dataclass(frozen=True)
+class Map:
+    """One strategy on one picture.
+
+    Attributes:
+        x: where the tokens' grid begins on the picture, pixels; outside it, where the picture was padded.
+        y: the same, downwards.
+        width: of the grid, pixels of the picture.
+        height: the same.
+        uri: of a picture with one pixel per token, to be laid over the other.
+    """
+
+    x: float
+    y: float
+    width: float
+    height: float
+    uri: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One strategy on all pictures.
+
+    Attributes:
+        name: of the strategy.
+        summary: what it goes by.
+        maps: one per picture; none where the strategy cannot be asked.
+        refused: why not.
+    """
+
+    name: str
+    summary: str
+    maps: tuple[Map, ...]
+    refused: str = ""
+
+
+def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence[str]) -> list[Choices]:
+    """Ask every strategy.
+
+    Args:
+        bundle: whose checkpoint and whose share of tokens are taken; its own strategy is one among the others.
+        images: RGB.
+        expressions: one per picture, for strategies that look at it.
+
+    Raises:
+        GapExportError: the checkpoint is not there any more.
+    """
+    model = open_model_of(bundle)
+    text, text_ids, refused = _text(bundle, expressions)
+    session = TorchSession(model, bundle.manifest.pruning, text_tower=text)
+    found = []
+    for strategy in prune.STRATEGIES:
+        if strategy.name == "none":
+            continue
+        try:
+            if strategy.where == "inside the decoder":
+                raise _Refusal("chooses between the decoder's layers, for every prompt anew")
+            if strategy.needs_text and text is None:
+                raise _Refusal(refused)
+            prune.require_tower(strategy, bundle.manifest.model.tower_lacks)
+            maps = tuple(
+                _map(
+                    session,
+                    bundle,
+                    strategy,
+                    image,
+                    text_ids[[row]] if text_ids is not None and strategy.needs_text else None,
+                )
+                for row, image in enumerate(images)
+            )
+            found.append(Choices(strategy.name, strategy.summary, maps))
+        except _Refusal as why:
+            found.append(Choices(strategy.name, strategy.summary, (), str(why)))
+        except GapExportError as error:
+            found.append(Choices(strategy.name, strategy.summary, (), error.message))
+    return found
+
+
+class _Refusal(Exception):
+    """Why a strategy is not on the page, in words."""
+
+
+def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | None, Ids | None, str]:
+    """The text tower that the recipe names, ids of the expressions for it, or why there is none."""
+    recipe = Recipe.model_validate(bundle.manifest.recipe)
+    if not recipe.text_tower:
+        return None, None, "looks at the expression, and the recipe names no text tower"
+    try:
+        checkpoint = open_checkpoint(resolve(bundle.manifest.checkpoint), name=bundle.manifest.checkpoint)
+        part = open_checkpoint(resolve(recipe.text_tower), name=recipe.text_tower)
+        facts = family_of(checkpoint)[1].text_tower(checkpoint, part)
+        ids = encode_text(load_tokenizer(part.folder / "tokenizer.json"), facts, expressions)
+        return TextReference(part.folder, facts), ids, ""
+    except GapExportError as error:
+        return None, None, error.message
+
+
+def _map(
+    session: TorchSession, bundle: Bundle, strategy: prune.Strategy, image: Image.Image, text_ids: Ids | None
+) -> Map:
+    manifest = bundle.manifest
+    grid = token_grid(image.width, image.height, manifest)
+    if grid is None:
+        raise _Refusal("tokens of this model do not lie on one grid")
+    pictures = prepare([image], manifest.preprocessing, manifest.model)
+    tokens = int(pictures.prunable[0])
+    (count,) = keep_counts(manifest.pruning, manifest.model, pictures, None)
+    kept = max(strategy.fewest, min(tokens, manifest.pruning.kept if count is None else count))
+    order = session.order_of(strategy.name, pictures.calls[0], kept, grid=grid, text_ids_BL=text_ids)
+    columns_x, rows_y = patch_edges(image.width, image.height, grid, manifest.preprocessing)
+    return Map(
+        x=float(columns_x[0]),
+        y=float(rows_y[0]),
+        width=float(columns_x[-1] - columns_x[0]),
+        height=float(rows_y[-1] - rows_y[0]),
+        uri=_uri(_shades(order, grid)),
+    )
+
+
+def _shades(order_K: Ids, grid: tuple[int, int]) -> NDArray[np.uint8]:
+    """[rows, columns, 4]: kept tokens from dark to bright, best brightest; slate over what was not kept."""
+    from matplotlib import colormaps
+
+    rows, columns = grid
+    shades = np.full((rows * columns, 4), _SLATE, np.uint8)
+    places = np.linspace(1.0, 0.15, len(order_K))
+    shades[order_K] = np.round(255 * np.array(colormaps["inferno"](places))).astype(np.uint8)
+    shades[order_K, 3] = _OPACITY
+    return shades.reshape(rows, columns, 4)
+
+
+def _uri(shades: NDArray[np.uint8]) -> str:
+    content = io.BytesIO()
+    Image.fromarray(shades, "RGBA").save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,237 @@
+"""Records for people: tables on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gap_export.bundle.folder import Bundle
+from gap_export.bundle.manifest import Manifest, Pruning
+from gap_export.bundle.spec import TensorSpec
+from gap_export.engine.inspect import engine_facts
+from gap_export.evaluation.parity import ParityReport
+
+
+def print_parity(report: ParityReport, console: Console) -> None:
+    """Gates, controls and the grounding table."""
+    gates = Table(
+        "gate", "measured", "demand", "", title=f"{report.bundle} in {report.backend} against PyTorch"
+    )
+    for gate in report.gates:
+        gates.add_row(gate.name, f"{gate.measured:.6g}", f"{gate.demand} {gate.limit:g}", _mark(gate.passed))
+    console.print(gates)
+    controls = Table("negative control", "caught by", "")
+    for control in report.controls:
+        controls.add_row(control.name, ", ".join(control.by) or "nothing", _mark(control.caught))
+    for name in report.inapplicable_controls:
+        controls.add_row(name, "changes nothing in this bundle", "-")
+    console.print(controls)
+    console.print(grounding_table(report))
+    verdict = "[bold green]all gates met[/]" if report.ok else "[bold red]a gate was not met[/]"
+    console.print(f"{verdict} on {report.measurement.cases} held-out cases", highlight=False)
+
+
+def grounding_table(report: ParityReport) -> Table:
+    """Accuracy per position policy, all through exported graphs."""
+    grounding = report.grounding
+    whole, pruned = (
+        f"{grounding.visual_tokens}/{grounding.visual_tokens}",
+        f"{grounding.kept:g}/{grounding.visual_tokens}",
+    )
+    table = Table(
+        "positions", "tokens", "acc@0.5", "of full", "std. error", title=f"{report.bundle}, {report.backend}"
+    )
+    for name, tokens, accuracy in (
+        ("none (unpruned)", whole, grounding.full),
+        ("shifted", pruned, grounding.shifted),
+        ("permuted", pruned, grounding.permuted),
+        ("gap", pruned, grounding.gap),
+    ):
+        share = f"{100 * accuracy / grounding.full:.1f} %" if grounding.full else "-"
+        error = (accuracy * (1 - accuracy) / grounding.cases) ** 0.5
+        table.add_row(name, tokens, f"{accuracy:.3f}", share, f"{error:.3f}")
+    return table
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """What `inspect` shows, as one record."""
+    manifest = bundle.manifest
+    pruning, model = manifest.pruning, manifest.model
+    return {
+        "bundle": str(bundle.folder),
+        "name": manifest.name,
+        "family": manifest.family,
+        "checkpoint": manifest.checkpoint,
+        "precision": manifest.precision,
+        "pruner": pruning.pruner,
+        "positions": pruning.positions,
+        "keep": keeping(pruning, model.visual_tokens),
+        "kept": pruning.left,
+        "mean_kept": pruning.mean_kept,
+        "counting": pruning.counting,
+        "fewest": pruning.fewest,
+        "most": pruning.most,
+        "text_tower": manifest.text_tower.model_dump() if manifest.text_tower else None,
+        "visual_tokens": model.visual_tokens,
+        "capacity": manifest.capacity,
+        "cache": cache_length(manifest),
+        "ids_and_slots": ids_and_slots(bundle),
+        "stages": stages(pruning),
+        "graphs": {
+            name: {
+                "file": graph.file,
+                "bytes": manifest.files[graph.file].bytes,
+                "inputs": [_shown(tensor) for tensor in graph.spec.inputs],
+                "outputs": [_shown(tensor) for tensor in graph.spec.outputs],
+                "in_place": len(graph.spec.aliased),
+                "operators": graph.operators,
+            }
+            for name, graph in manifest.graphs.items()
+        },
+        "engines": {
+            target: {
+                name: engine_facts(bundle.folder / engine.file, engine, manifest.graphs[name].spec)
+                for name, engine in engines.items()
+            }
+            for target, engines in manifest.engines.items()
+        },
+        "files": {name: record.bytes for name, record in manifest.files.items()},
+        "versions": manifest.versions,
+    }
+
+
+def keeping(pruning: Pruning, visual_tokens: int) -> str:
+    """How many visual tokens a bundle keeps, in words."""
+    if pruning.counting == "share":
+        return f"keep {pruning.keep:g} of every picture, at most {pruning.most} of {visual_tokens}"
+    if pruning.counting == "chosen":
+        return f"keep {pruning.fewest} to {pruning.most} of {visual_tokens}, {pruning.kept} by default"
+    if pruning.counting == "adaptive":
+        return f"keep what each picture needs, at most {pruning.most} of {visual_tokens}"
+    if pruning.stages:
+        return f"keep {pruning.left} of {visual_tokens} at the end, {pruning.mean_kept:.4g} in the mean over layers"
+    return f"keep {pruning.kept} of {visual_tokens}"
+
+
+def cache_length(manifest: Manifest) -> str:
+    """How many slots its cache has, in words."""
+    return f"cache of {'up to ' if manifest.capacity_dims else ''}{manifest.capacity} slots"
+
+
+def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
+    """The rule by which tokens of this bundle get position ids and cache slots."""
+    pruning, model = bundle.manifest.pruning, bundle.manifest.model
+    kept = str(pruning.kept) if pruning.counting == "fixed" else "K"
+    if pruning.stages:
+        kept = "K_s"
+    extent = str(model.visual_tokens) if model.token_range is None else "N"
+    visual_id = "T_pre + i_k"
+    if model.position_rows == 3:
+        extent, visual_id = "max(rows, columns)", "(T_pre, T_pre + row of i_k, T_pre + column of i_k)"
+    if pruning.positions != "gap":
+        extent, visual_id = kept, "T_pre + k"
+    return [
+        {"token": "text before the image, j", "position_id": "j", "slot": "j"},
+        {
+            "token": "kept visual token k",
+            "position_id": visual_id,
+            "slot": "T_pre + k",
+        },
+        {
+            "token": "text after the image, j",
+            "position_id": f"T_pre + {extent} + j",
+            "slot": f"T_pre + {kept} + j",
+        },
+        {
+            "token": "generated token t",
+            "position_id": f"T_pre + {extent} + T_post + t",
+            "slot": f"T_pre + {kept} + T_post + t",
+        },
+    ]
+
+
+def stages(pruning: Pruning) -> list[dict[str, Any]]:
+    """What the layers of every stage see, and which counter tells their slots; nothing where all layers see the same."""
+    return [
+        {
+            "stage": number,
+            "layers": [stage.run[0], stage.run[-1]],
+            "kept": stage.kept,
+            "merged": stage.merged,
+            "capacity": stage.capacity,
+            "next_slot": "next_slot" + (f".{number}" if number else ""),
+            "write_index": "write_index" + (f".{number}" if number else ""),
+            "reads_ids": "position_ids" if pruning.positions == "gap" or not number else "its slots",
+        }
+        for number, stage in enumerate(pruning.stages)
+    ]
+
+
+def print_bundle(facts: dict[str, Any], console: Console) -> None:
+    """The record of `bundle_facts`, for people."""
+    console.print(
+        f"[bold]{facts['name']}[/] ({facts['family']}, {facts['precision']}): {facts['keep']} "
+        f"({facts['pruner']}), positions {facts['positions']}, {facts['cache']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    rule = Table("token", "position id", "cache slot")
+    for row in facts["ids_and_slots"]:
+        rule.add_row(row["token"], row["position_id"], row["slot"])
+    console.print(rule)
+    if facts["stages"]:
+        runs = Table(
+            "stage s",
+            "layers",
+            "K_s",
+            "merged",
+            "cache slots",
+            "first slot to generate",
+            "write index",
+            "RoPE reads",
+        )
+        for stage in facts["stages"]:
+            first, last = stage["layers"]
+            runs.add_row(
+                str(stage["stage"]), f"{first} to {last}", str(stage["kept"]), str(stage["merged"]), str(stage["capacity"]),
+                stage["next_slot"], stage["write_index"], stage["reads_ids"],
+            )  # fmt: skip
+        console.print(runs)
+    graphs = Table("graph", "size", "inputs", "outputs")
+    for name, graph in facts["graphs"].items():
+        graphs.add_row(
+            name, f"{graph['bytes'] / 1e3:.0f} kB", _some(graph["inputs"]), _some(graph["outputs"])
+        )
+    console.print(graphs)
+    operators = Table("graph", "operators")
+    for name, graph in facts["graphs"].items():
+        operators.add_row(name, ", ".join(f"{op} {count}" for op, count in graph["operators"].items()))
+    console.print(operators)
+    for target, engines in facts["engines"].items():
+        table = Table("engine", "size", "built by", "for", title=target)
+        for name, engine in engines.items():
+            size = facts["files"][engine["file"]]
+            table.add_row(
+                name, f"{size / 1e6:.2f} MB", engine["version"], ", ".join(engine["compute_capabilities"])
+            )
+        console.print(table)
+    files = Table("file", "bytes")
+    for name, size in facts["files"].items():
+        files.add_row(name, f"{size:,}")
+    console.print(files)
+
+
+def _shown(tensor: TensorSpec) -> str:
+    shape = ", ".join(str(dim) if isinstance(dim, int) else f"{dim.name}" for dim in tensor.shape)
+    return f"{tensor.name} {tensor.dtype} [{shape}]"
+
+
+def _some(lines: list[str]) -> str:
+    shown = lines if len(lines) <= 7 else [*lines[:6], f"... and {len(lines) - 6} more like the last"]
+    return "\n".join(line.replace("[", r"\[") for line in shown)
+
+
+def _mark(passed: bool) -> str:
+    return "[green]ok[/]" if passed else "[bold red]FAILED[/]"

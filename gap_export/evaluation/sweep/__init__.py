@@ -1,0 +1,1 @@
+"""Many pruners at many ratios in one table."""

@@ -1,0 +1,194 @@
+"""Validation: a bundle against PyTorch, and against bundles that are wrong in one thing on purpose.
+
+    Bundle -> Session -> ParityReport
+
+What is measured and what is demanded stands in `parity.py`; this is the order in which it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gap_export.boxes import scenes
+from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.checkpoint.hub import resolve
+from gap_export.environment import BUILD_PACKAGES, versions
+from gap_export.errors import BundleError
+from gap_export.evaluation import parity
+from gap_export.files import scratch_folder, write_atomically
+from gap_export.pipeline.build import RANDOM, Progress, build, open_torch
+from gap_export.positions import PositionPolicy
+from gap_export.recipe.ranges import RANGES
+from gap_export.recipe.recipe import Recipe, Target
+from gap_export.runtime.model import Backend, Grounded, Grounder, open_session
+
+if TYPE_CHECKING:
+    from gap_export.graph.trace import TracedOnce
+    from gap_export.runtime.session import Session
+
+CONTROL_CASES = 48
+"""Cases each negative control is run on, rounded down to whole batches."""
+
+
+class Opener(Protocol):
+    """Loads a bundle into a runtime; see `open_session`."""
+
+    def __call__(self, bundle: Bundle, backend: Backend, *, threads: int) -> Session:
+        """The session."""
+        ...
+
+
+_COMPANIONS: dict[str, dict[str, Any]] = {
+    "full": {"pruner": "none", "keep": 1.0, "prune_layers": ()},
+    "shifted": {"positions": PositionPolicy.SHIFTED},
+    "permuted": {"positions": PositionPolicy.PERMUTED},
+    "gap": {"positions": PositionPolicy.GAP},
+}
+
+
+def validate(
+    folder: Path,
+    *,
+    cases: int,
+    keep: float | None = None,
+    backend: Backend = "onnxruntime",
+    checkpoint: Path | None = None,
+    text_tower: Path | None = None,
+    batch: int = 16,
+    threads: int = 0,
+    progress: Progress = lambda words: None,
+    tick: parity.Tick = lambda count: None,
+    opened: Opener = open_session,
+) -> parity.ParityReport:
+    """Bundle to parity report, which is also stored in the bundle.
+
+    The bundle is compared with PyTorch on held-out scenes; then it and companions that differ in one thing each (nothing
+    pruned, ids shifted, ids permuted) are scored; then placements that are wrong on purpose must be noticed.
+
+    Args:
+        folder: the bundle.
+        cases: how many scenes.
+        keep: fraction of visual tokens to keep, in bundles that let requests choose; their default when left out.
+        backend: runtime to put it through.
+        checkpoint: where the weights lie; by default where the bundle was built from.
+        text_tower: the same for the text tower, where there is one.
+        batch: rows per call, at most what the bundle was built for.
+        threads: of ONNX Runtime; 0 lets it choose.
+        progress: told when a stage begins.
+        tick: told how many answers were finished since the last call; `validation_work` says how many there will be.
+        opened: how a bundle becomes a session.
+
+    Raises:
+        GapExportError: something could not be run. Gates that are not met are in the report.
+    """
+    from gap_export.graph.trace import TracedOnce
+
+    bundle = open_bundle(folder, every_hash=True)
+    manifest = bundle.manifest
+    pruning, visual_tokens = manifest.pruning, manifest.model.visual_tokens
+    recipe = Recipe.model_validate(manifest.recipe)
+    if manifest.checkpoint == RANDOM and checkpoint is None:
+        raise BundleError(
+            "holds random weights, which ground nothing",
+            subject=str(folder),
+            hint="measure it with `gap-export bench`; to compare it with PyTorch all the same, pass the folder of its weights: "
+            "--checkpoint FOLDER",
+        )
+    if recipe.ranges is not None:
+        recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
+    source = checkpoint or resolve(manifest.checkpoint)
+    if manifest.text_tower is not None:
+        recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
+    batch = min(batch, recipe.max_batch)
+    questions = list(scenes.cases(cases))
+    grounder = Grounder(bundle)
+    session = opened(bundle, backend, threads=threads)
+
+    progress("answering with PyTorch")
+    answer = partial(parity.run_cases, batch=batch, tick=tick)
+    reference = answer(
+        grounder,
+        open_torch(bundle, checkpoint=source, text_tower=text_tower),
+        questions,
+        keep=keep,
+        keep_logits=True,
+    )
+    progress(f"answering with {backend}")
+    runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
+    measured = parity.measure(runs, reference, questions, manifest)
+    gates = parity.judge(measured, recipe.demands)
+
+    few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
+    few = questions[: few_batches * batch]
+    caught, inapplicable = [], []
+    for name, adjust in parity.controls(staged=bool(pruning.stages)).items():
+        if not parity.applies(adjust, runs[0]):
+            inapplicable.append(name)
+            continue
+        progress(f"negative control: {name}")
+        wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
+        seen = parity.measure(wrong, reference[:few_batches], few, manifest)
+        caught.append(parity.check_control(name, seen, recipe.demands))
+
+    if pruning.counting == "chosen":  # companions differ in one thing, and the count is not it
+        recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)
+    accuracy, tracer = {str(pruning.positions): measured.accuracy}, TracedOnce()
+    for name, changes in _COMPANIONS.items():
+        if name not in accuracy:
+            changed = recipe.replaced(checkpoint=str(source), **changes)
+            with _companion(bundle, changed, backend, tracer, progress) as companion:
+                progress(f"answering with {name}")
+                other = opened(companion, backend, threads=threads)
+                answers = answer(Grounder(companion), other, questions)
+                accuracy[name] = parity.accuracy_of(answers, questions)
+
+    report = parity.ParityReport(
+        ok=all(gate.passed for gate in gates) and all(control.caught for control in caught),
+        bundle=manifest.name,
+        backend=backend,
+        precision=manifest.precision,
+        measurement=measured,
+        gates=gates,
+        controls=caught,
+        inapplicable_controls=inapplicable,
+        grounding=parity.Grounding(
+            **accuracy,
+            cases=cases,
+            kept=_mean_kept(runs),
+            visual_tokens=visual_tokens,
+        ),
+        versions=versions(BUILD_PACKAGES),
+    )
+    write_atomically(bundle.reports / "parity.json", report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def _mean_kept(runs: list[Grounded]) -> float:
+    """Visual tokens that are left of a picture, on average; the count itself where all keep the same."""
+    counts = np.concatenate([parity.counts_of(run.generation.every_kept_indices[-1]) for run in runs])
+    return round(float(counts.mean()), 2)
+
+
+def validation_work(cases: int, *, staged: bool = False) -> int:
+    """About how many answers `validate` makes."""
+    controls = len(parity.controls(staged=staged))
+    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * controls
+
+
+@contextmanager
+def _companion(
+    bundle: Bundle, recipe: Recipe, backend: Backend, tracer: TracedOnce, progress: Progress
+) -> Iterator[Bundle]:
+    """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
+    targets: tuple[Target, ...] = ("onnx",) if backend == "onnxruntime" else (backend,)
+    # A capacity that is just enough for the pruned prompt is too small for the whole one.
+    recipe = recipe.model_copy(update={"capacity": None})
+    with scratch_folder(beside=bundle.folder, purpose="companion") as scratch:
+        built = build(recipe.replaced(targets=targets), scratch / "bundle", tracer=tracer, progress=progress)
+        yield built.bundle

@@ -1,0 +1,126 @@
+"""The models that exported graphs are held against, one per family: eager, loaded by transformers, nothing of the export path.
+
+What they have in common is this contract; pruning in float64, numbering and the decode loop around it are in
+`torch_reference.py`.
+
+Shape letters: N visual tokens that may be pruned, K kept, E tower width, H decoder width.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from gap_export.errors import CheckpointError
+from gap_export.inputs.batch import PixelInputs
+from gap_export.positions import Ids
+from gap_export.precision import Precision
+from gap_export.prune.reference import Choice
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+Shown = dict[str, Tensor | None]
+"""What a tower shows of one picture: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
+
+REFERENCES = {
+    "internvl": "internvl:InternVLReference",
+    "llava": "llava:LlavaReference",
+    "llava_next": "llava_next:LlavaNextReference",
+    "llava_onevision": "llava_onevision:LlavaOnevisionReference",
+    "llava_original": "original:LlavaOriginalReference",
+    "minigpt_v2": "minigpt_v2:MiniGptReference",
+    "qwen2_5_vl": "qwen_vl:Qwen25VLReference",
+    "qwen2_vl": "qwen_vl:Qwen2VLReference",
+    "qwen3_vl": "qwen_vl:Qwen3VLReference",
+    "shikra": "original:ShikraReference",
+}
+"""Family -> its reference, `module:class` within this folder."""
+
+
+class ReferenceModel(Protocol):
+    """A family's model.
+
+    Attributes:
+        dtype: of weights and activations.
+        image_token_id: id of the placeholder.
+        grid: (rows, columns) of the visual tokens; None where pictures differ.
+        embedding: of tokens.
+        language_model: the decoder without embedding and head, called as transformers calls it.
+        lm_head: hidden states to logits.
+    """
+
+    dtype: torch.dtype
+    image_token_id: int
+    grid: tuple[int, int] | None
+    embedding: nn.Module
+    language_model: Any
+    lm_head: nn.Module
+
+    def see(self, pixels: PixelInputs) -> list[Shown]:
+        """What the tower shows of every picture of a call."""
+        ...
+
+    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+        """What enters the decoder of one picture.
+
+        Args:
+            shown: as `see` gave it.
+            choice: what is kept, in the order in which it enters the decoder.
+
+        Returns:
+            embeddings [K, H] and their places [K] int64 among the visual tokens of the unpruned prompt; tokens that are never
+            pruned are among them.
+        """
+        ...
+
+
+def open_model(
+    family: str, checkpoint: Path, precision: Precision, parts: Mapping[str, Path]
+) -> ReferenceModel:
+    """Load a reference.
+
+    Args:
+        family: name in the table of families.
+        checkpoint: folder.
+        precision: type the weights are loaded in.
+        parts: name -> folder of checkpoints that pieces of the model come from.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    module, _, kind = REFERENCES[family].partition(":")
+    found = getattr(importlib.import_module(f"gap_export.families.reference.{module}"), kind)
+    try:
+        with quiet_loading():
+            model: ReferenceModel = found(checkpoint, DTYPES[precision], parts)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not be loaded by transformers: {str(error).splitlines()[0]}",
+            subject=str(checkpoint),
+            hint="the reference needs the checkpoint the bundle was built from",
+        ) from error
+    return model
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hold back what transformers writes while it loads: progress, which would spoil the caller's own display, and reports."""
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,43 @@
+"""LLaVA-1.5 as transformers computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from gap_export.families.reference import Shown
+from gap_export.families.reference.clip import chosen_features, shown_by_clip
+from gap_export.inputs.batch import PixelInputs
+from gap_export.positions import Ids
+from gap_export.prune.reference import Choice
+
+
+class LlavaReference:
+    """See `ReferenceModel`."""
+
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+        model: Any = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=dtype, attn_implementation="eager", local_files_only=True
+        ).eval()
+        vision = model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        self.dtype, self.image_token_id, self.grid = dtype, model.config.image_token_id, (side, side)
+        self.embedding = model.get_input_embeddings()
+        self.language_model, self.lm_head = model.model.language_model, model.lm_head
+        self._tower, self._projector = model.model.vision_tower, model.model.multi_modal_projector
+        self._feature_layer = model.config.vision_feature_layer
+
+    def see(self, pixels: PixelInputs) -> list[Shown]:
+        """See `ReferenceModel.see`."""
+        values_BCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
+        pictures = shown_by_clip(self._tower, values_BCHW, self._feature_layer)
+        return [{**shown, "projected_NH": self._projector(shown["patches_NE"])} for shown in pictures]
+
+    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+        """See `ReferenceModel.tokens`."""
+        return self._projector(chosen_features(shown, choice.indices_K, choice.patches_KE)), choice.indices_K

@@ -1,0 +1,133 @@
+"""The Qwen-VL models as transformers computes them, one picture at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+from transformers.vision_utils import get_vision_window_index
+
+from gap_export.families.reference import Shown
+from gap_export.families.reference.clip import chosen_features
+from gap_export.inputs.batch import PixelInputs
+from gap_export.positions import Ids
+from gap_export.prune.reference import Choice
+
+
+class Qwen2VLReference:
+    """See `ReferenceModel`."""
+
+    grid = None
+
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=dtype, attn_implementation="eager", local_files_only=True
+        ).eval()
+        self.dtype, self.image_token_id = dtype, model.config.image_token_id
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.language_model: Any = model.model.language_model
+        self.lm_head = model.lm_head
+        self._tower = model.model.visual
+
+    def see(self, pixels: PixelInputs) -> list[Shown]:
+        """See `ReferenceModel.see`."""
+        patches_PF = torch.from_numpy(pixels["pixel_values"]).flatten(0, 1).to(self.dtype)
+        rows, columns = (int(last) + 1 for last in np.max(pixels["patch_positions"], axis=(0, 1)))
+        grid_13 = torch.tensor([[1, rows, columns]])
+        seen = self._tower(patches_PF, grid_thw=grid_13)
+        normed_PE = self._normed(seen.last_hidden_state)
+        tokens_NE = self._in_raster_order(normed_PE.reshape(len(pixels["pixel_values"]), -1), grid_13)
+        return [{"patches_NE": tokens_NE, "projected_NH": seen.pooler_output, **self._beside(seen)}]
+
+    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+        """See `ReferenceModel.tokens`."""
+        return self._projected(chosen_features(shown, choice.indices_K, choice.patches_KE)), choice.indices_K
+
+    def _normed(self, hidden_PE: Tensor) -> Tensor:
+        normed_PE: Tensor = self._tower.merger.ln_q(hidden_PE)
+        return normed_PE
+
+    def _projected(self, tokens_KE: Tensor) -> Tensor:
+        projected_KH: Tensor = self._tower.merger.mlp(tokens_KE)
+        return projected_KH
+
+    def _in_raster_order(self, tokens_NE: Tensor, grid_13: Tensor) -> Tensor:
+        return tokens_NE
+
+    def _beside(self, seen: Any) -> Shown:
+        """What else goes into the decoder."""
+        return {}
+
+
+class Qwen25VLReference(Qwen2VLReference):
+    """See `ReferenceModel`; the tower leaves its tokens in the order of its windows."""
+
+    def _in_raster_order(self, tokens_NE: Tensor, grid_13: Tensor) -> Tensor:
+        tower = self._tower
+        order_N, _ = get_vision_window_index(
+            grid_13, tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        return tokens_NE[order_N.argsort()]
+
+
+class Qwen3VLReference(Qwen2VLReference):
+    """See `ReferenceModel`; planes of DeepStack lie behind the embedding, [K, (1 + planes) * H]."""
+
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+        super().__init__(checkpoint, dtype, parts)
+        planes = len(self._tower.deepstack_visual_indexes)
+        self.embedding = _WithEmptyPlanes(self.embedding, planes)
+        self.language_model = _Stacked(self.language_model, planes)
+
+    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+        """See `ReferenceModel.tokens`."""
+        embeds_KH, places_K = super().tokens(shown, choice)
+        planes = [plane for name, plane in sorted(shown.items()) if name.startswith("plane.")]
+        kept = [plane[torch.from_numpy(choice.indices_K)] for plane in planes if plane is not None]
+        return torch.cat([embeds_KH, *kept], dim=-1), places_K
+
+    def _normed(self, hidden_PE: Tensor) -> Tensor:
+        normed_PE: Tensor = self._tower.merger.norm(hidden_PE)
+        return normed_PE
+
+    def _projected(self, tokens_KE: Tensor) -> Tensor:
+        merger = self._tower.merger
+        projected_KH: Tensor = merger.linear_fc2(merger.act_fn(merger.linear_fc1(tokens_KE)))
+        return projected_KH
+
+    def _beside(self, seen: Any) -> Shown:
+        return {f"plane.{number}": plane for number, plane in enumerate(seen.deepstack_features)}
+
+
+class _WithEmptyPlanes(nn.Module):
+    """[T] -> [T, (1 + planes) * H]: text has nothing to add between the layers."""
+
+    def __init__(self, embedding: nn.Module, planes: int) -> None:
+        super().__init__()
+        self._embedding, self._planes = embedding, planes
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See the class."""
+        embeds: Tensor = self._embedding(ids)
+        return nn.functional.pad(embeds, (0, self._planes * embeds.shape[-1]))
+
+
+class _Stacked:
+    """The decoder, called as transformers calls it: planes apart, for the visual tokens alone, found by a mask."""
+
+    def __init__(self, language_model: Any, planes: int) -> None:
+        self._language_model, self._planes = language_model, planes
+
+    def __call__(self, *, inputs_embeds: Tensor, **options: Any) -> Any:
+        """See the class."""
+        embeds_BSH, *planes = inputs_embeds.chunk(1 + self._planes, dim=-1)
+        visual_BS = torch.stack(planes).ne(0).any(dim=-1).any(dim=0)
+        if visual_BS.any():
+            options["visual_pos_masks"] = visual_BS
+            options["deepstack_visual_embeds"] = [plane[visual_BS] for plane in planes]
+        return self._language_model(inputs_embeds=embeds_BSH, **options)

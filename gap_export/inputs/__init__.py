@@ -1,0 +1,1 @@
+"""Images and expressions on their way to arrays."""

@@ -1,0 +1,348 @@
+"""From an expression to token ids and from token ids to an answer, with the `tokenizers` library alone.
+
+An expression is text from outside. A tokenizer turns text such as `<image>` or `</s>` into the token of that
+name wherever it stands, so an expression could bring a second picture placeholder or end the prompt. Such an
+expression is refused, not escaped: escaping would change how the words around it are split, and no
+description of an object needs the name of a special token. The check is made twice, on the text and on the
+ids that come out of the tokenizer.
+
+Shape letters: B batch, T tokens of the longest prompt, placeholder included.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from gap_export.errors import BundleError, CheckpointError, InputError
+from gap_export.positions import Ids
+from gap_export.records import Record
+
+SLOT = "{expression}"
+
+PAD = -1
+"""Fills short rows of `input_ids`; no tokenizer has it, so the graph can count the real tokens."""
+
+
+class TextTower(Record):
+    """The CLIP text tower inside the vision graph, for pruners that look at the expression.
+
+    Attributes:
+        checkpoint: folder or hub id its weights came from.
+        context: most tokens of an expression, those that begin and end it included. Short rows are filled with the token
+            that ends them; the tower reads its answer at the first one.
+        width: of the space shared by patches and text.
+        aligned_inversely: see `prune.VisionFeatures`.
+    """
+
+    checkpoint: str
+    context: int = Field(ge=3)
+    width: int
+    aligned_inversely: bool
+
+
+class PromptTemplate(Record):
+    """How an expression becomes token ids.
+
+    Attributes:
+        grounding: the whole prompt with `{expression}` and an image placeholder for every picture.
+        images: pictures in one prompt; boxes are those of the last one.
+        image_token_id: the placeholder's id.
+        add_special_tokens: whether the tokenizer adds its own (BOS) on top of the template.
+        eos_token_ids: ids that end an answer.
+    """
+
+    grounding: str
+    images: int = Field(default=1, ge=1)
+    image_token_id: int
+    add_special_tokens: bool
+    eos_token_ids: tuple[int, ...]
+
+
+class Prompts(NamedTuple):
+    """A batch of tokenized prompts.
+
+    Attributes:
+        input_ids: [B, T] int64, I placeholders per row, short rows filled with `PAD` at the end.
+        text_before: [B] int64, tokens before the first placeholder (T_pre).
+        text_after: [B] int64, tokens after the last one (T_post).
+        between: [B, I - 1] int64, tokens between one placeholder and the next.
+    """
+
+    input_ids: Ids
+    text_before: Ids
+    text_after: Ids
+    between: Ids
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`; truncation and padding stored in it are switched off.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+    """
+    if not path.is_file():
+        raise CheckpointError("does not exist", subject=str(path), hint="the folder needs a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise CheckpointError(
+            f"is not a tokenizer: {error}", subject=str(path), hint="save it again with save_pretrained"
+        ) from error
+    # Silent truncation would cut the end of the prompt, and padding would put real tokens where PAD belongs.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def clean_expression(expression: str) -> str:
+    """An expression with its white space reduced to single blanks.
+
+    Raises:
+        InputError: nothing visible in it, or characters that are not valid Unicode text.
+    """
+    try:
+        expression.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "is not valid text", subject=_quoted(expression), hint="give the expression in UTF-8"
+        ) from error
+    words = " ".join(expression.split())
+    if not any(character.isprintable() and character != " " for character in words):
+        raise InputError(
+            "is empty", subject="expression", hint="describe the object: 'the red mug on the left'"
+        )
+    hidden = sorted(
+        {f"U+{ord(character):04X}" for character in words if ord(character) < 32 or ord(character) == 127}
+    )
+    if hidden:
+        raise InputError(
+            f"contains control characters ({', '.join(hidden)})", subject=_quoted(words), hint="remove them"
+        )
+    return words
+
+
+def encode_prompts(
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    expressions: Sequence[str],
+    *,
+    kept: int,
+    capacity: int,
+    max_new_tokens: int,
+) -> Prompts:
+    """Token ids of a batch of referring expressions.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        template: of the bundle.
+        expressions: at least one.
+        kept: visual tokens of a picture after pruning (K); they take its placeholder's place.
+        capacity: slots of the cache.
+        max_new_tokens: slots to leave free for the answer.
+
+    Returns:
+        Prompts that fit into the cache, with their visual tokens and answers.
+
+    Raises:
+        InputError: an expression that is empty, not text, names a special token, or does not fit.
+        BundleError: a template without exactly one `{expression}`, or with another number of placeholders than it says.
+        TypeError: a bare string for `expressions`, which would be taken letter by letter.
+    """
+    if isinstance(expressions, str):
+        raise TypeError("expressions is a sequence of strings, not one string")
+    if not expressions:
+        raise ValueError("a batch needs at least one expression")
+    if template.grounding.count(SLOT) != 1:
+        raise _bad_template(f"has {template.grounding.count(SLOT)} times {SLOT} instead of once")
+    guarded = _guarded_ids(tokenizer, template)
+    empty = _encode(tokenizer, template, "")
+    images, found = template.images, empty.count(template.image_token_id)
+    if found != images:
+        wanted = "one" if images == 1 else str(images)
+        raise _bad_template(f"gives {found} picture placeholders instead of {wanted}")
+    expected = _count(empty, guarded)
+    fitting = capacity - images * kept - max_new_tokens
+
+    rows = []
+    for raw in expressions:
+        expression = clean_expression(raw)
+        _refuse_special_text(tokenizer, guarded, expression)
+        row = _encode(tokenizer, template, expression)
+        if _count(row, guarded) != expected:
+            raise _names_special_token(expression, "a special token")
+        text_tokens = len(row) - images
+        if text_tokens > fitting:
+            fixed = len(empty) - images
+            raise InputError(
+                f"makes a prompt of {text_tokens} text tokens, and {max(fitting, 0)} fit: "
+                f"capacity {capacity}, minus {images * kept} visual tokens, minus {max_new_tokens} for the answer",
+                subject=_quoted(expression),
+                hint=f"shorten the expression by {text_tokens - fitting} tokens"
+                if fixed < fitting
+                else f"{fixed} of them are the prompt itself: build with a larger capacity or keep fewer tokens",
+            )
+        rows.append(row)
+
+    input_ids_BT = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
+    for index, row in enumerate(rows):
+        input_ids_BT[index, : len(row)] = row
+    text_before, *between, text_after = text_lengths(input_ids_BT, template.image_token_id).T
+    return Prompts(
+        input_ids_BT, text_before, text_after, np.array(between, np.int64).reshape(-1, len(rows)).T
+    )
+
+
+def text_lengths(input_ids_BT: Ids, image_token_id: int) -> Ids:
+    """[B, I + 1] int64: how many text tokens stand before, between and after the I placeholders of every row."""
+    rows = [row[row != PAD] for row in input_ids_BT]
+    ends = [np.array([-1, *np.flatnonzero(row == image_token_id), len(row)], np.int64) for row in rows]
+    return np.stack([np.diff(each) - 1 for each in ends])
+
+
+def check_text_tokenizer(tokenizer: Tokenizer, tower: TextTower) -> None:
+    """Refuse a text tower's tokenizer that does not say where an expression ends.
+
+    Raises:
+        CheckpointError: expressions do not end with one token of their own.
+    """
+    rows = [tokenizer.encode(word).ids for word in ("cat", "a dog")]
+    ends = {row[-1] for row in rows if row}
+    if len(ends) != 1 or any(row.count(row[-1]) != 1 for row in rows):
+        raise CheckpointError(
+            "does not end every expression with one token of its own",
+            subject=f"{tower.checkpoint}, tokenizer.json",
+            hint="save it with a post-processor that adds the tokens CLIP begins and ends texts with",
+        )
+
+
+def encode_text(tokenizer: Tokenizer, tower: TextTower, expressions: Sequence[str]) -> Ids:
+    """Token ids of expressions for the text tower inside the vision graph.
+
+    Args:
+        tokenizer: of the text tower.
+        tower: of the bundle.
+        expressions: at least one.
+
+    Returns:
+        [B, L] int64, short rows filled with the token that ends them.
+
+    Raises:
+        InputError: an expression that is empty, not text, names a special token, or is longer than the tower reads.
+    """
+    rows = []
+    for raw in expressions:
+        expression = clean_expression(raw)
+        _refuse_special_text(tokenizer, set(), expression)
+        row = list(tokenizer.encode(expression).ids)
+        if len(row) > tower.context:
+            raise InputError(
+                f"has {len(row)} tokens for the text tower, which reads {tower.context}",
+                subject=_quoted(expression),
+                hint=f"shorten the expression by {len(row) - tower.context} tokens",
+            )
+        rows.append(row)
+    longest = max(map(len, rows))
+    return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int64)
+
+
+def unknown_words(tokenizer: Tokenizer, expression: str) -> tuple[str, ...]:
+    """Parts of an expression that the tokenizer has no token for, in order, each once.
+
+    A model asked about a word that it never saw still answers with a box, so callers should say so.
+    Tokenizers that fall back to bytes know every word.
+    """
+    unknown = _unknown_id(tokenizer)
+    text = clean_expression(expression)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    spans = (text[a:b] for (a, b), id_ in zip(encoding.offsets, encoding.ids, strict=True) if id_ == unknown)
+    return tuple(dict.fromkeys(spans))
+
+
+def decode_answer(tokenizer: Tokenizer, ids: Iterable[int], eos_token_ids: Collection[int] = ()) -> str:
+    """Text of one generated answer.
+
+    The answer ends before the first of `eos_token_ids` and before the first negative id (padding of a batch).
+    Special tokens at its end are dropped; inside it they stay visible, so that a broken answer is not read as
+    a sound one.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        ids: generated token ids of one row.
+        eos_token_ids: of the bundle's template.
+
+    Returns:
+        The text without surrounding white space; empty if nothing was generated.
+    """
+    answer: list[int] = []
+    for id_ in map(int, ids):
+        if id_ < 0 or id_ in eos_token_ids:
+            break
+        answer.append(id_)
+    special = _special_ids(tokenizer)
+    while answer and answer[-1] in special:
+        answer.pop()
+    return tokenizer.decode(answer, skip_special_tokens=False).strip()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Special tokens
+
+
+def _encode(tokenizer: Tokenizer, template: PromptTemplate, expression: str) -> list[int]:
+    text = template.grounding.replace(SLOT, expression)
+    return list(tokenizer.encode(text, add_special_tokens=template.add_special_tokens).ids)
+
+
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
+    return {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    token = getattr(tokenizer.model, "unk_token", None) or "<unk>"
+    return tokenizer.token_to_id(token)
+
+
+def _guarded_ids(tokenizer: Tokenizer, template: PromptTemplate) -> set[int]:
+    """Ids an expression must not bring. The unknown token is not among them: an unknown word is no attack."""
+    return (_special_ids(tokenizer) | {template.image_token_id, *template.eos_token_ids}) - {
+        _unknown_id(tokenizer)
+    }
+
+
+def _count(ids: list[int], guarded: set[int]) -> Counter[int]:
+    return Counter(id_ for id_ in ids if id_ in guarded)
+
+
+def _refuse_special_text(tokenizer: Tokenizer, guarded: set[int], expression: str) -> None:
+    """Refuse the name of a special token in any case, `<unk>` too: a normaliser may fold the case before
+    matching."""
+    folded = expression.casefold()
+    for id_ in guarded | _special_ids(tokenizer):
+        name = tokenizer.id_to_token(id_)
+        if name and name.casefold() in folded:
+            raise _names_special_token(expression, repr(name))
+
+
+def _names_special_token(expression: str, name: str) -> InputError:
+    return InputError(
+        f"contains {name}, which the tokenizer reads as a control token and not as words",
+        subject=_quoted(expression),
+        hint="describe the object in plain words",
+    )
+
+
+def _bad_template(message: str) -> BundleError:
+    return BundleError(message, subject="prompt template", hint="build the bundle again from a valid recipe")
+
+
+def _quoted(expression: str) -> str:
+    """An expression as the subject of a message: printable and short."""
+    shown = expression if len(expression) <= 60 else expression[:57] + "..."
+    return f"expression {ascii(shown) if not shown.isprintable() else repr(shown)}"

@@ -1,0 +1,310 @@
+"""Pictures cut into tiles: which tiles, their pixels, and where the visual tokens of a picture lie in them.
+
+Arithmetic and pixels are those of transformers' Pillow-backed processors (`LlavaNextImageProcessorPil`,
+`LlavaOnevisionImageProcessorPil`, `GotOcr2ImageProcessorPil` with `crop_to_patches`) and of `pack_image_features` of their models:
+
+    AnyRes          scaled to fit, black bars, whole picture first; rows of tokens end with a newline (LLaVA-NeXT, -OneVision)
+    DynamicTiles    stretched to fill, whole picture last (InternVL)
+
+The vision graph encodes tiles and knows nothing of grids. What it must know of a picture comes with the pixels: for every visual
+token that may be pruned, in the order of the unpruned prompt, where it lies in the tokens of all tiles, and its place among
+the image tokens of that prompt.
+
+Shape letters: P visual tokens that may be pruned, R newlines, N = P + R.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gap_export.errors import InputError
+from gap_export.inputs.images import FILTERS, normalised, rgb
+from gap_export.inputs.layouts import AnyRes, DynamicTiles, TokenRange
+
+Ids = NDArray[np.int64]
+
+CELLS, PLACES, NEWLINES = "cells", "cell_positions", "newline_positions"
+CORNERS, WEIGHTS = "corners", "corner_weights"
+"""Names of the vision graph's inputs."""
+
+USUAL_SIZE = (640, 480)
+"""Width and height of a usual picture, which engines are tuned for."""
+
+_CLEARLY_MORE = 1.1
+
+
+@dataclass(frozen=True)
+class TiledPicture:
+    """One picture, ready for the vision graph.
+
+    Attributes:
+        inputs: `pixel_values` [tiles, 3, size, size] float32 and what `Layout.inputs` names.
+        visual_tokens: N.
+        prunable: P.
+    """
+
+    inputs: dict[str, NDArray[np.float32] | Ids]
+    visual_tokens: int
+    prunable: int
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AnyRes
+
+
+def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) in pixels of the grid that shows most of a picture, and of those the one with the least padding."""
+
+    def merit(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[1] / width, grid[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - grid[0] * grid[1]
+
+    return max(grids, key=merit)  # the first of equals
+
+
+def fitted_size(width: int, height: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) in pixels of a picture scaled to fit a grid."""
+    scale_x, scale_y = grid[1] / width, grid[0] / height
+    if scale_x < scale_y:
+        return grid[1], min(math.ceil(height * scale_x), grid[0])
+    return min(math.ceil(width * scale_y), grid[1]), grid[0]
+
+
+def bars(width: int, height: int, rows: int, columns: int) -> tuple[int, int]:
+    """(rows above and below, columns left and right) of a grid of tokens that see nothing but padding."""
+    # Rounded before it is truncated: 36 may come out as 35.99999999.
+    if width / height > columns / rows:
+        return (rows - int(round(height * (columns / width), 7))) // 2, 0
+    return 0, (columns - int(round(width * (rows / height), 7))) // 2
+
+
+def shrunk_grid(rows: int, columns: int, preprocessing: AnyRes) -> tuple[int, int]:
+    """(rows, columns) of tokens after a grid that is clearly too large was scaled down."""
+    if preprocessing.most_tiles is None:
+        return rows, columns
+    ratio = math.sqrt(rows * columns / (preprocessing.most_tiles * preprocessing.side**2))
+    if ratio <= _CLEARLY_MORE:
+        return rows, columns
+    return int(rows // ratio), int(columns // ratio)
+
+
+def anyres_picture(image: Image.Image, preprocessing: AnyRes) -> TiledPicture:
+    """A picture as tiles of the grid that fits it.
+
+    Args:
+        image: any size and mode.
+        preprocessing: of the bundle.
+
+    Returns:
+        `inputs` with `cell_positions` [P] int64, `newline_positions` [R] int64, and `cells` [P] int64 into the flattened tile
+        tokens; where grids may be scaled down, in the place of the last `corners` [P, 4] int64 and `corner_weights` [P, 4] float32.
+
+    Raises:
+        InputError: so much longer one way than the other that no row or no column of tokens is left of it.
+    """
+    image = rgb(image)
+    pixels = anyres_pixels(image, preprocessing)
+    layout = anyres_layout(*image.size, preprocessing)
+    return TiledPicture(
+        inputs={"pixel_values": pixels, **layout},
+        visual_tokens=len(layout[PLACES]) + len(layout[NEWLINES]),
+        prunable=len(layout[PLACES]),
+    )
+
+
+def anyres_pixels(image: Image.Image, preprocessing: AnyRes) -> NDArray[np.float32]:
+    """[tiles, 3, size, size] float32 of an RGB picture: the whole first, then the grid row by row."""
+    size, resample = preprocessing.size, FILTERS[preprocessing.resample]
+    height, width = best_grid(*image.size, preprocessing.grids)
+    fitted = fitted_size(*image.size, (height, width))
+    padded = Image.new("RGB", (width, height))
+    padded.paste(image.resize(fitted, resample), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    tiles = [image.resize((size, size), resample), *_cut(padded, size)]
+    return np.stack([normalised(tile, preprocessing) for tile in tiles])
+
+
+def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, NDArray[np.float32] | Ids]:
+    """What the vision graph must know of a picture of that size; see `anyres_picture`."""
+    side, base = preprocessing.side, preprocessing.side**2
+    grid_height, grid_width = best_grid(width, height, preprocessing.grids)
+    tiles_down, tiles_across = grid_height // preprocessing.size, grid_width // preprocessing.size
+    above, left = bars(width, height, tiles_down * side, tiles_across * side)
+    rows, columns = tiles_down * side - 2 * above, tiles_across * side - 2 * left
+
+    def cells(row: Ids, column: Ids) -> Ids:
+        """Indices of places on the grid without bars into the flattened tile tokens, the whole picture being tile 0."""
+        row, column = row + above, column + left
+        tile = 1 + row // side * tiles_across + column // side
+        return tile * base + row % side * side + column % side
+
+    shrunk = shrunk_grid(rows, columns, preprocessing)
+    if min(shrunk) < 1:
+        longer, shorter = ("wider", "high") if width > height else ("higher", "wide")
+        raise InputError(
+            f"is so much {longer} than it is {shorter} that no line of visual tokens is left of it",
+            subject=f"picture of {width}x{height} pixels",
+            hint="cut it into pieces",
+        )
+    line = shrunk[1] + 1
+    within = np.arange(shrunk[0] * shrunk[1])
+    places = np.concatenate([np.arange(base), base + within + within // shrunk[1]])
+    layout: dict[str, NDArray[np.float32] | Ids] = {
+        PLACES: places,
+        NEWLINES: base + line * (np.arange(shrunk[0]) + 1) - 1,
+    }
+    if preprocessing.most_tiles is None:
+        row, column = np.indices((rows, columns))
+        return {CELLS: np.concatenate([np.arange(base), cells(row, column).ravel()]), **layout}
+
+    first_row, second_row, down = _neighbours(rows, shrunk[0])
+    first_column, second_column, across = _neighbours(columns, shrunk[1])
+    corners = [
+        cells(row[:, None], column[None, :]).ravel()
+        for row in (first_row, second_row)
+        for column in (first_column, second_column)
+    ]
+    weights = [
+        (vertical[:, None] * horizontal[None, :]).ravel()
+        for vertical in (1 - down, down)
+        for horizontal in (1 - across, across)
+    ]
+    whole_P4 = np.zeros((base, 4), np.float32)
+    whole_P4[:, 0] = 1
+    return {
+        CORNERS: np.concatenate([np.arange(base)[:, None].repeat(4, 1), np.stack(corners, 1)]),
+        WEIGHTS: np.concatenate([whole_P4, np.stack(weights, 1)]),
+        **layout,
+    }
+
+
+def tile_counts(preprocessing: AnyRes | DynamicTiles) -> tuple[int, int]:
+    """Tiles of a usual picture and of the largest one, the whole picture among them."""
+    if isinstance(preprocessing, DynamicTiles):
+        counts = [across * down for across, down in _grids(preprocessing)]
+        across, down = nearest_grid(*USUAL_SIZE, preprocessing)
+        usual, most = across * down, max(counts)
+        return usual + (usual > 1), most + (most > 1)
+    usual_grid = best_grid(*USUAL_SIZE, preprocessing.grids)
+    usual, most = (
+        height * width // preprocessing.size**2
+        for height, width in (usual_grid, max(preprocessing.grids, key=lambda grid: grid[0] * grid[1]))
+    )
+    return 1 + usual, 1 + most
+
+
+def anyres_range(preprocessing: AnyRes) -> tuple[TokenRange, int]:
+    """How many visual tokens pictures have.
+
+    Returns:
+        (range, N of the largest picture).
+    """
+    counts = [
+        shrunk_grid(rows, columns, preprocessing)
+        for height, width in preprocessing.grids
+        for rows, columns in _with_bars(
+            height // preprocessing.size * preprocessing.side,
+            width // preprocessing.size * preprocessing.side,
+        )
+    ]
+    usual = len(anyres_layout(*USUAL_SIZE, preprocessing)[PLACES])
+    base = preprocessing.side**2
+    tokens = TokenRange(
+        fewest=base + 1,
+        usual=usual,
+        most=base + max(rows * columns for rows, columns in counts),
+        never_pruned=max(rows for rows, _ in counts),
+    )
+    return tokens, base + max(rows * (columns + 1) for rows, columns in counts)
+
+
+def _with_bars(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """What may be left of a grid after its bars were cut off; they are as wide on either side."""
+    yield from ((rows - 2 * bar, columns) for bar in range(rows // 2 + 1))
+    yield from ((rows, columns - 2 * bar) for bar in range(columns // 2 + 1))
+
+
+def _neighbours(extent: int, shrunk: int) -> tuple[Ids, Ids, NDArray[np.float32]]:
+    """Along one side of a bilinear scaling: two indices for every new place, and the weight of the second.
+
+    As `torch.nn.functional.interpolate` has it without `align_corners`, in float32.
+    """
+    scale = np.float32(extent) / np.float32(shrunk)
+    half = np.float32(0.5)
+    source = np.maximum(scale * (np.arange(shrunk, dtype=np.float32) + half) - half, np.float32(0))
+    first = source.astype(np.int64)
+    return first, np.minimum(first + 1, extent - 1), source - first.astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dynamic tiles
+
+
+def nearest_grid(width: int, height: int, preprocessing: DynamicTiles) -> tuple[int, int]:
+    """(tiles across, tiles down) of the grid whose shape is nearest to that of a picture.
+
+    Of grids that are as near the larger one is taken, unless the picture would have to be scaled up to more than twice its area.
+    """
+    best, smallest = (1, 1), math.inf
+    for across, down in _grids(preprocessing):
+        difference = abs(width / height - across / down)
+        if difference < smallest:
+            best, smallest = (across, down), difference
+        elif difference == smallest and width * height > 0.5 * preprocessing.size**2 * across * down:
+            best = (across, down)
+    return best
+
+
+def dynamic_picture(image: Image.Image, preprocessing: DynamicTiles) -> TiledPicture:
+    """A picture as tiles of the grid that is nearest to its shape.
+
+    Args:
+        image: any size and mode.
+        preprocessing: of the bundle.
+
+    Returns:
+        `inputs` with `pixel_values` alone: every token of every tile, in this order, is a visual token.
+    """
+    image = rgb(image)
+    size, resample = preprocessing.size, FILTERS[preprocessing.resample]
+    across, down = nearest_grid(*image.size, preprocessing)
+    tiles = list(_cut(image.resize((size * across, size * down), resample), size))
+    if len(tiles) > 1:
+        tiles.append(image.resize((size, size), resample))
+    tokens = len(tiles) * preprocessing.tokens
+    pixels = np.stack([normalised(tile, preprocessing) for tile in tiles])
+    return TiledPicture({"pixel_values": pixels}, visual_tokens=tokens, prunable=tokens)
+
+
+def dynamic_range(preprocessing: DynamicTiles) -> tuple[TokenRange, int]:
+    """How many visual tokens pictures have; see `anyres_range`."""
+
+    fewest = min(across * down for across, down in _grids(preprocessing))
+    usual, most = (tiles * preprocessing.tokens for tiles in tile_counts(preprocessing))
+    tokens = TokenRange(fewest=(fewest + (fewest > 1)) * preprocessing.tokens, usual=usual, most=most)
+    return tokens, most
+
+
+def _grids(preprocessing: DynamicTiles) -> list[tuple[int, int]]:
+    """(tiles across, tiles down) of all grids, the smallest first."""
+    extents = range(1, preprocessing.most + 1)
+    fitting = [
+        (across, down)
+        for across in extents
+        for down in extents
+        if preprocessing.fewest <= across * down <= preprocessing.most
+    ]
+    return sorted(fitting, key=lambda grid: grid[0] * grid[1])
+
+
+def _cut(image: Image.Image, size: int) -> Iterator[Image.Image]:
+    """The tiles of a picture, row by row."""
+    for top in range(0, image.height, size):
+        for left in range(0, image.width, size):
+            yield image.crop((left, top, left + size, top + size))

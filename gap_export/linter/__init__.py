@@ -1,0 +1,197 @@
+"""Would gapped position ids survive this graph? Read from the graph alone, for ours and for other exporters' decoders.
+
+    report = lint_graph(Path("decoder.onnx"))
+    print(report.verdict.reason)
+    report.require()
+
+Rules are small functions over one data-flow analysis (`dataflow`): `decoder`, `cache`, `vision`, `general`. What data flow
+cannot decide, `probe` evaluates. No weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from gap_export.errors import InputError, LintError
+from gap_export.linter.attention import find_attention
+from gap_export.linter.cache import CACHE, check_cache
+from gap_export.linter.dataflow import Flow, is_float, is_op
+from gap_export.linter.decoder import DECODER_RULES, Decoder, check_decoder, read_decoder
+from gap_export.linter.general import (
+    SPLICED,
+    STANDARD,
+    USED,
+    check_inputs_used,
+    check_splice,
+    check_standard_ops,
+)
+from gap_export.linter.load import load
+from gap_export.linter.report import Finding, Profile, Report, Rule, Severity, Verdict, verdict_of
+from gap_export.linter.stages import FOLLOW, check_kept_inside, is_staged
+from gap_export.linter.vision import ASCENDING, EMBEDS, KEPT, check_vision
+from gap_export.positions import PositionPolicy
+
+__all__ = ["RULES", "Finding", "Profile", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
+
+IDS = "position_ids"
+GENERAL_RULES = (USED, STANDARD)
+RULES: tuple[Rule, ...] = (*DECODER_RULES, CACHE, FOLLOW, ASCENDING, SPLICED, *GENERAL_RULES)
+"""Every rule there is."""
+
+
+def lint_graph(
+    source: Path | str | ir.Model,
+    *,
+    profile: Profile | Literal["auto"] = "auto",
+    own: bool = False,
+    policy: PositionPolicy = PositionPolicy.GAP,
+    ids_input: str = IDS,
+) -> Report:
+    """Check a graph against the rules without which gapped position ids do not survive.
+
+    Args:
+        source: an ONNX file, or a model in memory (not changed). External weights need not be there.
+        profile: which kind of graph it is; `auto` looks at its inputs and outputs.
+        own: hold it to the contract of this project's bundles too: standard operators, a static cache in place,
+            an explicit mask. For other exporters' graphs these are warnings.
+        policy: how survivors are numbered; `permuted` wants score order, only `gap` wants ids from kept indices, and in all
+            stages of a decoder that drops tokens.
+        ids_input: name of the input with position ids; without one of that name the integer input that the rotary
+            angles are made of is taken, unless another name was asked for.
+
+    Returns:
+        The report. `report.verdict` answers the question in one line, `report.require()` refuses a bad graph.
+
+    Raises:
+        InputError: the file is not there, not ONNX, damaged or empty.
+        LintError: the graph is invalid, of no kind that lint knows, or a decoder without attention.
+    """
+    subject, flow = load(source)
+    if ids_input != IDS and ids_input not in {value.name for value in flow.inputs}:
+        raise InputError(
+            f"has no input {ids_input!r}",
+            subject=subject,
+            hint=f"its inputs: {', '.join(value.name or '' for value in flow.inputs)}",
+        )
+    kind = _kind(subject, flow, ids_input) if profile == "auto" else profile
+    if kind == "decoder":
+        checked = _check_decoder(subject, flow, own, ids_input, policy)
+    elif kind == "vision":
+        checked = _check_vision(flow, policy)
+    elif kind == "splice":
+        checked = _check_splice(flow, policy)
+    else:
+        checked = _Checked([], (), "the graph embeds tokens; positions play no part")
+    findings = checked.findings + check_inputs_used(flow, own, may_be_idle=checked.may_be_idle)
+    findings += check_standard_ops(flow, own)
+    return Report(
+        subject=subject,
+        profile=kind,
+        own=own,
+        attention_layers=checked.layers,
+        rules=(*checked.rules, *GENERAL_RULES),
+        verdict=verdict_of(findings, good=checked.good),
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What the rules of one kind of graph found.
+
+    Attributes:
+        findings: of the rules of that kind.
+        rules: those rules.
+        good: the reason for the verdict where nothing breaks the ids.
+        layers: attention operations found.
+        may_be_idle: inputs that need not reach an output.
+    """
+
+    findings: list[Finding]
+    rules: tuple[Rule, ...]
+    good: str
+    layers: int = 0
+    may_be_idle: tuple[str, ...] = ()
+
+
+def _check_decoder(subject: str, flow: Flow, own: bool, ids_input: str, policy: PositionPolicy) -> _Checked:
+    decoder = read_decoder(flow, ids_input)
+    if not decoder.sites:
+        raise LintError(
+            "is taken for a decoder but holds no attention that lint recognises",
+            subject=subject,
+            hint="give the decoder graph, or name its kind with the profile option",
+        )
+    renumbers = is_staged(flow) and policy is not PositionPolicy.GAP
+    # The verdict names the first finding: ids dropped by another index are the cause of rotary embeddings not found.
+    findings = check_kept_inside(
+        flow,
+        decoder.stages,
+        keeps_ids=policy is PositionPolicy.GAP,
+        sorted_wanted=policy.keeps_raster_order,
+    )
+    findings += check_decoder(decoder, own, renumbers=renumbers) + check_cache(flow, own)
+    good = f"later stages number tokens by slot, as the policy {policy} asks"
+    return _Checked(
+        findings,
+        (*DECODER_RULES, CACHE, FOLLOW),
+        good if renumbers else _good_decoder(decoder),
+        len(decoder.sites),
+    )
+
+
+def _check_vision(flow: Flow, policy: PositionPolicy) -> _Checked:
+    prunes = any(v.name == KEPT for v in flow.outputs)
+    good = "kept_indices say which tokens survived" if prunes else "the graph prunes nothing"
+    return _Checked(check_vision(flow, sorted_wanted=policy.keeps_raster_order), (ASCENDING,), good)
+
+
+def _check_splice(flow: Flow, policy: PositionPolicy) -> _Checked:
+    if policy is PositionPolicy.GAP:
+        return _Checked(check_splice(flow), (SPLICED,), "position_ids are computed from kept_indices")
+    # Renumbered ids count the survivors; which ones survived plays no part.
+    return _Checked([], (), f"ids are renumbered, as the policy {policy} asks", may_be_idle=(KEPT,))
+
+
+def _good_decoder(decoder: Decoder) -> str:
+    layers = f"all {len(decoder.sites)} attention layers" if len(decoder.sites) > 1 else "the attention layer"
+    if decoder.caller_rows is not None:
+        return (
+            f"the caller computes the rotary rows ({decoder.caller_rows}): feed those of the tokens' own ids"
+        )
+    name = decoder.ids.name if decoder.ids is not None else "position_ids"
+    if decoder.absolute:
+        return f"{name} select learned absolute positions, token by token"
+    rotated = sum(1 for queries, keys in decoder.rotary if queries or keys)
+    if rotated < len(decoder.sites):
+        layers = f"{rotated} of {len(decoder.sites)} attention layers"
+    return f"{name} reach the rotary angles of {layers}, token by token"
+
+
+def _kind(subject: str, flow: Flow, ids_input: str) -> Profile:
+    """Which kind of graph this is, by its inputs and outputs."""
+    inputs = {v.name or "" for v in flow.inputs}
+    outputs = {v.name or "" for v in flow.outputs}
+    if inputs & {KEPT, EMBEDS}:
+        return "splice"
+    if outputs & {KEPT, EMBEDS}:
+        return "vision"
+    caches = any(word in name for name in inputs for word in ("past", "cache"))
+    tokens = inputs & {"inputs_embeds", "input_ids", ids_input}
+    if caches or "logits" in outputs or ids_input in inputs:
+        return "decoder"
+    pictures = any("pixel" in name or name in ("image", "images") for name in inputs)
+    if find_attention(flow) and (tokens or not pictures):
+        return "decoder"
+    if pictures:
+        return "vision"
+    if any(is_op(n, "Gather") and n.inputs[0] is not None and is_float(n.inputs[0]) for n in flow.nodes):
+        return "embed"
+    raise LintError(
+        f"is of no kind that lint knows: inputs {', '.join(sorted(inputs)) or 'none'}",
+        subject=subject,
+        hint="decoder, vision, splice or embed: name it with the profile option",
+    )

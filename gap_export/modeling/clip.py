@@ -1,0 +1,118 @@
+"""CLIP tower up to the feature layer, pruner, projector: the vision graph of families with a CLIP tower.
+
+The modules of transformers are traced unchanged; only the tower is walked layer by layer, to stop at the feature layer and to
+see its class token's query.
+
+Shape letters: as in `prune/__init__.py`; L tokens of the expression.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+from gap_export import prune
+from gap_export.modeling import selection
+from gap_export.modeling.clip_text import ClipText
+from gap_export.plan import Plan
+from gap_export.prune import order
+
+
+class ClipVision(nn.Module):
+    """CLIP tower up to the feature layer, pruner, projector.
+
+    Args:
+        tower: hollow.
+        projector: from the tower's width to the decoder's.
+        plan: of the build.
+        feature_layer: how many layers of the tower are run.
+        text: the text tower, for pruners that look at the expression.
+    """
+
+    def __init__(
+        self,
+        tower: CLIPVisionModel,
+        projector: nn.Module,
+        plan: Plan,
+        *,
+        feature_layer: int,
+        text: ClipText | None,
+    ) -> None:
+        super().__init__()
+        vision = tower.config
+        self.vision_tower = tower
+        self.multi_modal_projector = projector
+        self.text_tower = text
+        self._plan = plan
+        self._run = feature_layer
+        side = vision.image_size // vision.patch_size
+        self._grid = (side, side)
+
+    def forward(
+        self, pixel_values: Tensor, text_ids: Tensor | None = None, keep_count: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Encode and prune.
+
+        Args:
+            pixel_values: [B, 3, size, size] float32.
+            text_ids: [B, L] int64 of the expression, for pruners that look at it.
+            keep_count: where requests choose how many tokens to keep: [K] int64 counting from 0, traced for its extent.
+
+        Returns:
+            visual_embeds [B, K, H], kept_indices [B, K] int64; where pictures differ in how many they keep, kept_counts [B]
+            int64, rows being padded to the bound.
+        """
+        features = self.seen(pixel_values, text_ids)
+        selected = selection.select(self._plan, features, keep_count)
+        selected = order.in_decoder_order(selected, self._plan.positions)
+        embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
+        if selected.counts_B is not None:
+            return embeds_BKH, selected.indices_BK, selected.counts_B
+        return embeds_BKH, selected.indices_BK
+
+    def seen(self, pixel_values: Tensor, text_ids: Tensor | None = None) -> prune.VisionFeatures:
+        """What the tower shows of pictures or tiles; arguments as of `forward`."""
+        hidden_BTE = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
+        layers = self.vision_tower.encoder.layers
+        for layer in layers[: self._run - 1]:
+            hidden_BTE = layer(hidden_BTE, None)
+        return self._features(hidden_BTE, layers[self._run - 1], layers[self._run : self._run + 1], text_ids)
+
+    def _features(
+        self, hidden_BTE: Tensor, feature: Any, following: Any, text_ids: Tensor | None
+    ) -> prune.VisionFeatures:
+        """Everything any pruner reads; what this one does not read is dead code and leaves the graph.
+
+        Args:
+            hidden_BTE: input of the feature layer.
+            feature: the layer whose output the decoder gets.
+            following: the next layer, or nothing.
+            text_ids: of the expression.
+        """
+        attention = feature.self_attn
+        heads = (attention.num_heads, attention.head_dim)
+        normed_BTE = feature.layer_norm1(hidden_BTE)
+        out_BTE = feature(hidden_BTE, None)
+        query_BE = keys_BTE = aligned_BNP = text_BP = None
+        for layer in following:
+            normed_above_BTE = layer.layer_norm1(out_BTE)
+            query_BE = layer.self_attn.q_proj(normed_above_BTE[:, 0])
+            keys_BTE = layer.self_attn.k_proj(normed_above_BTE)
+        if self.text_tower is not None and text_ids is not None:
+            aligned_BNP = self.text_tower.visual_projection(self.vision_tower.post_layernorm(out_BTE[:, 1:]))
+            text_BP = self.text_tower(text_ids)
+        return prune.VisionFeatures(
+            patches_BNE=out_BTE[:, 1:],
+            grid=self._grid,
+            class_query_BAD=attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads),
+            keys_BATD=attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2),
+            class_token_BE=out_BTE[:, 0],
+            following_query_BE=query_BE,
+            following_keys_BTE=keys_BTE,
+            projected_BNH=self.multi_modal_projector(out_BTE[:, 1:]),
+            aligned_BNP=aligned_BNP,
+            text_BP=text_BP,
+            aligned_inversely=self._plan.text_tower is None or self._plan.text_tower.aligned_inversely,
+        )

@@ -1,0 +1,215 @@
+"""What families read from a checkpoint in the same way: its configuration, how channels are normalised, which tokens end an answer,
+and under which name a weight is published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig
+
+from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.weight_map import Prefixes, find_key, require_known, with_shared_table
+from gap_export.errors import CheckpointError
+
+PREFIXES: Prefixes = {
+    "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
+    "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+    "language_model.": ("language_model.model.", "model.language_model."),
+    "lm_head.": ("language_model.lm_head.", "lm_head."),
+    "image_newline": ("image_newline", "model.image_newline"),
+}  # fmt: skip
+"""Where published checkpoints keep what modules call by the name on the left: transformers before and after 4.52."""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Checks of a configuration that name the model whose layout is expected.
+
+    Attributes:
+        checkpoint: whose configuration it is.
+        model: e.g. `LLaVA-NeXT`.
+    """
+
+    checkpoint: Checkpoint
+    model: str
+
+    def __call__(self, field: str, holds: bool, wanted: str) -> None:
+        """Raises:
+        CheckpointError: it does not hold.
+        """
+        if not holds:
+            raise CheckpointError(
+                f"{field} is not supported (supported: {wanted})",
+                subject=str(self.checkpoint.folder / "config.json"),
+                hint=f"this model is not {self.model} as published; see `gap-export models`",
+            )
+
+
+BICUBIC = 3
+"""Pillow's number, which is what is stored."""
+
+NOTHING = r"(?!)"
+"""Pattern of no key."""
+
+
+def read_config(checkpoint: Checkpoint) -> Any:
+    """The configuration as transformers reads it.
+
+    Raises:
+        CheckpointError: it is not one that transformers accepts.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"is not a configuration transformers accepts: {str(error).splitlines()[0]}",
+            subject=str(checkpoint.folder / "config.json"),
+            hint="fetch the checkpoint's config.json again",
+        ) from error
+
+
+def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Settings of the image processor, with `image_mean` and `image_std` known to be sound.
+
+    Raises:
+        CheckpointError: none there, or numbers that channels cannot be normalised by.
+    """
+    stored: dict[str, Any] = checkpoint.json("preprocessor_config.json") or checkpoint.json(
+        "processor_config.json"
+    ).get("image_processor", {})
+    mean, std = stored.get("image_mean"), stored.get("image_std")
+    if mean is None or std is None:
+        raise CheckpointError(
+            "has no image processor settings (preprocessor_config.json)",
+            subject=str(checkpoint.folder),
+            hint="download the checkpoint's preprocessor_config.json",
+        )
+    if not (_is_rgb(mean) and _is_rgb(std) and min(std) > 0):
+        raise CheckpointError(
+            "image_mean and image_std must be three numbers each, and no image_std may be 0",
+            subject=str(checkpoint.folder / "preprocessor_config.json"),
+            hint="fetch the checkpoint's preprocessor_config.json again",
+        )
+    return stored
+
+
+def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> dict[str, Any]:
+    """The same where pictures become tiles, which are made by one filter and as large as the tower takes them.
+
+    Args:
+        checkpoint: whose settings they are.
+        require: names the model.
+        size: side of the tower's pictures in pixels.
+
+    Raises:
+        CheckpointError: see `image_processor`; or other tiles.
+    """
+    settings = image_processor(checkpoint)
+    extents = [settings.get(name) or {} for name in ("size", "crop_size")]
+    sides = {
+        side for extent in extents for side in (extent.values() if isinstance(extent, dict) else [extent])
+    }
+    require("resample of the image processor", settings.get("resample", BICUBIC) == BICUBIC, "3, bicubic")
+    require("size of the image processor", sides <= {size}, f"{size}, as of the vision tower")
+    return settings
+
+
+def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:
+    """Ids that end an answer.
+
+    Raises:
+        CheckpointError: the checkpoint names none.
+    """
+    ends = checkpoint.json("generation_config.json").get("eos_token_id")
+    ends = text_config.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [ends]
+    if not ends or not all(isinstance(end, int) for end in ends):
+        raise CheckpointError(
+            "names no token that ends an answer (eos_token_id)",
+            subject=str(checkpoint.folder),
+            hint="add eos_token_id to the checkpoint's generation_config.json",
+        )
+    return tuple(ends)
+
+
+def no_text_tower(part: Checkpoint, tower: str) -> CheckpointError:
+    """The refusal of families whose vision tower has no published text tower in the same space.
+
+    Args:
+        part: the text tower that was given.
+        tower: of the family, in words.
+    """
+    return CheckpointError(
+        f"has a text tower that shares no space with the {tower}",
+        subject=str(part.folder),
+        hint="use a pruner that does not look at the expression",
+    )
+
+
+def is_tied(config: Any) -> bool:
+    """Whether the head is the token embedding."""
+    return bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))
+
+
+def decoder_sizes(text_config: Any) -> dict[str, Any]:
+    """The fields of `ModelFacts` that are about the decoder."""
+    return {
+        "hidden_size": text_config.hidden_size,
+        "layers": text_config.num_hidden_layers,
+        "attention_heads": text_config.num_attention_heads,
+        "kv_heads": text_config.num_key_value_heads,
+        "head_dim": getattr(text_config, "head_dim", None)
+        or text_config.hidden_size // text_config.num_attention_heads,
+        "vocabulary": text_config.vocab_size,
+        "max_positions": text_config.max_position_embeddings,
+    }
+
+
+def weight_key(checkpoint: Checkpoint, parameter: str, *, tied: bool, prefixes: Prefixes = PREFIXES) -> str:
+    """Checkpoint key of a parameter.
+
+    Args:
+        checkpoint: where it is looked for.
+        parameter: name in the modules that are traced.
+        tied: whether the head may be the token embedding.
+        prefixes: of the family.
+
+    Raises:
+        CheckpointError: the checkpoint has it under none of the known names.
+    """
+    return find_key(checkpoint, parameter, with_shared_table(prefixes, tied=tied))
+
+
+def refuse_unknown_weights(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    *,
+    tied: bool,
+    ignored: str,
+    prefixes: Prefixes = PREFIXES,
+) -> None:
+    """Refuse a checkpoint with weights that transformers' model has no place for.
+
+    Args:
+        checkpoint: as published.
+        model: hollow, whole: with its `model` and its `lm_head`.
+        tied: see `weight_key`.
+        ignored: pattern of further keys that are known and not used.
+        prefixes: of the family.
+
+    Raises:
+        CheckpointError: names some of them.
+    """
+    parameters = (name.removeprefix("model.") for name in model.state_dict())
+    require_known(checkpoint, parameters, with_shared_table(prefixes, tied=tied), ignored=ignored)
+
+
+def _is_rgb(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(value, int | float) for value in values)
+    )

@@ -1,0 +1,64 @@
+"""What every vision graph does with the features of its tower: select, and project what is left.
+
+Shape letters: as in `prune/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from gap_export import prune
+from gap_export.modeling.attention import IMPLEMENTATION, IN_MATMULS
+from gap_export.plan import Plan
+from gap_export.prune import order
+
+
+def pruner_of(plan: Plan) -> str:
+    """The strategy that works before the decoder; what drops tokens inside it is shown all of them."""
+    return "none" if plan.stages else plan.pruner
+
+
+def tower_attention(plan: Plan) -> str:
+    """Which attention the vision tower is built with."""
+    varies = plan.count_is_given and prune.strategy(pruner_of(plan)).in_steps
+    return IN_MATMULS if varies else IMPLEMENTATION
+
+
+def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None) -> prune.Selected:
+    """What the strategy chooses, in its own order.
+
+    Args:
+        plan: of the build.
+        features: of the batch.
+        keep_count: where a call is told how many tokens to keep: [K] int64, traced for its extent.
+    """
+    name = pruner_of(plan)
+    if plan.counting == "adaptive":
+        return prune.load_adaptive(name).select_adaptive(features, plan.most, merged_id=plan.merged_id)
+    kept = plan.kept if keep_count is None else keep_count.shape[0]
+    return prune.load(name).select(features, kept, seed=plan.seed, merged_id=plan.merged_id)
+
+
+def project(
+    plan: Plan,
+    features: prune.VisionFeatures,
+    selected: prune.Selected,
+    projector: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """[B, K, H]: the selected tokens as the decoder takes them.
+
+    Only they are projected, unless the strategy looks at projected ones: projectors work token by token, so the order does not
+    matter.
+    """
+    survivors_BKE = selected.patches_BKE
+    # Padding repeats the first patch: any token will do where nobody looks.
+    indices_BK = selected.indices_BK.clamp(min=0)
+    reads_projected = prune.strategy(pruner_of(plan)).reads_projected
+    if survivors_BKE is None and reads_projected and features.projected_BNH is not None:
+        return order.take(features.projected_BNH, indices_BK)
+    if survivors_BKE is None:
+        survivors_BKE = order.take(features.patches_BNE, indices_BK)
+    projected_BKH: Tensor = projector(survivors_BKE)
+    return projected_BKH

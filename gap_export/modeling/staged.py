@@ -1,0 +1,318 @@
+"""Decoders that drop visual tokens between their layers: `prefill` with the selection inside, `decode` over what is left.
+
+Layers with the same tokens are a stage (`bundle.Stage`). Every stage has its own slots, because a token that is dropped leaves
+the cache of all later layers shorter; so it has its own slot counter, and its own `write_index` when decoding. Position ids:
+
+- `gap`: a survivor keeps its id through all stages, and all layers read the same `position_ids`.
+- `shifted`, `permuted`: a later stage numbers its tokens 0.. again, so that its ids *are* its slots. In `prefill` they are
+  counted, in `decode` a later stage reads its own `write_index` for an id. Stage 0 has every token: its ids have no gaps.
+
+The layers of transformers are traced unchanged, one by one. Nobody computes an attention map: the queries of the few rows that
+decide are held against the keys, once per cut.
+
+Shape letters: B batch, S tokens of a stage, N visual tokens of the stage before, K of this one, R raters, H decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gap_export.bundle.manifest import Stage
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
+from gap_export.modeling.attention import SlotCache, Watch, slot_mask
+from gap_export.modeling.splice import Splice
+from gap_export.plan import Plan
+from gap_export.positions import PositionPolicy
+from gap_export.prune import order
+from gap_export.prune.in_decoder import stages
+from gap_export.prune.in_decoder.stages import Prompt, Raters, attention_paid
+from gap_export.prune.order import take
+
+
+class StagedSplice(Splice):
+    """The splice of all N visual tokens; besides its counters those of the later stages, and where the image begins."""
+
+    def __init__(self, embedding: nn.Embedding, plan: Plan, **options: Any) -> None:
+        super().__init__(embedding, policy=plan.positions, **options)
+        self._dropped = [plan.kept - stage.kept for stage in plan.stages[1:]]
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, visual_embeds: Tensor, kept_indices: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """See `Splice.forward`; then image_start [B] int64, and next_slot [B] int64 of every later stage."""
+        spliced = super().forward(input_ids, visual_embeds, kept_indices)
+        next_slot = spliced[-1]
+        from_image_BT = (input_ids == self.image_token_id).to(torch.int64).cumsum(1)
+        image_start = (1 - from_image_BT).sum(1)
+        return (*spliced, image_start, *(next_slot - dropped for dropped in self._dropped))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a stage.
+
+    Attributes:
+        hidden_BSH: hidden states.
+        ids_BS: int64, what RoPE reads.
+        raster_BK: int64 raster indices of the visual ones.
+        dropped: how many visual tokens are gone since stage 0.
+    """
+
+    hidden_BSH: Tensor
+    ids_BS: Tensor
+    raster_BK: Tensor
+    dropped: int = 0
+
+
+class _StagedDecoder(nn.Module):
+    """What both graphs have in common."""
+
+    def __init__(self, language_model: PreTrainedModel, lm_head: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.language_model: Any = language_model
+        self.language_model.embed_tokens = None  # embeddings come in; the table lives in `splice` and `embed`
+        self.lm_head = lm_head
+        self._keeps_ids = plan.positions is PositionPolicy.GAP
+        self._stages = plan.stages
+
+    def _rotary(self, hidden_BSH: Tensor, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        cos_sin: tuple[Tensor, Tensor] = self.language_model.rotary_emb(hidden_BSH, position_ids=ids_BS)
+        return cos_sin
+
+    def _run(
+        self,
+        stage: Stage,
+        hidden_BSH: Tensor,
+        ids_BS: Tensor,
+        slot_B: Tensor,
+        cache: SlotCache,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """The layers of one stage, from a slot on; `watch` looks at the last of them."""
+        rotary = self._rotary(hidden_BSH, ids_BS)
+        mask = slot_mask(slot_B, hidden_BSH.shape[1], cache.present[2 * stage.first_layer].shape[2])
+        for number in stage.run:
+            hidden_BSH = self.language_model.layers[number](
+                hidden_BSH,
+                attention_mask=mask,
+                position_ids=ids_BS,
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=rotary,
+                watch=watch if number == stage.run[-1] else None,
+            )
+        return hidden_BSH
+
+    def _logits(self, hidden_BH: Tensor) -> Tensor:
+        logits_BV: Tensor = self.lm_head(self.language_model.norm(hidden_BH)).float()
+        return logits_BV
+
+
+class Prefill(_StagedDecoder):
+    """The prompt, from slot 0 on, through all stages."""
+
+    def __init__(self, language_model: PreTrainedModel, lm_head: nn.Module, plan: Plan) -> None:
+        super().__init__(language_model, lm_head, plan)
+        self._pruner, self._policy = stages.load(plan.pruner), plan.positions
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        last_index: Tensor,
+        image_start: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One prompt per row.
+
+        Args:
+            inputs_embeds: [B, S, H], all N visual tokens in place, short rows padded at the end.
+            position_ids: [B, S] int64.
+            last_index: [B] int64: the row of S with the last real token.
+            image_start: [B] int64: text tokens before the image.
+            past: key and value of every layer, [B, Hkv, C, D] with the capacity of the layer's stage.
+
+        Returns:
+            logits [B, V] float32 of each row's last token; for every later stage the raster indices [B, K] int64 of its
+            visual tokens, in the order in which they stand there; the updated caches.
+        """
+        first_slot = torch.zeros_like(last_index)
+        cache, watch, kept = SlotCache(past, first_slot), Watch(), []
+        visual = self._stages[0].kept
+        raters = self._pruner.raters(Prompt(inputs_embeds, image_start, last_index, visual))
+        raster_BN = torch.arange(visual).expand(inputs_embeds.shape[0], -1)
+        tokens = _Tokens(inputs_embeds, position_ids, raster_BN)
+        for stage in self._stages:
+            if stage.first_layer:
+                scores_BN = self._scores(tokens, raters, image_start, stage.first_layer, watch)
+                tokens = self._cut(tokens, stage, image_start, scores_BN)
+                kept.append(tokens.raster_BK)
+            watch = Watch()
+            hidden_BSH = self._run(stage, tokens.hidden_BSH, tokens.ids_BS, first_slot, cache, watch)
+            tokens = _Tokens(hidden_BSH, tokens.ids_BS, tokens.raster_BK, tokens.dropped)
+        last_B1 = (last_index - tokens.dropped)[:, None]
+        return (self._logits(take(tokens.hidden_BSH, last_B1)[:, 0]), *kept, *cache.present)
+
+    def _scores(
+        self, tokens: _Tokens, raters: Raters, image_start: Tensor, ahead: int, watch: Watch
+    ) -> Tensor:
+        """[B, N] float32: attention that the raters pay to every visual token.
+
+        Args:
+            tokens: of the stage that ends.
+            raters: who decides.
+            image_start: [B] int64.
+            ahead: the first layer of the stage that begins.
+            watch: on the layer that just ran.
+        """
+        rows_BR = raters.rows_BR - tokens.dropped  # they stand behind the image
+        if self._pruner.looks_ahead:
+            watch = self._compared_by(ahead, tokens.hidden_BSH, tokens.ids_BS)
+            own = self._compared_by(ahead, take(tokens.hidden_BSH, rows_BR), tokens.ids_BS.gather(1, rows_BR))
+            query_BHRD = own.query_BHSD
+        else:
+            assert watch.query_BHSD is not None
+            index_BHRD = rows_BR[:, None, :, None].expand(
+                -1, watch.query_BHSD.shape[1], -1, watch.query_BHSD.shape[3]
+            )
+            query_BHRD = watch.query_BHSD.gather(2, index_BHRD)
+        assert query_BHRD is not None
+        assert watch.key_BGCD is not None
+        paid_BRC = attention_paid(query_BHRD, watch.key_BGCD, rows_BR, watch.scale)
+        scores_BC = (raters.weights_BR[:, :, None] * paid_BRC).sum(dim=1)
+        return scores_BC.gather(1, image_start[:, None] + torch.arange(tokens.raster_BK.shape[1]))
+
+    def _compared_by(self, number: int, hidden_BSH: Tensor, ids_BS: Tensor) -> Watch:
+        """Queries and keys that a layer would compare. Its attention itself goes nowhere and leaves the graph."""
+        layer, watch = self.language_model.layers[number], Watch()
+        layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden_BSH),
+            position_embeddings=self._rotary(hidden_BSH, ids_BS),
+            attention_mask=None,
+            watch=watch,
+        )
+        return watch
+
+    def _cut(self, tokens: _Tokens, stage: Stage, image_start: Tensor, scores_BN: Tensor) -> _Tokens:
+        """The tokens of the stage that begins. Ids are gathered with the index that hidden states are gathered with."""
+        hidden_BSH, visual, kept = tokens.hidden_BSH, scores_BN.shape[1], stage.kept
+        start_B1 = image_start[:, None]
+        image_BNH = take(hidden_BSH, start_B1 + torch.arange(visual))
+        selected = self._pruner.select(scores_BN, image_BNH, kept=kept, merged=stage.merged)
+        selected = order.in_decoder_order(selected, self._policy)
+        places_BK = selected.indices_BK
+
+        slots_S = torch.arange(hidden_BSH.shape[1] - (visual - kept))
+        within_image_BS = slots_S[None] - start_B1
+        is_visual_BS = (within_image_BS >= 0) & (within_image_BS < kept)
+        place_BS = within_image_BS.clamp(0, kept - 1)
+        text_BS = torch.where(within_image_BS >= kept, slots_S[None] + (visual - kept), slots_S[None])
+        source_BS = torch.where(is_visual_BS, start_B1 + places_BK.gather(1, place_BS), text_BS)
+
+        left_BSH = take(hidden_BSH, source_BS)
+        if selected.patches_BKE is not None:
+            left_BSH = torch.where(is_visual_BS[:, :, None], take(selected.patches_BKE, place_BS), left_BSH)
+        ids_BS = (
+            tokens.ids_BS.gather(1, source_BS) if self._keeps_ids else slots_S.expand(hidden_BSH.shape[0], -1)
+        )
+        return _Tokens(
+            left_BSH, ids_BS, tokens.raster_BK.gather(1, places_BK), tokens.dropped + visual - kept
+        )
+
+
+class Decode(_StagedDecoder):
+    """One token per row."""
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, write_index: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One call.
+
+        Args:
+            inputs_embeds: [B, 1, H].
+            position_ids: [B, 1] int64: what RoPE reads; in all stages under `gap`, in stage 0 under the others.
+            write_index: [B] int64: the slot of the token in stage 0.
+            rest: the same for every later stage; then key and value of every layer as in `Prefill`.
+
+        Returns:
+            logits [B, V] float32, then the updated caches.
+        """
+        later, past = rest[: len(self._stages) - 1], rest[len(self._stages) - 1 :]
+        hidden_B1H = inputs_embeds
+        present: list[Tensor] = []
+        for stage, slot_B in zip(self._stages, (write_index, *later), strict=True):
+            ids_B1 = position_ids if self._keeps_ids or not stage.first_layer else slot_B[:, None]
+            cache = SlotCache(past, slot_B)
+            hidden_B1H = self._run(stage, hidden_B1H, ids_B1, slot_B, cache)
+            present += cache.present[2 * stage.run.start : 2 * stage.run.stop]
+        return (self._logits(hidden_B1H[:, 0]), *present)
+
+
+def splice_outputs(plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
+    """What `StagedSplice` gives besides the outputs of `Splice`."""
+    names = ("image_start", *(f"next_slot.{number}" for number in range(1, len(plan.stages))))
+    return tuple(TensorSpec(name=name, dtype="int64", shape=(batch,)) for name in names)
+
+
+def decoder_graphs(
+    language_model: PreTrainedModel,
+    lm_head: nn.Module,
+    plan: Plan,
+    *,
+    embeds: TensorSpec,
+    logits: TensorSpec,
+    past: Sequence[TensorSpec],
+    present: Sequence[TensorSpec],
+) -> list[tuple[GraphSpec, nn.Module]]:
+    """`prefill` and `decode`.
+
+    Args:
+        language_model: hollow.
+        lm_head: the same.
+        plan: with stages.
+        embeds: inputs_embeds [B, S, H] of a prompt with every visual token.
+        logits: [B, V].
+        past: caches, with the capacity of their layer's stage.
+        present: the same, as outputs.
+    """
+    batch, sequence, hidden = embeds.shape
+    later = range(1, len(plan.stages))
+
+    def whole(name: str, *shape: int | Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype="int64", shape=shape)
+
+    aliased = {out.name: into.name for out, into in zip(present, past, strict=True)}
+    prefill = GraphSpec(
+        name="prefill",
+        inputs=(
+            embeds,
+            whole("position_ids", batch, sequence),
+            whole("last_index", batch),
+            whole("image_start", batch),
+            *past,
+        ),
+        outputs=(logits, *(whole(f"kept_indices.{s}", batch, plan.stages[s].kept) for s in later), *present),
+        aliased=aliased,
+    )
+    decode = GraphSpec(
+        name="decode",
+        inputs=(
+            TensorSpec(name="inputs_embeds", dtype=embeds.dtype, shape=(batch, 1, hidden)),
+            whole("position_ids", batch, 1),
+            whole("write_index", batch),
+            *(whole(f"write_index.{s}", batch) for s in later),
+            *past,
+        ),
+        outputs=(logits, *present),
+        aliased=aliased,
+    )
+    return [
+        (prefill, Prefill(language_model, lm_head, plan)),
+        (decode, Decode(language_model, lm_head, plan)),
+    ]

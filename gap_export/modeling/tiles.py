@@ -1,0 +1,181 @@
+"""Pictures of many tiles in the vision graph: one picture per call, whose tiles the tower takes as a batch.
+
+A strategy looks at the picture as a whole. Its visual tokens are gathered from the tiles that saw them, in the order of the
+unpruned prompt; attention of a class token is that of the token's own tile. Which cells of the tiles are tokens of the picture,
+and where they stand in the prompt, comes with the pixels (`runtime/tiles.py`).
+
+Ends of lines are no features: they are never pruned and come between the kept tokens at the end.
+
+Shape letters: as in `prune/__init__.py`; t tiles, C tokens of a tile, P visual tokens that may be pruned (the N of strategies), R ends of
+lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gap_export import prune
+from gap_export.bundle.spec import Dim, TensorSpec
+from gap_export.inputs.layouts import AnyRes, DynamicTiles
+from gap_export.inputs.tiles import (
+    CELLS,
+    CORNERS,
+    NEWLINES,
+    PLACES,
+    USUAL_SIZE,
+    WEIGHTS,
+    anyres_layout,
+    anyres_range,
+    tile_counts,
+)
+from gap_export.plan import Plan
+from gap_export.prune import order
+
+Gather = Callable[[Tensor], Tensor]
+"""[t, C, E] -> [1, P, E]."""
+
+
+def cells_gather(cells_P: Tensor) -> Gather:
+    """Tokens by their index in the flattened tiles."""
+    return lambda tokens_tCE: tokens_tCE.flatten(0, 1).index_select(0, cells_P)[None]
+
+
+def corners_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
+    """Tokens as weighted sums of four: a grid that was scaled down."""
+
+    def gather(tokens_tCE: Tensor) -> Tensor:
+        flat_E = tokens_tCE.flatten(0, 1)
+        terms = [flat_E.index_select(0, corners_P4[:, n]).float() * weights_P4[:, n, None] for n in range(4)]
+        return (terms[0] + terms[1] + terms[2] + terms[3]).to(tokens_tCE.dtype)[None]
+
+    return gather
+
+
+@dataclass(frozen=True)
+class TiledFeatures(prune.VisionFeatures):
+    """Features of one picture, whose scores and keys are those of its tiles.
+
+    Attributes:
+        tiles: features of the tiles as a batch.
+        gather: picks the picture's tokens.
+    """
+
+    tiles: prune.VisionFeatures = field(kw_only=True)
+    gather: Gather = field(kw_only=True)
+
+    @property
+    def class_attention_BN(self) -> Tensor | None:
+        """See `VisionFeatures`; of the class token of each patch's own tile."""
+        return self._scores(self.tiles.class_attention_BN)
+
+    @property
+    def mean_keys_BND(self) -> Tensor | None:
+        """See `VisionFeatures`."""
+        return self._gathered(self.tiles.mean_keys_BND)
+
+    @property
+    def following_attention_BN(self) -> Tensor | None:
+        """See `VisionFeatures`; of the class token of each patch's own tile."""
+        return self._scores(self.tiles.following_attention_BN)
+
+    @property
+    def following_patch_keys_BNE(self) -> Tensor | None:
+        """See `VisionFeatures`."""
+        return self._gathered(self.tiles.following_patch_keys_BNE)
+
+    def _scores(self, scores_tC: Tensor | None) -> Tensor | None:
+        return None if scores_tC is None else self.gather(scores_tC[..., None])[..., 0]
+
+    def _gathered(self, keys_tCE: Tensor | None) -> Tensor | None:
+        return None if keys_tCE is None else self.gather(keys_tCE)
+
+
+def features_of_picture(tiles: prune.VisionFeatures, gather: Gather, whole: int) -> TiledFeatures:
+    """Features of one picture from those of its tiles.
+
+    Args:
+        tiles: as a batch.
+        gather: picks the picture's tokens.
+        whole: index of the tile that shows the whole picture; its class token is the picture's.
+    """
+
+    def gathered(tokens_tCE: Tensor | None) -> Tensor | None:
+        return None if tokens_tCE is None else gather(tokens_tCE)
+
+    class_token_tE, patches_tCE = tiles.class_token_BE, tiles.patches_BNE
+    numbers_tC1 = torch.arange(patches_tCE.shape[0])[:, None, None].expand(-1, patches_tCE.shape[1], -1)
+    return TiledFeatures(
+        patches_BNE=gather(tiles.patches_BNE),
+        grid=None,
+        class_token_BE=None if class_token_tE is None else class_token_tE[whole][None],
+        projected_BNH=gathered(tiles.projected_BNH),
+        aligned_BNP=gathered(tiles.aligned_BNP),
+        text_BP=tiles.text_BP,
+        tile_N=gather(numbers_tC1).flatten(),
+        aligned_inversely=tiles.aligned_inversely,
+        tiles=tiles,
+        gather=gather,
+    )
+
+
+def with_newlines(
+    plan: Plan,
+    embeds_BKH: Tensor,
+    selected: prune.Selected,
+    places_P: Tensor,
+    newline_H: Tensor,
+    newlines_R: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Kept tokens and ends of lines in the order in which they enter the decoder.
+
+    Sorted by place, or, under the policy that keeps the order of scores, ends of lines last.
+
+    Args:
+        plan: of the build.
+        embeds_BKH: kept tokens of one picture.
+        selected: the same tokens among the P.
+        places_P: places of all P tokens in the unpruned prompt.
+        newline_H: embedding of the end of a line.
+        newlines_R: places of the ends of lines.
+
+    Returns:
+        visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
+    """
+    ends_BRH = newline_H.to(embeds_BKH.dtype).expand(1, newlines_R.shape[0], -1)
+    places_BK = places_P.index_select(0, selected.indices_BK.flatten())[None]
+    both = prune.Selected(
+        torch.cat([places_BK, newlines_R[None]], dim=1), torch.cat([embeds_BKH, ends_BRH], dim=1)
+    )
+    ordered = order.in_decoder_order(both, plan.positions)
+    assert ordered.patches_BKE is not None
+    return ordered.patches_BKE, ordered.indices_BK
+
+
+def anyres_inputs(preprocessing: AnyRes) -> tuple[TensorSpec, ...]:
+    """Inputs of the vision graph for one picture of AnyRes tiles, in the order in which modules take them."""
+    tokens, _ = anyres_range(preprocessing)
+    prunable = Dim(name="prunable", minimum=tokens.fewest, optimum=tokens.usual, maximum=tokens.most)
+    usual_lines = len(anyres_layout(*USUAL_SIZE, preprocessing)[NEWLINES])
+    lines = Dim(name="lines", minimum=1, optimum=usual_lines, maximum=tokens.never_pruned)
+
+    def whole(name: str, *shape: int | Dim) -> TensorSpec:
+        return TensorSpec(name=name, dtype="int64", shape=shape)
+
+    sources = (
+        (whole(CELLS, prunable),)
+        if preprocessing.most_tiles is None
+        else (whole(CORNERS, prunable, 4), TensorSpec(name=WEIGHTS, dtype="float32", shape=(prunable, 4)))
+    )
+    return (pixel_values(preprocessing), whole(PLACES, prunable), whole(NEWLINES, lines), *sources)
+
+
+def pixel_values(preprocessing: AnyRes | DynamicTiles) -> TensorSpec:
+    """Tiles of one picture."""
+    usual, most = tile_counts(preprocessing)
+    tiles = Dim(name="tiles", minimum=1, optimum=usual, maximum=most)
+    size = preprocessing.size
+    return TensorSpec(name="pixel_values", dtype="float32", shape=(tiles, 3, size, size))

@@ -1,0 +1,1 @@
+"""Tasks dealt to processes of this machine, or to a Ray cluster."""

@@ -1,0 +1,153 @@
+"""What a build will need, told before the long part: disk and memory, from the headers of the checkpoint's files alone.
+
+Weights of the wanted element type are linked and cost nothing; others are written anew. Tracing holds graphs, not weights. An
+engine holds the weights again, and building it holds them in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from gap_export.bundle.manifest import ModelFacts
+from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.safetensors import WeightLocation
+from gap_export.errors import EnvironmentLacks
+from gap_export.precision import ACTIVATIONS, Activations, Precision
+from gap_export.recipe.recipe import Recipe
+
+STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_WIDTH: dict[Activations, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+_QUANTIZED: dict[Precision, float] = {
+    "int8": 1.01,
+    "int4": 0.63,
+    "int4-fp16": 0.57,
+    "fp8": 1.01,
+    "nvfp4": 0.57,
+}
+"""Bytes per weight of a linear layer, scales included."""
+
+# Measured by bench/export.py: 0.59 GB with 32 layers, most of it torch and transformers themselves.
+_IMPORTS, _PER_LAYER = 450 * 10**6, 5 * 10**6
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one build, in bytes.
+
+    Attributes:
+        disk: newly written.
+        memory: at the peak.
+        converted: of `disk`, weights that are converted or computed.
+    """
+
+    disk: int
+    memory: int
+    converted: int
+
+
+def needs_of(
+    checkpoint: Checkpoint, recipe: Recipe, facts: ModelFacts, *, linkable: bool, self_contained: bool
+) -> Needs:
+    """An estimate, rather too high than too low: weights that no graph uses are counted.
+
+    Args:
+        checkpoint: joined by its parts.
+        recipe: of the build.
+        facts: sizes of the model.
+        linkable: whether the output lies on a file system into which the checkpoint's files can be linked.
+        self_contained: whether they are copied anyway.
+    """
+    activations = ACTIVATIONS[recipe.precision]
+    wanted, width = STORED[activations], _WIDTH[activations]
+    quantized = _QUANTIZED.get(recipe.precision)
+    converted, whole, files = 0, 0, set[Path]()
+    for weight in checkpoint.weights.values():
+        elements = 1
+        for extent in weight.shape:
+            elements *= extent
+        if quantized is not None and len(weight.shape) == 2 and weight.shape[0] != facts.vocabulary:
+            converted += round(elements * quantized)
+            continue
+        whole += elements * width
+        if isinstance(weight, WeightLocation) and weight.dtype == wanted:
+            files.add(weight.file)
+        else:
+            converted += elements * width
+    copied = sum(file.stat().st_size for file in files) if self_contained or not linkable else 0
+    engines = sum(target != "onnx" for target in recipe.targets)
+    return Needs(
+        disk=converted + copied + engines * whole,
+        memory=_IMPORTS + _PER_LAYER * facts.layers + (whole if engines else 0),
+        converted=converted,
+    )
+
+
+def require_room(needs: Needs, out: Path, recipe: Recipe) -> None:
+    """Refuse a build that the machine has no room for.
+
+    Args:
+        needs: of the build.
+        out: the bundle folder, which need not exist.
+        recipe: for advice.
+
+    Raises:
+        EnvironmentLacks: with what is needed, what there is, and what to do.
+    """
+    free = shutil.disk_usage(existing_parent(out)).free
+    if needs.disk > free:
+        advice = ["choose an --output on another disk"]
+        if needs.converted:
+            advice.append("or the --precision that the checkpoint is stored in, whose weights are linked")
+        if len(recipe.targets) > 1:
+            advice.append("or fewer --target")
+        raise EnvironmentLacks(
+            f"has {_size(free)} free, and the build writes about {_size(needs.disk)}",
+            subject=str(out),
+            hint=", ".join(advice),
+        )
+    memory = available_memory()
+    if memory is not None and needs.memory > memory:
+        raise EnvironmentLacks(
+            f"of {_size(memory)} is free, and the build takes about {_size(needs.memory)} at its peak",
+            subject="memory",
+            hint="close other programs, build engines (--target) on a larger machine, or set GAP_EXPORT_ANY_MEMORY=1 to try anyway",
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def linkable(checkpoint: Checkpoint, out: Path) -> bool:
+    """Whether every weight file lies on the file system that the bundle will lie on."""
+    device = existing_parent(out).stat().st_dev
+    return all(weight.file.stat().st_dev == device for weight in checkpoint.weights.values())
+
+
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a process may still take: of the machine, or of the control group it runs in; None where nobody tells."""
+    if os.environ.get("GAP_EXPORT_ANY_MEMORY") == "1":
+        return None
+    found = []
+    listing = proc / "meminfo"
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.is_file() and used.is_file():
+        words = limit.read_text().strip()
+        if words != "max":
+            found.append(int(words) - int(used.read_text()))
+    return min(found, default=None)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,121 @@
+"""What a strategy cannot do, said before a build: towers it cannot work on, counts it cannot give, text nobody reads."""
+
+from __future__ import annotations
+
+from gap_export.bundle.manifest import TowerPart
+from gap_export.errors import RecipeError
+from gap_export.prune.table import STRATEGIES, Strategy
+
+
+def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...], *, differ: bool = False) -> None:
+    """Refuse a strategy that cannot work on a tower.
+
+    Args:
+        wanted: the strategy.
+        lacking: what the tower does not have.
+        differ: whether pictures differ in how many visual tokens they have, so that none can be dropped inside the decoder.
+
+    Raises:
+        RecipeError: with the list of those that can.
+    """
+    missing = [part.replace("_", " ") for part in wanted.needs if part in lacking]
+    if missing:
+        able = [
+            row.name
+            for row in STRATEGIES
+            if not row.needs_text
+            and not set(row.needs) & set(lacking)
+            and not (differ and row.where == "inside the decoder")
+        ]
+        raise RecipeError(
+            f"needs a {' and a '.join(missing)}, which this vision tower does not have",
+            subject=f"pruner {wanted.name}",
+            hint=f"these work on it: {', '.join(able)}",
+        )
+
+
+def require_adaptive(wanted: Strategy) -> None:
+    """Refuse `keep: adaptive` for a strategy that has no rule for it.
+
+    Raises:
+        RecipeError: with the list of those that have.
+    """
+    if not wanted.adaptive:
+        able = ", ".join(row.name for row in STRATEGIES if row.adaptive)
+        raise RecipeError(
+            "has no rule of its own for how many tokens a picture needs",
+            subject=f"pruner {wanted.name}, keep adaptive",
+            hint=f"give a fraction or a range, or use one of {able}",
+        )
+
+
+def require_text(wanted: Strategy, *, has_text_tower: bool, published: str | None) -> None:
+    """Refuse a strategy that looks at the expression where nothing can read it.
+
+    Args:
+        wanted: the strategy.
+        has_text_tower: whether the recipe names a CLIP checkpoint with one.
+        published: hub id of the checkpoint to add, where it is known.
+
+    Raises:
+        RecipeError: with the checkpoint to add, and the strategies that do without.
+    """
+    if wanted.needs_text and not has_text_tower:
+        able = ", ".join(row.name for row in STRATEGIES if not row.needs_text)
+        raise RecipeError(
+            "looks at the expression, and the checkpoint has no text tower to read it with",
+            subject=f"pruner {wanted.name}",
+            hint=f"add --text-tower {published or 'with the CLIP checkpoint that the vision tower comes from'}, or use one of {able}",
+        )
+
+
+def require_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
+    """Refuse a count that a strategy cannot give.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    if wanted.name == "none" and kept != visual_tokens:
+        raise RecipeError(
+            f"keeps all {visual_tokens} tokens, and keep asks for {kept}",
+            subject="pruner none",
+            hint="use --keep 1.0, or another pruner",
+        )
+    if kept < wanted.fewest:
+        raise RecipeError(
+            f"keeps at least {wanted.fewest} tokens: {wanted.merged} without a place of their own, and at least one patch "
+            "from which the order of the picture can be told",
+            subject=f"pruner {wanted.name}, keep {kept} of {visual_tokens}",
+            hint=f"use --keep {wanted.fewest / visual_tokens:.3g} or more, or another pruner",
+        )
+
+
+def require_fraction(keep: float) -> None:
+    """Refuse what is no share of the visual tokens.
+
+    Raises:
+        RecipeError: outside (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise RecipeError(
+            "is the fraction of visual tokens kept and must be above 0 and at most 1",
+            subject=f"keep {keep:g}",
+            hint="0.25 keeps a quarter of them",
+        )
+
+
+def kept_count(keep: float, visual_tokens: int) -> int:
+    """How many tokens a fraction keeps: the nearest count, halves up.
+
+    Raises:
+        RecipeError: a fraction outside (0, 1], or one that keeps none.
+    """
+    require_fraction(keep)
+    kept = int(keep * visual_tokens + 0.5)
+    if kept == 0:
+        raise RecipeError(
+            f"keeps none of {visual_tokens} tokens",
+            subject=f"keep {keep:g}",
+            hint=f"{1 / visual_tokens:.2g} keeps one of them",
+        )
+    return kept

@@ -1,0 +1,1 @@
+"""Pruners that drop tokens between the layers of the decoder."""

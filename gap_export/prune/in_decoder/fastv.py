@@ -1,0 +1,37 @@
+"""FastV: after an early layer, keep what the last token of the prompt attends to most there.
+
+Source: FastV (arXiv 2403.06764) and its published code. Score of a visual token: attention of the prompt's last token to it in
+the layer that just ran, mean over heads, softmax over everything that the last token sees. One cut, before layer 2 (the paper's
+K = 2), or before the last layer of a shallower decoder. The original keeps the ids of survivors: GAP is what FastV does.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gap_export import prune
+from gap_export.prune import Selected
+from gap_export.prune.in_decoder.stages import Cut, Prompt, Raters, best, last_token, spread
+
+
+class FastV:
+    """One cut, by the layer that just ran."""
+
+    stages = 1
+    looks_ahead = False
+
+    def first_layers(self, layers: int) -> tuple[int, ...]:
+        """See `DecoderPruner.first_layers`."""
+        return spread((2,), layers)
+
+    def cuts(self, keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
+        """See `DecoderPruner.cuts`."""
+        return (Cut(first_layers[0], prune.kept_count(keep, visual_tokens)),)
+
+    def raters(self, prompt: Prompt) -> Raters:
+        """See `DecoderPruner.raters`: the last token."""
+        return last_token(prompt)
+
+    def select(self, scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
+        """See `DecoderPruner.select`."""
+        return best(scores_BN, kept)

@@ -1,0 +1,328 @@
+"""The reference: a family's own model, eager, with explicit ids, an explicit mask and our own decode loop.
+
+Nothing of the export path is used here. The model is that of `references/`, class-token attention is read from the full
+attention map, the selection is that of `prune/reference/` (float64, one picture at a time), rows are run without padding, and
+ids come from `positions.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, DynamicCache
+
+from gap_export import prune
+from gap_export.bundle.manifest import Pruning
+from gap_export.errors import CheckpointError
+from gap_export.families.reference import ReferenceModel, Shown, quiet_loading
+from gap_export.inputs.batch import PixelInputs
+from gap_export.inputs.prompt import PAD, TextTower, text_lengths
+from gap_export.positions import Ids, Placement, place
+from gap_export.prune import reference
+from gap_export.runtime.session import (
+    Buffer,
+    Prefilled,
+    Spliced,
+    VisualTokens,
+    require_within_bound,
+    vision_inputs,
+)
+
+_UNBOUNDED = 2**31
+
+
+@dataclass
+class _Group:
+    """Rows of equal prompt length, run together without padding."""
+
+    rows: list[int]
+    cache: DynamicCache
+
+
+class TextReference:
+    """transformers' own text tower of a CLIP checkpoint, and its projection of patches.
+
+    Args:
+        checkpoint: folder of the CLIP checkpoint.
+        facts: from the bundle's manifest.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+
+    def __init__(self, checkpoint: Path, facts: TextTower) -> None:
+        self.aligned_inversely = facts.aligned_inversely
+        try:
+            with quiet_loading():  # it would report what else a CLIP checkpoint holds
+                self._model = CLIPTextModelWithProjection.from_pretrained(
+                    checkpoint, attn_implementation="eager", local_files_only=True
+                ).eval()
+            files = sorted(checkpoint.glob("*.safetensors"))
+            (self._visual_projection_PE,) = (
+                stored.get_tensor("visual_projection.weight").float()
+                for file in files
+                for stored in [safe_open(file, framework="pt")]
+                if "visual_projection.weight" in stored.keys()  # noqa: SIM118  (not a dict)
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not be loaded by transformers: {str(error).splitlines()[0]}",
+                subject=str(checkpoint),
+                hint="the reference needs the text tower the bundle was built with",
+            ) from error
+
+    def embedded(self, text_ids_BL: Ids) -> Tensor:
+        """[B, P]: every expression by itself, without padding."""
+        rows = []
+        for ids_L in text_ids_BL:
+            end = int(np.flatnonzero(ids_L == ids_L[-1])[0])
+            rows.append(self._model(input_ids=torch.from_numpy(ids_L[None, : end + 1])).text_embeds[0])
+        return torch.stack(rows)
+
+    def aligned(self, normed_BNE: Tensor) -> Tensor:
+        """[B, N, E] patches after the vision tower's last norm -> [B, N, P]."""
+        aligned_BNP: Tensor = normed_BNE.float() @ self._visual_projection_PE.T
+        return aligned_BNP
+
+
+class TorchSession:
+    """See `Session`.
+
+    Args:
+        model: of the family.
+        pruning: what to prune and how to number.
+        text_tower: for pruners that look at the expression.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self, model: ReferenceModel, pruning: Pruning, *, text_tower: TextReference | None = None
+    ) -> None:
+        self._model, self._pruning, self._text_tower = model, pruning, text_tower
+        self.capacities = (_UNBOUNDED,) * max(1, len(pruning.stages))
+        self._groups: list[_Group] = []
+        self._forked: DynamicCache | None = None
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        pixels: PixelInputs,
+        *,
+        text_ids_BL: Ids | None = None,
+        keep_count: int | None = None,
+    ) -> VisualTokens:
+        """See `Session.encode`; embeddings are a list of rows [K_b, H] where pictures differ."""
+        pruning = self._pruning
+        vision_inputs(
+            pruning, reads_text=self._text_tower is not None, text_ids_BL=text_ids_BL, keep_count=keep_count
+        )
+        pictures = self._see(pixels, text_ids_BL)
+        choices = [self._choose(shown, keep_count) for shown in pictures]
+        adaptive = pruning.counting == "adaptive"
+        if adaptive:
+            require_within_bound(np.array([choice.needed for choice in choices]), pruning)
+        embeds, places = zip(*map(self._model.tokens, pictures, choices), strict=True)
+        counts_B = np.array([len(kept_K) for kept_K in places], np.int64)
+        kept_BK = np.full((len(places), counts_B.max()), prune.NO_TOKEN, np.int64)
+        for row, kept_K in enumerate(places):
+            kept_BK[row, : counts_B[row]] = kept_K
+        # One score decides, and is as long for every picture: what differs can be told to be a tie token by token.
+        by_score = pruning.pruner == "cls_attention" and self._model.grid is not None
+        scores = [shown["attention_N"] for shown in pictures] if by_score else []
+        return VisualTokens(
+            embeds=list(embeds) if adaptive else torch.stack(embeds),
+            kept_indices=kept_BK,
+            kept_counts=counts_B if adaptive else None,
+            scores=np.stack([score.numpy() for score in scores if score is not None]) if scores else None,
+            margins=None if scores else np.array([choice.margin for choice in choices]),
+        )
+
+    @torch.inference_mode()
+    def order_of(
+        self,
+        pruner: str,
+        pixels: PixelInputs,
+        kept: int,
+        *,
+        grid: tuple[int, int],
+        text_ids_BL: Ids | None = None,
+    ) -> Ids:
+        """What a strategy, this session's or another, would keep of one picture.
+
+        Args:
+            pruner: its name; one that chooses before the decoder.
+            pixels: of one call with one picture.
+            kept: K.
+            grid: (rows, columns) of the visual tokens.
+            text_ids_BL: [1, L], for strategies that look at the expression.
+
+        Returns:
+            [K] int64 raster indices, best first.
+        """
+        (shown,) = self._see(pixels, text_ids_BL)
+        seen, pruning = self._seen(shown, grid), self._pruning
+        return reference.choose(pruner, seen, kept, seed=pruning.seed, merged_id=pruning.merged_id).indices_K
+
+    def _see(self, pixels: PixelInputs, text_ids_BL: Ids | None) -> list[Shown]:
+        """What the tower shows of every picture, with the expression where it is read."""
+        pictures = self._model.see(pixels)
+        if self._text_tower is not None and text_ids_BL is not None:
+            for shown, text_P in zip(pictures, self._text_tower.embedded(text_ids_BL), strict=True):
+                normed_NE = shown["normed_NE"]
+                assert normed_NE is not None
+                shown["aligned_NP"], shown["text_P"] = self._text_tower.aligned(normed_NE), text_P
+        return pictures
+
+    def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
+        """See `Session.embeds_together`; rows are not padded here."""
+        return [torch.cat([part[0] for part in row]) for row in rows]
+
+    @torch.inference_mode()
+    def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
+        """See `Session.splice`; embeddings are a list of unpadded rows [S_b, H]."""
+        texts_BI = text_lengths(input_ids_BT, self._model.image_token_id)
+        several = visual.kept_counts if texts_BI.shape[1] > 2 else None
+        rows = []
+        for row, visual_KH in enumerate(visual.embeds):
+            counts = [len(visual_KH)] if several is None else several[row].tolist()
+            # (The placeholder's own id need not be in the table.)
+            ends = (texts_BI[row] + 1).cumsum()
+            texts = [
+                input_ids_BT[row, end - 1 - count : end - 1]
+                for end, count in zip(ends, texts_BI[row], strict=True)
+            ]
+            text_rows = [self._model.embedding(torch.from_numpy(ids.copy())) for ids in texts]
+            turns = zip(text_rows, [*visual_KH.split(counts), visual_KH[:0]], strict=True)
+            rows.append(torch.cat([piece for turn in turns for piece in turn]))
+        placement = place(
+            visual.kept_indices,
+            text_before=texts_BI[:, 0],
+            text_after=texts_BI[:, -1],
+            between=texts_BI[:, 1:-1],
+            kept_counts=several,
+            visual_tokens=self._pruning_extent(visual),
+            policy=self._pruning.positions,
+            merged=self._pruning.merged,
+            stages=tuple(stage.kept for stage in self._pruning.stages[1:]),
+            grids=visual.image_grid,
+        )
+        return Spliced(embeds=rows, placement=placement)
+
+    def _pruning_extent(self, visual: VisualTokens) -> Ids | int:
+        """N of every picture."""
+        if visual.visual_counts is not None:
+            return visual.visual_counts
+        assert self._model.grid is not None
+        return self._model.grid[0] * self._model.grid[1]
+
+    @torch.inference_mode()
+    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
+        """See `Session.prefill`."""
+        by_length: dict[int, list[int]] = {}
+        for row, embeds_SH in enumerate(embeds):
+            by_length.setdefault(len(embeds_SH), []).append(row)
+        self._groups, self._forked = [_Group(rows, DynamicCache()) for rows in by_length.values()], None
+        return Prefilled(
+            self._forward(
+                lambda group: (
+                    torch.stack([embeds[row] for row in group.rows]),
+                    placement.position_ids[..., group.rows, : len(embeds[group.rows[0]])],
+                )
+            )
+        )
+
+    def fork(self, rows: int) -> None:
+        """See `Session.fork`; here the prompt is kept apart, and copied by whoever goes on from it."""
+        if self._forked is None:
+            self._forked = self._groups[0].cache
+
+    @torch.inference_mode()
+    def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
+        """See `Session.extend`; rows of one length are run together, without padding."""
+        assert self._forked is not None
+        lengths = (token_ids_BT != PAD).sum(axis=1)
+        self._groups = []
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length).tolist()
+            cache = copy.deepcopy(self._forked)
+            cache.batch_repeat_interleave(len(rows))
+            self._groups.append(_Group(rows, cache))
+        embed = self._model.embedding
+        return self._forward(
+            lambda group: (
+                embed(torch.from_numpy(token_ids_BT[group.rows, : lengths[group.rows[0]]])),
+                placement.position_ids[..., group.rows, : lengths[group.rows[0]]],
+            )
+        )
+
+    @torch.inference_mode()
+    def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
+        """See `Session.step`; the slot is the length of the row's own cache, by construction."""
+        embed = self._model.embedding
+        return self._forward(
+            lambda group: (
+                embed(torch.from_numpy(token_ids_B[group.rows])[:, None]),
+                placement.position_ids[..., group.rows, :],
+            )
+        )
+
+    def _forward(self, inputs_of: Any) -> NDArray[np.float32]:
+        logits: dict[int, NDArray[np.float32]] = {}
+        for group in self._groups:
+            embeds_BSH, ids_BS = inputs_of(group)
+            seen = group.cache.get_seq_length()
+            # Explicit ones: without any mask, transformers would read gaps in the ids as packed sequences.
+            mask = torch.ones(len(group.rows), seen + embeds_BSH.shape[1], dtype=torch.int64)
+            out = self._model.language_model(
+                inputs_embeds=embeds_BSH,
+                position_ids=torch.from_numpy(np.ascontiguousarray(ids_BS)),
+                attention_mask=mask,
+                past_key_values=group.cache,
+                use_cache=True,
+            )
+            last_BV = self._model.lm_head(out.last_hidden_state[:, -1]).float().numpy()
+            logits.update(zip(group.rows, last_BV, strict=True))
+        return np.stack([logits[row] for row in range(len(logits))])
+
+    def _choose(self, shown: Shown, keep_count: int | None) -> reference.Choice:
+        """What is kept of one picture, in the order in which it enters the decoder."""
+        pruning = self._pruning
+        pruner = "none" if pruning.stages else pruning.pruner
+        seen = self._seen(shown, self._model.grid)
+        if pruning.counting == "adaptive":
+            choice = reference.choose_adaptive(
+                pruning.pruner, seen, pruning.most, merged_id=pruning.merged_id
+            )
+        else:
+            choice = reference.choose(
+                pruner,
+                seen,
+                pruning.kept if keep_count is None or pruning.stages else keep_count,
+                seed=pruning.seed,
+                merged_id=pruning.merged_id,
+            )
+        if not pruning.positions.keeps_raster_order:
+            return choice
+        order = np.argsort(choice.indices_K, kind="stable")
+        patches_KE = None if choice.patches_KE is None else choice.patches_KE[order]
+        return replace(choice, indices_K=choice.indices_K[order], patches_KE=patches_KE)
+
+    def _seen(self, shown: Shown, grid: tuple[int, int] | None) -> reference.Seen:
+        """The same in float64, as the strategies of the reference take it."""
+        parts = {
+            field.name: shown[field.name].double().numpy()  # type: ignore[union-attr]
+            for field in fields(reference.Seen)
+            if shown.get(field.name) is not None
+        }
+        inversely = self._text_tower is None or self._text_tower.aligned_inversely
+        return reference.Seen(grid=grid, aligned_inversely=inversely, **parts)

@@ -1,0 +1,130 @@
+"""`gap-export eval` as a process: killed in the middle, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from gap_export.bundle.folder import Bundle
+
+COMMAND = [sys.executable, "-m", "gap_export", "eval"]
+SCENES = ["--data", "scenes:7", "--limit", "140", "--threads", "1"]
+
+
+def evaluate(*arguments: str, code: int = 0) -> Any:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) if code == 0 else done.stderr
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    rows = parquet.read_table(folder / "unc-results.parquet").to_pylist()
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_killed_in_the_middle(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    folder = str(tiny_bundle().folder)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    expected = evaluate(folder, *SCENES, "-o", str(undisturbed), "--json")
+    assert (expected["expressions"], expected["images"], expected["backend"]) == (140, 20, "onnxruntime")
+
+    answers = killed / "answers.jsonl"
+    process = subprocess.Popen([*COMMAND, folder, *SCENES, "-o", str(killed)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (answers.is_file() and answers.read_bytes().count(b"\n") >= 14):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = answers.read_text().splitlines()
+    assert 14 <= len(before) < 140
+    assert not (killed / "unc-results.parquet").exists()
+
+    assert evaluate(folder, *SCENES, "-o", str(killed), "--json") == expected
+    assert table(killed) == table(undisturbed)
+    assert answers.read_text().splitlines()[: len(before)] == before, "something was answered again"
+
+
+def test_the_record(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    folder = str(tiny_bundle().folder)
+    record = evaluate(folder, *SCENES, "-o", str(tmp_path / "run"), "--json")
+    wanted = {
+        "protocol",
+        "split",
+        "expressions",
+        "images",
+        "accuracy",
+        "mean_iou",
+        "unparsable",
+        "missing_images",
+        "backend",
+    }
+    assert wanted <= record.keys()
+    assert json.loads((tmp_path / "run" / "unc-eval.json").read_text()) == record
+    torch = evaluate(folder, *SCENES, "-o", str(tmp_path / "torch"), "--json", "--backend", "torch")
+    assert {**torch, "backend": "onnxruntime"} == record
+    assert table(tmp_path / "run") == table(tmp_path / "torch")
+    other = evaluate(folder, *SCENES, "-o", str(tmp_path / "run"), "--json", "--protocol", "lmms-eval")
+    assert other["protocol"] == "lmms-eval"
+    assert (tmp_path / "run" / "lmms-eval-results.parquet").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "scenes"], "give one of them"),
+        (["--data", "nowhere.json", "BUNDLE"], "does not exist"),
+        (["--data", "scenes", "BUNDLE", "--protocol", "coco"], "not a protocol"),
+        (["--data", "scenes", "BUNDLE", "--backend", "jax"], "not a backend"),
+        (["--data", "ANSWERS", "BUNDLE"], "brings no pictures"),
+        (["--data", "ANSWERS", "BUNDLE", "--images", "."], "none of the 1 pictures is there"),
+        (["--data", "ANSWERS", "--predictions", "x"], "not a family"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work(
+    arguments: list[str], words: str, tiny_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    annotations = tmp_path / "rec.jsonl"
+    annotations.write_text(json.dumps({"img_path": "a.jpg", "expression": "mug", "bbox": [1, 2, 3, 4]}))
+    names = {"BUNDLE": str(tiny_bundle().folder), "ANSWERS": str(annotations)}
+    message = evaluate(*[names.get(each, each) for each in arguments], "-o", str(tmp_path / "out"), code=2)
+    assert words in message
+    assert "hint" in message
+
+
+def test_recommend(tiny_bundle: Callable[..., Bundle]) -> None:
+    """A random model grounds nothing at any share, so that the smallest loses nothing."""
+    folder = tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder
+    arguments = ["--data", "scenes", "--limit", "12", "--keeps", "1.0,0.3", "--requests", "2", "--json"]
+    command = [*COMMAND[:-1], "recommend", str(folder), *arguments, "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (record["chosen"], record["expressions"]) == (0.3, 12)
+    assert all(point["speedup"] > 0 for point in record["points"])
+    assert (folder / "reports" / "eval" / "scenes-all-onnxruntime-keep0.3" / "unc-results.parquet").is_file()
+
+
+def test_compare(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    folder = str(tiny_bundle().folder)
+    for name in ("one", "other"):
+        evaluate(folder, "--data", "scenes", "--limit", "10", "-o", str(tmp_path / name), "--json")
+    command = [*COMMAND[:-1], "compare", str(tmp_path / "one"), str(tmp_path / "other")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    record = json.loads(done.stdout)
+    assert (done.returncode, record["agreement"], record["identical"], record["worst"]) == (0, 1.0, 1.0, [])
+    failing = [*command, "--min-box-iou", "1.1"]
+    assert subprocess.run(failing, capture_output=True, check=False).returncode == 1

@@ -1,0 +1,108 @@
+"""The folder of a sweep: what is kept, what is refused, and that nothing of somebody else's is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gap_export.errors import BundleError
+from gap_export.evaluation.sweep.record import Answers, Cell, Settings
+from gap_export.evaluation.sweep.store import Store, open_store
+from gap_export.positions import PositionPolicy
+
+SETTINGS = Settings(
+    recipe={"name": "tiny", "seed": 0}, checkpoint_sha256="abc", backend="onnxruntime", cases=2, scenes_seed=1, batch=4, threads=1,
+    versions={"torch": "2"},
+)  # fmt: skip
+CELL = Cell(pruner="random", keep=0.25, kept=9, positions=PositionPolicy.GAP)
+OTHER = CELL.model_copy(update={"positions": PositionPolicy.SHIFTED})
+ANSWERS = Answers(texts=("[0.1, 0.2]", ""), ious=(0.123456789012345, 0.0), without_box=1, cut_off=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "sweep", SETTINGS, replace=False)
+
+
+def test_cells_come_back_as_they_were(store: Store) -> None:
+    assert CELL not in store
+    store.save(CELL, ANSWERS)
+    assert CELL in store
+    assert OTHER not in store
+    again = open_store(store.folder, SETTINGS, replace=False)
+    assert again.answers(CELL) == ANSWERS
+    with pytest.raises(BundleError, match="is missing"):
+        again.answers(OTHER)
+
+
+def test_what_a_killed_run_was_writing_is_not_a_cell(store: Store) -> None:
+    (store.folder / "cells").mkdir()
+    (store.folder / "cells" / ".random-9-gap.json.writing").write_text('{"texts": [')
+    assert CELL not in open_store(store.folder, SETTINGS, replace=False)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-10],
+        lambda text: "",
+        lambda text: text.replace('"cut_off"', '"off"'),
+        lambda text: text.replace("0.123456789012345,", ""),
+    ],
+)
+def test_a_damaged_cell_is_not_taken_for_an_unfinished_one(
+    damage: Callable[[str], str], store: Store
+) -> None:
+    store.save(CELL, ANSWERS)
+    (file,) = (store.folder / "cells").iterdir()
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(BundleError, match="damaged") as caught:
+        assert CELL in store
+    assert "delete it" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cases": 500}, "cases 2 there, 500 here"),
+        ({"checkpoint_sha256": "def"}, "checkpoint sha256 abc there, def here"),
+        ({"versions": {"torch": "3"}}, "versions torch 2 there, 3 here"),
+        ({"versions": {"torch": "2", "onnx": "1"}}, "versions onnx None there, 1 here"),
+        ({"recipe": {"name": "tiny", "seed": 7}}, "recipe seed 0 there, 7 here"),
+    ],
+)
+def test_a_sweep_of_other_settings_is_replaced_only_on_demand(
+    changes: dict[str, object], words: str, store: Store
+) -> None:
+    store.save(CELL, ANSWERS)
+    other = SETTINGS.model_copy(update=changes)
+    with pytest.raises(BundleError, match=words) as caught:
+        open_store(store.folder, other, replace=False)
+    assert "--replace" in caught.value.hint
+    assert CELL in open_store(store.folder, SETTINGS, replace=True), "same settings: nothing to replace"
+    assert CELL not in open_store(store.folder, other, replace=True)
+    assert [path.name for path in store.folder.iterdir()] == ["settings.json"]
+    assert [path.name for path in store.folder.parent.iterdir()] == ["sweep"]
+
+
+def test_damaged_settings_are_other_settings(store: Store) -> None:
+    (store.folder / "settings.json").write_text("{}")
+    with pytest.raises(BundleError, match="damaged"):
+        open_store(store.folder, SETTINGS, replace=False)
+    open_store(store.folder, SETTINGS, replace=True)
+    open_store(store.folder, SETTINGS, replace=False)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_is_no_sweep_is_never_touched(replace: bool, tmp_path: Path, bundle_copy: Path) -> None:
+    (tmp_path / "a file").write_text("x")
+    with pytest.raises(BundleError, match="is a file"):
+        open_store(tmp_path / "a file", SETTINGS, replace=replace)
+    before = sorted(bundle_copy.rglob("*"))
+    with pytest.raises(BundleError, match="holds no sweep"):
+        open_store(bundle_copy, SETTINGS, replace=replace)
+    assert sorted(bundle_copy.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    open_store(tmp_path / "empty", SETTINGS, replace=replace)

@@ -1,0 +1,179 @@
+"""Build as a whole: what a bundle is bound to, and what a build leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.errors import BundleError, CheckpointError, GapExportError
+from gap_export.pipeline import build
+from gap_export.positions import PositionPolicy
+from gap_export.recipe.recipe import Recipe
+
+BuildBundle = Callable[..., Bundle]
+
+# Bundles
+
+
+def test_a_bundle_says_what_it_is(tiny_bundle: BuildBundle, tiny_options: dict[str, Any]) -> None:
+    bundle = tiny_bundle()
+    manifest = bundle.manifest
+    assert manifest.model.grid == (6, 6)
+    assert (manifest.pruning.kept, manifest.pruning.positions) == (9, PositionPolicy.GAP)
+    assert (manifest.prompt.image_token_id, manifest.prompt.eos_token_ids) == (4, (2,))
+    assert (manifest.preprocessing.size, manifest.preprocessing.fit, manifest.box.frame) == (
+        36,
+        "pad",
+        "padded_square",
+    )
+    assert manifest.preprocessing.background == (122, 117, 104)
+    assert Recipe.model_validate(manifest.recipe).checkpoint == tiny_options["checkpoint"]
+    on_disk = {str(p.relative_to(bundle.folder)) for p in bundle.folder.rglob("*") if p.is_file()}
+    assert set(manifest.files) == {name for name in on_disk if not name.startswith("reports")} - {
+        "manifest.json"
+    }
+    assert set(manifest.versions) >= {"python", "torch", "transformers", "onnx", "onnxruntime"}
+    assert manifest.graphs["decoder"].spec.inputs[4].extents("maximum")[2] == manifest.capacity
+
+
+def test_weights_are_linked_and_graphs_are_small(tiny_bundle: BuildBundle, tiny_checkpoint: Path) -> None:
+    bundle = tiny_bundle()
+    assert os.path.samefile(bundle.folder / "model.safetensors", tiny_checkpoint / "model.safetensors")
+    for graph in bundle.manifest.graphs.values():
+        assert (bundle.folder / graph.file).stat().st_size < 60_000
+
+
+def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx_ir as ir
+
+    from gap_export.bundle.spec import Component, GraphSpec
+    from gap_export.graph import trace
+
+    traced: list[Any] = []
+
+    def graph(component: Component) -> ir.Model:
+        traced.append(component.settings)
+        return ir.Model(ir.Graph((), (), nodes=(), opset_imports={"": 24}), ir_version=11)
+
+    monkeypatch.setattr(trace, "graph_from_component", graph)
+    spec = GraphSpec(name="embed", inputs=(), outputs=())
+    tracer = trace.TracedOnce(remembered=2)
+    models = [
+        tracer(Component(module=None, spec=spec, weight_key=str, settings=settings))  # type: ignore[arg-type]
+        for settings in "abacab"
+    ]
+    assert traced == ["a", "b", "c", "b"]
+    assert len({id(model) for model in models}) == len(models), "everyone gets a model of its own"
+    for _ in range(2):  # nothing said: never taken for the same
+        tracer(Component(module=None, spec=spec, weight_key=str))  # type: ignore[arg-type]
+    assert len(traced) == 6
+
+
+def test_stretched_pictures_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
+    from gap_export.families import llava
+
+    recipe = Recipe.model_validate({**tiny_options, "fit": "stretch"})
+    assert llava.box(recipe).frame == "image"
+
+
+def test_the_same_recipe_may_be_built_over_its_own_bundle(
+    tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is allowed is decided before any work; the work itself is cut short here."""
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Reached
+
+    out = tmp_path / "out"
+    recipe = Recipe.model_validate({**tiny_options, "pruner": "random"})
+    build.build(recipe, out, self_contained=True)
+    assert not os.path.samefile(out / "model.safetensors", Path(recipe.checkpoint) / "model.safetensors")
+    before = (out / "manifest.json").read_text()
+    monkeypatch.setattr(build, "open_checkpoint", stop)
+    with pytest.raises(Reached):
+        build.build(recipe, out)
+    other = recipe.replaced(keep=0.5)
+    with pytest.raises(BundleError, match="another bundle"):
+        build.build(other, out)
+    with pytest.raises(Reached):
+        build.build(other, out, replace=True)
+    (out / "splice.onnx").write_bytes(b"damaged")
+    with pytest.raises(BundleError, match="another bundle"):
+        build.build(recipe, out)
+    with pytest.raises(Reached):
+        build.build(recipe, out, replace=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Reached):
+        build.build(recipe, tmp_path / "empty")
+    assert (out / "manifest.json").read_text() == before
+
+
+def test_a_recipe_of_another_family_is_refused(tiny_options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the recipe says 'qwen'"):
+        build.build(Recipe.model_validate({**tiny_options, "family": "qwen"}), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["tracing vision", "placing the weights", "writing and linting splice.onnx", "writing the manifest"])  # fmt: skip
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_whatever_happens_in_a_stage_nothing_is_left(
+    stage: str,
+    error: type[BaseException],
+    tiny_options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gap_export import linter
+    from gap_export.graph import trace
+
+    monkeypatch.setattr(trace, "graph_from_component", _traced_once(trace))
+    monkeypatch.setattr(linter, "lint_graph", lambda *_, **__: _Fine())
+
+    def progress(words: str) -> None:
+        if words == stage:
+            raise error
+
+    with pytest.raises(error):
+        build.build(Recipe.model_validate(tiny_options), tmp_path / "out", progress=progress)
+    assert not list(tmp_path.iterdir())
+
+
+class _Fine:
+    def require(self) -> None:
+        pass
+
+
+_GRAPHS: dict[str, Any] = {}
+
+
+def _traced_once(trace: Any) -> Callable[[Any], Any]:
+    """Tracing takes seconds and is not what is tested: later calls get a copy of the first graph of that name."""
+    original = trace.graph_from_component
+
+    def graph(component: Any) -> Any:
+        name = component.spec.name
+        if name not in _GRAPHS:
+            _GRAPHS[name] = original(component)
+        return _GRAPHS[name].clone()
+
+    return graph
+
+
+def test_errors_of_ours_print_on_one_line() -> None:
+    error = GapExportError("broke", subject="a thing", hint="mend it")
+    assert str(error) == "gap-export: a thing: broke (mend it)"
+
+
+def test_reports_do_not_count_as_content(bundle_copy: Path) -> None:
+    (bundle_copy / "reports").mkdir(exist_ok=True)
+    (bundle_copy / "reports" / "other.json").write_text(json.dumps({}))
+    open_bundle(bundle_copy, every_hash=True)

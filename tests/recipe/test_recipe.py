@@ -1,0 +1,136 @@
+"""Recipes: what is known, what is refused and how it is said, what gates are in force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gap_export.errors import RecipeError
+from gap_export.precision import DEFAULT_GATES, Gates
+from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe.model_validate({"name": "x", "checkpoint": "y", **fields})
+
+
+@pytest.mark.parametrize("name", sorted(known_recipes()))
+def test_recipes_that_come_along_are_valid(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert loaded.summary
+    assert loaded.prompt is None or loaded.prompt.count("{expression}") == 1
+
+
+def test_a_file_may_leave_out_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yml"
+    path.write_text("checkpoint: somewhere\nkeep: 0.5\n")
+    assert (load_recipe(str(path)).name, load_recipe(str(path)).keep) == ("mine", 0.5)
+
+
+def test_folders_and_hub_ids_make_a_recipe_of_their_own(tmp_path: Path) -> None:
+    assert load_recipe(str(tmp_path)).checkpoint == str(tmp_path)
+    hub = load_recipe("owner/some-model")
+    assert (hub.name, hub.checkpoint) == ("some-model", "owner/some-model")
+
+
+@pytest.mark.parametrize("model", ["shape", "lava", "./nothing/here", "/no/where", "a/b/c"])
+def test_what_is_none_of_these_is_refused(model: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(model)
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.01, float("nan"), float("inf"), "many", None])
+def test_keep_is_a_fraction(keep: Any) -> None:
+    with pytest.raises(ValidationError):
+        recipe(keep=keep)
+    assert recipe(keep=1).keep == 1
+
+
+def test_replacing_validates_again_and_leaves_out_what_is_none() -> None:
+    base = recipe(keep=0.5, capacity=100)
+    assert base.replaced(keep=None, pruner=None) == base
+    changed = base.replaced(keep=0.25, targets=["onnx", "tensorrt-rtx"])
+    assert (changed.keep, changed.targets, changed.capacity) == (0.25, ("onnx", "tensorrt-rtx"), 100)
+    for wrong in ({"keep": 2.0}, {"precision": "fp6"}, {"positions": "packed"}, {"seed": -1}, {"kep": 0.5}):
+        with pytest.raises(RecipeError) as caught:
+            base.replaced(**wrong)
+        assert next(iter(wrong)) in caught.value.message
+
+
+def test_the_value_given_is_shown() -> None:
+    with pytest.raises(RecipeError, match=r"keep 1\.5: is the fraction of visual tokens kept"):
+        recipe().replaced(keep=1.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16", "fp8", "nvfp4"])
+def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
+    assert recipe(precision=precision).demands == DEFAULT_GATES[precision]  # type: ignore[index]
+    strict = recipe(precision=precision, gates={"max_logit_difference": 1e-6})
+    assert strict.demands.max_logit_difference == 1e-6
+    with pytest.raises(ValidationError):
+        recipe(gates={"max_logit_diference": 1e-6})
+
+
+def test_no_default_gate_lets_everything_pass() -> None:
+    """Logits of quantised weights differ wherever one looks; there, boxes, tokens and accuracy are what is demanded."""
+    for precision in ("int8", "int4", "int4-fp16", "fp8"):
+        low = DEFAULT_GATES[precision]  # type: ignore[index]
+        assert low.min_box_iou >= 0.9
+        assert low.min_token_agreement >= 0.8
+        assert low.max_accuracy_drop <= 0.02
+    # Activations of four bits move boxes; they must hit as often all the same.
+    four_bits = DEFAULT_GATES["nvfp4"]
+    assert four_bits.min_box_iou >= 0.75
+    assert four_bits.min_token_agreement >= 0.7
+    assert four_bits.max_accuracy_drop <= 0.02
+    for gates in (Gates(), *(DEFAULT_GATES[name] for name in ("fp32", "fp16", "bf16"))):
+        assert gates.max_logit_difference < 1
+        assert gates.min_logit_cosine > 0.99
+        assert gates.min_token_agreement >= 0.95
+        assert gates.min_kept_sets_equal >= 0.95
+        assert gates.max_accuracy_drop <= 0.01
+
+
+def test_what_a_bundle_stores_is_the_recipe_again() -> None:
+    stored = recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Gates()).model_dump(mode="json")
+    assert Recipe.model_validate(stored) == recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Gates())
+
+
+def test_a_recipe_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError):
+        recipe().keep = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        ("0.25", 0.25),
+        ("0.1:1.0", (0.1, 0.25, 1.0)),
+        ([0.1, 1.0], (0.1, 0.25, 1.0)),
+        ("0.5:1", (0.5, 0.5, 1.0)),
+        ("0.05:0.1", (0.05, 0.1, 0.1)),
+        ("0.1:0.3:0.5", (0.1, 0.3, 0.5)),
+        ("adaptive", "adaptive"),
+    ],
+)
+def test_keep_may_be_a_range_or_adaptive(typed: Any, stored: Any) -> None:
+    read = recipe(keep=typed)
+    assert read.keep == stored
+    assert Recipe.model_validate(read.model_dump(mode="json")) == read
+
+
+@pytest.mark.parametrize("keep", ["", ":", "0.5:", "a:b", "1.0:0.1", "0.3:0.3", "0.1:0.7:0.5", "0:1", [0.1, 0.2, 0.3, 0.4], [], "adapt"])  # fmt: skip
+def test_a_range_goes_from_the_smallest_to_the_largest(keep: Any) -> None:
+    with pytest.raises(ValidationError):
+        recipe(keep=keep)
+
+
+def test_devices_are_those_that_know_the_precision() -> None:
+    assert recipe().devices == ("8.6", "8.9", "12.0")
+    assert recipe(precision="fp8").devices == ("8.9", "12.0")
+    assert recipe(precision="nvfp4").devices == ("12.0",)
+    assert recipe(precision="fp8", compute_capabilities=["12.0"]).devices == ("12.0",)
