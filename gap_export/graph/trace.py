@@ -5,12 +5,15 @@ Nothing has storage here: parameters and example inputs are fake, so a 7B decode
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
 import logging
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -45,7 +48,7 @@ def graph_from_component(component: Component) -> ir.Model:
     """
     spec = component.spec
     try:
-        with _quiet():
+        with _quiet(), _one_function_table(), _without_garbage_collection():
             args, kwargs, shapes = _arguments(component)
             # What was compiled before in this process (bodies of loops) leaves guards against the extents it was compiled for.
             torch._dynamo.reset()
@@ -214,3 +217,40 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _one_function_table() -> Iterator[None]:
+    """Let torch keep its table of ONNX functions from one export to the next.
+
+    Every `torch.onnx.export` translates the 500 functions of torchlib from their Python source again, which takes 0.4 s: two
+    thirds of the time of a small graph. The table depends on the opset alone, and exports only read it. There is no public
+    way to hand one in, so for as long as an export takes, the function that makes it is replaced by one that remembers. A
+    torch without that function makes the same graphs, more slowly.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        make = ONNXRegistry.from_torchlib
+    except (ImportError, AttributeError):
+        yield
+        return
+    with mock.patch.object(ONNXRegistry, "from_torchlib", functools.partial(_function_table, make)):
+        yield
+
+
+@functools.lru_cache(maxsize=1)
+def _function_table(make: Callable[..., Any], **opset: int) -> Any:
+    return make(**opset)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Tracing makes millions of objects that live until its end: looking for garbage among them takes a tenth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

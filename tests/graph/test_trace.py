@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,7 @@ def test_what_does_not_export_is_an_error_of_ours() -> None:
         graph_from_component(Component(module=module, spec=spec, weight_key=str))
     assert caught.value.subject == "vision"
     assert "\n" not in caught.value.message
+    assert gc.isenabled()
 
 
 class Chooses(nn.Module):
