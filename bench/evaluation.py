@@ -1,8 +1,8 @@
 """What sharing the beginning of prompts saves in an evaluation. See README.md for the protocol.
 
-    python bench/evaluation.py [--pictures N] [--label TEXT]
+    python bench/evaluation.py [--images N] [--label TEXT]
 
-The bundled model, seven expressions per picture, every picture answered both ways in turn: beginning shared, expressions batched; and
+The bundled model, seven expressions per image, every image answered both ways in turn: beginning shared, expressions batched; and
 prompts whole, one by one. The last line printed is the record, also stored in bench/results/.
 """
 
@@ -17,13 +17,13 @@ import record
 from rich.console import Console
 from rich.progress import track
 
-PER_PICTURE = 7
+PER_IMAGE = 7
 TARGET = 3.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
 
@@ -35,13 +35,13 @@ def main() -> int:
     from gap_export.runtime.model import open_session
 
     console = Console(stderr=True)
-    dataset = open_dataset(f"scenes:{PER_PICTURE}")
+    dataset = open_dataset(f"scenes:{PER_IMAGE}")
     assert dataset.source is not None
     groups = [
         group
-        for group in work_of(dataset.expressions, dataset.source).pictures.values()
-        if len(group) == PER_PICTURE
-    ][: options.pictures]
+        for group in work_of(dataset.expressions, dataset.source).images.values()
+        if len(group) == PER_IMAGE
+    ][: options.images]
     with tempfile.TemporaryDirectory() as scratch:
         bundle = build.build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
         session = open_session(bundle, "onnxruntime")
@@ -63,10 +63,10 @@ def main() -> int:
     ratios = np.array(seconds["whole"]) / np.array(seconds["shared"])
     low, median, high = (round(float(value), 2) for value in np.percentile(ratios, (10, 50, 90)))
     measured = {
-        "pictures": len(groups),
-        "expressions_per_picture": PER_PICTURE,
+        "images": len(groups),
+        "expressions_per_image": PER_IMAGE,
         "times_as_fast": {"p10": low, "p50": median, "p90": high},
-        "milliseconds_per_picture": {
+        "milliseconds_per_image": {
             name: round(1000 * float(np.median(values)), 1) for name, values in seconds.items()
         },
         "different_answers": different,
@@ -74,7 +74,7 @@ def main() -> int:
     }
     console.print(
         f"shared prompts are {median} times as fast (10th to 90th percentile {low} to {high}); {different} of "
-        f"{PER_PICTURE * len(groups)} answers differ"
+        f"{PER_IMAGE * len(groups)} answers differ"
     )
     return record.finish("evaluation", measured, label=options.label, ok=median >= TARGET and not different)
 

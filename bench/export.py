@@ -172,7 +172,7 @@ def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:
     progress("writing decoder.onnx")
     passes.write_graph(model, decoder.spec, out / "decoder.onnx")
     progress("linting decoder.onnx")
-    linter.lint_graph(out / "decoder.onnx", profile="decoder", own=True, policy=recipe.positions).require()
+    linter.lint_graph(out / "decoder.onnx", profile="decoder", strict=True, policy=recipe.positions).require()
 
 
 def table(builds: dict[str, dict[str, Any]]) -> Table:

@@ -445,7 +445,7 @@ def warmed_up(name: str, bundle: Bundle, session: Any, keep: float, batch: int) 
     """A contender that has answered twice: kernels are chosen, graphs captured, code compiled."""
     from gap_export.evaluation.latency.measure import time_request
 
-    shares = bundle.manifest.pruning.counting == "chosen"
+    shares = bundle.manifest.pruning.keep_mode == "dynamic"
     each = contender(
         f"{name}, keep {keep:g}, batch {batch}", bundle, session, batch=batch, keep=keep if shares else None
     )

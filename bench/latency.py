@@ -52,7 +52,7 @@ def main() -> int:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="gap-export-latency-") as scratch:
         folders = {name: Path(scratch) / name for name in BUNDLES}
-        # Built by a child, so that PyTorch is neither in memory nor in the way of what is measured here.
+        # BuildResult by a child, so that PyTorch is neither in memory nor in the way of what is measured here.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
             for name, folder in folders.items():
                 console.print(f"building {name}")

@@ -77,7 +77,7 @@ def seen(
 class Selection(nn.Module):
     """A strategy and the decoder's order, as one module.
 
-    Features and, where K is an input, 0 .. K - 1 -> features, indices and, where pictures differ, counts.
+    Features and, where K is an input, 0 .. K - 1 -> features, indices and, where images differ, counts.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -133,7 +133,7 @@ class Graph:
     """A strategy in ONNX Runtime.
 
     Attributes:
-        kept: K, the bound where pictures differ; None where it is an input.
+        kept: K, the bound where images differ; None where it is an input.
     """
 
     pruner: str
@@ -170,7 +170,7 @@ def graph(
     if kept is None:
         names.append("keep_ranks")
         tensors.append(torch.arange(7))
-        fewest, visual = prune.strategy(pruner).fewest, grid[0] * grid[1]
+        fewest, visual = prune.strategy(pruner).min_tokens, grid[0] * grid[1]
         shapes.append({0: torch.export.Dim("kept", min=fewest, max=visual)})
     exported = torch.export.export(
         Selection(made).eval(), tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
@@ -217,12 +217,12 @@ def agrees(graph: Graph, arrays: Arrays, kept: int | None = None) -> list[str]:
     assert extent is not None
     verdicts = []
     for row, (embeds_KE, indices_K) in enumerate(zip(*outputs[:2], strict=True)):
-        picture = seen(arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely)
+        image = seen(arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely)
         if graph.adaptive:
-            choice = reference.choose_adaptive(graph.pruner, picture, extent, merged_id=graph.merged_id)
+            choice = reference.choose_adaptive(graph.pruner, image, extent, merged_id=graph.merged_id)
             same_count = outputs[2][row] == choice.needed
         else:
-            choice = reference.choose(graph.pruner, picture, extent, seed=0, merged_id=graph.merged_id)
+            choice = reference.choose(graph.pruner, image, extent, seed=0, merged_id=graph.merged_id)
             same_count = True
         sort = np.argsort(choice.indices_K, kind="stable")
         padding = np.full(extent - len(sort), prune.NO_TOKEN)

@@ -3,9 +3,9 @@
     python bench/pruners.py [--sets N] [--rounds N] [--pruners NAMES] [--scratch FOLDER] [--label TEXT] [--smoke]
 
 First every strategy as a graph of its own on random feature sets of 576 and 256 tokens, width 1024, against the NumPy reference: a
-graph with K as an input from the fewest tokens to all, a quarter of them on every set and other counts on a tenth; where a picture
+graph with K as an input from the fewest tokens to all, a quarter of them on every set and other counts on a tenth; where an image
 can find the count by itself, also so, with no bound below N. Then LLaVA-1.5's whole vision graph (24 layers, 336 pixels, random
-weights) with each strategy that looks at the picture, a quarter kept, against the same graph with `random`, which does not; the two
+weights) with each strategy that looks at the image, a quarter kept, against the same graph with `random`, which does not; the two
 take turns. Strategies that read the expression bring CLIP's text tower with them, and what it costs is counted as theirs. The last
 line printed is the record, also stored in bench/results/.
 """
@@ -109,7 +109,7 @@ def compared(row: prune.Strategy, grid: tuple[int, int], sets: int) -> list[dict
         return [agreement_of(pruner_sets.graph(row.name, tokens, grid), None, sets)]
     graph = pruner_sets.graph(row.name, None, grid)
     counts = {
-        row.fewest: sets // 10,
+        row.min_tokens: sets // 10,
         tokens // 16: sets // 10,
         quarter: sets,
         tokens // 2: sets // 10,
@@ -119,7 +119,7 @@ def compared(row: prune.Strategy, grid: tuple[int, int], sets: int) -> list[dict
 
 
 def compared_adaptive(row: prune.Strategy, grid: tuple[int, int], sets: int) -> list[dict[str, Any]]:
-    """The same where the picture finds the count."""
+    """The same where the image finds the count."""
     graph = pruner_sets.graph(row.name, grid[0] * grid[1], grid, adaptive=True)
     return [{**agreement_of(graph, None, sets), "kept": "adaptive"}]
 

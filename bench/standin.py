@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.checkpoint.random_weights import Published, published, write_checkpoint
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 
 LLAVA_7B = published("llava-hf/llava-1.5-7b-hf").config
 LLAVA_13B = published("llava-hf/llava-1.5-13b-hf").config
@@ -59,6 +59,6 @@ def ensure_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Path, int]:
         whole = published("llava-hf/llava-1.5-7b-hf")
         try:
             write_checkpoint(folder, Published(config, whole.preprocessor_config, whole.special_tokens))
-        except EnvironmentLacks as error:
+        except MissingRequirementError as error:
             raise SystemExit(str(error)) from error
     return folder, sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))

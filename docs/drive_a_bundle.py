@@ -12,7 +12,7 @@ import onnxruntime as ort
 from PIL import Image
 from tokenizers import Tokenizer
 
-folder, picture, expression = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder, image, expression = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 manifest = json.loads((folder / "manifest.json").read_text())
 model, prompt, fit = manifest["model"], manifest["prompt"], manifest["preprocessing"]
 graph = {
@@ -22,8 +22,8 @@ if "decoder" not in graph:
     sys.exit("this bundle drops tokens inside the decoder: see the section on stages in docs/positions.md")
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
-# The picture: padded to a square, resized, scaled, normalised.
-image = Image.open(picture).convert("RGB")
+# The image: padded to a square, resized, scaled, normalised.
+image = Image.open(image).convert("RGB")
 side = max(image.size)
 square = Image.new("RGB", (side, side), tuple(fit["background"]))
 square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -9,7 +9,7 @@
     ├── BundleError        a bundle folder: damaged, foreign, or in the way
     ├── InputError         an image, an expression or a data file from the user
     ├── SessionError       a runtime refused to load or run a bundle
-    └── EnvironmentLacks   an optional dependency, memory, disk or device that is not there
+    └── MissingRequirementError   an optional dependency, memory, disk or device that is not there
 
 The command line prints these without a traceback and exits with 2. Any other exception is a bug of ours.
 """
@@ -93,7 +93,7 @@ class SessionError(GapExportError):
     stage = "session"
 
 
-class EnvironmentLacks(GapExportError):
+class MissingRequirementError(GapExportError):
     """An optional dependency, memory, disk space or a device is not there."""
 
     stage = "environment"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gap_export import prune
 from gap_export.bundle.cache_layout import in_slot_steps
-from gap_export.bundle.manifest import Counting, ModelFacts, Stage
+from gap_export.bundle.manifest import KeepMode, ModelSpec, Stage
 from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
 from gap_export.inputs.layouts import TokenRange
@@ -26,11 +26,11 @@ class Plan:
     Attributes:
         precision: element type of weights and activations.
         pruner: strategy.
-        counting: who says how many tokens are kept.
+        keep_mode: who says how many tokens are kept.
         keep: the fraction that `kept` comes from; with stages, what is left after the last.
-        kept: K that enter the decoder; the default where requests choose, the bound where pictures do.
-        fewest: smallest K.
-        most: largest K.
+        kept: K that enter the decoder; the default where requests choose, the bound where images do.
+        min_tokens: smallest K.
+        max_tokens: largest K.
         positions: numbering policy.
         seed: for strategies that draw at random.
         merged_id: for strategies that merge.
@@ -40,18 +40,18 @@ class Plan:
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
         stages: of strategies that drop tokens inside the decoder.
-        never_pruned: most tokens of a picture that no strategy may drop; K counts them.
+        never_pruned: most tokens of an image that no strategy may drop; K counts them.
         shares: (smallest, largest) that requests may choose.
-        images: pictures in one prompt; all other numbers of visual tokens are those of one picture.
+        images: images in one prompt; all other numbers of visual tokens are those of one image.
     """
 
     precision: Precision
     pruner: str
-    counting: Counting
+    keep_mode: KeepMode
     keep: float
     kept: int
-    fewest: int
-    most: int
+    min_tokens: int
+    max_tokens: int
     positions: PositionPolicy
     seed: int
     merged_id: MergedId
@@ -83,16 +83,16 @@ class Plan:
     @property
     def count_is_given(self) -> bool:
         """Whether every call of the vision graph is told how many tokens to keep."""
-        return self.counting in ("chosen", "share")
+        return self.keep_mode in ("dynamic", "ratio")
 
     @property
     def kept_dim(self) -> Dim:
         """K as a dimension that varies between calls."""
-        return Dim(name="kept", minimum=self.fewest, optimum=self.kept, maximum=self.most)
+        return Dim(name="kept", minimum=self.min_tokens, optimum=self.kept, maximum=self.max_tokens)
 
     @property
     def row_dim(self) -> Dim:
-        """Visual tokens of a prompt, all pictures together, as a dimension that varies between calls."""
+        """Visual tokens of a prompt, all images together, as a dimension that varies between calls."""
         one, images = self.kept_dim, self.images
         if images == 1:
             return one
@@ -104,7 +104,7 @@ class Plan:
         )
 
     def spliced(self, kept: int) -> int:
-        """Slots of the longest prompt whose pictures keep so many tokens each."""
+        """Slots of the longest prompt whose images keep so many tokens each."""
         return self.max_text - self.images + self.images * kept
 
     @property
@@ -112,11 +112,13 @@ class Plan:
         """What calls of the vision graph are told: K without the tokens that are never pruned."""
         if not self.never_pruned:
             return self.kept_dim
-        usual = max(self.fewest, self.kept - self.never_pruned)
-        return Dim(name="chosen", minimum=self.fewest, optimum=usual, maximum=self.most - self.never_pruned)
+        usual = max(self.min_tokens, self.kept - self.never_pruned)
+        return Dim(
+            name="chosen", minimum=self.min_tokens, optimum=usual, maximum=self.max_tokens - self.never_pruned
+        )
 
 
-def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = None) -> Plan:
+def plan_for(recipe: Recipe, facts: ModelSpec, text_tower: TextTower | None = None) -> Plan:
     """The numbers that shape the graphs.
 
     Args:
@@ -127,12 +129,12 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
     Raises:
         RecipeError: numbers that contradict each other or the model.
     """
-    _refuse_engines(recipe)
-    _refuse_ranges(recipe)
+    _check_engines(recipe)
+    _check_ranges(recipe)
     strategy = prune.strategy(recipe.pruner)
-    prune.require_tower(strategy, facts.tower_lacks, differ=facts.token_range is not None)
-    prune.require_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
-    counting, keep, fewest, kept, most = (
+    prune.check_tower(strategy, facts.missing_features, differ=facts.token_range is not None)
+    prune.check_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
+    keep_mode, keep, fewest, kept, most = (
         _counts(recipe, strategy, facts.visual_tokens)
         if facts.token_range is None
         else _counts_of_range(recipe, strategy, facts.token_range)
@@ -144,7 +146,7 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
         layers=facts.layers,
         prune_layers=recipe.prune_layers,
     )
-    _refuse_several(recipe, facts)
+    _check_several(recipe, facts)
     words = recipe.max_text - recipe.images + recipe.max_new_tokens
     longest_answer = words + recipe.images * facts.visual_tokens
     if longest_answer > facts.max_positions:
@@ -166,11 +168,11 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
     return Plan(
         precision=recipe.precision,
         pruner=recipe.pruner,
-        counting=counting,
+        keep_mode=keep_mode,
         keep=keep,
         kept=kept,
-        fewest=fewest,
-        most=most,
+        min_tokens=fewest,
+        max_tokens=most,
         positions=recipe.positions,
         seed=recipe.seed,
         merged_id=recipe.merged_id,
@@ -186,20 +188,20 @@ def plan_for(recipe: Recipe, facts: ModelFacts, text_tower: TextTower | None = N
     )
 
 
-def _refuse_several(recipe: Recipe, facts: ModelFacts) -> None:
-    """Refuse prompts with several pictures where the model or the prompt has one."""
+def _check_several(recipe: Recipe, facts: ModelSpec) -> None:
+    """Refuse prompts with several images where the model or the prompt has one."""
     if recipe.images == 1:
         return
     subject = f"images {recipe.images}"
     if facts.token_range is None:
         raise RecipeError(
-            "is more than this model takes: it knows prompts with one picture",
+            "is more than this model takes: it knows prompts with one image",
             subject=subject,
-            hint="leave it out, or use a model whose pictures may differ in size",
+            hint="leave it out, or use a model whose images may differ in size",
         )
     if recipe.prompt is None:
         raise RecipeError(
-            "needs a prompt with a placeholder for every picture, and the model's own has one",
+            "needs a prompt with a placeholder for every image, and the model's own has one",
             subject=subject,
             hint="write the whole prompt into the recipe (prompt:)",
         )
@@ -213,18 +215,18 @@ def _refuse_several(recipe: Recipe, facts: ModelFacts) -> None:
 
 def _counts(
     recipe: Recipe, strategy: prune.Strategy, visual_tokens: int
-) -> tuple[Counting, float, int, int, int]:
+) -> tuple[KeepMode, float, int, int, int]:
     """(who chooses, fraction, fewest, usual, most)."""
     if recipe.keep == "adaptive":
-        prune.require_adaptive(strategy)
+        prune.check_adaptive(strategy)
         bound = prune.kept_count(recipe.keep_bound, visual_tokens)
-        prune.require_count(strategy, bound, visual_tokens)
-        return "adaptive", recipe.keep_bound, strategy.fewest, bound, bound
+        prune.check_count(strategy, bound, visual_tokens)
+        return "adaptive", recipe.keep_bound, strategy.min_tokens, bound, bound
     if isinstance(recipe.keep, float | int):
         # What is dropped inside the decoder enters it.
         inside = strategy.where == "inside the decoder"
         kept = visual_tokens if inside else prune.kept_count(recipe.keep, visual_tokens)
-        prune.require_count(strategy, kept, visual_tokens)
+        prune.check_count(strategy, kept, visual_tokens)
         return "fixed", recipe.keep, kept, kept, kept
     smallest, default, largest = recipe.keep
     if strategy.where == "inside the decoder":
@@ -235,25 +237,25 @@ def _counts(
         )
     fewest, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
     for count in (fewest, most):
-        prune.require_count(strategy, count, visual_tokens)
+        prune.check_count(strategy, count, visual_tokens)
     if fewest == most:
         raise RecipeError(
             f"is {most} of {visual_tokens} tokens at both ends",
             subject=f"keep {smallest:g}:{largest:g}",
             hint="give a wider range, or one fraction",
         )
-    return "chosen", default, fewest, kept, most
+    return "dynamic", default, fewest, kept, most
 
 
 def _counts_of_range(
     recipe: Recipe, strategy: prune.Strategy, tokens: TokenRange
-) -> tuple[Counting, float, int, int, int]:
-    """The same where pictures differ in how many tokens they have: every picture keeps the same share."""
+) -> tuple[KeepMode, float, int, int, int]:
+    """The same where images differ in how many tokens they have: every image keeps the same share."""
     if strategy.where == "inside the decoder" or recipe.keep == "adaptive":
         able = (row.name for row in prune.STRATEGIES if row.where == "before the decoder")
         what = "keep adaptive" if recipe.keep == "adaptive" else "dropping tokens inside the decoder"
         raise RecipeError(
-            f"{what} needs pictures that all have the same number of visual tokens, and this model's differ",
+            f"{what} needs images that all have the same number of visual tokens, and this model's differ",
             subject=f"pruner {strategy.name}",
             hint=f"give a fraction or a range, with one of {', '.join(able)}",
         )
@@ -264,14 +266,14 @@ def _counts_of_range(
             hint="use last_visual or max_kept",
         )
     smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
-    fewest = strategy.count_of(smallest, tokens.fewest)
-    usual = strategy.count_of(default, tokens.usual) + tokens.never_pruned
-    most = strategy.count_of(largest, tokens.most) + tokens.never_pruned
-    counting: Counting = "chosen" if isinstance(recipe.keep, tuple) else "share"
-    return counting, default, fewest, usual, most
+    fewest = strategy.count_of(smallest, tokens.min_tokens)
+    usual = strategy.count_of(default, tokens.typical_tokens) + tokens.never_pruned
+    most = strategy.count_of(largest, tokens.max_tokens) + tokens.never_pruned
+    keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
+    return keep_mode, default, fewest, usual, most
 
 
-def _stages(cuts: tuple[Cut, ...], facts: ModelFacts, capacity: int) -> tuple[Stage, ...]:
+def _stages(cuts: tuple[Cut, ...], facts: ModelSpec, capacity: int) -> tuple[Stage, ...]:
     """Stage 0 with every token, and one for each cut. A later stage has as many slots to spare as stage 0, or a few more."""
     if not cuts:
         return ()
@@ -288,7 +290,7 @@ def _stages(cuts: tuple[Cut, ...], facts: ModelFacts, capacity: int) -> tuple[St
     )
 
 
-def _refuse_engines(recipe: Recipe) -> None:
+def _check_engines(recipe: Recipe) -> None:
     """TensorRT reads no integers that are made while running, and its half-precision kernels want activations to match."""
     engines = [target for target in recipe.targets if target != "onnx"]
     if engines and recipe.precision in ("int8", "int4"):
@@ -307,7 +309,7 @@ def _refuse_engines(recipe: Recipe) -> None:
         )
 
 
-def _refuse_ranges(recipe: Recipe) -> None:
+def _check_ranges(recipe: Recipe) -> None:
     """Ranges go with precisions that have use for them, and those with ranges."""
     if recipe.precision in FIXED_SCALES and recipe.ranges is None:
         raise RecipeError(

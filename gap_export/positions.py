@@ -55,7 +55,7 @@ class MergedId(StrEnum):
     """
 
     LAST_VISUAL = "last_visual"
-    """The last patch of the picture, N - 1: merged tokens come after all others, as where strategies append them."""
+    """The last patch of the image, N - 1: merged tokens come after all others, as where strategies append them."""
     MAX_KEPT = "max_kept"
     """The last patch that was kept."""
     CENTROID = "centroid"

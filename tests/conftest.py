@@ -305,7 +305,7 @@ def questions() -> NDArray[np.int64]:
 
 @pytest.fixture(scope="session")
 def pixels() -> NDArray[np.float32]:
-    """[4, 3, 36, 36] float32: four pictures for the tiny tower."""
+    """[4, 3, 36, 36] float32: four images for the tiny tower."""
     return np.random.default_rng(3).normal(size=(4, 3, 36, 36)).astype(np.float32)
 
 
@@ -325,9 +325,9 @@ def ragged_ids() -> NDArray[np.int64]:
 
 
 @pytest.fixture(scope="session")
-def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 48 x 40 PNG of noise."""
-    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    path = tmp_path_factory.mktemp("images") / "noise.png"
     noise = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     return path

@@ -181,7 +181,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def test_a_bundle_runs_without_torch_transformers_and_onnx(
-    tiny_bundle: Callable[..., Bundle], picture_file: Path
+    tiny_bundle: Callable[..., Bundle], image_file: Path
 ) -> None:
     folder = str(tiny_bundle().folder)
     code = f"""{BLOCKER}
@@ -190,7 +190,7 @@ import gap_export.boxes.codecs, gap_export.boxes.draw, gap_export.boxes.metrics,
 from gap_export import cli
 cli.main()
 """
-    done = python(code, "run", folder, "--image", str(picture_file), "--refer", "the red mug", "--json")
+    done = python(code, "run", folder, "--image", str(image_file), "--refer", "the red mug", "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["kept_indices"]) == 9
     inspected = python(code, "inspect", folder, "--json")

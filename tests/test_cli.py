@@ -418,11 +418,11 @@ def test_ctrl_c_in_the_middle_of_a_build_leaves_nothing_and_the_same_command_fin
 # Run
 
 
-def test_run_answers(command: Command, tiny_bundle: BuildBundle, picture_file: Path, tmp_path: Path) -> None:
+def test_run_answers(command: Command, tiny_bundle: BuildBundle, image_file: Path, tmp_path: Path) -> None:
     folder = tiny_bundle().folder
     drawn = tmp_path / "drawn.png"
     result = command(
-        "run", folder, "--image", picture_file, "--refer", "the red mug zebra", "--json", "--draw", drawn
+        "run", folder, "--image", image_file, "--refer", "the red mug zebra", "--json", "--draw", drawn
     )
     assert result.code == 0, result.err
     record = json.loads(result.out)
@@ -433,21 +433,21 @@ def test_run_answers(command: Command, tiny_bundle: BuildBundle, picture_file: P
     assert record["unknown_words"] == ["zebra"]
     with Image.open(drawn) as image:
         image.load()
-    shown = command("run", folder, "--image", picture_file, "--refer", "the red mug zebra")
+    shown = command("run", folder, "--image", image_file, "--refer", "the red mug zebra")
     assert shown.code == 0
     assert "keep 9 of 36" in shown.out
     assert "zebra" in shown.err
 
 
 def test_run_refuses_bad_input(
-    command: Command, tiny_bundle: BuildBundle, picture_file: Path, tmp_path: Path
+    command: Command, tiny_bundle: BuildBundle, image_file: Path, tmp_path: Path
 ) -> None:
     empty, words, half = tmp_path / "empty.png", tmp_path / "words.jpg", tmp_path / "half.png"
     empty.touch()
-    words.write_text("not a picture")
-    half.write_bytes(picture_file.read_bytes()[:2000])
+    words.write_text("not an image")
+    half.write_bytes(image_file.read_bytes()[:2000])
 
-    def run(image: Path = picture_file, refer: str = "the mug", *options: str) -> Result:
+    def run(image: Path = image_file, refer: str = "the mug", *options: str) -> Result:
         return command("run", tiny_bundle().folder, "--image", image, "--refer", refer, *options)
 
     refused(run(tmp_path / "none.png"), "none.png")
@@ -459,20 +459,20 @@ def test_run_refuses_bad_input(
     refused(run(refer="  \n"), "is empty")
     refused(run(refer="red " * 40), "shorten the expression")
     refused(run(refer="a <image> mug"), "<image>")
-    refused(run(picture_file, "the mug", "--backend", "tflite"), "tflite", "onnxruntime")
-    refused(run(picture_file, "the mug", "--max-new-tokens", "0"), "max_new_tokens")
-    refused(run(picture_file, "the mug", "--max-new-tokens", "400"), "capacity")
-    refused(run(picture_file, "the mug", "--threads", "-1"), "threads")
-    refused(run(picture_file, "the mug", "--draw", str(tmp_path / "no folder" / "x.png")), "x.png")
-    refused(run(picture_file, "the mug", "--draw", str(tmp_path / "x.unknown")), "x.unknown")
+    refused(run(image_file, "the mug", "--backend", "tflite"), "tflite", "onnxruntime")
+    refused(run(image_file, "the mug", "--max-new-tokens", "0"), "max_new_tokens")
+    refused(run(image_file, "the mug", "--max-new-tokens", "400"), "capacity")
+    refused(run(image_file, "the mug", "--threads", "-1"), "threads")
+    refused(run(image_file, "the mug", "--draw", str(tmp_path / "no folder" / "x.png")), "x.png")
+    refused(run(image_file, "the mug", "--draw", str(tmp_path / "x.unknown")), "x.unknown")
     assert listing(tmp_path) == ["empty.png", "half.png", "words.jpg"]
 
 
 @pytest.mark.parametrize("which", ["run", "inspect", "validate"])
 def test_damaged_bundles_are_refused_by_every_command(
-    which: str, command: Command, bundle_copy: Path, picture_file: Path
+    which: str, command: Command, bundle_copy: Path, image_file: Path
 ) -> None:
-    options = ["--image", picture_file, "--refer", "the mug"] if which == "run" else []
+    options = ["--image", image_file, "--refer", "the mug"] if which == "run" else []
     graph = bundle_copy / "splice.onnx"
     content = graph.read_bytes()
     graph.write_bytes(content[:-1] + b"\0")
@@ -489,11 +489,11 @@ def test_damaged_bundles_are_refused_by_every_command(
 
 
 def test_a_bundle_in_bf16_says_where_it_can_run(
-    command: Command, bundle_copy: Path, picture_file: Path
+    command: Command, bundle_copy: Path, image_file: Path
 ) -> None:
     manifest = open_bundle(bundle_copy).manifest
     write_manifest(bundle_copy, manifest.model_copy(update={"precision": "bf16"}))
-    refused(command("run", bundle_copy, "--image", picture_file, "--refer", "the mug"), "bf16", "TensorRT")
+    refused(command("run", bundle_copy, "--image", image_file, "--refer", "the mug"), "bf16", "TensorRT")
 
 
 # Inspect and lint
@@ -561,22 +561,22 @@ def test_inspect_of_a_decoder_that_drops_tokens(command: Command, deep_bundle: B
 
 
 def test_a_decoder_that_drops_tokens_answers_and_is_timed(
-    command: Command, deep_bundle: BuildBundle, picture_file: Path, tmp_path: Path
+    command: Command, deep_bundle: BuildBundle, image_file: Path, tmp_path: Path
 ) -> None:
     folder = Path(
         shutil.copytree(deep_bundle(pruner="sparsevlm", positions="gap").folder, tmp_path / "bundle")
     )
     drawn = tmp_path / "drawn.png"
     result = command(
-        "run", folder, "--image", picture_file, "--refer", "the red mug", "--json", "--draw", drawn
+        "run", folder, "--image", image_file, "--refer", "the red mug", "--json", "--draw", drawn
     )
     assert result.code == 0, result.err
     record = json.loads(result.out)
     assert record["kept"] == len(set(record["kept_indices"])) == 9
     assert drawn.is_file()
-    assert command("run", folder, "--image", picture_file, "--refer", "the mug", "--keep", "0.25").code == 0
+    assert command("run", folder, "--image", image_file, "--refer", "the mug", "--keep", "0.25").code == 0
     refused(
-        command("run", folder, "--image", picture_file, "--refer", "the mug", "--keep", "0.5"),
+        command("run", folder, "--image", image_file, "--refer", "the mug", "--keep", "0.5"),
         "keeps 9 of every",
     )
     timed = command("bench", folder, "--requests", "2", "--new-tokens", "2", "--json")
@@ -596,7 +596,7 @@ def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(
 ) -> None:
     bundle = tiny_bundle()
     for name in bundle.manifest.graphs:
-        result = command("lint", bundle.graph_path(name), "--own", "--json")
+        result = command("lint", bundle.graph_path(name), "--strict", "--json")
         assert result.code == 0, result
         assert json.loads(result.out)["verdict"]["survives"] is True
     model = onnx.load(bundle.graph_path("decoder"), load_external_data=False)
@@ -604,7 +604,7 @@ def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(
     del attention.attribute[:]
     attention.attribute.append(onnx.helper.make_attribute("is_causal", 1))
     onnx.save(model, tmp_path / "causal.onnx")
-    result = command("lint", tmp_path / "causal.onnx", "--own")
+    result = command("lint", tmp_path / "causal.onnx", "--strict")
     assert result.code == 1, result
     refused(command("lint", bundle.graph_path("decoder"), "--kind", "encoder"), "encoder")
     refused(command("lint", tmp_path / "none.onnx"), "none.onnx")

@@ -121,7 +121,7 @@ def test_the_example_program_answers_like_the_package(
     changes: dict[str, Any], tiny_bundle: Callable[..., Bundle]
 ) -> None:
     """It uses none of the package: position ids and slots come from the graphs and the page alone."""
-    bundle, picture, expression = (
+    bundle, image, expression = (
         tiny_bundle(**changes),
         ROOT / "docs" / "images" / "scene.png",
         "the red one",
@@ -130,11 +130,11 @@ def test_the_example_program_answers_like_the_package(
         sys.executable,
         str(ROOT / "docs" / "drive_a_bundle.py"),
         str(bundle.folder),
-        str(picture),
+        str(image),
         expression,
     ]
     said = subprocess.run(program, check=True, capture_output=True, text=True).stdout.strip()
     session = open_session(bundle, "onnxruntime", threads=1)
-    (answer,) = Grounder(bundle).ground(session, [load_image(picture)], [expression]).answers
+    (answer,) = Grounder(bundle).ground(session, [load_image(image)], [expression]).answers
     assert answer.text
     assert said == answer.text

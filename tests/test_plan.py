@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
 from gap_export.inputs.layouts import TokenRange
@@ -16,7 +16,7 @@ from gap_export.inputs.prompt import TextTower
 from gap_export.plan import plan_for
 from gap_export.recipe.recipe import Recipe
 
-FACTS = ModelFacts(
+FACTS = ModelSpec(
     hidden_size=8,
     layers=1,
     attention_heads=1,
@@ -74,19 +74,19 @@ def test_plan_refuses_what_contradicts_itself() -> None:
 
 def test_a_fixed_count_is_its_own_smallest_and_largest() -> None:
     plan = plan_for(recipe_with(keep=0.25), FACTS)
-    assert (plan.counting, plan.fewest, plan.kept, plan.most) == ("fixed", 144, 144, 144)
+    assert (plan.keep_mode, plan.min_tokens, plan.kept, plan.max_tokens) == ("fixed", 144, 144, 144)
 
 
 def test_a_range_has_room_for_its_largest() -> None:
     plan = plan_for(recipe_with(keep="0.1:1.0", max_text=40, max_new_tokens=8), FACTS)
-    assert (plan.counting, plan.fewest, plan.kept, plan.most) == ("chosen", 58, 144, 576)
+    assert (plan.keep_mode, plan.min_tokens, plan.kept, plan.max_tokens) == ("dynamic", 58, 144, 576)
     assert plan.capacity >= 39 + 576 + 8
     assert plan.kept_dim == Dim(name="kept", minimum=58, optimum=144, maximum=576)
 
 
 def test_adaptive_has_room_for_its_bound() -> None:
     plan = plan_for(recipe_with(keep="adaptive", pruner="prumerge", keep_bound=0.3), FACTS)
-    assert (plan.counting, plan.kept, plan.most) == ("adaptive", 173, 173)
+    assert (plan.keep_mode, plan.kept, plan.max_tokens) == ("adaptive", 173, 173)
     with pytest.raises(RecipeError, match="no rule of its own") as caught:
         plan_for(recipe_with(keep="adaptive", pruner="spatial"), FACTS)
     assert "prumerge" in caught.value.hint
@@ -126,7 +126,13 @@ def test_stages_of_a_decoder_that_drops_tokens(capacity: int | None) -> None:
     plan = plan_for(
         recipe_with(pruner="pyramiddrop", keep=0.125, max_text=40, max_new_tokens=8, capacity=capacity), DEEP
     )
-    assert (plan.counting, plan.keep, plan.fewest, plan.kept, plan.most) == ("fixed", 0.125, 576, 576, 576)
+    assert (plan.keep_mode, plan.keep, plan.min_tokens, plan.kept, plan.max_tokens) == (
+        "fixed",
+        0.125,
+        576,
+        576,
+        576,
+    )
     assert [(stage.run, stage.kept) for stage in plan.stages] == [
         (range(8), 576), (range(8, 16), 288), (range(16, 24), 144), (range(24, 32), 72)
     ]  # fmt: skip
@@ -153,7 +159,7 @@ def test_strategies_before_the_decoder_have_no_stages() -> None:
         ({"pruner": "sparsevlm", "keep": "adaptive"}, "no rule of its own"),
         ({"pruner": "fastv", "prune_layers": (32,)}, "from 1 to 31"),
         ({"pruner": "spatial", "prune_layers": (2,)}, "drops no tokens inside the decoder"),
-        ({"pruner": "sparsevlm", "keep": 0.003}, "no token of the picture"),
+        ({"pruner": "sparsevlm", "keep": 0.003}, "no token of the image"),
         ({"pruner": "fastv", "capacity": 300}, "576 visual tokens"),
     ],
 )
@@ -167,43 +173,43 @@ def test_a_shallow_decoder_is_told_what_it_lacks() -> None:
         plan_for(recipe_with(pruner="pyramiddrop"), FACTS)
 
 
-# Pictures that differ in size
+# Images that differ in size
 
 MANY = FACTS.model_copy(
     update={
         "visual_tokens": 600,
         "grid": None,
-        "token_range": TokenRange(fewest=4, usual=200, most=560, never_pruned=40),
+        "token_range": TokenRange(min_tokens=4, typical_tokens=200, max_tokens=560, never_pruned=40),
     }
 )
 
 
 @given(keep=st.floats(0.001, 1.0))
-def test_every_picture_keeps_the_same_share(keep: float) -> None:
+def test_every_image_keeps_the_same_share(keep: float) -> None:
     plan = plan_for(recipe_with(keep=keep, pruner="random"), MANY)
-    assert plan.counting == "share"
-    assert plan.most == max(1, int(keep * 560 + 0.5)) + 40
-    assert plan.fewest == max(1, int(keep * 4 + 0.5))
+    assert plan.keep_mode == "ratio"
+    assert plan.max_tokens == max(1, int(keep * 560 + 0.5)) + 40
+    assert plan.min_tokens == max(1, int(keep * 4 + 0.5))
     assert plan.count_dim.maximum + 40 == plan.kept_dim.maximum
-    assert plan.capacity >= 127 + plan.most + 32 + 1
+    assert plan.capacity >= 127 + plan.max_tokens + 32 + 1
 
 
 def test_requests_may_choose_the_share() -> None:
     plan = plan_for(recipe_with(keep="0.1:1.0", pruner="random"), MANY)
-    assert (plan.counting, plan.shares) == ("chosen", (0.1, 1.0))
-    assert (plan.fewest, plan.most) == (1, 600)
+    assert (plan.keep_mode, plan.shares) == ("dynamic", (0.1, 1.0))
+    assert (plan.min_tokens, plan.max_tokens) == (1, 600)
     assert plan_for(recipe_with(keep="0.1:1.0"), FACTS).shares == (0.1, 1.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pruner": "fastv"}, "inside the decoder needs pictures that all have the same number"),
-        ({"pruner": "trim", "keep": "adaptive"}, "keep adaptive needs pictures"),
+        ({"pruner": "fastv"}, "inside the decoder needs images that all have the same number"),
+        ({"pruner": "trim", "keep": "adaptive"}, "keep adaptive needs images"),
         ({"pruner": "prumerge", "merged_id": "centroid"}, "patches that lie on one grid"),
     ],
 )
-def test_what_needs_pictures_of_one_size(changes: dict[str, Any], message: str) -> None:
+def test_what_needs_images_of_one_size(changes: dict[str, Any], message: str) -> None:
     tower = TextTower(checkpoint="x", context=8, width=4, aligned_inversely=True)
     with pytest.raises(RecipeError, match=message):
         plan_for(recipe_with(**changes), MANY, tower if changes["pruner"] == "trim" else None)

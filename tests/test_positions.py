@@ -187,7 +187,7 @@ def test_kept_ids_follow_the_order_given() -> None:
 def test_mrope_gathers_three_rows_and_goes_on_from_the_unpruned_maximum(data: st.DataObject) -> None:
     before, after = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
     rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
-    # Qwen2-VL: text counts in all rows alike; a picture has one time, its rows and columns; text goes on above the largest.
+    # Qwen2-VL: text counts in all rows alike; an image has one time, its rows and columns; text goes on above the largest.
     ids = [[j] * 3 for j in range(before)]
     ids += [[before, before + r, before + c] for r in range(rows) for c in range(columns)]
     ids += [[before + max(rows, columns) + j] * 3 for j in range(after)]

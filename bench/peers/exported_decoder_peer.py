@@ -3,7 +3,7 @@
 python exported_decoder_peer.py CHECKPOINT THREADS NEW_TOKENS mobius|transformers BUNDLE
 
 Neither exports the tower of this model: transformers' exporter leaves it to PyTorch, and mobius knows towers without a class token
-alone. So pictures go through `vision`, `splice` and `embed` of an unpruned bundle of ours; only the decoder differs.
+alone. So images go through `vision`, `splice` and `embed` of an unpruned bundle of ours; only the decoder differs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The decoder in llama.cpp: python llama_cpp_peer.py CHECKPOINT THREADS NEW_TOKENS f32|q8_0 BUNDLE
 
 Its converter knows the tokenizers of published models alone, so the decoder is written to GGUF here, without a tokenizer; `q8_0` is quantised
-by llama.cpp itself. Pictures go through `vision` and `splice` of an unpruned bundle of ours, and embeddings into llama.cpp.
+by llama.cpp itself. Images go through `vision` and `splice` of an unpruned bundle of ours, and embeddings into llama.cpp.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def main() -> None:
 
         def answer() -> tuple[float, list[float], list[int]]:
             began = now()
-            spliced = session.splice(each.input_ids_BT, encode(session, each.pictures))
+            spliced = session.splice(each.input_ids_BT, encode(session, each.batch))
             turn, logits = (
                 spliced.placement,
                 session.prefill(spliced.embeds, spliced.placement, room=int(new_tokens)).logits,

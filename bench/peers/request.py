@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 TEXT_BEFORE, TEXT_AFTER = 35, 29
-"""Text tokens around the picture, as many as LLaVA-1.5's grounding prompt has."""
+"""Text tokens around the image, as many as LLaVA-1.5's grounding prompt has."""
 FIRST_ID, SMALL_VOCABULARY = 3, 1000
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture and one prompt, the same in every run.
+    """One image and one prompt, the same in every run.
 
     Attributes:
         pixels: [1, 3, size, size] float32, noise.

@@ -1,6 +1,6 @@
 """How models write a box, and in which frame it is meant.
 
-A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the picture:
+A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the image:
 
     codec        text                                  several boxes   source
     llava        [0.12, 0.30, 0.55, 0.90]              the first       lmms-eval's and ConvLLaVA's evaluators
@@ -13,10 +13,10 @@ A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the picture:
     qwen3_vl     {"bbox_2d": [123, 300, 550, 900]}     the first       Qwen3-VL's notebook on grounding
 
     frame           0..1 spans
-    image           the picture's own width and height
-    padded_square   the square of the longer side, the picture centred on it with offset (max - min) // 2
+    image           the image's own width and height
+    padded_square   the square of the longer side, the image centred on it with offset (max - min) // 2
 
-Qwen2.5-VL writes pixels of the picture as it sees it, scaled by its preprocessing. So its codec must be told that size (`seen`).
+Qwen2.5-VL writes pixels of the image as it sees it, scaled by its preprocessing. So its codec must be told that size (`seen`).
 
 Normalised boxes in the wrong frame look plausible and score low; nothing in the text tells the frame.
 """
@@ -63,7 +63,7 @@ class BoxCodec:
     Attributes:
         name: key in `CODECS`.
         pattern: finds one box, or one group of boxes, in an answer; its numbers are those of its group, where it has one.
-        unit: the number that stands for the far edge of the frame; None where that is the size of the picture as seen.
+        unit: the number that stands for the far edge of the frame; None where that is the size of the image as seen.
         write: box in those numbers -> text.
         several: what an answer with more than one box means: the first counts, or the answer is refused.
         overshoot: what becomes of a box that leaves its frame: the answer is refused, or the box is cut at the frame.
@@ -78,7 +78,7 @@ class BoxCodec:
 
     @property
     def example(self) -> str:
-        """A box as this codec writes it; of a picture of 640 by 480 pixels, where it writes pixels."""
+        """A box as this codec writes it; of an image of 640 by 480 pixels, where it writes pixels."""
         return self.encode(_EXAMPLE, _EXAMPLE_SIZE)
 
     def encode(self, box: Box, seen: Size | None = None) -> str:
@@ -86,7 +86,7 @@ class BoxCodec:
 
         Args:
             box: to be written.
-            seen: size of the picture as the model sees it; codecs that write pixels need it.
+            seen: size of the image as the model sees it; codecs that write pixels need it.
 
         Raises:
             ValueError: a coordinate that is not finite or not within 0..1, or an inverted box; no size where it is needed.
@@ -151,9 +151,7 @@ class BoxCodec:
         if self.unit is not None:
             return self.unit, self.unit
         if seen is None:
-            raise ValueError(
-                f"boxes of {self.name} are in pixels of the picture as seen, whose size is needed"
-            )
+            raise ValueError(f"boxes of {self.name} are in pixels of the image as seen, whose size is needed")
         return float(seen[0]), float(seen[1])
 
 
@@ -223,7 +221,7 @@ CODECS: dict[str, BoxCodec] = {
         ),
         # The same goes for its tags.
         BoxCodec("qwen2_vl", re.compile(rf"{_POINT}\s*,\s*{_POINT}"), 1000.0, _write_qwen2_vl, "first"),
-        # It does not know the size of the picture for certain; its authors cut boxes at the edge (QwenLM/Qwen3-VL, issue 1035).
+        # It does not know the size of the image for certain; its authors cut boxes at the edge (QwenLM/Qwen3-VL, issue 1035).
         BoxCodec("qwen2_5_vl", _BBOX_2D, None, _write_bbox_2d, "first", "cut"),
         BoxCodec("qwen3_vl", _BBOX_2D, 1000.0, _write_bbox_2d, "first"),
     )
@@ -235,20 +233,20 @@ CODECS: dict[str, BoxCodec] = {
 
 
 def to_pixels(box: Box, frame: Frame, width: int, height: int, *, clamp: bool = False) -> Box:
-    """A normalised box in pixels of the original picture.
+    """A normalised box in pixels of the original image.
 
     Args:
         box: normalised in `frame`; may leave 0..1.
         frame: what 0..1 spans.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
-        clamp: cut to the picture. A box that lies wholly in the padding becomes one without area on the edge.
+        width: of the image, pixels.
+        height: of the image, pixels.
+        clamp: cut to the image. A box that lies wholly in the padding becomes one without area on the edge.
 
     Returns:
         (x1, y1, x2, y2) in pixels, not rounded.
 
     Raises:
-        ValueError: a coordinate that is not finite, an inverted box, a picture without area.
+        ValueError: a coordinate that is not finite, an inverted box, an image without area.
     """
     span_x, span_y, left, top = _spans(frame, width, height)
     x1, y1, x2, y2 = _ordered(box)
@@ -257,13 +255,13 @@ def to_pixels(box: Box, frame: Frame, width: int, height: int, *, clamp: bool = 
 
 
 def from_pixels(box: Box, frame: Frame, width: int, height: int, *, clamp: bool = False) -> Box:
-    """A box in pixels of the original picture, normalised.
+    """A box in pixels of the original image, normalised.
 
     Args:
-        box: in pixels; may leave the picture.
+        box: in pixels; may leave the image.
         frame: what 0..1 shall span.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
+        width: of the image, pixels.
+        height: of the image, pixels.
         clamp: cut to the frame, 0..1.
 
     Returns:
@@ -279,9 +277,9 @@ def from_pixels(box: Box, frame: Frame, width: int, height: int, *, clamp: bool 
 
 
 def _spans(frame: Frame, width: int, height: int) -> tuple[int, int, int, int]:
-    """(pixels of 0..1 across, down, pixels left of the picture, above it)."""
+    """(pixels of 0..1 across, down, pixels left of the image, above it)."""
     if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width}x{height} pixels has no area")
+        raise ValueError(f"an image of {width}x{height} pixels has no area")
     if frame == "image":
         return width, height, 0, 0
     if frame == "padded_square":

@@ -1,7 +1,7 @@
-"""The reader's own picture with what the model saw and what it answered.
+"""The reader's own image with what the model saw and what it answered.
 
 Patches that were pruned lose their colour and fade towards slate, which is visible on white and on black
-pictures alike; kept patches stay as they are, with a hairline around them. Parts that never reached the model
+images alike; kept patches stay as they are, with a hairline around them. Parts that never reached the model
 (cut away by a centre crop) count as pruned. The box is amber between two dark lines, drawn outside its edge
 so that it hides nothing, however small the object. A band below says what was asked and what came out.
 """
@@ -16,16 +16,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gap_export.boxes.codecs import Box, to_pixels
 from gap_export.inputs.images import crop_size, padding
-from gap_export.inputs.layouts import AnyPreprocessing
+from gap_export.inputs.layouts import Layout
 from gap_export.positions import Ids
 
 LEAST_LONG_SIDE = 640
-"""Smaller pictures are enlarged to at least this many pixels on the long side."""
+"""Smaller images are enlarged to at least this many pixels on the long side."""
 TINY = 200
 """Up to this long side, pixels are enlarged as squares; smoothing would invent detail that the model did not
 get."""
 LEAST_WIDTH = 420
-"""Of the canvas, so that the caption under a narrow picture can be read."""
+"""Of the canvas, so that the caption under a narrow image can be read."""
 
 _FADED = 0.6
 """How far a pruned pixel goes towards slate."""
@@ -38,7 +38,7 @@ def draw(
     box: Box | None,
     kept_indices: Ids,
     grid: tuple[int, int] | None,
-    preprocessing: AnyPreprocessing,
+    preprocessing: Layout,
     *,
     visual_tokens: int,
     caption: str,
@@ -46,48 +46,48 @@ def draw(
     """Draw an answer.
 
     Args:
-        image: the original picture, any size; RGB as from `load_image`.
+        image: the original image, any size; RGB as from `load_image`.
         box: (x1, y1, x2, y2) in pixels of `image`, cut to it where it leaves it; None if the answer had no
             box.
         kept_indices: [K] int64 raster indices of the kept patches.
         grid: (rows, columns) of all patches; None where they do not lie on one grid, and none is shaded.
-        preprocessing: how the picture was fitted, which says where a patch lies on it.
+        preprocessing: how the image was fitted, which says where a patch lies on it.
         visual_tokens: N before pruning.
         caption: the expression.
 
     Returns:
-        RGB: the picture, at its own size or enlarged, above a caption.
+        RGB: the image, at its own size or enlarged, above a caption.
 
     Raises:
         ValueError: an index outside the grid, a box that is inverted or not finite.
     """
-    picture, scale = _enlarged(image.convert("RGB"))
+    shown, scale = _enlarged(image.convert("RGB"))
     kept = len(kept_indices)
     if grid is not None:
         kept_RC = _kept_cells(kept_indices, grid)
         kept = int(kept_RC.sum())
         columns_x, rows_y = patch_edges(image.width, image.height, grid, preprocessing)
-        picture = _shade(picture, kept_RC, columns_x * scale[0], rows_y * scale[1])
+        shown = _shade(shown, kept_RC, columns_x * scale[0], rows_y * scale[1])
     if box is not None:
         x1, y1, x2, y2 = _cut_to(image, box)
-        _stroke_box(picture, (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]))
+        _stroke_box(shown, (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]))
     answer = "no box in the answer" if box is None else "box " + ", ".join(f"{value:.0f}" for value in box)
-    return _with_caption(picture, caption, f"kept {kept} of {visual_tokens} patches  ·  {answer}")
+    return _with_caption(shown, caption, f"kept {kept} of {visual_tokens} patches  ·  {answer}")
 
 
 def patch_edges(
-    width: int, height: int, grid: tuple[int, int], preprocessing: AnyPreprocessing
+    width: int, height: int, grid: tuple[int, int], preprocessing: Layout
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where the patch grid lies on the original picture.
+    """Where the patch grid lies on the original image.
 
     Args:
-        width: of the picture, pixels.
-        height: of the picture, pixels.
+        width: of the image, pixels.
+        height: of the image, pixels.
         grid: (rows, columns).
-        preprocessing: how the picture was fitted.
+        preprocessing: how the image was fitted.
 
     Returns:
-        ([columns + 1] x, [rows + 1] y) edges in pixels of the picture. Under `pad` they go beyond it.
+        ([columns + 1] x, [rows + 1] y) edges in pixels of the image. Under `pad` they go beyond it.
     """
     rows, columns = grid
     if preprocessing.layout == "square" and preprocessing.fit == "pad":
@@ -108,13 +108,13 @@ def patch_edges(
 
 
 def _cut_to(image: Image.Image, box: Box) -> Box:
-    """The part of a box in pixels that lies on the picture."""
+    """The part of a box in pixels that lies on the image."""
     normalised = (box[0] / image.width, box[1] / image.height, box[2] / image.width, box[3] / image.height)
     return to_pixels(normalised, "image", image.width, image.height, clamp=True)
 
 
 def _enlarged(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
-    """The picture at a size that can be looked at, and the factors (across, down) it was enlarged by."""
+    """The image at a size that can be looked at, and the factors (across, down) it was enlarged by."""
     longest = max(image.size)
     if longest >= LEAST_LONG_SIDE:
         return image, (1.0, 1.0)
@@ -141,32 +141,32 @@ def _kept_cells(kept_indices: Ids, grid: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def _shade(
-    picture: Image.Image,
+    shown: Image.Image,
     kept_RC: NDArray[np.bool_],
     columns_x: NDArray[np.float64],
     rows_y: NDArray[np.float64],
 ) -> Image.Image:
     """Fade what was pruned and draw a hairline around what was kept."""
-    column_of_x = np.searchsorted(columns_x, np.arange(picture.width) + 0.5, side="right") - 1
-    row_of_y = np.searchsorted(rows_y, np.arange(picture.height) + 0.5, side="right") - 1
+    column_of_x = np.searchsorted(columns_x, np.arange(shown.width) + 0.5, side="right") - 1
+    row_of_y = np.searchsorted(rows_y, np.arange(shown.height) + 0.5, side="right") - 1
     # One ring of pruned cells around the grid catches the pixels that lie outside it.
     ringed = np.pad(kept_RC, 1)
     visible_HW = ringed[np.ix_(row_of_y + 1, column_of_x + 1)]
     if visible_HW.all():
-        return picture
+        return shown
 
-    # In three steps over 8-bit pictures and not in float32 at once, which would take 300 MB for a
+    # In three steps over 8-bit images and not in float32 at once, which would take 300 MB for a
     # 12-megapixel photo.
-    grey = picture.convert("L").convert("RGB")
-    faded = Image.blend(Image.blend(picture, grey, 0.8), Image.new("RGB", picture.size, _SLATE), _FADED)
-    shaded = Image.composite(picture, faded, Image.fromarray(visible_HW.astype(np.uint8) * 255))
-    border_HW = _border(visible_HW, thickness=max(1, round(max(picture.size) / 900)))
-    hairline = Image.new("RGB", picture.size, _HAIRLINE)
+    grey = shown.convert("L").convert("RGB")
+    faded = Image.blend(Image.blend(shown, grey, 0.8), Image.new("RGB", shown.size, _SLATE), _FADED)
+    shaded = Image.composite(shown, faded, Image.fromarray(visible_HW.astype(np.uint8) * 255))
+    border_HW = _border(visible_HW, thickness=max(1, round(max(shown.size) / 900)))
+    hairline = Image.new("RGB", shown.size, _HAIRLINE)
     return Image.composite(hairline, shaded, Image.fromarray(border_HW.astype(np.uint8) * 150))
 
 
 def _border(visible_HW: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
-    """[H, W] the visible pixels within `thickness` of one that is not; the rim of the picture is no
+    """[H, W] the visible pixels within `thickness` of one that is not; the rim of the image is no
     border."""
     inner = visible_HW.copy()
     for axis in (0, 1):
@@ -181,14 +181,14 @@ def _border(visible_HW: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
     return visible_HW & ~inner
 
 
-def _stroke_box(picture: Image.Image, box: Box) -> None:
+def _stroke_box(shown: Image.Image, box: Box) -> None:
     """Draw a cased line around a box, in place; where the box touches the rim, the line moves inwards."""
-    line = max(3, round(max(picture.size) / 180))
+    line = max(3, round(max(shown.size) / 180))
     casing = max(1, line // 3)
     total = line + 2 * casing
     left, top = max(0, round(box[0]) - total), max(0, round(box[1]) - total)
-    right, bottom = min(picture.width, round(box[2]) + total), min(picture.height, round(box[3]) + total)
-    pen = ImageDraw.Draw(picture)
+    right, bottom = min(shown.width, round(box[2]) + total), min(shown.height, round(box[3]) + total)
+    pen = ImageDraw.Draw(shown)
     for inset, thickness, colour in ((0, total, _CASING), (casing, line, _AMBER)):
         corners = (left + inset, top + inset, right - 1 - inset, bottom - 1 - inset)
         if corners[0] <= corners[2] and corners[1] <= corners[3]:
@@ -209,10 +209,10 @@ class _Line:
     height: int
 
 
-def _with_caption(picture: Image.Image, expression: str, facts: str) -> Image.Image:
-    """The picture, centred, above a band with the expression and a line of facts."""
-    width = max(picture.width, LEAST_WIDTH)
-    unit = max(18, round(max(width, min(picture.size)) / 36))
+def _with_caption(shown: Image.Image, expression: str, facts: str) -> Image.Image:
+    """The image, centred, above a band with the expression and a line of facts."""
+    width = max(shown.width, LEAST_WIDTH)
+    unit = max(18, round(max(width, min(shown.size)) / 36))
     margin = unit
     large, small = ImageFont.load_default(unit), ImageFont.load_default(max(13, round(unit * 0.72)))
     room = width - 2 * margin
@@ -224,10 +224,10 @@ def _with_caption(picture: Image.Image, expression: str, facts: str) -> Image.Im
         _Line(text, small, _FAINT, round(unit * 1.05)) for text in _wrapped(facts.split(" "), small, room, 2)
     ]
     band = sum(line.height for line in lines) + round(unit * 1.3)
-    canvas = Image.new("RGB", (width, picture.height + band), _BAND)
-    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    canvas = Image.new("RGB", (width, shown.height + band), _BAND)
+    canvas.paste(shown, ((width - shown.width) // 2, 0))
     pen = ImageDraw.Draw(canvas)
-    y = picture.height + round(unit * 0.6)
+    y = shown.height + round(unit * 0.6)
     for line in lines:
         pen.text((margin, y), line.text, font=line.font, fill=line.colour)
         y += line.height

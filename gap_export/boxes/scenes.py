@@ -1,6 +1,6 @@
 """Procedural scenes with referring expressions: the test data of the bundled `llava-shapes` model.
 
-A scene is a 96x96 picture of 3 to 6 coloured shapes that do not overlap, on a textured, noisy ground. A query is an
+A scene is a 96x96 image of 3 to 6 coloured shapes that do not overlap, on a textured, noisy ground. A query is an
 expression that fits exactly one of them, by attributes ("the small red circle"), by place among look-alikes ("the red
 circle on the left") or by relation to an object that is unique in colour and shape ("the circle left of the blue
 square"). The answer is that object's box. Everything follows from (seed, index): the same pair gives the same scene
@@ -37,7 +37,7 @@ _CLEARANCE = 2  # pixels between two boxes, and between a box and the border
 _REPEAT_PROBABILITY = 0.35  # an object takes colour and shape of an earlier one
 _LEAD = 8.0  # pixels by which the meant object must win a comparison of centres
 
-# Linear interpolation of a 7x7 texture to the picture's pixels: the knot before each pixel, the share of the next.
+# Linear interpolation of a 7x7 texture to the image's pixels: the knot before each pixel, the share of the next.
 _PLACE = np.linspace(0, 6, IMAGE_SIZE, dtype=np.float32)
 _KNOT = np.minimum(_PLACE.astype(np.int64), 5)
 _SHARE = (_PLACE - _KNOT).astype(np.float32)
@@ -85,7 +85,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Case:
-    """One picture, one expression, the box that it means: (x0, y0, x1, y1) in pixels of the image."""
+    """One image, one expression, the box that it means: (x0, y0, x1, y1) in pixels of the image."""
 
     case_id: str
     image: Image.Image
@@ -248,18 +248,18 @@ def _paint(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> NDArra
     """Low-frequency texture, the shapes in slightly varied colours, fine noise over everything."""
     coarse = rng.uniform(-28, 28, (7, 7, 3)).astype(np.float32)
     ground = rng.uniform(85, 170, 3).astype(np.float32) * 0.35 + rng.uniform(85, 170) * 0.65
-    picture = _stretch(_stretch(coarse).swapaxes(0, 1)) + ground
+    image = _stretch(_stretch(coarse).swapaxes(0, 1)) + ground
     for item in objects:
         left, top, right, bottom = item.box
         tint = _RGB[COLOURS.index(item.colour)] * rng.uniform(0.88, 1.1) + rng.uniform(-10, 10, 3)
-        region = picture[top:bottom, left:right]
+        region = image[top:bottom, left:right]
         region[shape_mask(item.shape, right - left, bottom - top)] = tint
-    picture += rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32) * 7
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    image += rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32) * 7
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _stretch(knots: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Linear interpolation of the first axis, 7 knots, to the picture's pixels."""
+    """Linear interpolation of the first axis, 7 knots, to the image's pixels."""
     share = _SHARE.reshape(-1, *([1] * (knots.ndim - 1)))
     stretched: NDArray[np.float32] = knots[_KNOT] * (1 - share) + knots[_KNOT + 1] * share
     return stretched

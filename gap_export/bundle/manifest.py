@@ -1,6 +1,6 @@
 """The bundle: one folder with plain ONNX graphs, weights, tokenizer and a manifest that explains them.
 
-Everything a runtime needs to turn a picture and an expression into a box stands in `manifest.json`; neither torch nor
+Everything a runtime needs to turn an image and an expression into a box stands in `manifest.json`; neither torch nor
 transformers is needed to read it.
 """
 
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from gap_export.bundle.cache_layout import in_slot_steps
 from gap_export.bundle.spec import Dim, GraphSpec
 from gap_export.files import FileRecord
-from gap_export.inputs.layouts import AnyPreprocessing, TokenRange
+from gap_export.inputs.layouts import Layout, TokenRange
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.precision import Precision
@@ -24,9 +24,9 @@ SCHEMA_VERSION = 1
 _SLOT_AXIS = 2
 
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
-TowerPart = Literal["class_token", "projected_class_token", "following_layer", "grid"]
+VisionFeature = Literal["class_token", "projected_class_token", "following_layer", "grid"]
 """What a pruner may ask of a vision tower: a class token; one that the projector takes; a layer after the one whose output the
-decoder gets; patches that lie on one grid, the same for all pictures."""
+decoder gets; patches that lie on one grid, the same for all images."""
 
 
 class BoxFormat(Record):
@@ -41,29 +41,29 @@ class BoxFormat(Record):
     frame: Literal["padded_square", "image"]
 
 
-class ModelFacts(Record):
+class ModelSpec(Record):
     """Sizes of the exported model."""
 
     hidden_size: int
     """H, width of the decoder."""
-    planes: int = 0
+    deepstack_levels: int = 0
     """Further features of every visual token, H wide each, that are added between the first layers (DeepStack). They travel
-    with the embedding: in the graphs it is (1 + planes) * H wide, and text has zeros there."""
+    with the embedding: in the graphs it is (1 + deepstack_levels) * H wide, and text has zeros there."""
     layers: int
     attention_heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     visual_tokens: int
-    """N; of the largest picture, where pictures differ."""
+    """N; of the largest image, where images differ."""
     grid: tuple[int, int] | None
-    """(rows, columns) of the visual tokens; None where pictures differ."""
+    """(rows, columns) of the visual tokens; None where images differ."""
     token_range: TokenRange | None = None
-    """Where pictures differ in how many visual tokens they have."""
+    """Where images differ in how many visual tokens they have."""
     position_rows: Literal[1, 3] = 1
     """Rows of position ids: 3 for M-RoPE (time, height, width)."""
     max_positions: int
-    tower_lacks: tuple[TowerPart, ...] = ()
+    missing_features: tuple[VisionFeature, ...] = ()
     """What a pruner may ask for and this tower does not have."""
     published_tower: str | None = None
     """Hub id of the published checkpoint whose vision tower has the same sizes, where there is one."""
@@ -71,12 +71,12 @@ class ModelFacts(Record):
     @property
     def embedding_width(self) -> int:
         """Width of what enters the decoder."""
-        return self.hidden_size * (1 + self.planes)
+        return self.hidden_size * (1 + self.deepstack_levels)
 
 
-Counting = Literal["fixed", "share", "chosen", "adaptive"]
-"""Who says how many visual tokens a picture keeps: the build; the build, as a share of what the picture has; each request; or
-what the picture shows."""
+KeepMode = Literal["fixed", "ratio", "dynamic", "adaptive"]
+"""Who says how many visual tokens an image keeps: the build; the build, as a share of what the image has; each request; or
+what the image shows."""
 
 
 class Stage(Record):
@@ -107,12 +107,12 @@ class Pruning(Record):
 
     Attributes:
         pruner: name in the table of strategies.
-        keep: fraction of visual tokens kept, in (0, 1]: the default where requests choose, the bound where pictures do; what
+        keep: fraction of visual tokens kept, in (0, 1]: the default where requests choose, the bound where images do; what
             is left after the last stage, where there are stages.
         kept: how many enter the decoder: the count that `keep` gives, or all of them, where tokens are dropped inside it.
-        counting: who says how many.
-        fewest: smallest count.
-        most: largest count; what cache and engines have room for.
+        keep_mode: who says how many.
+        min_tokens: smallest count.
+        max_tokens: largest count; what cache and engines have room for.
         shares: (smallest, largest) that requests may choose; None where they have no choice.
         positions: numbering policy.
         seed: seed of strategies that draw at random.
@@ -124,9 +124,9 @@ class Pruning(Record):
     pruner: str
     keep: float
     kept: int
-    counting: Counting = "fixed"
-    fewest: int
-    most: int
+    keep_mode: KeepMode = "fixed"
+    min_tokens: int
+    max_tokens: int
     shares: tuple[float, float] | None = None
     positions: PositionPolicy
     seed: int
@@ -135,7 +135,7 @@ class Pruning(Record):
     stages: tuple[Stage, ...] = ()
 
     @property
-    def left(self) -> int:
+    def kept_after_last_stage(self) -> int:
         """Visual tokens that are left at the end of the decoder."""
         return self.stages[-1].kept if self.stages else self.kept
 
@@ -152,17 +152,17 @@ class Pruning(Record):
     def _fixed_unless_said(cls, given: Any) -> Any:
         """A fixed count is its own smallest and largest."""
         if isinstance(given, dict) and "kept" in given:
-            return {"fewest": given["kept"], "most": given["kept"], **given}
+            return {"min_tokens": given["kept"], "max_tokens": given["kept"], **given}
         return given
 
     def fixed_at(self, kept: int, visual_tokens: int) -> Pruning:
-        """The same with one count for all pictures."""
+        """The same with one count for all images."""
         changes = {
             "keep": kept / visual_tokens,
             "kept": kept,
-            "fewest": kept,
-            "most": kept,
-            "counting": "fixed",
+            "min_tokens": kept,
+            "max_tokens": kept,
+            "keep_mode": "fixed",
         }
         return self.model_copy(update=changes)
 
@@ -225,13 +225,13 @@ class Manifest(Record):
     checkpoint: str
     """Folder or hub id the weights came from (`random` for random weights)."""
     precision: Precision
-    model: ModelFacts
+    model: ModelSpec
     pruning: Pruning
     capacity: int
     """Most slots of the cache: the longest prompt plus answer, in tokens that enter the decoder. Later stages need fewer
     (`Stage.capacity`)."""
     max_new_tokens: int
-    preprocessing: AnyPreprocessing
+    preprocessing: Layout
     prompt: PromptTemplate
     box: BoxFormat
     text_tower: TextTower | None = None

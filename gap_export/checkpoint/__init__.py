@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.checkpoint.safetensors import Derived, WeightLocation, read_header
-from gap_export.errors import CheckpointError, EnvironmentLacks
+from gap_export.errors import CheckpointError, MissingRequirementError
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -108,14 +108,14 @@ def read_weights(file: Path) -> dict[str, WeightLocation]:
 
     Raises:
         CheckpointError: damaged, cut short, or a pickle that is more than tensors.
-        EnvironmentLacks: torch is needed to read it and not installed.
+        MissingRequirementError: torch is needed to read it and not installed.
     """
     if file.suffix not in _ARCHIVES:
         return read_header(file)
     try:
         from gap_export.checkpoint.torch_archive import read_torch_archive
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"is needed to read {file.name}", subject="torch", hint="pip install 'gap-export[build]'"
         ) from error
     return read_torch_archive(file)

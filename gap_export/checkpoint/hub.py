@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from gap_export.errors import CheckpointError, EnvironmentLacks
+from gap_export.errors import CheckpointError, MissingRequirementError
 
 Progress = Callable[[str], None]
 
@@ -34,7 +34,7 @@ def resolve(reference: str, progress: Progress = lambda words: None) -> Path:
 
     Raises:
         CheckpointError: not there, and not to be had.
-        EnvironmentLacks: huggingface_hub is not installed.
+        MissingRequirementError: huggingface_hub is not installed.
     """
     if reference.startswith("bundled:"):
         return bundled(reference.removeprefix("bundled:"))
@@ -48,7 +48,7 @@ def _fetched(reference: str, progress: Progress) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             "is needed to fetch checkpoints",
             subject="huggingface_hub",
             hint="pip install 'gap-export[build]'",

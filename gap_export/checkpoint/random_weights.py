@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.errors import CheckpointError, EnvironmentLacks
+from gap_export.errors import CheckpointError, MissingRequirementError
 
 Progress = Callable[[str], None]
 Shapes = dict[str, tuple[int, ...]]
@@ -52,7 +52,7 @@ class Published:
 
     Attributes:
         config: `config.json`, with the defaults it leaves out where a family reads them.
-        preprocessor_config: the same of pictures.
+        preprocessor_config: the same of images.
         special_tokens: name -> id, of the stand-in tokenizer; words it does not know are `<unk>`.
     """
 
@@ -87,7 +87,7 @@ def random_checkpoint(repository: str, progress: Progress = lambda words: None) 
 
     Raises:
         CheckpointError: its sizes are not known.
-        EnvironmentLacks: the disk has no room.
+        MissingRequirementError: the disk has no room.
     """
     content = published(repository)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gap-export" / "random"
@@ -101,7 +101,7 @@ def write_checkpoint(folder: Path, content: Published, progress: Progress = lamb
     """Write a stand-in. Everything lands under another name first: a folder of the right name is always complete.
 
     Raises:
-        EnvironmentLacks: the disk has no room.
+        MissingRequirementError: the disk has no room.
     """
     scratch = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -120,7 +120,7 @@ def _write(folder: Path, content: Published, progress: Progress) -> None:
     shards = _shards(_shapes(folder))
     needed, free = sum(map(_bytes_of, shards)), shutil.disk_usage(folder).free
     if needed > free:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"has {free / 1e9:.1f} GB free, and random weights take {needed / 1e9:.1f} GB",
             subject=str(folder.parent),
             hint="free some, or set XDG_CACHE_HOME to a folder on another disk",

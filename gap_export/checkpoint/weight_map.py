@@ -51,7 +51,7 @@ def find_key(checkpoint: Checkpoint, parameter: str, prefixes: Prefixes) -> str:
     )
 
 
-def require_known(
+def check_known(
     checkpoint: Checkpoint, parameters: Iterable[str], prefixes: Prefixes, *, ignored: str = r"(?!)"
 ) -> None:
     """Refuse a checkpoint with weights that its model has no place for: it is of another model, or of another version of it.

@@ -131,9 +131,9 @@ def open_backend(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
 
 def needs_build_extra(error: ImportError) -> GapExportError:
     """What to say where a package is missing."""
-    from gap_export.errors import EnvironmentLacks
+    from gap_export.errors import MissingRequirementError
 
-    return EnvironmentLacks(
+    return MissingRequirementError(
         "is needed for this command and not installed",
         subject=error.name or str(error),
         hint="pip install 'gap-export[build]'",

@@ -40,7 +40,7 @@ def bench(
         str,
         typer.Option(help="Fractions of visual tokens, separated by commas, in bundles built with a range."),
     ] = "",
-    batch: Annotated[str, typer.Option(help="Pictures per request; several, separated by commas.")] = "1",
+    batch: Annotated[str, typer.Option(help="Images per request; several, separated by commas.")] = "1",
     requests: Annotated[int, typer.Option(min=1, help="Requests measured, per contender.")] = 100,
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Generated per request; the shortest limit by default.")
@@ -168,12 +168,12 @@ def _store(record: BenchRecord, bundles: Sequence[Bundle]) -> None:
     try:
         from gap_export.evaluation.latency.plot import png
 
-        picture = png(record)
+        image = png(record)
     except ImportError as error:
         console.print(f"no plot is drawn: {error.name} is not installed (pip install 'gap-export[report]')")
         return
     for bundle in bundles:
-        write_atomically(bundle.reports / "bench.png", picture)
+        write_atomically(bundle.reports / "bench.png", image)
 
 
 def _print(record: BenchRecord) -> None:

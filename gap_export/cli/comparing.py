@@ -55,7 +55,7 @@ def compare(
     from gap_export.evaluation.refer.compare import compare as compared
     from gap_export.evaluation.refer.compare import demands_on, open_run
 
-    tables.require_pyarrow()
+    tables.check_pyarrow()
     one, other = open_run(first, protocol), open_run(second, protocol)
     demands = demands_on(
         one,
@@ -76,7 +76,7 @@ def _print_comparison(result: Comparison) -> None:
     from rich.table import Table
 
     out.print(
-        f"{result.expressions} expressions about {result.images} pictures, {result.protocol}: "
+        f"{result.expressions} expressions about {result.images} images, {result.protocol}: "
         f"{100 * result.first_accuracy:.2f} -> {100 * result.second_accuracy:.2f} "
         f"({100 * result.difference:+.2f}, 95 % interval {100 * result.low:+.2f} to {100 * result.high:+.2f}); "
         f"{result.gained} gained, {result.lost} lost, McNemar p {result.mcnemar_p:.3g}",
@@ -91,7 +91,7 @@ def _print_comparison(result: Comparison) -> None:
         )
     out.print(gates)
     if result.worst:
-        table = Table("expression", "picture", "IoU of both boxes", "first", "second")
+        table = Table("expression", "image", "IoU of both boxes", "first", "second")
         for each in result.worst:
             table.add_row(
                 each.id,
@@ -113,7 +113,7 @@ def recommend(
         typer.Option(help="Fractions to try, separated by commas; the largest is what losses are against."),
     ] = "1.0,0.5,0.35,0.25,0.15,0.1",
     split: Annotated[str | None, typer.Option(help="As of gap-export eval.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many expressions.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests per fraction whose time is measured.")] = 30,
@@ -135,7 +135,7 @@ def recommend(
     from gap_export.files import write_atomically
     from gap_export.runtime.model import backend_of, open_session
 
-    tables.require_pyarrow()
+    tables.check_pyarrow()
     try:
         shares = sorted({float(share) for share in keeps.split(",")}, reverse=True)
     except ValueError as error:

@@ -47,7 +47,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="For example val or testA, where the data set has several.")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval: how answers are scored.")] = "unc",
     backend: Annotated[
         str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt or torch.")
@@ -88,7 +88,7 @@ def evaluate(
             subject="a bundle, or --predictions",
             hint="gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ...",
         )
-    tables.require_pyarrow()
+    tables.check_pyarrow()
     dataset = open_dataset(data, split=split, images=images)
     if predictions is not None:
         record, scored = _of_predictions(predictions, family, dataset, split, protocol, limit)
@@ -196,7 +196,7 @@ def evaluate_bundle(
     scoring = protocol_of(asked.protocol, opened.manifest.box)
     if dataset.source is None:
         raise InputError(
-            "brings no pictures", subject=dataset.name, hint="give the folder that holds them (--images)"
+            "brings no images", subject=dataset.name, hint="give the folder that holds them (--images)"
         )
     work = work_of(dataset.expressions, dataset.source, limit=asked.limit)
     _warn_of_missing(work)
@@ -246,7 +246,7 @@ def _warn_of_missing(work: Work) -> None:
         return
     named = ", ".join(work.missing[:_SHOWN]) + (" ..." if len(work.missing) > _SHOWN else "")
     console.print(
-        f"[yellow]{len(work.missing)} pictures are not there[/], so {len(work.not_asked)} expressions are neither asked nor "
+        f"[yellow]{len(work.missing)} images are not there[/], so {len(work.not_asked)} expressions are neither asked nor "
         f"scored: {named}",
         highlight=False,
         soft_wrap=True,
@@ -262,7 +262,7 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
         "95 % interval",
         "mean IoU",
         "expressions",
-        "pictures",
+        "images",
         "without a box",
         "not scored",
         "backend",

@@ -99,7 +99,7 @@ def build(
         ),
     ] = None,
     keep_bound: Annotated[
-        float | None, typer.Option(help="Most that --keep adaptive may keep of a picture, as a fraction.")
+        float | None, typer.Option(help="Most that --keep adaptive may keep of an image, as a fraction.")
     ] = None,
     pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
     prune_layers: Annotated[
@@ -155,7 +155,7 @@ def build(
     max_pixels: Annotated[
         int | None,
         typer.Option(
-            help="Scale larger pictures down, in models that take them at their own size; sets the cache too."
+            help="Scale larger images down, in models that take them at their own size; sets the cache too."
         ),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
@@ -213,11 +213,11 @@ def build(
                 "family": manifest.family,
                 "precision": manifest.precision,
                 "pruner": pruning.pruner,
-                "kept": pruning.left,
+                "kept": pruning.kept_after_last_stage,
                 "mean_kept": pruning.mean_kept,
-                "counting": pruning.counting,
-                "fewest": pruning.fewest,
-                "most": pruning.most,
+                "keep_mode": pruning.keep_mode,
+                "min_tokens": pruning.min_tokens,
+                "max_tokens": pruning.max_tokens,
                 "visual_tokens": manifest.model.visual_tokens,
                 "positions": pruning.positions,
                 "capacity": manifest.capacity,
@@ -247,7 +247,7 @@ def calibrate(
         typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Where the data set has several.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of its pictures.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of its images.")] = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:

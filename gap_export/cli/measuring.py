@@ -34,7 +34,7 @@ def validate(
     backend: BackendOption = "onnxruntime",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
     text_tower: Annotated[Path | None, typer.Option(help="The text tower's, if they moved.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 16,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -85,7 +85,7 @@ def sweep(
         Path, typer.Option("--output", "-o", help="Folder of the sweep; finished cells in it are kept.")
     ] = Path("out/sweep"),
     backend: BackendOption = "onnxruntime",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 16,
     threads: Annotated[
         int, typer.Option(min=0, help="ONNX Runtime threads of every process; 0 lets it choose.")
     ] = 1,

@@ -25,7 +25,7 @@ def report(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, if they moved.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, if they moved.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="How many of the worst expressions to show.")] = 12,
     drawn: Annotated[int, typer.Option(min=0, help="How many drawn at random.")] = 12,
     strategies: Annotated[
@@ -35,7 +35,7 @@ def report(
     min_prediction_agreement: AgreementOption = None,
     min_box_iou: BoxIouOption = None,
 ) -> None:
-    """One HTML page of evaluations: tables, plots, boxes over pictures, what pruners keep. Works without a network."""
+    """One HTML page of evaluations: tables, plots, boxes over images, what pruners keep. Works without a network."""
     from gap_export.evaluation.refer.compare import demands_on
     from gap_export.evaluation.report.page import page, require
     from gap_export.evaluation.report.runs import open_subject
@@ -64,7 +64,7 @@ def report(
 
 
 def _source(subject: Subject, images: Path | None) -> Source | None:
-    """Pictures of the data set, or None with a word on the screen."""
+    """Images of the data set, or None with a word on the screen."""
     from gap_export.errors import GapExportError
     from gap_export.evaluation.refer.dataset import open_dataset
 
@@ -74,11 +74,11 @@ def _source(subject: Subject, images: Path | None) -> Source | None:
         source = open_dataset(provenance.data, split=provenance.split, images=folder).source
     except GapExportError as error:
         console.print(
-            f"[yellow]pictures are not shown[/]: {error}; give their folder (--images)", highlight=False
+            f"[yellow]images are not shown[/]: {error}; give their folder (--images)", highlight=False
         )
         return None
     if source is None:
-        console.print("[yellow]pictures are not shown[/]: give their folder (--images)", highlight=False)
+        console.print("[yellow]images are not shown[/]: give their folder (--images)", highlight=False)
     return source
 
 

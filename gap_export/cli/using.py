@@ -25,11 +25,11 @@ def run(
     bundle: BundleArgument,
     image: Annotated[
         list[Path],
-        typer.Option(help="A picture; repeat it where the bundle's prompt has several, in their order."),
+        typer.Option(help="An image; repeat it where the bundle's prompt has several, in their order."),
     ],
     refer: Annotated[str, typer.Option(help="The referring expression: what to find.")],
     draw: Annotated[
-        Path | None, typer.Option(help="Write the picture with the box and the kept patches.")
+        Path | None, typer.Option(help="Write the image with the box and the kept patches.")
     ] = None,
     keep: KeepOption = None,
     backend: BackendOption = "onnxruntime",
@@ -37,24 +37,24 @@ def run(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find what an expression refers to in a picture (the last one, of several)."""
+    """Find what an expression refers to in an image (the last one, of several)."""
     from gap_export.bundle.folder import open_bundle
     from gap_export.inputs.images import load_image
-    from gap_export.runtime.generate import refuse_overflow
+    from gap_export.runtime.generate import check_overflow
     from gap_export.runtime.model import Grounder, backend_of, open_session
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    pictures = [load_image(path) for path in image]
-    picture = pictures[-1]
+    images = [load_image(path) for path in image]
+    last = images[-1]
     grounder = Grounder(opened)
     unknown = grounder.unknown_words(refer)
     session = open_session(opened, backend_of(backend), threads=threads)
-    grounded = grounder.ground(session, pictures, [refer], keep=keep, max_new_tokens=max_new_tokens)
-    refuse_overflow(grounded.generation, session.backend)
+    grounded = grounder.ground(session, images, [refer], keep=keep, max_new_tokens=max_new_tokens)
+    check_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:
-        _draw(draw, picture, answer, manifest, refer, grounded.pictures)
+        _draw(draw, last, answer, manifest, refer, grounded.batch)
     box = None if answer.box is None else [round(float(edge), 2) for edge in answer.box]
     if as_json:
         print_json(
@@ -64,7 +64,7 @@ def run(
                 "ended": grounded.generation.ended[0],
                 "kept": len(answer.kept_indices),
                 "kept_indices": [int(index) for index in answer.kept_indices],
-                "image_size": list(picture.size),
+                "image_size": list(last.size),
                 "unknown_words": list(unknown),
                 "backend": session.backend,
             }
@@ -74,10 +74,10 @@ def run(
         console.print(f"[yellow]the answer was cut off[/] after {len(grounded.generation.tokens[0])} tokens")
     if unknown:
         console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)
-    size = f"{picture.width} x {picture.height}"
-    shown = f"no box on the picture ({size})" if box is None else f"box {box} in pixels of {size}"
+    size = f"{last.width} x {last.height}"
+    shown = f"no box on the image ({size})" if box is None else f"box {box} in pixels of {size}"
     out.print(f"{plain(shown)}", highlight=False)
-    out.print(f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.pictures.visual_tokens[-1])}", highlight=False)  # fmt: skip
+    out.print(f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.batch.visual_tokens[-1])}", highlight=False)  # fmt: skip
     if draw is not None:
         out.print(f"  drawn to {draw}", highlight=False)
 
@@ -100,7 +100,9 @@ def inspect(
 
 def lint(
     graph: Annotated[Path, typer.Argument(help="An ONNX file, ours or another exporter's.")],
-    own: Annotated[bool, typer.Option(help="Hold it to the contract of this project's bundles too.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Hold it to the contract of this project's bundles too.")
+    ] = False,
     kind: Annotated[str, typer.Option(help="decoder, vision, splice, embed or auto.")] = "auto",
     ids_input: Annotated[str, typer.Option(help="Name of the input with position ids.")] = "position_ids",
     as_json: JsonOption = False,
@@ -118,7 +120,7 @@ def lint(
     except ImportError as error:
         raise needs_build_extra(error) from error
 
-    report = lint_graph(graph, profile=kind, own=own, ids_input=ids_input)  # type: ignore[arg-type]
+    report = lint_graph(graph, profile=kind, strict=strict, ids_input=ids_input)  # type: ignore[arg-type]
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
@@ -134,17 +136,17 @@ def lint(
     raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
 
 
-def _draw(target: Path, picture: Any, answer: Any, manifest: Any, expression: str, pictures: Any) -> None:
+def _draw(target: Path, last: Any, answer: Any, manifest: Any, expression: str, images: Any) -> None:
     from gap_export.boxes.draw import draw
     from gap_export.errors import InputError
 
     image = draw(
-        picture,
+        last,
         answer.box,
         answer.kept_indices,
-        manifest.model.grid if pictures.grids is None else tuple(pictures.grids[-1].tolist()),
+        manifest.model.grid if images.grids is None else tuple(images.grids[-1].tolist()),
         manifest.preprocessing,
-        visual_tokens=int(pictures.visual_tokens[-1]),
+        visual_tokens=int(images.visual_tokens[-1]),
         caption=expression,
     )
     try:

@@ -17,7 +17,7 @@ from gap_export.engine import messages
 from gap_export.engine.device import Device
 from gap_export.engine.library import TARGETS, Library, Message, load_library
 from gap_export.engine.profiles import Profile, profiles_from_spec
-from gap_export.errors import EngineError, EnvironmentLacks
+from gap_export.errors import EngineError, MissingRequirementError
 from gap_export.files import record_of
 
 Progress = Callable[[str, int, int], None]
@@ -60,7 +60,7 @@ def engine_from_graph(
 
     Raises:
         EngineError: the library refused the graph, a profile, or a compute capability.
-        EnvironmentLacks: the library, a GPU where one is needed, memory or disk space is missing.
+        MissingRequirementError: the library, a GPU where one is needed, memory or disk space is missing.
     """
     library = load_library(target)
     profiles = profiles_from_spec(spec)
@@ -130,7 +130,7 @@ def _builder(library: Library) -> Any:
     try:
         return library.api.Builder(library.logger)
     except TypeError as error:  # what pybind makes of the null pointer that stands for "no GPU"
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"{library.title} could not start",
             subject="the GPU",
             hint="build on a machine with an NVIDIA GPU, or for tensorrt-rtx, which needs none",
@@ -264,7 +264,7 @@ def _write_engine(
             )
         os.replace(scratch, out)
     except OSError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"cannot be written: {error.strerror}",
             subject=str(out),
             hint="free disk space, or choose another folder",

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gap_export.errors import EnvironmentLacks, SessionError
+from gap_export.errors import MissingRequirementError, SessionError
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _ONE_THREAD = (
@@ -28,7 +28,7 @@ class Device:
     """The current GPU: memory and one stream on which everything happens in order.
 
     Raises:
-        EnvironmentLacks: no CUDA runtime library, no driver, or no GPU.
+        MissingRequirementError: no CUDA runtime library, no driver, or no GPU.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Device:
         status = int(self._runtime.cudaGetDeviceCount(ctypes.byref(count)))
         if status or not count.value:
             reason = self._words(status) if status else "no CUDA device is visible"
-            raise EnvironmentLacks(f"cannot be used: {reason}", subject="the GPU", hint=_GPU_HINT)
+            raise MissingRequirementError(f"cannot be used: {reason}", subject="the GPU", hint=_GPU_HINT)
         stream = ctypes.c_void_p()
         self._check(self._runtime.cudaStreamCreate(ctypes.byref(stream)), "making a stream")
         self.stream = int(stream.value or 0)
@@ -62,12 +62,12 @@ class Device:
             Its address.
 
         Raises:
-            EnvironmentLacks: not enough memory is free.
+            MissingRequirementError: not enough memory is free.
         """
         address = ctypes.c_void_p()
         status = int(self._runtime.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1))))
         if status == _OUT_OF_MEMORY:
-            raise EnvironmentLacks(
+            raise MissingRequirementError(
                 f"has not {nbytes / 2**20:.0f} MiB free",
                 subject="the GPU's memory",
                 hint="close other programs, or build with a smaller max_batch or capacity",
@@ -165,14 +165,14 @@ def _load_runtime() -> Any:
         from polygraphy import cuda
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             "is not installed", subject="polygraphy", hint="install it: pip install 'gap-export[rtx]'"
         ) from error
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             return cuda.wrapper().handle
     except Exception as error:  # Polygraphy's exception class, or OSError from the loader
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"was not found: {str(error).splitlines()[0]}",
             subject="the CUDA runtime library (libcudart)",
             hint="install the CUDA toolkit, or pip install nvidia-cuda-runtime-cu12",

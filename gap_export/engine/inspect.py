@@ -20,7 +20,7 @@ from gap_export.engine import messages
 from gap_export.engine.device import Device
 from gap_export.engine.library import TARGETS, Library, load_library
 from gap_export.engine.profiles import profiles_from_spec
-from gap_export.errors import EngineError, EnvironmentLacks
+from gap_export.errors import EngineError, MissingRequirementError
 
 # magic (4 bytes, "?trt"), 12 bytes, size of the file (uint64), version (4 bytes); the version's place is the one that
 # NVIDIA's trtexec --getPlanVersionOnly reads.
@@ -141,7 +141,7 @@ def engine_facts(path: Path, engine: Engine, spec: GraphSpec) -> dict[str, Any]:
         library = load_library(engine.target)
         Device().close()  # says plainly that there is no GPU where the library would complain at length
         opened = open_engine(path, library)
-    except (EngineError, EnvironmentLacks) as error:
+    except (EngineError, MissingRequirementError) as error:
         facts["layers_missing"] = f"{error.subject}: {error.message}"
         return facts
     return facts | facts_of_opened(library, opened)
@@ -197,7 +197,7 @@ def open_engine(path: Path, library: Library) -> Any:
 
     Raises:
         EngineError: the library refuses it.
-        EnvironmentLacks: there is no GPU, or not enough memory on it.
+        MissingRequirementError: there is no GPU, or not enough memory on it.
     """
     read_header(path)
     with library.log.collecting() as log:
@@ -219,7 +219,7 @@ def _runtime(library: Library) -> Any:
     try:
         return library.api.Runtime(library.logger)
     except TypeError as error:  # what pybind makes of the null pointer that stands for "no GPU"
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"{library.title} could not start",
             subject="the GPU",
             hint="run it on a machine with an NVIDIA GPU",

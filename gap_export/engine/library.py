@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from gap_export.bundle.manifest import EngineTarget
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def load_library(target: EngineTarget) -> Library:
     """Import the library of a target.
 
     Raises:
-        EnvironmentLacks: it is not installed, or does not load.
+        MissingRequirementError: it is not installed, or does not load.
     """
     wanted = TARGETS[target]
     try:
@@ -124,7 +124,7 @@ def load_library(target: EngineTarget) -> Library:
         OSError,
     ) as error:  # OSError: the module is there, the shared libraries it loads are not
         missing = isinstance(error, ModuleNotFoundError)
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"{wanted.title} is not installed" if missing else f"{wanted.title} does not load: {error}",
             subject=wanted.module,
             hint=f"install it: pip install 'gap-export[{wanted.extra}]'",

@@ -1,7 +1,7 @@
 """What TensorRT and TensorRT-RTX say, turned into one error with a subject and a next step.
 
 The libraries report through parser errors, log lines and return values, with assertion texts and C++ source positions.
-Everything else in this package sees an `EngineError` (the graph's or the recipe's fault) or an `EnvironmentLacks` (the
+Everything else in this package sees an `EngineError` (the graph's or the recipe's fault) or an `MissingRequirementError` (the
 machine's). The patterns were collected from TensorRT-RTX 1.7.1; TensorRT 10.14 and later share the importer.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gap_export.engine.library import Message
-from gap_export.errors import EngineError, EnvironmentLacks, GapExportError
+from gap_export.errors import EngineError, GapExportError, MissingRequirementError
 
 _SHOWN = 5
 """How many complaints one error quotes."""
@@ -108,7 +108,7 @@ _RULES = (
     _rule(
         r"out of memory|OutOfMemory|OUT_OF_MEMORY|bad_alloc|cudaError 2\b",
         "free memory, build on a larger machine, or lower max_batch, max_text or the capacity in the recipe",
-        EnvironmentLacks,
+        MissingRequirementError,
     ),
     _rule(
         r"(tensor|input tensor) (?P<subject>\S+) (and profile|has static dimensions|is missing dimensions)"
@@ -122,7 +122,7 @@ _RULES = (
     _rule(
         r"cudaError \d+|CUDA driver|no CUDA-capable device|CUDA initialization failure",
         "this needs an NVIDIA GPU with a current driver on the machine",
-        EnvironmentLacks,
+        MissingRequirementError,
     ),
 )
 
@@ -188,7 +188,7 @@ def error_from_complaints(
         doing: what failed, as in "could not {doing}".
 
     Returns:
-        `EnvironmentLacks` when the machine is at fault, else `EngineError`. Not raised here.
+        `MissingRequirementError` when the machine is at fault, else `EngineError`. Not raised here.
     """
     said = "; ".join(str(complaint) for complaint in complaints[:_SHOWN]) or "it gave no reason"
     if len(complaints) > _SHOWN:

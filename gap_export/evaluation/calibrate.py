@@ -43,13 +43,13 @@ def calibrate(
     Args:
         folder: a bundle in fp32 or fp16; its pruner and share are those that are measured.
         samples: how many questions; the first of the data set.
-        dataset: questions and pictures; generated scenes when left out.
+        dataset: questions and images; generated scenes when left out.
         threads: of ONNX Runtime; 0 lets it choose.
         tick: told how many answers were finished since the last call.
 
     Raises:
         BundleError: the bundle is not in floats.
-        InputError: the data set has no pictures.
+        InputError: the data set has no images.
         SessionError: a graph does not run.
     """
     bundle = open_bundle(folder)
@@ -78,7 +78,7 @@ def calibrate(
 def _first(dataset: Dataset, samples: int) -> list[Case]:
     if dataset.source is None:
         raise InputError(
-            "has no pictures", subject=dataset.name, hint="give the folder they lie in with --images"
+            "has no images", subject=dataset.name, hint="give the folder they lie in with --images"
         )
     return [
         Case(each.id, dataset.source.open(each.image), each.text, each.box)

@@ -159,7 +159,7 @@ def run_cases(
 
 
 def _shown(cases: Sequence[Case], per_prompt: int) -> list[Image.Image]:
-    """The pictures of every prompt: a case's own comes last, after those of the cases before it."""
+    """The images of every prompt: a case's own comes last, after those of the cases before it."""
     return [
         cases[(number - back) % len(cases)].image
         for number in range(len(cases))
@@ -213,11 +213,11 @@ def measure(
             mine.kept_indices,
             text_before=run.prompts.text_before,
             text_after=run.prompts.text_after,
-            visual_tokens=run.pictures.by_prompt(run.pictures.visual_tokens),
+            visual_tokens=run.batch.by_prompt(run.batch.visual_tokens),
             policy=pruning.positions,
             merged=pruning.merged,
             stages=tuple(stage.kept for stage in pruning.stages[1:]),
-            grids=run.pictures.grids,
+            grids=run.batch.grids,
             between=run.prompts.between,
             kept_counts=mine.kept_counts,
         )
@@ -365,7 +365,7 @@ class Grounding(_Stored):
         permuted: pruned, score order, ids renumbered.
         gap: pruned, ids kept.
         cases: how many expressions.
-        kept: visual tokens after pruning, on average where pictures differ.
+        kept: visual tokens after pruning, on average where images differ.
         visual_tokens: before.
     """
 

@@ -136,7 +136,7 @@ def validate(
         seen = parity.measure(wrong, reference[:few_batches], few, manifest)
         caught.append(parity.check_control(name, seen, recipe.demands))
 
-    if pruning.counting == "chosen":  # companions differ in one thing, and the count is not it
+    if pruning.keep_mode == "dynamic":  # companions differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)
     accuracy, tracer = {str(pruning.positions): measured.accuracy}, TracedOnce()
     for name, changes in _COMPANIONS.items():
@@ -170,7 +170,7 @@ def validate(
 
 
 def _mean_kept(runs: list[Grounded]) -> float:
-    """Visual tokens that are left of a picture, on average; the count itself where all keep the same."""
+    """Visual tokens that are left of an image, on average; the count itself where all keep the same."""
     counts = np.concatenate([parity.counts_of(run.generation.every_kept_indices[-1]) for run in runs])
     return round(float(counts.mean()), 2)
 

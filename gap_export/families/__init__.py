@@ -6,10 +6,10 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_export.inputs.layouts import AnyPreprocessing
+from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.recipe.recipe import Recipe
 
@@ -80,12 +80,12 @@ class Family(Protocol):
         """
         ...
 
-    def facts(self, checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+    def facts(self, checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
         """Sizes of the model, as far as the recipe leaves them open."""
         ...
 
-    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> AnyPreprocessing:
-        """How pictures become pixel values."""
+    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> Layout:
+        """How images become pixel values."""
         ...
 
     def prompt(self, checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
@@ -104,7 +104,7 @@ class Family(Protocol):
         """
         ...
 
-    def components(self, checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+    def components(self, checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
         """`vision`, `splice`, `embed` and `decoder` (or `prefill` and `decode`), hollow, ready to be traced.
 
         Args:

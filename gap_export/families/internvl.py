@@ -1,9 +1,9 @@
 """InternVL: dynamic tiles through InternViT, four patches to a token, Qwen2 or Llama decoder (`model_type: internvl`).
 
-Facts: the picture is stretched to the grid of tiles whose shape is nearest to its own; the whole picture follows as the last tile.
+Facts: the image is stretched to the grid of tiles whose shape is nearest to its own; the whole image follows as the last tile.
 Features are those of the last layer, class token dropped. Squares of two by two patches are laid side by side (`pixel_shuffle`) and
 projected together, so that a token's score and key are the means over its four patches. Position ids count, in one row. Boxes
-are `[[x1, y1, x2, y2]]` in 0..1000 of the picture's own width and height.
+are `[[x1, y1, x2, y2]]` in 0..1000 of the image's own width and height.
 
 The class token is a quarter as wide as what the projector takes: it can score, but not enter the decoder.
 """
@@ -18,20 +18,20 @@ from transformers import InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from gap_export import prune
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.llava_next import refuse_fit
-from gap_export.inputs.layouts import DynamicTiles
+from gap_export.families.llava_next import check_fit
+from gap_export.inputs.layouts import DynamicTilesLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.inputs.tiles import dynamic_range
 from gap_export.modeling import assembly, hf_config, selection
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.fake import fake_mode, hollow
-from gap_export.modeling.tiles import Gather, features_of_picture, pixel_values
+from gap_export.modeling.tiles import Gather, features_of_image, pixel_values
 from gap_export.plan import Plan
 from gap_export.prune import order
 from gap_export.recipe.recipe import Recipe
@@ -43,7 +43,7 @@ GROUNDING_PROMPT = (
 )
 """As the chat template and the processor of the published checkpoints write it, one `<IMG_CONTEXT>` standing for all."""
 
-_USUAL_TILES = (1, 12)
+_DEFAULT_TILES = (1, 12)
 """Fewest and most tiles of a grid where the processor's settings leave it open."""
 
 
@@ -61,7 +61,7 @@ class SquareFeatures(prune.VisionFeatures):
 
 
 class InternVLVision(nn.Module):
-    """Tiles of one picture through InternViT; pruner over the whole picture; projector."""
+    """Tiles of one image through InternViT; pruner over the whole image; projector."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__()
@@ -70,17 +70,17 @@ class InternVLVision(nn.Module):
         self._shrink, self._plan = model.config.downsample_ratio, plan
 
     def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Encode and prune one picture.
+        """Encode and prune one image.
 
         Args:
-            pixel_values: [tiles, 3, size, size] float32, the whole picture last.
+            pixel_values: [tiles, 3, size, size] float32, the whole image last.
             keep_count: [K] int64 counting from 0, traced for its extent: tokens to keep.
 
         Returns:
             visual_embeds [1, K, H], kept_indices [1, K] int64.
         """
         every: Gather = lambda tokens_tCE: tokens_tCE.flatten(0, 1)[None]  # noqa: E731
-        features = features_of_picture(self._seen(pixel_values), every, whole=-1)
+        features = features_of_image(self._seen(pixel_values), every, whole=-1)
         selected = selection.select(self._plan, features, keep_count)
         selected = order.in_decoder_order(selected, self._plan.positions)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
@@ -124,16 +124,16 @@ class InternVLVision(nn.Module):
         return means_tCE
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
     """See `Family.facts`."""
     config = _config(checkpoint)
     tokens, most = dynamic_range(_tiling(checkpoint, config))
-    return ModelFacts(
+    return ModelSpec(
         **hf_config.decoder_sizes(config.text_config),
         visual_tokens=most,
         grid=None,
         token_range=tokens,
-        tower_lacks=("projected_class_token", "following_layer", "grid"),
+        missing_features=("projected_class_token", "following_layer", "grid"),
     )
 
 
@@ -146,9 +146,9 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     raise hf_config.no_text_tower(part, f"vision tower of {MODEL}")
 
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> DynamicTiles:
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> DynamicTilesLayout:
     """See `Family.preprocessing`."""
-    refuse_fit(recipe, MODEL)
+    check_fit(recipe, MODEL)
     return _tiling(checkpoint, _config(checkpoint))
 
 
@@ -165,11 +165,11 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
 
 def box(recipe: Recipe) -> BoxFormat:
     """See `Family.box`."""
-    refuse_fit(recipe, MODEL)
+    check_fit(recipe, MODEL)
     return BoxFormat(codec="internvl", frame="image")
 
 
-def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     config = _config(checkpoint)
     torch_dtype, _ = assembly.DTYPES[plan.precision]
@@ -180,7 +180,7 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
         return InternVLForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
-    hf_config.refuse_unknown_weights(
+    hf_config.check_unknown_weights(
         checkpoint, model, tied=hf_config.is_tied(config), ignored=hf_config.NOTHING
     )
     pieces = assembly.Pieces(
@@ -205,15 +205,15 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     )
 
 
-def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTiles:
+def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTilesLayout:
     vision, require = config.vision_config, hf_config.Requirements(checkpoint, MODEL)
     settings = hf_config.tile_processor(checkpoint, require, vision.image_size[0])
     side = round(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
-    return DynamicTiles(
+    return DynamicTilesLayout(
         size=vision.image_size[0],
         tokens=side * side,
-        fewest=settings.get("min_patches") or _USUAL_TILES[0],
-        most=settings.get("max_patches") or _USUAL_TILES[1],
+        min_tiles=settings.get("min_patches") or _DEFAULT_TILES[0],
+        max_tiles=settings.get("max_patches") or _DEFAULT_TILES[1],
         mean=tuple(settings["image_mean"]),
         std=tuple(settings["image_std"]),
     )

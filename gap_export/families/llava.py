@@ -1,6 +1,6 @@
 """LLaVA-1.5: CLIP tower, two-layer projector, Llama decoder (`model_type: llava`).
 
-Facts: the decoder gets `hidden_states[vision_feature_layer]` (usually -2) without the class token; pictures are padded to
+Facts: the decoder gets `hidden_states[vision_feature_layer]` (usually -2) without the class token; images are padded to
 a square with the mean colour for grounding, and boxes are `[x1, y1, x2, y2]` in 0..1 of that square. (The processor that
 Hugging Face ships with these checkpoints crops the centre instead, which cuts off what is to be found.)
 
@@ -14,7 +14,7 @@ from typing import cast
 from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import RecipeError
@@ -22,7 +22,7 @@ from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
 from gap_export.inputs.images import mean_colour
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.modeling import hf_config
 from gap_export.modeling.clip_llama import ClipLlama
@@ -37,7 +37,7 @@ GROUNDING_PROMPT = (
 )
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
     """See `Family.facts`."""
     return _model(checkpoint).facts()
 
@@ -47,11 +47,11 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     return read_text_tower(part, tower_width=_config(checkpoint).vision_config.hidden_size)
 
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> SquareLayout:
     """See `Family.preprocessing`."""
     stored = hf_config.image_processor(checkpoint)
     mean, std = stored["image_mean"], stored["image_std"]
-    return Preprocessing(
+    return SquareLayout(
         size=_config(checkpoint).vision_config.image_size,
         fit=recipe.fit or "pad",
         background=mean_colour(tuple(mean)),
@@ -75,14 +75,14 @@ def box(recipe: Recipe) -> BoxFormat:
     """See `Family.box`."""
     if recipe.fit == "crop":
         raise RecipeError(
-            "cuts off parts of the picture, and no box can be found there",
+            "cuts off parts of the image, and no box can be found there",
             subject="fit: crop",
             hint="use fit: pad, which is what the model was trained with for grounding",
         )
     return BoxFormat(codec="llava", frame="image" if recipe.fit == "stretch" else "padded_square")
 
 
-def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     return _model(checkpoint).components(sizes, plan)
 

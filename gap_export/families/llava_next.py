@@ -1,6 +1,6 @@
-"""LLaVA-NeXT (1.6): AnyRes tiles through a CLIP tower, ends of lines, Vicuna or Mistral decoder (`model_type: llava_next`).
+"""LLaVA-NeXT (1.6): AnyResLayout tiles through a CLIP tower, ends of lines, Vicuna or Mistral decoder (`model_type: llava_next`).
 
-Facts: the first tile is the whole picture, squashed; the others are those of a grid that the picture is scaled into, with black
+Facts: the first tile is the whole image, squashed; the others are those of a grid that the image is scaled into, with black
 bars, which are cut off again as far as they fill whole rows or columns of tokens. Each row of the grid ends with `image_newline`
 (`mm_patch_merge_type: spatial_unpad`). Boxes are `[x1, y1, x2, y2]` in 0..1 of the padded square, as in LLaVA-1.5, whose grounding data
 this model was trained with.
@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration
 
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import RecipeError
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.inputs.layouts import AnyRes
+from gap_export.inputs.layouts import AnyResLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.inputs.tiles import anyres_range
 from gap_export.modeling import assembly, hf_config, selection
@@ -36,7 +36,7 @@ from gap_export.modeling.clip_text import (
     text_weight_key,
 )
 from gap_export.modeling.fake import fake_mode, hollow
-from gap_export.modeling.tiles import anyres_inputs, cells_gather, features_of_picture, with_newlines
+from gap_export.modeling.tiles import anyres_inputs, cells_gather, features_of_image, with_newlines
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -51,11 +51,11 @@ GROUNDING_PROMPTS = {
 """By the decoder's `model_type`: the chat templates of the published checkpoints."""
 
 WHOLE = 0
-"""The tile that shows the whole picture."""
+"""The tile that shows the whole image."""
 
 
 class LlavaNextVision(ClipVision):
-    """Tiles of one picture through the CLIP tower; pruner over the whole picture; projector; ends of lines."""
+    """Tiles of one image through the CLIP tower; pruner over the whole image; projector; ends of lines."""
 
     def __init__(self, model: Any, plan: Plan, **options: Any) -> None:
         super().__init__(model.model.vision_tower, model.model.multi_modal_projector, plan, **options)
@@ -70,10 +70,10 @@ class LlavaNextVision(ClipVision):
         text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode and prune one picture.
+        """Encode and prune one image.
 
         Args:
-            pixel_values: [tiles, 3, size, size] float32, the whole picture first.
+            pixel_values: [tiles, 3, size, size] float32, the whole image first.
             cell_positions: [P] int64, places of prunable tokens in the unpruned prompt's image.
             newline_positions: [R] int64, places of the ends of lines.
             cells: [P] int64, where the prunable tokens lie in the flattened tokens of all tiles.
@@ -83,7 +83,7 @@ class LlavaNextVision(ClipVision):
         Returns:
             visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
         """
-        features = features_of_picture(self.seen(pixel_values, text_ids), cells_gather(cells), WHOLE)
+        features = features_of_image(self.seen(pixel_values, text_ids), cells_gather(cells), WHOLE)
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
         return with_newlines(
@@ -91,17 +91,17 @@ class LlavaNextVision(ClipVision):
         )
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
     """See `Family.facts`."""
     config = _config(checkpoint)
     tokens, most = anyres_range(_tiling(checkpoint, config))
     above = config.vision_config.num_hidden_layers - _feature_layer(config)
-    return ModelFacts(
+    return ModelSpec(
         **hf_config.decoder_sizes(config.text_config),
         visual_tokens=most,
         grid=None,
         token_range=tokens,
-        tower_lacks=("grid",) if above else ("grid", "following_layer"),
+        missing_features=("grid",) if above else ("grid", "following_layer"),
         published_tower=published_tower(config.vision_config),
     )
 
@@ -111,9 +111,9 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     return read_text_tower(part, tower_width=_config(checkpoint).vision_config.hidden_size)
 
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> AnyRes:
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> AnyResLayout:
     """See `Family.preprocessing`."""
-    refuse_fit(recipe, "LLaVA-NeXT")
+    check_fit(recipe, "LLaVA-NeXT")
     return _tiling(checkpoint, _config(checkpoint))
 
 
@@ -130,11 +130,11 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
 
 def box(recipe: Recipe) -> BoxFormat:
     """See `Family.box`."""
-    refuse_fit(recipe, "LLaVA-NeXT")
+    check_fit(recipe, "LLaVA-NeXT")
     return BoxFormat(codec="llava", frame="padded_square")
 
 
-def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     config = _config(checkpoint)
     torch_dtype, _ = assembly.DTYPES[plan.precision]
@@ -146,7 +146,7 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
         return LlavaNextForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, mode)
-    hf_config.refuse_unknown_weights(checkpoint, model, tied=False, ignored=f"{TEXT_TOWER}/")
+    hf_config.check_unknown_weights(checkpoint, model, tied=False, ignored=f"{TEXT_TOWER}/")
     text = (
         None
         if plan.text_tower is None
@@ -176,21 +176,21 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     return hf_config.weight_key(checkpoint, parameter, tied=False)
 
 
-def refuse_fit(recipe: Recipe, model: str) -> None:
-    """Refuse a recipe that says how pictures become squares, where they become tiles.
+def check_fit(recipe: Recipe, model: str) -> None:
+    """Refuse a recipe that says how images become squares, where they become tiles.
 
     Raises:
         RecipeError: it does.
     """
     if recipe.fit is not None:
         raise RecipeError(
-            f"has no meaning for {model}: its pictures become tiles and not squares",
+            f"has no meaning for {model}: its images become tiles and not squares",
             subject=f"fit: {recipe.fit}",
             hint="leave fit out",
         )
 
 
-def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
+def _tiling(checkpoint: Checkpoint, config: Any) -> AnyResLayout:
     vision, require = config.vision_config, hf_config.Requirements(checkpoint, "LLaVA-NeXT")
     settings = hf_config.tile_processor(checkpoint, require, vision.image_size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
@@ -200,7 +200,7 @@ def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
         sorted(map(tuple, same)) == sorted(grids),
         "the same in config.json and preprocessor_config.json",
     )
-    return AnyRes(
+    return AnyResLayout(
         size=vision.image_size,
         side=vision.image_size // vision.patch_size,
         grids=grids,

@@ -1,10 +1,10 @@
-"""LLaVA-OneVision: AnyRes tiles through a SigLIP tower, ends of lines, Qwen2 decoder (`model_type: llava_onevision`).
+"""LLaVA-OneVision: AnyResLayout tiles through a SigLIP tower, ends of lines, Qwen2 decoder (`model_type: llava_onevision`).
 
 Facts: tiles as in LLaVA-NeXT, up to 36 of them; a grid with clearly more tokens than nine tiles have is scaled down bilinearly, after
 the projector (`anyres_max_9`). Tokens of such a grid are what is pruned: places count them. The tower has no class token, and
 features are those of its last layer before its last norm (`vision_feature_layer: -1`).
 
-Projectors are not linear, so that a picture's tokens are made from projected ones: all of them are projected.
+Projectors are not linear, so that an image's tokens are made from projected ones: all of them are projected.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from gap_export import prune
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.families.complete import joined as joined
 from gap_export.families.complete import parts as parts
 from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.llava_next import refuse_fit
-from gap_export.inputs.layouts import AnyRes
+from gap_export.families.llava_next import check_fit
+from gap_export.inputs.layouts import AnyResLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.inputs.tiles import anyres_range
 from gap_export.modeling import assembly, hf_config, selection
@@ -43,7 +43,7 @@ GROUNDING_PROMPT = (
 
 
 class LlavaOnevisionVision(nn.Module):
-    """Tiles of one picture through the SigLIP tower and the projector; scaling down; pruner over the whole picture; ends of lines."""
+    """Tiles of one image through the SigLIP tower and the projector; scaling down; pruner over the whole image; ends of lines."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class LlavaOnevisionVision(nn.Module):
         corner_weights: Tensor,
         keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode and prune one picture.
+        """Encode and prune one image.
 
         Args:
-            pixel_values: [tiles, 3, size, size] float32, the whole picture first.
+            pixel_values: [tiles, 3, size, size] float32, the whole image first.
             cell_positions: [P] int64, places of prunable tokens in the unpruned prompt's image.
             newline_positions: [R] int64, places of the ends of lines.
             corners: [P, 4] int64, the four tokens among those of all tiles, flattened, that a prunable token is the sum of.
@@ -86,16 +86,16 @@ class LlavaOnevisionVision(nn.Module):
         )
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
     """See `Family.facts`."""
     config = _config(checkpoint)
     tokens, most = anyres_range(_tiling(checkpoint, config))
-    return ModelFacts(
+    return ModelSpec(
         **hf_config.decoder_sizes(config.text_config),
         visual_tokens=most,
         grid=None,
         token_range=tokens,
-        tower_lacks=("class_token", "projected_class_token", "following_layer", "grid"),
+        missing_features=("class_token", "projected_class_token", "following_layer", "grid"),
     )
 
 
@@ -108,9 +108,9 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     raise hf_config.no_text_tower(part, f"SigLIP tower of {MODEL}")
 
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> AnyRes:
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> AnyResLayout:
     """See `Family.preprocessing`."""
-    refuse_fit(recipe, MODEL)
+    check_fit(recipe, MODEL)
     return _tiling(checkpoint, _config(checkpoint))
 
 
@@ -127,11 +127,11 @@ def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
 
 def box(recipe: Recipe) -> BoxFormat:
     """See `Family.box`."""
-    refuse_fit(recipe, MODEL)
+    check_fit(recipe, MODEL)
     return BoxFormat(codec="llava", frame="image")
 
 
-def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     config = _config(checkpoint)
     torch_dtype, _ = assembly.DTYPES[plan.precision]
@@ -142,7 +142,7 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
         return LlavaOnevisionForConditionalGeneration._from_config(config, **options)
 
     model = hollow(build, fake_mode())
-    hf_config.refuse_unknown_weights(
+    hf_config.check_unknown_weights(
         checkpoint, model, tied=hf_config.is_tied(config), ignored=hf_config.NOTHING
     )
     pieces = assembly.Pieces(
@@ -167,7 +167,7 @@ def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
     )
 
 
-def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
+def _tiling(checkpoint: Checkpoint, config: Any) -> AnyResLayout:
     size, require = config.vision_config.image_size, hf_config.Requirements(checkpoint, MODEL)
     settings = hf_config.tile_processor(checkpoint, require, size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
@@ -177,11 +177,11 @@ def _tiling(checkpoint: Checkpoint, config: Any) -> AnyRes:
         sorted(map(tuple, same)) == sorted(grids),
         "the same in config.json and preprocessor_config.json",
     )
-    return AnyRes(
+    return AnyResLayout(
         size=size,
         side=size // config.vision_config.patch_size,
         grids=grids,
-        most_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
         mean=tuple(settings["image_mean"]),
         std=tuple(settings["image_std"]),
     )

@@ -2,7 +2,7 @@
 
 Facts: `model.mm_projector.{0,2}` around a GELU, `mm_vision_select_layer` -2 of the CLIP tower that `mm_vision_tower` names, no
 token for the image: their code splices at the id -200. Here the placeholder gets the first id that the table has no row for.
-Prompt, picture and boxes are those of `llava.py`.
+Prompt, image and boxes are those of `llava.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.tokenizers import stored_tokenizer, with_placeholder
 from gap_export.errors import CheckpointError
 from gap_export.families import Part, llava
 from gap_export.inputs.images import mean_colour
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.modeling.clip_llama import ClipLlama
 from gap_export.modeling.clip_text import read_text_tower
@@ -56,7 +56,7 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return with_placeholder(found, PLACEHOLDER, found.get_vocab_size())
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
     """See `Family.facts`."""
     return _model(checkpoint).facts()
 
@@ -66,9 +66,9 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     return read_text_tower(part, tower_width=_vision(checkpoint).hidden_size)
 
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> SquareLayout:
     """See `Family.preprocessing`; the processor is that of the tower."""
-    return Preprocessing(
+    return SquareLayout(
         size=_vision(checkpoint).image_size,
         fit=recipe.fit or "pad",
         background=mean_colour(OPENAI_MEAN),
@@ -92,7 +92,7 @@ def box(recipe: Recipe) -> BoxFormat:
     return llava.box(recipe)
 
 
-def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     return _model(checkpoint).components(sizes, plan)
 

@@ -2,7 +2,7 @@
 
 Facts: a checkpoint is a `.pth` with what was trained: `llama_proj`, and rank-64 updates (alpha 16) of q and v; tower and language
 model lie beside it. The tower's output goes through `ln_vision`, loses its class token, and every four patches that follow each other
-in a row become one token: 32 rows of 8. What scores a patch scores a token by the mean over its four. Pictures are stretched,
+in a row become one token: 32 rows of 8. What scores a patch scores a token by the mean over its four. Images are stretched,
 boxes are `{<x1><y1><x2><y2>}` in hundredths of width and height. The prompt begins with two BOS: one that it spells, one that the
 tokenizer adds.
 """
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
 from gap_export import prune
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.bundle.spec import Component, TensorSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.derived import with_low_rank
 from gap_export.checkpoint.safetensors import Derived
 from gap_export.checkpoint.tokenizers import stored_tokenizer, token_id, with_placeholder
-from gap_export.checkpoint.weight_map import find_key, require_known, with_shared_table
+from gap_export.checkpoint.weight_map import check_known, find_key, with_shared_table
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import Part
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.modeling import assembly, hf_config, selection
 from gap_export.modeling.attention import IMPLEMENTATION
@@ -69,7 +69,7 @@ def parts(checkpoint: Checkpoint) -> tuple[Part, ...]:
 
 
 def joined(checkpoint: Checkpoint) -> Checkpoint:
-    """See `Family.joined`: updates merged, positions spread over the larger picture."""
+    """See `Family.joined`: updates merged, positions spread over the larger image."""
     changed: dict[str, Any] = {}
     for key in checkpoint.weights:
         found = re.fullmatch(rf"{re.escape(_LOW_RANK)}(.+\.)lora_A(\.default)?\.weight", key)
@@ -111,14 +111,14 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return with_placeholder(found, PLACEHOLDER, found.get_vocab_size())
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
     """See `Family.facts`."""
     rows, columns = _grid(checkpoint)
-    return ModelFacts(
+    return ModelSpec(
         **hf_config.decoder_sizes(_text(checkpoint)),
         visual_tokens=rows * columns,
         grid=(rows, columns),
-        tower_lacks=("projected_class_token", "following_layer"),
+        missing_features=("projected_class_token", "following_layer"),
     )
 
 
@@ -131,9 +131,9 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     )
 
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> SquareLayout:
     """See `Family.preprocessing`."""
-    return Preprocessing(size=SIZE, fit="stretch", background=(0, 0, 0), mean=OPENAI_MEAN, std=OPENAI_STD)
+    return SquareLayout(size=SIZE, fit="stretch", background=(0, 0, 0), mean=OPENAI_MEAN, std=OPENAI_STD)
 
 
 def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
@@ -151,14 +151,14 @@ def box(recipe: Recipe) -> BoxFormat:
     """See `Family.box`."""
     if recipe.fit not in (None, "stretch"):
         raise RecipeError(
-            "is not how the model was trained: it sees pictures stretched to a square",
+            "is not how the model was trained: it sees images stretched to a square",
             subject=f"fit: {recipe.fit}",
             hint="leave it out",
         )
     return BoxFormat(codec="minigpt_v2", frame="image")
 
 
-def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     dtype, _ = assembly.DTYPES[plan.precision]
     mode, text, eva = fake_mode(), _text(checkpoint), eva_sizes(checkpoint, _TOWER)
@@ -184,7 +184,7 @@ def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Co
     }
     prefixes = with_shared_table(_PREFIXES, tied=bool(text.tie_word_embeddings))
     named = (f"{name}.{parameter}" for name, module in modules.items() for parameter in module.state_dict())
-    require_known(checkpoint, named, prefixes, ignored=_IGNORED)
+    check_known(checkpoint, named, prefixes, ignored=_IGNORED)
     pieces = assembly.Pieces(
         vision=MiniGptVision(modules, plan, grid=_grid(checkpoint)),
         vision_inputs=(

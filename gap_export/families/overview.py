@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gap_export import prune
-from gap_export.bundle.manifest import BoxFormat, TowerPart
+from gap_export.bundle.manifest import BoxFormat, VisionFeature
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ class Overview:
 
     Attributes:
         box: how boxes are written.
-        tower_lacks: see `ModelFacts.tower_lacks`.
-        differs: whether pictures differ in how many visual tokens they have.
+        missing_features: see `ModelSpec.missing_features`.
+        differs: whether images differ in how many visual tokens they have.
         reads_text: whether a CLIP text tower can be put beside the vision tower.
     """
 
     box: BoxFormat
-    tower_lacks: tuple[TowerPart, ...] = ()
+    missing_features: tuple[VisionFeature, ...] = ()
     differs: bool = False
     reads_text: bool = True
 
@@ -30,14 +30,19 @@ class Overview:
         return tuple(
             row.name
             for row in prune.STRATEGIES
-            if not set(row.needs) & set(self.tower_lacks)
+            if not set(row.needs) & set(self.missing_features)
             and (self.reads_text or not row.needs_text)
             and not (self.differs and row.where == "inside the decoder")
         )
 
 
 _PADDED = BoxFormat(codec="llava", frame="padded_square")
-_NO_CLASS_TOKEN: tuple[TowerPart, ...] = ("class_token", "projected_class_token", "following_layer", "grid")
+_NO_CLASS_TOKEN: tuple[VisionFeature, ...] = (
+    "class_token",
+    "projected_class_token",
+    "following_layer",
+    "grid",
+)
 
 
 def _native(codec: str) -> Overview:

@@ -1,7 +1,7 @@
 """Qwen2.5-VL: as Qwen2-VL, with most layers of the tower attending within windows (`model_type: qwen2_5_vl`).
 
 Facts: windows of 112 pixels; four of 32 layers attend to all. Boxes are JSON, `{"bbox_2d": [x1, y1, x2, y2], "label": ...}`, in pixels of
-the picture as preprocessing scaled it (arXiv 2502.13923, section 2.1.1, and its authors' notebook on spatial understanding).
+the image as preprocessing scaled it (arXiv 2502.13923, section 2.1.1, and its authors' notebook on spatial understanding).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUNDING_PROMPT = (
 
 
 class Qwen25VLVision(nn.Module):
-    """Patches of one picture through the tower; pruner; merger for what is left."""
+    """Patches of one image through the tower; pruner; merger for what is left."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Qwen25VLVision(nn.Module):
         token_slots: Tensor,
         keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode and prune one picture.
+        """Encode and prune one image.
 
         Args:
             pixel_values: [n, p, F] float32, the patches of every token.

@@ -1,6 +1,6 @@
-"""Qwen2-VL: pictures at their own shape, a tower with rotary positions, M-RoPE decoder (`model_type: qwen2_vl`).
+"""Qwen2-VL: images at their own shape, a tower with rotary positions, M-RoPE decoder (`model_type: qwen2_vl`).
 
-Facts: patches of 14 pixels, four to a token. Boxes are `(x1,y1),(x2,y2)` in 0..1000 of the picture's own width and height
+Facts: patches of 14 pixels, four to a token. Boxes are `(x1,y1),(x2,y2)` in 0..1000 of the image's own width and height
 (arXiv 2409.12191, section 2.2).
 """
 
@@ -32,7 +32,7 @@ GROUNDING_PROMPT = (
 
 
 class Qwen2VLVision(nn.Module):
-    """Patches of one picture through the tower; pruner; merger for what is left."""
+    """Patches of one image through the tower; pruner; merger for what is left."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Qwen2VLVision(nn.Module):
     def forward(
         self, pixel_values: Tensor, patch_positions: Tensor, keep_count: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Encode and prune one picture.
+        """Encode and prune one image.
 
         Args:
             pixel_values: [n, p, F] float32, the patches of every token.

@@ -1,9 +1,9 @@
 """Qwen3-VL: a tower with learned and rotary positions, DeepStack, M-RoPE decoder (`model_type: qwen3_vl`).
 
-Facts: patches of 16 pixels, four to a token. The learned positions are a square table, interpolated to the shape of the picture.
+Facts: patches of 16 pixels, four to a token. The learned positions are a square table, interpolated to the shape of the image.
 DeepStack (arXiv 2406.04334): features of some layers of the tower are projected too, and added to the hidden states of the visual
 tokens after the first layers of the decoder; they are pruned with the same indices. Boxes are JSON,
-`{"bbox_2d": [x1, y1, x2, y2], "label": ...}`, in 0..1000 of the picture's own width and height (its authors' notebook on grounding).
+`{"bbox_2d": [x1, y1, x2, y2], "label": ...}`, in 0..1000 of the image's own width and height (its authors' notebook on grounding).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GROUNDING_PROMPT = (
 
 
 class Qwen3VLVision(nn.Module):
-    """Patches of one picture through the tower; pruner; mergers for what is left."""
+    """Patches of one image through the tower; pruner; mergers for what is left."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Qwen3VLVision(nn.Module):
     def forward(
         self, pixel_values: Tensor, patch_positions: Tensor, keep_count: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Encode and prune one picture.
+        """Encode and prune one image.
 
         Args:
             pixel_values: [n, p, F] float32, the patches of every token.
@@ -52,7 +52,7 @@ class Qwen3VLVision(nn.Module):
             keep_count: [K] int64 counting from 0, traced for its extent: tokens to keep.
 
         Returns:
-            visual_embeds [1, K, (1 + planes) * H], kept_indices [1, K] int64.
+            visual_embeds [1, K, (1 + deepstack_levels) * H], kept_indices [1, K] int64.
         """
         tower, positions_P2 = self.visual, patch_positions.flatten(0, 1)
         hidden_PE = embedded(tower.patch_embed, pixel_values)
@@ -73,11 +73,11 @@ class Qwen3VLVision(nn.Module):
         selected = selection.select(self._plan, features, keep_count)
         selected = order.in_decoder_order(selected, self._plan.positions)
         embeds_BKH = selection.project(self._plan, features, selected, project)
-        planes = [
+        deepstack_levels = [
             merger(order.take(plane_PE.unflatten(0, tokens).flatten(1)[None], selected.indices_BK)[0])[None]
             for plane_PE, merger in zip(beside, tower.deepstack_merger_list, strict=True)
         ]
-        return torch.cat([embeds_BKH, *planes], dim=-1), selected.indices_BK
+        return torch.cat([embeds_BKH, *deepstack_levels], dim=-1), selected.indices_BK
 
 
 def _projected(merger: Any, normed_BNE: Tensor) -> Tensor:
@@ -87,12 +87,12 @@ def _projected(merger: Any, normed_BNE: Tensor) -> Tensor:
 
 
 def interpolated(table: nn.Embedding, side: int, positions_P2: Tensor) -> Tensor:
-    """[P, E] float32: a square table of positions, stretched bilinearly over the picture, corner on corner.
+    """[P, E] float32: a square table of positions, stretched bilinearly over the image, corner on corner.
 
     Args:
         table: [side * side, E], row by row.
         side: of the table.
-        positions_P2: int64 rows and columns of the patches of one picture.
+        positions_P2: int64 rows and columns of the patches of one image.
     """
     extents_2 = positions_P2.amax(dim=0)
     places_P2 = positions_P2.float() * (side - 1) / extents_2.clamp(min=1)
@@ -124,7 +124,7 @@ MODEL = QwenVL(
     vision=Qwen3VLVision,
     grounding=GROUNDING_PROMPT,
     codec="qwen3_vl",
-    planes=_planes,
+    deepstack_levels=_planes,
     supported=lambda config: (
         (
             "vision_config.deepstack_visual_indexes",

@@ -1,6 +1,6 @@
-"""What the generations of Qwen-VL have in common: pictures at their own shape, M-RoPE, one layout of checkpoint and prompt.
+"""What the generations of Qwen-VL have in common: images at their own shape, M-RoPE, one layout of checkpoint and prompt.
 
-Facts: squares of patches become one visual token each. Position ids have three rows (time, height, width); text after a picture
+Facts: squares of patches become one visual token each. Position ids have three rows (time, height, width); text after an image
 goes on from its longer side, and so do answers, whatever was pruned. No tower has a class token. A family is a `QwenVL` with a
 vision module of its own.
 """
@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from gap_export.bundle.manifest import BoxFormat, ModelFacts, TowerPart
+from gap_export.bundle.manifest import BoxFormat, ModelSpec, VisionFeature
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import RecipeError
-from gap_export.families.llava_next import refuse_fit
-from gap_export.inputs.layouts import Native
+from gap_export.families.llava_next import check_fit
+from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.inputs.native_resolution import native_range
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.modeling import assembly, hf_config, selection
@@ -35,7 +35,7 @@ PREFIXES = {
 }
 """Where published checkpoints keep what modules call by the name on the left: transformers since and before 4.52."""
 
-TOWER_LACKS: tuple[TowerPart, ...] = ("class_token", "projected_class_token", "following_layer", "grid")
+TOWER_LACKS: tuple[VisionFeature, ...] = ("class_token", "projected_class_token", "following_layer", "grid")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class QwenVL:
         grounding: prompt, as the chat template of the published checkpoints frames it.
         codec: of boxes.
         window: tokens along the side of a window, from the configuration; None where there are none.
-        planes: see `ModelFacts.planes`, from the configuration.
+        deepstack_levels: see `ModelSpec.deepstack_levels`, from the configuration.
         supported: checks of the configuration that only this generation needs: (field, what it must be, whether it is).
     """
 
@@ -59,21 +59,21 @@ class QwenVL:
     grounding: str
     codec: str
     window: Callable[[Any], int | None] = lambda config: None
-    planes: Callable[[Any], int] = lambda config: 0
+    deepstack_levels: Callable[[Any], int] = lambda config: 0
     supported: Callable[[Any], tuple[tuple[str, str, bool], ...]] = lambda config: ()
 
-    def facts(self, checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+    def facts(self, checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
         """See `Family.facts`."""
         config = self._config(checkpoint)
         tokens, most = native_range(self.preprocessing(checkpoint, recipe))
-        return ModelFacts(
+        return ModelSpec(
             **hf_config.decoder_sizes(config.text_config),
             visual_tokens=most,
             grid=None,
             token_range=tokens,
             position_rows=3,
-            planes=self.planes(config),
-            tower_lacks=TOWER_LACKS,
+            deepstack_levels=self.deepstack_levels(config),
+            missing_features=TOWER_LACKS,
         )
 
     def text_tower(self, checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
@@ -84,24 +84,24 @@ class QwenVL:
         """
         raise hf_config.no_text_tower(part, f"vision tower of {self.name}")
 
-    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> Native:
+    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> NativeResolutionLayout:
         """See `Family.preprocessing`.
 
         Raises:
             CheckpointError: settings of another processor.
-            RecipeError: `fit`, or fewer pixels than the smallest pictures have.
+            RecipeError: `fit`, or fewer pixels than the smallest images have.
         """
-        refuse_fit(recipe, self.name)
+        check_fit(recipe, self.name)
         native = self._native(checkpoint)
         if recipe.max_pixels is None:
             return native
-        if recipe.max_pixels < native.fewest_pixels:
+        if recipe.max_pixels < native.min_pixels:
             raise RecipeError(
-                f"is less than the {native.fewest_pixels} pixels that small pictures are scaled up to",
+                f"is less than the {native.min_pixels} pixels that small images are scaled up to",
                 subject=f"max_pixels {recipe.max_pixels}",
                 hint="raise it, or leave it out",
             )
-        return native.model_copy(update={"most_pixels": recipe.max_pixels})
+        return native.model_copy(update={"max_pixels": recipe.max_pixels})
 
     def prompt(self, checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
         """See `Family.prompt`."""
@@ -115,10 +115,10 @@ class QwenVL:
 
     def box(self, recipe: Recipe) -> BoxFormat:
         """See `Family.box`."""
-        refuse_fit(recipe, self.name)
+        check_fit(recipe, self.name)
         return BoxFormat(codec=self.codec, frame="image")
 
-    def components(self, checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+    def components(self, checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
         """See `Family.components`."""
         config = self._config(checkpoint)
         torch_dtype, _ = assembly.DTYPES[plan.precision]
@@ -130,7 +130,7 @@ class QwenVL:
 
         model = hollow(build, fake_mode())
         tied = hf_config.is_tied(config)
-        hf_config.refuse_unknown_weights(
+        hf_config.check_unknown_weights(
             checkpoint, model, tied=tied, ignored=hf_config.NOTHING, prefixes=PREFIXES
         )
         assert sizes.token_range is not None
@@ -144,7 +144,7 @@ class QwenVL:
         )
         return assembly.components(checkpoint.folder, sizes, plan, pieces)
 
-    def _native(self, checkpoint: Checkpoint) -> Native:
+    def _native(self, checkpoint: Checkpoint) -> NativeResolutionLayout:
         """As the checkpoint's own processor has it."""
         config = self._config(checkpoint)
         vision, require = config.vision_config, hf_config.Requirements(checkpoint, self.name)
@@ -166,13 +166,13 @@ class QwenVL:
         most: Any = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         bounded = isinstance(fewest, int) and isinstance(most, int) and 0 < fewest <= most
         require("size of the image processor", bounded, "a smallest and a largest number of pixels")
-        return Native(
+        return NativeResolutionLayout(
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             frames=vision.temporal_patch_size,
             window=self.window(config),
-            fewest_pixels=fewest,
-            most_pixels=most,
+            min_pixels=fewest,
+            max_pixels=most,
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
         )

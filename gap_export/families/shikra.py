@@ -2,7 +2,7 @@
 
 Facts: the checkpoint is LLaMA's difference (`shikras/shikra-7b-delta-v1`) or already merged; the tower is OpenAI's own and not in
 it. The 256 visual tokens stand between `<im_start>` and `<im_end>`, in the place of `<im_patch>`, which is the placeholder here.
-Pictures are padded to a square with white, boxes are `[x1,y1,x2,y2]` with three decimals in 0..1 of that square. The
+Images are padded to a square with white, boxes are `[x1,y1,x2,y2]` with three decimals in 0..1 of that square. The
 config's own bos, eos and pad ids are wrong; those of the tokenizer are right.
 """
 
@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from gap_export.bundle.manifest import BoxFormat, ModelFacts
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.derived import plus_base
 from gap_export.checkpoint.tokenizers import stored_tokenizer, token_id
 from gap_export.errors import CheckpointError
 from gap_export.families import Part, llava
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.modeling.clip_llama import ClipLlama
 from gap_export.modeling.clip_text import read_text_tower
@@ -85,7 +85,7 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return found
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelFacts:
+def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
     """See `Family.facts`."""
     return _model(checkpoint).facts()
 
@@ -95,9 +95,9 @@ def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
     return read_text_tower(part, tower_width=_vision(checkpoint).hidden_size)
 
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> Preprocessing:
+def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> SquareLayout:
     """See `Family.preprocessing`."""
-    return Preprocessing(
+    return SquareLayout(
         size=_vision(checkpoint).image_size,
         fit=recipe.fit or "pad",
         background=(255, 255, 255),
@@ -122,7 +122,7 @@ def box(recipe: Recipe) -> BoxFormat:
     return llava.box(recipe).model_copy(update={"codec": "shikra"})
 
 
-def components(checkpoint: Checkpoint, sizes: ModelFacts, plan: Plan) -> list[Component]:
+def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     return _model(checkpoint).components(sizes, plan)
 

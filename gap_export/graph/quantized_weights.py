@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Part, lay_out
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 from gap_export.graph.rounding import (
     BLOCK,
     FP4_BLOCK,
@@ -111,7 +111,7 @@ class QuantizedStore:
             wanted: checkpoint key -> scheme.
 
         Raises:
-            EnvironmentLacks: no room on the disk.
+            MissingRequirementError: no room on the disk.
         """
         if not wanted:
             return
@@ -127,7 +127,7 @@ class QuantizedStore:
             for key, scheme in wanted.items():
                 self._write(path, key, scheme)
         except OSError as error:
-            raise EnvironmentLacks(
+            raise MissingRequirementError(
                 f"could not be written: {error.strerror}",
                 subject=str(path),
                 hint="free disk space and build again",

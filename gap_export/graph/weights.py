@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Derived, Part, WeightLocation, lay_out
-from gap_export.errors import CheckpointError, EnvironmentLacks, TraceError
+from gap_export.errors import CheckpointError, MissingRequirementError, TraceError
 from gap_export.files import place_file
 from gap_export.graph.trace import is_hollow
 from gap_export.precision import Activations
@@ -61,7 +61,7 @@ class WeightStore:
 
         Raises:
             CheckpointError: a tensor that cannot be represented (overflow, or not a floating-point type).
-            EnvironmentLacks: no room on the disk.
+            MissingRequirementError: no room on the disk.
         """
         wanted = _STORED[self.precision]
         weights = self.checkpoint.weights
@@ -132,7 +132,7 @@ class WeightStore:
                     converted[part.name] = WeightLocation(path, wanted, part.shape, offset, part.length)
                 self.written_bytes += out.tell()
         except OSError as error:
-            raise EnvironmentLacks(
+            raise MissingRequirementError(
                 f"could not be written: {error.strerror}",
                 subject=str(path),
                 hint="free disk space and build again",

@@ -1,4 +1,4 @@
-"""From a picture file to `pixel_values`, on Pillow and NumPy alone.
+"""From an image file to `pixel_values`, on Pillow and NumPy alone.
 
 The arithmetic is that of transformers' Pillow-backed processors (`CLIPImageProcessorPil`,
 `LlavaImageProcessorPil` with `do_pad`), to the last bit: 8-bit resampling by Pillow, scaling by 1/255 in
@@ -27,19 +27,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gap_export.errors import InputError
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 
 PIXEL_LIMIT = 100_000_000
-"""Most pixels of a picture that is decoded or made on the way: about 300 MB of RGB. A file of a few bytes can
+"""Most pixels of an image that is decoded or made on the way: about 300 MB of RGB. A file of a few bytes can
 claim to be far larger."""
 
 SIDE_LIMIT = 32_768
-"""Longest side in pixels. Padding a picture to a square takes work in the square of its longer side."""
+"""Longest side in pixels. Padding an image to a square takes work in the square of its longer side."""
 
 STRIP_PIXELS = 2**22
 """Pixels of the padded square that are held at a time."""
 
-# Raster formats only: Pillow would also run an external interpreter on PostScript, which a picture must not
+# Raster formats only: Pillow would also run an external interpreter on PostScript, which an image must not
 # trigger.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 
@@ -71,7 +71,7 @@ class Normalisation(Protocol):
 
 
 def load_image(path: Path | str) -> Image.Image:
-    """Read a picture as 8-bit RGB, upright.
+    """Read an image as 8-bit RGB, upright.
 
     The EXIF orientation is applied, transparency is laid over white (as transformers' processors do), 16-bit
     grey is scaled to 8 bits, of an animation the first frame is taken. Colour profiles are not applied.
@@ -80,10 +80,10 @@ def load_image(path: Path | str) -> Image.Image:
         path: a file in one of `FORMATS`.
 
     Returns:
-        An RGB picture, fully decoded; the file is closed.
+        An RGB image, fully decoded; the file is closed.
 
     Raises:
-        InputError: missing, empty, truncated, not a picture, too large, or of a pixel type without a defined
+        InputError: missing, empty, truncated, not an image, too large, or of a pixel type without a defined
             range (floating point, 32-bit integers).
     """
     subject = str(path)
@@ -93,7 +93,7 @@ def load_image(path: Path | str) -> Image.Image:
             raise InputError(
                 "is not a file" if exists else "does not exist",
                 subject=subject,
-                hint="give the path of a picture",
+                hint="give the path of an image",
             )
         if os.path.getsize(path) == 0:
             raise _empty(subject)
@@ -105,7 +105,7 @@ def load_image(path: Path | str) -> Image.Image:
 
 
 def image_from_bytes(content: bytes, name: str) -> Image.Image:
-    """The same of an encoded picture in memory; `name` is for messages."""
+    """The same of an encoded image in memory; `name` is for messages."""
     if not content:
         raise _empty(name)
     return _decoded(io.BytesIO(content), name)
@@ -116,14 +116,14 @@ def _empty(subject: str) -> InputError:
 
 
 def _decoded(source: Path | str | BinaryIO, subject: str) -> Image.Image:
-    """Decode; whatever goes wrong names the picture."""
+    """Decode; whatever goes wrong names the image."""
     try:
         return _decode(source, subject)
     except InputError:
         raise
     except UnidentifiedImageError as error:
         raise InputError(
-            "is not a picture in a known format", subject=subject, hint=f"use one of {', '.join(FORMATS)}"
+            "is not an image in a known format", subject=subject, hint=f"use one of {', '.join(FORMATS)}"
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(subject) from error
@@ -145,7 +145,7 @@ def _decode(path: Path | str | BinaryIO, subject: str) -> Image.Image:
     with opened:
         if opened.width * opened.height > PIXEL_LIMIT:
             raise _too_large(subject)
-        _refuse_long_side(opened, subject)
+        _check_long_side(opened, subject)
         opened.load()
         file_format = opened.format
         upright = ImageOps.exif_transpose(opened)
@@ -160,7 +160,7 @@ def _too_large(subject: str) -> InputError:
     )
 
 
-def _refuse_long_side(image: Image.Image, subject: str) -> None:
+def _check_long_side(image: Image.Image, subject: str) -> None:
     if max(image.size) > SIDE_LIMIT:
         raise InputError(
             f"is {image.width}x{image.height} pixels, and no side may be longer than {SIDE_LIMIT}",
@@ -188,7 +188,7 @@ def _to_rgb(image: Image.Image, file_format: str | None, subject: str) -> Image.
 
 
 def _grey_from_16_bits(image: Image.Image) -> Image.Image:
-    """0..65535 to 0..255, rounded; Pillow's own conversion clips at 255 and leaves a white picture."""
+    """0..65535 to 0..255, rounded; Pillow's own conversion clips at 255 and leaves a white image."""
     samples = np.asarray(image).astype(np.uint32)
     grey = ((samples + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
@@ -208,7 +208,7 @@ def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
 
 
 def padding(width: int, height: int) -> tuple[int, int, int]:
-    """Where a picture lies on its padded square.
+    """Where an image lies on its padded square.
 
     Returns:
         (side of the square, columns to the left, rows above), in pixels; an odd remainder goes right or
@@ -226,18 +226,18 @@ def crop_size(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of a picture of any mode, converted as in `load_image`.
+    """8-bit RGB of an image of any mode, converted as in `load_image`.
 
     Raises:
         InputError: a side that is too long, or a pixel type without a defined range.
     """
-    subject = f"picture of {image.width}x{image.height} pixels"
-    _refuse_long_side(image, subject)
+    subject = f"image of {image.width}x{image.height} pixels"
+    _check_long_side(image, subject)
     return _to_rgb(image, image.format, subject)
 
 
-def fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The picture as the model sees it, before normalising.
+def fit(image: Image.Image, preprocessing: SquareLayout) -> Image.Image:
+    """The image as the model sees it, before normalising.
 
     Args:
         image: any size and mode; other modes than RGB are converted as in `load_image`.
@@ -276,15 +276,15 @@ def _resize_and_crop(image: Image.Image, size: int, resample: Image.Resampling) 
     if width * height > PIXEL_LIMIT:
         raise InputError(
             f"would be {width}x{height} pixels with its short side scaled to {size}",
-            subject=f"picture of {image.width}x{image.height} pixels",
+            subject=f"image of {image.width}x{image.height} pixels",
             hint="cut it to a shape closer to a square: nearly all of it lies outside the centre crop",
         )
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
-def pixel_values(images: Sequence[Image.Image], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Model input of a batch of pictures.
+def pixel_values(images: Sequence[Image.Image], preprocessing: SquareLayout) -> NDArray[np.float32]:
+    """Model input of a batch of images.
 
     Args:
         images: at least one.
@@ -298,7 +298,7 @@ def pixel_values(images: Sequence[Image.Image], preprocessing: Preprocessing) ->
         ValueError: an empty batch.
     """
     if not images:
-        raise ValueError("a batch needs at least one picture")
+        raise ValueError("a batch needs at least one image")
     return np.stack([normalised(fit(image, preprocessing), preprocessing) for image in images])
 
 

@@ -1,4 +1,4 @@
-"""Pictures at their own shape: scaled to whole patches, cut into them, each with its place (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+"""Images at their own shape: scaled to whole patches, cut into them, each with its place (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 
 Arithmetic and pixels are those of transformers' Pillow-backed processor (`Qwen2VLImageProcessorPil`). A square of patches becomes
 one visual token; patches come square by square, so that those of one token are together.
@@ -19,7 +19,7 @@ from PIL import Image
 
 from gap_export.errors import InputError
 from gap_export.inputs.images import FILTERS, normalised, rgb
-from gap_export.inputs.layouts import Native, TokenRange
+from gap_export.inputs.layouts import NativeResolutionLayout, TokenRange
 from gap_export.positions import Ids
 
 PIXELS, PATCH_POSITIONS = "pixel_values", "patch_positions"
@@ -30,15 +30,15 @@ NO_TOKEN = -1
 """Fills windows at the edge, which hold fewer tokens."""
 
 USUAL_SIZE = (640, 480)
-"""Width and height of a usual picture, which engines are tuned for."""
+"""Width and height of a usual image, which engines are tuned for."""
 
 MOST_ASPECT = 200
 """The longest side may be so many times the shortest, as in transformers."""
 
 
 @dataclass(frozen=True)
-class NativePicture:
-    """One picture, ready for the vision graph.
+class NativeImage:
+    """One image, ready for the vision graph.
 
     Attributes:
         inputs: `pixel_values` [N, P, F] float32, `patch_positions` [N, P, 2] int64 (row, column); with windows `window_tokens`
@@ -50,35 +50,35 @@ class NativePicture:
     grid: tuple[int, int]
 
 
-def resized(width: int, height: int, preprocessing: Native) -> tuple[int, int]:
-    """(width, height) in pixels of a picture as the model sees it: multiples of a token's side, within the number of pixels.
+def resized(width: int, height: int, preprocessing: NativeResolutionLayout) -> tuple[int, int]:
+    """(width, height) in pixels of an image as the model sees it: multiples of a token's side, within the number of pixels.
 
     Raises:
-        InputError: a picture without area, or one that is more than 200 times as long as it is wide.
+        InputError: an image without area, or one that is more than 200 times as long as it is wide.
     """
     if min(width, height) < 1 or max(width, height) > MOST_ASPECT * min(width, height):
         raise InputError(
             f"has one side more than {MOST_ASPECT} times as long as the other",
-            subject=f"picture of {width}x{height} pixels",
+            subject=f"image of {width}x{height} pixels",
             hint="cut it into pieces",
         )
     side = preprocessing.patch * preprocessing.merge
     # Python rounds halves to the even number; so does the processor.
     nearest_width, nearest_height = round(width / side) * side, round(height / side) * side
-    if nearest_width * nearest_height > preprocessing.most_pixels:
-        shrink = math.sqrt(width * height / preprocessing.most_pixels)
+    if nearest_width * nearest_height > preprocessing.max_pixels:
+        shrink = math.sqrt(width * height / preprocessing.max_pixels)
         return (
             max(side, math.floor(width / shrink / side) * side),
             max(side, math.floor(height / shrink / side) * side),
         )
-    if nearest_width * nearest_height < preprocessing.fewest_pixels:
-        grow = math.sqrt(preprocessing.fewest_pixels / (width * height))
+    if nearest_width * nearest_height < preprocessing.min_pixels:
+        grow = math.sqrt(preprocessing.min_pixels / (width * height))
         return math.ceil(width * grow / side) * side, math.ceil(height * grow / side) * side
     return nearest_width, nearest_height
 
 
-def native_picture(image: Image.Image, preprocessing: Native) -> NativePicture:
-    """A picture as patches.
+def native_image(image: Image.Image, preprocessing: NativeResolutionLayout) -> NativeImage:
+    """An image as patches.
 
     Args:
         image: any size and mode.
@@ -94,11 +94,11 @@ def native_picture(image: Image.Image, preprocessing: Native) -> NativePicture:
     rows, columns = height // (patch * merge), width // (patch * merge)
 
     squares = pixels_CHW.reshape(3, rows, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
-    # A picture is a film of equal frames.
+    # An image is a film of equal frames.
     film = np.repeat(squares[:, :, :, :, :, None], preprocessing.frames, axis=5)
     places_2HW = np.indices((rows * merge, columns * merge), dtype=np.int64)
     positions = places_2HW.reshape(2, rows, merge, columns, merge).transpose(1, 3, 2, 4, 0)
-    return NativePicture(
+    return NativeImage(
         inputs={
             PIXELS: film.reshape(rows * columns, merge**2, -1),
             PATCH_POSITIONS: np.ascontiguousarray(positions.reshape(rows * columns, merge**2, 2)),
@@ -122,32 +122,32 @@ def _windows(rows: int, columns: int, side: int | None) -> dict[str, Ids]:
     return {WINDOW_TOKENS: np.ascontiguousarray(tokens_WM), TOKEN_SLOTS: slots_N}
 
 
-def native_range(preprocessing: Native) -> tuple[TokenRange, int]:
-    """How many visual tokens pictures have: bounds that no picture leaves, of whatever shape.
+def native_range(preprocessing: NativeResolutionLayout) -> tuple[TokenRange, int]:
+    """How many visual tokens images have: bounds that no image leaves, of whatever shape.
 
     Returns:
-        (range, N of the largest picture).
+        (range, N of the largest image).
     """
     area = (preprocessing.patch * preprocessing.merge) ** 2
-    smallest, largest = preprocessing.fewest_pixels / area, preprocessing.most_pixels / area
+    smallest, largest = preprocessing.min_pixels / area, preprocessing.max_pixels / area
     # Scaled up, both sides are rounded up; scaled down, both are rounded down, but to one token at least.
     grown = (math.sqrt(smallest * MOST_ASPECT) + 1) * (math.sqrt(smallest / MOST_ASPECT) + 1)
     narrow = math.sqrt(largest * MOST_ASPECT)
     most = math.floor(max(largest, grown, narrow))
     fewest = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
     width, height = resized(*USUAL_SIZE, preprocessing)
-    return TokenRange(fewest=fewest, usual=width * height // area, most=most), most
+    return TokenRange(min_tokens=fewest, typical_tokens=width * height // area, max_tokens=most), most
 
 
 def most_windows(tokens: TokenRange, window: int) -> int:
-    """A number of windows that no picture exceeds, of whatever shape.
+    """A number of windows that no image exceeds, of whatever shape.
 
     Args:
-        tokens: of pictures, as `native_range` gives it.
+        tokens: of images, as `native_range` gives it.
         window: side in tokens.
     """
     # Every side may end in a part of a window. Rounded to tokens, a side may be 301 times as long as the other (1.5 times the
     # limit, and one token); rows and columns of a fixed product sum up to most where they differ most.
     longest = 1.5 * MOST_ASPECT + 1
-    sides = min(tokens.most + 1, math.sqrt(longest * tokens.most) * (1 + 1 / longest) + 2)
-    return math.floor(tokens.most / window**2 + sides / window + 1)
+    sides = min(tokens.max_tokens + 1, math.sqrt(longest * tokens.max_tokens) * (1 + 1 / longest) + 2)
+    return math.floor(tokens.max_tokens / window**2 + sides / window + 1)

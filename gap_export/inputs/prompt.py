@@ -1,7 +1,7 @@
 """From an expression to token ids and from token ids to an answer, with the `tokenizers` library alone.
 
 An expression is text from outside. A tokenizer turns text such as `<image>` or `</s>` into the token of that
-name wherever it stands, so an expression could bring a second picture placeholder or end the prompt. Such an
+name wherever it stands, so an expression could bring a second image placeholder or end the prompt. Such an
 expression is refused, not escaped: escaping would change how the words around it are split, and no
 description of an object needs the name of a special token. The check is made twice, on the text and on the
 ids that come out of the tokenizer.
@@ -51,8 +51,8 @@ class PromptTemplate(Record):
     """How an expression becomes token ids.
 
     Attributes:
-        grounding: the whole prompt with `{expression}` and an image placeholder for every picture.
-        images: pictures in one prompt; boxes are those of the last one.
+        grounding: the whole prompt with `{expression}` and an image placeholder for every image.
+        images: images in one prompt; boxes are those of the last one.
         image_token_id: the placeholder's id.
         add_special_tokens: whether the tokenizer adds its own (BOS) on top of the template.
         eos_token_ids: ids that end an answer.
@@ -143,7 +143,7 @@ def encode_prompts(
         tokenizer: from `load_tokenizer`.
         template: of the bundle.
         expressions: at least one.
-        kept: visual tokens of a picture after pruning (K); they take its placeholder's place.
+        kept: visual tokens of an image after pruning (K); they take its placeholder's place.
         capacity: slots of the cache.
         max_new_tokens: slots to leave free for the answer.
 
@@ -166,14 +166,14 @@ def encode_prompts(
     images, found = template.images, empty.count(template.image_token_id)
     if found != images:
         wanted = "one" if images == 1 else str(images)
-        raise _bad_template(f"gives {found} picture placeholders instead of {wanted}")
+        raise _bad_template(f"gives {found} image placeholders instead of {wanted}")
     expected = _count(empty, guarded)
     fitting = capacity - images * kept - max_new_tokens
 
     rows = []
     for raw in expressions:
         expression = clean_expression(raw)
-        _refuse_special_text(tokenizer, guarded, expression)
+        _check_special_text(tokenizer, guarded, expression)
         row = _encode(tokenizer, template, expression)
         if _count(row, guarded) != expected:
             raise _names_special_token(expression, "a special token")
@@ -239,7 +239,7 @@ def encode_text(tokenizer: Tokenizer, tower: TextTower, expressions: Sequence[st
     rows = []
     for raw in expressions:
         expression = clean_expression(raw)
-        _refuse_special_text(tokenizer, set(), expression)
+        _check_special_text(tokenizer, set(), expression)
         row = list(tokenizer.encode(expression).ids)
         if len(row) > tower.context:
             raise InputError(
@@ -320,7 +320,7 @@ def _count(ids: list[int], guarded: set[int]) -> Counter[int]:
     return Counter(id_ for id_ in ids if id_ in guarded)
 
 
-def _refuse_special_text(tokenizer: Tokenizer, guarded: set[int], expression: str) -> None:
+def _check_special_text(tokenizer: Tokenizer, guarded: set[int], expression: str) -> None:
     """Refuse the name of a special token in any case, `<unk>` too: a normaliser may fold the case before
     matching."""
     folded = expression.casefold()

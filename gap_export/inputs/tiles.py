@@ -1,12 +1,12 @@
-"""Pictures cut into tiles: which tiles, their pixels, and where the visual tokens of a picture lie in them.
+"""Images cut into tiles: which tiles, their pixels, and where the visual tokens of an image lie in them.
 
 Arithmetic and pixels are those of transformers' Pillow-backed processors (`LlavaNextImageProcessorPil`,
 `LlavaOnevisionImageProcessorPil`, `GotOcr2ImageProcessorPil` with `crop_to_patches`) and of `pack_image_features` of their models:
 
-    AnyRes          scaled to fit, black bars, whole picture first; rows of tokens end with a newline (LLaVA-NeXT, -OneVision)
-    DynamicTiles    stretched to fill, whole picture last (InternVL)
+    AnyResLayout          scaled to fit, black bars, whole image first; rows of tokens end with a newline (LLaVA-NeXT, -OneVision)
+    DynamicTilesLayout    stretched to fill, whole image last (InternVL)
 
-The vision graph encodes tiles and knows nothing of grids. What it must know of a picture comes with the pixels: for every visual
+The vision graph encodes tiles and knows nothing of grids. What it must know of an image comes with the pixels: for every visual
 token that may be pruned, in the order of the unpruned prompt, where it lies in the tokens of all tiles, and its place among
 the image tokens of that prompt.
 
@@ -25,7 +25,7 @@ from PIL import Image
 
 from gap_export.errors import InputError
 from gap_export.inputs.images import FILTERS, normalised, rgb
-from gap_export.inputs.layouts import AnyRes, DynamicTiles, TokenRange
+from gap_export.inputs.layouts import AnyResLayout, DynamicTilesLayout, TokenRange
 
 Ids = NDArray[np.int64]
 
@@ -34,14 +34,14 @@ CORNERS, WEIGHTS = "corners", "corner_weights"
 """Names of the vision graph's inputs."""
 
 USUAL_SIZE = (640, 480)
-"""Width and height of a usual picture, which engines are tuned for."""
+"""Width and height of a usual image, which engines are tuned for."""
 
 _CLEARLY_MORE = 1.1
 
 
 @dataclass(frozen=True)
-class TiledPicture:
-    """One picture, ready for the vision graph.
+class TiledImage:
+    """One image, ready for the vision graph.
 
     Attributes:
         inputs: `pixel_values` [tiles, 3, size, size] float32 and what `Layout.inputs` names.
@@ -55,11 +55,11 @@ class TiledPicture:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# AnyRes
+# AnyResLayout
 
 
 def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(height, width) in pixels of the grid that shows most of a picture, and of those the one with the least padding."""
+    """(height, width) in pixels of the grid that shows most of an image, and of those the one with the least padding."""
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
         scale = min(grid[1] / width, grid[0] / height)
@@ -70,7 +70,7 @@ def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]]) -> tupl
 
 
 def fitted_size(width: int, height: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) in pixels of a picture scaled to fit a grid."""
+    """(width, height) in pixels of an image scaled to fit a grid."""
     scale_x, scale_y = grid[1] / width, grid[0] / height
     if scale_x < scale_y:
         return grid[1], min(math.ceil(height * scale_x), grid[0])
@@ -85,18 +85,18 @@ def bars(width: int, height: int, rows: int, columns: int) -> tuple[int, int]:
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
 
-def shrunk_grid(rows: int, columns: int, preprocessing: AnyRes) -> tuple[int, int]:
+def shrunk_grid(rows: int, columns: int, preprocessing: AnyResLayout) -> tuple[int, int]:
     """(rows, columns) of tokens after a grid that is clearly too large was scaled down."""
-    if preprocessing.most_tiles is None:
+    if preprocessing.max_tiles is None:
         return rows, columns
-    ratio = math.sqrt(rows * columns / (preprocessing.most_tiles * preprocessing.side**2))
+    ratio = math.sqrt(rows * columns / (preprocessing.max_tiles * preprocessing.side**2))
     if ratio <= _CLEARLY_MORE:
         return rows, columns
     return int(rows // ratio), int(columns // ratio)
 
 
-def anyres_picture(image: Image.Image, preprocessing: AnyRes) -> TiledPicture:
-    """A picture as tiles of the grid that fits it.
+def anyres_image(image: Image.Image, preprocessing: AnyResLayout) -> TiledImage:
+    """An image as tiles of the grid that fits it.
 
     Args:
         image: any size and mode.
@@ -112,15 +112,15 @@ def anyres_picture(image: Image.Image, preprocessing: AnyRes) -> TiledPicture:
     image = rgb(image)
     pixels = anyres_pixels(image, preprocessing)
     layout = anyres_layout(*image.size, preprocessing)
-    return TiledPicture(
+    return TiledImage(
         inputs={"pixel_values": pixels, **layout},
         visual_tokens=len(layout[PLACES]) + len(layout[NEWLINES]),
         prunable=len(layout[PLACES]),
     )
 
 
-def anyres_pixels(image: Image.Image, preprocessing: AnyRes) -> NDArray[np.float32]:
-    """[tiles, 3, size, size] float32 of an RGB picture: the whole first, then the grid row by row."""
+def anyres_pixels(image: Image.Image, preprocessing: AnyResLayout) -> NDArray[np.float32]:
+    """[tiles, 3, size, size] float32 of an RGB image: the whole first, then the grid row by row."""
     size, resample = preprocessing.size, FILTERS[preprocessing.resample]
     height, width = best_grid(*image.size, preprocessing.grids)
     fitted = fitted_size(*image.size, (height, width))
@@ -130,8 +130,10 @@ def anyres_pixels(image: Image.Image, preprocessing: AnyRes) -> NDArray[np.float
     return np.stack([normalised(tile, preprocessing) for tile in tiles])
 
 
-def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, NDArray[np.float32] | Ids]:
-    """What the vision graph must know of a picture of that size; see `anyres_picture`."""
+def anyres_layout(
+    width: int, height: int, preprocessing: AnyResLayout
+) -> dict[str, NDArray[np.float32] | Ids]:
+    """What the vision graph must know of an image of that size; see `anyres_image`."""
     side, base = preprocessing.side, preprocessing.side**2
     grid_height, grid_width = best_grid(width, height, preprocessing.grids)
     tiles_down, tiles_across = grid_height // preprocessing.size, grid_width // preprocessing.size
@@ -139,7 +141,7 @@ def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, N
     rows, columns = tiles_down * side - 2 * above, tiles_across * side - 2 * left
 
     def cells(row: Ids, column: Ids) -> Ids:
-        """Indices of places on the grid without bars into the flattened tile tokens, the whole picture being tile 0."""
+        """Indices of places on the grid without bars into the flattened tile tokens, the whole image being tile 0."""
         row, column = row + above, column + left
         tile = 1 + row // side * tiles_across + column // side
         return tile * base + row % side * side + column % side
@@ -149,7 +151,7 @@ def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, N
         longer, shorter = ("wider", "high") if width > height else ("higher", "wide")
         raise InputError(
             f"is so much {longer} than it is {shorter} that no line of visual tokens is left of it",
-            subject=f"picture of {width}x{height} pixels",
+            subject=f"image of {width}x{height} pixels",
             hint="cut it into pieces",
         )
     line = shrunk[1] + 1
@@ -159,7 +161,7 @@ def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, N
         PLACES: places,
         NEWLINES: base + line * (np.arange(shrunk[0]) + 1) - 1,
     }
-    if preprocessing.most_tiles is None:
+    if preprocessing.max_tiles is None:
         row, column = np.indices((rows, columns))
         return {CELLS: np.concatenate([np.arange(base), cells(row, column).ravel()]), **layout}
 
@@ -184,9 +186,9 @@ def anyres_layout(width: int, height: int, preprocessing: AnyRes) -> dict[str, N
     }
 
 
-def tile_counts(preprocessing: AnyRes | DynamicTiles) -> tuple[int, int]:
-    """Tiles of a usual picture and of the largest one, the whole picture among them."""
-    if isinstance(preprocessing, DynamicTiles):
+def tile_counts(preprocessing: AnyResLayout | DynamicTilesLayout) -> tuple[int, int]:
+    """Tiles of a usual image and of the largest one, the whole image among them."""
+    if isinstance(preprocessing, DynamicTilesLayout):
         counts = [across * down for across, down in _grids(preprocessing)]
         across, down = nearest_grid(*USUAL_SIZE, preprocessing)
         usual, most = across * down, max(counts)
@@ -199,11 +201,11 @@ def tile_counts(preprocessing: AnyRes | DynamicTiles) -> tuple[int, int]:
     return 1 + usual, 1 + most
 
 
-def anyres_range(preprocessing: AnyRes) -> tuple[TokenRange, int]:
-    """How many visual tokens pictures have.
+def anyres_range(preprocessing: AnyResLayout) -> tuple[TokenRange, int]:
+    """How many visual tokens images have.
 
     Returns:
-        (range, N of the largest picture).
+        (range, N of the largest image).
     """
     counts = [
         shrunk_grid(rows, columns, preprocessing)
@@ -216,9 +218,9 @@ def anyres_range(preprocessing: AnyRes) -> tuple[TokenRange, int]:
     usual = len(anyres_layout(*USUAL_SIZE, preprocessing)[PLACES])
     base = preprocessing.side**2
     tokens = TokenRange(
-        fewest=base + 1,
-        usual=usual,
-        most=base + max(rows * columns for rows, columns in counts),
+        min_tokens=base + 1,
+        typical_tokens=usual,
+        max_tokens=base + max(rows * columns for rows, columns in counts),
         never_pruned=max(rows for rows, _ in counts),
     )
     return tokens, base + max(rows * (columns + 1) for rows, columns in counts)
@@ -246,10 +248,10 @@ def _neighbours(extent: int, shrunk: int) -> tuple[Ids, Ids, NDArray[np.float32]
 # Dynamic tiles
 
 
-def nearest_grid(width: int, height: int, preprocessing: DynamicTiles) -> tuple[int, int]:
-    """(tiles across, tiles down) of the grid whose shape is nearest to that of a picture.
+def nearest_grid(width: int, height: int, preprocessing: DynamicTilesLayout) -> tuple[int, int]:
+    """(tiles across, tiles down) of the grid whose shape is nearest to that of an image.
 
-    Of grids that are as near the larger one is taken, unless the picture would have to be scaled up to more than twice its area.
+    Of grids that are as near the larger one is taken, unless the image would have to be scaled up to more than twice its area.
     """
     best, smallest = (1, 1), math.inf
     for across, down in _grids(preprocessing):
@@ -261,8 +263,8 @@ def nearest_grid(width: int, height: int, preprocessing: DynamicTiles) -> tuple[
     return best
 
 
-def dynamic_picture(image: Image.Image, preprocessing: DynamicTiles) -> TiledPicture:
-    """A picture as tiles of the grid that is nearest to its shape.
+def dynamic_image(image: Image.Image, preprocessing: DynamicTilesLayout) -> TiledImage:
+    """An image as tiles of the grid that is nearest to its shape.
 
     Args:
         image: any size and mode.
@@ -279,32 +281,34 @@ def dynamic_picture(image: Image.Image, preprocessing: DynamicTiles) -> TiledPic
         tiles.append(image.resize((size, size), resample))
     tokens = len(tiles) * preprocessing.tokens
     pixels = np.stack([normalised(tile, preprocessing) for tile in tiles])
-    return TiledPicture({"pixel_values": pixels}, visual_tokens=tokens, prunable=tokens)
+    return TiledImage({"pixel_values": pixels}, visual_tokens=tokens, prunable=tokens)
 
 
-def dynamic_range(preprocessing: DynamicTiles) -> tuple[TokenRange, int]:
-    """How many visual tokens pictures have; see `anyres_range`."""
+def dynamic_range(preprocessing: DynamicTilesLayout) -> tuple[TokenRange, int]:
+    """How many visual tokens images have; see `anyres_range`."""
 
     fewest = min(across * down for across, down in _grids(preprocessing))
     usual, most = (tiles * preprocessing.tokens for tiles in tile_counts(preprocessing))
-    tokens = TokenRange(fewest=(fewest + (fewest > 1)) * preprocessing.tokens, usual=usual, most=most)
+    tokens = TokenRange(
+        min_tokens=(fewest + (fewest > 1)) * preprocessing.tokens, typical_tokens=usual, max_tokens=most
+    )
     return tokens, most
 
 
-def _grids(preprocessing: DynamicTiles) -> list[tuple[int, int]]:
+def _grids(preprocessing: DynamicTilesLayout) -> list[tuple[int, int]]:
     """(tiles across, tiles down) of all grids, the smallest first."""
-    extents = range(1, preprocessing.most + 1)
+    extents = range(1, preprocessing.max_tiles + 1)
     fitting = [
         (across, down)
         for across in extents
         for down in extents
-        if preprocessing.fewest <= across * down <= preprocessing.most
+        if preprocessing.min_tiles <= across * down <= preprocessing.max_tiles
     ]
     return sorted(fitting, key=lambda grid: grid[0] * grid[1])
 
 
 def _cut(image: Image.Image, size: int) -> Iterator[Image.Image]:
-    """The tiles of a picture, row by row."""
+    """The tiles of an image, row by row."""
     for top in range(0, image.height, size):
         for left in range(0, image.width, size):
             yield image.crop((left, top, left + size, top + size))

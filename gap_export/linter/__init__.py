@@ -47,7 +47,7 @@ def lint_graph(
     source: Path | str | ir.Model,
     *,
     profile: Profile | Literal["auto"] = "auto",
-    own: bool = False,
+    strict: bool = False,
     policy: PositionPolicy = PositionPolicy.GAP,
     ids_input: str = IDS,
 ) -> Report:
@@ -56,7 +56,7 @@ def lint_graph(
     Args:
         source: an ONNX file, or a model in memory (not changed). External weights need not be there.
         profile: which kind of graph it is; `auto` looks at its inputs and outputs.
-        own: hold it to the contract of this project's bundles too: standard operators, a static cache in place,
+        strict: hold it to the contract of this project's bundles too: standard operators, a static cache in place,
             an explicit mask. For other exporters' graphs these are warnings.
         policy: how survivors are numbered; `permuted` wants score order, only `gap` wants ids from kept indices, and in all
             stages of a decoder that drops tokens.
@@ -79,19 +79,19 @@ def lint_graph(
         )
     kind = _kind(subject, flow, ids_input) if profile == "auto" else profile
     if kind == "decoder":
-        checked = _check_decoder(subject, flow, own, ids_input, policy)
+        checked = _check_decoder(subject, flow, strict, ids_input, policy)
     elif kind == "vision":
         checked = _check_vision(flow, policy)
     elif kind == "splice":
         checked = _check_splice(flow, policy)
     else:
         checked = _Checked([], (), "the graph embeds tokens; positions play no part")
-    findings = checked.findings + check_inputs_used(flow, own, may_be_idle=checked.may_be_idle)
-    findings += check_standard_ops(flow, own)
+    findings = checked.findings + check_inputs_used(flow, strict, may_be_idle=checked.may_be_idle)
+    findings += check_standard_ops(flow, strict)
     return Report(
         subject=subject,
         profile=kind,
-        own=own,
+        strict=strict,
         attention_layers=checked.layers,
         rules=(*checked.rules, *GENERAL_RULES),
         verdict=verdict_of(findings, good=checked.good),
@@ -117,7 +117,9 @@ class _Checked:
     may_be_idle: tuple[str, ...] = ()
 
 
-def _check_decoder(subject: str, flow: Flow, own: bool, ids_input: str, policy: PositionPolicy) -> _Checked:
+def _check_decoder(
+    subject: str, flow: Flow, strict: bool, ids_input: str, policy: PositionPolicy
+) -> _Checked:
     decoder = read_decoder(flow, ids_input)
     if not decoder.sites:
         raise LintError(
@@ -133,7 +135,7 @@ def _check_decoder(subject: str, flow: Flow, own: bool, ids_input: str, policy: 
         keeps_ids=policy is PositionPolicy.GAP,
         sorted_wanted=policy.keeps_raster_order,
     )
-    findings += check_decoder(decoder, own, renumbers=renumbers) + check_cache(flow, own)
+    findings += check_decoder(decoder, strict, renumbers=renumbers) + check_cache(flow, strict)
     good = f"later stages number tokens by slot, as the policy {policy} asks"
     return _Checked(
         findings,
@@ -183,10 +185,10 @@ def _kind(subject: str, flow: Flow, ids_input: str) -> Profile:
     tokens = inputs & {"inputs_embeds", "input_ids", ids_input}
     if caches or "logits" in outputs or ids_input in inputs:
         return "decoder"
-    pictures = any("pixel" in name or name in ("image", "images") for name in inputs)
-    if find_attention(flow) and (tokens or not pictures):
+    images = any("pixel" in name or name in ("image", "images") for name in inputs)
+    if find_attention(flow) and (tokens or not images):
         return "decoder"
-    if pictures:
+    if images:
         return "vision"
     if any(is_op(n, "Gather") and n.inputs[0] is not None and is_float(n.inputs[0]) for n in flow.nodes):
         return "embed"

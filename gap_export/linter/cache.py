@@ -15,13 +15,15 @@ SEQUENCE_AXIS = 2
 """Of a cache [B, Hkv, C, D]."""
 
 
-def check_cache(flow: Flow, own: bool) -> list[Finding]:
+def check_cache(flow: Flow, strict: bool) -> list[Finding]:
     """Whether past and present may share one buffer."""
     presents = [v for v in flow.outputs if _is_cache(v)]
-    findings = [f for present in presents for f in _present(flow, present, own)]
-    if own and not presents:
+    findings = [f for present in presents for f in _present(flow, present, strict)]
+    if strict and not presents:
         findings.append(
-            _finding("(outputs)", "there are no present.* outputs", "export the decoder with its cache", own)
+            _finding(
+                "(outputs)", "there are no present.* outputs", "export the decoder with its cache", strict
+            )
         )
     return findings
 
@@ -30,7 +32,7 @@ def _is_cache(output: ir.Value) -> bool:
     return re.match(r"present", output.name or "") is not None or is_op(output.producer(), "TensorScatter")
 
 
-def _present(flow: Flow, present: ir.Value, own: bool) -> list[Finding]:
+def _present(flow: Flow, present: ir.Value, strict: bool) -> list[Finding]:
     name = name_of(present)
     node = present.producer()
     if not is_op(node, "TensorScatter") or node is None:
@@ -38,7 +40,7 @@ def _present(flow: Flow, present: ir.Value, own: bool) -> list[Finding]:
         sentence = f"the cache comes from {kind}, not from TensorScatter"
         if kind == "Concat":
             sentence = "the cache comes from Concat: it grows with every token and is copied"
-        return [_finding(name, sentence, "write it with TensorScatter into a past of static length", own)]
+        return [_finding(name, sentence, "write it with TensorScatter into a past of static length", strict)]
     found: list[tuple[str, str]] = []
     past, index = operand(node, 0), operand(node, 2)
     if past is None or past not in flow.inputs:
@@ -46,19 +48,21 @@ def _present(flow: Flow, present: ir.Value, own: bool) -> list[Finding]:
             ("the past that is written into is not a graph input itself", "scatter into past.* directly")
         )
     else:
-        found += _pair(flow, node, past, present, own)
+        found += _pair(flow, node, past, present, strict)
     if node.attributes.get_string("mode", "linear") != "linear":
         found.append(("TensorScatter is circular", "use mode=linear: TensorRT knows no other"))
     if index is None:
         found.append(
             ("TensorScatter has no write index: every call writes at slot 0", "feed write_index [B]")
         )
-    return [_finding(name, sentence, hint, own) for sentence, hint in found]
+    return [_finding(name, sentence, hint, strict) for sentence, hint in found]
 
 
-def _pair(flow: Flow, node: ir.Node, past: ir.Value, present: ir.Value, own: bool) -> list[tuple[str, str]]:
+def _pair(
+    flow: Flow, node: ir.Node, past: ir.Value, present: ir.Value, strict: bool
+) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
-    if own and name_of(present).replace("present", "past", 1) != name_of(past):
+    if strict and name_of(present).replace("present", "past", 1) != name_of(past):
         found.append(
             (f"it is written into {name_of(past)}, a cache of another name", "pair past and present by name")
         )
@@ -82,7 +86,7 @@ def _pair(flow: Flow, node: ir.Node, past: ir.Value, present: ir.Value, own: boo
     if len(before) != 4 or axis != SEQUENCE_AXIS:
         found.append((f"it is written along axis {axis} of {len(before)}", "use [B, Hkv, C, D] and axis 2"))
     elif (
-        not isinstance(before[axis], int) and not own
+        not isinstance(before[axis], int) and not strict
     ):  # ours varies where no engine was asked for, and builders of engines look
         found.append(
             ("its sequence length is not static, which TensorRT requires", "export with a fixed capacity")
@@ -90,10 +94,10 @@ def _pair(flow: Flow, node: ir.Node, past: ir.Value, present: ir.Value, own: boo
     return found
 
 
-def _finding(name: str, sentence: str, hint: str, own: bool) -> Finding:
+def _finding(name: str, sentence: str, hint: str, strict: bool) -> Finding:
     return Finding(
         rule=CACHE.id,
-        severity="error" if own else "warning",
+        severity="error" if strict else "warning",
         breaks_ids=False,
         node=name,
         sentence=sentence,

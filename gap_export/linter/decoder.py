@@ -129,21 +129,21 @@ def _absolute_lookups(flow: Flow, ids: ir.Value) -> list[ir.Value]:
     return found
 
 
-def check_decoder(decoder: Decoder, own: bool, *, renumbers: bool = False) -> list[Finding]:
+def check_decoder(decoder: Decoder, strict: bool, *, renumbers: bool = False) -> list[Finding]:
     """Apply all rules of a decoder but those of its cache outputs.
 
     Args:
         decoder: what was found in it.
-        own: hold it to the contract of this project's bundles too.
+        strict: hold it to the contract of this project's bundles too.
         renumbers: whether its later stages number their tokens by slot, because that is the policy; ids are then read in
             the first stage alone.
     """
-    findings = _rope(decoder, own, renumbers)
+    findings = _rope(decoder, strict, renumbers)
     for site, (queries, keys) in zip(decoder.sites, decoder.rotary, strict=True):
         findings += _inside(decoder, site, bool(queries or keys))
         findings += _mask(decoder, site)
         findings += _slots(decoder, site)
-        findings += _causality(decoder.flow, site, own)
+        findings += _causality(decoder.flow, site, strict)
     return findings
 
 
@@ -165,7 +165,7 @@ def _note(rule: Rule, node: str, sentence: str, hint: str, *, error: bool = Fals
 # rope-reads-position-ids
 
 
-def _rope(decoder: Decoder, own: bool, renumbers: bool) -> list[Finding]:
+def _rope(decoder: Decoder, strict: bool, renumbers: bool) -> list[Finding]:
     findings: dict[ir.Node, Finding] = {}
     bare: list[AttentionSite] = []
     for site, (queries, keys) in zip(decoder.sites, decoder.rotary, strict=True):
@@ -191,7 +191,7 @@ def _rope(decoder: Decoder, own: bool, renumbers: bool) -> list[Finding]:
             by_slot = not any(decoder.flow.facts(a).values & decoder.reads_ids for a in rotary.angles)
             if finding is not None and not (renumbers and by_slot):
                 findings[rotary.node] = finding
-    return [*findings.values(), *_bare(decoder, bare, own)]
+    return [*findings.values(), *_bare(decoder, bare, strict)]
 
 
 def _angle_finding(decoder: Decoder, rotary: RotarySite) -> Finding | None:
@@ -210,7 +210,7 @@ def _angle_finding(decoder: Decoder, rotary: RotarySite) -> Finding | None:
     return None
 
 
-def _bare(decoder: Decoder, bare: list[AttentionSite], own: bool) -> list[Finding]:
+def _bare(decoder: Decoder, bare: list[AttentionSite], strict: bool) -> list[Finding]:
     """Attention whose queries and keys meet no rotary embedding that lint knows; in this project's graphs all do."""
     unexplained = [s for s in bare if not s.rotates_inside and s.form != "plugin"]
     if not unexplained:
@@ -222,7 +222,7 @@ def _bare(decoder: Decoder, bare: list[AttentionSite], own: bool) -> list[Findin
         sentence = (
             f"no rotary embedding found on {len(unexplained)} of {len(decoder.sites)} attention operations"
         )
-        if own:
+        if strict:
             return [_breaking(ROPE, name, sentence, _FEED_IDS)]
         return [_note(ROPE, name, sentence, hint)]
     if decoder.absolute:
@@ -313,7 +313,7 @@ def _slots(decoder: Decoder, site: AttentionSite) -> list[Finding]:
 # no-causal-flag-with-cache, explicit-mask
 
 
-def _causality(flow: Flow, site: AttentionSite, own: bool) -> list[Finding]:
+def _causality(flow: Flow, site: AttentionSite, strict: bool) -> list[Finding]:
     if site.form != "standard":
         return []
     node, name = site.node, name_of(site.node)
@@ -326,15 +326,17 @@ def _causality(flow: Flow, site: AttentionSite, own: bool) -> list[Finding]:
         harm = "TensorRT aligns it to the upper left" if aligned else "a decode step sees only the first key"
         sentence = f"is_causal=1 over a cache ({', '.join(caches)}): {harm}"
         hint = "use is_causal=0 and a boolean mask"
-        findings.append(_note(CAUSAL, name, sentence, hint, error=own or not aligned))
+        findings.append(_note(CAUSAL, name, sentence, hint, error=strict or not aligned))
     if site.cache_operands or sum(1 for v in node.outputs if v.name) > 1:
         sentence = "keeps the cache inside Attention (past and present operands), which TensorRT refuses"
         findings.append(
-            _note(EXPLICIT, name, sentence, "write the cache with TensorScatter before Attention", error=own)
+            _note(
+                EXPLICIT, name, sentence, "write the cache with TensorScatter before Attention", error=strict
+            )
         )
     if lengths:
         sentence = "relies on nonpad_kv_seqlen, which TensorRT drops without an error"
-        findings.append(_note(EXPLICIT, name, sentence, "use a boolean mask over the slots", error=own))
+        findings.append(_note(EXPLICIT, name, sentence, "use a boolean mask over the slots", error=strict))
     if caches and operand(node, 3) is None and not causal and not lengths:
         sentence = "attends to every slot of the cache: it has neither mask nor lengths"
         findings.append(

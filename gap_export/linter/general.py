@@ -16,7 +16,7 @@ _OF_ENGINES = (("trt", "TRT_FP4DynamicQuantize"),)
 _FUSED_BY_RUNTIME = ("GroupQueryAttention", "MultiHeadAttention")
 
 
-def check_inputs_used(flow: Flow, own: bool, *, may_be_idle: tuple[str, ...] = ()) -> list[Finding]:
+def check_inputs_used(flow: Flow, strict: bool, *, may_be_idle: tuple[str, ...] = ()) -> list[Finding]:
     """Inputs that reach no output, not even by their shape."""
     used = 0
     for output in flow.outputs:
@@ -24,7 +24,7 @@ def check_inputs_used(flow: Flow, own: bool, *, may_be_idle: tuple[str, ...] = (
     return [
         Finding(
             rule=USED.id,
-            severity="error" if own else "warning",
+            severity="error" if strict else "warning",
             breaks_ids=False,
             node=name,
             sentence="this input reaches no output: whatever a caller feeds is ignored",
@@ -35,7 +35,7 @@ def check_inputs_used(flow: Flow, own: bool, *, may_be_idle: tuple[str, ...] = (
     ]
 
 
-def check_standard_ops(flow: Flow, own: bool) -> list[Finding]:
+def check_standard_ops(flow: Flow, strict: bool) -> list[Finding]:
     """Operators of other domains, one finding for each kind."""
     kinds: dict[tuple[str, str], list[str]] = {}
     for node in flow.nodes:
@@ -52,7 +52,7 @@ def check_standard_ops(flow: Flow, own: bool) -> list[Finding]:
         findings.append(
             Finding(
                 rule=STANDARD.id,
-                severity="error" if own and (domain, op_type) not in _OF_ENGINES else "warning",
+                severity="error" if strict and (domain, op_type) not in _OF_ENGINES else "warning",
                 breaks_ids=False,
                 node=names[0],
                 count=len(names),

@@ -49,7 +49,7 @@ def load(source: Path | str | ir.Model) -> tuple[str, Flow]:
                 hint="check the file with onnx.checker",
             ) from error
     flow = Flow(model)
-    _refuse_dangling(subject, flow)
+    _check_dangling(subject, flow)
     return subject, flow
 
 
@@ -74,7 +74,7 @@ def _read(path: Path) -> ir.Model:
     return model
 
 
-def _refuse_dangling(subject: str, flow: Flow) -> None:
+def _check_dangling(subject: str, flow: Flow) -> None:
     known = set(flow.model.graph.inputs) | set(flow.model.graph.initializers.values())
     for graph in flow.model.graphs():
         known.update(graph.inputs, graph.initializers.values())

@@ -74,7 +74,7 @@ class Report(_Stored):
     Attributes:
         subject: file name, or the name of a graph in memory.
         profile: which kind of graph it was taken for.
-        own: whether it was held to the contract of this project's bundles.
+        strict: whether it was held to the contract of this project's bundles.
         attention_layers: number of attention operations found (decoder only, otherwise 0).
         rules: what was checked.
         verdict: the answer.
@@ -82,7 +82,7 @@ class Report(_Stored):
 
     subject: str
     profile: Profile
-    own: bool
+    strict: bool
     attention_layers: int
     rules: tuple[Rule, ...]
     verdict: Verdict

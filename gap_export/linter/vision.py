@@ -296,7 +296,7 @@ def _gathered_with(flow: Flow, embeds: ir.Value, kept: ir.Value) -> bool:
     def joining(node: ir.Node) -> Iterable[ir.Value | None]:
         if is_op(node, "Where"):
             return node.inputs[1:]
-        if is_op(node, "Gather") and node.inputs[0] in flow.inputs:  # places that came with the picture
+        if is_op(node, "Gather") and node.inputs[0] in flow.inputs:  # places that came with the image
             return node.inputs[1:]
         return node.inputs if is_op(node, "Concat") else reshaping(node)
 
@@ -320,7 +320,7 @@ def _gathered_with(flow: Flow, embeds: ir.Value, kept: ir.Value) -> bool:
 def _read_at_the_same_places(
     gather: ir.Node, kept: ir.Value, origins_of: Callable[[ir.Value], Iterable[ir.Value]]
 ) -> bool:
-    """Merged tokens have features of their own, listed in the order of their indices: both lists are sorted alike.
+    """Merged tokens have features of their strict, listed in the order of their indices: both lists are sorted alike.
 
     The list of features is as long as that of the indices; longer, it would be the patches, to be read at the indices.
     """

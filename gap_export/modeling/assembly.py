@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Component, Dim, DType, GraphName, GraphSpec, TensorSpec
 from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder
@@ -45,8 +45,8 @@ class Pieces:
 
     Attributes:
         vision: takes `vision_inputs`, gives visual_embeds [B, K, H], kept_indices [B, K] and, where an adaptive strategy
-            finds how many tokens each picture keeps, kept_counts [B]. Where pictures differ in how many tokens they have,
-            it takes one picture at a time.
+            finds how many tokens each image keeps, kept_counts [B]. Where images differ in how many tokens they have,
+            it takes one image at a time.
         vision_inputs: of the vision graph, without those that any family may have (`text_ids`, `keep_count`).
         language_model: the decoder of transformers, token embeddings included, without its head.
         lm_head: hidden states to logits.
@@ -67,7 +67,7 @@ def batch_dim(plan: Plan) -> Dim:
     return Dim(name=BATCH, minimum=1, optimum=1, maximum=plan.max_batch)
 
 
-def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> list[Component]:
+def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> list[Component]:
     """The components of a model.
 
     Args:
@@ -85,16 +85,16 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     def real(name: str, *shape: int | Dim) -> TensorSpec:
         return TensorSpec(name=name, dtype=dtype, shape=shape)
 
-    longest, usual = plan.spliced(plan.most), plan.spliced(plan.kept)
+    longest, usual = plan.spliced(plan.max_tokens), plan.spliced(plan.kept)
     text = Dim(name="text", minimum=1 + plan.images, optimum=plan.max_text, maximum=plan.max_text)
     some_text = Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text)
-    spliced = Dim(name="spliced", minimum=plan.images * plan.fewest + 1, optimum=usual, maximum=longest)
+    spliced = Dim(name="spliced", minimum=plan.images * plan.min_tokens + 1, optimum=usual, maximum=longest)
     sequence = Dim(name="sequence", minimum=1, optimum=usual, maximum=longest)
 
     def visual(extent: int | Dim) -> tuple[TensorSpec, ...]:
         """What vision gives and splice takes, in this order."""
         shape = (batch,) if plan.images == 1 else (batch, plan.images)
-        counts = (whole("kept_counts", *shape),) if plan.counting == "adaptive" or differ else ()
+        counts = (whole("kept_counts", *shape),) if plan.keep_mode == "adaptive" or differ else ()
         return (
             real("visual_embeds", batch, extent, sizes.embedding_width),
             whole("kept_indices", batch, extent),
@@ -104,7 +104,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     vision = GraphSpec(
         name="vision",
         inputs=(*pieces.vision_inputs, *_expression(plan, 1 if differ else batch), *_keep_count(plan)),
-        outputs=visual(plan.kept_dim if plan.count_is_given else plan.most)[: 2 if differ else None],
+        outputs=visual(plan.kept_dim if plan.count_is_given else plan.max_tokens)[: 2 if differ else None],
     )
 
     embeds = real("inputs_embeds", batch, spliced, sizes.embedding_width)
@@ -121,7 +121,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
             whole("input_ids", batch, text),
             *(
                 given
-                for given in visual(plan.most if plan.counting == "fixed" else plan.row_dim)
+                for given in visual(plan.max_tokens if plan.keep_mode == "fixed" else plan.row_dim)
                 # Policies that renumber do not look at which tokens were kept.
                 if given.name != "kept_indices" or plan.positions is PositionPolicy.GAP
             ),
@@ -139,7 +139,9 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
         splicer: nn.Module = staged.StagedSplice(embedding, plan, **placing)
     else:
         spliced_by = SpliceSeveral if plan.images > 1 else Splice
-        splicer = spliced_by(embedding, policy=plan.positions, mrope=mrope, planes=sizes.planes, **placing)
+        splicer = spliced_by(
+            embedding, policy=plan.positions, mrope=mrope, deepstack_levels=sizes.deepstack_levels, **placing
+        )
     embed = GraphSpec(
         name="embed",
         inputs=(whole("input_ids", batch, some_text),),
@@ -157,7 +159,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
     parts: list[tuple[GraphSpec, nn.Module]] = [
         (vision, pieces.vision),
         (splice, splicer),
-        (embed, Embed(embedding, planes=sizes.planes)),
+        (embed, Embed(embedding, deepstack_levels=sizes.deepstack_levels)),
     ]
     decoding = (pieces.language_model, pieces.lm_head)
     if plan.stages:
@@ -177,7 +179,7 @@ def components(folder: Path, sizes: ModelFacts, plan: Plan, pieces: Pieces) -> l
             outputs=(logits, *present),
             aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
         )
-        parts.append((decoder, Decoder(*decoding, planes=sizes.planes)))
+        parts.append((decoder, Decoder(*decoding, deepstack_levels=sizes.deepstack_levels)))
     return [
         Component(
             module=module.eval(),
@@ -203,14 +205,14 @@ def _keep_count(plan: Plan) -> tuple[TensorSpec, ...]:
     return (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.count_dim),)
 
 
-def _layout(sizes: ModelFacts, plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
-    """What splice must know of each picture, where pictures differ. Policies that renumber need not know it."""
+def _layout(sizes: ModelSpec, plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
+    """What splice must know of each image, where images differ. Policies that renumber need not know it."""
     if sizes.token_range is None or plan.positions is not PositionPolicy.GAP:
         return ()
-    pictures = (batch,) if plan.images == 1 else (batch, plan.images)
+    images = (batch,) if plan.images == 1 else (batch, plan.images)
     if sizes.position_rows == 3:
-        return (TensorSpec(name="image_grid", dtype="int64", shape=(*pictures, 2)),)
-    return (TensorSpec(name="visual_counts", dtype="int64", shape=pictures),)
+        return (TensorSpec(name="image_grid", dtype="int64", shape=(*images, 2)),)
+    return (TensorSpec(name="visual_counts", dtype="int64", shape=images),)
 
 
 def _settings(graph: GraphName, plan: Plan) -> Hashable:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "gap_export"
-IN_MATMULS = "gap_export_in_matmuls"
+DECOMPOSED = "gap_export_in_matmuls"
 """For towers below a choice of varying length: TensorRT-RTX 1.7 crashes while it builds a graph that has both a fused
 `Attention` and a loop whose extents vary."""
 
@@ -105,8 +105,8 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
 
 
 AttentionInterface.register(IMPLEMENTATION, onnx_attention)
-AttentionInterface.register(IN_MATMULS, attention_in_matmuls)
-for _name in (IMPLEMENTATION, IN_MATMULS):
+AttentionInterface.register(DECOMPOSED, attention_in_matmuls)
+for _name in (IMPLEMENTATION, DECOMPOSED):
     AttentionMaskInterface.register(_name, _no_mask)
 
 

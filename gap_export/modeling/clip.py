@@ -61,7 +61,7 @@ class ClipVision(nn.Module):
             keep_count: where requests choose how many tokens to keep: [K] int64 counting from 0, traced for its extent.
 
         Returns:
-            visual_embeds [B, K, H], kept_indices [B, K] int64; where pictures differ in how many they keep, kept_counts [B]
+            visual_embeds [B, K, H], kept_indices [B, K] int64; where images differ in how many they keep, kept_counts [B]
             int64, rows being padded to the bound.
         """
         features = self.seen(pixel_values, text_ids)
@@ -73,7 +73,7 @@ class ClipVision(nn.Module):
         return embeds_BKH, selected.indices_BK
 
     def seen(self, pixel_values: Tensor, text_ids: Tensor | None = None) -> prune.VisionFeatures:
-        """What the tower shows of pictures or tiles; arguments as of `forward`."""
+        """What the tower shows of images or tiles; arguments as of `forward`."""
         hidden_BTE = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
         layers = self.vision_tower.encoder.layers
         for layer in layers[: self._run - 1]:

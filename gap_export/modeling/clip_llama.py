@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, CLIPVisionConfig, PretrainedConfig
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Component, TensorSpec
 from gap_export.checkpoint import Checkpoint
-from gap_export.checkpoint.weight_map import Prefixes, find_key, require_known, with_shared_table
+from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
 from gap_export.modeling import assembly
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip import ClipVision
@@ -53,13 +53,13 @@ class ClipLlama:
 
     @property
     def side(self) -> int:
-        """Patches along a side of the picture."""
+        """Patches along a side of the image."""
         return int(self.vision.image_size) // int(self.vision.patch_size)
 
-    def facts(self) -> ModelFacts:
+    def facts(self) -> ModelSpec:
         """See `Family.facts`."""
         text: Any = self.text
-        return ModelFacts(
+        return ModelSpec(
             hidden_size=text.hidden_size,
             layers=text.num_hidden_layers,
             attention_heads=text.num_attention_heads,
@@ -69,11 +69,13 @@ class ClipLlama:
             visual_tokens=self.side**2,
             grid=(self.side, self.side),
             max_positions=text.max_position_embeddings,
-            tower_lacks=() if self.feature_layer < self.vision.num_hidden_layers else ("following_layer",),
+            missing_features=()
+            if self.feature_layer < self.vision.num_hidden_layers
+            else ("following_layer",),
             published_tower=published_tower(self.vision),
         )
 
-    def components(self, sizes: ModelFacts, plan: Plan) -> list[Component]:
+    def components(self, sizes: ModelSpec, plan: Plan) -> list[Component]:
         """See `Family.components`."""
         dtype, _ = assembly.DTYPES[plan.precision]
         mode = fake_mode()
@@ -98,7 +100,7 @@ class ClipLlama:
         named = (
             f"{name}.{parameter}" for name, module in modules.items() for parameter in module.state_dict()
         )
-        require_known(self.checkpoint, named, prefixes, ignored=rf"{TEXT_TOWER}/|{self.ignored}")
+        check_known(self.checkpoint, named, prefixes, ignored=rf"{TEXT_TOWER}/|{self.ignored}")
         text = None
         if plan.text_tower is not None:
             text = hollow_text_tower(self.checkpoint.parts[TEXT_TOWER], dtype, mode, attention)

@@ -9,7 +9,7 @@ from gap_export.errors import CheckpointError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that OpenAI's CLIP was trained on; every tower that comes from it is fed with these."""
+"""Of the images that OpenAI's CLIP was trained on; every tower that comes from it is fed with these."""
 
 CLIP_LEFT_OUT = r"vision_tower/(text_model\.|text_projection\.|visual_projection\.|logit_scale)"
 """Keys of a whole CLIP checkpoint that a vision tower does not need."""

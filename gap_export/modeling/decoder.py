@@ -19,14 +19,16 @@ class Decoder(nn.Module):
     Args:
         language_model: of transformers.
         lm_head: hidden states to logits.
-        planes: see `ModelFacts.planes`.
+        deepstack_levels: see `ModelSpec.deepstack_levels`.
     """
 
-    def __init__(self, language_model: PreTrainedModel, lm_head: nn.Module, *, planes: int = 0) -> None:
+    def __init__(
+        self, language_model: PreTrainedModel, lm_head: nn.Module, *, deepstack_levels: int = 0
+    ) -> None:
         super().__init__()
         self.language_model: Any = language_model
-        self.planes = planes
-        if planes:
+        self.deepstack_levels = deepstack_levels
+        if deepstack_levels:
             # transformers adds a plane to the visual tokens alone, by a mask; ours is zero elsewhere.
             self.language_model._deepstack_process = lambda hidden_BSH, _mask, plane_BSH: (
                 hidden_BSH + plane_BSH
@@ -45,7 +47,7 @@ class Decoder(nn.Module):
         """One call.
 
         Args:
-            inputs_embeds: [B, S, (1 + planes) * H].
+            inputs_embeds: [B, S, (1 + deepstack_levels) * H].
             position_ids: [B, S] int64 (M-RoPE [3, B, S]): what RoPE reads.
             write_index: [B] int64: the slot of the first token of this call.
             last_index: [B] int64: the row of S whose logits are wanted.
@@ -55,8 +57,12 @@ class Decoder(nn.Module):
             logits [B, V] float32, then the updated caches.
         """
         cache = SlotCache(past, write_index)
-        embeds_BSH, *planes = inputs_embeds.chunk(1 + self.planes, dim=-1)
-        stacked = {"visual_pos_masks": None, "deepstack_visual_embeds": planes} if planes else {}
+        embeds_BSH, *deepstack_levels = inputs_embeds.chunk(1 + self.deepstack_levels, dim=-1)
+        stacked = (
+            {"visual_pos_masks": None, "deepstack_visual_embeds": deepstack_levels}
+            if deepstack_levels
+            else {}
+        )
         hidden_BSH = self.language_model(
             inputs_embeds=embeds_BSH,
             position_ids=position_ids,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.checkpoint.weight_map import Prefixes, find_key, require_known, with_shared_table
+from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
 from gap_export.errors import CheckpointError
 
 PREFIXES: Prefixes = {
@@ -97,12 +97,12 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> dict[str, Any]:
-    """The same where pictures become tiles, which are made by one filter and as large as the tower takes them.
+    """The same where images become tiles, which are made by one filter and as large as the tower takes them.
 
     Args:
         checkpoint: whose settings they are.
         require: names the model.
-        size: side of the tower's pictures in pixels.
+        size: side of the tower's images in pixels.
 
     Raises:
         CheckpointError: see `image_processor`; or other tiles.
@@ -155,7 +155,7 @@ def is_tied(config: Any) -> bool:
 
 
 def decoder_sizes(text_config: Any) -> dict[str, Any]:
-    """The fields of `ModelFacts` that are about the decoder."""
+    """The fields of `ModelSpec` that are about the decoder."""
     return {
         "hidden_size": text_config.hidden_size,
         "layers": text_config.num_hidden_layers,
@@ -183,7 +183,7 @@ def weight_key(checkpoint: Checkpoint, parameter: str, *, tied: bool, prefixes: 
     return find_key(checkpoint, parameter, with_shared_table(prefixes, tied=tied))
 
 
-def refuse_unknown_weights(
+def check_unknown_weights(
     checkpoint: Checkpoint,
     model: nn.Module,
     *,
@@ -204,7 +204,7 @@ def refuse_unknown_weights(
         CheckpointError: names some of them.
     """
     parameters = (name.removeprefix("model.") for name in model.state_dict())
-    require_known(checkpoint, parameters, with_shared_table(prefixes, tied=tied), ignored=ignored)
+    check_known(checkpoint, parameters, with_shared_table(prefixes, tied=tied), ignored=ignored)
 
 
 def _is_rgb(values: Any) -> bool:

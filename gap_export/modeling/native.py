@@ -1,7 +1,7 @@
-"""Pictures at their own shape in the vision graph: towers whose patches know where they lie, and attend to all others or within windows.
+"""Images at their own shape in the vision graph: towers whose patches know where they lie, and attend to all others or within windows.
 
-The layers' parts are those of transformers. What is done differently than there follows from one picture per call: its patches
-need no borders between pictures, and windows are a batch, padded at the edge, instead of a loop over pieces.
+The layers' parts are those of transformers. What is done differently than there follows from one image per call: its patches
+need no borders between images, and windows are a batch, padded at the edge, instead of a loop over pieces.
 
 Shape letters: as in `prune/__init__.py`; n visual tokens, p patches of each, P = n * p patches, F samples of a patch, A heads, W windows,
 M visual tokens of the largest window.
@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from gap_export.bundle.spec import Dim, TensorSpec
-from gap_export.inputs.layouts import Native, TokenRange
+from gap_export.inputs.layouts import NativeResolutionLayout, TokenRange
 from gap_export.inputs.native_resolution import (
     PATCH_POSITIONS,
     PIXELS,
@@ -111,14 +111,16 @@ def _attended(attention: Any, hidden_PE: Tensor, rotary: Rotary, windows: Window
     return output_PE
 
 
-def native_inputs(preprocessing: Native, tokens: TokenRange) -> tuple[TensorSpec, ...]:
-    """Inputs of the vision graph for one picture, in the order in which modules take them.
+def native_inputs(preprocessing: NativeResolutionLayout, tokens: TokenRange) -> tuple[TensorSpec, ...]:
+    """Inputs of the vision graph for one image, in the order in which modules take them.
 
     Args:
         preprocessing: of the model; its bounds on the number of pixels do not count.
-        tokens: how many visual tokens pictures have.
+        tokens: how many visual tokens images have.
     """
-    several = Dim(name="tokens", minimum=tokens.fewest, optimum=tokens.usual, maximum=tokens.most)
+    several = Dim(
+        name="tokens", minimum=tokens.min_tokens, optimum=tokens.typical_tokens, maximum=tokens.max_tokens
+    )
     patches, window = preprocessing.merge**2, preprocessing.window
     samples = 3 * preprocessing.frames * preprocessing.patch**2
     inputs = (

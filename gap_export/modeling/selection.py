@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from gap_export import prune
-from gap_export.modeling.attention import IMPLEMENTATION, IN_MATMULS
+from gap_export.modeling.attention import DECOMPOSED, IMPLEMENTATION
 from gap_export.plan import Plan
 from gap_export.prune import order
 
@@ -22,8 +22,8 @@ def pruner_of(plan: Plan) -> str:
 
 def tower_attention(plan: Plan) -> str:
     """Which attention the vision tower is built with."""
-    varies = plan.count_is_given and prune.strategy(pruner_of(plan)).in_steps
-    return IN_MATMULS if varies else IMPLEMENTATION
+    varies = plan.count_is_given and prune.strategy(pruner_of(plan)).sequential
+    return DECOMPOSED if varies else IMPLEMENTATION
 
 
 def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None) -> prune.Selected:
@@ -35,8 +35,8 @@ def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None
         keep_count: where a call is told how many tokens to keep: [K] int64, traced for its extent.
     """
     name = pruner_of(plan)
-    if plan.counting == "adaptive":
-        return prune.load_adaptive(name).select_adaptive(features, plan.most, merged_id=plan.merged_id)
+    if plan.keep_mode == "adaptive":
+        return prune.load_adaptive(name).select_adaptive(features, plan.max_tokens, merged_id=plan.merged_id)
     kept = plan.kept if keep_count is None else keep_count.shape[0]
     return prune.load(name).select(features, kept, seed=plan.seed, merged_id=plan.merged_id)
 

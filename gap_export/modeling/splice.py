@@ -3,7 +3,7 @@
 Shared by every family with one-dimensional position ids. The arithmetic is that of the table in `positions.py`, written
 as tensor code so that it is exported: whoever runs the graph, in whatever language, gets the right ids.
 
-Where pictures differ in how many tokens they keep, rows of visual tokens are padded at the end, like rows of text. K then is the
+Where images differ in how many tokens they keep, rows of visual tokens are padded at the end, like rows of text. K then is the
 longest row, and text follows the last real token of its own row.
 
 Shape letters: B batch, T text tokens with one placeholder, K kept, N visual tokens before pruning, S = T - 1 + K,
@@ -23,17 +23,17 @@ class Embed(nn.Module):
 
     Args:
         embedding: the decoder's token embedding.
-        planes: see `ModelFacts.planes`.
+        deepstack_levels: see `ModelSpec.deepstack_levels`.
     """
 
-    def __init__(self, embedding: nn.Embedding, *, planes: int = 0) -> None:
+    def __init__(self, embedding: nn.Embedding, *, deepstack_levels: int = 0) -> None:
         super().__init__()
         self.embed_tokens = embedding
-        self.planes = planes
+        self.deepstack_levels = deepstack_levels
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """[B, T] int64 -> [B, T, (1 + planes) * H]."""
-        return with_empty_planes(self.embed_tokens(input_ids), self.planes)
+        """[B, T] int64 -> [B, T, (1 + deepstack_levels) * H]."""
+        return with_empty_planes(self.embed_tokens(input_ids), self.deepstack_levels)
 
 
 def grid_ids(raster_BS: Tensor, columns: Tensor) -> Tensor:
@@ -42,11 +42,11 @@ def grid_ids(raster_BS: Tensor, columns: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(row_BS), row_BS, raster_BS - row_BS * columns])
 
 
-def with_empty_planes(embeds_BSH: Tensor, planes: int) -> Tensor:
-    """[B, S, (1 + planes) * H]: text has nothing to add between the layers."""
-    if not planes:
+def with_empty_planes(embeds_BSH: Tensor, deepstack_levels: int) -> Tensor:
+    """[B, S, (1 + deepstack_levels) * H]: text has nothing to add between the layers."""
+    if not deepstack_levels:
         return embeds_BSH
-    return torch.cat([embeds_BSH, *[torch.zeros_like(embeds_BSH)] * planes], dim=-1)
+    return torch.cat([embeds_BSH, *[torch.zeros_like(embeds_BSH)] * deepstack_levels], dim=-1)
 
 
 class Splice(nn.Module):
@@ -55,10 +55,10 @@ class Splice(nn.Module):
     Args:
         embedding: the decoder's token embedding.
         image_token_id: id of the placeholder; exactly one in every row.
-        visual_tokens: N; None where pictures differ.
+        visual_tokens: N; None where images differ.
         policy: how survivors are numbered.
         mrope: three rows of ids (time, height, width).
-        planes: see `ModelFacts.planes`; H below is the width of everything that belongs to a token.
+        deepstack_levels: see `ModelSpec.deepstack_levels`; H below is the width of everything that belongs to a token.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Splice(nn.Module):
         visual_tokens: int | None,
         policy: PositionPolicy,
         mrope: bool = False,
-        planes: int = 0,
+        deepstack_levels: int = 0,
     ) -> None:
         super().__init__()
         self.embed_tokens = embedding
@@ -77,7 +77,7 @@ class Splice(nn.Module):
         self.visual_tokens = visual_tokens
         self.policy = policy
         self.mrope = mrope
-        self.planes = planes
+        self.deepstack_levels = deepstack_levels
 
     def forward(
         self,
@@ -96,8 +96,8 @@ class Splice(nn.Module):
             kept_indices: [B, K] int64 raster indices; policies that renumber do not look at them, and their graphs do not
                 take them.
             kept_counts: [B] int64, real tokens in each row of the two above; None where all K are.
-            visual_counts: [B] int64, N of each picture, where pictures differ and positions count.
-            image_grid: [B, 2] int64, rows and columns of each picture's tokens, where positions follow the grid (M-RoPE).
+            visual_counts: [B] int64, N of each image, where images differ and positions count.
+            image_grid: [B, 2] int64, rows and columns of each image's tokens, where positions follow the grid (M-RoPE).
 
         Returns:
             inputs_embeds [B, S, H], position_ids [B, S] (M-RoPE [3, B, S]) int64, next_position [B] int64, next_slot [B] int64.
@@ -122,10 +122,10 @@ class Splice(nn.Module):
         )
         visual_index_BS = within_image_BS.clamp(0, longest - 1)
 
-        # The placeholder's own id need not be in the table; what stands in its place comes from the picture.
+        # The placeholder's own id need not be in the table; what stands in its place comes from the image.
         last = self.embed_tokens.num_embeddings - 1
         text_ids_BS = input_ids.gather(1, text_index_BS).clamp(0, last)
-        text_BSH = with_empty_planes(self.embed_tokens(text_ids_BS), self.planes)
+        text_BSH = with_empty_planes(self.embed_tokens(text_ids_BS), self.deepstack_levels)
         visual_BSH = visual_embeds.gather(1, visual_index_BS[:, :, None].expand(-1, -1, hidden))
         inputs_embeds = torch.where(is_visual_BS[:, :, None], visual_BSH, text_BSH)
 

@@ -172,7 +172,7 @@ class Prefill(_StagedDecoder):
             watch: on the layer that just ran.
         """
         rows_BR = raters.rows_BR - tokens.dropped  # they stand behind the image
-        if self._pruner.looks_ahead:
+        if self._pruner.uses_next_layer_attention:
             watch = self._compared_by(ahead, tokens.hidden_BSH, tokens.ids_BS)
             own = self._compared_by(ahead, take(tokens.hidden_BSH, rows_BR), tokens.ids_BS.gather(1, rows_BR))
             query_BHRD = own.query_BHSD

@@ -1,7 +1,7 @@
-"""Pictures of many tiles in the vision graph: one picture per call, whose tiles the tower takes as a batch.
+"""Images of many tiles in the vision graph: one image per call, whose tiles the tower takes as a batch.
 
-A strategy looks at the picture as a whole. Its visual tokens are gathered from the tiles that saw them, in the order of the
-unpruned prompt; attention of a class token is that of the token's own tile. Which cells of the tiles are tokens of the picture,
+A strategy looks at the image as a whole. Its visual tokens are gathered from the tiles that saw them, in the order of the
+unpruned prompt; attention of a class token is that of the token's own tile. Which cells of the tiles are tokens of the image,
 and where they stand in the prompt, comes with the pixels (`runtime/tiles.py`).
 
 Ends of lines are no features: they are never pruned and come between the kept tokens at the end.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gap_export import prune
 from gap_export.bundle.spec import Dim, TensorSpec
-from gap_export.inputs.layouts import AnyRes, DynamicTiles
+from gap_export.inputs.layouts import AnyResLayout, DynamicTilesLayout
 from gap_export.inputs.tiles import (
     CELLS,
     CORNERS,
@@ -57,11 +57,11 @@ def corners_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
 
 @dataclass(frozen=True)
 class TiledFeatures(prune.VisionFeatures):
-    """Features of one picture, whose scores and keys are those of its tiles.
+    """Features of one image, whose scores and keys are those of its tiles.
 
     Attributes:
         tiles: features of the tiles as a batch.
-        gather: picks the picture's tokens.
+        gather: picks the image's tokens.
     """
 
     tiles: prune.VisionFeatures = field(kw_only=True)
@@ -94,13 +94,13 @@ class TiledFeatures(prune.VisionFeatures):
         return None if keys_tCE is None else self.gather(keys_tCE)
 
 
-def features_of_picture(tiles: prune.VisionFeatures, gather: Gather, whole: int) -> TiledFeatures:
-    """Features of one picture from those of its tiles.
+def features_of_image(tiles: prune.VisionFeatures, gather: Gather, whole: int) -> TiledFeatures:
+    """Features of one image from those of its tiles.
 
     Args:
         tiles: as a batch.
-        gather: picks the picture's tokens.
-        whole: index of the tile that shows the whole picture; its class token is the picture's.
+        gather: picks the image's tokens.
+        whole: index of the tile that shows the whole image; its class token is the image's.
     """
 
     def gathered(tokens_tCE: Tensor | None) -> Tensor | None:
@@ -136,7 +136,7 @@ def with_newlines(
 
     Args:
         plan: of the build.
-        embeds_BKH: kept tokens of one picture.
+        embeds_BKH: kept tokens of one image.
         selected: the same tokens among the P.
         places_P: places of all P tokens in the unpruned prompt.
         newline_H: embedding of the end of a line.
@@ -155,10 +155,12 @@ def with_newlines(
     return ordered.patches_BKE, ordered.indices_BK
 
 
-def anyres_inputs(preprocessing: AnyRes) -> tuple[TensorSpec, ...]:
-    """Inputs of the vision graph for one picture of AnyRes tiles, in the order in which modules take them."""
+def anyres_inputs(preprocessing: AnyResLayout) -> tuple[TensorSpec, ...]:
+    """Inputs of the vision graph for one image of AnyResLayout tiles, in the order in which modules take them."""
     tokens, _ = anyres_range(preprocessing)
-    prunable = Dim(name="prunable", minimum=tokens.fewest, optimum=tokens.usual, maximum=tokens.most)
+    prunable = Dim(
+        name="prunable", minimum=tokens.min_tokens, optimum=tokens.typical_tokens, maximum=tokens.max_tokens
+    )
     usual_lines = len(anyres_layout(*USUAL_SIZE, preprocessing)[NEWLINES])
     lines = Dim(name="lines", minimum=1, optimum=usual_lines, maximum=tokens.never_pruned)
 
@@ -167,14 +169,14 @@ def anyres_inputs(preprocessing: AnyRes) -> tuple[TensorSpec, ...]:
 
     sources = (
         (whole(CELLS, prunable),)
-        if preprocessing.most_tiles is None
+        if preprocessing.max_tiles is None
         else (whole(CORNERS, prunable, 4), TensorSpec(name=WEIGHTS, dtype="float32", shape=(prunable, 4)))
     )
     return (pixel_values(preprocessing), whole(PLACES, prunable), whole(NEWLINES, lines), *sources)
 
 
-def pixel_values(preprocessing: AnyRes | DynamicTiles) -> TensorSpec:
-    """Tiles of one picture."""
+def pixel_values(preprocessing: AnyResLayout | DynamicTilesLayout) -> TensorSpec:
+    """Tiles of one image."""
     usual, most = tile_counts(preprocessing)
     tiles = Dim(name="tiles", minimum=1, optimum=usual, maximum=most)
     size = preprocessing.size

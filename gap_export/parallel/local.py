@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Generic, Protocol, TypeVar
 
-from gap_export.errors import EnvironmentLacks, GapExportError, InputError
+from gap_export.errors import GapExportError, InputError, MissingRequirementError
 
 Task = TypeVar("Task", contravariant=True)
 Result = TypeVar("Result", covariant=True)
@@ -82,7 +82,7 @@ def results_of(
     Raises:
         InputError: fewer than one job.
         GapExportError: a worker's own.
-        EnvironmentLacks: a worker was killed, or broke down with a traceback of its own.
+        MissingRequirementError: a worker was killed, or broke down with a traceback of its own.
     """
     if jobs < 1:
         raise InputError("must be at least 1", subject=f"jobs {jobs}", hint="1 works in this process alone")
@@ -134,11 +134,11 @@ def _started(
     return mine, process
 
 
-def _broken(process: SpawnProcess) -> EnvironmentLacks:
+def _broken(process: SpawnProcess) -> MissingRequirementError:
     process.join()
     code = process.exitcode or 0
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    return EnvironmentLacks(
+    return MissingRequirementError(
         f"{how} before its work was done",
         subject="a worker process",
         hint="where memory is short, --jobs 1 takes less; finished work is kept: run the same command again",

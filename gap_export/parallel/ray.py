@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gap_export.errors import EnvironmentLacks, GapExportError
+from gap_export.errors import GapExportError, MissingRequirementError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -72,7 +72,7 @@ def results_on(
 
     Raises:
         GapExportError: a worker's own.
-        EnvironmentLacks: Ray is not installed or no cluster is there; or one task brought down several workers.
+        MissingRequirementError: Ray is not installed or no cluster is there; or one task brought down several workers.
     """
     ray = _ray()
     started = _connected(ray, cluster)
@@ -101,7 +101,7 @@ def results_on(
                 name = name_of(task)
                 attempts[name] += 1
                 if attempts[name] == ATTEMPTS:
-                    raise EnvironmentLacks(
+                    raise MissingRequirementError(
                         f"ended {ATTEMPTS} times before they had done it",
                         subject=f"workers at {name}",
                         hint="what is finished is kept; see Ray's logs of the workers, and run the same command again",
@@ -126,7 +126,7 @@ def _ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             "is not installed", subject="ray", hint="pip install 'gap-export[ray]'"
         ) from error
     return ray
@@ -145,7 +145,7 @@ def _connected(ray: Any, cluster: Cluster) -> bool:
             _knock(cluster.address)
             ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"cannot be reached: {str(error).splitlines()[0]}",
             subject=f"the Ray cluster at {cluster.address}"
             if cluster.address

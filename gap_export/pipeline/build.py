@@ -25,9 +25,9 @@ from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError, CheckpointError, RecipeError
 from gap_export.families import PARTS, Family, family_of
 from gap_export.files import atomic_folder, record_of, write_atomically
-from gap_export.inputs.layouts import AnyPreprocessing, Native
+from gap_export.inputs.layouts import Layout, NativeResolutionLayout
 from gap_export.inputs.prompt import PromptTemplate, check_text_tokenizer, encode_prompts, load_tokenizer
-from gap_export.pipeline.preflight import linkable, needs_of, require_room
+from gap_export.pipeline.preflight import check_room, linkable, needs_of
 from gap_export.plan import Plan, plan_for
 from gap_export.precision import ACTIVATIONS
 from gap_export.recipe.ranges import RANGES, read_ranges
@@ -51,7 +51,7 @@ _TOKENIZER, _TEXT_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """A finished build.
 
     Attributes:
@@ -71,7 +71,7 @@ def build(
     self_contained: bool = False,
     tracer: Callable[[Component], ir.Model] | None = None,
     progress: Progress = lambda words: None,
-) -> Built:
+) -> BuildResult:
     """Checkpoint to bundle.
 
     Args:
@@ -85,7 +85,7 @@ def build(
     Raises:
         GapExportError: a stage failed; `out` is as it was before.
     """
-    _refuse_foreign_folder(out, recipe, replace)
+    _check_foreign_folder(out, recipe, replace)
     progress("reading the checkpoint")
     random = recipe.weights == "random"
     folder = (
@@ -101,7 +101,7 @@ def build(
         )
     checkpoint = _with_parts(checkpoint, family, recipe)
     preprocessing = family.preprocessing(checkpoint, recipe)
-    _refuse_max_pixels(preprocessing, recipe)
+    _check_max_pixels(preprocessing, recipe)
     facts, tokenizer = family.facts(checkpoint, recipe), family.tokenizer(checkpoint)
     text_tower = None
     if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
@@ -110,7 +110,7 @@ def build(
         check_text_tokenizer(load_tokenizer(part.folder / _TOKENIZER), text_tower)
     plan = plan_for(recipe, facts, text_tower)
     ranges = None if recipe.ranges is None else read_ranges(Path(recipe.ranges))
-    require_room(
+    check_room(
         needs_of(
             checkpoint,
             recipe,
@@ -178,7 +178,9 @@ def build(
             )
             passes.write_graph(model, component.spec, folder / graph.file)
             profile = "decoder" if name == "prefill" or name == "decode" else name
-            linter.lint_graph(folder / graph.file, profile=profile, own=True, policy=plan.positions).require()
+            linter.lint_graph(
+                folder / graph.file, profile=profile, strict=True, policy=plan.positions
+            ).require()
             graphs[name] = graph
         tokenizer.save(str(folder / _TOKENIZER))
         if text_tower is not None:
@@ -200,9 +202,9 @@ def build(
                 pruner=recipe.pruner,
                 keep=plan.keep,
                 kept=plan.kept,
-                counting=plan.counting,
-                fewest=plan.fewest,
-                most=plan.most,
+                keep_mode=plan.keep_mode,
+                min_tokens=plan.min_tokens,
+                max_tokens=plan.max_tokens,
                 positions=recipe.positions,
                 seed=recipe.seed,
                 merged=prune.strategy(recipe.pruner).merged,
@@ -237,7 +239,7 @@ def build(
                 if path.suffix != ".safetensors" and path.is_file()
             )
         )
-    return Built(bundle=open_bundle(out), written_bytes=written)
+    return BuildResult(bundle=open_bundle(out), written_bytes=written)
 
 
 def open_torch(bundle: Bundle, *, checkpoint: Path | None = None, text_tower: Path | None = None) -> Session:
@@ -308,7 +310,7 @@ def _report_phase(progress: Progress, subject: str, phase: str, done: int, total
     progress(f"{subject}: {phase} {done}/{total}")
 
 
-def _refuse_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
+def _check_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
     """Never overwrite what this build did not make."""
     if not out.exists():
         return
@@ -362,11 +364,11 @@ def _part_folders(recipe: Recipe) -> dict[str, Path]:
     return {name: resolve(given) for name, given in named.items() if given is not None}
 
 
-def _refuse_max_pixels(preprocessing: AnyPreprocessing, recipe: Recipe) -> None:
+def _check_max_pixels(preprocessing: Layout, recipe: Recipe) -> None:
     """Refuse a bound that this model's preprocessing has no use for."""
-    if recipe.max_pixels is not None and not isinstance(preprocessing, Native):
+    if recipe.max_pixels is not None and not isinstance(preprocessing, NativeResolutionLayout):
         raise RecipeError(
-            "is for models that take pictures at their own size and shape, and this one does not",
+            "is for models that take images at their own size and shape, and this one does not",
             subject=f"max_pixels {recipe.max_pixels}",
             hint="leave it out",
         )
@@ -378,7 +380,7 @@ def _check_prompt(tokenizer: Tokenizer, prompt: PromptTemplate, plan: Plan, reci
         tokenizer,
         prompt,
         ["object"],
-        kept=plan.most,
+        kept=plan.max_tokens,
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,
     )

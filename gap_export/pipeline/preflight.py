@@ -11,10 +11,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 from gap_export.precision import ACTIVATIONS, Activations, Precision
 from gap_export.recipe.recipe import Recipe
 
@@ -49,7 +49,7 @@ class Needs:
 
 
 def needs_of(
-    checkpoint: Checkpoint, recipe: Recipe, facts: ModelFacts, *, linkable: bool, self_contained: bool
+    checkpoint: Checkpoint, recipe: Recipe, facts: ModelSpec, *, linkable: bool, self_contained: bool
 ) -> Needs:
     """An estimate, rather too high than too low: weights that no graph uses are counted.
 
@@ -85,7 +85,7 @@ def needs_of(
     )
 
 
-def require_room(needs: Needs, out: Path, recipe: Recipe) -> None:
+def check_room(needs: Needs, out: Path, recipe: Recipe) -> None:
     """Refuse a build that the machine has no room for.
 
     Args:
@@ -94,7 +94,7 @@ def require_room(needs: Needs, out: Path, recipe: Recipe) -> None:
         recipe: for advice.
 
     Raises:
-        EnvironmentLacks: with what is needed, what there is, and what to do.
+        MissingRequirementError: with what is needed, what there is, and what to do.
     """
     free = shutil.disk_usage(existing_parent(out)).free
     if needs.disk > free:
@@ -103,14 +103,14 @@ def require_room(needs: Needs, out: Path, recipe: Recipe) -> None:
             advice.append("or the --precision that the checkpoint is stored in, whose weights are linked")
         if len(recipe.targets) > 1:
             advice.append("or fewer --target")
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"has {_size(free)} free, and the build writes about {_size(needs.disk)}",
             subject=str(out),
             hint=", ".join(advice),
         )
     memory = available_memory()
     if memory is not None and needs.memory > memory:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             f"of {_size(memory)} is free, and the build takes about {_size(needs.memory)} at its peak",
             subject="memory",
             hint="close other programs, build engines (--target) on a larger machine, or set GAP_EXPORT_ANY_MEMORY=1 to try anyway",

@@ -2,7 +2,7 @@
 
 A pruner chooses which K of N visual tokens enter the decoder. It is tensor code, traced into the vision graph, and gives
 raster indices best first; putting them into order (or not) is the position policy's business, done in one place for all
-(`order.py`). Every choice is made per picture, never over the batch.
+(`order.py`). Every choice is made per image, never over the batch.
 
 Shape letters: B batch, A attention heads, N visual tokens, K kept, T = 1 + N, D head width, E tower width, H decoder width,
 P width of the space that a CLIP tower shares with its text tower.
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gap_export.positions import MergedId
 from gap_export.prune.compatibility import (
+    check_adaptive,
+    check_count,
+    check_fraction,
+    check_text,
+    check_tower,
     kept_count,
-    require_adaptive,
-    require_count,
-    require_fraction,
-    require_text,
-    require_tower,
 )
 from gap_export.prune.table import STRATEGIES, Strategy, Where, merging, names, needs, strategy
 
@@ -37,6 +37,11 @@ __all__ = [
     "Strategy",
     "VisionFeatures",
     "Where",
+    "check_adaptive",
+    "check_count",
+    "check_fraction",
+    "check_text",
+    "check_tower",
     "class_attention",
     "implementation",
     "kept_count",
@@ -45,16 +50,11 @@ __all__ = [
     "merging",
     "names",
     "needs",
-    "require_adaptive",
-    "require_count",
-    "require_fraction",
-    "require_text",
-    "require_tower",
     "strategy",
 ]
 
 NO_TOKEN = -1
-"""Index of the padding after the tokens of a picture that needs fewer than others."""
+"""Index of the padding after the tokens of an image that needs fewer than others."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class VisionFeatures:
 
     Attributes:
         patches_BNE: features of the patches, before the projector, class token dropped.
-        grid: (rows, columns) with rows * columns = N; None where pictures differ in how many patches they have.
+        grid: (rows, columns) with rows * columns = N; None where images differ in how many patches they have.
         class_query_BAD: the class token's query in the feature layer; None without a class token.
         keys_BATD: keys of the same layer, class token first; None without a class token.
         class_token_BE: output of the feature layer at the class token.
@@ -78,7 +78,7 @@ class VisionFeatures:
         text_BP: the expression in that space: CLIP's `text_embeds` before normalisation; None without a text tower.
         tile_N: int64, which tile saw each patch; None where one saw all.
         aligned_inversely: whether a patch is *less* similar to the text that describes it than other patches are. So it is
-            in OpenAI's CLIP, which was trained on whole pictures (CLIP Surgery, arXiv 2304.05653).
+            in OpenAI's CLIP, which was trained on whole images (CLIP Surgery, arXiv 2304.05653).
     """
 
     patches_BNE: Tensor
@@ -96,7 +96,7 @@ class VisionFeatures:
 
     @property
     def visual_tokens(self) -> int:
-        """N. A plain number, or symbolic while a graph is traced in which pictures differ."""
+        """N. A plain number, or symbolic while a graph is traced in which images differ."""
         return self.patches_BNE.shape[1] if self.grid is None else self.grid[0] * self.grid[1]
 
     @property
@@ -152,9 +152,9 @@ class Selected:
             own (`Strategy.merged`) may share that of another.
         patches_BKE: features of the chosen tokens in the same order, before the projector, where they are not simply the
             patches at the indices.
-        counts_B: int64, how many tokens each picture needs, where the strategy adapts to the picture. Up to that many (at most
+        counts_B: int64, how many tokens each image needs, where the strategy adapts to the image. Up to that many (at most
             K) stand first in a row; the indices after them are `NO_TOKEN`, their features arbitrary but finite. A count
-            above K says that the bound was too low for that picture.
+            above K says that the bound was too low for that image.
     """
 
     indices_BK: Tensor
@@ -182,14 +182,14 @@ class Pruner(Protocol):
 
 
 class AdaptivePruner(Protocol):
-    """A strategy that can also find the count by itself, picture by picture."""
+    """A strategy that can also find the count by itself, image by image."""
 
     def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
         """Choose as many tokens as the rule of the original asks for.
 
         Args:
-            features: of the batch; every picture is judged by itself.
-            bound: K, the most tokens that a picture may keep.
+            features: of the batch; every image is judged by itself.
+            bound: K, the most tokens that an image may keep.
             merged_id: see `Pruner.select`.
 
         Returns:
@@ -214,7 +214,7 @@ def load_adaptive(name: str) -> AdaptivePruner:
     Raises:
         RecipeError: unknown name, or a strategy that takes a count.
     """
-    require_adaptive(strategy(name))
+    check_adaptive(strategy(name))
     pruner: AdaptivePruner = implementation(strategy(name))
     return pruner
 

@@ -21,7 +21,7 @@ class Layout:
 
     Attributes:
         ranked_BK: raster indices in the order of preference; those in rows of their own are kept.
-        is_own_BK: rows of patches that are kept, first in each picture.
+        is_own_BK: rows of patches that are kept, first in each image.
         is_appended_BK: the row after them.
         is_rest_BN: float32, 1 for patches that are not kept.
     """
@@ -44,7 +44,7 @@ def layout(preference_BN: Tensor, kept: int, own_B1: Tensor | None = None) -> La
     Args:
         preference_BN: the patches of highest preference are kept.
         kept: K.
-        own_B1: int64, how many patches each picture keeps, at least 1; never more than K - 1 are. All K - 1 where left out.
+        own_B1: int64, how many patches each image keeps, at least 1; never more than K - 1 are. All K - 1 where left out.
     """
     ranked_BK = preference_BN.topk(kept, dim=-1).indices
     rows_K = torch.arange(kept)

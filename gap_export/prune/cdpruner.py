@@ -1,8 +1,8 @@
-"""CDPruner: a subset that is diverse, and more so where the picture matches the expression.
+"""CDPruner: a subset that is diverse, and more so where the image matches the expression.
 
 Source: CDPruner (arXiv 2506.10967): the most probable subset of a determinantal point process, by greedy choice. The kernel is
 r_i s_ij r_j: s is the cosine of the projected tokens, r the match of a patch with the expression (`text_similarity.py`) scaled
-to 0..1. The original scales over the whole batch; here every picture is scaled by itself. It averages over pieces of long
+to 0..1. The original scales over the whole batch; here every image is scaled by itself. It averages over pieces of long
 texts; here texts longer than the context of the text tower are refused when they are given.
 
 The choice is sequential: K steps. The gain of a token is r_i^2 times the part of it that the chosen ones do not span: the
@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 from gap_export.prune.order import take
-from gap_export.prune.scan import in_steps
+from gap_export.prune.scan import sequential
 from gap_export.prune.text_similarity import TextSimilarity
 
 SPANNED = 1e-5
@@ -32,7 +32,7 @@ class CDPruner:
     """Greedy choice from a determinantal point process that the expression conditions."""
 
     def relevance(self, features: VisionFeatures) -> Tensor:
-        """[B, N] float32: the match with the expression, scaled to 0..1 within the picture; never quite 0."""
+        """[B, N] float32: the match with the expression, scaled to 0..1 within the image; never quite 0."""
         scores_BN = TextSimilarity().scores(features)
         least_B1, most_B1 = scores_BN.amin(dim=-1, keepdim=True), scores_BN.amax(dim=-1, keepdim=True)
         return (scores_BN - least_B1 + _SMALLEST) / (most_B1 - least_B1).clamp(min=_SMALLEST)
@@ -58,5 +58,5 @@ class CDPruner:
             return (cosine_BNN - row_BN[:, :, None] * share_BN[:, None], left_BN), chosen_B1[:, 0].clone()
 
         cosine_BNN = torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
-        _, chosen_KB = in_steps(step, (cosine_BNN, torch.ones_like(weight_BN)), kept)
+        _, chosen_KB = sequential(step, (cosine_BNN, torch.ones_like(weight_BN)), kept)
         return Selected(chosen_KB.transpose(0, 1))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from gap_export.bundle.manifest import TowerPart
+from gap_export.bundle.manifest import VisionFeature
 from gap_export.errors import RecipeError
 from gap_export.prune.table import STRATEGIES, Strategy
 
 
-def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...], *, differ: bool = False) -> None:
+def check_tower(wanted: Strategy, lacking: tuple[VisionFeature, ...], *, differ: bool = False) -> None:
     """Refuse a strategy that cannot work on a tower.
 
     Args:
         wanted: the strategy.
         lacking: what the tower does not have.
-        differ: whether pictures differ in how many visual tokens they have, so that none can be dropped inside the decoder.
+        differ: whether images differ in how many visual tokens they have, so that none can be dropped inside the decoder.
 
     Raises:
         RecipeError: with the list of those that can.
@@ -34,7 +34,7 @@ def require_tower(wanted: Strategy, lacking: tuple[TowerPart, ...], *, differ: b
         )
 
 
-def require_adaptive(wanted: Strategy) -> None:
+def check_adaptive(wanted: Strategy) -> None:
     """Refuse `keep: adaptive` for a strategy that has no rule for it.
 
     Raises:
@@ -43,13 +43,13 @@ def require_adaptive(wanted: Strategy) -> None:
     if not wanted.adaptive:
         able = ", ".join(row.name for row in STRATEGIES if row.adaptive)
         raise RecipeError(
-            "has no rule of its own for how many tokens a picture needs",
+            "has no rule of its own for how many tokens an image needs",
             subject=f"pruner {wanted.name}, keep adaptive",
             hint=f"give a fraction or a range, or use one of {able}",
         )
 
 
-def require_text(wanted: Strategy, *, has_text_tower: bool, published: str | None) -> None:
+def check_text(wanted: Strategy, *, has_text_tower: bool, published: str | None) -> None:
     """Refuse a strategy that looks at the expression where nothing can read it.
 
     Args:
@@ -69,7 +69,7 @@ def require_text(wanted: Strategy, *, has_text_tower: bool, published: str | Non
         )
 
 
-def require_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
+def check_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
     """Refuse a count that a strategy cannot give.
 
     Raises:
@@ -81,16 +81,16 @@ def require_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
             subject="pruner none",
             hint="use --keep 1.0, or another pruner",
         )
-    if kept < wanted.fewest:
+    if kept < wanted.min_tokens:
         raise RecipeError(
-            f"keeps at least {wanted.fewest} tokens: {wanted.merged} without a place of their own, and at least one patch "
-            "from which the order of the picture can be told",
+            f"keeps at least {wanted.min_tokens} tokens: {wanted.merged} without a place of their own, and at least one patch "
+            "from which the order of the image can be told",
             subject=f"pruner {wanted.name}, keep {kept} of {visual_tokens}",
-            hint=f"use --keep {wanted.fewest / visual_tokens:.3g} or more, or another pruner",
+            hint=f"use --keep {wanted.min_tokens / visual_tokens:.3g} or more, or another pruner",
         )
 
 
-def require_fraction(keep: float) -> None:
+def check_fraction(keep: float) -> None:
     """Refuse what is no share of the visual tokens.
 
     Raises:
@@ -110,7 +110,7 @@ def kept_count(keep: float, visual_tokens: int) -> int:
     Raises:
         RecipeError: a fraction outside (0, 1], or one that keeps none.
     """
-    require_fraction(keep)
+    check_fraction(keep)
     kept = int(keep * visual_tokens + 0.5)
     if kept == 0:
         raise RecipeError(

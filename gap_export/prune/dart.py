@@ -4,7 +4,7 @@ Source: DART (arXiv 2502.11494), duplication rather than importance: pivots are 
 tokens left that are least alike to it (cosine). Tokens are the projected ones, pivots those of highest L1 norm, as in NVIDIA's
 TensorRT-Edge-LLM, which prunes between projector and decoder as well.
 
-That variant has text tokens among its pivots. They are left out here, so that one encoded picture serves every question
+That variant has text tokens among its pivots. They are left out here, so that one encoded image serves every question
 about it.
 
 K splits into 4 pivots and K - 4 others, dealt evenly, the first pivots taking one more; below 4 all are pivots.

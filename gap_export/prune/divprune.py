@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 from gap_export.prune.order import take
-from gap_export.prune.scan import in_steps
+from gap_export.prune.scan import sequential
 
 _FARTHER_THAN_ANY = 3.0
 _NEARER_THAN_ANY = -1.0
@@ -44,5 +44,5 @@ class DivPrune:
             nearest_BN = torch.where(number == 0, _FARTHER_THAN_ANY, worth_BN)
             return torch.minimum(nearest_BN, take(distance_BNN, chosen_B1)[:, 0]), chosen_B1[:, 0].clone()
 
-        _, chosen_KB = in_steps(step, isolation_BN, kept)
+        _, chosen_KB = sequential(step, isolation_BN, kept)
         return Selected(chosen_KB.transpose(0, 1))

@@ -55,7 +55,7 @@ def merged_index(
         merged_id: the rule.
         kept_BM: raster indices of the patches that were kept; `NO_TOKEN` among them counts for nothing.
         weights_BN: share of each patch in the merged token, not negative; need not sum to one.
-        grid: (rows, columns); None where pictures differ.
+        grid: (rows, columns); None where images differ.
 
     Returns:
         [B, 1] int64.

@@ -1,9 +1,9 @@
-"""How many tokens a picture needs: as many as have scores far above the rest.
+"""How many tokens an image needs: as many as have scores far above the rest.
 
 Source: LLaVA-PruMerge (arXiv 2403.15388) and TRIM: the interquartile rule, a score being an outlier above Q3 + 1.5 (Q3 - Q1), with
 quartiles interpolated linearly as `np.percentile` does. The originals take the quartiles over the whole batch; here every
-picture is judged by its own N scores. Where none is an outlier one token is kept all the same: without any, nothing would tell
-where in the picture the tokens stand.
+image is judged by its own N scores. Where none is an outlier one token is kept all the same: without any, nothing would tell
+where in the image the tokens stand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def outlier_count(scores_BN: Tensor) -> Tensor:
-    """[B, 1] int64: how many scores of a picture are outliers, at least one."""
+    """[B, 1] int64: how many scores of an image are outliers, at least one."""
     ranked_BN = scores_BN.topk(scores_BN.shape[1], dim=-1).values
     lower_B1, upper_B1 = _quantile(ranked_BN, 0.25), _quantile(ranked_BN, 0.75)
     is_outlier_BN = scores_BN > upper_B1 + 1.5 * (upper_B1 - lower_B1)

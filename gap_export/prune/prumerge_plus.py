@@ -1,4 +1,4 @@
-"""PruMerge+: PruMerge with three of four tokens spread evenly over the picture.
+"""PruMerge+: PruMerge with three of four tokens spread evenly over the image.
 
 Source: LLaVA-PruMerge (arXiv 2403.15388), the variant that adds an arithmetic sequence of raster indices to the tokens kept by
 score; scores, merging and the appended token are PruMerge's.

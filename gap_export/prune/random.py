@@ -9,7 +9,7 @@ from gap_export.positions import Ids, MergedId
 from gap_export.prune import Selected, VisionFeatures
 
 MOST_TOKENS = 2**14
-"""Pictures have no more visual tokens than this."""
+"""Images have no more visual tokens than this."""
 
 
 def lots(seed: int) -> Ids:
@@ -27,9 +27,9 @@ class Random:
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """See `Pruner.select`; the order of the draw stands in for a score."""
-        pictures = features.patches_BNE.shape[0]
+        images = features.patches_BNE.shape[0]
         if features.grid is not None:
             drawn_N = torch.tensor(drawn_indices(features.visual_tokens, seed), dtype=torch.int64)
-            return Selected(drawn_N[:kept].expand(pictures, -1))
+            return Selected(drawn_N[:kept].expand(images, -1))
         lots_N = torch.tensor(lots(seed), dtype=torch.float32)[: features.visual_tokens]
-        return Selected(lots_N.topk(kept, largest=False).indices.expand(pictures, -1))
+        return Selected(lots_N.topk(kept, largest=False).indices.expand(images, -1))

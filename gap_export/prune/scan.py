@@ -12,7 +12,7 @@ from torch._higher_order_ops.scan import scan
 State = TypeVar("State", Tensor, tuple[Tensor, ...])
 
 
-def in_steps(
+def sequential(
     step: Callable[[State, Tensor], tuple[State, Tensor]], state: State, count: int
 ) -> tuple[State, Tensor]:
     """Take `count` steps, at least one.

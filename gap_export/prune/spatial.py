@@ -1,4 +1,4 @@
-"""Spatial: a uniform grid over the picture, whatever it shows.
+"""Spatial: a uniform grid over the image, whatever it shows.
 
 Rows are chosen so that cells are as square as K allows, each at the middle of its stripe; the K points are dealt to the rows
 as evenly as possible and spread the same way along each.

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from gap_export.bundle.manifest import TowerPart
+from gap_export.bundle.manifest import VisionFeature
 from gap_export.errors import RecipeError
 
 Where = Literal["before the decoder", "inside the decoder"]
@@ -27,31 +27,31 @@ class Strategy:
         reads_projected: whether it looks at tokens after the projector, all N of which are then projected.
         merges: whether features of dropped tokens go into those of kept ones.
         merged: how many of the K tokens have no raster index of their own.
-        in_steps: whether it chooses one token (or round) after the other, which is a loop in the graph.
-        fewest: smallest K that it can give.
+        sequential: whether it chooses one token (or round) after the other, which is a loop in the graph.
+        min_tokens: smallest K that it can give.
         where: the point in the model at which tokens are dropped.
     """
 
     name: str
     implementation: str
     summary: str
-    needs: tuple[TowerPart, ...] = ()
+    needs: tuple[VisionFeature, ...] = ()
     needs_text: bool = False
     needs_seed: bool = False
     adaptive: bool = False
     reads_projected: bool = False
     merges: bool = False
     merged: int = 0
-    in_steps: bool = False
-    fewest: int = 1
+    sequential: bool = False
+    min_tokens: int = 1
     where: Where = "before the decoder"
 
     def count_of(self, keep: float, tokens: int) -> int:
-        """K of a picture with so many tokens: the nearest count, but never fewer than the strategy can give.
+        """K of an image with so many tokens: the nearest count, but never fewer than the strategy can give.
 
-        For pictures that differ in size: one with few tokens must not fail where others do not. `keep` is in (0, 1].
+        For images that differ in size: one with few tokens must not fail where others do not. `keep` is in (0, 1].
         """
-        return min(tokens, max(self.fewest, int(keep * tokens + 0.5)))
+        return min(tokens, max(self.min_tokens, int(keep * tokens + 0.5)))
 
 
 STRATEGIES: tuple[Strategy, ...] = (
@@ -81,7 +81,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         adaptive=True,
         merges=True,
         merged=1,
-        fewest=2,
+        min_tokens=2,
     ),
     Strategy(
         "prumerge_plus",
@@ -91,7 +91,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         adaptive=True,
         merges=True,
         merged=1,
-        fewest=2,
+        min_tokens=2,
     ),
     Strategy(
         "trim",
@@ -101,7 +101,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         adaptive=True,
         merges=True,
         merged=1,
-        fewest=2,
+        min_tokens=2,
     ),
     Strategy(
         "visionzip",
@@ -110,21 +110,21 @@ STRATEGIES: tuple[Strategy, ...] = (
         needs=("class_token", "projected_class_token"),
         merges=True,
         merged=1,
-        fewest=2,
+        min_tokens=2,
     ),
     Strategy(
         "divprune",
         "divprune:DivPrune",
         "greedily the token farthest from all chosen ones",
         reads_projected=True,
-        in_steps=True,
+        sequential=True,
     ),
     Strategy(
         "vispruner",
         "vispruner:VisPruner",
         "half by class-token attention, half by weeding out what is alike",
         needs=("class_token",),
-        in_steps=True,
+        sequential=True,
     ),
     Strategy(
         "cdpruner",
@@ -132,7 +132,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         "greedily what the chosen ones do not span, weighted by how it matches the expression",
         needs_text=True,
         reads_projected=True,
-        in_steps=True,
+        sequential=True,
     ),
     Strategy(
         "dart",

@@ -1,4 +1,4 @@
-"""Text similarity: keep the patches that match the expression best, in the space that CLIP shares between pictures and text.
+"""Text similarity: keep the patches that match the expression best, in the space that CLIP shares between images and text.
 
 One of the four baselines of GAP (arXiv 2506.21873), which names it and does not define it. This is the natural reading: top-k by
 cosine of patch and text.

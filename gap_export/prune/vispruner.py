@@ -19,7 +19,7 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 from gap_export.prune.cls_attention import ClsAttention
 from gap_export.prune.order import ranks, take
-from gap_export.prune.scan import in_steps
+from gap_export.prune.scan import sequential
 
 DROPPED_PER_ROUND = 8
 _LESS_THAN_ANY = -2.0
@@ -60,7 +60,7 @@ class VisPruner:
         ranks_N = torch.arange(visual)
         first_N = torch.where(ranks_N < important, _DROPPED, ranks_N - important)
         first_BN = torch.zeros_like(ranked_BN) + first_N
-        place_BN, _ = in_steps(thin, first_BN, rounds(visual, kept))
+        place_BN, _ = sequential(thin, first_BN, rounds(visual, kept))
         rest_BN = torch.where(place_BN < 0, visual, place_BN) + important
         order_BN = torch.where(ranks_N < important, ranks_N, rest_BN)
         return Selected(ranked_BN.gather(1, order_BN.topk(kept, dim=-1, largest=False).indices))

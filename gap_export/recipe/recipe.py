@@ -20,7 +20,7 @@ from gap_export.precision import DEFAULT_GATES, SMALLEST_DEVICE, USUAL_DEVICES, 
 
 Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
 Keep = float | tuple[float, float, float] | Literal["adaptive"]
-"""A fraction; (smallest, default, largest) of what a request may choose; or what each picture needs."""
+"""A fraction; (smallest, default, largest) of what a request may choose; or what each image needs."""
 
 USUAL_KEEP = 0.25
 """The default of a range that leaves it out, if it lies within."""
@@ -34,9 +34,9 @@ class Recipe(BaseModel):
         family: name in the table of families; found from the checkpoint when left out.
         checkpoint: `bundled:NAME`, a folder, or a hub id.
         keep: fraction of visual tokens kept, in (0, 1]; or a range, written `[0.1, 1.0]` or `0.1:1.0`, in which every request
-            chooses its own, with a default between them if wanted (`0.1:0.25:1.0`); or `adaptive`, as many as the picture
+            chooses its own, with a default between them if wanted (`0.1:0.25:1.0`); or `adaptive`, as many as the image
             needs by the strategy's own rule.
-        keep_bound: most that an adaptive strategy may keep of a picture, as a fraction.
+        keep_bound: most that an adaptive strategy may keep of an image, as a fraction.
         pruner: strategy.
         prune_layers: decoder layers before which tokens are dropped, for strategies that do so inside the decoder; empty
             leaves it to the strategy.
@@ -52,14 +52,14 @@ class Recipe(BaseModel):
         ranges: file of `gap-export calibrate`, for precisions whose activations have fixed scales.
         max_new_tokens: longest answer.
         max_text: longest prompt in text tokens, the placeholder counted as one.
-        max_batch: most pictures per call.
+        max_batch: most images per call.
         capacity: makes the cache static, with so many slots; by default it has as many as a request needs, and where engines are built
             (which want a static one) just enough for the longest prompt after pruning plus the longest answer.
         prompt: grounding prompt with `{expression}` and the image placeholder.
-        images: pictures in one prompt, which then has as many placeholders; boxes are those of the last one.
-        fit: how pictures become squares.
-        max_pixels: larger pictures are scaled down, in families that take them at their own size; the checkpoint's own bound
-            when left out. It sets how many visual tokens a picture may have, and with it the cache.
+        images: images in one prompt, which then has as many placeholders; boxes are those of the last one.
+        fit: how images become squares.
+        max_pixels: larger images are scaled down, in families that take them at their own size; the checkpoint's own bound
+            when left out. It sets how many visual tokens an image may have, and with it the cache.
         targets: what to build besides the ONNX graphs.
         compute_capabilities: GPUs that engines are built for; when left out, those of TensorRT-RTX that know the precision.
         gates: for `validate`; by default those of the precision.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import InputError, SessionError
-from gap_export.inputs.batch import Pictures
+from gap_export.inputs.batch import ImageBatch
 from gap_export.positions import Ids, Placement, advance
 from gap_export.runtime.session import Session, VisualTokens, together
 
@@ -27,14 +27,14 @@ class Generation:
     Attributes:
         tokens: per row, the ids generated, end token excluded.
         logits: per generated token [B, V] float32; the first only, unless all were asked for.
-        kept_indices: [B, K] int64 that entered the decoder; -1 after the tokens of a picture that keeps fewer than others.
+        kept_indices: [B, K] int64 that entered the decoder; -1 after the tokens of an image that keeps fewer than others.
         placement: of the prompt, after any adjustment.
         scores: [B, N] float32 of the selection, where the session tells them.
         margins: [B] float64, by how little the selection was made, where the session tells it.
         finite: whether all logits were numbers; the argmax of others is no answer.
         ended: per row, whether the answer ended by itself and was not cut off at the longest length.
         stage_kept_indices: of every later stage [B, K] int64, where tokens are dropped inside the decoder.
-        kept_counts: [B] ([B, I] of several pictures) int64, how many tokens each picture keeps, where pictures differ.
+        kept_counts: [B] ([B, I] of several images) int64, how many tokens each image keeps, where images differ.
     """
 
     tokens: list[list[int]]
@@ -55,7 +55,7 @@ class Generation:
 
     @property
     def kept_of_last(self) -> list[Ids]:
-        """Per row, what is left at the end of its last picture, without padding."""
+        """Per row, what is left at the end of its last image, without padding."""
         rows = [row[row >= 0] for row in self.every_kept_indices[-1]]
         if self.kept_counts is None or self.kept_counts.ndim == 1:
             return rows
@@ -64,7 +64,7 @@ class Generation:
 
 def generate(
     session: Session,
-    pictures: Pictures,
+    batch: ImageBatch,
     input_ids_BT: Ids,
     *,
     max_new_tokens: int,
@@ -78,7 +78,7 @@ def generate(
 
     Args:
         session: a loaded bundle or checkpoint.
-        pictures: one per row.
+        images: one per row.
         input_ids_BT: one prompt per row, right-padded with `PAD`.
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
@@ -90,7 +90,7 @@ def generate(
     Raises:
         InputError: prompt and answer do not fit into the cache.
     """
-    visual = encode(session, pictures, text_ids_BL=text_ids_BL, keep_counts=keep_counts)
+    visual = encode(session, batch, text_ids_BL=text_ids_BL, keep_counts=keep_counts)
     spliced = session.splice(input_ids_BT, visual)
     placement = adjust(spliced.placement, visual) if adjust else spliced.placement
     # The last token generated is never fed back, so it needs no slot.
@@ -174,27 +174,27 @@ def decode(
 
 def encode(
     session: Session,
-    pictures: Pictures,
+    batch: ImageBatch,
     *,
     text_ids_BL: Ids | None = None,
     keep_counts: Sequence[int | None] | None = None,
 ) -> VisualTokens:
-    """The visual tokens of a batch, in as many calls as its pictures take; arguments as of `generate`."""
-    rows = pictures.rows_per_call
-    # Every picture of a prompt is looked at with the prompt's expression.
-    texts = None if text_ids_BL is None else text_ids_BL.repeat(pictures.per_prompt, axis=0)
+    """The visual tokens of a batch, in as many calls as its images take; arguments as of `generate`."""
+    rows = batch.rows_per_call
+    # Every image of a prompt is looked at with the prompt's expression.
+    texts = None if text_ids_BL is None else text_ids_BL.repeat(batch.per_prompt, axis=0)
     parts = [
         session.encode(
             call,
             text_ids_BL=None if texts is None else texts[number * rows : (number + 1) * rows],
             keep_count=None if keep_counts is None else keep_counts[number],
         )
-        for number, call in enumerate(pictures.calls)
+        for number, call in enumerate(batch.calls)
     ]
-    return together(session, parts, pictures)
+    return together(session, parts, batch)
 
 
-def refuse_overflow(generation: Generation | Decoded, backend: str) -> None:
+def check_overflow(generation: Generation | Decoded, backend: str) -> None:
     """Refuse answers made of logits that are not numbers.
 
     Raises:

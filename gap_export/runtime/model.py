@@ -1,4 +1,4 @@
-"""Pictures and expressions in, boxes out: what `run`, `validate` and `eval` share."""
+"""Images and expressions in, boxes out: what `run`, `validate` and `eval` share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from PIL import Image
 from gap_export import prune
 from gap_export.boxes.codecs import CODECS, Box, Unparsable, to_pixels
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.manifest import ModelFacts, Pruning
+from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.errors import InputError, SessionError
-from gap_export.inputs.batch import Pictures, prepare, seen_size
+from gap_export.inputs.batch import ImageBatch, prepare, seen_size
 from gap_export.inputs.prompt import (
     Prompts,
     decode_answer,
@@ -36,8 +36,8 @@ class Answer:
 
     Attributes:
         text: as generated.
-        box: in pixels of the prompt's last picture, clamped to it; None when the text holds no box, or one that lies in the padding.
-        kept_indices: [K] int64 raster indices of the surviving visual tokens of that picture.
+        box: in pixels of the prompt's last image, clamped to it; None when the text holds no box, or one that lies in the padding.
+        kept_indices: [K] int64 raster indices of the surviving visual tokens of that image.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Grounded:
     answers: list[Answer]
     generation: Generation
     prompts: Prompts
-    pictures: Pictures
+    batch: ImageBatch
 
 
 class Grounder:
@@ -84,7 +84,7 @@ class Grounder:
 
         Args:
             session: of this bundle, or the reference of its checkpoint.
-            images: RGB pictures, as many per expression as a prompt has; those of an expression follow each other.
+            images: RGB images, as many per expression as a prompt has; those of an expression follow each other.
             expressions: what to find.
             keep: fraction of the visual tokens to keep, in bundles that let requests choose.
             max_new_tokens: longest answer; the manifest's by default.
@@ -93,7 +93,7 @@ class Grounder:
 
         Raises:
             InputError: an expression that is empty or does not fit, a fraction outside the range the bundle was built for, or
-                another number of pictures.
+                another number of images.
         """
         manifest = self._manifest
         longest = max_new_tokens if max_new_tokens is not None else manifest.max_new_tokens
@@ -107,19 +107,19 @@ class Grounder:
         if len(images) != per_prompt * len(expressions):
             raise InputError(
                 f"{'is' if len(images) == 1 else 'are'} not {per_prompt} for every expression, as this bundle's prompt has",
-                subject=f"{len(images)} picture{'' if len(images) == 1 else 's'} for {len(expressions)} expressions",
-                hint="give every picture of the prompt, in its order",
+                subject=f"{len(images)} image{'' if len(images) == 1 else 's'} for {len(expressions)} expressions",
+                hint="give every image of the prompt, in its order",
             )
         prompts = self.prompts(expressions, longest)
-        pictures = self.pictures(images)
+        batch = self.prepare(images)
         generation = generate(
             session,
-            pictures,
+            batch,
             prompts.input_ids,
             max_new_tokens=longest,
             eos_token_ids=manifest.prompt.eos_token_ids,
             text_ids_BL=self.text_ids(expressions),
-            keep_counts=keep_counts(manifest.pruning, manifest.model, pictures, keep),
+            keep_counts=keep_counts(manifest.pruning, manifest.model, batch, keep),
             adjust=adjust,
             keep_logits=keep_logits,
         )
@@ -129,15 +129,15 @@ class Grounder:
                 generation.tokens, images[per_prompt - 1 :: per_prompt], generation.kept_of_last, strict=True
             )
         ]
-        return Grounded(answers=answers, generation=generation, prompts=prompts, pictures=pictures)
+        return Grounded(answers=answers, generation=generation, prompts=prompts, batch=batch)
 
     @property
     def images_per_prompt(self) -> int:
         """I."""
         return self._manifest.prompt.images
 
-    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
-        """See `pictures.prepare`."""
+    def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
+        """See `images.prepare`."""
         manifest = self._manifest
         return prepare(images, manifest.preprocessing, manifest.model, per_prompt=manifest.prompt.images)
 
@@ -161,7 +161,7 @@ class Grounder:
             self._tokenizer,
             self._manifest.prompt,
             expressions,
-            kept=self._manifest.pruning.most,
+            kept=self._manifest.pruning.max_tokens,
             capacity=self._manifest.capacity,
             max_new_tokens=self._manifest.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
@@ -182,14 +182,14 @@ class Grounder:
 
 
 def keep_counts(
-    pruning: Pruning, model: ModelFacts, pictures: Pictures, keep: float | None
+    pruning: Pruning, model: ModelSpec, batch: ImageBatch, keep: float | None
 ) -> list[int | None]:
     """How many tokens every call of the vision graph is told to keep; None where it is not told.
 
     Args:
         pruning: of the bundle.
         model: the same.
-        pictures: of the batch.
+        images: of the batch.
         keep: fraction that the request asks for, or None for the bundle's own.
 
     Raises:
@@ -199,10 +199,10 @@ def keep_counts(
     if model.token_range is None:
         # (`vision_inputs` refuses counts that the bundle has no room for.)
         count = None if keep is None else prune.kept_count(keep, model.visual_tokens)
-        return [count] * len(pictures.calls)
+        return [count] * len(batch.calls)
     if keep is not None and pruning.shares is None and keep != pruning.keep:
         raise InputError(
-            f"cannot be chosen: this bundle keeps {pruning.keep:g} of every picture",
+            f"cannot be chosen: this bundle keeps {pruning.keep:g} of every image",
             subject=f"keep {keep:g}",
             hint="build it with a range: --keep 0.1:1.0",
         )
@@ -213,7 +213,7 @@ def keep_counts(
             hint="choose within the range, or build with a wider --keep",
         )
     share, strategy = pruning.keep if keep is None else keep, prune.strategy(pruning.pruner)
-    return [strategy.count_of(share, int(tokens)) for tokens in pictures.prunable]
+    return [strategy.count_of(share, int(tokens)) for tokens in batch.prunable]
 
 
 def backend_of(name: str) -> Backend:
@@ -238,7 +238,7 @@ def open_session(bundle: Bundle, backend: Backend, *, threads: int = 0) -> Sessi
 
     Raises:
         SessionError: the runtime refuses, or the bundle has nothing for it.
-        EnvironmentLacks: no GPU, or the runtime is not installed.
+        MissingRequirementError: no GPU, or the runtime is not installed.
     """
     if backend == "onnxruntime":
         from gap_export.runtime.ort import OnnxRuntimeSession

@@ -24,8 +24,8 @@ from gap_export.runtime.session import (
     Prefilled,
     Spliced,
     VisualTokens,
+    check_within_bound,
     padded_together,
-    require_within_bound,
     vision_inputs,
 )
 
@@ -125,7 +125,7 @@ class OnnxRuntimeSession:
         if not counts:
             return VisualTokens(embeds=embeds, kept_indices=kept.numpy())
         counts_B = counts[0].numpy()
-        require_within_bound(counts_B, manifest.pruning)
+        check_within_bound(counts_B, manifest.pruning)
         longest = int(counts_B.max())  # the decoder need not run over padding that no row uses
         return VisualTokens(
             embeds=embeds.numpy()[:, :longest],

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import InputError
-from gap_export.inputs.batch import Pictures, PixelInputs
+from gap_export.inputs.batch import ImageBatch, PixelInputs
 from gap_export.positions import Ids, Placement
 
 Buffer = Any
@@ -37,10 +37,10 @@ class VisualTokens:
 
     Attributes:
         embeds: [B, K, H] in the session's own form.
-        kept_indices: [B, K] int64 raster indices; -1 after the tokens of a picture that keeps fewer than others. Several
-            pictures of a prompt stand one after the other, each with indices of its own.
-        kept_counts: [B] ([B, I] of several) int64, tokens of each picture, where pictures differ; None where all keep K.
-        visual_counts: [B] ([B, I]) int64, tokens of each picture before pruning, where pictures differ in size.
+        kept_indices: [B, K] int64 raster indices; -1 after the tokens of an image that keeps fewer than others. Several
+            images of a prompt stand one after the other, each with indices of its own.
+        kept_counts: [B] ([B, I] of several) int64, tokens of each image, where images differ; None where all keep K.
+        visual_counts: [B] ([B, I]) int64, tokens of each image before pruning, where images differ in size.
         image_grid: [B, 2] ([B, I, 2]) int64, rows and columns of those, where positions follow the grid.
         scores: [B, N] float32 the selection was made by, where one score decides; only the reference tells.
         margins: [B] float64, the smallest gap any choice was made by, where no single score decides; the same.
@@ -101,18 +101,18 @@ class Session(Protocol):
         """Vision tower, pruner and projector.
 
         Args:
-            pixels: of one call, as `pictures.prepare` gives them.
+            pixels: of one call, as `images.prepare` gives them.
             text_ids_BL: the expressions, for pruners that look at them, as `prompt.encode_text` gives them.
             keep_count: how many tokens to keep, where requests choose; the bundle's default when left out.
 
         Raises:
-            InputError: an expression is missing, a count cannot be chosen or is out of range, or a picture needs more tokens
+            InputError: an expression is missing, a count cannot be chosen or is out of range, or an image needs more tokens
                 than an adaptive bundle has room for.
         """
         ...
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
-        """Embeddings [1, K, H] of the pictures of every row, one after the other, as one batch [B, longest, H], rows padded at the end."""
+        """Embeddings [1, K, H] of the images of every row, one after the other, as one batch [B, longest, H], rows padded at the end."""
         ...
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
@@ -178,24 +178,24 @@ def vision_inputs(
                 hint="tokenize the expression with the bundle's text_tokenizer.json and pass its ids",
             )
         inputs[TEXT_IDS] = text_ids_BL
-    if pruning.counting == "share":
+    if pruning.keep_mode == "ratio":
         if keep_count is None:
             raise InputError(
-                "must be told how many tokens to keep, as pictures differ in how many they have",
+                "must be told how many tokens to keep, as images differ in how many they have",
                 subject="the vision graph",
-                hint="keep the bundle's share of the picture's tokens",
+                hint="keep the bundle's share of the image's tokens",
             )
         inputs[KEEP_COUNT] = np.array(keep_count, np.int64)
-    elif pruning.counting == "chosen":
+    elif pruning.keep_mode == "dynamic":
         kept = pruning.kept if keep_count is None else keep_count
-        if not pruning.fewest <= kept <= pruning.most:
+        if not pruning.min_tokens <= kept <= pruning.max_tokens:
             raise InputError(
-                f"is outside {pruning.fewest} to {pruning.most}, which this bundle was built for",
+                f"is outside {pruning.min_tokens} to {pruning.max_tokens}, which this bundle was built for",
                 subject=f"keep {kept} tokens",
                 hint="choose within the range, or build with a wider --keep",
             )
         inputs[KEEP_COUNT] = np.array(kept, np.int64)
-    elif keep_count not in (None, pruning.left):
+    elif keep_count not in (None, pruning.kept_after_last_stage):
         raise InputError(
             f"cannot be chosen: this bundle keeps {_kept_in_words(pruning)}",
             subject=f"keep {keep_count} tokens",
@@ -204,17 +204,17 @@ def vision_inputs(
     return inputs
 
 
-def together(session: Session, parts: Sequence[VisualTokens], pictures: Pictures) -> VisualTokens:
+def together(session: Session, parts: Sequence[VisualTokens], batch: ImageBatch) -> VisualTokens:
     """The visual tokens of a batch, from those of the calls it took.
 
     Args:
         session: that encoded them.
         parts: of every call.
-        pictures: that were encoded.
+        images: that were encoded.
     """
-    if len(parts) == 1 and pictures.one_size:
+    if len(parts) == 1 and batch.one_size:
         return parts[0]
-    step = pictures.per_prompt
+    step = batch.per_prompt
     rows = [parts[first : first + step] for first in range(0, len(parts), step)]
     kept_rows = [np.concatenate([part.kept_indices[0] for part in row]) for row in rows]
     longest = max(map(len, kept_rows))
@@ -231,9 +231,9 @@ def together(session: Session, parts: Sequence[VisualTokens], pictures: Pictures
         if len(parts) == 1
         else session.embeds_together([[part.embeds for part in row] for row in rows], longest),
         kept_indices=kept_BK,
-        kept_counts=pictures.by_prompt(counts),
-        visual_counts=pictures.by_prompt(pictures.visual_tokens),
-        image_grid=None if pictures.grids is None else pictures.by_prompt(pictures.grids),
+        kept_counts=batch.by_prompt(counts),
+        visual_counts=batch.by_prompt(batch.visual_tokens),
+        image_grid=None if batch.grids is None else batch.by_prompt(batch.grids),
         margins=None if None in margins else np.array(margins, np.float64),
     )
 
@@ -248,21 +248,21 @@ def padded_together(rows: Sequence[Sequence[NDArray[Any]]], longest: int) -> NDA
     return whole
 
 
-def require_within_bound(counts_B: Ids, pruning: Pruning) -> None:
-    """Refuse pictures that need more tokens than an adaptive bundle has room for: dropping the rest would be a silent change.
+def check_within_bound(counts_B: Ids, pruning: Pruning) -> None:
+    """Refuse images that need more tokens than an adaptive bundle has room for: dropping the rest would be a silent change.
 
     Raises:
         InputError: with the largest count.
     """
-    if counts_B.max() > pruning.most:
+    if counts_B.max() > pruning.max_tokens:
         raise InputError(
-            f"needs {counts_B.max()} visual tokens by the rule of {pruning.pruner}, this bundle has room for {pruning.most}",
-            subject=f"picture {int(counts_B.argmax()) + 1} of {len(counts_B)}",
+            f"needs {counts_B.max()} visual tokens by the rule of {pruning.pruner}, this bundle has room for {pruning.max_tokens}",
+            subject=f"image {int(counts_B.argmax()) + 1} of {len(counts_B)}",
             hint="build with a larger --keep-bound, or with a fixed --keep",
         )
 
 
 def _kept_in_words(pruning: Pruning) -> str:
-    if pruning.counting == "adaptive":
-        return f"what each picture needs, at most {pruning.most}"
-    return f"{pruning.left} of every picture"
+    if pruning.keep_mode == "adaptive":
+        return f"what each image needs, at most {pruning.max_tokens}"
+    return f"{pruning.kept_after_last_stage} of every image"

@@ -1,9 +1,9 @@
-"""Many expressions about one picture: what their prompts begin with, picture included, goes through the model once.
+"""Many expressions about one image: what their prompts begin with, image included, goes through the model once.
 
 A causal decoder computes the same for a token whatever follows it. So the keys and values of the common beginning are computed for
 one row, given to all rows, and every row goes on with the text of its own.
 
-Only where the visual tokens do not depend on the expression, every layer sees the same tokens, and the picture comes before the
+Only where the visual tokens do not depend on the expression, every layer sees the same tokens, and the image comes before the
 expression. `sharable` tells.
 
 Shape letters: B rows, T text tokens.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gap_export.bundle.manifest import Manifest
-from gap_export.inputs.batch import Pictures
+from gap_export.inputs.batch import ImageBatch
 from gap_export.inputs.prompt import PAD
 from gap_export.positions import Ids, Placement, extended
 from gap_export.runtime.generate import Decoded, decode, encode
@@ -26,12 +26,12 @@ from gap_export.runtime.session import Session
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """The beginning of prompts about one picture, in the session's cache.
+    """The beginning of prompts about one image, in the session's cache.
 
     Attributes:
         placement: of it.
         text_tokens: of its text, placeholders included.
-        kept_indices: [K] int64 raster indices of the visual tokens that were kept of the last picture.
+        kept_indices: [K] int64 raster indices of the visual tokens that were kept of the last image.
     """
 
     placement: Placement
@@ -45,7 +45,7 @@ def sharable(manifest: Manifest) -> bool:
 
 
 def common_length(input_ids_BT: Ids, image_token_id: int) -> int:
-    """How many tokens prompts have in common from the first on; 0 where a picture comes after the first difference.
+    """How many tokens prompts have in common from the first on; 0 where an image comes after the first difference.
 
     At least one token of every row is left over, so that each has something of its own to go on with.
     """
@@ -59,22 +59,22 @@ def common_length(input_ids_BT: Ids, image_token_id: int) -> int:
 
 def prefill_shared(
     session: Session,
-    pictures: Pictures,
+    batch: ImageBatch,
     prefix_ids_T: Ids,
     *,
     keep_counts: Sequence[int | None] | None = None,
     room: int | None = None,
 ) -> SharedPrefix:
-    """Encode the picture and put the common beginning into the session's cache.
+    """Encode the image and put the common beginning into the session's cache.
 
     Args:
         session: of a bundle whose prompts are `sharable`.
-        pictures: of one prompt.
+        images: of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
         keep_counts: see `generate.encode`.
         room: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
     """
-    visual = encode(session, pictures, keep_counts=keep_counts)
+    visual = encode(session, batch, keep_counts=keep_counts)
     spliced = session.splice(prefix_ids_T[None], visual)
     session.prefill(spliced.embeds, spliced.placement, room=room)
     kept = visual.kept_indices[0]

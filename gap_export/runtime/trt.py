@@ -38,8 +38,8 @@ from gap_export.runtime.session import (
     Prefilled,
     Spliced,
     VisualTokens,
+    check_within_bound,
     padded_together,
-    require_within_bound,
     vision_inputs,
 )
 
@@ -320,7 +320,7 @@ class TensorRTSession:
     Raises:
         SessionError: the bundle holds no engines for this target.
         EngineError: an engine is damaged, of another library version, or of another graph.
-        EnvironmentLacks: the library, the CUDA runtime, a GPU, or memory on it is missing.
+        MissingRequirementError: the library, the CUDA runtime, a GPU, or memory on it is missing.
     """
 
     def __init__(
@@ -376,7 +376,7 @@ class TensorRTSession:
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
-        """See `Session.encode`; the embeddings are a `DeviceTensor`, padded to the bound where pictures differ."""
+        """See `Session.encode`; the embeddings are a `DeviceTensor`, padded to the bound where images differ."""
         vision, pruning = self._graphs["vision"], self._pruning
         extra = vision_inputs(
             pruning, reads_text=self._reads_text, text_ids_BL=text_ids_BL, keep_count=keep_count
@@ -384,9 +384,9 @@ class TensorRTSession:
         vision.prepare({**pixels, **extra})
         embeds = self._tensor(vision, "visual_embeds")
         vision.run({"visual_embeds": embeds.address})
-        counts_B = vision.download(KEPT_COUNTS) if pruning.counting == "adaptive" else None
+        counts_B = vision.download(KEPT_COUNTS) if pruning.keep_mode == "adaptive" else None
         if counts_B is not None:
-            require_within_bound(counts_B, pruning)
+            check_within_bound(counts_B, pruning)
         return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"), kept_counts=counts_B)
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:

@@ -38,7 +38,7 @@ def kit(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) ->
 
 def logits_of(session: Any, bundle: Bundle, keep: float | None, steps: int) -> list[Any]:
     each = contender("any", bundle, session, batch=2, keep=keep)
-    spliced = session.splice(each.input_ids_BT, encode(session, each.pictures, keep_counts=each.keep_counts))
+    spliced = session.splice(each.input_ids_BT, encode(session, each.images, keep_counts=each.keep_counts))
     turn, found = spliced.placement, []
     found.append(session.prefill(spliced.embeds, turn, room=steps + 1).logits.copy())
     for _ in range(steps):

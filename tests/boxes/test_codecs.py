@@ -1,4 +1,4 @@
-"""Boxes as text and boxes on pictures: round trips, and every way an answer can be broken."""
+"""Boxes as text and boxes on images: round trips, and every way an answer can be broken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from gap_export.boxes.codecs import CODECS, Box, Frame, Unparsable, from_pixels, to_pixels
 from gap_export.inputs.images import fit
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 
 STEP = {
     "llava": 0.01,
@@ -25,7 +25,7 @@ STEP = {
     "qwen3_vl": 0.001,
 }
 SEEN = (1000, 1000)
-"""Size of the picture, for the codec that writes pixels; the others do not look at it."""
+"""Size of the image, for the codec that writes pixels; the others do not look at it."""
 FRAMES: tuple[Frame, ...] = ("padded_square", "image")
 
 
@@ -143,7 +143,7 @@ class TestReading:
         assert CODECS[name].decode_one(text, SEEN) == (0.1, 0.2, 0.3, 0.4)
 
     def test_a_box_that_drifts_over_the_edge_is_cut(self) -> None:
-        """The example of the issue in which the authors say so: 476 in a picture of 364 by 448."""
+        """The example of the issue in which the authors say so: 476 in an image of 364 by 448."""
         box = CODECS["qwen2_5_vl"].decode_one('{"bbox_2d": [19, 300, 154, 476]}', (364, 448))
         assert box == (19 / 364, 300 / 448, 154 / 364, 1.0)
 
@@ -271,7 +271,7 @@ class TestFrames:
         width=st.integers(1, 5000),
         height=st.integers(1, 5000),
     )
-    def test_clamped_boxes_lie_on_the_picture(self, box: Box, frame: Frame, width: int, height: int) -> None:
+    def test_clamped_boxes_lie_on_the_image(self, box: Box, frame: Frame, width: int, height: int) -> None:
         x1, y1, x2, y2 = to_pixels(box, frame, width, height, clamp=True)
         assert 0 <= x1 <= x2 <= width
         assert 0 <= y1 <= y2 <= height
@@ -279,7 +279,7 @@ class TestFrames:
 
     @settings(deadline=None)
     @given(width=st.integers(1, 5000), height=st.integers(1, 5000), frame=st.sampled_from(FRAMES))
-    def test_the_whole_picture_can_be_written(self, width: int, height: int, frame: Frame) -> None:
+    def test_the_whole_image_can_be_written(self, width: int, height: int, frame: Frame) -> None:
         whole = from_pixels((0, 0, width, height), frame, width, height)
         assert to_pixels(whole, frame, width, height) == pytest.approx((0, 0, width, height), abs=1e-9)
         CODECS["llava"].encode(whole)
@@ -296,13 +296,13 @@ class TestFrames:
     @pytest.mark.parametrize(("width", "height"), [(90, 40), (40, 90), (61, 30), (30, 61)])
     def test_the_frame_is_the_one_the_model_sees(self, width: int, height: int) -> None:
         """Independent of the arithmetic: a white rectangle is found where the box says it is."""
-        picture = np.zeros((height, width, 3), np.uint8)
-        picture[10:20, 5:25] = 255
+        image = np.zeros((height, width, 3), np.uint8)
+        image[10:20, 5:25] = 255
         side = max(width, height)
-        how = Preprocessing(
+        how = SquareLayout(
             size=side, fit="pad", background=(0, 0, 0), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         )
-        seen = np.asarray(fit(Image.fromarray(picture), how))[..., 0] > 127
+        seen = np.asarray(fit(Image.fromarray(image), how))[..., 0] > 127
         rows, columns = np.nonzero(seen)
         found = (columns.min() / side, rows.min() / side, (columns.max() + 1) / side, (rows.max() + 1) / side)
         assert to_pixels(found, "padded_square", width, height) == pytest.approx((5, 10, 25, 20))

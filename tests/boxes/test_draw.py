@@ -10,13 +10,13 @@ from PIL import Image
 
 from gap_export.boxes.draw import LEAST_LONG_SIDE, draw, patch_edges
 from gap_export.inputs.images import fit
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 
 AMBER = (255, 196, 0)
 
 
-def how(kind: str, size: int = 96) -> Preprocessing:
-    return Preprocessing.model_validate(
+def how(kind: str, size: int = 96) -> SquareLayout:
+    return SquareLayout.model_validate(
         {"size": size, "fit": kind, "background": (127, 127, 127), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     )
 
@@ -29,9 +29,9 @@ def drawn(
     kind: str = "pad",
     caption: str = "the red mug",
 ) -> np.ndarray:
-    picture = draw(image, box, np.array(kept, np.int64), grid, how(kind), visual_tokens=16, caption=caption)
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = draw(image, box, np.array(kept, np.int64), grid, how(kind), visual_tokens=16, caption=caption)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def share_of(levels: np.ndarray, colour: tuple[int, int, int]) -> float:
@@ -50,7 +50,7 @@ class TestPatches:
     def test_edges_are_where_the_model_sees_the_patch(
         self, width: int, height: int, kind: str, grid: tuple[int, int], data: st.DataObject
     ) -> None:
-        """A dot is put on the picture; the patch it lights up in the model's view is the one the edges name."""
+        """A dot is put on the image; the patch it lights up in the model's view is the one the edges name."""
         x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
         columns_x, rows_y = patch_edges(width, height, grid, how(kind))
         column = int(np.searchsorted(columns_x, x + 0.5)) - 1
@@ -78,7 +78,7 @@ class TestPatches:
             red, green, _ = levels[row, column].tolist()
             assert abs(red - green) < 60
 
-    def test_padding_is_not_part_of_the_picture(self) -> None:
+    def test_padding_is_not_part_of_the_image(self) -> None:
         """800x400 lies in rows 1 and 2 of a 4x4 grid; patches of rows 0 and 3 are nowhere on it."""
         image = Image.new("RGB", (800, 400), (200, 40, 40))
         nothing = drawn(image, None, [])[:400]
@@ -164,7 +164,7 @@ class TestBox:
 
 
 class TestCanvas:
-    def test_tiny_pictures_are_enlarged_pixel_by_pixel(self) -> None:
+    def test_tiny_images_are_enlarged_pixel_by_pixel(self) -> None:
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8))
         levels = drawn(image, None, list(range(16)))
         assert levels.shape[1] == 672
@@ -177,12 +177,12 @@ class TestCanvas:
         levels = drawn(Image.new("RGB", extent), (0, 0, 1, 1), [0])
         assert max(levels.shape[:2]) >= LEAST_LONG_SIDE
 
-    def test_large_pictures_keep_their_size(self) -> None:
+    def test_large_images_keep_their_size(self) -> None:
         levels = drawn(Image.new("RGB", (1600, 1200)), (0, 0, 900, 900), [0])
         assert levels.shape[1] == 1600
         assert levels.shape[0] > 1200
 
-    def test_the_picture_given_is_not_changed(self) -> None:
+    def test_the_image_given_is_not_changed(self) -> None:
         image = Image.new("RGB", (800, 800), "white")
         drawn(image, (10, 10, 700, 700), [3])
         assert share_of(np.asarray(image), (255, 255, 255)) == 1.0

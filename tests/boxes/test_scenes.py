@@ -91,16 +91,16 @@ def test_a_longer_run_begins_with_the_shorter_one() -> None:
 
 def test_splits_are_disjoint() -> None:
     assert len({HELD_OUT_SEED, DEV_SEED, TRAIN_SEED}) == 3
-    pictures = [
+    images = [
         {make_scene(seed, index).pixels.tobytes() for index in range(40)}
         for seed in (HELD_OUT_SEED, DEV_SEED, TRAIN_SEED)
     ]
-    assert not pictures[0] & pictures[1]
-    assert not pictures[0] & pictures[2]
-    assert not pictures[1] & pictures[2]
+    assert not images[0] & images[1]
+    assert not images[0] & images[2]
+    assert not images[1] & images[2]
 
 
-def test_case_is_a_square_rgb_picture_with_its_box_inside() -> None:
+def test_case_is_a_square_rgb_image_with_its_box_inside() -> None:
     for case in cases(40, _SEED):
         assert case.image.size == (IMAGE_SIZE, IMAGE_SIZE)
         assert case.image.mode == "RGB"

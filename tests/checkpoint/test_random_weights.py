@@ -12,7 +12,7 @@ import pytest
 
 from gap_export.checkpoint import open_checkpoint, random_weights
 from gap_export.checkpoint.random_weights import CONFIGS, published, random_checkpoint
-from gap_export.errors import BundleError, CheckpointError, EnvironmentLacks
+from gap_export.errors import BundleError, CheckpointError, MissingRequirementError
 from gap_export.evaluation import validate
 from gap_export.pipeline import build
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
@@ -70,7 +70,7 @@ def test_weights_are_the_same_every_time(tiny: str, tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_weights.shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
-    with pytest.raises(EnvironmentLacks, match="random weights take"):
+    with pytest.raises(MissingRequirementError, match="random weights take"):
         random_checkpoint(tiny)
     assert list((tmp_path / "cache" / "gap-export" / "random").iterdir()) == []
 
@@ -121,7 +121,7 @@ def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> 
         load_tokenizer(folder / "tokenizer.json"),
         family.prompt(checkpoint, recipe),
         ["object"],
-        kept=plan.most,
+        kept=plan.max_tokens,
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,
     )

@@ -14,7 +14,7 @@ from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
 from gap_export.engine import build
 from gap_export.engine.build import engine_from_graph, supported_compute_capabilities
 from gap_export.engine.library import load_library
-from gap_export.errors import EngineError, EnvironmentLacks
+from gap_export.errors import EngineError, MissingRequirementError
 from gap_export.files import record_of
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
@@ -132,7 +132,7 @@ def test_an_engine_is_replaced_whole_or_not_at_all(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(build.os, "replace", full)
-    with pytest.raises(EnvironmentLacks, match="No space left"):
+    with pytest.raises(MissingRequirementError, match="No space left"):
         built(graph, spec)
     assert (graph.parent / record.file).read_bytes() == before
     assert [path.name for path in (graph.parent / "engines/tensorrt-rtx").iterdir()] == ["decoder.engine"]

@@ -11,7 +11,7 @@ import pytest
 
 from gap_export.engine import device
 from gap_export.engine.device import Device
-from gap_export.errors import EnvironmentLacks, SessionError
+from gap_export.errors import MissingRequirementError, SessionError
 
 
 class Runtime:
@@ -40,14 +40,14 @@ def with_runtime(monkeypatch: pytest.MonkeyPatch, **statuses: int) -> None:
 
 def test_no_usable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with_runtime(monkeypatch, cudaGetDeviceCount=100)
-    with pytest.raises(EnvironmentLacks, match=r"status 100 in words \(CUDA error 100\)") as caught:
+    with pytest.raises(MissingRequirementError, match=r"status 100 in words \(CUDA error 100\)") as caught:
         Device()
     assert caught.value.subject == "the GPU"
 
 
 def test_out_of_memory_says_how_much_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     with_runtime(monkeypatch, cudaMalloc=2)
-    with pytest.raises(EnvironmentLacks, match="has not 3 MiB free") as caught:
+    with pytest.raises(MissingRequirementError, match="has not 3 MiB free") as caught:
         Device().allocate(3 * 2**20)
     assert "max_batch" in caught.value.hint
 
@@ -60,7 +60,7 @@ def test_a_failed_kernel_shows_when_results_are_fetched(monkeypatch: pytest.Monk
 
 def test_polygraphy_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "polygraphy", None)
-    with pytest.raises(EnvironmentLacks, match="not installed") as caught:
+    with pytest.raises(MissingRequirementError, match="not installed") as caught:
         Device()
     assert "gap-export[rtx]" in caught.value.hint
 
@@ -72,7 +72,7 @@ def test_cuda_runtime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("libcudart.so: cannot open shared object file")
 
     monkeypatch.setattr(cuda, "wrapper", absent)
-    with pytest.raises(EnvironmentLacks, match="libcudart") as caught:
+    with pytest.raises(MissingRequirementError, match="libcudart") as caught:
         Device()
     assert "nvidia-cuda-runtime" in caught.value.hint
 
@@ -80,7 +80,7 @@ def test_cuda_runtime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_round_trip() -> None:
     try:
         gpu = Device()
-    except EnvironmentLacks as reason:
+    except MissingRequirementError as reason:
         pytest.skip(f"needs a GPU: {reason.message}")
     sent = np.arange(1000, dtype=np.float32)
     received = np.empty_like(sent)

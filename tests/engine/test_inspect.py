@@ -17,7 +17,7 @@ from gap_export.engine.build import engine_from_graph
 from gap_export.engine.device import Device
 from gap_export.engine.inspect import check_engine, engine_facts, facts_of_opened, read_header
 from gap_export.engine.library import Library, MessageLog, load_library
-from gap_export.errors import EngineError, EnvironmentLacks
+from gap_export.errors import EngineError, MissingRequirementError
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
 pytest.importorskip("onnx", reason="the test graphs are made with onnx")
@@ -40,7 +40,7 @@ def library(version: str = "1.7.1.116", target: Any = "tensorrt-rtx") -> Library
 def has_gpu() -> bool:
     try:
         Device().close()
-    except EnvironmentLacks:
+    except MissingRequirementError:
         return False
     return True
 
@@ -138,7 +138,7 @@ def test_no_gpu_is_told_plainly(made: Any) -> None:
     assert engine_facts(path, record, spec)["layers_missing"].startswith("the GPU: cannot be used")
     from gap_export.engine.inspect import open_engine
 
-    with pytest.raises(EnvironmentLacks, match="CUDA driver"):
+    with pytest.raises(MissingRequirementError, match="CUDA driver"):
         open_engine(path, load_library("tensorrt-rtx"))
 
 

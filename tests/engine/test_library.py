@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gap_export.engine.library import MessageLog, load_library
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 
 
 @pytest.mark.parametrize(("target", "extra"), [("tensorrt-rtx", "rtx"), ("tensorrt", "tensorrt")])
@@ -18,7 +18,7 @@ def test_a_missing_library_names_the_extra(target: Any, extra: str, monkeypatch:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(EnvironmentLacks, match="not installed") as caught:
+    with pytest.raises(MissingRequirementError, match="not installed") as caught:
         load_library.__wrapped__(target)
     assert f"gap-export[{extra}]" in caught.value.hint
 
@@ -28,7 +28,7 @@ def test_a_library_whose_shared_objects_are_gone(monkeypatch: pytest.MonkeyPatch
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
     monkeypatch.setattr(importlib, "import_module", broken)
-    with pytest.raises(EnvironmentLacks, match=r"does not load: libnvinfer\.so\.11"):
+    with pytest.raises(MissingRequirementError, match=r"does not load: libnvinfer\.so\.11"):
         load_library.__wrapped__("tensorrt")
 
 

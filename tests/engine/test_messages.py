@@ -6,7 +6,7 @@ import pytest
 
 from gap_export.engine.library import Message
 from gap_export.engine.messages import Complaint, complaints_of_log, error_from_complaints, unused_inputs
-from gap_export.errors import EngineError, EnvironmentLacks, GapExportError
+from gap_export.errors import EngineError, GapExportError, MissingRequirementError
 
 NO_GPU = (
     "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (In catchCudaError at "
@@ -41,16 +41,16 @@ def told(*complaints: Complaint) -> GapExportError:
         ),
         (
             "Error Code 2: OutOfMemory (Requested size was 12884901888 bytes.)",
-            EnvironmentLacks,
+            MissingRequirementError,
             "free memory",
         ),
-        ("std::bad_alloc", EnvironmentLacks, "free memory"),
+        ("std::bad_alloc", MissingRequirementError, "free memory"),
         (
             "The engine does not support the compute capability of this device.",
             EngineError,
             "compute_capabilities",
         ),
-        ("CUDA initialization failure with error: 35", EnvironmentLacks, "NVIDIA GPU"),
+        ("CUDA initialization failure with error: 35", MissingRequirementError, "NVIDIA GPU"),
         ("something nobody has seen before", EngineError, "please report"),
     ],
 )
@@ -94,7 +94,7 @@ def test_the_missing_gpu_is_noise_beside_a_real_error_and_the_error_on_its_own()
     beside = complaints_of_log([Message(1, real), Message(1, NO_GPU), Message(2, "a warning")])
     assert [complaint.text for complaint in beside] == ["API Usage Error (tk: K is odd.)"]
     (alone,) = complaints_of_log([Message(1, NO_GPU)])
-    assert type(told(alone)) is EnvironmentLacks
+    assert type(told(alone)) is MissingRequirementError
     assert "CUDA driver" in alone.text
 
 

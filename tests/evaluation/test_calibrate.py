@@ -84,9 +84,9 @@ def test_a_data_set_of_ones_own(tiny_bundle: Callable[..., Bundle]) -> None:
     assert found.largest != calibrate(tiny_bundle().folder, samples=2, threads=1).largest
 
 
-def test_a_data_set_without_pictures(tiny_bundle: Callable[..., Bundle]) -> None:
+def test_a_data_set_without_images(tiny_bundle: Callable[..., Bundle]) -> None:
     bare = Dataset("refs.json", "", open_dataset("scenes").expressions[:2], None)
-    with pytest.raises(InputError, match="has no pictures"):
+    with pytest.raises(InputError, match="has no images"):
         calibrate(tiny_bundle().folder, samples=2, dataset=bare)
 
 

@@ -56,8 +56,8 @@ def grounded(
         )
     answers = [Answer("", box, row) for box, row in zip(boxes, kept, strict=True)]
     generation = Generation([list(row) for row in tokens], logits, kept, placement, scores)
-    pictures = of_one_size(np.zeros((2, 3, 36, 36), np.float32), VISUAL)
-    return Grounded(answers=answers, generation=generation, prompts=prompts(), pictures=pictures)
+    batch = of_one_size(np.zeros((2, 3, 36, 36), np.float32), VISUAL)
+    return Grounded(answers=answers, generation=generation, prompts=prompts(), batch=batch)
 
 
 CASES = [Case(str(i), Image.new("RGB", (96, 96)), "x", BOX) for i in range(2)]

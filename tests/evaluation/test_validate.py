@@ -89,7 +89,7 @@ def test_companions_leave_out_what_only_the_pruner_knows(
 
     def build(recipe: Recipe, out: Path, **_: Any) -> Any:
         asked.append(recipe)
-        return pipeline.Built(bundle, 0)
+        return pipeline.BuildResult(bundle, 0)
 
     monkeypatch.setattr(validate, "build", build)
     report_of(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")), cases=2)

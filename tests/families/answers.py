@@ -1,4 +1,4 @@
-"""Asking models whose pictures differ in size: two pictures, two prompts, answers of the graphs and of the reference."""
+"""Asking models whose images differ in size: two images, two prompts, answers of the graphs and of the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.parity import controls
-from gap_export.inputs.batch import Pictures, prepare
+from gap_export.inputs.batch import ImageBatch, prepare
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.model import keep_counts, open_session
 from gap_export.runtime.torch.staged import open_reference
@@ -41,7 +41,7 @@ def prompts(batch: int) -> Any:
     return ids
 
 
-def pictures_of(bundle: Bundle, batch: int) -> Pictures:
+def images_of(bundle: Bundle, batch: int) -> ImageBatch:
     """The batch, as the bundle takes it."""
     return prepare(images(batch), bundle.manifest.preprocessing, bundle.manifest.model)
 
@@ -66,14 +66,14 @@ def moved_by(control: str, prompts: list[list[int]], ask: Callable[..., Generati
 
 def answer(session: Any, bundle: Bundle, batch: int, keep: float | None = None, **options: Any) -> Generation:
     """Twenty tokens for every row."""
-    pictures = pictures_of(bundle, batch)
+    batch = images_of(bundle, batch)
     return generate(
         session,
-        pictures,
+        batch,
         prompts(batch),
         max_new_tokens=NEW_TOKENS,
         eos_token_ids=(),
-        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, pictures, keep),
+        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, batch, keep),
         keep_logits=True,
         **options,
     )

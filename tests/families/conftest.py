@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights of families whose pictures differ in size, each in its published layout."""
+"""Small checkpoints with random weights of families whose images differ in size, each in its published layout."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class EvaTower:
     """EVA-CLIP's vision transformer as MiniGPT-v2 uses it: q and v with a bias, k without, no norm at the end.
 
     Attributes:
-        weights: as in `eva_vit_g.pth`, positions already those of the picture's grid.
+        weights: as in `eva_vit_g.pth`, positions already those of the image's grid.
         heads: A.
         patch: side of a patch in pixels.
         layers: how many.

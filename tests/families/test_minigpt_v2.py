@@ -124,7 +124,7 @@ def build(options: dict[str, Any], folder: Path) -> Callable[..., Bundle]:
     return bundle
 
 
-PICTURES = (
+IMAGES = (
     Image.linear_gradient("L").convert("RGB").resize((50, 31)),
     Image.effect_noise((33, 40), 90).convert("RGB"),
 )
@@ -170,10 +170,8 @@ def plain_answers(
     grounder = Grounder(bundle)
     answers = []
     prompts = grounder.prompts(EXPRESSIONS, NEW).input_ids
-    for picture, ids in zip(PICTURES, prompts, strict=True):
-        hidden, attention = eva.run(
-            torch.from_numpy(grounder.pictures([picture]).calls[0]["pixel_values"][0])
-        )
+    for image, ids in zip(IMAGES, prompts, strict=True):
+        hidden, attention = eva.run(torch.from_numpy(grounder.prepare([image]).calls[0]["pixel_values"][0]))
         hidden = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:])[1:]
         order = torch.arange(SIDE**2)
         if not in_order:  # squares of two by two instead of four in a row
@@ -195,7 +193,7 @@ def plain_answers(
 def test_graphs_are_the_model(
     build: Callable[..., Bundle], weights: dict[str, dict[str, torch.Tensor]], places: dict[str, Path]
 ) -> None:
-    """Every graph in ONNX Runtime, gapped ids, twenty tokens, one picture and two; and the reference of `validate`."""
+    """Every graph in ONNX Runtime, gapped ids, twenty tokens, one image and two; and the reference of `validate`."""
     bundle = build()
     grounder, truth = Grounder(bundle), plain_answers(weights, bundle)
     reference = open_reference(
@@ -211,7 +209,7 @@ def test_graphs_are_the_model(
         prompts = grounder.prompts([EXPRESSIONS[row] for row in rows], NEW)
         made = generate(
             session,
-            grounder.pictures([PICTURES[row] for row in rows]),
+            grounder.prepare([IMAGES[row] for row in rows]),
             prompts.input_ids,
             max_new_tokens=NEW,
             eos_token_ids=(),
@@ -245,7 +243,7 @@ def test_facts(build: Callable[..., Bundle]) -> None:
     assert ids[:2] == [1, 1], "one BOS from the template, one from the tokenizer"
 
 
-def test_pictures_are_stretched(build: Callable[..., Bundle]) -> None:
+def test_images_are_stretched(build: Callable[..., Bundle]) -> None:
     halves = Image.new("RGB", (40, 10), (0, 0, 0))
     halves.paste((255, 255, 255), (0, 0, 40, 5))
     seen = np.asarray(fit(halves, build().manifest.preprocessing))

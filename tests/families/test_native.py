@@ -1,4 +1,4 @@
-"""Families that take pictures at their own shape, from a small checkpoint to answers: ONNX Runtime against transformers' own models."""
+"""Families that take images at their own shape, from a small checkpoint to answers: ONNX Runtime against transformers' own models."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .answers import (
     answer,
     assert_equal,
     both,
+    images_of,
     moved_by,
-    pictures_of,
     prompts,
     unpruned_prompt,
     whole_model,
@@ -70,20 +70,20 @@ def test_requests_choose_their_share(tiny_family: Families, name: str, keep: flo
     bundle = tiny.bundle(**USUAL)
     mine, theirs = both(tiny, bundle, 2, keep)
     assert_equal(mine, theirs)
-    pictures = pictures_of(bundle, 2)
+    images = images_of(bundle, 2)
     kept = (mine.kept_indices >= 0).sum(axis=1)
-    assert kept.tolist() == np.floor(keep * pictures.visual_tokens + 0.5).tolist()
-    assert len(set(pictures.visual_tokens)) == 2, "pictures must differ, or nothing is tested"
+    assert kept.tolist() == np.floor(keep * images.visual_tokens + 0.5).tolist()
+    assert len(set(images.visual_tokens)) == 2, "images must differ, or nothing is tested"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
-    """transformers counts positions, masks visual tokens and adds planes by itself: nothing of ours is in it."""
+    """transformers counts positions, masks visual tokens and adds deepstack_levels by itself: nothing of ours is in it."""
     tiny, bundle, session = usual(tiny_family, name)
     mine = answer(session, bundle, 2, 1.0)
-    pictures, model = pictures_of(bundle, 2), whole_model(tiny.folder)
-    for row, call in enumerate(pictures.calls):
-        ids = torch.tensor([unpruned_prompt(row, int(pictures.visual_tokens[row]))])
+    images, model = images_of(bundle, 2), whole_model(tiny.folder)
+    for row, call in enumerate(images.calls):
+        ids = torch.tensor([unpruned_prompt(row, int(images.visual_tokens[row]))])
         with torch.inference_mode():
             logits = model(
                 input_ids=ids,
@@ -99,12 +99,12 @@ def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
 def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) -> None:
     """Let transformers number the unpruned prompt, and cross out what was pruned."""
     tiny, bundle, session = usual(tiny_family, name)
-    run, pictures = answer(session, bundle, 2), pictures_of(bundle, 2)
+    run, images = answer(session, bundle, 2), images_of(bundle, 2)
     for row, tokens in enumerate(PROMPTS):
-        before, visual = tokens.index(IMAGE_TOKEN), int(pictures.visual_tokens[row])
+        before, visual = tokens.index(IMAGE_TOKEN), int(images.visual_tokens[row])
         ids = torch.tensor([unpruned_prompt(row, visual)])
         everything, _ = whole_model(tiny.folder).model.get_rope_index(
-            ids, mm_token_type_ids=(ids == IMAGE_TOKEN).int(), image_grid_thw=grid_thw(pictures.calls[row])
+            ids, mm_token_type_ids=(ids == IMAGE_TOKEN).int(), image_grid_thw=grid_thw(images.calls[row])
         )
         kept = run.kept_indices[row][run.kept_indices[row] >= 0]
         text = np.flatnonzero(ids[0].numpy() != IMAGE_TOKEN)
@@ -140,13 +140,13 @@ def test_every_row_of_the_ids_is_read(tiny_family: Families, name: str, row: int
 
 def changed(bundle: Any, session: Any, **inputs: Any) -> float:
     """By how much logits move when inputs of the vision graph are replaced."""
-    pictures = pictures_of(bundle, 1)
-    (call,) = pictures.calls
-    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.model, pictures, 1.0)
+    images = images_of(bundle, 1)
+    (call,) = images.calls
+    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.model, images, 1.0)
     right, wrong = (
         generate(
             session,
-            replace(pictures, calls=(given,)),
+            replace(images, calls=(given,)),
             prompts(1),
             max_new_tokens=2,
             eos_token_ids=(),
@@ -171,7 +171,7 @@ def test_windows_show(tiny_family: Families) -> None:
         exchange = {0: 7, 7: 0}
         return np.vectorize(lambda token: exchange.get(token, token))(tokens_WM)
 
-    slots = pictures_of(bundle, 1).calls[0]["token_slots"].copy()
+    slots = images_of(bundle, 1).calls[0]["token_slots"].copy()
     slots[[0, 7]] = slots[[7, 0]]
     moved = changed(bundle, session, window_tokens=exchanged, token_slots=lambda _: slots)
     assert moved > 1e-3
@@ -180,11 +180,11 @@ def test_windows_show(tiny_family: Families) -> None:
 def test_deepstack_planes_enter_the_decoder(tiny_family: Families) -> None:
     """Without them, with their order changed, and on the wrong tokens, answers are others."""
     _, bundle, session = usual(tiny_family, "qwen3_vl")
-    pictures, width = pictures_of(bundle, 1), bundle.manifest.model.hidden_size
-    assert bundle.manifest.model.planes == 2
-    visual = session.encode(pictures.calls[0], keep_count=6)
+    images, width = images_of(bundle, 1), bundle.manifest.model.hidden_size
+    assert bundle.manifest.model.deepstack_levels == 2
+    visual = session.encode(images.calls[0], keep_count=6)
     embeds = np.array(visual.embeds.numpy() if hasattr(visual.embeds, "numpy") else visual.embeds)
-    own, planes = embeds[..., :width], embeds[..., width:]
+    own, deepstack_levels = embeds[..., :width], embeds[..., width:]
     assert embeds.shape[-1] == 3 * width
 
     def logits(embeds: Any) -> Any:
@@ -192,13 +192,17 @@ def test_deepstack_planes_enter_the_decoder(tiny_family: Families) -> None:
             visual,
             embeds=np.ascontiguousarray(embeds),
             kept_counts=np.array([6]),
-            image_grid=pictures.grids,
+            image_grid=images.grids,
         )
         spliced = session.splice(prompts(1), given)
         return session.prefill(spliced.embeds, spliced.placement).logits.copy()
 
     right = logits(embeds)
-    for wrong in (np.zeros_like(planes), np.roll(planes, width, axis=-1), np.roll(planes, 1, axis=1)):
+    for wrong in (
+        np.zeros_like(deepstack_levels),
+        np.roll(deepstack_levels, width, axis=-1),
+        np.roll(deepstack_levels, 1, axis=1),
+    ):
         assert np.abs(logits(np.concatenate([own, wrong], axis=-1)) - right).max() > 1e-2
 
 
@@ -207,12 +211,12 @@ def test_max_pixels_bounds_tokens_and_cache(tiny_family: Families) -> None:
     wide, narrow = tiny.bundle(**USUAL), tiny.bundle(**USUAL, max_pixels=16 * 64)
     assert narrow.manifest.model.visual_tokens < wide.manifest.model.visual_tokens
     assert narrow.manifest.capacity < wide.manifest.capacity
-    assert pictures_of(narrow, 2).visual_tokens.max() <= 16 < pictures_of(wide, 2).visual_tokens.max()
+    assert images_of(narrow, 2).visual_tokens.max() <= 16 < images_of(wide, 2).visual_tokens.max()
     assert_equal(*both(tiny, narrow, 2))
 
 
-def test_max_pixels_below_the_smallest_pictures_is_refused(tiny_family: Families) -> None:
-    with pytest.raises(RecipeError, match="small pictures are scaled up to"):
+def test_max_pixels_below_the_smallest_images_is_refused(tiny_family: Families) -> None:
+    with pytest.raises(RecipeError, match="small images are scaled up to"):
         tiny_family("qwen2_vl").bundle(**USUAL, max_pixels=10)
 
 

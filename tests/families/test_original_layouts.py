@@ -209,7 +209,7 @@ def merged_weights(which: str, options: dict[str, dict[str, Any]]) -> dict[str, 
     return weights
 
 
-PICTURES = (
+IMAGES = (
     Image.linear_gradient("L").convert("RGB").resize((50, 31)),
     Image.effect_noise((33, 40), 90).convert("RGB"),
 )
@@ -226,8 +226,8 @@ def plain_answers(
     grounder = Grounder(bundle)
     prompts = grounder.prompts(EXPRESSIONS, NEW).input_ids
     answers = []
-    for picture, ids in zip(PICTURES, prompts, strict=True):
-        pixels = torch.from_numpy(grounder.pictures([picture]).calls[0]["pixel_values"][0])
+    for image, ids in zip(IMAGES, prompts, strict=True):
+        pixels = torch.from_numpy(grounder.prepare([image]).calls[0]["pixel_values"][0])
         hidden, attention = clip.run(pixels, layers=2)  # of three: hidden state -2
         kept = sorted(attention.topk(KEPT).indices.tolist())
         tokens = hidden[1:][kept]
@@ -253,7 +253,7 @@ def plain_answers(
 def test_graphs_are_the_model(
     which: str, build: Build, options: dict[str, dict[str, Any]], tiny_text_tower: Path
 ) -> None:
-    """Every graph in ONNX Runtime, gapped ids, twenty tokens, one picture and two: against plain torch."""
+    """Every graph in ONNX Runtime, gapped ids, twenty tokens, one image and two: against plain torch."""
     bundle = build(which)
     assert bundle.manifest.family == which.split()[0]
     session, grounder = open_session(bundle, "onnxruntime", threads=1), Grounder(bundle)
@@ -262,7 +262,7 @@ def test_graphs_are_the_model(
         prompts = grounder.prompts([EXPRESSIONS[row] for row in rows], NEW)
         made = generate(
             session,
-            grounder.pictures([PICTURES[row] for row in rows]),
+            grounder.prepare([IMAGES[row] for row in rows]),
             prompts.input_ids,
             max_new_tokens=NEW,
             eos_token_ids=(),
@@ -301,7 +301,7 @@ def test_the_reference_of_validate_is_the_same_model(
     grounder = Grounder(bundle)
     prompts = grounder.prompts(EXPRESSIONS, NEW)
     made = generate(
-        reference, grounder.pictures(PICTURES), prompts.input_ids, max_new_tokens=NEW, eos_token_ids=(), keep_logits=True
+        reference, grounder.prepare(IMAGES), prompts.input_ids, max_new_tokens=NEW, eos_token_ids=(), keep_logits=True
     )  # fmt: skip
     for row, (kept, _, tokens, logits) in enumerate(plain_answers(which, options, bundle, tiny_text_tower)):
         assert made.kept_indices[row].tolist() == kept

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
@@ -235,7 +235,7 @@ PUBLISHED: dict[str, Callable[[Path], Checkpoint]] = {
 VISUAL = {"shikra-7b-delta-v1": (16, 16), "minigpt-v2": (32, 8)}
 
 
-def components(checkpoint: Checkpoint) -> tuple[ModelFacts, list[Component], Checkpoint]:
+def components(checkpoint: Checkpoint) -> tuple[ModelSpec, list[Component], Checkpoint]:
     _, family = family_of(checkpoint)
     joined = family.joined(checkpoint)
     recipe = Recipe(name="x", checkpoint="x", precision="fp16")

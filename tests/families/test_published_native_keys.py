@@ -1,4 +1,4 @@
-"""The same for the Qwen-VL models: keys of published checkpoints at full size, and how many tokens pictures have."""
+"""The same for the Qwen-VL models: keys of published checkpoints at full size, and how many tokens images have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
@@ -239,10 +239,10 @@ PUBLISHED: dict[str, tuple[Callable[[Path], Checkpoint], tuple[int, int, int]]] 
     "Qwen3-VL-8B-Instruct": (lambda f: qwen3_vl(f, "qwen3-8b"), (750, 351, 16384)),
     "Qwen3-VL-4B-Instruct, tied": (lambda f: qwen3_vl(f, "qwen3-4b"), (713, 315, 16384)),
 }
-"""Name -> (checkpoint, (how many tensors, of those the tower's, visual tokens of the largest picture))."""
+"""Name -> (checkpoint, (how many tensors, of those the tower's, visual tokens of the largest image))."""
 
 
-def components(checkpoint: Checkpoint, **options: Any) -> tuple[ModelFacts, list[Component]]:
+def components(checkpoint: Checkpoint, **options: Any) -> tuple[ModelSpec, list[Component]]:
     _, family = family_of(checkpoint)
     recipe = Recipe(name="x", checkpoint="x", precision="fp16", pruner="dart", **options)
     facts = family.facts(checkpoint, recipe)
@@ -257,7 +257,7 @@ def test_everything_is_found_and_nothing_is_left(name: str, tmp_path: Path) -> N
     assert (len(checkpoint.weights), len(in_tower)) == (tensors, tower)
     facts, parts = components(checkpoint)
     assert (facts.visual_tokens, facts.grid, facts.position_rows) == (tokens, None, 3)
-    assert facts.planes == (3 if "Qwen3" in name else 0)
+    assert facts.deepstack_levels == (3 if "Qwen3" in name else 0)
     found = set()
     for part in parts:
         for parameter, value in part.module.named_parameters():

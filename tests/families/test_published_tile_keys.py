@@ -1,4 +1,4 @@
-"""The same for families whose pictures become tiles: keys of published checkpoints at full size, and how many tokens pictures have."""
+"""The same for families whose images become tiles: keys of published checkpoints at full size, and how many tokens images have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
@@ -215,10 +215,10 @@ PUBLISHED: dict[str, tuple[Callable[[Path], Checkpoint], tuple[int, int, int]]] 
     "InternVL3-1B-hf, old names": (lambda f: internvl(f, new=False), (733, 291, 3328)),
     "InternVL3-1B-hf, new names": (lambda f: internvl(f, new=True), (733, 291, 3328)),
 }
-"""Name -> (checkpoint, (how many tensors, of those the decoder's, visual tokens of the largest picture))."""
+"""Name -> (checkpoint, (how many tensors, of those the decoder's, visual tokens of the largest image))."""
 
 
-def components(checkpoint: Checkpoint) -> tuple[ModelFacts, list[Component]]:
+def components(checkpoint: Checkpoint) -> tuple[ModelSpec, list[Component]]:
     _, family = family_of(checkpoint)
     recipe = Recipe(name="x", checkpoint="x", precision="fp16", pruner="dart")
     facts = family.facts(checkpoint, recipe)

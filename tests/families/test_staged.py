@@ -190,7 +190,7 @@ def test_a_later_stage_has_no_fewer_slots_to_spare(pruner: str, deep_bundle: Dee
     )
     mean = sum(stage.kept * stage.layers for stage in manifest.pruning.stages) / manifest.model.layers
     assert manifest.pruning.mean_kept == mean
-    assert manifest.pruning.left == 9
+    assert manifest.pruning.kept_after_last_stage == 9
 
 
 # Ids

@@ -1,4 +1,4 @@
-"""Families whose pictures become tiles, from a small checkpoint to answers: ONNX Runtime against transformers' own models."""
+"""Families whose images become tiles, from a small checkpoint to answers: ONNX Runtime against transformers' own models."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .answers import (
     answer,
     assert_equal,
     both,
+    images_of,
     moved_by,
-    pictures_of,
     prompts,
     unpruned_prompt,
     whole_model,
@@ -65,26 +65,26 @@ def test_requests_choose_their_share(tiny_family: Families, name: str, keep: flo
     bundle = tiny.bundle(**USUAL[name])
     mine, theirs = both(tiny, bundle, 2, keep)
     assert_equal(mine, theirs)
-    pictures = pictures_of(bundle, 2)
-    lines = pictures.visual_tokens - pictures.prunable
+    images = images_of(bundle, 2)
+    lines = images.visual_tokens - images.prunable
     kept = (mine.kept_indices >= 0).sum(axis=1) - lines
-    assert kept.tolist() == np.floor(keep * pictures.prunable + 0.5).tolist()
-    assert len(set(pictures.visual_tokens)) == 2, "pictures must differ, or nothing is tested"
+    assert kept.tolist() == np.floor(keep * images.prunable + 0.5).tolist()
+    assert len(set(images.visual_tokens)) == 2, "images must differ, or nothing is tested"
 
 
 @pytest.mark.parametrize("name", ["llava_next", "internvl"])
 def test_every_tile_keeps_the_same_share(tiny_family: Families, name: str) -> None:
-    """Over the whole picture shares differ: the control for what a tile by itself must keep."""
+    """Over the whole image shares differ: the control for what a tile by itself must keep."""
     shares = {}
     for pruner, keep in (("tile_attention", 0.3), ("cls_attention", "0.1:0.3:1.0")):
         bundle = tiny_family(name).bundle(pruner=pruner, keep=keep)
-        run, pictures = (
+        run, images = (
             answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2),
-            pictures_of(bundle, 2),
+            images_of(bundle, 2),
         )
         shares[pruner] = [
             share
-            for row, call in enumerate(pictures.calls)
+            for row, call in enumerate(images.calls)
             for share in shares_of_tiles(call, run.kept_indices[row])
         ]
     assert max(abs(share - 0.3) * size for share, size in shares["tile_attention"]) < 1
@@ -92,7 +92,7 @@ def test_every_tile_keeps_the_same_share(tiny_family: Families, name: str) -> No
 
 
 def shares_of_tiles(call: Any, kept: Any) -> list[tuple[float, int]]:
-    """(share kept, how many tokens) of every tile of a picture; 36 tokens to a tile, bars cut off."""
+    """(share kept, how many tokens) of every tile of an image; 36 tokens to a tile, bars cut off."""
     tiles = len(call["pixel_values"])
     places = call.get("cell_positions", np.arange(tiles * 36))
     tile_of = call.get("cells", np.arange(tiles * 36)) // 36
@@ -108,10 +108,10 @@ def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
     tiny = tiny_family(name)
     bundle = tiny.bundle(**USUAL[name])
     mine = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2, 1.0)
-    pictures, model = pictures_of(bundle, 2), whole_model(tiny.folder)
+    images, model = images_of(bundle, 2), whole_model(tiny.folder)
     for row, (width, height) in enumerate(SIZES[2]):
-        ids = unpruned_prompt(row, int(pictures.visual_tokens[row]))
-        pixels = torch.from_numpy(pictures.calls[row]["pixel_values"])
+        ids = unpruned_prompt(row, int(images.visual_tokens[row]))
+        pixels = torch.from_numpy(images.calls[row]["pixel_values"])
         sizes = {} if name == "internvl" else {"image_sizes": torch.tensor([[height, width]])}
         with torch.inference_mode():
             logits = model(
@@ -127,9 +127,9 @@ def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
 def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) -> None:
     """Number the unpruned prompt and cross out what was pruned."""
     bundle = tiny_family(name).bundle(**USUAL[name])
-    run, pictures = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2), pictures_of(bundle, 2)
+    run, images = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2), images_of(bundle, 2)
     for row, tokens in enumerate(PROMPTS):
-        before, visual = tokens.index(IMAGE_TOKEN), int(pictures.visual_tokens[row])
+        before, visual = tokens.index(IMAGE_TOKEN), int(images.visual_tokens[row])
         kept = run.kept_indices[row][run.kept_indices[row] >= 0]
         everything = np.arange(before + visual + len(tokens) - before - 1)
         surviving = np.concatenate(
@@ -146,7 +146,7 @@ def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) 
 def test_ends_of_lines_are_never_pruned(tiny_family: Families, name: str, keep: float) -> None:
     bundle = tiny_family(name).bundle(**USUAL[name])
     run = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2, keep)
-    for row, call in enumerate(pictures_of(bundle, 2).calls):
+    for row, call in enumerate(images_of(bundle, 2).calls):
         lines = call["newline_positions"]
         assert set(lines) <= set(run.kept_indices[row])
         assert 0 < len(lines) < (run.kept_indices[row] >= 0).sum()
@@ -163,13 +163,13 @@ def test_a_line_that_ends_elsewhere_shows(tiny_family: Families) -> None:
     """The place of an end of a line is an id like any other: the model must see when it is wrong."""
     bundle = tiny_family("llava_next").bundle(**USUAL["llava_next"])
     session = open_session(bundle, "onnxruntime", threads=1)
-    pictures = pictures_of(bundle, 1)
-    (call,) = pictures.calls
+    images = images_of(bundle, 1)
+    (call,) = images.calls
     moved = {**call, "newline_positions": np.sort(np.r_[call["newline_positions"][:-1], 3])}
-    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.model, pictures, None)
+    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.model, images, None)
     right, wrong = (
         generate(
-            session, replace(pictures, calls=(inputs,)), prompts(1),
+            session, replace(images, calls=(inputs,)), prompts(1),
             max_new_tokens=2, eos_token_ids=(), keep_counts=counts,
         ).logits[0]
         for inputs in (call, moved)

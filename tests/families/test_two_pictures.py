@@ -1,4 +1,4 @@
-"""Prompts with two pictures, in families that take them: graphs against the reference, and against transformers' whole model."""
+"""Prompts with two images, in families that take them: graphs against the reference, and against transformers' whole model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from gap_export.errors import InputError, RecipeError
 from gap_export.evaluation.parity import controls
-from gap_export.inputs.batch import Pictures, prepare
+from gap_export.inputs.batch import ImageBatch, prepare
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.model import Grounder, keep_counts, open_session
@@ -37,23 +37,23 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(samples)
 
 
-def pictures_of(bundle: Any, batch: int) -> Pictures:
+def images_of(bundle: Any, batch: int) -> ImageBatch:
     images = [noise(*size) for row in SIZES[:batch] for size in row]
     return prepare(images, bundle.manifest.preprocessing, bundle.manifest.model, per_prompt=2)
 
 
 def answer(session: Any, bundle: Any, batch: int, keep: float | None = None, **options: Any) -> Generation:
-    pictures, rows = pictures_of(bundle, batch), PROMPTS[:batch]
+    batch, rows = images_of(bundle, batch), PROMPTS[:batch]
     ids = np.full((batch, max(map(len, rows))), -1, np.int64)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = tokens
     return generate(
         session,
-        pictures,
+        batch,
         ids,
         max_new_tokens=NEW_TOKENS,
         eos_token_ids=(),
-        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, pictures, keep),
+        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, batch, keep),
         keep_logits=True,
         **options,
     )
@@ -77,7 +77,7 @@ def test_graphs_answer_as_the_reference(tiny_family: Families, name: str, batch:
     assert_equal(mine, theirs)
     assert mine.kept_counts is not None
     assert mine.kept_counts.shape == (batch, 2)
-    assert (mine.kept_counts < pictures_of(bundle, batch).visual_tokens.reshape(batch, 2)).all()
+    assert (mine.kept_counts < images_of(bundle, batch).visual_tokens.reshape(batch, 2)).all()
 
 
 def unpruned(row: int, tokens: Any) -> torch.Tensor:
@@ -88,9 +88,9 @@ def unpruned(row: int, tokens: Any) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def inputs_of_transformers(name: str, pictures: Pictures, row: int) -> dict[str, Any]:
-    """What the whole model wants to know of a row's two pictures."""
-    calls = pictures.calls[2 * row : 2 * row + 2]
+def inputs_of_transformers(name: str, batch: ImageBatch, row: int) -> dict[str, Any]:
+    """What the whole model wants to know of a row's two images."""
+    calls = batch.calls[2 * row : 2 * row + 2]
     pixels = [torch.from_numpy(call["pixel_values"]) for call in calls]
     if name == "internvl":
         return {"pixel_values": torch.cat(pixels)}
@@ -108,13 +108,13 @@ def inputs_of_transformers(name: str, pictures: Pictures, row: int) -> dict[str,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
-    """transformers finds the pictures, numbers tokens and adds planes by itself: nothing of ours is in it."""
+    """transformers finds the images, numbers tokens and adds deepstack_levels by itself: nothing of ours is in it."""
     tiny, bundle = bundle_of(tiny_family, name)
     mine = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2, 1.0)
-    pictures, model = pictures_of(bundle, 2), whole_model(tiny.folder)
+    batch, model = images_of(bundle, 2), whole_model(tiny.folder)
     for row in range(2):
-        ids = unpruned(row, pictures.by_prompt(pictures.visual_tokens)[row])
-        given = inputs_of_transformers(name, pictures, row)
+        ids = unpruned(row, batch.by_prompt(batch.visual_tokens)[row])
+        given = inputs_of_transformers(name, batch, row)
         if "image_grid_thw" in given:
             given["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
         with torch.inference_mode():
@@ -125,14 +125,14 @@ def test_unpruned_is_the_whole_model(tiny_family: Families, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) -> None:
     tiny, bundle = bundle_of(tiny_family, name)
-    run, pictures = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2), pictures_of(bundle, 2)
+    run, batch = answer(open_session(bundle, "onnxruntime", threads=1), bundle, 2), images_of(bundle, 2)
     assert run.kept_counts is not None
     for row in range(2):
-        tokens = pictures.by_prompt(pictures.visual_tokens)[row]
+        tokens = batch.by_prompt(batch.visual_tokens)[row]
         ids = unpruned(row, tokens)
         whole = np.arange(ids.shape[1])[None]
         if "qwen" in name:
-            grids = inputs_of_transformers(name, pictures, row)["image_grid_thw"]
+            grids = inputs_of_transformers(name, batch, row)["image_grid_thw"]
             types = (ids == IMAGE_TOKEN).int()
             rope, _ = whole_model(tiny.folder).model.get_rope_index(
                 ids, mm_token_type_ids=types, image_grid_thw=grids
@@ -161,27 +161,27 @@ def test_wrong_placements_show(tiny_family: Families, name: str, control: str) -
     assert moved_by(control, PROMPTS, partial(answer, session, bundle, 2)) > 1e-2
 
 
-def test_boxes_are_those_of_the_last_picture(tiny_family: Families) -> None:
+def test_boxes_are_those_of_the_last_image(tiny_family: Families) -> None:
     _, bundle = bundle_of(tiny_family, "qwen2_vl")
     session = open_session(bundle, "onnxruntime", threads=1)
     images = [noise(*size) for size in SIZES[0]]
     grounded = Grounder(bundle).ground(session, images, ["the mug"])
-    last = int(grounded.pictures.visual_tokens[-1])
+    last = int(grounded.batch.visual_tokens[-1])
     assert grounded.generation.kept_counts is not None
     assert len(grounded.answers[0].kept_indices) == grounded.generation.kept_counts[0, 1] == round(0.3 * last)
 
 
-@pytest.mark.parametrize("pictures", [1, 3])
-def test_another_number_of_pictures_is_refused(tiny_family: Families, pictures: int) -> None:
+@pytest.mark.parametrize("images", [1, 3])
+def test_another_number_of_images_is_refused(tiny_family: Families, batch: int) -> None:
     _, bundle = bundle_of(tiny_family, "qwen2_vl")
     session = open_session(bundle, "onnxruntime", threads=1)
     with pytest.raises(InputError, match="not 2 for every expression"):
-        Grounder(bundle).ground(session, [noise(40, 30)] * pictures, ["the mug"])
+        Grounder(bundle).ground(session, [noise(40, 30)] * batch, ["the mug"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"prompt": None, "seed": 1}, "placeholder for every picture"), ({"max_text": 2}, "no room for text")],
+    [({"prompt": None, "seed": 1}, "placeholder for every image"), ({"max_text": 2}, "no room for text")],
     ids=str,
 )
 def test_recipes_that_cannot_work(tiny_family: Families, changes: dict[str, Any], message: str) -> None:
@@ -189,14 +189,14 @@ def test_recipes_that_cannot_work(tiny_family: Families, changes: dict[str, Any]
         bundle_of(tiny_family, "qwen2_vl", **changes)
 
 
-def test_models_of_one_picture_refuse(
+def test_models_of_one_image_refuse(
     tiny_checkpoint: Any, tiny_options: dict[str, Any], tmp_path: Any
 ) -> None:
     from gap_export.pipeline import build
     from gap_export.recipe.recipe import Recipe
 
     recipe = Recipe.model_validate({**tiny_options, "images": 2})
-    with pytest.raises(RecipeError, match="one picture"):
+    with pytest.raises(RecipeError, match="one image"):
         build.build(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Graphs in which the number of kept tokens is not fixed: chosen by the request, or found in the picture."""
+"""Graphs in which the number of kept tokens is not fixed: chosen by the request, or found in the image."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_count_is_a_scalar_input(tiny_bundle: Callable[..., Bundle]) -> None
     assert (count.type, count.shape) == ("tensor(int64)", [])
     assert [value.shape for value in vision.get_outputs()] == [["batch", "kept", 32], ["batch", "kept"]]
     pruning = bundle.manifest.pruning
-    assert (pruning.counting, pruning.fewest, pruning.kept, pruning.most) == ("chosen", 4, 9, 36)
+    assert (pruning.keep_mode, pruning.min_tokens, pruning.kept, pruning.max_tokens) == ("dynamic", 4, 9, 36)
 
 
 # Rows of different length

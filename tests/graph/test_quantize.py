@@ -135,7 +135,7 @@ def test_the_file_is_a_safetensors_file(low: Callable[[str], Bundle]) -> None:
 
 
 def test_gapped_ids_still_count(low: Callable[[str], Bundle]) -> None:
-    """The same bundle with ids shifted by one after the picture answers otherwise."""
+    """The same bundle with ids shifted by one after the image answers otherwise."""
     bundle = low("int8")
     session = open_session(bundle, "onnxruntime", threads=1)
 

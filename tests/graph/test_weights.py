@@ -20,7 +20,7 @@ from gap_export import files
 from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.safetensors import read_header
-from gap_export.errors import CheckpointError, EnvironmentLacks
+from gap_export.errors import CheckpointError, MissingRequirementError
 from gap_export.files import record_of
 from gap_export.graph.weights import WeightStore
 from gap_export.modeling.hf_config import weight_key
@@ -177,7 +177,7 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
     store = store_of(tmp_path, {"a": np.ones(3, np.float32)}, "fp16")
     store.folder.rmdir()
-    with pytest.raises(EnvironmentLacks, match="could not be written"):
+    with pytest.raises(MissingRequirementError, match="could not be written"):
         store.prepare(["a"])
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind against transformers' own processors, and files that are no pictures."""
+"""Images of every kind against transformers' own processors, and files that are no images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from gap_export.errors import InputError
 from gap_export.inputs import images
 from gap_export.inputs.images import fit, load_image, mean_colour, padding, pixel_values
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,8 +35,8 @@ ODD_SIZES = [
 ]
 
 
-def how(kind: str, size: int = 48, resample: str = "bicubic") -> Preprocessing:
-    return Preprocessing.model_validate(
+def how(kind: str, size: int = 48, resample: str = "bicubic") -> SquareLayout:
+    return SquareLayout.model_validate(
         {
             "size": size,
             "fit": kind,
@@ -53,8 +53,8 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def transformers_values(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """The same picture through transformers' processor for this fit."""
+def transformers_values(image: Image.Image, preprocessing: SquareLayout) -> np.ndarray:
+    """The same image through transformers' processor for this fit."""
     transformers = pytest.importorskip("transformers")
     size = preprocessing.size
     settings_ = {
@@ -236,7 +236,7 @@ class TestLoadImage:
         Image.init()
         assert set(images.FORMATS) <= set(Image.OPEN)
 
-    def test_two_pictures_in_one_jpeg(self, tmp_path: Path) -> None:
+    def test_two_images_in_one_jpeg(self, tmp_path: Path) -> None:
         first, second = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8), "black")
         first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
         assert load_image(tmp_path / "a.jpg").getpixel((4, 4)) == (255, 255, 255)
@@ -286,7 +286,7 @@ class TestRefused:
     def test_text(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").write_text("<html>not found</html>")
         error = self.refusal(tmp_path / "a.png")
-        assert "not a picture" in error.message
+        assert "not an image" in error.message
         assert "PNG" in error.hint
 
     @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
@@ -300,7 +300,7 @@ class TestRefused:
     @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
     @settings(max_examples=60, deadline=None)
     @given(data=st.data(), file_format=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
-    def test_flipped_bytes_give_a_picture_or_a_refusal(
+    def test_flipped_bytes_give_an_image_or_a_refusal(
         self, data: st.DataObject, file_format: str, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         path = tmp_path_factory.mktemp("flipped") / "a"

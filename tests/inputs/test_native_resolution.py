@@ -1,4 +1,4 @@
-"""Pictures at their own shape, against transformers' Pillow-backed processor, and bounds that no picture leaves."""
+"""Images at their own shape, against transformers' Pillow-backed processor, and bounds that no image leaves."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.errors import InputError
-from gap_export.inputs import batch as pictures
-from gap_export.inputs.layouts import Native
+from gap_export.inputs.batch import prepare
+from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.inputs.native_resolution import (
     MOST_ASPECT,
-    NativePicture,
+    NativeImage,
     most_windows,
-    native_picture,
+    native_image,
     native_range,
     resized,
 )
@@ -27,13 +27,15 @@ _NORMAL: dict[str, Any] = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
 }
-QWEN2 = Native(patch=14, merge=2, frames=2, fewest_pixels=3136, most_pixels=1280 * 28 * 28, **_NORMAL)
-QWEN3 = Native(
+QWEN2 = NativeResolutionLayout(
+    patch=14, merge=2, frames=2, min_pixels=3136, max_pixels=1280 * 28 * 28, **_NORMAL
+)
+QWEN3 = NativeResolutionLayout(
     patch=16,
     merge=2,
     frames=2,
-    fewest_pixels=65536,
-    most_pixels=256 * 32 * 32,
+    min_pixels=65536,
+    max_pixels=256 * 32 * 32,
     mean=(0.5,) * 3,
     std=(0.5,) * 3,
 )
@@ -44,18 +46,18 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(samples)
 
 
-def flat(picture: NativePicture) -> Any:
+def flat(image: NativeImage) -> Any:
     """Patches of all tokens in one row."""
-    pixels_NPF = picture.inputs["pixel_values"]
-    assert pixels_NPF.shape[:2] == (picture.grid[0] * picture.grid[1], 4)
+    pixels_NPF = image.inputs["pixel_values"]
+    assert pixels_NPF.shape[:2] == (image.grid[0] * image.grid[1], 4)
     return pixels_NPF.reshape(-1, pixels_NPF.shape[-1])
 
 
-def of_transformers(image: Image.Image, preprocessing: Native) -> Any:
+def of_transformers(image: Image.Image, preprocessing: NativeResolutionLayout) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": preprocessing.fewest_pixels, "longest_edge": preprocessing.most_pixels},
+        size={"shortest_edge": preprocessing.min_pixels, "longest_edge": preprocessing.max_pixels},
         patch_size=preprocessing.patch,
         merge_size=preprocessing.merge,
         temporal_patch_size=preprocessing.frames,
@@ -67,9 +69,11 @@ def of_transformers(image: Image.Image, preprocessing: Native) -> Any:
 
 @pytest.mark.parametrize("preprocessing", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 @pytest.mark.parametrize("extent", [(1, 60), (61, 47), (4000, 300), (42, 70), (7, 7), (20, 3999)])
-def test_pixels_and_grids_are_those_of_transformers(preprocessing: Native, extent: tuple[int, int]) -> None:
+def test_pixels_and_grids_are_those_of_transformers(
+    preprocessing: NativeResolutionLayout, extent: tuple[int, int]
+) -> None:
     image = noise(*extent)
-    ours, theirs = native_picture(image, preprocessing), of_transformers(image, preprocessing)
+    ours, theirs = native_image(image, preprocessing), of_transformers(image, preprocessing)
     np.testing.assert_array_equal(flat(ours), theirs["pixel_values"])
     merge = preprocessing.merge
     assert [1, ours.grid[0] * merge, ours.grid[1] * merge] == theirs["image_grid_thw"][0].tolist()
@@ -81,7 +85,7 @@ def test_other_modes(mode: str) -> None:
     if mode == "RGBA":
         image.putalpha(Image.fromarray(np.arange(61 * 40, dtype=np.uint8).reshape(40, 61)))
     np.testing.assert_array_equal(
-        flat(native_picture(image, QWEN2)), of_transformers(image, QWEN2)["pixel_values"]
+        flat(native_image(image, QWEN2)), of_transformers(image, QWEN2)["pixel_values"]
     )
 
 
@@ -89,10 +93,10 @@ def test_positions_of_patches_are_those_of_transformers() -> None:
     import torch
     from transformers.vision_utils import get_vision_position_ids
 
-    picture = native_picture(noise(130, 90), QWEN2)
-    rows, columns = picture.grid
+    image = native_image(noise(130, 90), QWEN2)
+    rows, columns = image.grid
     theirs = get_vision_position_ids(torch.tensor([[1, 2 * rows, 2 * columns]]), 2)
-    np.testing.assert_array_equal(picture.inputs["patch_positions"].reshape(-1, 2), theirs.numpy())
+    np.testing.assert_array_equal(image.inputs["patch_positions"].reshape(-1, 2), theirs.numpy())
 
 
 @pytest.mark.parametrize("extent", [(130, 90), (224, 224), (190, 1), (1, 60), (500, 340)])
@@ -100,10 +104,10 @@ def test_windows_are_those_of_transformers(extent: tuple[int, int]) -> None:
     import torch
     from transformers.vision_utils import get_vision_window_index
 
-    picture = native_picture(noise(*extent), QWEN2.model_copy(update={"window": 4}))
-    grid = torch.tensor([[1, 2 * picture.grid[0], 2 * picture.grid[1]]])
+    image = native_image(noise(*extent), QWEN2.model_copy(update={"window": 4}))
+    grid = torch.tensor([[1, 2 * image.grid[0], 2 * image.grid[1]]])
     order, ends = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
-    tokens_WM, slots_N = picture.inputs["window_tokens"], picture.inputs["token_slots"]
+    tokens_WM, slots_N = image.inputs["window_tokens"], image.inputs["token_slots"]
     assert tokens_WM[tokens_WM >= 0].tolist() == order.tolist()
     assert ((tokens_WM >= 0).sum(axis=1).cumsum() * 4).tolist() == ends[1:].tolist()
     assert tokens_WM.flatten()[slots_N].tolist() == list(range(len(slots_N)))
@@ -116,10 +120,10 @@ def test_windows_are_those_of_transformers(extent: tuple[int, int]) -> None:
     st.sampled_from([4, 64]),
     st.sampled_from([64, 300, 1280]),
 )
-def test_no_picture_has_more_windows(width: int, height: int, fewest: int, most: int) -> None:
+def test_no_image_has_more_windows(width: int, height: int, fewest: int, most: int) -> None:
     if max(width, height) > MOST_ASPECT * min(width, height):
         return
-    limits = {"fewest_pixels": fewest * 28**2, "most_pixels": most * 28**2, "window": 4}
+    limits = {"min_pixels": fewest * 28**2, "max_pixels": most * 28**2, "window": 4}
     preprocessing = QWEN2.model_copy(update=limits)
     tokens, _ = native_range(preprocessing)
     rows, columns = (side // 28 for side in resized(width, height, preprocessing))
@@ -130,27 +134,27 @@ def test_no_picture_has_more_windows(width: int, height: int, fewest: int, most:
 @pytest.mark.parametrize("extent", [(1, 201), (2000, 9)])
 def test_too_narrow(extent: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="200 times"):
-        native_picture(noise(*extent), QWEN2)
+        native_image(noise(*extent), QWEN2)
 
 
 @settings(max_examples=200)
 @given(
     st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([4, 16, 64]), st.sampled_from([64, 300, 2000])
 )
-def test_no_picture_leaves_the_range(width: int, height: int, fewest: int, most: int) -> None:
+def test_no_image_leaves_the_range(width: int, height: int, fewest: int, most: int) -> None:
     if max(width, height) > MOST_ASPECT * min(width, height):
         return
-    limits = {"fewest_pixels": fewest * 28**2, "most_pixels": most * 28**2}
+    limits = {"min_pixels": fewest * 28**2, "max_pixels": most * 28**2}
     preprocessing = QWEN2.model_copy(update=limits)
     tokens, largest = native_range(preprocessing)
     across, down = resized(width, height, preprocessing)
     assert across % 28 == down % 28 == 0
-    assert tokens.fewest <= across * down // 28**2 <= tokens.most == largest
+    assert tokens.min_tokens <= across * down // 28**2 <= tokens.max_tokens == largest
 
 
-def test_a_batch_has_a_call_and_a_grid_for_every_picture() -> None:
-    facts = ModelFacts.model_construct(visual_tokens=1280)
-    batch = pictures.prepare([noise(100, 60), noise(60, 200)], QWEN2, facts)
+def test_a_batch_has_a_call_and_a_grid_for_every_image() -> None:
+    facts = ModelSpec.model_construct(visual_tokens=1280)
+    batch = prepare([noise(100, 60), noise(60, 200)], QWEN2, facts)
     assert len(batch.calls) == 2
     assert batch.grids is not None
     assert batch.grids.tolist() == [[2, 4], [7, 2]]

@@ -123,8 +123,8 @@ class TestEncode:
         [
             ("USER: <image> where?", "has 0 times"),
             ("USER: <image> {expression} {expression}", "has 2 times"),
-            ("USER: where is {expression}?", "gives 0 picture placeholders"),
-            ("<image> <image> {expression}", "gives 2 picture placeholders"),
+            ("USER: where is {expression}?", "gives 0 image placeholders"),
+            ("<image> <image> {expression}", "gives 2 image placeholders"),
         ],
     )
     def test_broken_templates(self, tokenizer: Tokenizer, grounding: str, message: str) -> None:
@@ -195,16 +195,16 @@ class TestRefused:
         from tokenizers import AddedToken
 
         tokenizer = build_tokenizer()
-        tokenizer.add_tokens([AddedToken("<picture>", special=False)])
+        tokenizer.add_tokens([AddedToken("<image>", special=False)])
         template = TEMPLATE.model_copy(
             update={
-                "image_token_id": tokenizer.token_to_id("<picture>"),
-                "grounding": "<picture> {expression}",
+                "image_token_id": tokenizer.token_to_id("<image>"),
+                "grounding": "<image> {expression}",
             }
         )
         encode(tokenizer, "mug", template=template)
         with pytest.raises(InputError, match="control token"):
-            encode(tokenizer, "mug <picture>", template=template)
+            encode(tokenizer, "mug <image>", template=template)
 
     def test_lone_surrogate(self, tokenizer: Tokenizer) -> None:
         with pytest.raises(InputError, match="not valid text") as caught:

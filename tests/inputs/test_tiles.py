@@ -1,4 +1,4 @@
-"""Pictures as tiles: pixels against transformers' processors, places of tokens against the packing of its models."""
+"""Images as tiles: pixels against transformers' processors, places of tokens against the packing of its models."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from PIL import Image
 from gap_export.errors import InputError
 from gap_export.inputs import tiles
 from gap_export.inputs.images import load_image
-from gap_export.inputs.layouts import AnyRes, DynamicTiles
+from gap_export.inputs.layouts import AnyResLayout, DynamicTilesLayout
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NORMAL = {"mean": MEAN, "std": STD}
-NEXT = AnyRes(
+NEXT = AnyResLayout(
     size=336, side=24, grids=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), **NORMAL
 )
-ONEVISION = AnyRes(
-    size=384, side=27, most_tiles=9, grids=tuple((384 * i, 384 * j) for i in range(1, 7) for j in range(1, 7)), **NORMAL
+ONEVISION = AnyResLayout(
+    size=384, side=27, max_tiles=9, grids=tuple((384 * i, 384 * j) for i in range(1, 7) for j in range(1, 7)), **NORMAL
 )  # fmt: skip
-INTERNVL = DynamicTiles(size=448, tokens=256, fewest=1, most=12, **NORMAL)
+INTERNVL = DynamicTilesLayout(size=448, tokens=256, min_tiles=1, max_tiles=12, **NORMAL)
 ODD_SIZES = [(1, 37), (37, 1), (1, 1), (97, 96), (641, 427), (4000, 300), (300, 4000), (640, 480)]
 # Two token grids of a tile that make arithmetic small: grids of up to three tiles a side, bars of every width.
-SMALL = AnyRes(
+SMALL = AnyResLayout(
     size=8, side=4, grids=tuple((8 * i, 8 * j) for i in range(1, 4) for j in range(1, 4)), **NORMAL
 )
-SHRUNK = SMALL.model_copy(update={"most_tiles": 2})
+SHRUNK = SMALL.model_copy(update={"max_tiles": 2})
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -40,7 +40,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def smaller(preprocessing: Any) -> Any:
     """The same grids with tiles of 24 pixels, where only the arithmetic matters and not the size."""
-    if isinstance(preprocessing, DynamicTiles):
+    if isinstance(preprocessing, DynamicTilesLayout):
         return preprocessing.model_copy(update={"size": 24})
     grids = tuple(
         (h // preprocessing.size * 24, w // preprocessing.size * 24) for h, w in preprocessing.grids
@@ -49,19 +49,19 @@ def smaller(preprocessing: Any) -> Any:
 
 
 def transformers_pixels(image: Image.Image, preprocessing: Any) -> np.ndarray:
-    """The same picture through transformers' processor."""
+    """The same image through transformers' processor."""
     transformers = pytest.importorskip("transformers")
     common = {"image_mean": list(MEAN), "image_std": list(STD), "resample": 3}
     square = {"height": preprocessing.size, "width": preprocessing.size}
-    if isinstance(preprocessing, DynamicTiles):
+    if isinstance(preprocessing, DynamicTilesLayout):
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
         processor = GotOcr2ImageProcessorPil(
-            size=square, crop_to_patches=True, min_patches=preprocessing.fewest, max_patches=preprocessing.most, **common
+            size=square, crop_to_patches=True, min_patches=preprocessing.min_tiles, max_patches=preprocessing.max_tiles, **common
         )  # fmt: skip
         return np.stack(processor(image)["pixel_values"])
     grids = [list(grid) for grid in preprocessing.grids]
-    if preprocessing.most_tiles is None:
+    if preprocessing.max_tiles is None:
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
         size = {"shortest_edge": preprocessing.size}
@@ -79,8 +79,8 @@ def transformers_pixels(image: Image.Image, preprocessing: Any) -> np.ndarray:
 
 
 def pixels(image: Image.Image, preprocessing: Any) -> np.ndarray:
-    if isinstance(preprocessing, DynamicTiles):
-        return tiles.dynamic_picture(image, preprocessing).inputs["pixel_values"]
+    if isinstance(preprocessing, DynamicTilesLayout):
+        return tiles.dynamic_image(image, preprocessing).inputs["pixel_values"]
     return tiles.anyres_pixels(tiles.rgb(image), preprocessing)
 
 
@@ -127,7 +127,7 @@ class TestPixels:
 
 
 def packed_by_transformers(
-    width: int, height: int, preprocessing: AnyRes, tokens_tNH: Any, newline_H: Any
+    width: int, height: int, preprocessing: AnyResLayout, tokens_tNH: Any, newline_H: Any
 ) -> Any:
     """[N, H] image tokens of the unpruned prompt, from the packing of transformers' own models."""
     import torch
@@ -140,10 +140,10 @@ def packed_by_transformers(
     grids = [list(grid) for grid in preprocessing.grids]
     model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=grids))
     sizes = torch.tensor([[height, width]])
-    if preprocessing.most_tiles is None:
+    if preprocessing.max_tiles is None:
         packed, _ = LlavaNextModel.pack_image_features(model, [tokens_tNH], sizes, "default", newline_H)  # type: ignore[arg-type]
     else:
-        ratio = f"anyres_max_{preprocessing.most_tiles}"
+        ratio = f"anyres_max_{preprocessing.max_tiles}"
         packed, _ = LlavaOnevisionModel.pack_image_features(model, [tokens_tNH], sizes, newline_H, ratio)  # type: ignore[arg-type]
     return packed[0]
 
@@ -169,7 +169,7 @@ class TestLayout:
         ],
         ids=str,
     )
-    def test_known_counts(self, preprocessing: AnyRes, extent: tuple[int, int], tokens: int) -> None:
+    def test_known_counts(self, preprocessing: AnyResLayout, extent: tuple[int, int], tokens: int) -> None:
         layout = tiles.anyres_layout(*extent, preprocessing)
         assert len(layout[tiles.PLACES]) + len(layout[tiles.NEWLINES]) == tokens
 
@@ -177,7 +177,7 @@ class TestLayout:
     @settings(max_examples=60)
     @given(width=st.integers(1, 60), height=st.integers(1, 60))
     def test_tokens_are_where_transformers_packs_them(
-        self, preprocessing: AnyRes, width: int, height: int
+        self, preprocessing: AnyResLayout, width: int, height: int
     ) -> None:
         import torch
 
@@ -196,7 +196,7 @@ class TestLayout:
             assert rows == 0 or height > 5 * width
             return
         flat = tokens_tNH.flatten(0, 1).numpy()
-        if preprocessing.most_tiles is None:
+        if preprocessing.max_tiles is None:
             tokens_PH = flat[layout[tiles.CELLS]]
         else:
             tokens_PH = (flat[layout[tiles.CORNERS]] * layout[tiles.WEIGHTS][..., None]).sum(1)
@@ -212,13 +212,13 @@ class TestLayout:
     @pytest.mark.parametrize(
         "preprocessing", [SMALL, SHRUNK, NEXT, ONEVISION], ids=["small", "shrunk", "next", "onevision"]
     )
-    def test_no_picture_leaves_the_range(self, preprocessing: AnyRes) -> None:
+    def test_no_image_leaves_the_range(self, preprocessing: AnyResLayout) -> None:
         tokens, most = tiles.anyres_range(preprocessing)
         reached = 0
         for width, height in [(w, h) for w in (30, 40, 111, 160, 200) for h in (30, 33, 120, 160, 200)]:
             layout = tiles.anyres_layout(width * 10, height * 10, preprocessing)
             prunable, newlines = len(layout[tiles.PLACES]), len(layout[tiles.NEWLINES])
-            assert tokens.fewest <= prunable <= tokens.most
+            assert tokens.min_tokens <= prunable <= tokens.max_tokens
             assert 1 <= newlines <= tokens.never_pruned
             assert prunable + newlines <= most
             reached = max(reached, prunable + newlines)
@@ -229,13 +229,16 @@ class TestLayout:
     )
     def test_a_thread_is_refused(self, extent: tuple[int, int], words: str) -> None:
         with pytest.raises(InputError, match=words):
-            tiles.anyres_picture(noise(*extent), SMALL)
+            tiles.anyres_image(noise(*extent), SMALL)
 
 
 def test_dynamic_range() -> None:
     tokens, most = tiles.dynamic_range(INTERNVL)
-    assert (tokens.fewest, tokens.most, tokens.never_pruned, most) == (256, 13 * 256, 0, 13 * 256)
-    picture = tiles.dynamic_picture(noise(*tiles.USUAL_SIZE), smaller(INTERNVL))
+    assert (tokens.min_tokens, tokens.max_tokens, tokens.never_pruned, most) == (256, 13 * 256, 0, 13 * 256)
+    image = tiles.dynamic_image(noise(*tiles.USUAL_SIZE), smaller(INTERNVL))
     assert (
-        picture.prunable == picture.visual_tokens == tokens.usual == len(picture.inputs["pixel_values"]) * 256
+        image.prunable
+        == image.visual_tokens
+        == tokens.typical_tokens
+        == len(image.inputs["pixel_values"]) * 256
     )

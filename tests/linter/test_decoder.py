@@ -24,12 +24,12 @@ def rules_of(report: Report, severity: str | None = None) -> set[str]:
     return {f.rule for f in report.findings if severity in (None, f.severity)}
 
 
-def lint(parts: SimpleNamespace, own: bool = False, **changes: Any) -> Report:
-    return lint_graph(parts.Small(**changes).model(), own=own)
+def lint(parts: SimpleNamespace, strict: bool = False, **changes: Any) -> Report:
+    return lint_graph(parts.Small(**changes).model(), strict=strict)
 
 
 def test_the_contract_of_our_own_decoder_passes(parts: SimpleNamespace) -> None:
-    report = lint(parts, own=True)
+    report = lint(parts, strict=True)
     assert report.verdict.survives
     assert report.findings == ()
     assert (report.profile, report.attention_layers) == ("decoder", 2)
@@ -221,7 +221,7 @@ def test_a_mask_made_from_ids_is_caught(parts: SimpleNamespace) -> None:
     # Reading only the shape of the ids is harmless.
     shaped = parts.MASK.replace("(zero, length, one)", "(zero, rows, one)")
     extent = "ids_extent = Shape <start=1, end=2> (position_ids) rows = Squeeze (ids_extent) "
-    assert lint(parts, mask=extent + shaped, own=True).findings == ()
+    assert lint(parts, mask=extent + shaped, strict=True).findings == ()
 
 
 def test_slots_made_from_ids_are_caught(parts: SimpleNamespace) -> None:
@@ -271,7 +271,7 @@ def test_a_cache_inside_attention_and_lengths_are_errors_only_for_us(parts: Simp
         assert foreign.verdict.survives
         assert foreign.errors == ()
         assert "explicit-mask" in rules_of(foreign, "warning")
-        assert "explicit-mask" in rules_of(lint(parts, own=True, **changes), "error")
+        assert "explicit-mask" in rules_of(lint(parts, strict=True, **changes), "error")
 
 
 def test_a_cache_without_mask_or_lengths_is_attended_in_full(parts: SimpleNamespace) -> None:
@@ -281,14 +281,14 @@ def test_a_cache_without_mask_or_lengths_is_attended_in_full(parts: SimpleNamesp
 
 def test_an_idle_input_is_an_error_for_us_and_a_warning_for_others(parts: SimpleNamespace) -> None:
     inputs = (*IDS_ONLY, "attention_mask")
-    own = lint(parts, own=True, inputs=inputs)
+    own = lint(parts, strict=True, inputs=inputs)
     assert [(f.rule, f.node) for f in own.errors] == [("every-input-used", "attention_mask")]
     assert lint(parts, inputs=inputs).errors == ()
 
 
 def test_other_domains_are_errors_for_us_and_warnings_for_others(parts: SimpleNamespace) -> None:
     change = {"rotate": parts.ROTATE["microsoft"], "rows": parts.TABLE_ROWS.split("cos3")[0]}
-    own = lint(parts, own=True, **change)
+    own = lint(parts, strict=True, **change)
     assert [(f.rule, f.count) for f in own.errors] == [("standard-ops-only", 4)]
     assert lint(parts, **change).errors == ()
 
@@ -308,14 +308,14 @@ def test_a_cache_that_is_not_written_in_place_is_caught(
 ) -> None:
     copies = "copy{l} = Identity (past.{l}.key) " if "copy" in after else ""
     cache = copies + parts.SCATTER.replace(before, after)
-    report = lint(parts, own=True, cache=cache)
+    report = lint(parts, strict=True, cache=cache)
     assert any(words in f.sentence and f.rule == "cache-in-place" for f in report.errors), report.findings
     assert report.verdict.survives
 
 
 def test_a_past_that_others_read_cannot_share_its_buffer(parts: SimpleNamespace) -> None:
     attention = parts.ATTENTION.replace("present.{l}.value", "past.{l}.value")
-    report = lint(parts, own=True, attention=attention)
+    report = lint(parts, strict=True, attention=attention)
     assert [(f.rule, f.count) for f in report.errors] == [("cache-in-place", 2)]
     assert "read by other operators" in report.errors[0].sentence
 
@@ -326,7 +326,7 @@ def test_a_cache_that_varies_is_a_warning_for_others_and_ours_where_no_engine_is
     varying = {"past": "float[B,1,P,16]", "present": "float[B,1,P,16]"}
     found = {f.sentence for f in lint(parts, **varying).findings if f.severity == "warning"}
     assert "its sequence length is not static, which TensorRT requires" in found
-    assert lint(parts, own=True, **varying).errors == ()
+    assert lint(parts, strict=True, **varying).errors == ()
 
 
 def test_a_growing_cache_is_a_warning_for_others_and_an_error_for_us(parts: SimpleNamespace) -> None:
@@ -335,7 +335,7 @@ def test_a_growing_cache_is_a_warning_for_others_and_an_error_for_us(parts: Simp
     assert foreign.verdict.survives
     assert foreign.errors == ()
     assert rules_of(foreign, "warning") == {"cache-in-place"}
-    assert rules_of(lint(parts, own=True, **change), "error") == {"cache-in-place"}
+    assert rules_of(lint(parts, strict=True, **change), "error") == {"cache-in-place"}
 
 
 def test_a_report_can_be_stored(parts: SimpleNamespace) -> None:

@@ -125,7 +125,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["vision", "splice", "embed", "decoder"])
 def test_our_own_graphs_pass_and_are_recognised(bundle: Path, name: str) -> None:
-    report = lint_graph(bundle / f"{name}.onnx", own=True)
+    report = lint_graph(bundle / f"{name}.onnx", strict=True)
     assert (report.profile, report.findings) == (name, ())
     assert report.verdict.survives
 
@@ -149,7 +149,7 @@ def test_our_decoder_with_its_ids_counted_is_caught(bundle: Path) -> None:
     model.graph.insert_before(model.graph[0], nodes)
     for use in readers:
         use.node.replace_input_with(use.idx, summed.outputs[0])
-    report = lint_graph(model, own=True)
+    report = lint_graph(model, strict=True)
     assert not report.verdict.survives
     assert {f.rule for f in report.errors} == {"rope-reads-position-ids"}
 
@@ -157,7 +157,7 @@ def test_our_decoder_with_its_ids_counted_is_caught(bundle: Path) -> None:
 def test_our_decoder_with_one_causal_flag_is_caught(bundle: Path) -> None:
     model = ir.load(bundle / "decoder.onnx")
     only(model, "Attention").attributes.add(ir.AttrInt64("is_causal", 1))
-    report = lint_graph(model, own=True)
+    report = lint_graph(model, strict=True)
     assert [(f.rule, f.count) for f in report.errors] == [("no-causal-flag-with-cache", 1)]
 
 
@@ -169,7 +169,7 @@ def test_our_decoder_writing_one_layer_at_its_ids_is_caught(bundle: Path) -> Non
     scatter = only(model, "TensorScatter")
     model.graph.insert_before(scatter, least)
     scatter.replace_input_with(2, least.outputs[0])
-    report = lint_graph(model, own=True)
+    report = lint_graph(model, strict=True)
     assert not report.verdict.survives
     assert {f.rule for f in report.errors} == {"cache-follows-slots"}
 
@@ -179,6 +179,6 @@ def test_our_vision_graph_without_its_sort_is_caught(bundle: Path) -> None:
     picks, sorts = (n for n in model.graph if n.op_type == "TopK")
     sorts.outputs[0].replace_all_uses_with(picks.outputs[1], replace_graph_outputs=True)
     sorts.outputs[0].name, picks.outputs[1].name = "sorted_indices", "kept_indices"
-    report = lint_graph(model, own=True)
+    report = lint_graph(model, strict=True)
     assert not report.verdict.survives
     assert "in score order" in report.verdict.reason

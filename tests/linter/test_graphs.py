@@ -125,7 +125,7 @@ def test_functions_are_expanded_and_the_given_model_is_not_touched(
 
     model = ir.from_proto(small.proto(with_function))
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    assert lint_graph(model, own=survives).verdict.survives == survives
+    assert lint_graph(model, strict=survives).verdict.survives == survives
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -145,7 +145,7 @@ def test_weights_that_are_elsewhere_are_not_missed(
 
 
 def test_a_large_decoder_is_linted_whole(parts: SimpleNamespace) -> None:
-    report = lint_graph(parts.Small(layers=48).model(), own=True)
+    report = lint_graph(parts.Small(layers=48).model(), strict=True)
     assert (report.attention_layers, report.findings) == (48, ())
 
 
@@ -171,5 +171,5 @@ def test_a_token_table_alone_is_an_embedding() -> None:
         "inputs_embeds = Gather (table, input_ids)", "int64[B,T] input_ids", "float[B,T,4] inputs_embeds"
     )
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((9, 4), np.float32), "table"))
-    report = lint_graph(ir.from_proto(model), own=True)
+    report = lint_graph(ir.from_proto(model), strict=True)
     assert (report.profile, report.verdict.survives, report.findings) == ("embed", True, ())

@@ -21,7 +21,7 @@ def graph_of(bundle: Bundle, name: str) -> ir.Model:
 
 
 def lint(model: ir.Model, policy: PositionPolicy = GAP) -> Report:
-    return lint_graph(model, profile="decoder", own=True, policy=policy)
+    return lint_graph(model, profile="decoder", strict=True, policy=policy)
 
 
 def rules(report: Report) -> set[str]:

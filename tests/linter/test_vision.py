@@ -61,7 +61,7 @@ def gathered(indices: str) -> str:
 
 
 def check(body: str, policy: PositionPolicy = PositionPolicy.GAP) -> Report:
-    return lint_graph(ir.from_proto(vision(body)), own=True, policy=policy)
+    return lint_graph(ir.from_proto(vision(body)), strict=True, policy=policy)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +240,9 @@ def test_splice_ids_must_be_made_from_the_kept_indices() -> None:
     kept = "position_ids = Add (kept_indices, ten)"
     counted = """extent = Shape <start=1, end=2> (kept_indices) length = Squeeze (extent)
         counted = Range (zero_s, length, one_s) position_ids = Unsqueeze (counted, at0)"""
-    good = lint_graph(splice(kept), own=True)
+    good = lint_graph(splice(kept), strict=True)
     assert (good.profile, good.verdict.survives, good.findings) == ("splice", True, ())
-    bad = lint_graph(splice(counted), own=True)
+    bad = lint_graph(splice(counted), strict=True)
     assert not bad.verdict.survives
     assert {f.rule for f in bad.errors} == {"ids-from-kept-indices"}
-    assert lint_graph(splice(counted), own=True, policy=PositionPolicy.SHIFTED).errors == ()
+    assert lint_graph(splice(counted), strict=True, policy=PositionPolicy.SHIFTED).errors == ()

@@ -16,13 +16,13 @@ from gap_export.positions import PositionPolicy
 def splice_spec(
     policy: PositionPolicy, *, mrope: bool, hidden: int, per_prompt: tuple[int, ...] = ()
 ) -> GraphSpec:
-    """The splice of pictures that differ in size.
+    """The splice of images that differ in size.
 
     Args:
         policy: how survivors are numbered.
         mrope: three rows of ids.
         hidden: width of all that belongs to a token.
-        per_prompt: (pictures,) where a prompt has several.
+        per_prompt: (images,) where a prompt has several.
     """
     batch, text = (
         Dim(name="batch", minimum=1, optimum=2, maximum=4),

@@ -125,15 +125,15 @@ def test_padding_after_the_end_is_never_read(
     np.testing.assert_allclose(given[0], padded[0], atol=1e-5)
 
 
-def test_other_words_keep_other_tokens(tiny_bundle: Callable[..., Bundle], picture_file: Path) -> None:
+def test_other_words_keep_other_tokens(tiny_bundle: Callable[..., Bundle], image_file: Path) -> None:
     from gap_export.inputs.images import load_image
 
     bundle = tiny_bundle(pruner="text_similarity")
-    picture, grounder = load_image(picture_file), Grounder(bundle)
+    image, grounder = load_image(image_file), Grounder(bundle)
     session = open_session(bundle, "onnxruntime", threads=1)
-    answers = grounder.ground(session, [picture] * 2, ["the red mug", "a cat on the left"]).answers
+    answers = grounder.ground(session, [image] * 2, ["the red mug", "a cat on the left"]).answers
     assert answers[0].kept_indices.tolist() != answers[1].kept_indices.tolist()
-    alone = grounder.ground(session, [picture], ["the red mug"]).answers[0]
+    alone = grounder.ground(session, [image], ["the red mug"]).answers[0]
     assert alone.kept_indices.tolist() == answers[0].kept_indices.tolist()
 
 

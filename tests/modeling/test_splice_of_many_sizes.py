@@ -1,4 +1,4 @@
-"""The splice where pictures differ in how many visual tokens they have, with ids that count and ids of M-RoPE."""
+"""The splice where images differ in how many visual tokens they have, with ids that count and ids of M-RoPE."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def ids_by_crossing_out(row: int, policy: PositionPolicy, *, mrope: bool) -> tup
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2], [1, 0]], ids=str)
-def test_pictures_of_different_sizes(
+def test_images_of_different_sizes(
     exported: tuple[PositionPolicy, bool, Path, GraphSpec], table: Any, rows: list[int]
 ) -> None:
     policy, mrope, path, graph = exported
@@ -114,7 +114,7 @@ def test_pictures_of_different_sizes(
 
 def test_ids_come_from_the_kept_indices(exported: tuple[PositionPolicy, bool, Path, GraphSpec]) -> None:
     policy, _, path, _ = exported
-    assert linter.lint_graph(path, profile="splice", own=True, policy=policy).verdict.survives
+    assert linter.lint_graph(path, profile="splice", strict=True, policy=policy).verdict.survives
 
 
 def test_tensorrt_rtx_builds_it(

@@ -1,4 +1,4 @@
-"""The splice of prompts with several pictures, with ids that count and ids of M-RoPE, against a walk through the unpruned prompt."""
+"""The splice of prompts with several images, with ids that count and ids of M-RoPE, against a walk through the unpruned prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gap_export.positions import PositionPolicy, gather_mrope_ids, place
 
 from .exporting import splice_spec, write_splice
 
-IMAGE, PAD, VOCABULARY, HIDDEN, PICTURES, PLANES = 9, -1, 20, 4, 2, 1
+IMAGE, PAD, VOCABULARY, HIDDEN, IMAGES, PLANES = 9, -1, 20, 4, 2, 1
 GRIDS = np.array([[[3, 5], [2, 2]], [[1, 7], [4, 2]], [[2, 1], [1, 1]]])
 KEPT = (((0, 4, 5, 14), (1,)), ((3,), (0, 6, 7)), ((1,), (0,)))
 TEXT = ((2, 1, 3), (0, 0, 4), (3, 2, 0))
@@ -38,9 +38,14 @@ def exported(
     with fake_mode():
         embedding = nn.Embedding(VOCABULARY, HIDDEN)
     splice = SpliceSeveral(
-        embedding, image_token_id=IMAGE, visual_tokens=None, policy=policy, mrope=mrope, planes=PLANES
+        embedding,
+        image_token_id=IMAGE,
+        visual_tokens=None,
+        policy=policy,
+        mrope=mrope,
+        deepstack_levels=PLANES,
     )
-    graph = splice_spec(policy, mrope=mrope, hidden=2 * HIDDEN, per_prompt=(PICTURES,))
+    graph = splice_spec(policy, mrope=mrope, hidden=2 * HIDDEN, per_prompt=(IMAGES,))
     path = write_splice(splice, graph, table, tmp_path_factory.mktemp("splice"))
     return policy, mrope, path, graph
 
@@ -53,7 +58,7 @@ def words_of(row: int) -> list[int]:
 def feeds(rows: list[int]) -> dict[str, Any]:
     """Rows of the example, padded to the longest among them."""
     words = [words_of(row) for row in rows]
-    kept = [[index for picture in KEPT[row] for index in picture] for row in rows]
+    kept = [[index for image in KEPT[row] for index in image] for row in rows]
     ids = np.full((len(rows), max(map(len, words))), PAD, np.int64)
     indices = np.full((len(rows), max(map(len, kept))), -1, np.int64)
     for number in range(len(rows)):
@@ -64,7 +69,7 @@ def feeds(rows: list[int]) -> dict[str, Any]:
         "input_ids": ids,
         "visual_embeds": rng.normal(size=(*indices.shape, 2 * HIDDEN)).astype(np.float32),
         "kept_indices": indices,
-        "kept_counts": np.array([[len(picture) for picture in KEPT[row]] for row in rows]),
+        "kept_counts": np.array([[len(image) for image in KEPT[row]] for row in rows]),
         "image_grid": GRIDS[rows],
         "visual_counts": GRIDS[rows].prod(axis=2),
     }
@@ -80,7 +85,7 @@ def ids_by_crossing_out(row: int, policy: PositionPolicy, *, mrope: bool) -> tup
             surviving.append(len(whole))
             whole.append([position] * 3)
             position += 1
-        if part == PICTURES:
+        if part == IMAGES:
             break
         rows, columns = GRIDS[row][part]
         for index in range(rows * columns):
@@ -93,12 +98,12 @@ def ids_by_crossing_out(row: int, policy: PositionPolicy, *, mrope: bool) -> tup
         ids = np.arange(len(surviving))
         return (np.stack([ids] * 3) if mrope else ids), len(surviving)
     gathered, following = gather_mrope_ids(np.array(whole).T, np.array(surviving))
-    assert position >= following  # (equal, unless the prompt ends with a picture)
+    assert position >= following  # (equal, unless the prompt ends with an image)
     return (gathered if mrope else gathered[0]), position
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2], [1, 0]], ids=str)
-def test_two_pictures_of_different_sizes(
+def test_two_images_of_different_sizes(
     exported: tuple[PositionPolicy, bool, Path, GraphSpec], table: Any, rows: list[int]
 ) -> None:
     policy, mrope, path, graph = exported
@@ -137,7 +142,7 @@ def test_two_pictures_of_different_sizes(
 
 def test_ids_come_from_the_kept_indices(exported: tuple[PositionPolicy, bool, Path, GraphSpec]) -> None:
     policy, _, path, _ = exported
-    assert linter.lint_graph(path, profile="splice", own=True, policy=policy).verdict.survives
+    assert linter.lint_graph(path, profile="splice", strict=True, policy=policy).verdict.survives
 
 
 def test_tensorrt_rtx_builds_it(

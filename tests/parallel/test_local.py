@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gap_export import errors
-from gap_export.errors import EnvironmentLacks, GapExportError, InputError, LintError
+from gap_export.errors import GapExportError, InputError, LintError, MissingRequirementError
 from gap_export.parallel.local import Step, results_of
 
 # Workers start afresh and import what they are made of by name, so it must lie where they look.
@@ -90,7 +90,7 @@ def test_errors_of_ours_come_across_whole(jobs: int, room: Any) -> None:
 def test_a_worker_that_breaks_down_is_noticed(
     task: str, words: str, room: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(EnvironmentLacks, match=words) as caught:
+    with pytest.raises(MissingRequirementError, match=words) as caught:
         list(results_of(room.Doubling, [task, task], jobs=2))
     assert "--jobs 1" in caught.value.hint
     assert not multiprocessing.active_children()

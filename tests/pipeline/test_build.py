@@ -75,7 +75,7 @@ def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.Mon
     assert len(traced) == 6
 
 
-def test_stretched_pictures_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
+def test_stretched_images_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
     from gap_export.families import llava
 
     recipe = Recipe.model_validate({**tiny_options, "fit": "stretch"})

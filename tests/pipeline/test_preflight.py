@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Derived, WeightLocation
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 from gap_export.pipeline import build, preflight
-from gap_export.pipeline.preflight import Needs, available_memory, existing_parent, needs_of, require_room
+from gap_export.pipeline.preflight import Needs, available_memory, check_room, existing_parent, needs_of
 from gap_export.recipe.recipe import Recipe
 
-FACTS = ModelFacts(
+FACTS = ModelSpec(
     hidden_size=8, layers=32, attention_heads=1, kv_heads=1, head_dim=8, vocabulary=10, visual_tokens=576, grid=(24, 24), max_positions=2048
 )  # fmt: skip
 Usage = namedtuple("Usage", "total used free")
@@ -61,24 +61,22 @@ def test_memory_is_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, 10**9))
-    require_room(Needs(10**9, 0, 0), tmp_path / "out", recipe())
+    check_room(Needs(10**9, 0, 0), tmp_path / "out", recipe())
     with pytest.raises(
-        EnvironmentLacks, match=r"has 1\.0 GB free, and the build writes about 2\.5 GB"
+        MissingRequirementError, match=r"has 1\.0 GB free, and the build writes about 2\.5 GB"
     ) as caught:
-        require_room(
-            Needs(2_500_000_000, 0, 10), tmp_path / "a" / "out", recipe(targets=("onnx", "tensorrt"))
-        )
+        check_room(Needs(2_500_000_000, 0, 10), tmp_path / "a" / "out", recipe(targets=("onnx", "tensorrt")))
     assert "--precision" in caught.value.hint
     assert "--target" in caught.value.hint
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "available_memory", lambda: 10**9)
-    require_room(Needs(0, 10**9, 0), tmp_path, recipe())
+    check_room(Needs(0, 10**9, 0), tmp_path, recipe())
     with pytest.raises(
-        EnvironmentLacks, match=r"memory: of 1\.0 GB is free, and the build takes about 3\.0 GB"
+        MissingRequirementError, match=r"memory: of 1\.0 GB is free, and the build takes about 3\.0 GB"
     ):
-        require_room(Needs(0, 3 * 10**9, 0), tmp_path, recipe())
+        check_room(Needs(0, 3 * 10**9, 0), tmp_path, recipe())
 
 
 def test_the_smaller_of_machine_and_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +101,6 @@ def test_a_build_without_room_leaves_nothing(
     tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
-    with pytest.raises(EnvironmentLacks, match="free, and the build writes about"):
+    with pytest.raises(MissingRequirementError, match="free, and the build writes about"):
         build.build(Recipe.model_validate({**tiny_options, "precision": "fp16"}), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

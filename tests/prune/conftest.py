@@ -81,11 +81,11 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
             np.testing.assert_allclose(alone_embeds[0], embeds[row], rtol=0, atol=1e-4)
 
     def every_count(pruner: str, merged_id: MergedId = MergedId.LAST_VISUAL) -> None:
-        """As torch code, from the fewest to all of 20 tokens, three pictures each: order, range, reference."""
+        """As torch code, from the fewest to all of 20 tokens, three images each: order, range, reference."""
         row, visual = prune.strategy(pruner), SMALL[0] * SMALL[1]
         arrays = sets.random_features(np.random.default_rng(6), SMALL, batch=3, width=48)
         features = VisionFeatures(grid=SMALL, **{n: torch.from_numpy(a.copy()) for n, a in arrays.items()})
-        for kept in range(row.fewest, visual + 1):
+        for kept in range(row.min_tokens, visual + 1):
             selected = prune.load(pruner).select(features, kept, seed=0, merged_id=merged_id)
             selected = order.in_decoder_order(selected, PositionPolicy.GAP)
             indices = selected.indices_BK.numpy()
@@ -93,21 +93,21 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
             assert indices.min() >= 0
             assert indices.max() < visual
             assert (np.diff(indices, axis=1) >= (0 if row.merged else 1)).all()
-            for picture in range(3):
-                assert len(set(indices[picture])) >= kept - row.merged
-                seen = sets.seen(arrays, picture, SMALL)
+            for image in range(3):
+                assert len(set(indices[image])) >= kept - row.merged
+                seen = sets.seen(arrays, image, SMALL)
                 choice = reference.choose(pruner, seen, kept, seed=0, merged_id=merged_id)
                 places = np.argsort(choice.indices_K, kind="stable")
-                assert np.array_equal(indices[picture], choice.indices_K[places]), kept
+                assert np.array_equal(indices[image], choice.indices_K[places]), kept
                 if selected.patches_BKE is not None:
                     assert choice.patches_KE is not None
-                    own = selected.patches_BKE[picture].numpy()
+                    own = selected.patches_BKE[image].numpy()
                     np.testing.assert_allclose(own, choice.patches_KE[places], atol=1e-4)
 
     def one_graph_for_every_count(pruner: str, **options: Any) -> None:
-        """As a graph in which K is an input, from the fewest to all of 20 tokens, three pictures each."""
+        """As a graph in which K is an input, from the fewest to all of 20 tokens, three images each."""
         graph, generator = exported(pruner, None, SMALL, width=48, **options), np.random.default_rng(8)
-        for kept in range(prune.strategy(pruner).fewest, SMALL[0] * SMALL[1] + 1):
+        for kept in range(prune.strategy(pruner).min_tokens, SMALL[0] * SMALL[1] + 1):
             arrays = sets.random_features(generator, SMALL, batch=3, width=48)
             assert set(sets.agrees(graph, arrays, kept)) == {"equal"}, kept
 
@@ -148,7 +148,7 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         passes.simplify(model)
         path = folder / "vision.onnx"
         passes.write_graph(model, component.spec, path)
-        linter.lint_graph(path, profile="vision", own=True, policy=plan.positions).require()
+        linter.lint_graph(path, profile="vision", strict=True, policy=plan.positions).require()
         return path, component.spec, keys
 
     return build
@@ -185,7 +185,7 @@ def selection_builds_in_tensorrt() -> Callable[..., None]:
         config, profile = builder.create_builder_config(), builder.create_optimization_profile()
         for tensor in (network.get_input(place) for place in range(network.num_inputs)):
             if tensor.is_shape_tensor:
-                fewest, visual = prune.strategy(graph.pruner).fewest, graph.grid[0] * graph.grid[1]
+                fewest, visual = prune.strategy(graph.pruner).min_tokens, graph.grid[0] * graph.grid[1]
                 profile.set_shape_input(tensor.name, [fewest], [visual // 4], [visual])
             else:
                 batches = [[batch, *tensor.shape[1:]] for batch in (1, 1, 2)]

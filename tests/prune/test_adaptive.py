@@ -1,4 +1,4 @@
-"""Counts that a picture finds by itself: the interquartile rule, padding, order, independence of the neighbours."""
+"""Counts that an image finds by itself: the interquartile rule, padding, order, independence of the neighbours."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_without_outliers_one_token_is_kept() -> None:
     assert outlier_count(torch.full((2, 40), 0.5)).tolist() == [[1], [1]]
 
 
-def test_a_picture_is_judged_by_its_own_scores() -> None:
+def test_an_image_is_judged_by_its_own_scores() -> None:
     """Quartiles over the whole batch, as the original takes them, give other counts."""
     quiet = np.random.default_rng(0).uniform(0.0, 0.01, 100).astype(np.float32)
     quiet[:3] = 0.05

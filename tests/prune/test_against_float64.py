@@ -27,7 +27,7 @@ def test_exported_graph_equals_float64(
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_batch_equals_its_pictures_alone(check: SimpleNamespace, name: str) -> None:
+def test_a_batch_equals_its_images_alone(check: SimpleNamespace, name: str) -> None:
     check.batch_equals_singles(name)
 
 
@@ -66,4 +66,4 @@ def test_every_place_of_the_merged_token(check: SimpleNamespace, name: str, merg
 @pytest.mark.parametrize("name", MERGING)
 def test_one_token_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="keeps at least 2 tokens"):
-        prune.require_count(prune.strategy(name), 1, 576)
+        prune.check_count(prune.strategy(name), 1, 576)

@@ -55,7 +55,7 @@ def features(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> Vis
 
 
 def counts_of(name: str) -> list[int]:
-    return [VISUAL] if name == "none" else list(range(prune.strategy(name).fewest, VISUAL + 1))
+    return [VISUAL] if name == "none" else list(range(prune.strategy(name).min_tokens, VISUAL + 1))
 
 
 # The contract
@@ -81,7 +81,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
         VisionFeatures(grid=GRID, **{name: tensor[row : row + 1] for name, tensor in whole.items()})  # type: ignore[arg-type]
         for row in range(4)
     ]
-    expected = [select(name, picture, kept, 3)[0].tolist() for picture in alone]
+    expected = [select(name, image, kept, 3)[0].tolist() for image in alone]
     assert select(name, features(), kept, 3).tolist() == expected
 
 
@@ -240,7 +240,7 @@ def test_grid_points_are_distinct_and_ascending(rows: int, columns: int, data: s
 
 
 @given(rows=st.integers(2, 24), columns=st.integers(2, 24), data=st.data())
-def test_grid_points_cover_the_picture(rows: int, columns: int, data: st.DataObject) -> None:
+def test_grid_points_cover_the_image(rows: int, columns: int, data: st.DataObject) -> None:
     """No patch is farther from a survivor than about the side of the square that each survivor stands for."""
     kept = data.draw(st.integers(1, rows * columns))
     points = np.array([divmod(index, columns) for index in grid_indices((rows, columns), kept)])
@@ -276,7 +276,7 @@ def test_draws_are_the_same_on_every_machine() -> None:
 
 
 def test_a_draw_does_not_need_to_know_the_size_beforehand() -> None:
-    """Where pictures differ in size, the draw of each is that of its size."""
+    """Where images differ in size, the draw of each is that of its size."""
     for visual in (5, 20):
         loose = VisionFeatures(torch.empty(2, visual, 1), grid=None)
         assert select("random", loose, 5, seed=3).tolist() == [drawn_indices(visual, 3)[:5]] * 2

@@ -23,10 +23,10 @@ def test_every_strategy_takes_the_count_as_an_input(
 ) -> None:
     """The same tokens and embeddings as a graph with that count built in, from the fewest to all."""
     row = prune.strategy(name)
-    path, _, _ = vision_graph(pruner=name, keep=f"{row.fewest / TOTAL}:1.0")
+    path, _, _ = vision_graph(pruner=name, keep=f"{row.min_tokens / TOTAL}:1.0")
     session = ort.InferenceSession(str(path))
     feeds = {"pixel_values": pixels, **({"text_ids": text_ids} if row.needs_text else {})}
-    for count in (row.fewest, 12, TOTAL):
+    for count in (row.min_tokens, 12, TOTAL):
         embeds, kept = session.run(None, {**feeds, "keep_count": np.array(count)})
         fixed, _, _ = vision_graph(pruner=name, keep=count / TOTAL)
         embeds_there, kept_there = ort.InferenceSession(str(fixed)).run(None, feeds)

@@ -75,20 +75,20 @@ def test_a_tower_without_a_class_token_is_told_what_works() -> None:
     for row in prune.STRATEGIES:
         if "class_token" in row.needs:
             with pytest.raises(RecipeError, match="needs a class token") as caught:
-                prune.require_tower(row, ("class_token",))
+                prune.check_tower(row, ("class_token",))
             assert caught.value.hint == (
                 "these work on it: divprune, dart, random, spatial, none, fastv, pyramiddrop, sparsevlm"
             )
         else:
-            prune.require_tower(row, ("class_token", "following_layer"))
+            prune.check_tower(row, ("class_token", "following_layer"))
 
 
 def test_no_count_is_refused_that_can_be_given() -> None:
     for row in prune.STRATEGIES:
-        for kept in range(row.fewest, TOTAL + 1) if row.name != "none" else [TOTAL]:
-            prune.require_count(row, kept, TOTAL)
+        for kept in range(row.min_tokens, TOTAL + 1) if row.name != "none" else [TOTAL]:
+            prune.check_count(row, kept, TOTAL)
     with pytest.raises(RecipeError, match="keeps all 36 tokens"):
-        prune.require_count(prune.strategy("none"), 35, TOTAL)
+        prune.check_count(prune.strategy("none"), 35, TOTAL)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("visonzip", "visionzip"), ("prumerge+", "prumerge"), ("divprun", "divprune")])  # fmt: skip

@@ -89,7 +89,7 @@ def test_the_last_token_of_trim_is_the_mean_of_what_was_dropped(kept: int) -> No
         assert indices[-1] == VISUAL - 1
 
 
-def test_relevance_is_scaled_within_each_picture() -> None:
+def test_relevance_is_scaled_within_each_image() -> None:
     seen = features()
     assert seen.aligned_BNP is not None
     relevance = CDPruner().relevance(seen)
@@ -134,7 +134,7 @@ def test_the_reference_turns_the_sign_too() -> None:
     assert seen.aligned_BNP is not None
     assert seen.text_BP is not None
     assert seen.projected_BNH is not None
-    picture = reference.Seen(
+    image = reference.Seen(
         patches_NE=seen.patches_BNE[0].double().numpy(),
         grid=GRID,
         projected_NH=seen.projected_BNH[0].double().numpy(),
@@ -144,7 +144,7 @@ def test_the_reference_turns_the_sign_too() -> None:
     for name in READERS:
         signs = [
             reference.choose(
-                name, replace(picture, aligned_inversely=sign), 6, seed=0, merged_id=MergedId.LAST_VISUAL
+                name, replace(image, aligned_inversely=sign), 6, seed=0, merged_id=MergedId.LAST_VISUAL
             )
             for sign in (True, False)
         ]

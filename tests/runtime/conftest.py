@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
-from gap_export.bundle.manifest import BoxFormat, Engine, EngineTarget, Graph, Manifest, ModelFacts, Pruning
+from gap_export.bundle.manifest import BoxFormat, Engine, EngineTarget, Graph, Manifest, ModelSpec, Pruning
 from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
 from gap_export.files import record_of
-from gap_export.inputs.layouts import Preprocessing
+from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate
 from gap_export.positions import PositionPolicy
 
@@ -156,7 +156,7 @@ def write_bundle(folder: Path, engines: dict[EngineTarget, dict[str, Engine]] | 
         family="small",
         checkpoint="none",
         precision="fp32",
-        model=ModelFacts(
+        model=ModelSpec(
             hidden_size=H,
             layers=1,
             attention_heads=1,
@@ -170,7 +170,7 @@ def write_bundle(folder: Path, engines: dict[EngineTarget, dict[str, Engine]] | 
         pruning=Pruning(pruner="norm", keep=0.5, kept=K, positions=PositionPolicy.GAP, seed=0),
         capacity=CAPACITY,
         max_new_tokens=4,
-        preprocessing=Preprocessing(
+        preprocessing=SquareLayout(
             size=4, fit="pad", background=(0, 0, 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
         ),
         prompt=PromptTemplate(

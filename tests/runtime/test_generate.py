@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gap_export.errors import InputError, SessionError
 from gap_export.inputs.batch import PixelInputs, of_one_size
 from gap_export.positions import Ids, Placement, PositionPolicy, place
-from gap_export.runtime.generate import Generation, generate, refuse_overflow
+from gap_export.runtime.generate import Generation, check_overflow, generate
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 EOS, VISUAL, VOCABULARY = 2, 20, 12
@@ -258,13 +258,13 @@ def test_logits_that_are_not_numbers_are_no_answer(broken_at: int) -> None:
     generation = answer(Overflowing([[7], [8], [9], [EOS]]))
     assert not generation.finite
     with pytest.raises(SessionError, match="not finite"):
-        refuse_overflow(generation, "fake")
+        check_overflow(generation, "fake")
 
 
 def test_finite_logits_are_accepted() -> None:
     generation = answer(FakeSession([[7], [EOS]]))
     assert generation.finite
-    refuse_overflow(generation, "fake")
+    check_overflow(generation, "fake")
 
 
 def test_an_answer_that_was_cut_off_says_so() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import InputError
-from gap_export.runtime.session import require_within_bound, vision_inputs
+from gap_export.runtime.session import check_within_bound, vision_inputs
 
 WORDS = np.array([[5, 6, 7]])
 
@@ -21,8 +21,8 @@ def pruning(**changes: Any) -> Pruning:
 
 
 FIXED = pruning()
-CHOSEN = pruning(counting="chosen", fewest=4, most=20)
-ADAPTIVE = pruning(counting="adaptive", fewest=2, most=9)
+CHOSEN = pruning(keep_mode="dynamic", min_tokens=4, max_tokens=20)
+ADAPTIVE = pruning(keep_mode="adaptive", min_tokens=2, max_tokens=9)
 
 
 def inputs(given: Pruning, *, reads_text: bool = False, text: Any = None, keep: int | None = None) -> Any:
@@ -42,8 +42,8 @@ def test_a_chosen_count_is_a_scalar(asked: int | None, fed: int) -> None:
 @pytest.mark.parametrize(
     ("given", "asked", "message"),
     [
-        (FIXED, 10, "this bundle keeps 9 of every picture"),
-        (ADAPTIVE, 5, "this bundle keeps what each picture needs, at most 9"),
+        (FIXED, 10, "this bundle keeps 9 of every image"),
+        (ADAPTIVE, 5, "this bundle keeps what each image needs, at most 9"),
         (CHOSEN, 3, "is outside 4 to 20"),
         (CHOSEN, 21, "is outside 4 to 20"),
     ],
@@ -61,9 +61,9 @@ def test_expressions_go_where_they_are_looked_at() -> None:
         inputs(FIXED, reads_text=True)
 
 
-def test_a_picture_that_needs_more_than_there_is_room_for() -> None:
-    require_within_bound(np.array([2, 9]), ADAPTIVE)
+def test_an_image_that_needs_more_than_there_is_room_for() -> None:
+    check_within_bound(np.array([2, 9]), ADAPTIVE)
     with pytest.raises(InputError, match="needs 12 visual tokens") as caught:
-        require_within_bound(np.array([2, 12, 3]), ADAPTIVE)
-    assert caught.value.subject == "picture 2 of 3"
+        check_within_bound(np.array([2, 12, 3]), ADAPTIVE)
+    assert caught.value.subject == "image 2 of 3"
     assert "--keep-bound" in caught.value.hint

@@ -42,11 +42,11 @@ def session(
 
 
 def test_answers_are_those_of_whole_prompts(session: Any, pixels: Any) -> None:
-    pictures = of_one_size(pixels[:1], 36)
+    batch = of_one_size(pixels[:1], 36)
     whole = [
         generate(
             session,
-            pictures,
+            batch,
             padded([BEGINNING + rest]),
             max_new_tokens=NEW,
             eos_token_ids=(),
@@ -54,7 +54,7 @@ def test_answers_are_those_of_whole_prompts(session: Any, pixels: Any) -> None:
         )
         for rest in RESTS
     ]
-    prefix = prefill_shared(session, pictures, np.array(BEGINNING))
+    prefix = prefill_shared(session, batch, np.array(BEGINNING))
     # One row and several in turn: what a fork wrote must not be left in the beginning.
     for rows in ([0], [0, 1, 2, 3], [2], [3, 1]):
         shared = answer_rest(
@@ -69,10 +69,10 @@ def test_answers_are_those_of_whole_prompts(session: Any, pixels: Any) -> None:
     assert len({tuple(each.tokens[0]) for each in whole}) > 1, "all answers equal: nothing is tested"
 
 
-def test_another_picture_starts_afresh(session: Any, pixels: Any) -> None:
+def test_another_image_starts_afresh(session: Any, pixels: Any) -> None:
     answers = []
-    for picture in (0, 1, 0):
-        prefix = prefill_shared(session, of_one_size(pixels[picture : picture + 1], 36), np.array(BEGINNING))
+    for image in (0, 1, 0):
+        prefix = prefill_shared(session, of_one_size(pixels[image : image + 1], 36), np.array(BEGINNING))
         shared = answer_rest(session, prefix, padded(RESTS[:2]), max_new_tokens=NEW, eos_token_ids=())
         answers.append(shared.logits[0].copy())
     np.testing.assert_array_equal(answers[0], answers[2])
@@ -102,7 +102,7 @@ def test_common_length(beginning: list[int], rests: list[list[int]]) -> None:
     assert len(longer) > 1 or length + 1 == min(map(len, rows))
 
 
-def test_a_picture_after_the_first_difference_is_not_shared() -> None:
+def test_an_image_after_the_first_difference_is_not_shared() -> None:
     assert common_length(padded([[1, 5, IMAGE, 7], [1, 6, IMAGE, 7]]), IMAGE) == 0
     assert common_length(padded([[1, IMAGE, 5], [1, IMAGE, 6, 7]]), IMAGE) == 2
 

@@ -23,7 +23,7 @@ from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.engine.device import Device
 from gap_export.engine.library import Library, MessageLog
 from gap_export.engine.profiles import profiles_from_spec
-from gap_export.errors import EngineError, EnvironmentLacks, SessionError
+from gap_export.errors import EngineError, MissingRequirementError, SessionError
 from gap_export.files import record_of
 from gap_export.inputs.batch import of_one_size
 from gap_export.inputs.prompt import PAD
@@ -548,7 +548,7 @@ def real(tmp_path: Path, write_small_bundle: Any) -> Bundle:
     try:
         Device().close()
         capability = "current"
-    except EnvironmentLacks:
+    except MissingRequirementError:
         capability = "8.6"
     bundle = write_small_bundle(tmp_path)
     engines = {
@@ -567,8 +567,8 @@ def real(tmp_path: Path, write_small_bundle: Any) -> Bundle:
 def test_without_a_gpu_the_reason_is_plain(real: Bundle) -> None:
     try:
         Device().close()
-    except EnvironmentLacks:
-        with pytest.raises(EnvironmentLacks) as caught:
+    except MissingRequirementError:
+        with pytest.raises(MissingRequirementError) as caught:
             TensorRTSession(real)
         assert caught.value.subject == "the GPU"
         assert "onnx target" in caught.value.hint
@@ -592,7 +592,7 @@ def test_an_engine_of_another_graph_is_refused_before_the_gpu_is_asked_for(real:
 def test_real_engines_agree_with_onnx_runtime(real: Bundle) -> None:
     try:
         session = TensorRTSession(real)
-    except EnvironmentLacks as reason:
+    except MissingRequirementError as reason:
         pytest.skip(f"needs a GPU: {reason.message}")
     ours, theirs = (
         generate(

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from gap_export.boxes.scenes import COLOURS, SHAPES, SIZES, SceneObject, cases, make_scene, queries  # noqa: E402
 from training.clip_shapes import data  # noqa: E402
 from training.clip_shapes.evaluate import Truth, area_under_curve, survival, truth_of  # noqa: E402
-from training.clip_shapes.losses import patch_loss, picture_loss, picture_scores  # noqa: E402
+from training.clip_shapes.losses import image_loss, image_scores, patch_loss  # noqa: E402
 from training.clip_shapes.model import build_config, build_model, load_checkpoint, save_checkpoint  # noqa: E402
 from training.clip_shapes.train import losses  # noqa: E402
 from training.clip_shapes.vocabulary import (  # noqa: E402
@@ -155,26 +155,26 @@ def test_patches_are_kept_until_the_tower_changes(llava, bank, tmp_path: Path) -
     assert np.abs(data.cache_patches(llava, bank, tmp_path) - first - 1).max() < 0.01
 
 
-def test_picture_scores_are_means_over_the_best_patches() -> None:
+def test_image_scores_are_means_over_the_best_patches() -> None:
     similarity = np.random.default_rng(0).standard_normal((3, 2, 10))
     expected = np.sort(similarity, axis=-1)[..., -4:].mean(-1)
-    assert np.allclose(picture_scores(torch.from_numpy(similarity)).numpy(), expected)
+    assert np.allclose(image_scores(torch.from_numpy(similarity)).numpy(), expected)
 
 
-def test_picture_loss_counts_true_negatives_only() -> None:
+def test_image_loss_counts_true_negatives_only() -> None:
     rng = np.random.default_rng(1)
     scores, absent = rng.standard_normal((4, 4)), rng.random((4, 4)) < 0.5
     np.fill_diagonal(absent, False)
     total = 0.0
     for own in range(4):
         top = math.exp(scores[own, own])
-        pictures = sum(math.exp(scores[own, other]) for other in range(4) if absent[own, other])
+        images = sum(math.exp(scores[own, other]) for other in range(4) if absent[own, other])
         texts = sum(math.exp(scores[other, own]) for other in range(4) if absent[other, own])
-        total -= math.log(top / (top + pictures)) + math.log(top / (top + texts))
-    loss = picture_loss(torch.from_numpy(scores), torch.from_numpy(absent))
+        total -= math.log(top / (top + images)) + math.log(top / (top + texts))
+    loss = image_loss(torch.from_numpy(scores), torch.from_numpy(absent))
     assert loss.item() == pytest.approx(total / 8)
     harder = torch.from_numpy(scores + 9.0 * ~(absent | np.eye(4, dtype=bool)))
-    assert picture_loss(harder, torch.from_numpy(absent)).item() == pytest.approx(total / 8)
+    assert image_loss(harder, torch.from_numpy(absent)).item() == pytest.approx(total / 8)
 
 
 def test_patch_loss_asks_for_every_named_patch() -> None:
@@ -225,7 +225,7 @@ def test_truth_knows_the_meant_object() -> None:
         assert truth.named[index, : len(objects)].tolist() == said
 
 
-def test_survival_and_area_of_a_small_picture() -> None:
+def test_survival_and_area_of_a_small_image() -> None:
     owner = np.full((1, 144), 255, np.uint8)
     owner[0, :4], owner[0, 4:6] = 0, 1
     truth = Truth(owner, np.array([0]), np.array([[True, True, False, False, False, False]]))

@@ -88,7 +88,7 @@ def test_a_text_finds_the_patches_it_names(llava, text_tower) -> None:  # type: 
     cosines = _cosines(llava, text_tower, [case.expression for case in scenes], pixels)
     firsts = np.take_along_axis(shown, np.argsort(-cosines, axis=1)[:, :3], axis=1)
     assert firsts.mean() > 0.95
-    # Another scene's expression does not find them: the order comes from the text, not from the picture alone.
+    # Another scene's expression does not find them: the order comes from the text, not from the image alone.
     strangers = _cosines(llava, text_tower, [case.expression for case in scenes[1:] + scenes[:1]], pixels)
     others = np.take_along_axis(shown, np.argsort(-strangers, axis=1)[:, :3], axis=1)
     assert others.mean() < 0.6

@@ -106,7 +106,7 @@ def survival(scores_CN: Tensor, truth: Truth, kept: int) -> dict[str, float]:
 
 
 def area_under_curve(scores_CN: Tensor, truth: Truth) -> float:
-    """How often a patch on a named object scores higher than another patch of its picture; mean over pictures."""
+    """How often a patch on a named object scores higher than another patch of its image; mean over images."""
     shown_CN = shows_named(truth.owner, truth.named)
     areas = []
     for scores, shown in zip(scores_CN.numpy(), shown_CN, strict=True):

@@ -27,7 +27,7 @@ def build_config(vision: CLIPVisionConfig) -> CLIPConfig:
     """Two causal layers, 64 wide, two heads; the vision side is that of `llava-shapes`.
 
     `patch_similarity` is not CLIP's: "direct" says that patches which show what a text says are *more* similar to it than
-    others. In CLIP models trained on whole pictures it is the other way round (CLIP Surgery, arXiv 2304.05653).
+    others. In CLIP models trained on whole images it is the other way round (CLIP Surgery, arXiv 2304.05653).
     """
     text = CLIPTextConfig(
         vocab_size=len(VOCABULARY),

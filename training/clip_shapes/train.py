@@ -1,7 +1,7 @@
 """Trains `clip-shapes` on the frozen vision tower of `llava-shapes`: python -m training.clip_shapes.train --out DIR
 
-Texts are held against patches of generated scenes (training split): a text's own picture must show it better than pictures
-that do not, and within its picture the patches of what it names must come before the others. A run that was stopped goes on
+Texts are held against patches of generated scenes (training split): a text's own image must show it better than images
+that do not, and within its image the patches of what it names must come before the others. A run that was stopped goes on
 where it was when started again with the same `--out` and `--resume`; `DIR/checkpoint` holds the newest averaged weights.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPConfig, LlavaForConditionalGeneration
 
 from training.clip_shapes.data import Pairs, cache_patches, fitting, pairs_from_bank, shows_named
-from training.clip_shapes.losses import patch_loss, picture_loss, picture_scores
+from training.clip_shapes.losses import image_loss, image_scores, patch_loss
 from training.clip_shapes.model import ClipShapes, build_config, build_model, save_checkpoint
 from training.shapes.data import build_bank, load_bank
 from training.shapes.loop import Average, StageConfig, run_stage
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=5_000, help="each is seen mirrored as well")
     parser.add_argument("--bank", type=Path, help="folder of scenes and patches, to share them between runs")
     parser.add_argument("--steps", type=int, default=2_000)
-    parser.add_argument("--patch", type=float, default=1.0, help="weight of the loss within a picture")
+    parser.add_argument("--patch", type=float, default=1.0, help="weight of the loss within an image")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 def losses(
     model: ClipShapes, pairs: Pairs, rng: np.random.Generator, weight: float, batch: int = BATCH
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and metrics of one batch: pictures with one expression each."""
+    """Loss and metrics of one batch: images with one expression each."""
     views = rng.integers(pairs.views, size=batch)
     texts = pairs.expressions[views, rng.integers(pairs.expressions.shape[1], size=batch)]
     fits_T2BO = fitting(pairs.kinds[views], pairs.counts[views], pairs.named[texts])
@@ -55,7 +55,7 @@ def losses(
     text_TD = model.texts(torch.from_numpy(pairs.texts[texts]))
     patches_BND = model.patches(torch.from_numpy(pairs.patches[views]).float())
     similarity_TBN = model.scale * torch.einsum("td,bnd->tbn", text_TD, patches_BND)
-    between = picture_loss(picture_scores(similarity_TBN), torch.from_numpy(absent_TB))
+    between = image_loss(image_scores(similarity_TBN), torch.from_numpy(absent_TB))
     within = patch_loss(similarity_TBN[own, own], torch.from_numpy(named_BN))
     metrics = {"between": between.item(), "within": within.item(), "scale": model.scale.item()}
     return between + weight * within, metrics

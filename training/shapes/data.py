@@ -1,4 +1,4 @@
-"""The training scenes as flat arrays on disk: pictures, labels per patch, questions as token ids.
+"""The training scenes as flat arrays on disk: images, labels per patch, questions as token ids.
 
 Every scene is stored once and used in two views, as drawn and mirrored left to right; view 2i + 1 is the mirror
 image of view 2i. Nothing here depends on the model.
@@ -65,11 +65,11 @@ class Bank:
         return len(self.boxes)
 
     def view_pixels(self, views: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pictures [n, 96, 96, 3] of the views, mirrored where the view is."""
-        pictures = self.pixels[views // 2]
+        """Images [n, 96, 96, 3] of the views, mirrored where the view is."""
+        images = self.pixels[views // 2]
         mirrored = views % 2 == 1
-        pictures[mirrored] = pictures[mirrored][:, :, ::-1]
-        return pictures
+        images[mirrored] = images[mirrored][:, :, ::-1]
+        return images
 
 
 def mirrored(item: SceneObject) -> SceneObject:
@@ -94,7 +94,7 @@ def owner_map(objects: tuple[SceneObject, ...]) -> NDArray[np.uint8]:
 
 
 def coordinate_bins(box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
-    """The box in hundredths of the picture's side."""
+    """The box in hundredths of the image's side."""
     x0, y0, x1, y1 = (min(COORDINATE_BINS - 1, round(value / IMAGE_SIZE * COORDINATE_BINS)) for value in box)
     return x0, y0, x1, y1
 

@@ -1,14 +1,14 @@
 """A fast forward pass of the projector and the Llama decoder for training, on the modules of transformers.
 
-One picture serves Q questions. The tokens before the image and the image itself are computed once; each question
+One image serves Q questions. The tokens before the image and the image itself are computed once; each question
 then attends to them and to itself, never to another question. Position ids are those of one long conversation:
 
     prefix 0..P-1 | visual P..P+N-1 | first question P+N.. | second question ..
 
-so a question is met at many distances from the picture. Some questions are asked without any picture and answered with
+so a question is met at many distances from the image. Some questions are asked without any image and answered with
 an empty box, so that the decoder stays articulate wherever its text stands. Four streams run side by side: the prefix
-(the same for every picture, so it has no batch axis), the visual tokens, the questions (left-padded to a common
-length, padding masked) and the questions without a picture. Linear layers and attention run in bfloat16, the residual stream in float32. The weights are those of
+(the same for every image, so it has no batch axis), the visual tokens, the questions (left-padded to a common
+length, padding masked) and the questions without an image. Linear layers and attention run in bfloat16, the residual stream in float32. The weights are those of
 the transformers modules, cast once per step, with each RMSNorm's weight multiplied into the layer that follows it.
 """
 
@@ -37,7 +37,7 @@ class Aids:
 
 @dataclass(frozen=True)
 class Alone:
-    """Questions asked without a picture: token ids [R, T], leading pad counts [R], position of the first token [R]."""
+    """Questions asked without an image: token ids [R, T], leading pad counts [R], position of the first token [R]."""
 
     turns: Tensor
     padding: Tensor

@@ -23,7 +23,7 @@ _TOKEN_WEIGHTS = (0.1, 4.0, 0.1, 1.0, 0.1, 1.0, 0.1, 1.0, 0.1, 0.1)
 _LATE_TOKEN_WEIGHTS = (0.1, 4.0, 0.1, 2.0, 0.1, 1.0, 0.1, 1.5, 0.1, 0.1)
 _LATE_BACKGROUND = 6.0  # factor on the text-to-background penalty late in training
 _SCALE = 6.0
-_ALONE = 0.3  # questions without a picture, weight of their mean loss per token
+_ALONE = 0.3  # questions without an image, weight of their mean loss per token
 FIRST_COORDINATE = 1
 PLACE_LAYER, BOX_LAYER = 1, 2  # decoder layers whose output the read-outs see
 
@@ -68,7 +68,7 @@ def decoder_loss(
     weights: AidWeights,
     late: bool,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one step and what to show of it. `replies` answer the questions without a picture; `late` selects the weights of the second part of the stage."""
+    """Loss of one step and what to show of it. `replies` answer the questions without an image; `late` selects the weights of the second part of the stage."""
     token_weights = torch.tensor(_LATE_TOKEN_WEIGHTS if late else _TOKEN_WEIGHTS)
     losses = -(table_VV[answers_BQA] * output.logits.log_softmax(-1)).sum(-1)
     answer = (losses.mean((0, 1)) * token_weights).sum() / _SCALE

@@ -1,7 +1,7 @@
-"""Stage 0: the CLIP tower learns to describe patches, and its CLS token to say what is in the picture.
+"""Stage 0: the CLIP tower learns to describe patches, and its CLS token to say what is in the image.
 
 Two properties are built in here that the figures with pruned tokens depend on. (1) The position table is shifted by a
-random number of rows and columns, with wrap-around, for every picture: neighbours can be told apart, absolute place
+random number of rows and columns, with wrap-around, for every image: neighbours can be told apart, absolute place
 cannot, so location has to reach the answer through the decoder's position ids. (2) CLS is trained to list colour and
 shape of all objects, from the very layer that feeds the projector; its attention finds the objects by itself.
 """
@@ -54,7 +54,7 @@ def shifted_positions(shift_B2: Tensor) -> Tensor:
 
 
 def pixel_patches(pixels_BHWC: Tensor) -> Tensor:
-    """uint8 pictures as normalised rows for the patch embedding: [B, 144, 192] bfloat16, channel-major."""
+    """uint8 images as normalised rows for the patch embedding: [B, 144, 192] bfloat16, channel-major."""
     x = pixels_BHWC.view(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE, 3).permute(0, 1, 3, 5, 2, 4)
     x = x.reshape(len(pixels_BHWC), PATCHES, -1)
     scale = 1 / (255 * IMAGE_STD[0])
@@ -158,7 +158,7 @@ def relative_edges(boxes_n4: Tensor, patch_n: Tensor) -> Tensor:
 
 
 def absolute_boxes(boxes: Tensor) -> Tensor:
-    """Boxes in pixels as fractions of the picture."""
+    """Boxes in pixels as fractions of the image."""
     return boxes / IMAGE_SIZE
 
 

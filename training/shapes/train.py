@@ -1,7 +1,7 @@
 """Trains `llava-shapes` from nothing: python -m training.shapes.train --out DIR
 
 Stage 0 trains the tower alone, stage 1 the projector and the decoder on the frozen tower, and a short stage 2 goes on
-with these at a lower learning rate. No token is ever pruned in training and the position ids of a picture are always
+with these at a lower learning rate. No token is ever pruned in training and the position ids of an image are always
 whole. A run that was stopped goes on where it was when started again with the same `--out` and `--resume`;
 `DIR/checkpoint` always holds the newest weights in Hugging Face layout.
 """
@@ -28,7 +28,7 @@ QUERIES_PER_VIEW = 16  # stored per view, of which every visit draws QUERIES
 QUERIES = 8
 TOWER_BATCH = 64
 DECODER_BATCH = 32
-ALONE_SPAN = 160  # questions without a picture start up to this many positions after the prefix
+ALONE_SPAN = 160  # questions without an image start up to this many positions after the prefix
 LATE = 0.491  # share of the decoder stage after which the late loss weights hold
 PREFIX_LEN = len(prefix_ids())
 
@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def draw_shift(rng: np.random.Generator, count: int, probability: float) -> torch.Tensor:
-    """Shifts of the tower's position table in (rows, columns), zero for the pictures that are left alone: [count, 2]."""
+    """Shifts of the tower's position table in (rows, columns), zero for the images that are left alone: [count, 2]."""
     shift = torch.from_numpy(rng.integers(GRID, size=(count, 2)))
     if probability >= 1:
         return shift
@@ -118,8 +118,8 @@ class DecoderTraining:
     def run(self, config: StageConfig, late_from: float, guess: bool) -> None:
         """One stage; leaves the averaged weights in the model.
 
-        `late_from` is the share of the steps after which the late loss weights hold. Questions without a picture are
-        answered with the empty box, or, with `guess`, with the box that is right for the picture that is withheld.
+        `late_from` is the share of the steps after which the late loss weights hold. Questions without an image are
+        answered with the empty box, or, with `guess`, with the box that is right for the image that is withheld.
         """
 
         def step(number: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:

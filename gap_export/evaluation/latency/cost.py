@@ -69,11 +69,9 @@ def cost_of(each: Contender, prompt_slots: int, capacities: Sequence[int], devic
     """
     manifest = each.bundle.manifest
     graphs, batch = manifest.graphs, len(each.input_ids_BT)
-    calls = each.pictures.calls
+    calls = each.images.calls
     vision = [
-        flops(
-            graphs["vision"], {"batch": each.pictures.rows_per_call, **dims_of(graphs["vision"].spec, call)}
-        )
+        flops(graphs["vision"], {"batch": each.images.rows_per_call, **dims_of(graphs["vision"].spec, call)})
         for call in calls
     ]
     cached = cache_bytes(each, batch, capacities)

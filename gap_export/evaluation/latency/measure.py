@@ -4,7 +4,7 @@ Machines drift (clocks, neighbours, caches), so figures from two runs do not com
 request in turn, round after round, and every ratio compares requests that lie milliseconds apart.
 
 Every request generates the same number of tokens, end tokens ignored: all contenders do the same work. Clocks start with
-finished pixel values and token ids; reading and resizing a picture is not part of any figure.
+finished pixel values and token ids; reading and resizing an image is not part of any figure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gap_export.environment import cpu_name, peak_rss_bytes, versions
 from gap_export.errors import InputError
 from gap_export.evaluation.latency.cost import cache_bytes, cost_of
 from gap_export.evaluation.latency.record import QUANTITIES, BenchRecord, Device, Percentiles, Ratio, Row
-from gap_export.inputs.batch import Pictures, prepare
+from gap_export.inputs.batch import ImageBatch, prepare
 from gap_export.inputs.prompt import encode_prompts, encode_text, load_tokenizer
 from gap_export.positions import Ids, advance
 from gap_export.runtime.generate import encode
@@ -38,8 +38,8 @@ Clock = Callable[[], float]
 _DIGITS = 4
 _RESAMPLES = 2000
 _INTERVAL = (2.5, 97.5)
-PICTURE = (480, 640)
-"""Height and width of the noise that stands in for a picture: those of most in RefCOCO."""
+IMAGE = (480, 640)
+"""Height and width of the noise that stands in for an image: those of most in RefCOCO."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Contender:
         name: unique among the contenders of a run.
         bundle: opened.
         session: the bundle, loaded.
-        pictures: B of them.
+        images: B of them.
         input_ids_BT: [B, T] int64, one placeholder per row.
         text_ids_BL: [B, L] int64, for pruners that look at the expression.
         keep_counts: what every call of the vision graph is told, where it is.
@@ -60,7 +60,7 @@ class Contender:
     name: str
     bundle: Bundle
     session: Session
-    pictures: Pictures
+    images: ImageBatch
     input_ids_BT: Ids
     text_ids_BL: Ids | None = None
     keep_counts: Sequence[int | None] | None = None
@@ -68,7 +68,7 @@ class Contender:
 
     @property
     def kept(self) -> int:
-        """Visual tokens of the longest picture as they enter the decoder."""
+        """Visual tokens of the longest image as they enter the decoder."""
         told = [count for count in self.keep_counts or () if count is not None]
         return max(told, default=self.bundle.manifest.pruning.kept)
 
@@ -76,7 +76,7 @@ class Contender:
 def contender(
     name: str, bundle: Bundle, session: Session, *, batch: int = 1, keep: float | None = None
 ) -> Contender:
-    """A contender with a stand-in request: the bundle's own prompt around a short expression, noise for a picture.
+    """A contender with a stand-in request: the bundle's own prompt around a short expression, noise for an image.
 
     What a dense model costs depends on shapes, not on values.
 
@@ -84,7 +84,7 @@ def contender(
         name: unique among the contenders of a run.
         bundle: opened.
         session: the bundle, loaded.
-        batch: pictures per request.
+        batch: images per request.
         keep: fraction of the visual tokens to keep, in bundles that let requests choose.
 
     Raises:
@@ -99,18 +99,21 @@ def contender(
         capacity=manifest.capacity,
         max_new_tokens=manifest.max_new_tokens,
     )
-    noise = np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), np.uint8)
-    images = manifest.prompt.images
-    pictures = prepare(
-        [Image.fromarray(noise)] * batch * images, manifest.preprocessing, manifest.model, per_prompt=images
+    noise = np.random.default_rng(0).integers(0, 256, (*IMAGE, 3), np.uint8)
+    per_prompt = manifest.prompt.images
+    images = prepare(
+        [Image.fromarray(noise)] * batch * per_prompt,
+        manifest.preprocessing,
+        manifest.model,
+        per_prompt=per_prompt,
     )
     text_ids = None
     if manifest.text_tower is not None:
         text_ids = encode_text(
             load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
         )
-    counts = keep_counts(manifest.pruning, manifest.model, pictures, keep)
-    return Contender(name, bundle, session, pictures, prompts.input_ids, text_ids, counts, keep)
+    counts = keep_counts(manifest.pruning, manifest.model, images, keep)
+    return Contender(name, bundle, session, images, prompts.input_ids, text_ids, counts, keep)
 
 
 def measure(
@@ -132,7 +135,7 @@ def measure(
     Args:
         contenders: at least one, names distinct.
         requests: rounds to measure.
-        new_tokens: generated per picture.
+        new_tokens: generated per image.
         warmup: rounds before the first measured one.
         device: what it runs on; the CPU's name by default.
         roofline: what that can do at best, for the cost card.
@@ -195,7 +198,7 @@ def time_request(each: Contender, new_tokens: int, clock: Clock = time.perf_coun
     """
     session = each.session
     readings = [clock()]
-    visual = encode(session, each.pictures, text_ids_BL=each.text_ids_BL, keep_counts=each.keep_counts)
+    visual = encode(session, each.images, text_ids_BL=each.text_ids_BL, keep_counts=each.keep_counts)
     readings.append(clock())
     spliced = session.splice(each.input_ids_BT, visual)
     readings.append(clock())
@@ -290,7 +293,7 @@ def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, devi
         positions=pruning.positions,
         pruner=pruning.pruner,
         keep=pruning.keep if each.keep is None else each.keep,
-        kept=pruning.left if each.keep is None else each.kept,
+        kept=pruning.kept_after_last_stage if each.keep is None else each.kept,
         visual_tokens=model.visual_tokens,
         batch=batch,
         prompt_slots=_prompt_slots(each),

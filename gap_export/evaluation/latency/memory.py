@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from gap_export.environment import peak_rss_bytes
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 from gap_export.evaluation.latency.measure import Contender, time_request
 
 _TOKENS = 4
@@ -22,13 +22,13 @@ def peak_of(make_contender: Callable[[], Contender]) -> int | None:
 
     Raises:
         GapExportError: the bundle cannot be opened or asked.
-        EnvironmentLacks: the process was killed, most probably for its memory.
+        MissingRequirementError: the process was killed, most probably for its memory.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
         try:
             return child.submit(_peak, make_contender).result()
         except BrokenProcessPool as error:
-            raise EnvironmentLacks(
+            raise MissingRequirementError(
                 "was killed while its memory was measured",
                 subject="a process",
                 hint="it may need more memory than there is; --no-memory leaves this out",

@@ -1,4 +1,4 @@
-"""The picture of a latency measurement: what every contender's time goes into, with the roofline as a mark."""
+"""The image of a latency measurement: what every contender's time goes into, with the roofline as a mark."""
 
 from __future__ import annotations
 

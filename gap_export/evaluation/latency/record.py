@@ -89,11 +89,11 @@ class Row(_Record):
         keep: fraction of visual tokens kept.
         kept: the count.
         visual_tokens: before pruning.
-        batch: pictures per request.
+        batch: images per request.
         prompt_slots: cache slots the longest prompt of the batch takes, kept visual tokens included.
         capacity: cache slots; attention reads all of them, filled or not.
         cache_bytes: of keys and values of all layers, for the batch.
-        new_tokens: generated per picture.
+        new_tokens: generated per image.
         encode_ms: vision tower, pruner, projector.
         splice_ms: visual tokens into the prompt, position ids.
         prefill_ms: decoder over the prompt.

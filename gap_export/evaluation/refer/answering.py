@@ -1,4 +1,4 @@
-"""Every expression about one picture, answered together: the beginning of their prompts goes through the model once, where it can be shared."""
+"""Every expression about one image, answered together: the beginning of their prompts goes through the model once, where it can be shared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
 from gap_export.inputs.prompt import PAD
 from gap_export.positions import Ids
-from gap_export.runtime.generate import refuse_overflow
+from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.model import Grounder, keep_counts
 from gap_export.runtime.session import Session
 from gap_export.runtime.shared_prefix import answer_rest, common_length, prefill_shared, sharable
@@ -27,8 +27,8 @@ class Answered:
         text: the answer; empty where the expression was refused.
         refused: why the model could not be asked.
         tokens: generated.
-        kept_indices: raster indices of the visual tokens that were kept of the last picture.
-        seconds: of the picture's work, in equal parts among its expressions.
+        kept_indices: raster indices of the visual tokens that were kept of the last image.
+        seconds: of the image's work, in equal parts among its expressions.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Answered:
 
 
 class Answerer:
-    """Asks a session about one picture after the other.
+    """Asks a session about one image after the other.
 
     Args:
         bundle: opened.
@@ -66,14 +66,14 @@ class Answerer:
         self._rows = min(rows, batch) if share else 1
 
     def about(self, image: Image.Image, expressions: Sequence[str]) -> list[Answered]:
-        """Answer expressions about one picture.
+        """Answer expressions about one image.
 
         Args:
-            image: RGB; a prompt with several pictures shows it in every place.
+            image: RGB; a prompt with several images shows it in every place.
             expressions: at least one.
 
         Raises:
-            InputError: a picture that the model cannot take.
+            InputError: an image that the model cannot take.
             SessionError: the runtime failed.
         """
         began = time.perf_counter()
@@ -109,7 +109,7 @@ class Answerer:
             for first in range(0, len(expressions), self._rows):
                 part = expressions[first : first + self._rows]
                 run = self._grounder.ground(self._session, images * len(part), part, keep=self._keep)
-                refuse_overflow(run.generation, self._session.backend)
+                check_overflow(run.generation, self._session.backend)
                 for expression, answer, tokens in zip(part, run.answers, run.generation.tokens, strict=True):
                     found[expression] = (
                         answer.text,
@@ -117,10 +117,10 @@ class Answerer:
                         tuple(answer.kept_indices.tolist()),
                     )
             return found
-        pictures = self._grounder.pictures(images)
-        counts = keep_counts(self._manifest.pruning, self._manifest.model, pictures, self._keep)
+        batch = self._grounder.prepare(images)
+        counts = keep_counts(self._manifest.pruning, self._manifest.model, batch, self._keep)
         room = prompts.shape[1] - common + self._manifest.max_new_tokens
-        prefix = prefill_shared(self._session, pictures, prompts[0, :common], keep_counts=counts, room=room)
+        prefix = prefill_shared(self._session, batch, prompts[0, :common], keep_counts=counts, room=room)
         kept = tuple(prefix.kept_indices.tolist())
         for first in range(0, len(expressions), self._rows):
             part = expressions[first : first + self._rows]
@@ -131,7 +131,7 @@ class Answerer:
                 max_new_tokens=self._manifest.max_new_tokens,
                 eos_token_ids=self._manifest.prompt.eos_token_ids,
             )
-            refuse_overflow(decoded, self._session.backend)
+            check_overflow(decoded, self._session.backend)
             for expression, ids in zip(part, decoded.tokens, strict=True):
                 found[expression] = (self._grounder.text_of(ids), len(ids), kept)
         return found

@@ -1,6 +1,6 @@
 """Two runs over the same expressions: does one ground as the other does, and by how much may they differ?
 
-Expressions about one picture stand or fall together, so intervals come from resampling pictures, not expressions (cluster bootstrap;
+Expressions about one image stand or fall together, so intervals come from resampling images, not expressions (cluster bootstrap;
 Field and Welsh 2007). McNemar's test asks whether gains and losses could be a coin's (exact binomial, two-sided).
 """
 
@@ -249,7 +249,7 @@ def _bundle_folder(run: Run) -> Path | None:
 def bootstrap_interval(
     change_N: NDArray[np.float64], images: list[str], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95 % interval of the mean, by resampling pictures with all that was asked about them.
+    """95 % interval of the mean, by resampling images with all that was asked about them.
 
     Args:
         change_N: of every expression.
@@ -257,11 +257,11 @@ def bootstrap_interval(
         seed: of the draws.
         resamples: how many.
     """
-    _, picture_N = np.unique(np.array(images), return_inverse=True)
-    sums, counts = np.bincount(picture_N, weights=change_N), np.bincount(picture_N)
+    _, image_N = np.unique(np.array(images), return_inverse=True)
+    sums, counts = np.bincount(image_N, weights=change_N), np.bincount(image_N)
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)
-    for start in range(0, resamples, 500):  # in pieces: 10000 draws of 1500 pictures need not be held at once
+    for start in range(0, resamples, 500):  # in pieces: 10000 draws of 1500 images need not be held at once
         drawn = rng.integers(0, len(sums), (min(500, resamples - start), len(sums)))
         means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])

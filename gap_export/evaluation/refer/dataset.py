@@ -1,4 +1,4 @@
-"""What `--data` means: a file of annotations with its pictures, or scenes made on the spot."""
+"""What `--data` means: a file of annotations with its images, or scenes made on the spot."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SCENES = re.compile(r"scenes(?::([1-9]\d*))?")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Expressions and where their pictures are.
+    """Expressions and where their images are.
 
     Attributes:
         name: for people.
         identity: sha256 of the annotations, or the name of scenes, which are the same every time.
         expressions: in order.
-        source: of the pictures; None where there are none at hand.
+        source: of the images; None where there are none at hand.
     """
 
     name: str
@@ -43,7 +43,7 @@ def open_dataset(data: str, *, split: str | None = None, images: Path | None = N
     Args:
         data: path of annotations; `scenes`, 2000 held-out scenes with one expression each; or `scenes:7`, with seven each.
         split: see `read_annotations`.
-        images: folder of the pictures, where the data set does not bring them.
+        images: folder of the images, where the data set does not bring them.
 
     Raises:
         InputError: see `read_annotations` and `Folder`.
@@ -51,18 +51,18 @@ def open_dataset(data: str, *, split: str | None = None, images: Path | None = N
     built_in = _SCENES.fullmatch(data)
     if built_in:
         per_scene = int(built_in[1] or 1)
-        expressions, pictures = zip(*_scenes(per_scene), strict=True)
+        expressions, drawn = zip(*_scenes(per_scene), strict=True)
         return Dataset(
             data,
             data,
             tuple(each for group in expressions for each in group),
-            InMemory(dict(pictures)),
+            InMemory(dict(drawn)),
         )
     path = Path(data)
     annotations = read_annotations(path, split=split)
     source: Source | None = None if images is None else Folder(images)
-    if source is None and annotations.pictures is not None:
-        source = Embedded(annotations.pictures)
+    if source is None and annotations.images is not None:
+        source = Embedded(annotations.images)
     name = f"{path.name} ({annotations.format})"
     return Dataset(name, _sha256(path), annotations.expressions, source)
 
@@ -76,18 +76,18 @@ def _scenes(per_scene: int) -> Iterator[tuple[list[Expression], tuple[str, Image
         queries = scenes.sample_queries(
             draw, scene.objects, min(per_scene, len(scenes.queries(scene.objects)))
         )
-        picture = Image.fromarray(scene.pixels)
+        image = Image.fromarray(scene.pixels)
         group = []
         for number, query in enumerate(queries):
             x1, y1, x2, y2 = (float(edge) for edge in scene.objects[query.target].box)
             group.append(
-                Expression(f"{name}.{number}", name, query.expression, (x1, y1, x2, y2), *picture.size)
+                Expression(f"{name}.{number}", name, query.expression, (x1, y1, x2, y2), *image.size)
             )
-        yield group, (name, picture)
+        yield group, (name, image)
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, or of all files of a folder that are no pictures."""
+    """Of a file, or of all files of a folder that are no images."""
     files = (
         [path]
         if path.is_file()

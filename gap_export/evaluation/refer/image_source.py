@@ -1,4 +1,4 @@
-"""Where the pictures of a data set come from: a folder, the data set itself, or the generator of scenes."""
+"""Where the images of a data set come from: a folder, the data set itself, or the generator of scenes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Protocol
 from PIL import Image
 
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations import EmbeddedPictures
+from gap_export.evaluation.refer.annotations import EmbeddedImages
 from gap_export.inputs.images import image_from_bytes, load_image
 
 
 class Source(Protocol):
-    """Pictures by name."""
+    """Images by name."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a picture of that name."""
+        """Whether there is an image of that name."""
         ...
 
     def open(self, name: str) -> Image.Image:
-        """The picture, upright, RGB.
+        """The image, upright, RGB.
 
         Raises:
             InputError: it is there and cannot be read.
@@ -42,7 +42,7 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise InputError(
-                "is not a folder", subject=str(folder), hint="give the folder with the pictures (--images)"
+                "is not a folder", subject=str(folder), hint="give the folder with the images (--images)"
             )
         self._folder = folder
 
@@ -67,14 +67,14 @@ class Folder:
 
 
 class Embedded:
-    """Pictures that lie in the data set.
+    """Images that lie in the data set.
 
     Args:
-        pictures: of the data set.
+        images: of the data set.
     """
 
-    def __init__(self, pictures: EmbeddedPictures) -> None:
-        self._pictures, self._names = pictures, frozenset(pictures.names())
+    def __init__(self, images: EmbeddedImages) -> None:
+        self._images, self._names = images, frozenset(images.names())
 
     def has(self, name: str) -> bool:
         """See `Source.has`."""
@@ -82,19 +82,19 @@ class Embedded:
 
     def open(self, name: str) -> Image.Image:
         """See `Source.open`."""
-        return image_from_bytes(self._pictures.read(name), name)
+        return image_from_bytes(self._images.read(name), name)
 
 
 class InMemory:
-    """Pictures that are there already."""
+    """Images that are there already."""
 
-    def __init__(self, pictures: Mapping[str, Image.Image]) -> None:
-        self._pictures = pictures
+    def __init__(self, images: Mapping[str, Image.Image]) -> None:
+        self._images = images
 
     def has(self, name: str) -> bool:
         """See `Source.has`."""
-        return name in self._pictures
+        return name in self._images
 
     def open(self, name: str) -> Image.Image:
         """See `Source.open`."""
-        return self._pictures[name]
+        return self._images[name]

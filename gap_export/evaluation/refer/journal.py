@@ -1,6 +1,6 @@
 """The folder of an evaluation while it runs: what was asked, and one line per answer, in the order in which they came.
 
-Lines of one picture are written and flushed to the disk together. A run that was killed goes on after the last whole line; what a torn
+Lines of one image are written and flushed to the disk together. A run that was killed goes on after the last whole line; what a torn
 write left is cut off. So no expression is answered twice, and none is lost.
 """
 
@@ -38,12 +38,12 @@ class AnswerRow(Record):
     Attributes:
         id: of the expression.
         image: as the annotations name it.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
+        width: of the image, pixels.
+        height: of the image, pixels.
         answer: text.
         refused: why the model could not be asked.
         tokens: generated.
-        kept_indices: raster indices of the visual tokens that were kept of the last picture, in the decoder's order.
+        kept_indices: raster indices of the visual tokens that were kept of the last image, in the decoder's order.
         seconds: see `answering.Answered`.
     """
 

@@ -1,4 +1,4 @@
-"""The same evaluation on a Ray cluster: pictures are dealt to workers, the caller alone keeps the journal."""
+"""The same evaluation on a Ray cluster: images are dealt to workers, the caller alone keeps the journal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def answer_on_ray(
     Args:
         make_answerer: called once in every worker; the bundle must be there under the same path.
         work: to be done.
-        source: of pictures; sent to every worker.
+        source: of images; sent to every worker.
         journal: kept here.
         cluster: where.
         tick: see `run.answer_all`.

@@ -2,9 +2,9 @@
 
     protocol     boxes are read in                       a box hits with                             published by
     unc          the frame that the model writes them in  IoU > or >= 0.5, as the model's own paper   RefCOCO's authors (UNC splits)
-    lmms-eval    the picture's width and height           IoU >= 0.5                                  lmms-eval's refcoco_bbox_rec tasks
+    lmms-eval    the image's width and height           IoU >= 0.5                                  lmms-eval's refcoco_bbox_rec tasks
 
-`lmms-eval` reads boxes of the padded square, which is what LLaVA writes, as if they were of the picture: a perfect model scores 93.36 on
+`lmms-eval` reads boxes of the padded square, which is what LLaVA writes, as if they were of the image: a perfect model scores 93.36 on
 RefCOCO val. The figures of the GAP paper are most probably of this kind. It has splits of its own, too.
 """
 
@@ -59,7 +59,7 @@ class Score:
     """One answer, scored.
 
     Attributes:
-        box: in pixels of the picture, clamped to it; None where the answer holds none.
+        box: in pixels of the image, clamped to it; None where the answer holds none.
         reason: why there is none.
         iou: with the true box; 0 without one.
         hit: whether that passes.
@@ -95,10 +95,10 @@ def score(answer: str, truth: Box, size: Size, protocol: Protocol, *, seen: Size
 
     Args:
         answer: text.
-        truth: in pixels of the picture.
-        size: of the picture.
+        truth: in pixels of the image.
+        size: of the image.
         protocol: how.
-        seen: size of the picture as the model sees it, for codecs that write pixels.
+        seen: size of the image as the model sees it, for codecs that write pixels.
     """
     box = CODECS[protocol.codec].decode_one(answer, seen)
     if isinstance(box, Unparsable):

@@ -21,7 +21,7 @@ class Provenance(Record):
         bundle: folder; None where answers came from a file.
         data: as of `dataset.open_dataset`, a path made absolute.
         split: the same.
-        images: folder of pictures, where the data set does not bring them.
+        images: folder of images, where the data set does not bring them.
         processor: of the machine that scored.
         versions: of Python and of the packages that run bundles.
     """

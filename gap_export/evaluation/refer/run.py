@@ -1,4 +1,4 @@
-"""An evaluation: expressions grouped by picture, answered, journalled; then scored under a protocol.
+"""An evaluation: expressions grouped by image, answered, journalled; then scored under a protocol.
 
 Answering knows nothing of protocols, and scoring nothing of models: the same answers can be scored under each.
 """
@@ -19,7 +19,7 @@ from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow, Journal
 from gap_export.evaluation.refer.protocols import Protocol, Score, score
 from gap_export.inputs.batch import seen_size
-from gap_export.inputs.layouts import AnyPreprocessing, Native
+from gap_export.inputs.layouts import Layout, NativeResolutionLayout
 from gap_export.records import Record
 
 Tick = Callable[[int], None]
@@ -31,31 +31,31 @@ class Work:
     """What there is to do.
 
     Attributes:
-        pictures: name -> expressions about it, in the order of the annotations.
-        missing: names of pictures that are not there; their expressions are not asked and not scored.
+        images: name -> expressions about it, in the order of the annotations.
+        missing: names of images that are not there; their expressions are not asked and not scored.
         not_asked: expressions about those.
     """
 
-    pictures: dict[str, tuple[Expression, ...]]
+    batch: dict[str, tuple[Expression, ...]]
     missing: tuple[str, ...]
     not_asked: tuple[str, ...]
 
     @property
     def expressions(self) -> list[Expression]:
         """All that are asked."""
-        return [expression for group in self.pictures.values() for expression in group]
+        return [expression for group in self.batch.values() for expression in group]
 
 
 def work_of(expressions: Sequence[Expression], source: Source, *, limit: int | None = None) -> Work:
-    """Group expressions by picture.
+    """Group expressions by image.
 
     Args:
         expressions: of the data set.
-        source: of its pictures.
+        source: of its images.
         limit: only so many expressions, from the first on.
 
     Raises:
-        InputError: not one picture is there.
+        InputError: not one image is there.
     """
     groups: dict[str, list[Expression]] = {}
     for expression in expressions[:limit]:
@@ -63,13 +63,13 @@ def work_of(expressions: Sequence[Expression], source: Source, *, limit: int | N
     missing = tuple(name for name in groups if not source.has(name))
     if groups and len(missing) == len(groups):
         raise InputError(
-            f"none of the {len(groups)} pictures is there",
+            f"none of the {len(groups)} images is there",
             subject=missing[0],
             hint="give the folder that holds them (--images)",
         )
     not_asked = tuple(expression.id for name in missing for expression in groups[name])
-    pictures = {name: tuple(group) for name, group in groups.items() if name not in set(missing)}
-    return Work(pictures, missing, not_asked)
+    batch = {name: tuple(group) for name, group in groups.items() if name not in set(missing)}
+    return Work(batch, missing, not_asked)
 
 
 def answer_all(
@@ -78,7 +78,7 @@ def answer_all(
     """Answer what the journal does not hold yet.
 
     Raises:
-        GapExportError: a picture cannot be read, or the runtime failed. What was answered stays.
+        GapExportError: an image cannot be read, or the runtime failed. What was answered stays.
     """
     for group in groups_left(work, journal, tick):
         journal.add(rows_about(answerer, source, group))
@@ -86,8 +86,8 @@ def answer_all(
 
 
 def groups_left(work: Work, journal: Journal, tick: Tick) -> Iterator[tuple[Expression, ...]]:
-    """Expressions about one picture each, without those that the journal holds; of those `tick` is told."""
-    for group in work.pictures.values():
+    """Expressions about one image each, without those that the journal holds; of those `tick` is told."""
+    for group in work.batch.values():
         left = tuple(expression for expression in group if expression.id not in journal.known)
         if len(left) < len(group):
             tick(len(group) - len(left))
@@ -96,10 +96,10 @@ def groups_left(work: Work, journal: Journal, tick: Tick) -> Iterator[tuple[Expr
 
 
 def rows_about(answerer: Answerer, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
-    """Answer expressions about one picture.
+    """Answer expressions about one image.
 
     Raises:
-        GapExportError: the picture cannot be read, or the runtime failed.
+        GapExportError: the image cannot be read, or the runtime failed.
     """
     image = source.open(group[0].image)
     answers = answerer.about(image, [expression.text for expression in group])
@@ -143,7 +143,7 @@ class EvalRecord(Record):
         mean_iou: answers without a box count 0.
         unparsable: answers without a box among the expressions.
         refused: expressions among those that the model could not be asked.
-        missing_images: pictures that were not there.
+        missing_images: images that were not there.
         not_scored: expressions about those.
         mean_kept: visual tokens kept, on average.
         backend: that answered.
@@ -170,7 +170,7 @@ def score_all(
     expressions: Iterable[Expression],
     rows: Sequence[AnswerRow],
     protocol: Protocol,
-    preprocessing: AnyPreprocessing | None = None,
+    preprocessing: Layout | None = None,
 ) -> list[Scored]:
     """Score answers.
 
@@ -178,14 +178,14 @@ def score_all(
         expressions: that were asked.
         rows: one answer to each, in any order; answers to other expressions are not looked at.
         protocol: how.
-        preprocessing: of the model, for codecs that write pixels of the picture as it saw it.
+        preprocessing: of the model, for codecs that write pixels of the image as it saw it.
 
     Raises:
         InputError: an expression without an answer, or a box that needs the preprocessing and has none.
     """
-    if CODECS[protocol.codec].unit is None and not isinstance(preprocessing, Native):
+    if CODECS[protocol.codec].unit is None and not isinstance(preprocessing, NativeResolutionLayout):
         raise InputError(
-            "writes pixels of the picture as it saw it, and how large that was is not known",
+            "writes pixels of the image as it saw it, and how large that was is not known",
             subject=f"boxes of {protocol.codec}",
             hint="score its answers with its bundle: gap-export eval BUNDLE",
         )

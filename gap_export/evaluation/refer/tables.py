@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gap_export.errors import EnvironmentLacks, InputError
+from gap_export.errors import InputError, MissingRequirementError
 from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow
@@ -15,16 +15,16 @@ from gap_export.evaluation.refer.run import Scored
 from gap_export.files import write_atomically
 
 
-def require_pyarrow() -> None:
+def check_pyarrow() -> None:
     """Refuse before long work where its results could not be written.
 
     Raises:
-        EnvironmentLacks: pyarrow is not installed.
+        MissingRequirementError: pyarrow is not installed.
     """
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             "is needed for results", subject="pyarrow", hint="pip install 'gap-export[eval]'"
         ) from error
 
@@ -80,10 +80,10 @@ def read_predictions(path: Path, expressions: Sequence[Expression], source: Sour
     Args:
         path: of the file.
         expressions: of the data set, by whose ids answers are given.
-        source: of pictures, for data sets that do not tell how large those are.
+        source: of images, for data sets that do not tell how large those are.
 
     Raises:
-        InputError: a line that cannot be used, an id that the data set does not have or that comes twice, a picture whose size is
+        InputError: a line that cannot be used, an id that the data set does not have or that comes twice, an image whose size is
             not known.
     """
     known = {expression.id: expression for expression in expressions}
@@ -114,8 +114,8 @@ def read_predictions(path: Path, expressions: Sequence[Expression], source: Sour
             if source is None:
                 raise InputError(
                     "has a size that is not in the annotations",
-                    subject=f"picture {expression.image}",
-                    hint="give the pictures (--images)",
+                    subject=f"image {expression.image}",
+                    hint="give the images (--images)",
                 )
             width, height = source.open(expression.image).size
         rows[identity] = AnswerRow(

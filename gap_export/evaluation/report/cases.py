@@ -1,4 +1,4 @@
-"""Expressions that a page shows, and what is laid over their pictures: true box, boxes of both runs, patches that were pruned."""
+"""Expressions that a page shows, and what is laid over their images: true box, boxes of both runs, patches that were pruned."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from gap_export.errors import GapExportError
 from gap_export.evaluation.refer.compare import Disagreement
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report.runs import Answer, Subject
-from gap_export.inputs.layouts import Native
+from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.inputs.native_resolution import resized
 
 LONG_SIDE = 480
-"""Of a picture on the page, at most; a page with thirty of them stays below two megabytes."""
+"""Of an image on the page, at most; a page with thirty of them stays below two megabytes."""
 
 _SEED = 0
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the page, stored once however often it is shown.
+class ShownImage:
+    """An image of the page, stored once however often it is shown.
 
     Attributes:
         key: that elements of the page refer to it by.
         width: of the original, pixels.
         height: of the original, pixels.
-        uri: the picture in base64; empty where it is not at hand.
+        uri: the image in base64; empty where it is not at hand.
         enlarged: whether pixels are to be seen as squares.
         lacks: why it is not at hand.
     """
@@ -52,14 +52,14 @@ class Case:
     """One expression.
 
     Attributes:
-        picture: that it is about.
+        image: that it is about.
         first: answer of the run that others are held against.
         judged: answer of the run that the page is about.
         between: IoU of both boxes; None on pages about one run.
-        pruned: SVG path of what the judged run did not see of the picture; empty where that is not known.
+        pruned: SVG path of what the judged run did not see of the image; empty where that is not known.
     """
 
-    picture: Picture
+    image: ShownImage
     first: Answer
     judged: Answer
     between: float | None
@@ -67,7 +67,7 @@ class Case:
 
 
 class Album:
-    """Pictures by name, each encoded once.
+    """Images by name, each encoded once.
 
     Args:
         source: None where there are none.
@@ -75,38 +75,38 @@ class Album:
 
     def __init__(self, source: Source | None) -> None:
         self._source = source
-        self._pictures: dict[str, Picture] = {}
+        self._images: dict[str, ShownImage] = {}
 
     @property
-    def pictures(self) -> list[Picture]:
+    def images(self) -> list[ShownImage]:
         """All that were asked for."""
-        return list(self._pictures.values())
+        return list(self._images.values())
 
-    def image(self, name: str) -> Image.Image | None:
+    def original(self, name: str) -> Image.Image | None:
         """The original, if it is at hand."""
         try:
             return self._source.open(name) if self._source is not None and self._source.has(name) else None
         except GapExportError:  # shown as missing, by name
             return None
 
-    def picture(self, answer: Answer) -> Picture:
+    def shown(self, answer: Answer) -> ShownImage:
         """The one that an answer is about."""
-        if answer.image not in self._pictures:
-            key = f"picture{len(self._pictures)}"
-            image = self.image(answer.image)
+        if answer.image not in self._images:
+            key = f"image{len(self._images)}"
+            image = self.original(answer.image)
             if image is None:
                 width, height = (
                     max(1.0, *(box[edge] for box in (answer.truth, answer.box) if box)) for edge in (2, 3)
                 )
-                self._pictures[answer.image] = Picture(key, width, height, "", False, "picture not at hand")
+                self._images[answer.image] = ShownImage(key, width, height, "", False, "image not at hand")
             else:
                 tiny = max(image.size) <= TINY
-                self._pictures[answer.image] = Picture(key, *image.size, data_uri(image, tiny=tiny), tiny)
-        return self._pictures[answer.image]
+                self._images[answer.image] = ShownImage(key, *image.size, data_uri(image, tiny=tiny), tiny)
+        return self._images[answer.image]
 
 
 def data_uri(image: Image.Image, *, tiny: bool = False) -> str:
-    """A picture inside the page: PNG where every pixel counts, JPEG otherwise."""
+    """An image inside the page: PNG where every pixel counts, JPEG otherwise."""
     content = io.BytesIO()
     if tiny:
         image.save(content, "PNG", optimize=True)
@@ -135,19 +135,19 @@ def random_cases(subject: Subject, album: Album, count: int) -> list[Case]:
 
 def _case(subject: Subject, album: Album, identity: str) -> Case:
     first, judged = subject.first.answers[identity], subject.judged.answers[identity]
-    picture = album.picture(judged)
+    image = album.shown(judged)
     between = None if len(subject.runs) == 1 else float(box_overlaps([first.box], [judged.box])[0])
     bundle = subject.judged.bundle
     pruned = ""
-    if bundle is not None and judged.kept_indices and not picture.lacks:
-        pruned = pruned_path(judged.kept_indices, int(picture.width), int(picture.height), bundle.manifest)
-    return Case(picture, first, judged, between, pruned)
+    if bundle is not None and judged.kept_indices and not image.lacks:
+        pruned = pruned_path(judged.kept_indices, int(image.width), int(image.height), bundle.manifest)
+    return Case(image, first, judged, between, pruned)
 
 
 def token_grid(width: int, height: int, manifest: Manifest) -> tuple[int, int] | None:
-    """(rows, columns) of a picture's visual tokens; None where they do not lie on one grid."""
+    """(rows, columns) of an image's visual tokens; None where they do not lie on one grid."""
     preprocessing = manifest.preprocessing
-    if isinstance(preprocessing, Native):
+    if isinstance(preprocessing, NativeResolutionLayout):
         side = preprocessing.patch * preprocessing.merge
         seen = resized(width, height, preprocessing)
         return seen[1] // side, seen[0] // side
@@ -155,14 +155,14 @@ def token_grid(width: int, height: int, manifest: Manifest) -> tuple[int, int] |
 
 
 def pruned_path(kept_indices: Sequence[int], width: int, height: int, manifest: Manifest) -> str:
-    """What a model did not see of a picture, as an SVG path to be filled by the even-odd rule.
+    """What a model did not see of an image, as an SVG path to be filled by the even-odd rule.
 
-    The path is the whole picture and, as holes in it, runs of kept patches in each row.
+    The path is the whole image and, as holes in it, runs of kept patches in each row.
 
     Args:
         kept_indices: raster indices.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
+        width: of the image, pixels.
+        height: of the image, pixels.
         manifest: of the bundle.
 
     Returns:
@@ -181,7 +181,7 @@ def pruned_path(kept_indices: Sequence[int], width: int, height: int, manifest: 
     for row, kept_C in enumerate(kept_RC.reshape(rows, columns)):
         steps = np.diff(np.r_[0, kept_C.astype(np.int8), 0])
         for start, end in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0), strict=True):
-            # Parts of a padded square that lie beyond the picture are no holes in it.
+            # Parts of a padded square that lie beyond the image are no holes in it.
             left, right = (float(np.clip(columns_x[edge], 0, width)) for edge in (start, end))
             top, bottom = (float(np.clip(rows_y[edge], 0, height)) for edge in (row, row + 1))
             path.append(f"M{left:g} {top:g}H{right:g}V{bottom:g}H{left:g}Z")

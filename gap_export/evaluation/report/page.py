@@ -1,4 +1,4 @@
-"""One HTML file that can be sent to somebody: no script, nothing fetched, every picture inside."""
+"""One HTML file that can be sent to somebody: no script, nothing fetched, every image inside."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from PIL import Image
 
 from gap_export import __version__
-from gap_export.errors import EnvironmentLacks, GapExportError
+from gap_export.errors import GapExportError, MissingRequirementError
 from gap_export.evaluation.refer.compare import Comparison, Demands, compare
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report import plots
-from gap_export.evaluation.report.cases import Album, Picture, random_cases, worst_cases
+from gap_export.evaluation.report.cases import Album, ShownImage, random_cases, worst_cases
 from gap_export.evaluation.report.runs import Answer, Evaluated, Subject, provenance_facts
 
 MOST_MAPS = 3
-"""Pictures that strategies are shown on."""
+"""Images that strategies are shown on."""
 
 
 @dataclass(frozen=True)
@@ -33,34 +33,34 @@ class Strategies:
     """What every strategy would keep.
 
     Attributes:
-        pictures: that they were asked about.
-        expressions: one per picture, for those that look at it.
+        images: that they were asked about.
+        expressions: one per image, for those that look at it.
         choices: `strategies.Choices` of each.
         lacks: why there are none.
     """
 
-    pictures: Sequence[Picture]
+    images: Sequence[ShownImage]
     expressions: Sequence[str]
     choices: Sequence[Any]
     lacks: str = ""
 
 
 AskStrategies = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Any]]
-"""Pictures and expressions -> `strategies.Choices`; raises `GapExportError` where the model cannot be opened."""
+"""Images and expressions -> `strategies.Choices`; raises `GapExportError` where the model cannot be opened."""
 
 
 def require() -> None:
     """Refuse before long work where a page could not be drawn.
 
     Raises:
-        EnvironmentLacks: a package is not installed.
+        MissingRequirementError: a package is not installed.
     """
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             "is needed for a page", subject=error.name or "a package", hint="pip install 'gap-export[report]'"
         ) from error
 
@@ -80,7 +80,7 @@ def page(
     Args:
         subject: what it is about.
         demands: on the judged run against the first.
-        source: of pictures; where one is not at hand, its place says so.
+        source: of images; where one is not at hand, its place says so.
         title: of the page.
         worst: how many of the worst expressions to show.
         drawn: how many drawn at random.
@@ -120,7 +120,7 @@ def page(
         latency_words=latency_words,
         cases=cases,
         strategies=_strategies(subject, album, strategies),
-        pictures=album.pictures,
+        images=album.images,
         provenance=[(run.name, provenance_facts(run)) for run in subject.runs],
     )
 
@@ -132,17 +132,17 @@ def _strategies(subject: Subject, album: Album, ask: AskStrategies | str) -> Str
     images: list[Image.Image] = []
     for identity in subject.first.run.ids:
         answer = subject.judged.answers[identity]
-        image = album.image(answer.image)
+        image = album.original(answer.image)
         if image is not None and answer.image not in [each.image for each in shown]:
             shown.append(answer)
             images.append(image)
         if len(shown) == MOST_MAPS:
             break
     if not images:
-        return Strategies((), (), (), "no picture is at hand")
+        return Strategies((), (), (), "no image is at hand")
     expressions = [answer.expression for answer in shown]
     try:
         found = ask(images, expressions)
     except GapExportError as error:
         return Strategies((), (), (), str(error))
-    return Strategies([album.picture(answer) for answer in shown], expressions, found)
+    return Strategies([album.shown(answer) for answer in shown], expressions, found)

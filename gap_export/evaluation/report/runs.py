@@ -28,7 +28,7 @@ class Answer:
 
     Attributes:
         id: of the expression.
-        image: name of the picture.
+        image: name of the image.
         expression: what was asked for.
         text: the model's answer.
         truth: box in pixels.
@@ -85,7 +85,7 @@ class Evaluated:
         if self.bundle is None:
             return "-"
         pruning, model = self.bundle.manifest.pruning, self.bundle.manifest.model
-        whole = pruning.fewest == model.visual_tokens and model.token_range is None
+        whole = pruning.min_tokens == model.visual_tokens and model.token_range is None
         return "unpruned" if whole or pruning.pruner == "none" else str(pruning.positions)
 
     @cached_property

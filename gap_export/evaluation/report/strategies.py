@@ -1,4 +1,4 @@
-"""What every strategy would keep of the same picture, and in which order: the scores behind a choice, made visible.
+"""What every strategy would keep of the same image, and in which order: the scores behind a choice, made visible.
 
 Strategies score in units of their own, and some have no score but an order (those that choose one token after the other). So what is
 compared is the place of each token in that order: brightest is what a strategy would keep if it could keep one token only.
@@ -37,14 +37,14 @@ _OPACITY = 185
 
 @dataclass(frozen=True)
 class Map:
-    """One strategy on one picture.
+    """One strategy on one image.
 
     Attributes:
-        x: where the tokens' grid begins on the picture, pixels; outside it, where the picture was padded.
+        x: where the tokens' grid begins on the image, pixels; outside it, where the image was padded.
         y: the same, downwards.
-        width: of the grid, pixels of the picture.
+        width: of the grid, pixels of the image.
         height: the same.
-        uri: of a picture with one pixel per token, to be laid over the other.
+        uri: of an image with one pixel per token, to be laid over the other.
     """
 
     x: float
@@ -56,12 +56,12 @@ class Map:
 
 @dataclass(frozen=True)
 class Choices:
-    """One strategy on all pictures.
+    """One strategy on all images.
 
     Attributes:
         name: of the strategy.
         summary: what it goes by.
-        maps: one per picture; none where the strategy cannot be asked.
+        maps: one per image; none where the strategy cannot be asked.
         refused: why not.
     """
 
@@ -77,7 +77,7 @@ def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence
     Args:
         bundle: whose checkpoint and whose share of tokens are taken; its own strategy is one among the others.
         images: RGB.
-        expressions: one per picture, for strategies that look at it.
+        expressions: one per image, for strategies that look at it.
 
     Raises:
         GapExportError: the checkpoint is not there any more.
@@ -94,7 +94,7 @@ def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence
                 raise _Refusal("chooses between the decoder's layers, for every prompt anew")
             if strategy.needs_text and text is None:
                 raise _Refusal(refused)
-            prune.require_tower(strategy, bundle.manifest.model.tower_lacks)
+            prune.check_tower(strategy, bundle.manifest.model.missing_features)
             maps = tuple(
                 _map(
                     session,
@@ -139,11 +139,11 @@ def _map(
     grid = token_grid(image.width, image.height, manifest)
     if grid is None:
         raise _Refusal("tokens of this model do not lie on one grid")
-    pictures = prepare([image], manifest.preprocessing, manifest.model)
-    tokens = int(pictures.prunable[0])
-    (count,) = keep_counts(manifest.pruning, manifest.model, pictures, None)
-    kept = max(strategy.fewest, min(tokens, manifest.pruning.kept if count is None else count))
-    order = session.order_of(strategy.name, pictures.calls[0], kept, grid=grid, text_ids_BL=text_ids)
+    batch = prepare([image], manifest.preprocessing, manifest.model)
+    tokens = int(batch.prunable[0])
+    (count,) = keep_counts(manifest.pruning, manifest.model, batch, None)
+    kept = max(strategy.min_tokens, min(tokens, manifest.pruning.kept if count is None else count))
+    order = session.order_of(strategy.name, batch.calls[0], kept, grid=grid, text_ids_BL=text_ids)
     columns_x, rows_y = patch_edges(image.width, image.height, grid, manifest.preprocessing)
     return Map(
         x=float(columns_x[0]),

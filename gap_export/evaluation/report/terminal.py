@@ -68,11 +68,11 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "pruner": pruning.pruner,
         "positions": pruning.positions,
         "keep": keeping(pruning, model.visual_tokens),
-        "kept": pruning.left,
+        "kept": pruning.kept_after_last_stage,
         "mean_kept": pruning.mean_kept,
-        "counting": pruning.counting,
-        "fewest": pruning.fewest,
-        "most": pruning.most,
+        "keep_mode": pruning.keep_mode,
+        "min_tokens": pruning.min_tokens,
+        "max_tokens": pruning.max_tokens,
         "text_tower": manifest.text_tower.model_dump() if manifest.text_tower else None,
         "visual_tokens": model.visual_tokens,
         "capacity": manifest.capacity,
@@ -104,14 +104,16 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 def keeping(pruning: Pruning, visual_tokens: int) -> str:
     """How many visual tokens a bundle keeps, in words."""
-    if pruning.counting == "share":
-        return f"keep {pruning.keep:g} of every picture, at most {pruning.most} of {visual_tokens}"
-    if pruning.counting == "chosen":
-        return f"keep {pruning.fewest} to {pruning.most} of {visual_tokens}, {pruning.kept} by default"
-    if pruning.counting == "adaptive":
-        return f"keep what each picture needs, at most {pruning.most} of {visual_tokens}"
+    if pruning.keep_mode == "ratio":
+        return f"keep {pruning.keep:g} of every image, at most {pruning.max_tokens} of {visual_tokens}"
+    if pruning.keep_mode == "dynamic":
+        return (
+            f"keep {pruning.min_tokens} to {pruning.max_tokens} of {visual_tokens}, {pruning.kept} by default"
+        )
+    if pruning.keep_mode == "adaptive":
+        return f"keep what each image needs, at most {pruning.max_tokens} of {visual_tokens}"
     if pruning.stages:
-        return f"keep {pruning.left} of {visual_tokens} at the end, {pruning.mean_kept:.4g} in the mean over layers"
+        return f"keep {pruning.kept_after_last_stage} of {visual_tokens} at the end, {pruning.mean_kept:.4g} in the mean over layers"
     return f"keep {pruning.kept} of {visual_tokens}"
 
 
@@ -123,7 +125,7 @@ def cache_length(manifest: Manifest) -> str:
 def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
     """The rule by which tokens of this bundle get position ids and cache slots."""
     pruning, model = bundle.manifest.pruning, bundle.manifest.model
-    kept = str(pruning.kept) if pruning.counting == "fixed" else "K"
+    kept = str(pruning.kept) if pruning.keep_mode == "fixed" else "K"
     if pruning.stages:
         kept = "K_s"
     extent = str(model.visual_tokens) if model.token_range is None else "N"

@@ -6,7 +6,7 @@ import io
 import math
 from typing import TYPE_CHECKING
 
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 from gap_export.evaluation.sweep.record import Positions, Row, SweepRecord
 from gap_export.positions import PositionPolicy
 
@@ -29,12 +29,12 @@ def require() -> None:
     """Make sure that a plot can be drawn.
 
     Raises:
-        EnvironmentLacks: matplotlib is not installed.
+        MissingRequirementError: matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             "is needed to draw the plot and not installed",
             subject="matplotlib",
             hint="pip install 'gap-export[report]', or pass --no-plot",

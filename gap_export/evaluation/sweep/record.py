@@ -33,7 +33,7 @@ class Settings(Record):
         backend: runtime.
         cases: scenes per cell.
         scenes_seed: which scenes.
-        batch: pictures per call.
+        batch: images per call.
         threads: of ONNX Runtime.
         versions: package -> version.
     """
@@ -82,7 +82,7 @@ class Answers(Record):
     Attributes:
         texts: as generated.
         ious: with the true box; 0 without a box.
-        without_box: answers that hold no box, or one beside the picture.
+        without_box: answers that hold no box, or one beside the image.
         cut_off: answers that did not end by themselves.
     """
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from gap_export import prune
 from gap_export.boxes import metrics, scenes
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
 from gap_export.environment import BUILD_PACKAGES, versions
@@ -46,7 +46,7 @@ from gap_export.pipeline import build
 from gap_export.plan import plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe, Target
-from gap_export.runtime.generate import refuse_overflow
+from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.model import Backend, Grounded, Grounder, open_session
 
 Entry = TypeVar("Entry")
@@ -66,7 +66,7 @@ class Request:
         positions: policies.
         backend: runtime.
         cases: scenes per cell.
-        batch: pictures per call, at most what the recipe allows.
+        batch: images per call, at most what the recipe allows.
         threads: of ONNX Runtime, in every process; 0 lets it choose.
     """
 
@@ -147,7 +147,7 @@ def keeps_from(text: str) -> tuple[float, ...]:
             raise RecipeError(
                 "is not a number", subject=f"keep {entry!r}", hint="a list looks like 0.5,0.25,0.11"
             ) from error
-        prune.require_fraction(keeps[-1])
+        prune.check_fraction(keeps[-1])
     return _distinct(keeps, "keep")
 
 
@@ -270,7 +270,7 @@ def _whole_groups(
 
 
 def plan_cells(
-    request: Request, facts: ModelFacts, text_tower: TextTower | None = None
+    request: Request, facts: ModelSpec, text_tower: TextTower | None = None
 ) -> tuple[list[Cell], list[Skipped]]:
     """Which cells there are, and which cannot be.
 
@@ -363,7 +363,7 @@ def answers_of(runs: Sequence[Grounded], cases: Sequence[scenes.Case], backend: 
         SessionError: logits that are not numbers.
     """
     for batch in runs:
-        refuse_overflow(batch.generation, backend)
+        check_overflow(batch.generation, backend)
     boxes = parity.boxes_of(runs)
     overlaps = metrics.iou(metrics.as_rows(boxes), metrics.as_rows([case.box for case in cases]))
     return Answers(

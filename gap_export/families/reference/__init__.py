@@ -32,7 +32,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 Shown = dict[str, Tensor | None]
-"""What a tower shows of one picture: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
+"""What a tower shows of one image: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
 
 REFERENCES = {
     "internvl": "internvl:InternVLReference",
@@ -55,7 +55,7 @@ class ReferenceModel(Protocol):
     Attributes:
         dtype: of weights and activations.
         image_token_id: id of the placeholder.
-        grid: (rows, columns) of the visual tokens; None where pictures differ.
+        grid: (rows, columns) of the visual tokens; None where images differ.
         embedding: of tokens.
         language_model: the decoder without embedding and head, called as transformers calls it.
         lm_head: hidden states to logits.
@@ -69,11 +69,11 @@ class ReferenceModel(Protocol):
     lm_head: nn.Module
 
     def see(self, pixels: PixelInputs) -> list[Shown]:
-        """What the tower shows of every picture of a call."""
+        """What the tower shows of every image of a call."""
         ...
 
     def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
-        """What enters the decoder of one picture.
+        """What enters the decoder of one image.
 
         Args:
             shown: as `see` gave it.

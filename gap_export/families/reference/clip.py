@@ -11,11 +11,11 @@ from gap_export.families.reference import Shown
 
 
 def shown_by_clip(tower: Any, pixel_values_BCHW: Tensor, feature_layer: int) -> list[Shown]:
-    """Fields of `prune.reference.Seen` for every picture, `projected_NH` and those about text left out.
+    """Fields of `prune.reference.Seen` for every image, `projected_NH` and those about text left out.
 
     Args:
         tower: transformers' CLIP vision model, with eager attention.
-        pixel_values_BCHW: pictures or tiles.
+        pixel_values_BCHW: images or tiles.
         feature_layer: `vision_feature_layer` of the config, counting hidden states.
     """
     seen = tower(pixel_values_BCHW, output_hidden_states=True, output_attentions=True)

@@ -1,4 +1,4 @@
-"""Ends of lines between the kept tokens of a picture."""
+"""Ends of lines between the kept tokens of an image."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class LlavaReference:
     def see(self, pixels: PixelInputs) -> list[Shown]:
         """See `ReferenceModel.see`."""
         values_BCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
-        pictures = shown_by_clip(self._tower, values_BCHW, self._feature_layer)
-        return [{**shown, "projected_NH": self._projector(shown["patches_NE"])} for shown in pictures]
+        batch = shown_by_clip(self._tower, values_BCHW, self._feature_layer)
+        return [{**shown, "projected_NH": self._projector(shown["patches_NE"])} for shown in batch]
 
     def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""

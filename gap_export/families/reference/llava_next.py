@@ -43,7 +43,7 @@ class LlavaNextReference:
         for tile in tiles:
             tile["following_attention_N"] = _following_attention(tile)
         cells = torch.from_numpy(pixels["cells"])
-        picture: Shown = {name: _of_cells(tiles, name, cells) for name in _OF_PATCHES}
+        image: Shown = {name: _of_cells(tiles, name, cells) for name in _OF_PATCHES}
         keys_NE = _of_cells(
             [{"keys": None if (keys := tile["following_keys_TE"]) is None else keys[1:]} for tile in tiles],
             "keys",
@@ -51,13 +51,13 @@ class LlavaNextReference:
         )
         whole_keys_TE = tiles[_WHOLE]["following_keys_TE"]
         if keys_NE is not None and whole_keys_TE is not None:
-            picture["following_keys_TE"] = torch.cat([whole_keys_TE[:1], keys_NE])
-        picture["class_token_E"] = tiles[_WHOLE]["class_token_E"]
-        picture["projected_NH"] = self._projector(picture["patches_NE"])
-        picture["tile_N"] = cells // len(tiles[_WHOLE]["patches_NE"])  # type: ignore[arg-type]
-        picture["places"] = torch.from_numpy(pixels["cell_positions"])
-        picture["lines"] = torch.from_numpy(pixels["newline_positions"])
-        return [picture]
+            image["following_keys_TE"] = torch.cat([whole_keys_TE[:1], keys_NE])
+        image["class_token_E"] = tiles[_WHOLE]["class_token_E"]
+        image["projected_NH"] = self._projector(image["patches_NE"])
+        image["tile_N"] = cells // len(tiles[_WHOLE]["patches_NE"])  # type: ignore[arg-type]
+        image["places"] = torch.from_numpy(pixels["cell_positions"])
+        image["lines"] = torch.from_numpy(pixels["newline_positions"])
+        return [image]
 
     def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
@@ -69,7 +69,7 @@ class LlavaNextReference:
 
 
 def _of_cells(tiles: list[Shown], name: str, cells: Tensor) -> Tensor | None:
-    """What the tiles show, in the order of the picture's tokens."""
+    """What the tiles show, in the order of the image's tokens."""
     fields = [field for tile in tiles if (field := tile[name]) is not None]
     return torch.cat(fields)[cells] if fields else None
 

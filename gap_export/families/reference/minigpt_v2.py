@@ -51,7 +51,7 @@ class MiniGptReference:
 
     def see(self, pixels: PixelInputs) -> list[Shown]:
         """See `ReferenceModel.see`."""
-        return [self._seen(torch.from_numpy(picture).to(self.dtype)) for picture in pixels["pixel_values"]]
+        return [self._seen(torch.from_numpy(image).to(self.dtype)) for image in pixels["pixel_values"]]
 
     def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""

@@ -1,4 +1,4 @@
-"""The Qwen-VL models as transformers computes them, one picture at a time."""
+"""The Qwen-VL models as transformers computes them, one image at a time."""
 
 from __future__ import annotations
 
@@ -76,19 +76,19 @@ class Qwen25VLReference(Qwen2VLReference):
 
 
 class Qwen3VLReference(Qwen2VLReference):
-    """See `ReferenceModel`; planes of DeepStack lie behind the embedding, [K, (1 + planes) * H]."""
+    """See `ReferenceModel`; deepstack_levels of DeepStack lie behind the embedding, [K, (1 + deepstack_levels) * H]."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
         super().__init__(checkpoint, dtype, parts)
-        planes = len(self._tower.deepstack_visual_indexes)
-        self.embedding = _WithEmptyPlanes(self.embedding, planes)
-        self.language_model = _Stacked(self.language_model, planes)
+        deepstack_levels = len(self._tower.deepstack_visual_indexes)
+        self.embedding = _WithEmptyPlanes(self.embedding, deepstack_levels)
+        self.language_model = _Stacked(self.language_model, deepstack_levels)
 
     def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
         embeds_KH, places_K = super().tokens(shown, choice)
-        planes = [plane for name, plane in sorted(shown.items()) if name.startswith("plane.")]
-        kept = [plane[torch.from_numpy(choice.indices_K)] for plane in planes if plane is not None]
+        deepstack_levels = [plane for name, plane in sorted(shown.items()) if name.startswith("plane.")]
+        kept = [plane[torch.from_numpy(choice.indices_K)] for plane in deepstack_levels if plane is not None]
         return torch.cat([embeds_KH, *kept], dim=-1), places_K
 
     def _normed(self, hidden_PE: Tensor) -> Tensor:
@@ -105,11 +105,11 @@ class Qwen3VLReference(Qwen2VLReference):
 
 
 class _WithEmptyPlanes(nn.Module):
-    """[T] -> [T, (1 + planes) * H]: text has nothing to add between the layers."""
+    """[T] -> [T, (1 + deepstack_levels) * H]: text has nothing to add between the layers."""
 
-    def __init__(self, embedding: nn.Module, planes: int) -> None:
+    def __init__(self, embedding: nn.Module, deepstack_levels: int) -> None:
         super().__init__()
-        self._embedding, self._planes = embedding, planes
+        self._embedding, self._planes = embedding, deepstack_levels
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
@@ -118,16 +118,16 @@ class _WithEmptyPlanes(nn.Module):
 
 
 class _Stacked:
-    """The decoder, called as transformers calls it: planes apart, for the visual tokens alone, found by a mask."""
+    """The decoder, called as transformers calls it: deepstack_levels apart, for the visual tokens alone, found by a mask."""
 
-    def __init__(self, language_model: Any, planes: int) -> None:
-        self._language_model, self._planes = language_model, planes
+    def __init__(self, language_model: Any, deepstack_levels: int) -> None:
+        self._language_model, self._planes = language_model, deepstack_levels
 
     def __call__(self, *, inputs_embeds: Tensor, **options: Any) -> Any:
         """See the class."""
-        embeds_BSH, *planes = inputs_embeds.chunk(1 + self._planes, dim=-1)
-        visual_BS = torch.stack(planes).ne(0).any(dim=-1).any(dim=0)
+        embeds_BSH, *deepstack_levels = inputs_embeds.chunk(1 + self._planes, dim=-1)
+        visual_BS = torch.stack(deepstack_levels).ne(0).any(dim=-1).any(dim=0)
         if visual_BS.any():
             options["visual_pos_masks"] = visual_BS
-            options["deepstack_visual_embeds"] = [plane[visual_BS] for plane in planes]
+            options["deepstack_visual_embeds"] = [plane[visual_BS] for plane in deepstack_levels]
         return self._language_model(inputs_embeds=embeds_BSH, **options)

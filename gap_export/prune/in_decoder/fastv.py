@@ -18,7 +18,7 @@ class FastV:
     """One cut, by the layer that just ran."""
 
     stages = 1
-    looks_ahead = False
+    uses_next_layer_attention = False
 
     def first_layers(self, layers: int) -> tuple[int, ...]:
         """See `DecoderPruner.first_layers`."""

@@ -21,7 +21,7 @@ class PyramidDrop:
     """Three cuts, by the layer that comes next."""
 
     stages = 3
-    looks_ahead = True
+    uses_next_layer_attention = True
 
     def first_layers(self, layers: int) -> tuple[int, ...]:
         """See `DecoderPruner.first_layers`."""

@@ -54,7 +54,7 @@ class SparseVlm:
     """Three cuts, by raters in the text; recycling."""
 
     stages = 3
-    looks_ahead = False
+    uses_next_layer_attention = False
 
     def first_layers(self, layers: int) -> tuple[int, ...]:
         """See `DecoderPruner.first_layers`."""
@@ -70,7 +70,7 @@ class SparseVlm:
             chosen = next((n for n in range(kept, 0, -1) if n + cluster_count(before - n) == kept), None)
             if chosen is None:
                 raise RecipeError(
-                    f"leaves {kept} of {before} tokens at layer {layer}: cluster means alone, and no token of the picture",
+                    f"leaves {kept} of {before} tokens at layer {layer}: cluster means alone, and no token of the image",
                     subject=f"pruner sparsevlm, keep {keep:g}",
                     hint="use a larger --keep",
                 )

@@ -74,12 +74,12 @@ class DecoderPruner(Protocol):
 
     Attributes:
         stages: how many stages it begins, the first not counted.
-        looks_ahead: whether it goes by the attention of the layer that comes next, on what is about to enter it, and not by
+        uses_next_layer_attention: whether it goes by the attention of the layer that comes next, on what is about to enter it, and not by
             that of the layer that just ran.
     """
 
     stages: int
-    looks_ahead: bool
+    uses_next_layer_attention: bool
 
     def first_layers(self, layers: int) -> tuple[int, ...]:
         """The layers before which the original drops tokens, scaled to a decoder of `layers` layers."""

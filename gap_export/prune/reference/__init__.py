@@ -1,4 +1,4 @@
-"""Every strategy again, in float64 NumPy, one picture at a time, written from its description and not from the tensor code.
+"""Every strategy again, in float64 NumPy, one image at a time, written from its description and not from the tensor code.
 
 The exported graphs are held against this: by the tests, by `validate`, by the benchmark of the pruners. Beside the choice it
 says by how little it was made, because a choice that float64 makes by a hair another precision may make otherwise.
@@ -33,11 +33,11 @@ __all__ = ["Choice", "Floats", "Ids", "Seen", "choose", "choose_adaptive", "clas
 
 
 def choose(pruner: str, seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
-    """What a strategy keeps of one picture.
+    """What a strategy keeps of one image.
 
     Args:
         pruner: name of the strategy.
-        seen: of the picture.
+        seen: of the image.
         kept: K.
         seed: for strategies that draw at random.
         merged_id: which index merged tokens get.
@@ -54,16 +54,16 @@ def choose(pruner: str, seen: Seen, kept: int, *, seed: int, merged_id: MergedId
 
 
 def choose_adaptive(pruner: str, seen: Seen, bound: int, *, merged_id: MergedId) -> Choice:
-    """What an adaptive strategy keeps of one picture.
+    """What an adaptive strategy keeps of one image.
 
     Args:
         pruner: name of the strategy.
-        seen: of the picture.
+        seen: of the image.
         bound: the most tokens that it may keep.
         merged_id: which index merged tokens get.
 
     Returns:
-        At most `bound` tokens, without padding, and how many the picture needs.
+        At most `bound` tokens, without padding, and how many the image needs.
     """
     return _ADAPT[pruner](seen, bound, merged_id)
 

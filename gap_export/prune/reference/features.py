@@ -1,4 +1,4 @@
-"""What the reference sees of a picture, what it gives, and the float64 arithmetic that its strategies share."""
+"""What the reference sees of an image, what it gives, and the float64 arithmetic that its strategies share."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def _nothing() -> Floats:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one picture's tower shows; the parts that a strategy does not read may be empty.
+    """What one image's tower shows; the parts that a strategy does not read may be empty.
 
     Attributes:
         patches_NE: output of the feature layer, class token dropped.
-        grid: (rows, columns); None where pictures differ.
+        grid: (rows, columns); None where images differ.
         attention_N: attention of the class token to each patch in the feature layer, mean over heads.
         class_token_E: output of the feature layer at the class token.
         keys_ND: keys of the feature layer, mean over heads, class token dropped.
@@ -61,7 +61,7 @@ class Choice:
         patches_KE: features where they are not the patches at the indices.
         margin: the smallest gap that any choice of a token was made by: relative for attention, absolute for cosines.
         merge_margin: the same for what goes into merged tokens, which changes features and not indices.
-        needed: where the picture says how many tokens it needs, that many; more than the indices where the bound is too low.
+        needed: where the image says how many tokens it needs, that many; more than the indices where the bound is too low.
     """
 
     indices_K: Ids

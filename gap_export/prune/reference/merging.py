@@ -1,4 +1,4 @@
-"""Strategies that put features of dropped tokens into those of kept ones, with a given count and with one of the picture's own."""
+"""Strategies that put features of dropped tokens into those of kept ones, with a given count and with one of the image's own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The reference: a family's own model, eager, with explicit ids, an explicit mask and our own decode loop.
 
 Nothing of the export path is used here. The model is that of `references/`, class-token attention is read from the full
-attention map, the selection is that of `prune/reference/` (float64, one picture at a time), rows are run without padding, and
+attention map, the selection is that of `prune/reference/` (float64, one image at a time), rows are run without padding, and
 ids come from `positions.py`.
 """
 
@@ -33,7 +33,7 @@ from gap_export.runtime.session import (
     Prefilled,
     Spliced,
     VisualTokens,
-    require_within_bound,
+    check_within_bound,
     vision_inputs,
 )
 
@@ -121,24 +121,24 @@ class TorchSession:
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
-        """See `Session.encode`; embeddings are a list of rows [K_b, H] where pictures differ."""
+        """See `Session.encode`; embeddings are a list of rows [K_b, H] where images differ."""
         pruning = self._pruning
         vision_inputs(
             pruning, reads_text=self._text_tower is not None, text_ids_BL=text_ids_BL, keep_count=keep_count
         )
-        pictures = self._see(pixels, text_ids_BL)
-        choices = [self._choose(shown, keep_count) for shown in pictures]
-        adaptive = pruning.counting == "adaptive"
+        batch = self._see(pixels, text_ids_BL)
+        choices = [self._choose(shown, keep_count) for shown in batch]
+        adaptive = pruning.keep_mode == "adaptive"
         if adaptive:
-            require_within_bound(np.array([choice.needed for choice in choices]), pruning)
-        embeds, places = zip(*map(self._model.tokens, pictures, choices), strict=True)
+            check_within_bound(np.array([choice.needed for choice in choices]), pruning)
+        embeds, places = zip(*map(self._model.tokens, batch, choices), strict=True)
         counts_B = np.array([len(kept_K) for kept_K in places], np.int64)
         kept_BK = np.full((len(places), counts_B.max()), prune.NO_TOKEN, np.int64)
         for row, kept_K in enumerate(places):
             kept_BK[row, : counts_B[row]] = kept_K
-        # One score decides, and is as long for every picture: what differs can be told to be a tie token by token.
+        # One score decides, and is as long for every image: what differs can be told to be a tie token by token.
         by_score = pruning.pruner == "cls_attention" and self._model.grid is not None
-        scores = [shown["attention_N"] for shown in pictures] if by_score else []
+        scores = [shown["attention_N"] for shown in batch] if by_score else []
         return VisualTokens(
             embeds=list(embeds) if adaptive else torch.stack(embeds),
             kept_indices=kept_BK,
@@ -157,11 +157,11 @@ class TorchSession:
         grid: tuple[int, int],
         text_ids_BL: Ids | None = None,
     ) -> Ids:
-        """What a strategy, this session's or another, would keep of one picture.
+        """What a strategy, this session's or another, would keep of one image.
 
         Args:
             pruner: its name; one that chooses before the decoder.
-            pixels: of one call with one picture.
+            pixels: of one call with one image.
             kept: K.
             grid: (rows, columns) of the visual tokens.
             text_ids_BL: [1, L], for strategies that look at the expression.
@@ -174,14 +174,14 @@ class TorchSession:
         return reference.choose(pruner, seen, kept, seed=pruning.seed, merged_id=pruning.merged_id).indices_K
 
     def _see(self, pixels: PixelInputs, text_ids_BL: Ids | None) -> list[Shown]:
-        """What the tower shows of every picture, with the expression where it is read."""
-        pictures = self._model.see(pixels)
+        """What the tower shows of every image, with the expression where it is read."""
+        batch = self._model.see(pixels)
         if self._text_tower is not None and text_ids_BL is not None:
-            for shown, text_P in zip(pictures, self._text_tower.embedded(text_ids_BL), strict=True):
+            for shown, text_P in zip(batch, self._text_tower.embedded(text_ids_BL), strict=True):
                 normed_NE = shown["normed_NE"]
                 assert normed_NE is not None
                 shown["aligned_NP"], shown["text_P"] = self._text_tower.aligned(normed_NE), text_P
-        return pictures
+        return batch
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`; rows are not padded here."""
@@ -219,7 +219,7 @@ class TorchSession:
         return Spliced(embeds=rows, placement=placement)
 
     def _pruning_extent(self, visual: VisualTokens) -> Ids | int:
-        """N of every picture."""
+        """N of every image."""
         if visual.visual_counts is not None:
             return visual.visual_counts
         assert self._model.grid is not None
@@ -295,13 +295,13 @@ class TorchSession:
         return np.stack([logits[row] for row in range(len(logits))])
 
     def _choose(self, shown: Shown, keep_count: int | None) -> reference.Choice:
-        """What is kept of one picture, in the order in which it enters the decoder."""
+        """What is kept of one image, in the order in which it enters the decoder."""
         pruning = self._pruning
         pruner = "none" if pruning.stages else pruning.pruner
         seen = self._seen(shown, self._model.grid)
-        if pruning.counting == "adaptive":
+        if pruning.keep_mode == "adaptive":
             choice = reference.choose_adaptive(
-                pruning.pruner, seen, pruning.most, merged_id=pruning.merged_id
+                pruning.pruner, seen, pruning.max_tokens, merged_id=pruning.merged_id
             )
         else:
             choice = reference.choose(

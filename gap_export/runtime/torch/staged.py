@@ -62,7 +62,7 @@ class StagedTorchSession(TorchSession):
     ) -> None:
         super().__init__(model, pruning, text_tower=text_tower)
         self._decoder: Any = model.language_model
-        self._looks_ahead = load(pruning.pruner).looks_ahead
+        self._looks_ahead = load(pruning.pruner).uses_next_layer_attention
         self._rows: list[_Row] = []
         self._maps: dict[int, Tensor] = {}
         for number, layer in enumerate(self._decoder.layers):

@@ -67,7 +67,7 @@ def test_an_extent_that_nobody_knows(asked: Any) -> None:
     )
     assert flops(graph, {"batch": 3}) is None
     assert flops(graph, {"batch": 3, "windows": 5}) == 30
-    assert dims_of(graph.spec, asked.pictures.calls[0]) == {"batch": 2}
+    assert dims_of(graph.spec, asked.images.calls[0]) == {"batch": 2}
 
 
 def test_this_machine() -> None:
@@ -101,7 +101,7 @@ def test_memory_is_that_of_a_process_of_its_own(tiny_bundle: Callable[..., Bundl
         peak_of(partial(alone, Wanted("x", bundle.folder, "onnxruntime", 0.9, 1), 1))
 
 
-def test_pictures_are_all_encoded(tiny_bundle: Callable[..., Bundle]) -> None:
+def test_images_are_all_encoded(tiny_bundle: Callable[..., Bundle]) -> None:
     """The card counts every call of the vision graph."""
     bundle = tiny_bundle()
     one, two = (

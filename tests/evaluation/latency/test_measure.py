@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.manifest import ModelFacts, Pruning
+from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.environment import RUNTIME_PACKAGES, cpu_name, peak_rss_bytes, versions
 from gap_export.errors import InputError
 from gap_export.evaluation.latency.measure import (
@@ -103,7 +103,7 @@ def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> 
         lengths_of_stages=lambda length: [length],
         slots_for=lambda needed: (session.capacity,),
         cache_slots=lambda capacities: 2 * capacities[0],
-        model=ModelFacts(
+        model=ModelSpec(
             hidden_size=32,
             layers=2,
             attention_heads=4,
@@ -359,7 +359,7 @@ def test_real_bundle_answers(tiny_bundle: Any) -> None:
 
     bundle = tiny_bundle()
     each = contender("tiny", bundle, OnnxRuntimeSession(bundle, threads=1), batch=2)
-    assert each.input_ids_BT.shape[0] == len(each.pictures.visual_tokens) == 2
+    assert each.input_ids_BT.shape[0] == len(each.batch.visual_tokens) == 2
     record = measure([each], requests=2, warmup=1, new_tokens=bundle.manifest.max_new_tokens)
     assert record.rows[0].kept == bundle.manifest.pruning.kept
     assert 0 < record.rows[0].ttft_ms.p50 < record.rows[0].total_ms.p50

@@ -33,7 +33,7 @@ def refcoco() -> Path:
 
 @pytest.fixture(scope="session")
 def few() -> list[Expression]:
-    """Five expressions about three objects in two pictures."""
+    """Five expressions about three objects in two images."""
     first, second = "COCO_train2014_000000000001.jpg", "COCO_train2014_000000000002.jpg"
     return [
         Expression("a", first, "the red mug", (10.5, 20.25, 60.5, 80.25), 640, 480),
@@ -50,7 +50,7 @@ def _extents(each: Expression) -> list[float]:
 
 
 def _objects(expressions: Sequence[Expression]) -> dict[tuple[str, Any], int]:
-    """(picture, box) -> a running number."""
+    """(image, box) -> a running number."""
     numbers: dict[tuple[str, Any], int] = {}
     for each in expressions:
         numbers.setdefault((each.image, each.box), len(numbers) + 1)
@@ -96,17 +96,17 @@ def write_as(name: str, expressions: Sequence[Expression], folder: Path) -> Path
 
 
 def _refer(expressions: Sequence[Expression], folder: Path) -> Path:
-    numbers, pictures = _objects(expressions), {}
+    numbers, images = _objects(expressions), {}
     sentences: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for count, each in enumerate(expressions):
-        pictures.setdefault(each.image, (len(pictures) + 1, each.width, each.height))
+        images.setdefault(each.image, (len(images) + 1, each.width, each.height))
         sentence = {"sent_id": count, "sent": each.text, "raw": each.text, "tokens": each.text.split()}
         sentences.setdefault((each.image, each.box), []).append(sentence)
     references = [
         {
             "ref_id": number,
             "ann_id": number,
-            "image_id": pictures[image][0],
+            "image_id": images[image][0],
             "split": "val",
             "category_id": 1,
             "file_name": f"{image.removesuffix('.jpg')}_{number}.jpg",
@@ -118,7 +118,7 @@ def _refer(expressions: Sequence[Expression], folder: Path) -> Path:
     instances = {
         "images": [
             {"id": number, "file_name": image, "width": width, "height": height}
-            for image, (number, width, height) in pictures.items()
+            for image, (number, width, height) in images.items()
         ],
         "annotations": [
             {"id": number, "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]}
@@ -158,7 +158,7 @@ def _parquet(expressions: Sequence[Expression], folder: Path) -> Path:
 
 
 def encoded(size: tuple[int, int]) -> bytes:
-    """A picture of one colour."""
+    """An image of one colour."""
     content = io.BytesIO()
     Image.new("RGB", size, (size[0] % 256, size[1] % 256, 7)).save(content, "PNG")
     return content.getvalue()

@@ -14,7 +14,7 @@ from gap_export.evaluation.refer.annotations import Expression, read_annotations
 
 
 def content(expressions: Any) -> list[tuple[str, Any]]:
-    """What formats agree on: text and box (ids and names of pictures are their own)."""
+    """What formats agree on: text and box (ids and names of images are their own)."""
     return [(each.text, tuple(round(edge, 6) for edge in each.box)) for each in expressions]
 
 
@@ -32,18 +32,18 @@ def test_every_format_gives_the_same(
         ]
 
 
-def test_pictures_inside_a_table(few: list[Expression], writer: Any, tmp_path: Path) -> None:
+def test_images_inside_a_table(few: list[Expression], writer: Any, tmp_path: Path) -> None:
     from gap_export.evaluation.refer.image_source import Embedded
 
     read = read_annotations(writer("parquet", few, tmp_path), split="val")
-    assert read.pictures is not None
-    source = Embedded(read.pictures)
+    assert read.images is not None
+    source = Embedded(read.images)
     sizes = [source.open(each.image).size for each in read.expressions]
     assert sizes == [(each.width, each.height) for each in few]
     assert not source.has("another.jpg")
 
 
-def test_pictures_of_a_table_are_read_one_group_at_a_time(
+def test_images_of_a_table_are_read_one_group_at_a_time(
     few: list[Expression], writer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pyarrow import parquet
@@ -56,11 +56,11 @@ def test_pictures_of_a_table_are_read_one_group_at_a_time(
 
     monkeypatch.setattr(parquet.ParquetFile, "read_row_group", watched)
     read = read_annotations(writer("parquet", few, tmp_path), split="val")
-    assert all("image" not in columns for _, columns in asked), "pictures were read with the annotations"
+    assert all("image" not in columns for _, columns in asked), "images were read with the annotations"
     asked.clear()
-    assert read.pictures is not None
-    for name in read.pictures.names():
-        read.pictures.read(name)
+    assert read.images is not None
+    for name in read.images.names():
+        read.images.read(name)
     assert asked == [(0, ("image",)), (1, ("image",))]
 
 
@@ -88,8 +88,8 @@ GOOD = {"img_path": "a.jpg", "expression": "mug", "bbox": [1, 2, 3, 4]}
         ({"bbox": [1, 2, "x", 4]}, "not four finite numbers"),
         ({"bbox": [3, 2, 1, 4]}, "has no area"),
         ({"bbox": [1, 2, 1, 4]}, "has no area"),
-        ({"bbox": [700, 2, 800, 4], "width": 640, "height": 480}, "outside of the picture"),
-        ({"bbox": [-9, -9, -1, 4]}, "outside of the picture"),
+        ({"bbox": [700, 2, 800, 4], "width": 640, "height": 480}, "outside of the image"),
+        ({"bbox": [-9, -9, -1, 4]}, "outside of the image"),
         ({"expression": "  "}, "not a text"),
         ({"expression": 7}, "not a text"),
         ({"width": 0}, "not a number of pixels"),

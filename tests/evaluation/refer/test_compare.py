@@ -70,8 +70,8 @@ def test_intervals_cover_the_truth() -> None:
     rng = np.random.default_rng(0)
     held = held_without = 0
     for trial in range(120):
-        pictures = rng.normal(0.1, 1.0, 60)
-        change = np.repeat(pictures, 5) + rng.normal(0, 0.2, 300)
+        images = rng.normal(0.1, 1.0, 60)
+        change = np.repeat(images, 5) + rng.normal(0, 0.2, 300)
         names = [f"p{number // 5}" for number in range(300)]
         low, high = bootstrap_interval(change, names, seed=trial, resamples=800)
         held += low <= 0.1 <= high

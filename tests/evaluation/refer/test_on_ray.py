@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.folder import Bundle
-from gap_export.errors import EnvironmentLacks, InputError
+from gap_export.errors import InputError, MissingRequirementError
 from gap_export.evaluation.refer.answering import Answered, Answerer
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
@@ -22,7 +22,7 @@ from gap_export.evaluation.refer.run import Work, answer_all, work_of
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'gap-export[ray]'")
 
 SETTINGS = Settings(bundle="b", annotations="a", split="all", backend="onnxruntime", keep=None, share=True)
-PICTURES = 8
+IMAGES = 8
 
 
 def make(folder: Path) -> Answerer:
@@ -34,7 +34,7 @@ def make(folder: Path) -> Answerer:
 
 
 class Mortal:
-    """Ends its process at the third picture, as often as there are lives."""
+    """Ends its process at the third image, as often as there are lives."""
 
     def __init__(self, folder: Path, marks: Path, lives: int) -> None:
         self.answerer, self.marks, self.lives, self.asked = make(folder), marks, lives, 0
@@ -49,7 +49,7 @@ class Mortal:
 
 
 class Doomed:
-    """Nobody survives its first picture."""
+    """Nobody survives its first image."""
 
     def about(self, image: Any, expressions: Any) -> list[Answered]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -58,7 +58,7 @@ class Doomed:
 
 class Refusing:
     def about(self, image: Any, expressions: Any) -> list[Answered]:
-        raise InputError("cannot be taken", subject="the picture", hint="take another")
+        raise InputError("cannot be taken", subject="the image", hint="take another")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def cluster() -> Iterator[str]:
 def work() -> tuple[Work, Any]:
     dataset = open_dataset("scenes:3")
     assert dataset.source is not None
-    return work_of(dataset.expressions, dataset.source, limit=3 * PICTURES), dataset.source
+    return work_of(dataset.expressions, dataset.source, limit=3 * IMAGES), dataset.source
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_same_answers(
     maker = partial(make, tiny_bundle().folder)
     journal = on_ray(maker, work, tmp_path / "run", cluster, tick=counts.append)
     assert answers(journal) == expected
-    assert sum(counts) == len(expected) == 3 * PICTURES
+    assert sum(counts) == len(expected) == 3 * IMAGES
     again: list[int] = []
     on_ray(maker, work, tmp_path / "run", cluster, tick=again.append)
     assert sum(again) == len(expected), "what is there is told, and not answered again"
@@ -137,8 +137,8 @@ def test_killed_workers_lose_nothing(
     assert answers(journal) == expected
 
 
-def test_a_picture_that_kills_everyone_is_named(cluster: str, work: Any, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentLacks, match="ended 3 times") as caught:
+def test_an_image_that_kills_everyone_is_named(cluster: str, work: Any, tmp_path: Path) -> None:
+    with pytest.raises(MissingRequirementError, match="ended 3 times") as caught:
         on_ray(Doomed, work, tmp_path / "run", cluster)
     assert "shapes-" in caught.value.subject
 
@@ -151,5 +151,5 @@ def test_errors_arrive_as_what_they_are(cluster: str, work: Any, tmp_path: Path)
 def test_no_cluster_at_that_address(work: Any, tmp_path: Path) -> None:
     if ray.is_initialized():
         ray.shutdown()
-    with pytest.raises(EnvironmentLacks, match="cannot be reached"):
+    with pytest.raises(MissingRequirementError, match="cannot be reached"):
         on_ray(Refusing, work, tmp_path / "run", "127.0.0.1:1")

@@ -1,4 +1,4 @@
-"""Evaluations from pictures to records: shared prompts answer as whole ones do, nothing is lost, counted twice or scored in silence."""
+"""Evaluations from images to records: shared prompts answer as whole ones do, nothing is lost, counted twice or scored in silence."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def expressions() -> list[Expression]:
-    """Six about each of three pictures, which are not one after the other."""
+    """Six about each of three images, which are not one after the other."""
     return [
-        Expression(f"{text}/{picture}", f"{picture}.png", text, (1.0, 2.0, 20.0, 25.0), 40, 30)
+        Expression(f"{text}/{image}", f"{image}.png", text, (1.0, 2.0, 20.0, 25.0), 40, 30)
         for text in TEXTS
-        for picture in range(3)
+        for image in range(3)
     ]
 
 
 @pytest.fixture(scope="module")
 def source() -> InMemory:
-    return InMemory({f"{picture}.png": noise(picture) for picture in range(3)})
+    return InMemory({f"{image}.png": noise(image) for image in range(3)})
 
 
 def answered(answerer: Answerer, work: Work, source: Any, folder: Path) -> dict[str, tuple[str, int, int]]:
@@ -116,7 +116,7 @@ def test_a_run_that_stopped_goes_on(
     assert sum(map(len, asked)) == len(expressions) - 6
 
 
-def test_missing_pictures_are_counted_and_not_scored(
+def test_missing_images_are_counted_and_not_scored(
     tiny_bundle: Callable[..., Bundle], expressions: Any, source: Any, tmp_path: Path
 ) -> None:
     bundle = tiny_bundle()
@@ -130,7 +130,7 @@ def test_missing_pictures_are_counted_and_not_scored(
     record = record_of(scored, protocol, split="val", backend="onnxruntime", work=work)
     assert (record.expressions, record.images) == (18, 3)
     assert (record.missing_images, record.not_scored) == (1, 4)
-    with pytest.raises(InputError, match="none of the 1 pictures is there"):
+    with pytest.raises(InputError, match="none of the 1 images is there"):
         work_of(extra, source)
 
 
@@ -175,7 +175,7 @@ def test_answers_from_elsewhere(expressions: Any, tmp_path: Path) -> None:
     unknown = [Expression(each.id, each.image, each.text, each.box) for each in expressions]
     with pytest.raises(InputError, match="size that is not in the annotations"):
         read_predictions(path, unknown, None)
-    sized = InMemory({f"{picture}.png": noise(picture) for picture in range(3)})
+    sized = InMemory({f"{image}.png": noise(image) for image in range(3)})
     assert read_predictions(path, unknown, sized) == rows
 
 
@@ -204,9 +204,9 @@ def test_an_expression_without_an_answer_is_named(expressions: Any, tmp_path: Pa
         score_all(expressions, rows, protocol_of("unc", _padded()))
 
 
-def test_pixels_of_the_picture_as_seen_need_its_size(expressions: Any, tmp_path: Path) -> None:
+def test_pixels_of_the_image_as_seen_need_its_size(expressions: Any, tmp_path: Path) -> None:
     from gap_export.bundle.manifest import BoxFormat
-    from gap_export.inputs.layouts import Native
+    from gap_export.inputs.layouts import NativeResolutionLayout
 
     path = tmp_path / "answers.jsonl"
     answer = '{"id": "%s", "answer": "{\\"bbox_2d\\": [2, 4, 40, 50]}"}\n'
@@ -216,12 +216,14 @@ def test_pixels_of_the_picture_as_seen_need_its_size(expressions: Any, tmp_path:
     with pytest.raises(InputError, match="how large that was is not known"):
         score_all(expressions, rows, protocol)
     plain = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    native = Native(patch=14, merge=2, frames=2, fewest_pixels=80 * 60, most_pixels=10**6, **plain)  # type: ignore[arg-type]
+    native = NativeResolutionLayout(
+        patch=14, merge=2, frames=2, min_pixels=80 * 60, max_pixels=10**6, **plain
+    )  # type: ignore[arg-type]
     (first, *_) = score_all(expressions, rows, protocol, native)
     assert first.score.box == pytest.approx((2 * 40 / 84, 4 * 30 / 84, 40 * 40 / 84, 50 * 30 / 84))
 
 
-def test_pictures_of_a_folder_are_found_by_either_name(tmp_path: Path) -> None:
+def test_images_of_a_folder_are_found_by_either_name(tmp_path: Path) -> None:
     inside = tmp_path / "train2014"
     inside.mkdir()
     noise(0).save(inside / "a.png")

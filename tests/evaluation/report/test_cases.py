@@ -1,4 +1,4 @@
-"""What is laid over pictures: the shaded part is what was pruned, pixel by pixel."""
+"""What is laid over images: the shaded part is what was pruned, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from gap_export.evaluation.refer.compare import Disagreement
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.report.cases import Album, pruned_path, random_cases, token_grid, worst_cases
 from gap_export.evaluation.report.runs import open_subject
-from gap_export.inputs.layouts import Native
+from gap_export.inputs.layouts import NativeResolutionLayout
 
-NATIVE = Native(
-    fewest_pixels=56 * 56, most_pixels=1000 * 1000, patch=14, merge=2, frames=2, window=None, resample="bicubic",
+NATIVE = NativeResolutionLayout(
+    min_pixels=56 * 56, max_pixels=1000 * 1000, patch=14, merge=2, frames=2, window=None, resample="bicubic",
     mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
 )  # fmt: skip
 
 
 def manifest_with(tiny_bundle: Callable[..., Bundle], **changes: Any) -> Any:
-    """The tiny bundle's, its pictures fitted in another way."""
+    """The tiny bundle's, its images fitted in another way."""
     manifest = tiny_bundle().manifest
     if "native" in changes:
         return manifest.model_copy(update={"preprocessing": NATIVE})
@@ -97,7 +97,7 @@ def test_nothing_is_shaded_where_all_is_kept(tiny_bundle: Callable[..., Bundle])
     assert pruned_path(range(36), 20, 30, tiny_bundle().manifest) == ""
 
 
-def test_grids_follow_the_picture_at_native_resolution(tiny_bundle: Callable[..., Bundle]) -> None:
+def test_grids_follow_the_image_at_native_resolution(tiny_bundle: Callable[..., Bundle]) -> None:
     manifest = manifest_with(tiny_bundle, native=True)
     assert token_grid(280, 560, manifest) == (20, 10)
     shaded = covered(pruned_path([0, 199], 280, 560, manifest), 280, 560)
@@ -106,7 +106,7 @@ def test_grids_follow_the_picture_at_native_resolution(tiny_bundle: Callable[...
     np.testing.assert_array_equal(shaded, expected)
 
 
-def test_pictures_without_one_grid_are_not_shaded(tiny_bundle: Callable[..., Bundle]) -> None:
+def test_images_without_one_grid_are_not_shaded(tiny_bundle: Callable[..., Bundle]) -> None:
     manifest = tiny_bundle().manifest
     manifest = manifest.model_copy(update={"model": manifest.model.model_copy(update={"grid": None})})
     assert pruned_path([1, 2], 20, 30, manifest) == ""
@@ -119,12 +119,12 @@ def test_cases(evaluated: Path) -> None:
     worst = [Disagreement(id=first, image="x", iou=0.25, first_hits=True, second_hits=False)]
     (case,) = worst_cases(subject, album, worst, 5)
     assert case.judged.id == case.first.id == first
-    assert case.picture.uri.startswith("data:image/png")
+    assert case.image.uri.startswith("data:image/png")
     assert case.pruned
     drawn = random_cases(subject, album, 5)
     assert len({case.judged.id for case in drawn}) == 5
     assert [case.judged.id for case in random_cases(subject, album, 5)] == [c.judged.id for c in drawn]
-    assert len({picture.key for picture in album.pictures}) == len(album.pictures) <= 4
+    assert len({image.key for image in album.images}) == len(album.images) <= 4
 
 
 def test_a_run_by_itself_shows_what_is_farthest_from_the_truth(evaluated: Path) -> None:
@@ -132,15 +132,15 @@ def test_a_run_by_itself_shows_what_is_farthest_from_the_truth(evaluated: Path) 
     cases = worst_cases(subject, Album(None), (), 12)
     ious = [case.judged.iou for case in cases]
     assert ious == sorted(ious)
-    assert all(case.between is None and case.picture.lacks for case in cases)
+    assert all(case.between is None and case.image.lacks for case in cases)
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_a_picture_that_is_not_there_has_a_place_all_the_same(evaluated: Path, missing: bool) -> None:
+def test_an_image_that_is_not_there_has_a_place_all_the_same(evaluated: Path, missing: bool) -> None:
     subject = open_subject([evaluated / "ort"], "unc")
     album = Album(None if missing else open_dataset("scenes:3").source)
     answer = next(iter(subject.judged.answers.values()))
-    picture = album.picture(answer)
-    assert bool(picture.lacks) == missing == (picture.uri == "")
-    assert picture.width >= answer.truth[2]
-    assert picture.height >= answer.truth[3]
+    image = album.shown(answer)
+    assert bool(image.lacks) == missing == (image.uri == "")
+    assert image.width >= answer.truth[2]
+    assert image.height >= answer.truth[3]

@@ -51,7 +51,7 @@ addEventListener('load', async () => {
   const facts = {
     before, after, fetched: performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length,
     wide: document.documentElement.scrollWidth, window: innerWidth,
-    pictures: [...document.querySelectorAll('svg.picture')].map(e => Math.min(e.getBoundingClientRect().width, e.getBoundingClientRect().height)),
+    images: [...document.querySelectorAll('svg.image')].map(e => Math.min(e.getBoundingClientRect().width, e.getBoundingClientRect().height)),
     plots: [...document.querySelectorAll('.plots svg')].map(e => e.getBoundingClientRect().height),
   };
   const found = document.createElement('pre');
@@ -149,7 +149,7 @@ def test_a_gate_that_is_not_met_is_said(evaluated: Path) -> None:
     assert "does not ground as <b>torch</b> does" in text
     assert "not met" in text
     assert "Not drawn: no model" in text
-    assert "picture not at hand" in text
+    assert "image not at hand" in text
 
 
 def test_words_of_others_stay_words(evaluated: Path) -> None:
@@ -209,7 +209,7 @@ def test_in_a_browser(compared: Path, tmp_path: Path, width: int) -> None:
     facts = facts_of(compared, tmp_path, width)
     assert facts["fetched"] == 0
     assert facts["wide"] <= facts["window"], "nothing is cut off at the right"
-    assert min(facts["pictures"]) > 80
+    assert min(facts["images"]) > 80
     assert min(facts["plots"]) > 150
     assert facts["before"]["truth.box"] == 12
     assert facts["before"]["pruned"] == 12

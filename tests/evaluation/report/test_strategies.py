@@ -19,13 +19,13 @@ from gap_export.pipeline.build import open_torch
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def batch() -> list[Image.Image]:
     return [Image.fromarray(scenes.make_scene(5, number).pixels) for number in range(2)]
 
 
 @pytest.fixture(scope="module")
-def found(tiny_bundle: Callable[..., Bundle], pictures: list[Image.Image]) -> dict[str, Choices]:
-    return {each.name: each for each in choices(tiny_bundle(), pictures, ["the mug", "the cat"])}
+def found(tiny_bundle: Callable[..., Bundle], batch: list[Image.Image]) -> dict[str, Choices]:
+    return {each.name: each for each in choices(tiny_bundle(), batch, ["the mug", "the cat"])}
 
 
 def test_every_strategy_is_drawn_or_says_why_not(found: dict[str, Choices]) -> None:
@@ -36,19 +36,19 @@ def test_every_strategy_is_drawn_or_says_why_not(found: dict[str, Choices]) -> N
     assert len(found["cls_attention"].maps) == 2
 
 
-def test_without_a_text_tower(tiny_bundle: Callable[..., Bundle], pictures: list[Image.Image]) -> None:
+def test_without_a_text_tower(tiny_bundle: Callable[..., Bundle], batch: list[Image.Image]) -> None:
     bundle = tiny_bundle()
     recipe = {**bundle.manifest.recipe, "text_tower": None}
     bundle = Bundle(bundle.folder, bundle.manifest.model_copy(update={"recipe": recipe}))
-    found = {each.name: each for each in choices(bundle, pictures, ["the mug", "the cat"])}
+    found = {each.name: each for each in choices(bundle, batch, ["the mug", "the cat"])}
     assert "names no text tower" in found["trim"].refused
     assert found["divprune"].maps
 
 
 def test_strategies_that_read_follow_the_expression(
-    tiny_bundle: Callable[..., Bundle], pictures: list[Image.Image], found: dict[str, Choices]
+    tiny_bundle: Callable[..., Bundle], batch: list[Image.Image], found: dict[str, Choices]
 ) -> None:
-    other = {each.name: each for each in choices(tiny_bundle(), pictures, ["the small red circle"] * 2)}
+    other = {each.name: each for each in choices(tiny_bundle(), batch, ["the small red circle"] * 2)}
     assert other["text_similarity"].maps != found["text_similarity"].maps
     assert other["cls_attention"].maps == found["cls_attention"].maps
 
@@ -56,13 +56,13 @@ def test_strategies_that_read_follow_the_expression(
 @pytest.mark.parametrize("pruner", ["cls_attention", "divprune", "spatial", "random", "prumerge"])
 def test_bright_is_what_a_session_keeps(
     tiny_bundle: Callable[..., Bundle],
-    pictures: list[Image.Image],
+    batch: list[Image.Image],
     found: dict[str, Choices],
     pruner: str,
 ) -> None:
     bundle = tiny_bundle(pruner=pruner)
     manifest = bundle.manifest
-    (pixels,) = prepare(pictures, manifest.preprocessing, manifest.model).calls
+    (pixels,) = prepare(batch, manifest.preprocessing, manifest.model).calls
     kept = open_torch(bundle).encode(pixels).kept_indices
     for row, each in enumerate(found[pruner].maps):
         content = base64.b64decode(each.uri.partition(",")[2])
@@ -71,15 +71,15 @@ def test_bright_is_what_a_session_keeps(
         assert set(np.flatnonzero(~dropped)) == set(kept[row].tolist())
 
 
-def test_the_first_is_the_brightest(tiny_bundle: Callable[..., Bundle], pictures: list[Image.Image]) -> None:
+def test_the_first_is_the_brightest(tiny_bundle: Callable[..., Bundle], batch: list[Image.Image]) -> None:
     bundle = tiny_bundle()
     manifest = bundle.manifest
     session = open_torch(bundle)
-    pixels = prepare(pictures[:1], manifest.preprocessing, manifest.model).calls[0]
+    pixels = prepare(batch[:1], manifest.preprocessing, manifest.model).calls[0]
     order = session.order_of("cls_attention", pixels, 9, grid=(6, 6))  # type: ignore[attr-defined]
     one = session.order_of("cls_attention", pixels, 1, grid=(6, 6))  # type: ignore[attr-defined]
     assert order[0] == one[0]
-    (each,) = (c for c in choices(bundle, pictures[:1], ["the mug"]) if c.name == "cls_attention")
+    (each,) = (c for c in choices(bundle, batch[:1], ["the mug"]) if c.name == "cls_attention")
     content = base64.b64decode(each.maps[0].uri.partition(",")[2])
     light = np.array(Image.open(io.BytesIO(content)).convert("L"), np.int64).reshape(-1)
     assert light[order[0]] == light[order].max()

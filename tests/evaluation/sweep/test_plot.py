@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_export.errors import EnvironmentLacks
+from gap_export.errors import MissingRequirementError
 from gap_export.evaluation.sweep import plot as sweep_plot
 from gap_export.evaluation.sweep.record import FULL, Row, Settings, SweepRecord
 from gap_export.positions import PositionPolicy
@@ -90,7 +90,7 @@ def test_the_lowest_panel_of_every_column_has_its_counts() -> None:
 
 
 @pytest.mark.parametrize("strategies", [1, 18])
-def test_the_file_is_a_picture_that_fits_a_page(strategies: int) -> None:
+def test_the_file_is_an_image_that_fits_a_page(strategies: int) -> None:
     with Image.open(io.BytesIO(sweep_plot.png(record(strategies)))) as image:
         assert image.format == "PNG"
         width, height = image.size
@@ -116,7 +116,7 @@ def test_a_sweep_of_nothing_but_the_unpruned_model_can_be_drawn() -> None:
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep_plot.require()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EnvironmentLacks, match="not installed") as caught:
+    with pytest.raises(MissingRequirementError, match="not installed") as caught:
         sweep_plot.require()
     assert "gap-export[report]" in caught.value.hint
     assert "--no-plot" in caught.value.hint

@@ -21,9 +21,9 @@ import yaml
 from gap_export import cli
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.manifest import ModelFacts
+from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Component
-from gap_export.errors import EnvironmentLacks, GapExportError, InputError, RecipeError, SessionError
+from gap_export.errors import GapExportError, InputError, MissingRequirementError, RecipeError, SessionError
 from gap_export.evaluation import parity
 from gap_export.evaluation.sweep import run as sweep
 from gap_export.evaluation.sweep.record import Cell, SweepRecord
@@ -37,7 +37,7 @@ from gap_export.runtime.model import Grounder, open_session
 
 BuildBundle = Callable[..., Bundle]
 CASES = 6
-FACTS = ModelFacts(
+FACTS = ModelSpec(
     hidden_size=32, layers=2, attention_heads=4, kv_heads=2, head_dim=8, vocabulary=64, visual_tokens=36, grid=(6, 6), max_positions=256
 )  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any])
     request = request_of(
         tiny_options, pruners=("prumerge", "visionzip", "random", "trim"), keeps=(0.25, 0.02)
     )
-    lacking = FACTS.model_copy(update={"tower_lacks": ("following_layer",)})
+    lacking = FACTS.model_copy(update={"missing_features": ("following_layer",)})
     cells, skipped = sweep.plan_cells(request, lacking)
     assert {(cell.pruner, cell.kept) for cell in cells[1:]} == {
         ("visionzip", 9),
@@ -155,7 +155,7 @@ def test_what_is_checked_before_the_long_part(
     with pytest.raises(GapExportError, match="is not a folder"):
         sweep.prepare(request_of({**tiny_options, "checkpoint": "/not/there"}), tmp_path / "out")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EnvironmentLacks, match="not installed"):
+    with pytest.raises(MissingRequirementError, match="not installed"):
         sweep.prepare(request_of(tiny_options), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     assert sweep.prepare(request_of(tiny_options), tmp_path / "out", plot=False).remaining()
@@ -218,7 +218,7 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
         new.append(component.spec.name)
         return trace_one(component)
 
-    def recorded(recipe: Recipe, *args: Any, **options: Any) -> pipeline.Built:
+    def recorded(recipe: Recipe, *args: Any, **options: Any) -> pipeline.BuildResult:
         new.clear()
         built = build(recipe, *args, **options)
         graphs[recipe.pruner, recipe.positions] = graphs_of(built.bundle)
@@ -262,7 +262,7 @@ def graphs_of(bundle: Bundle) -> dict[str, bytes]:
 def test_every_cell_has_the_graphs_and_the_answers_of_an_ordinary_bundle(
     swept: Swept, tiny_bundle: BuildBundle
 ) -> None:
-    """Built apart, without a shared tracer, and answered by what `validate` uses."""
+    """BuildResult apart, without a shared tracer, and answered by what `validate` uses."""
     questions = list(scenes.cases(CASES))
     texts = set()
     for row in swept.record.rows:

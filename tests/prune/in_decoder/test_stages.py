@@ -53,7 +53,7 @@ def test_every_schedule_is_one(name: str, keep: float, visual: int, layers: int)
             cuts(name, keep, visual=visual, layers=layers)
         return
     if keep * visual < 0.5:
-        with pytest.raises(RecipeError, match=f"keeps none of {visual} tokens|and no token of the picture"):
+        with pytest.raises(RecipeError, match=f"keeps none of {visual} tokens|and no token of the image"):
             cuts(name, keep, visual=visual, layers=layers)
         return
     try:
@@ -107,7 +107,7 @@ def test_layers_are_refused_for_strategies_before_the_decoder() -> None:
 
 
 def test_a_share_that_leaves_cluster_means_alone_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no token of the picture") as caught:
+    with pytest.raises(RecipeError, match="no token of the image") as caught:
         cuts("sparsevlm", 0.003)
     assert caught.value.hint == "use a larger --keep"
 

@@ -5,9 +5,9 @@
     shikra      JSON lines of {img_path, expression, bbox}                  x1, y1, x2, y2
     internvl    JSON lines of {image, sent, bbox, width, height}            x1, y1, x2, y2 (Qwen's are the same)
     refer       folder with refs(unc).p and instances.json                  x, y, width, height
-    parquet     files with columns question_id, image, answer, bbox         x, y, width, height; pictures inside (lmms-lab's)
+    parquet     files with columns question_id, image, answer, bbox         x, y, width, height; images inside (lmms-lab's)
 
-All boxes are pixels of the original picture. A format is told by what a file holds, never by its name alone.
+All boxes are pixels of the original image. A format is told by what a file holds, never by its name alone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Expression:
 
     Attributes:
         id: unique in its data set.
-        image: the picture's name.
+        image: the image's name.
         text: what to find.
         box: the true one, (x1, y1, x2, y2) in pixels.
-        width: of the picture, where the annotations tell.
+        width: of the image, where the annotations tell.
         height: the same.
     """
 
@@ -43,15 +43,15 @@ class Expression:
     height: int | None = None
 
 
-class EmbeddedPictures(Protocol):
-    """Pictures that lie in the data set."""
+class EmbeddedImages(Protocol):
+    """Images that lie in the data set."""
 
     def names(self) -> Sequence[str]:
         """Of all there are."""
         ...
 
     def read(self, image: str) -> bytes:
-        """One picture, encoded."""
+        """One image, encoded."""
         ...
 
 
@@ -62,12 +62,12 @@ class Annotations:
     Attributes:
         format: name in the table above.
         expressions: in the order of the file, ids unique.
-        pictures: where the data set brings them.
+        images: where the data set brings them.
     """
 
     format: str
     expressions: tuple[Expression, ...]
-    pictures: EmbeddedPictures | None = None
+    images: EmbeddedImages | None = None
 
 
 def read_annotations(path: Path, *, split: str | None = None) -> Annotations:
@@ -80,7 +80,7 @@ def read_annotations(path: Path, *, split: str | None = None) -> Annotations:
     Raises:
         InputError: missing, of no known format (with what was found), a row that cannot be used (with its number), ids that come
             twice, a split that is not there (with those that are).
-        EnvironmentLacks: parquet, and pyarrow is not installed.
+        MissingRequirementError: parquet, and pyarrow is not installed.
     """
     if not path.exists():
         raise InputError("does not exist", subject=str(path), hint="give the annotation file (--data)")

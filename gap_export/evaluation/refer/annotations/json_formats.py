@@ -15,7 +15,7 @@ from gap_export.evaluation.refer.annotations.rows import RowReader
 
 def _minigpt4(row: RowReader, count: Callable[[str], int]) -> Expression:
     object_id = row.text("img_id")
-    # The last number is that of the reference; what stands before it names the picture.
+    # The last number is that of the reference; what stands before it names the image.
     image = object_id.rpartition("_")[0] + ".jpg"
     return row.expression(f"{object_id}.{count(object_id)}", image, row.text("sents"), row.extents("bbox"))
 

@@ -1,4 +1,4 @@
-"""Parquet files with pictures inside, one row per object, as lmms-lab publishes RefCOCO, RefCOCO+ and RefCOCOg on the hub."""
+"""Parquet files with images inside, one row per object, as lmms-lab publishes RefCOCO, RefCOCO+ and RefCOCOg on the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gap_export.errors import EnvironmentLacks, InputError
+from gap_export.errors import InputError, MissingRequirementError
 from gap_export.evaluation.refer.annotations import Annotations, Expression, shown
 from gap_export.evaluation.refer.annotations.rows import RowReader
 
@@ -17,26 +17,26 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a picture lies."""
+    """Where an image lies."""
 
     file: Path
     group: int
     row: int
 
 
-class TablePictures:
-    """Pictures of a table, read one by one: a file may hold gigabytes of them."""
+class TableImages:
+    """Images of a table, read one by one: a file may hold gigabytes of them."""
 
     def __init__(self, places: dict[str, _Place]) -> None:
         self._places = places
-        self._group: tuple[Path, int, Any] | None = None  # the last one read: rows of a picture lie together
+        self._group: tuple[Path, int, Any] | None = None  # the last one read: rows of an image lie together
 
     def names(self) -> Sequence[str]:
-        """See `EmbeddedPictures.names`."""
+        """See `EmbeddedImages.names`."""
         return list(self._places)
 
     def read(self, image: str) -> bytes:
-        """See `EmbeddedPictures.read`."""
+        """See `EmbeddedImages.read`."""
         place = self._places[image]
         if self._group is None or self._group[:2] != (place.file, place.group):
             column = _opened(place.file).read_row_group(place.group, columns=["image"]).column("image")
@@ -45,7 +45,7 @@ class TablePictures:
         content = content.get("bytes") if isinstance(content, dict) else content
         if not isinstance(content, bytes):
             raise InputError(
-                "holds no picture in that row", subject=f"{place.file}, {image}", hint="get the file again"
+                "holds no image in that row", subject=f"{place.file}, {image}", hint="get the file again"
             )
         return content
 
@@ -55,7 +55,7 @@ def read_parquet(files: Sequence[Path]) -> Annotations:
 
     Raises:
         InputError: see `read_annotations`.
-        EnvironmentLacks: pyarrow is not installed.
+        MissingRequirementError: pyarrow is not installed.
     """
     expressions: list[Expression] = []
     places: dict[str, _Place] = {}
@@ -83,14 +83,14 @@ def read_parquet(files: Sequence[Path]) -> Annotations:
                 for count, text in enumerate(answers):
                     words = RowReader(path, number, {"answer": text}).text("answer")
                     expressions.append(reader.expression(f"{identity}.{count}", image, words, box))
-    return Annotations("parquet", tuple(expressions), TablePictures(places) if embedded else None)
+    return Annotations("parquet", tuple(expressions), TableImages(places) if embedded else None)
 
 
 def _opened(path: Path) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirementError(
             "is not installed", subject="pyarrow", hint="pip install 'gap-export[eval]'"
         ) from error
     try:

@@ -36,12 +36,12 @@ def read_refer(path: Path, split: str | None) -> Annotations:
         raise InputError(
             "is not there",
             subject=str(instances),
-            hint="boxes and pictures of REFER are in it; put it beside",
+            hint="boxes and images of REFER are in it; put it beside",
         )
     try:
         content = json.loads(instances.read_text(encoding="utf-8"))
         objects = {each["id"]: each for each in content["annotations"]}
-        pictures = {each["id"]: each for each in content["images"]}
+        images = {each["id"]: each for each in content["images"]}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"is not COCO's instances: {error}", subject=str(instances), hint="get the file again"
@@ -56,23 +56,21 @@ def read_refer(path: Path, split: str | None) -> Annotations:
     expressions: list[Expression] = []
     for number, reference in enumerate(references, 1):
         if split is None or reference.get("split") == split:
-            expressions += _of_reference(path, number, reference, objects, pictures)
+            expressions += _of_reference(path, number, reference, objects, images)
     return Annotations("refer", tuple(expressions))
 
 
 def _of_reference(
-    path: Path, number: int, reference: dict[str, Any], objects: dict[Any, Any], pictures: dict[Any, Any]
+    path: Path, number: int, reference: dict[str, Any], objects: dict[Any, Any], images: dict[Any, Any]
 ) -> list[Expression]:
     row = RowReader(path, number, reference)
-    item, picture = objects.get(reference.get("ann_id")), pictures.get(reference.get("image_id"))
-    if item is None or picture is None:
+    item, entry = objects.get(reference.get("ann_id")), images.get(reference.get("image_id"))
+    if item is None or entry is None:
         missing = (
-            f"annotation {reference.get('ann_id')}"
-            if item is None
-            else f"picture {reference.get('image_id')}"
+            f"annotation {reference.get('ann_id')}" if item is None else f"image {reference.get('image_id')}"
         )
         raise row.error(f"{INSTANCES} does not hold {missing}")
-    whole = RowReader(path, number, {**reference, **picture, "bbox": item.get("bbox")})
+    whole = RowReader(path, number, {**reference, **entry, "bbox": item.get("bbox")})
     box, image = whole.extents("bbox"), whole.text("file_name")
     sentences = reference.get("sentences")
     if not isinstance(sentences, list):

@@ -42,7 +42,7 @@ class RowReader:
         return self._sound((x, y, x + width, y + height), field)
 
     def pixels(self, field: str) -> int | None:
-        """An extent of the picture, where there is one."""
+        """An extent of the image, where there is one."""
         value = self._row.get(field)
         if value is None:
             return None
@@ -51,14 +51,14 @@ class RowReader:
         return value
 
     def expression(self, identity: str, image: str, text: str, box: Box) -> Expression:
-        """Put together; a box wholly outside of the picture is no box of it."""
+        """Put together; a box wholly outside of the image is no box of it."""
         width, height = self.pixels("width"), self.pixels("height")
         x1, y1, x2, y2 = box
         outside = (
             x2 <= 0 or y2 <= 0 or (width is not None and x1 >= width) or (height is not None and y1 >= height)
         )
         if outside:
-            raise self.error(f"the box {shown(list(box))} lies outside of the picture of {width}x{height}")
+            raise self.error(f"the box {shown(list(box))} lies outside of the image of {width}x{height}")
         return Expression(identity, image, " ".join(text.split()), box, width, height)
 
     def error(self, message: str) -> InputError:
