@@ -45,6 +45,11 @@ class GapExportError(Exception):
         return f"{self.stage}: {self.subject}: {self.message} ({self.hint})"
 
 
+def first_line(error: BaseException) -> str:
+    """What a library said, for a message of ours: the first line of it, or the error's type where it said nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class RecipeError(GapExportError):
     """A recipe or an option is unknown, out of range or contradicts another."""
 

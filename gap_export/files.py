@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, GapExportError
 
 HASHED_ON_OPEN = 64 * 2**20
 """Files up to this many bytes are hashed whenever a bundle is opened; larger ones have their size checked, and their
@@ -69,6 +69,31 @@ def verify(folder: Path, files: dict[str, FileRecord], *, every_hash: bool) -> N
 
 
 @contextmanager
+def writing(
+    path: Path,
+    *,
+    what: str = "cannot be written",
+    hint: str = "free disk space, or choose a folder you can write to",
+    kind: type[GapExportError] = BundleError,
+) -> Iterator[None]:
+    """Say of a file or folder that it cannot be written, in place of an `OSError`.
+
+    Args:
+        path: what is written inside the block.
+        what: went wrong, in words; the system's own reason is added.
+        hint: what to do next.
+        kind: the error to raise.
+
+    Raises:
+        GapExportError: of that kind.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror}", subject=str(path), hint=hint) from error
+
+
+@contextmanager
 def scratch_folder(*, beside: Path, purpose: str) -> Iterator[Path]:
     """A hidden folder on the same file system as `beside` (so that files can be linked and renamed), removed afterwards.
 
@@ -79,17 +104,11 @@ def scratch_folder(*, beside: Path, purpose: str) -> Iterator[Path]:
     """
     beside = beside.absolute()
     prefix = f".{beside.name}.{purpose}-"
-    try:
+    with writing(beside, what="cannot be created", hint="choose a folder you can write to"):
         beside.parent.mkdir(parents=True, exist_ok=True)
         for leftover in beside.parent.glob(f"{glob.escape(prefix)}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=beside.parent))
-    except OSError as error:
-        raise BundleError(
-            f"cannot be created: {error.strerror}",
-            subject=str(beside),
-            hint="choose a folder you can write to",
-        ) from error
     try:
         yield scratch
     finally:
@@ -128,12 +147,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         BundleError: it cannot be written.
     """
     scratch = path.with_name(f".{path.name}.writing")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(scratch, path)
-    except OSError as error:
-        raise _not_written(path, error) from error
 
 
 def place_file(source: Path, target: Path, *, copy: bool) -> int:
@@ -156,16 +173,6 @@ def place_file(source: Path, target: Path, *, copy: bool) -> int:
             OSError
         ):  # another file system, or one without links: a copy costs space and changes nothing else
             pass
-    try:
+    with writing(target):
         shutil.copyfile(source, target)
-    except OSError as error:
-        raise _not_written(target, error) from error
     return target.stat().st_size
-
-
-def _not_written(path: Path, error: OSError) -> BundleError:
-    return BundleError(
-        f"cannot be written: {error.strerror}",
-        subject=str(path),
-        hint="free disk space, or choose a folder you can write to",
-    )

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from gap_export.checkpoint.safetensors import WeightLocation
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, first_line
 
 _STORED = {
     torch.float32: "F32",
@@ -47,11 +47,11 @@ def read_torch_archive(file: Path) -> dict[str, WeightLocation]:
         raise CheckpointError(
             "asks for code to be run, which is refused: it holds more than tensors",
             subject=str(file),
-            hint=f"convert it to safetensors where you trust it. torch says: {_first_line(error)}",
+            hint=f"convert it to safetensors where you trust it. torch says: {first_line(error)}",
         ) from error
     except Exception as error:  # torch raises whatever damaged bytes make it raise
         raise CheckpointError(
-            f"cannot be read as a file of torch.save: {_first_line(error)}",
+            f"cannot be read as a file of torch.save: {first_line(error)}",
             subject=str(file),
             hint="the download is incomplete or damaged: fetch it again",
         ) from error
@@ -90,7 +90,3 @@ def _location(file: Path, key: str, tensor: torch.Tensor) -> WeightLocation:
             hint="the download is incomplete: fetch it again",
         )
     return WeightLocation(file, _STORED[tensor.dtype], tuple(tensor.shape), start, length)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from gap_export.engine.device import Device
 from gap_export.engine.library import TARGETS, Library, Message, load_library
 from gap_export.engine.profiles import Profile, profiles_from_spec
 from gap_export.errors import EngineError, MissingRequirementError
-from gap_export.files import record_of
+from gap_export.files import record_of, writing
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, steps done, steps in all). Called from the builder's threads; an exception ends the build."""
@@ -240,35 +240,30 @@ def _write_engine(
     scratch = out.with_name(f".{out.name}.writing")
     subject = f"graph {spec.name}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            writer = _stream_writer(library.api, file)
-            monitor = _progress_monitor(library.api, progress) if progress else None
-            if monitor:
-                config.progress_monitor = monitor
-            built = builder.build_serialized_network_to_stream(network, config, writer)
-        _raise_first(writer, monitor)
-        if not built:
-            raise messages.error_from_complaints(
-                messages.complaints_of_log(log),
-                subject=subject,
-                library=library.title,
-                doing="build the engine",
-            )
-        ignored = messages.unused_inputs(log)
-        if ignored:
-            raise EngineError(
-                "is ignored by the engine, which would then give wrong answers",
-                subject=f"{subject}, input {', '.join(ignored)}",
-                hint="the graph must use the values of every input; `nonpad_kv_seqlen` of Attention is never used",
-            )
-        os.replace(scratch, out)
-    except OSError as error:
-        raise MissingRequirementError(
-            f"cannot be written: {error.strerror}",
-            subject=str(out),
-            hint="free disk space, or choose another folder",
-        ) from error
+        with writing(out, kind=MissingRequirementError, hint="free disk space, or choose another folder"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with scratch.open("wb") as file:
+                writer = _stream_writer(library.api, file)
+                monitor = _progress_monitor(library.api, progress) if progress else None
+                if monitor:
+                    config.progress_monitor = monitor
+                built = builder.build_serialized_network_to_stream(network, config, writer)
+            _raise_first(writer, monitor)
+            if not built:
+                raise messages.error_from_complaints(
+                    messages.complaints_of_log(log),
+                    subject=subject,
+                    library=library.title,
+                    doing="build the engine",
+                )
+            ignored = messages.unused_inputs(log)
+            if ignored:
+                raise EngineError(
+                    "is ignored by the engine, which would then give wrong answers",
+                    subject=f"{subject}, input {', '.join(ignored)}",
+                    hint="the graph must use the values of every input; `nonpad_kv_seqlen` of Attention is never used",
+                )
+            os.replace(scratch, out)
     finally:
         scratch.unlink(missing_ok=True)
 

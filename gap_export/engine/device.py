@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gap_export.errors import MissingRequirementError, SessionError
+from gap_export.errors import MissingRequirementError, SessionError, first_line
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _ONE_THREAD = (
@@ -173,7 +173,7 @@ def _load_runtime() -> Any:
             return cuda.wrapper().handle
     except Exception as error:  # Polygraphy's exception class, or OSError from the loader
         raise MissingRequirementError(
-            f"was not found: {str(error).splitlines()[0]}",
+            f"was not found: {first_line(error)}",
             subject="the CUDA runtime library (libcudart)",
             hint="install the CUDA toolkit, or pip install nvidia-cuda-runtime-cu12",
         ) from error

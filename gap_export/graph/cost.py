@@ -74,7 +74,7 @@ _COUNTS = {"MatMul": _matmul, "MatMulInteger": _matmul, "Gemm": _gemm, "Conv": _
 
 
 def _extents(value: ir.Value | None) -> list[int | str] | None:
-    """Shape of a value; of a turned or converted weight, that of what it is made of."""
+    """Shape of a value; of a transposed or converted weight, that of what it is made of."""
     if value is None:
         return None
     if value.shape is not None:

@@ -66,8 +66,8 @@ class _Rotation(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # a class 
         """Halves may be cut by any numbers here; `check` looks at them."""
         first = op.Slice(x, _allow_other_inputs=True, _outputs=["first"])
         second = op.Slice(x, _allow_other_inputs=True, _outputs=["second"])
-        turned = op.Concat(op.Neg(second), first, axis=-1)
-        return op.Add(op.Mul(x, cos), op.Mul(turned, sin))
+        rotated = op.Concat(op.Neg(second), first, axis=-1)
+        return op.Add(op.Mul(x, cos), op.Mul(rotated, sin))
 
     def check(
         self,
@@ -85,7 +85,7 @@ class _Rotation(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # a class 
         if not isinstance(width, int) or x.dtype != ir.DataType.FLOAT:
             result.fail("is not in fp32, or not of a known head size")
         elif _cut(first) != (0, width // 2) or _cut(second) != (width // 2, width):
-            result.fail("is not turned by halves")
+            result.fail("is not rotated by halves")
         elif _half_angle(cos, "Cos") is None or _half_angle(sin, "Sin") is None:
             result.fail("has cosines of another form")
         return result

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Part, lay_out
 from gap_export.errors import MissingRequirementError
+from gap_export.files import writing
 from gap_export.graph.rounding import (
     BLOCK,
     FP4_BLOCK,
@@ -120,18 +121,12 @@ class QuantizedStore:
         ]
         head, self._offsets, size = lay_out(parts)
         path = self.folder / FILE
-        try:
+        with writing(path, kind=MissingRequirementError, hint="free disk space and build again"):
             with path.open("wb") as out:
                 out.write(head)
                 out.truncate(size)
             for key, scheme in wanted.items():
                 self._write(path, key, scheme)
-        except OSError as error:
-            raise MissingRequirementError(
-                f"could not be written: {error.strerror}",
-                subject=str(path),
-                hint="free disk space and build again",
-            ) from error
         self.written_bytes = size
 
     def tensors(self, key: str, scheme: Scheme) -> dict[str, ir.ExternalTensor]:

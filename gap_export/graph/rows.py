@@ -295,7 +295,7 @@ def _number(graph: ir.Graph, before: ir.Node, numbers: list[int]) -> ir.Value:
 
 
 def _rank(value: ir.Value) -> int | None:
-    """Of a value; of a turned weight, that of the weight."""
+    """Of a value; of a transposed weight, that of the weight."""
     if value.shape is not None:
         return len(value.shape)
     content = ir.convenience.get_const_tensor(value)

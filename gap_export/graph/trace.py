@@ -21,7 +21,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from gap_export.bundle.spec import Component, Dim, TensorSpec
-from gap_export.errors import TraceError
+from gap_export.errors import TraceError, first_line
 from gap_export.modeling.attention import OPSET
 
 _TORCH_DTYPES = {
@@ -66,9 +66,8 @@ def graph_from_component(component: Component) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:  # torch raises a dozen unrelated types here; all mean "does not export"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TraceError(
-            f"could not be exported: {reason}",
+            f"could not be exported: {first_line(error)}",
             subject=spec.name,
             hint="the versions in constraints.txt are the tested ones; otherwise please report this",
         ) from error

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Derived, Part, WeightLocation, lay_out
 from gap_export.errors import CheckpointError, MissingRequirementError, TraceError
-from gap_export.files import place_file
+from gap_export.files import place_file, writing
 from gap_export.graph.trace import is_hollow
 from gap_export.precision import Activations
 
@@ -122,21 +122,17 @@ class WeightStore:
             parts.append(Part(key, wanted, source.shape, elements * width))
         head, offsets, _ = lay_out(parts)
         converted: dict[str, WeightLocation] = {}
-        try:
-            with path.open("wb") as out:
-                out.write(head)
-                for part in parts:
-                    offset = offsets[part.name]
-                    out.seek(offset)
-                    self._stream(part.name, out.write, wanted)
-                    converted[part.name] = WeightLocation(path, wanted, part.shape, offset, part.length)
-                self.written_bytes += out.tell()
-        except OSError as error:
-            raise MissingRequirementError(
-                f"could not be written: {error.strerror}",
-                subject=str(path),
-                hint="free disk space and build again",
-            ) from error
+        with (
+            writing(path, kind=MissingRequirementError, hint="free disk space and build again"),
+            path.open("wb") as out,
+        ):
+            out.write(head)
+            for part in parts:
+                offset = offsets[part.name]
+                out.seek(offset)
+                self._stream(part.name, out.write, wanted)
+                converted[part.name] = WeightLocation(path, wanted, part.shape, offset, part.length)
+            self.written_bytes += out.tell()
         return converted
 
     def _stream(self, key: str, write: Callable[[bytes], object], wanted: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from gap_export.errors import InputError, LintError
+from gap_export.errors import InputError, LintError, first_line
 from gap_export.linter.dataflow import Flow, name_of
 
 
@@ -44,7 +44,7 @@ def load(source: Path | str | ir.Model) -> tuple[str, Flow]:
             Exception
         ) as error:  # the inliner raises what it likes; all of it means a graph that cannot be expanded
             raise LintError(
-                f"has functions that cannot be expanded: {_first_line(error)}",
+                f"has functions that cannot be expanded: {first_line(error)}",
                 subject=subject,
                 hint="check the file with onnx.checker",
             ) from error
@@ -67,7 +67,7 @@ def _read(path: Path) -> ir.Model:
             model = ir.load(path)
     except OSError as error:
         raise InputError(
-            f"cannot be read: {_first_line(error)}", subject=str(path), hint="check its permissions"
+            f"cannot be read: {first_line(error)}", subject=str(path), hint="check its permissions"
         ) from error
     except Exception as error:  # no protobuf, or protobuf but no model: the reader fails in many ways
         raise not_onnx from error
@@ -107,7 +107,3 @@ def _quiet_reader() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import CLIPConfig, CLIPTextModelWithProjection, CLIPVisionConfig
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.prompt import TextTower
 from gap_export.modeling.attention import slot_mask
 from gap_export.modeling.fake import hollow
@@ -164,7 +164,7 @@ def _config(part: Checkpoint) -> CLIPConfig:
         return CLIPConfig.from_pretrained(part.folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
-            f"is not a configuration transformers accepts: {str(error).splitlines()[0]}",
+            f"is not a configuration transformers accepts: {first_line(error)}",
             subject=str(part.folder / "config.json"),
             hint="fetch the checkpoint's config.json again",
         ) from error

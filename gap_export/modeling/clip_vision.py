@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import CLIPConfig, CLIPVisionConfig
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, first_line
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,7 +32,7 @@ def vision_config(part: Checkpoint) -> CLIPVisionConfig:
         config = kinds[part.model_type].from_pretrained(part.folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
-            f"is not a configuration transformers accepts: {str(error).splitlines()[0]}",
+            f"is not a configuration transformers accepts: {first_line(error)}",
             subject=str(part.folder / "config.json"),
             hint="fetch the checkpoint's config.json again",
         ) from error

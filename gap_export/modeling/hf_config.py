@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, first_line
 
 PREFIXES: Prefixes = {
     "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
@@ -65,7 +65,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"is not a configuration transformers accepts: {str(error).splitlines()[0]}",
+            f"is not a configuration transformers accepts: {first_line(error)}",
             subject=str(checkpoint.folder / "config.json"),
             hint="fetch the checkpoint's config.json again",
         ) from error

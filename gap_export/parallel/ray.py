@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gap_export.errors import GapExportError, MissingRequirementError
+from gap_export.errors import GapExportError, MissingRequirementError, first_line
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -146,7 +146,7 @@ def _connected(ray: Any, cluster: Cluster) -> bool:
             ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
         raise MissingRequirementError(
-            f"cannot be reached: {str(error).splitlines()[0]}",
+            f"cannot be reached: {first_line(error)}",
             subject=f"the Ray cluster at {cluster.address}"
             if cluster.address
             else "a Ray cluster on this machine",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from gap_export.errors import RecipeError
+from gap_export.errors import RecipeError, first_line
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.precision import DEFAULT_GATES, SMALLEST_DEVICE, USUAL_DEVICES, Gates, Precision
 
@@ -179,9 +179,7 @@ def load_recipe(model: str) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            "cannot be read as YAML", subject=str(path), hint=str(error).splitlines()[0]
-        ) from error
+        raise RecipeError("cannot be read as YAML", subject=str(path), hint=first_line(error)) from error
     if not isinstance(content, dict):
         raise RecipeError("is not a mapping", subject=str(path), hint="see recipes/shapes.yaml")
     return _validated({"name": path.stem, **content}, subject=str(path))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.spec import TensorSpec
-from gap_export.errors import GapExportError, SessionError
+from gap_export.errors import GapExportError, SessionError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.session import (
@@ -221,7 +221,7 @@ class OnnxRuntimeSession:
             raise
         except Exception as error:  # pybind exceptions of ONNX Runtime share no public base class
             raise SessionError(
-                f"was refused by ONNX Runtime {ort.__version__}: {_first_line(error)}",
+                f"was refused by ONNX Runtime {ort.__version__}: {first_line(error)}",
                 subject=str(self._bundle.graph_path(name)),
                 hint="check the bundle with `gap-export inspect --verify`, or build it again with this version",
             ) from error
@@ -245,7 +245,7 @@ class OnnxRuntimeSession:
             self._sessions[name].run_with_iobinding(binding)
         except Exception as error:
             raise SessionError(
-                f"failed in ONNX Runtime: {_first_line(error)}",
+                f"failed in ONNX Runtime: {first_line(error)}",
                 subject=f"graph {name}",
                 hint="the inputs do not fit the shapes in the manifest; see `gap-export inspect`",
             ) from error
@@ -351,7 +351,3 @@ def _ort_value(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

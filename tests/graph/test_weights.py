@@ -177,7 +177,7 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
     store = store_of(tmp_path, {"a": np.ones(3, np.float32)}, "fp16")
     store.folder.rmdir()
-    with pytest.raises(MissingRequirementError, match="could not be written"):
+    with pytest.raises(MissingRequirementError, match="cannot be written"):
         store.prepare(["a"])
 
 

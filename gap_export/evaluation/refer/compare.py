@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gap_export.boxes import metrics
 from gap_export.boxes.codecs import Box
 from gap_export.bundle.folder import MANIFEST, open_bundle
-from gap_export.errors import InputError
+from gap_export.errors import InputError, first_line
 from gap_export.evaluation.refer.provenance import FILE as PROVENANCE
 from gap_export.evaluation.refer.provenance import read_provenance
 from gap_export.records import Record
@@ -143,7 +143,7 @@ def open_run(folder: Path, protocol: str) -> Run:
         stored = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError, ArrowException) as error:
         raise InputError(
-            f"cannot be read: {str(error).splitlines()[0]}",
+            f"cannot be read: {first_line(error)}",
             subject=str(path),
             hint="run the evaluation again",
         ) from error

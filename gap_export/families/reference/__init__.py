@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
 from gap_export.precision import Precision
@@ -107,7 +107,7 @@ def open_model(
             model: ReferenceModel = found(checkpoint, DTYPES[precision], parts)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"could not be loaded by transformers: {str(error).splitlines()[0]}",
+            f"could not be loaded by transformers: {first_line(error)}",
             subject=str(checkpoint),
             hint="the reference needs the checkpoint the bundle was built from",
         ) from error

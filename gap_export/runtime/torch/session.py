@@ -22,7 +22,7 @@ from transformers import CLIPTextModelWithProjection, DynamicCache
 
 from gap_export import prune
 from gap_export.bundle.manifest import Pruning
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, first_line
 from gap_export.families.reference import ReferenceModel, Shown, quiet_loading
 from gap_export.inputs.batch import PixelInputs
 from gap_export.inputs.prompt import PAD, TextTower, text_lengths
@@ -75,7 +75,7 @@ class TextReference:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
-                f"could not be loaded by transformers: {str(error).splitlines()[0]}",
+                f"could not be loaded by transformers: {first_line(error)}",
                 subject=str(checkpoint),
                 hint="the reference needs the text tower the bundle was built with",
             ) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gap_export.errors import InputError, MissingRequirementError
+from gap_export.errors import InputError, MissingRequirementError, first_line
 from gap_export.evaluation.refer.annotations import Annotations, Expression, shown
 from gap_export.evaluation.refer.annotations.rows import RowReader
 
@@ -97,5 +97,5 @@ def _opened(path: Path) -> Any:
         return parquet.ParquetFile(path)
     except (OSError, ArrowException) as error:
         raise InputError(
-            f"cannot be read: {str(error).splitlines()[0]}", subject=str(path), hint="get the file again"
+            f"cannot be read: {first_line(error)}", subject=str(path), hint="get the file again"
         ) from error
