@@ -126,19 +126,19 @@ def _of_predictions(
     protocol: str,
     limit: int | None,
 ) -> tuple[EvalRecord, list[Scored]]:
+    from gap_export import families
     from gap_export.errors import InputError
     from gap_export.evaluation.refer import tables
     from gap_export.evaluation.refer.protocols import protocol_of
     from gap_export.evaluation.refer.run import record_of, score_all
-    from gap_export.families.overview import OVERVIEW
 
-    if family not in OVERVIEW:
+    if family not in families.names():
         raise InputError(
             "is not a family",
             subject=f"--family {family}",
-            hint=f"say whose way to write boxes the answers have: {', '.join(OVERVIEW)}",
+            hint=f"say whose way to write boxes the answers have: {', '.join(families.names())}",
         )
-    scoring = protocol_of(protocol, OVERVIEW[family].box)
+    scoring = protocol_of(protocol, families.row(family).box)
     expressions = dataset.expressions[:limit]
     answers = tables.read_predictions(predictions, expressions, dataset.source)
     scored = score_all(expressions, answers, scoring)

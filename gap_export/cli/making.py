@@ -29,13 +29,12 @@ def models(as_json: JsonOption = False) -> None:
     """Recipes, families, and what each needs."""
     from dataclasses import asdict
 
-    from gap_export import prune
+    from gap_export import families, prune
     from gap_export.boxes.codecs import CODECS
-    from gap_export.families.overview import OVERVIEW
     from gap_export.recipe import recipe
 
     recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
-    known = {r.name: OVERVIEW[r.family] for r in recipes if r.family in OVERVIEW}
+    known = {r.name: families.row(r.family) for r in recipes if r.family in families.names()}
     needed = {
         r.name: {
             part: getattr(r, part) for part in ("base", "vision_tower", "text_tower") if getattr(r, part)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError
+from gap_export.families.table import FamilyRow, names, register, row, row_of
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.recipe.recipe import Recipe
@@ -19,20 +18,7 @@ if TYPE_CHECKING:
     from gap_export.bundle.spec import Component
     from gap_export.plan import Plan
 
-FAMILIES = {
-    "internvl": "gap_export.families.internvl",
-    "llava": "gap_export.families.llava",
-    "llava_next": "gap_export.families.llava_next",
-    "llava_onevision": "gap_export.families.llava_onevision",
-    "llava_original": "gap_export.families.llava_original",
-    "minigpt_v2": "gap_export.families.minigpt_v2",
-    "qwen2_5_vl": "gap_export.families.qwen2_5_vl",
-    "qwen2_vl": "gap_export.families.qwen2_vl",
-    "qwen3_vl": "gap_export.families.qwen3_vl",
-    "shikra": "gap_export.families.shikra",
-}
-"""Family -> module that describes it."""
-
+__all__ = ["PARTS", "Family", "FamilyRow", "Part", "family_of", "names", "register", "row", "row_of"]
 
 PARTS = ("base", "vision_tower")
 """Fields of the recipe that name checkpoints beside the main one."""
@@ -124,29 +110,6 @@ def family_of(checkpoint: Checkpoint) -> tuple[str, Family]:
     Raises:
         CheckpointError: none does.
     """
-    if "auto_map" in checkpoint.config:
-        raise CheckpointError(
-            "asks for code of its own to be run (auto_map)",
-            subject=str(checkpoint.folder / "config.json"),
-            hint="use a checkpoint that transformers supports without remote code",
-        )
-    name = _recognised(checkpoint)
-    if name not in FAMILIES:
-        raise CheckpointError(
-            f"has model_type {name!r}, which is not supported",
-            subject=str(checkpoint.folder / "config.json"),
-            hint=f"supported: {', '.join(sorted(FAMILIES))}",
-        )
-    family: Family = importlib.import_module(FAMILIES[name])
-    return name, family
-
-
-def _recognised(checkpoint: Checkpoint) -> str:
-    """Name of the family, or the `model_type` of one that is not known."""
-    model_type = checkpoint.model_type
-    # LLaVA's own code and transformers' have used the same name for two layouts.
-    if model_type == "llava_llama" or (model_type == "llava" and "mm_vision_tower" in checkpoint.config):
-        return "llava_original"
-    if not checkpoint.config and "llama_proj.weight" in checkpoint.weights:
-        return "minigpt_v2"
-    return model_type
+    found = row_of(checkpoint)
+    implementation: Family = found.load()
+    return found.name, implementation

@@ -8,7 +8,6 @@ Shape letters: N visual tokens that may be pruned, K kept, E tower width, H deco
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from gap_export import families
 from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
@@ -33,20 +33,6 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 Shown = dict[str, Tensor | None]
 """What a tower shows of one image: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
-
-REFERENCES = {
-    "internvl": "internvl:InternVLReference",
-    "llava": "llava:LlavaReference",
-    "llava_next": "llava_next:LlavaNextReference",
-    "llava_onevision": "llava_onevision:LlavaOnevisionReference",
-    "llava_original": "original:LlavaOriginalReference",
-    "minigpt_v2": "minigpt_v2:MiniGptReference",
-    "qwen2_5_vl": "qwen_vl:Qwen25VLReference",
-    "qwen2_vl": "qwen_vl:Qwen2VLReference",
-    "qwen3_vl": "qwen_vl:Qwen3VLReference",
-    "shikra": "original:ShikraReference",
-}
-"""Family -> its reference, `module:class` within this folder."""
 
 
 class ReferenceModel(Protocol):
@@ -100,8 +86,7 @@ def open_model(
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    module, _, kind = REFERENCES[family].partition(":")
-    found = getattr(importlib.import_module(f"gap_export.families.reference.{module}"), kind)
+    found = families.row(family).load_reference()
     try:
         with quiet_loading():
             model: ReferenceModel = found(checkpoint, DTYPES[precision], parts)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gap_export import families
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
@@ -31,7 +32,6 @@ from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.provenance import Provenance, write_provenance
 from gap_export.evaluation.refer.run import record_of, score_all
 from gap_export.evaluation.refer.tables import write_results
-from gap_export.families.overview import OVERVIEW
 
 LOOSE = Demands(max_accuracy_drop=1, min_prediction_agreement=0, min_box_iou=0)
 
@@ -150,7 +150,7 @@ def test_runs_are_read_back(tmp_path: Path) -> None:
         )
         for n in range(3)
     ]
-    protocol = protocol_of("unc", OVERVIEW["llava"].box)
+    protocol = protocol_of("unc", families.row("llava").box)
     scored = score_all(expressions, rows, protocol)
     write_results(scored, tmp_path / "unc-results.parquet")
     with pytest.raises(InputError, match="no finished evaluation under unc"):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from gap_export import families
 from gap_export.boxes.codecs import CODECS, from_pixels
 from gap_export.bundle.manifest import BoxFormat
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import read_annotations
 from gap_export.evaluation.refer.protocols import NAMES, protocol_of, score
-from gap_export.families.overview import OVERVIEW
 
 PADDED = BoxFormat(codec="llava", frame="padded_square")
 
@@ -44,9 +44,9 @@ def test_the_comparison_is_that_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("family", OVERVIEW)
+@pytest.mark.parametrize("family", families.names())
 def test_every_family_has_every_protocol(name: str, family: str) -> None:
-    protocol = protocol_of(name, OVERVIEW[family].box)
+    protocol = protocol_of(name, families.row(family).box)
     size = (640, 480)
     truth = (64.0, 96.0, 320.0, 288.0)
     box = from_pixels(truth, protocol.frame, *size)

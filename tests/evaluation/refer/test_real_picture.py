@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gap_export import families
 from gap_export.boxes.codecs import CODECS, from_pixels
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.evaluation.refer.annotations import read_annotations
 from gap_export.evaluation.refer.protocols import protocol_of, score
-from gap_export.families.overview import OVERVIEW
 from gap_export.inputs.batch import prepare, seen_size
 from gap_export.inputs.images import load_image
 from gap_export.inputs.layouts import (
@@ -65,7 +65,7 @@ def marked(image: Image.Image, box: tuple[float, float, float, float]) -> Image.
     return Image.fromarray(np.where(mask[..., None], 255, 0).astype(np.uint8).repeat(3, -1))
 
 
-@pytest.mark.parametrize("family", OVERVIEW)
+@pytest.mark.parametrize("family", families.names())
 def test_a_box_goes_there_and_back(refcoco: Path, family: str) -> None:
     image = load_image(refcoco.parent / NAME)
     assert image.size == (640, 428)
@@ -74,7 +74,7 @@ def test_a_box_goes_there_and_back(refcoco: Path, family: str) -> None:
     preprocessing = PREPROCESSING[family]
     facts = ModelSpec.model_construct(visual_tokens=576)
     assert np.isfinite(prepare([image], preprocessing, facts).calls[0]["pixel_values"]).all()
-    protocol = protocol_of("unc", OVERVIEW[family].box)
+    protocol = protocol_of("unc", families.row(family).box)
     seen = seen_size(image.size, preprocessing)
     for each in about:
         box = from_pixels(each.box, protocol.frame, *image.size, clamp=True)
@@ -102,5 +102,5 @@ def test_the_frame_is_where_the_pixels_are(refcoco: Path, family: str) -> None:
     pixels = prepare([marked(image, truth)], black, facts).calls[0]["pixel_values"][0]
     rows, columns = np.nonzero(pixels.mean(axis=0) > 0)
     bright = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / preprocessing.size
-    expected = from_pixels(truth, protocol_of("unc", OVERVIEW[family].box).frame, *image.size)
+    expected = from_pixels(truth, protocol_of("unc", families.row(family).box).frame, *image.size)
     assert np.abs(bright - expected).max() < 2 / preprocessing.size

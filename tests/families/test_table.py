@@ -1,0 +1,46 @@
+"""The table of families: what is said without a checkpoint is what their code says of one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from gap_export import families, prune
+from gap_export.boxes.codecs import CODECS
+from gap_export.recipe.recipe import known_recipes, load_recipe
+
+
+def test_a_second_row_of_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'llava' is in the table already"):
+        families.register(dataclasses.replace(families.row("llava"), title="another"))
+    assert families.row("llava").title == "LLaVA-1.5"
+
+
+def test_boxes_are_those_of_the_family() -> None:
+    for name in families.names():
+        row = families.row(name)
+        recipe = load_recipe("llava").replaced(fit=None).model_copy(update={"fit": None})
+        assert row.load().box(recipe) == row.box
+        assert row.box.codec in CODECS
+
+
+def test_every_recipe_is_of_a_family_and_asks_for_what_works() -> None:
+    for name in known_recipes():
+        recipe = load_recipe(name)
+        assert recipe.family in families.names(), name
+        assert recipe.pruner in families.row(recipe.family).pruners
+        assert recipe.summary
+
+
+def test_pruners_follow_from_what_there_is() -> None:
+    assert set(families.row("llava").pruners) == set(prune.names())
+    assert set(families.row("llava_onevision").pruners) == {"divprune", "dart", "random", "none"}
+    assert "fastv" in families.row("minigpt_v2").pruners
+    assert not {"trim", "prumerge", "visionzip"} & set(families.row("minigpt_v2").pruners)
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_every_row_leads_to_what_it_names(name: str) -> None:
+    assert families.row(name).load()
+    assert families.row(name).load_reference()
