@@ -29,8 +29,9 @@ check: $(INSTALLED)  ## Format, lint, types.
 bench-smoke: $(INSTALLED)  ## Latency ratios of the bundled model, under three minutes.
 	$(BIN)/python bench/latency.py --smoke
 
-docs: $(INSTALLED)  ## Regenerate docs/commands.md from the commands themselves.
+docs: $(INSTALLED)  ## Regenerate docs/commands.md from the commands, and the generated parts of other documents.
 	$(BIN)/typer gap_export.cli utils docs --name gap-export --output docs/commands.md
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf out .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

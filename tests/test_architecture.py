@@ -1,4 +1,4 @@
-"""Who may import whom, and what must not be imported at run time."""
+"""Layering: who imports whom, and what must not be imported at run time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gap_export.bundle.folder import Bundle
 
 PACKAGE = Path(gap_export.__file__).parent
 
-ROOMS = (
+LAYERS = (
     "errors",
     "environment",
     "files",
@@ -43,7 +43,7 @@ ROOMS = (
     "cli",
     "__main__",
 )
-"""In the order of the flow: a module imports from its own room and from those above it."""
+"""In the order of the flow: a module imports from its own layer and from those above it."""
 
 HEAVY = {
     "torch",
@@ -59,7 +59,7 @@ HEAVY = {
 }
 """What running a bundle does not need."""
 
-RUN_TIME_ROOMS = (
+RUN_TIME_LAYERS = (
     "errors",
     "environment",
     "files",
@@ -108,33 +108,51 @@ def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
                 yield (inner if is_module else str(node.module)), id(node) in top
 
 
-def room_of(module: str) -> str:
-    """The most particular entry of the table that covers a module."""
-    fitting = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
-    assert fitting, f"{module} has no place in the table of rooms"
+def layer_of(module: str) -> str:
+    """The layer of a module."""
+    fitting = [room for room in LAYERS if module == room or module.startswith(f"{room}.")]
+    assert fitting, f"{module} has no place among the layers"
     return max(fitting, key=len)
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_room_imports_only_what_stands_above_it(module: str) -> None:
-    mine = ROOMS.index(room_of(module))
-    for imported, _ in imports_of(MODULES[module]):
-        name = imported.removeprefix("gap_export.")
-        if not imported.startswith("gap_export.") or name.startswith("_"):
-            continue
-        assert ROOMS.index(room_of(name)) <= mine, f"{module} imports {name}, which comes later"
+IMPORTS = {
+    module: {
+        name.removeprefix("gap_export.")
+        for name, _ in imports_of(path)
+        if name.startswith("gap_export.")
+        and name.removeprefix("gap_export.") != module
+        and not name.removeprefix("gap_export.").startswith("_")
+    }
+    for module, path in MODULES.items()
+}
+"""Module -> modules of this package that it imports."""
 
 
-@pytest.mark.parametrize(
-    "module",
-    sorted(
-        name
-        for name in MODULES
-        if name.partition(".")[0] in RUN_TIME_ROOMS and not name.startswith(BUILD_ONLY)
-    ),
-)  # fmt: skip
-def test_run_time_modules_name_no_heavy_package(module: str) -> None:
-    heavy = [name for name, _ in imports_of(MODULES[module]) if name.partition(".")[0] in HEAVY]
+def test_no_import_points_upward() -> None:
+    upward = [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        for name in sorted(names)
+        if LAYERS.index(layer_of(name)) > LAYERS.index(layer_of(module))
+    ]
+    assert not upward
+
+
+def test_every_layer_is_there() -> None:
+    there = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert there - {"__init__"} == set(LAYERS)
+    assert len(list(PACKAGE.glob("[!_.]*"))) <= 28
+
+
+def test_run_time_modules_name_no_heavy_package() -> None:
+    heavy = {
+        name: found
+        for name, path in MODULES.items()
+        if name.partition(".")[0] in RUN_TIME_LAYERS and not name.startswith(BUILD_ONLY)
+        if (found := [used for used, _ in imports_of(path) if used.partition(".")[0] in HEAVY])
+    }
     assert not heavy
 
 

@@ -1,0 +1,58 @@
+"""Writes the generated parts of the documents: `make docs`. A test compares them with what is there.
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; what is outside is written by hand.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "gap_export"
+
+
+def layers() -> str:
+    """The import order, from the test that holds it, with what each package says of itself."""
+    location = ROOT / "tests" / "test_architecture.py"
+    spec = importlib.util.spec_from_file_location("layering", location)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = ["| layer | what it is |", "|---|---|"]
+    for name in module.LAYERS:
+        path = PACKAGE / name
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        first = " ".join(docstring.partition("\n\n")[0].split())
+        rows.append(f"| `{name}{'/' if path.is_dir() else ''}` | {first} |")
+    return "\n".join(rows)
+
+
+PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "layers": (ROOT / "docs" / "architecture.md", layers),
+}
+"""Name -> (document, what stands in it)."""
+
+
+def written(name: str, text: str, content: str) -> str:
+    """The document with a generated part put in place of the one that is there."""
+    pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"no part {name!r} in the document")
+    return pattern.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, count=1)
+
+
+def main() -> None:
+    """Write every part."""
+    for name, (document, generate) in PARTS.items():
+        text = document.read_text(encoding="utf-8")
+        document.write_text(written(name, text, generate()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
