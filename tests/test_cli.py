@@ -24,7 +24,7 @@ from gap_export import cli
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
 from gap_export.bundle.manifest import Manifest
 from gap_export.checkpoint.hub import resolve
-from gap_export.cli import making
+from gap_export.cli import models
 from gap_export.evaluation import validate
 from gap_export.files import record_of
 
@@ -111,7 +111,7 @@ def test_an_exit_code_of_a_command_reaches_the_shell(
     def stops(*_: Any) -> None:
         raise typer.Exit(1)
 
-    monkeypatch.setattr(making, "print_json", stops)
+    monkeypatch.setattr(models, "print_json", stops)
     assert command("models", "--json").code == 1
 
 
@@ -119,7 +119,7 @@ def test_ctrl_c_is_130_and_no_traceback(command: Command, monkeypatch: pytest.Mo
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(making, "print_json", interrupted)
+    monkeypatch.setattr(models, "print_json", interrupted)
     result = command("models", "--json")
     assert result.code == 130
     assert "interrupted" in result.err
@@ -127,7 +127,7 @@ def test_ctrl_c_is_130_and_no_traceback(command: Command, monkeypatch: pytest.Mo
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(making, "print_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(models, "print_json", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["gap-export", "models", "--json"])
     with pytest.raises(ZeroDivisionError):
         cli.main()

@@ -12,7 +12,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from gap_export import __version__
-from gap_export.cli import benching, comparing, evaluating, making, measuring, reporting, using
+from gap_export.cli import (
+    bench,
+    build,
+    calibrate,
+    comparing,
+    evaluating,
+    inspect,
+    lint,
+    models,
+    report,
+    run,
+    sweep,
+    validate,
+)
 from gap_export.cli.app import app, console, out, plain
 from gap_export.errors import GapExportError
 
@@ -23,19 +36,19 @@ _NAMES = {"evaluate": "eval"}
 
 # In the order in which they are needed, which is that of the help.
 for command in (
-    making.models,
-    making.build,
-    making.calibrate,
-    measuring.validate,
-    using.run,
-    benching.bench,
-    measuring.sweep,
+    models.models,
+    build.build,
+    calibrate.calibrate,
+    validate.validate,
+    run.run,
+    bench.bench,
+    sweep.sweep,
     evaluating.evaluate,
     comparing.compare,
     comparing.recommend,
-    reporting.report,
-    using.inspect,
-    using.lint,
+    report.report,
+    inspect.inspect,
+    lint.lint,
 ):
     app.command(_NAMES.get(command.__name__))(command)
 

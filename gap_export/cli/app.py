@@ -7,8 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -33,22 +32,6 @@ app = typer.Typer(
 console = Console(stderr=True)
 """Words for people go to standard error; standard output carries results."""
 out = Console(width=None if sys.stdout.isatty() else 140)
-
-BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
-BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")]
-KeepOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Fraction of visual tokens to keep, in bundles built with a range; their default when left out."
-    ),
-]
-EngineOption = Annotated[str, typer.Option(help="local, or ray: work is dealt to the workers of a cluster.")]
-WorkersOption = Annotated[int, typer.Option(min=1, help="With --engine ray.")]
-RayAddressOption = Annotated[
-    str | None, typer.Option(help="Of a running cluster; one is started here when left out.")
-]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
 
 
 def plain(text: str) -> str:
@@ -104,7 +87,7 @@ def cluster_of(engine: str, workers: int, ray_address: str | None) -> Cluster | 
     return Cluster(workers, ray_address) if engine == "ray" else None
 
 
-def build_room() -> Any:
+def import_pipeline() -> Any:
     """The pipeline, or advice on what to install for it."""
     try:
         from gap_export.graph import trace  # noqa: F401  (fails early where torch is missing)
@@ -120,7 +103,7 @@ def open_backend(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
 
     if backend != "torch":
         return open_session(bundle, backend_of(backend), threads=threads)
-    build = build_room()
+    build = import_pipeline()
     if threads:
         import torch
 

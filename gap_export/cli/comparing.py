@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import (
-    BackendOption,
-    BundleArgument,
-    JsonOption,
-    ThreadsOption,
-    console,
-    out,
-    print_json,
-)
+from gap_export.cli.app import console, out, print_json
+from gap_export.cli.options import BackendOption, BundleArgument, JsonOption, ThreadsOption
 
 if TYPE_CHECKING:
     from gap_export.evaluation.refer.compare import Comparison

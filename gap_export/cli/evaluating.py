@@ -9,20 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import (
+from gap_export.cli.app import cluster_of, console, interruptible, open_backend, out, print_json, progress_bar
+from gap_export.cli.options import (
     EngineOption,
     JsonOption,
     KeepOption,
     RayAddressOption,
     ThreadsOption,
     WorkersOption,
-    cluster_of,
-    console,
-    interruptible,
-    open_backend,
-    out,
-    print_json,
-    progress_bar,
 )
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import FlopTerm, Graph
-from gap_export.cli.benching import Wanted, alone
+from gap_export.cli.bench import Wanted, alone
 from gap_export.errors import InputError
 from gap_export.evaluation.latency.cost import cost_of, dims_of, flops, measure_device
 from gap_export.evaluation.latency.measure import contender, measure

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from gap_export.cli.app import (
-    JsonOption,
-    ThreadsOption,
-    console,
-    open_backend,
-    out,
-    plain,
-    print_json,
-    progress_bar,
-)
+from gap_export.cli.app import console, open_backend, out, plain, print_json, progress_bar
+from gap_export.cli.options import JsonOption, ThreadsOption
 
 if TYPE_CHECKING:
     from gap_export.bundle.folder import Bundle

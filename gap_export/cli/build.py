@@ -1,4 +1,4 @@
-"""Commands before there is a bundle: what can be built, and building it."""
+"""`gap-export build`: checkpoint to bundle."""
 
 from __future__ import annotations
 
@@ -6,86 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Column, Table
 
-from gap_export.cli.app import (
-    BundleArgument,
-    JsonOption,
-    ThreadsOption,
-    build_room,
-    console,
-    interruptible,
-    out,
-    plain,
-    print_json,
-    progress_bar,
-)
+from gap_export.cli.app import console, import_pipeline, interruptible, out, print_json
+from gap_export.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from gap_export.boxes.codecs import BoxCodec
-
-
-def models(as_json: JsonOption = False) -> None:
-    """Recipes, families, and what each needs."""
-    from dataclasses import asdict
-
-    from gap_export import families, prune
-    from gap_export.boxes.codecs import CODECS
-    from gap_export.recipe import recipe
-
-    recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
-    known = {r.name: families.row(r.family) for r in recipes if r.family in families.names()}
-    needed = {
-        r.name: {
-            part: getattr(r, part) for part in ("base", "vision_tower", "text_tower") if getattr(r, part)
-        }
-        for r in recipes
-    }
-    boxes = {name: _boxes(CODECS[each.box.codec], each.box.frame) for name, each in known.items()}
-    if as_json:
-        print_json(
-            {
-                "recipes": [
-                    {
-                        "name": r.name,
-                        "family": r.family,
-                        "box_format": known[r.name].box.model_dump(),
-                        "pruners": list(known[r.name].pruners),
-                        "checkpoint": r.checkpoint,
-                        "needs": needed[r.name],
-                        "summary": r.summary,
-                    }
-                    for r in recipes
-                ],
-                "pruners": [asdict(row) for row in prune.STRATEGIES],
-            }
-        )
-        return
-    table = Table(
-        "recipe",
-        "family",
-        Column("boxes", overflow="fold"),
-        Column("checkpoint, and what lies beside it", overflow="fold"),
-        "pruners that do not work",
-    )
-    for r in recipes:
-        checkpoints = [r.checkpoint, *(f"{part}: {given}" for part, given in needed[r.name].items())]
-        not_working = [name for name in prune.names() if name not in known[r.name].pruners]
-        table.add_row(
-            r.name, r.family, plain(boxes[r.name]), "\n".join(checkpoints), ", ".join(not_working) or "-"
-        )
-    out.print(table)
-    pruners = Table("pruner", "keeps", "needs", "prunes", "merges")
-    for row in prune.STRATEGIES:
-        pruners.add_row(row.name, row.summary, prune.needs(row), row.where, prune.merging(row))
-    out.print(pruners)
-
-
-def _boxes(codec: BoxCodec, frame: str) -> str:
-    """How a box is written, and of what."""
-    if codec.unit is None:
-        return f"{codec.example} in pixels of the {frame} as scaled, here to 640x480"
-    return f"{codec.example} of the {frame.replace('_', ' ')}"
+    pass
 
 
 def build(
@@ -186,7 +112,7 @@ def build(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    pipeline = build_room()
+    pipeline = import_pipeline()
     with interruptible() as go_on, console.status("starting") as status:
 
         def show(words: str) -> None:
@@ -235,56 +161,6 @@ def build(
     for name, engines in manifest.engines.items():
         out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
     out.print(f"  {_size(built.written_bytes)} written besides linked weights", highlight=False)
-
-
-def calibrate(
-    bundle: BundleArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, for `build --ranges`.")],
-    samples: Annotated[int, typer.Option(min=1, help="Questions to answer.")] = 128,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Where the data set has several.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of its images.")] = None,
-    threads: ThreadsOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """How large a model's activations get, measured on an fp32 or fp16 bundle: what fp8 and nvfp4 need."""
-    from gap_export.errors import InputError
-    from gap_export.evaluation.refer.dataset import open_dataset
-    from gap_export.files import write_atomically
-
-    build_room()
-    from gap_export.evaluation import calibrate
-
-    if data is None and (split is not None or images is not None):
-        raise InputError(
-            "belongs to a data set",
-            subject="--split" if split is not None else "--images",
-            hint="name one with --data, or leave it out to measure on generated scenes",
-        )
-    dataset = None if data is None else open_dataset(data, split=split, images=images)
-    with progress_bar() as bar:
-        task = bar.add_task("answering", total=samples)
-        found = calibrate.calibrate(
-            bundle,
-            samples=samples,
-            dataset=dataset,
-            threads=threads,
-            tick=lambda count: bar.advance(task, count),
-        )
-    write_atomically(output, found.model_dump_json(indent=2) + "\n")
-    if as_json:
-        print_json(found.model_dump())
-        return
-    name, largest = max(found.largest.items(), key=lambda each: each[1])
-    out.print(
-        f"[bold green]measured[/] {output}: {len(found.largest)} layers over {found.samples} questions ({plain(found.source)}); "
-        f"the largest activation is {largest:.4g}, read by {name}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Commands that use a bundle or look at a graph."""
+"""`gap-export run`: what an expression refers to in an image."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gap_export.cli.app import (
-    BackendOption,
-    BundleArgument,
-    JsonOption,
-    KeepOption,
-    ThreadsOption,
-    console,
-    needs_build_extra,
-    out,
-    plain,
-    print_json,
-)
+from gap_export.cli.app import console, out, plain, print_json
+from gap_export.cli.options import BackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
 
 
 def run(
@@ -80,60 +70,6 @@ def run(
     out.print(f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.batch.visual_tokens[-1])}", highlight=False)  # fmt: skip
     if draw is not None:
         out.print(f"  drawn to {draw}", highlight=False)
-
-
-def inspect(
-    bundle: BundleArgument,
-    verify: Annotated[bool, typer.Option(help="Hash large files too.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """What is inside a bundle: ids, slots, ops, engines, sizes."""
-    from gap_export.bundle.folder import open_bundle
-    from gap_export.evaluation.report import terminal as page
-
-    facts = page.bundle_facts(open_bundle(bundle, every_hash=verify))
-    if as_json:
-        print_json(facts)
-    else:
-        page.print_bundle(facts, out)
-
-
-def lint(
-    graph: Annotated[Path, typer.Argument(help="An ONNX file, ours or another exporter's.")],
-    strict: Annotated[
-        bool, typer.Option(help="Hold it to the contract of this project's bundles too.")
-    ] = False,
-    kind: Annotated[str, typer.Option(help="decoder, vision, splice, embed or auto.")] = "auto",
-    ids_input: Annotated[str, typer.Option(help="Name of the input with position ids.")] = "position_ids",
-    as_json: JsonOption = False,
-) -> None:
-    """Would gapped position ids survive this graph? Exit 1 when they would not."""
-    from gap_export.errors import InputError
-
-    kinds = ("auto", "decoder", "vision", "splice", "embed")
-    if kind not in kinds:
-        raise InputError(
-            "is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(kinds)}"
-        )
-    try:
-        from gap_export.linter import lint_graph
-    except ImportError as error:
-        raise needs_build_extra(error) from error
-
-    report = lint_graph(graph, profile=kind, strict=strict, ids_input=ids_input)  # type: ignore[arg-type]
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        verdict = report.verdict
-        word = "[bold green]survive[/]" if verdict.survives else "[bold red]do not survive[/]"
-        out.print(
-            f"{plain(report.subject)}: gapped ids {word}: {plain(verdict.reason)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        for finding in report.findings:
-            console.print(f"  {plain(str(finding))}", highlight=False, soft_wrap=True)
-    raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
 
 
 def _draw(target: Path, last: Any, answer: Any, manifest: Any, expression: str, images: Any) -> None:

@@ -1,0 +1,64 @@
+"""`gap-export calibrate`: activation ranges for fp8 and nvfp4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gap_export.cli.app import import_pipeline, out, plain, print_json, progress_bar
+from gap_export.cli.options import BundleArgument, JsonOption, ThreadsOption
+
+if TYPE_CHECKING:
+    pass
+
+
+def calibrate(
+    bundle: BundleArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, for `build --ranges`.")],
+    samples: Annotated[int, typer.Option(min=1, help="Questions to answer.")] = 128,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Where the data set has several.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of its images.")] = None,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """How large a model's activations get, measured on an fp32 or fp16 bundle: what fp8 and nvfp4 need."""
+    from gap_export.errors import InputError
+    from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.files import write_atomically
+
+    import_pipeline()
+    from gap_export.evaluation import calibrate
+
+    if data is None and (split is not None or images is not None):
+        raise InputError(
+            "belongs to a data set",
+            subject="--split" if split is not None else "--images",
+            hint="name one with --data, or leave it out to measure on generated scenes",
+        )
+    dataset = None if data is None else open_dataset(data, split=split, images=images)
+    with progress_bar() as bar:
+        task = bar.add_task("answering", total=samples)
+        found = calibrate.calibrate(
+            bundle,
+            samples=samples,
+            dataset=dataset,
+            threads=threads,
+            tick=lambda count: bar.advance(task, count),
+        )
+    write_atomically(output, found.model_dump_json(indent=2) + "\n")
+    if as_json:
+        print_json(found.model_dump())
+        return
+    name, largest = max(found.largest.items(), key=lambda each: each[1])
+    out.print(
+        f"[bold green]measured[/] {output}: {len(found.largest)} layers over {found.samples} questions ({plain(found.source)}); "
+        f"the largest activation is {largest:.4g}, read by {name}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,26 @@
+"""`gap-export inspect`: what is inside a bundle."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gap_export.cli.app import out, print_json
+from gap_export.cli.options import BundleArgument, JsonOption
+
+
+def inspect(
+    bundle: BundleArgument,
+    verify: Annotated[bool, typer.Option(help="Hash large files too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What is inside a bundle: ids, slots, ops, engines, sizes."""
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.evaluation.report import terminal as page
+
+    facts = page.bundle_facts(open_bundle(bundle, every_hash=verify))
+    if as_json:
+        print_json(facts)
+    else:
+        page.print_bundle(facts, out)

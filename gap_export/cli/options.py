@@ -1,0 +1,24 @@
+"""Options and arguments that several commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
+BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")]
+KeepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of visual tokens to keep, in bundles built with a range; their default when left out."
+    ),
+]
+EngineOption = Annotated[str, typer.Option(help="local, or ray: work is dealt to the workers of a cluster.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="With --engine ray.")]
+RayAddressOption = Annotated[
+    str | None, typer.Option(help="Of a running cluster; one is started here when left out.")
+]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]

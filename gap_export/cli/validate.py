@@ -1,0 +1,54 @@
+"""`gap-export validate`: parity and grounding against PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gap_export.cli.app import import_pipeline, out, print_json, progress_bar
+from gap_export.cli.options import BackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
+
+
+def validate(
+    bundle: BundleArgument,
+    cases: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
+    keep: KeepOption = None,
+    backend: BackendOption = "onnxruntime",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
+    text_tower: Annotated[Path | None, typer.Option(help="The text tower's, if they moved.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 16,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
+    from gap_export.bundle.folder import open_bundle
+    from gap_export.runtime.model import backend_of
+
+    import_pipeline()
+    from gap_export.evaluation import validate
+
+    staged = bool(open_bundle(bundle).manifest.pruning.stages)
+    with progress_bar() as bar:
+        task = bar.add_task("starting", total=validate.validation_work(cases, staged=staged))
+        report = validate.validate(
+            bundle,
+            cases=cases,
+            keep=keep,
+            backend=backend_of(backend),
+            checkpoint=checkpoint,
+            text_tower=text_tower,
+            batch=batch,
+            threads=threads,
+            progress=lambda words: bar.update(task, description=words),
+            tick=lambda count: bar.advance(task, count),
+        )
+    if as_json:
+        print_json(json.loads(report.model_dump_json()))  # as stored: what is not a number is null
+    else:
+        from gap_export.evaluation.report import terminal as page
+
+        page.print_parity(report, out)
+    raise typer.Exit(0 if report.ok else 1)
