@@ -39,7 +39,6 @@ from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
 DEVICE, PROVIDER = "cuda", "CUDAExecutionProvider"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SIDE, COPIED = 8192, 2**31
 """Of the matrices that are multiplied, and bytes that are copied, for the roofline."""
 
@@ -366,8 +365,9 @@ class TransformersSession:
         from transformers import LlavaForConditionalGeneration
 
         from gap_export.checkpoint.hub import resolve
+        from gap_export.precision import precision
 
-        dtype = DTYPES[options.precision]
+        dtype = getattr(torch, precision(options.precision).activations.dtype)
         source = checkpoint or resolve(bundle.manifest.checkpoint)
         self._model: Any = LlavaForConditionalGeneration.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", local_files_only=True

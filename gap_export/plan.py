@@ -12,7 +12,7 @@ from gap_export.errors import RecipeError
 from gap_export.inputs.layouts import TokenRange
 from gap_export.inputs.prompt import TextTower
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.precision import FIXED_SCALES, SMALLEST_DEVICE, Precision
+from gap_export.precision import Activations, one_of, precision
 from gap_export.prune.in_decoder import stages
 from gap_export.prune.in_decoder.stages import Cut
 from gap_export.recipe.ranges import CALIBRATE
@@ -24,7 +24,7 @@ class Plan:
     """The numbers that shape a build's graphs, after recipe and checkpoint have been read.
 
     Attributes:
-        precision: element type of weights and activations.
+        activations: their element type, which is that of the graphs' inputs and outputs.
         pruner: strategy.
         keep_mode: who says how many tokens are kept.
         keep: the fraction that `kept` comes from; with stages, what is left after the last.
@@ -45,7 +45,7 @@ class Plan:
         images: images in one prompt; all other numbers of visual tokens are those of one image.
     """
 
-    precision: Precision
+    activations: Activations
     pruner: str
     keep_mode: KeepMode
     keep: float
@@ -166,7 +166,7 @@ def plan_for(recipe: Recipe, facts: ModelSpec, text_tower: TextTower | None = No
         )
     capacity = recipe.capacity or in_slot_steps(needed)
     return Plan(
-        precision=recipe.precision,
+        activations=precision(recipe.precision).activations,
         pruner=recipe.pruner,
         keep_mode=keep_mode,
         keep=keep,
@@ -293,33 +293,33 @@ def _stages(cuts: tuple[Cut, ...], facts: ModelSpec, capacity: int) -> tuple[Sta
 def _check_engines(recipe: Recipe) -> None:
     """TensorRT reads no integers that are made while running, and its half-precision kernels want activations to match."""
     engines = [target for target in recipe.targets if target != "onnx"]
-    if engines and recipe.precision in ("int8", "int4"):
+    row = precision(recipe.precision)
+    if engines and not row.engines:
         raise RecipeError(
             f"runs in ONNX Runtime, not in {' or '.join(engines)}",
-            subject=f"precision {recipe.precision}",
-            hint="build engines with --precision fp16, bf16, int4-fp16, fp8 or nvfp4, or leave --target out",
+            subject=f"precision {row.name}",
+            hint=f"build engines with --precision {one_of(lambda each: each.engines)}, or leave --target out",
         )
-    smallest = SMALLEST_DEVICE.get(recipe.precision, 0)
+    smallest = row.min_compute_capability or 0
     too_old = [each for each in recipe.devices if each[:1].isdigit() and float(each) < smallest]
     if engines and too_old:
         raise RecipeError(
             f"is not known to GPUs of compute capability {', '.join(too_old)}",
-            subject=f"precision {recipe.precision}",
+            subject=f"precision {row.name}",
             hint=f"build for {smallest} or later, or leave compute_capabilities out of the recipe",
         )
 
 
 def _check_ranges(recipe: Recipe) -> None:
     """Ranges go with precisions that have use for them, and those with ranges."""
-    if recipe.precision in FIXED_SCALES and recipe.ranges is None:
+    row = precision(recipe.precision)
+    if row.needs_ranges and recipe.ranges is None:
         raise RecipeError(
-            "needs to know how large activations get (--ranges)",
-            subject=f"precision {recipe.precision}",
-            hint=CALIBRATE,
+            "needs activation ranges (--ranges)", subject=f"precision {row.name}", hint=CALIBRATE
         )
-    if recipe.ranges is not None and recipe.precision not in FIXED_SCALES:
+    if recipe.ranges is not None and not row.needs_ranges:
         raise RecipeError(
             "has no use for ranges of activations",
-            subject=f"precision {recipe.precision}",
-            hint=f"leave --ranges out, or build with --precision {' or '.join(FIXED_SCALES)}",
+            subject=f"precision {row.name}",
+            hint=f"leave --ranges out, or build with --precision {one_of(lambda each: each.needs_ranges)}",
         )

@@ -1,46 +1,130 @@
-"""Element types and number formats that a build may choose."""
+"""The table of precisions: what each does to weights and activations, where it runs, and what `validate` demands of it.
+
+A row is all that the package knows of a precision, besides the schemes that its weights are quantised with
+(`graph/quantize/`). Nothing heavy is imported here: rows name their element types and schemes, and modules that have torch,
+NumPy or ONNX at hand look the names up there.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from gap_export.errors import RecipeError
 
-from gap_export.records import Record
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16", "fp8", "nvfp4"]
-
-
-Activations = Literal["fp32", "fp16", "bf16"]
-
-
-ACTIVATIONS: dict[Precision, Activations] = {
-    "fp32": "fp32",
-    "fp16": "fp16",
-    "bf16": "bf16",
-    "int8": "fp32",
-    "int4": "fp32",
-    "int4-fp16": "fp16",
-    "fp8": "fp16",
-    "nvfp4": "fp16",
-}
-"""Precision -> that of activations, of the cache, and of weights that are not quantised."""
+FloatType = Literal["float32", "float16", "bfloat16"]
 
 
-class Gates(Record):
-    """What `validate` demands of the exported graphs against the PyTorch reference."""
+@dataclass(frozen=True)
+class Activations:
+    """An element type of activations, of the cache, and of weights that are not quantised.
 
-    min_kept_sets_equal: float = Field(default=1.0, le=1)
-    """Share of cases whose kept visual tokens are the reference's, ties of score excepted."""
-    max_logit_difference: float = Field(default=1e-3, gt=0)
-    """Largest absolute difference of logits, any step."""
-    min_logit_cosine: float = Field(default=0.99999, le=1)
-    max_norm_deviation: float = Field(default=1e-3, gt=0)
-    """Largest |1 - ratio of logit norms|."""
-    min_token_agreement: float = Field(default=0.99, le=1)
-    min_box_iou: float = Field(default=0.99, le=1)
-    """Mean IoU between the boxes of both backends."""
-    max_accuracy_drop: float = Field(default=0.005, ge=0)
+    Attributes:
+        name: in file names and messages.
+        dtype: what torch, NumPy (with ml_dtypes) and the specs of graphs call it.
+        safetensors: what safetensors calls it.
+        onnx: what ONNX calls it.
+        bytes: of one element.
+    """
+
+    name: str
+    dtype: FloatType
+    safetensors: str
+    onnx: str
+    bytes: int
+
+
+FP32 = Activations("fp32", "float32", "F32", "FLOAT", 4)
+FP16 = Activations("fp16", "float16", "F16", "FLOAT16", 2)
+BF16 = Activations("bf16", "bfloat16", "BF16", "BFLOAT16", 2)
+ACTIVATIONS = (FP32, FP16, BF16)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What `validate` demands of the exported graphs against the PyTorch reference, which is in fp32.
+
+    Attributes:
+        min_kept_sets_equal: share of cases whose kept visual tokens are the reference's, ties of score excepted.
+        max_logit_difference: largest absolute difference of logits, any step.
+        min_logit_cosine: smallest cosine similarity of logit rows.
+        max_norm_deviation: largest |1 - ratio of logit norms|.
+        min_token_agreement: share of generated tokens that are equal.
+        min_box_iou: mean IoU between the boxes of both backends.
+        max_accuracy_drop: accuracy@0.5 of the reference less that of the graphs.
+
+    Raises:
+        ValueError: a share above 1, or a negative difference.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    min_kept_sets_equal: float = 1.0
+    max_logit_difference: float = 1e-3
+    min_logit_cosine: float = 0.99999
+    max_norm_deviation: float = 1e-3
+    min_token_agreement: float = 0.99
+    min_box_iou: float = 0.99
+    max_accuracy_drop: float = 0.005
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # Written so that NaN fails too.
+            if field.name.startswith("min_") and not value <= 1:
+                raise ValueError(f"{field.name} is {value} and must be at most 1")
+            if field.name.startswith("max_") and not value >= 0:
+                raise ValueError(f"{field.name} is {value} and must not be negative")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One row of the table.
+
+    A scheme is named by its module: one of `gap_export.graph.quantize`, or, with dots in its name, one from anywhere.
+
+    Attributes:
+        name: what `--precision` takes.
+        summary: what happens to weights and activations, one line for people.
+        activations: element type of activations, of the cache, and of weights that are not quantised.
+        bytes_per_weight: of a linear layer, scales included; what a build expects to write.
+        decoder: scheme of the decoder's linear layers; None leaves them in floats.
+        head: scheme of what `decoder` leaves out: the head, and layers whose shape it does not fit.
+        elsewhere: scheme of the linear layers of all other graphs, that is, of the vision tower.
+        needs_ranges: whether scales of activations are measured beforehand (`gap-export calibrate`).
+        engines: whether TensorRT and TensorRT-RTX take its graphs.
+        min_compute_capability: of GPUs that multiply such numbers; None where all do.
+        cpu: whether ONNX Runtime has CPU kernels for its graphs.
+        choice_margin: of pruners in which no single score decides: if the reference made any of its choices by less, one
+            that comes out otherwise, and everything that follows from it, is a tie. What a tower rounds differently grows
+            with the element type; in half precision long chains of choices nearly always hold one such, and accuracy is
+            the gate that decides.
+        gates: what `validate` demands where the recipe says nothing.
+    """
+
+    name: str
+    summary: str
+    activations: Activations
+    bytes_per_weight: float
+    decoder: str | None = None
+    head: str | None = None
+    elsewhere: str | None = None
+    needs_ranges: bool = False
+    engines: bool = True
+    min_compute_capability: float | None = None
+    cpu: bool = True
+    choice_margin: float = 1e-5
+    gates: Gates = Gates()
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any weight has another element type than activations."""
+        return any((self.decoder, self.head, self.elsewhere))
 
 
 _HALF = Gates(
@@ -52,6 +136,7 @@ _HALF = Gates(
     min_box_iou=0.95,
     max_accuracy_drop=0.01,
 )
+"""Leaves room for rounding."""
 _INT8 = Gates(
     min_kept_sets_equal=0.0,
     max_logit_difference=10.0,
@@ -62,42 +147,131 @@ _INT8 = Gates(
     max_accuracy_drop=0.02,
 )
 """A tower in whole numbers ranks its patches a little differently, so most sets differ by a few: boxes and accuracy decide."""
-_INT4 = _INT8.model_copy(
-    update={
-        "min_kept_sets_equal": 0.99,
-        "max_logit_difference": 20.0,
-        "min_logit_cosine": 0.8,
-        "max_norm_deviation": 1.0,
-    }
+_INT4 = replace(
+    _INT8, min_kept_sets_equal=0.99, max_logit_difference=20.0, min_logit_cosine=0.8, max_norm_deviation=1.0
 )
 """The tower is not quantised here. Weights of four bits are off by a tenth, which single rows of logits show; boxes and accuracy decide."""
-_FP8 = _INT8.model_copy(update={"min_kept_sets_equal": _HALF.min_kept_sets_equal, "max_norm_deviation": 0.4})
+_FP8 = replace(_INT8, min_kept_sets_equal=_HALF.min_kept_sets_equal, max_norm_deviation=0.4)
 """The tower is in half precision."""
-_NVFP4 = _INT4.model_copy(
-    update={
-        "min_kept_sets_equal": _HALF.min_kept_sets_equal,
-        "min_logit_cosine": 0.6,
-        "max_norm_deviation": 1.5,
-        "min_token_agreement": 0.7,
-        "min_box_iou": 0.75,
-    }
+_NVFP4 = replace(
+    _INT4,
+    min_kept_sets_equal=_HALF.min_kept_sets_equal,
+    min_logit_cosine=0.6,
+    max_norm_deviation=1.5,
+    min_token_agreement=0.7,
+    min_box_iou=0.75,
 )
 """Activations of four bits move logits and boxes more than weights do; whether they still hit is for accuracy to say."""
-DEFAULT_GATES: dict[Precision, Gates] = {
-    "fp32": Gates(),
-    "fp16": _HALF,
-    "bf16": _HALF,
-    "int8": _INT8,
-    "int4": _INT4,
-    "int4-fp16": _INT4.model_copy(update={"min_kept_sets_equal": _HALF.min_kept_sets_equal}),
-    "fp8": _FP8,
-    "nvfp4": _NVFP4,
-}
-"""Half precision is held against the reference in fp32, so its gates leave room for rounding."""
 
-USUAL_DEVICES = ("8.6", "8.9", "12.0")
-"""Compute capabilities of GPUs that TensorRT-RTX is for."""
-SMALLEST_DEVICE: dict[Precision, float] = {"fp8": 8.9, "nvfp4": 10.0}
-"""Compute capability from which on a GPU multiplies such numbers."""
-FIXED_SCALES: tuple[Precision, ...] = ("fp8", "nvfp4")
-"""Precisions that need to know beforehand how large activations get."""
+_ROWS = (
+    Precision("fp32", "floats throughout", FP32, bytes_per_weight=4),
+    Precision("fp16", "floats throughout", FP16, bytes_per_weight=2, choice_margin=5e-3, gates=_HALF),
+    Precision(
+        "bf16", "floats throughout", BF16, bytes_per_weight=2, cpu=False, choice_margin=2e-2, gates=_HALF
+    ),
+    Precision(
+        "int8",
+        "linear layers of tower and decoder: 8 bits, of which 7 are used, one scale per column; their activations: 8 bits",
+        FP32,
+        bytes_per_weight=1.01,
+        decoder="int8",
+        head="int8",
+        elsewhere="int8",
+        engines=False,
+        choice_margin=5e-2,
+        gates=_INT8,
+    ),
+    Precision(
+        "int4",
+        "linear layers of the decoder: 4 bits, one scale per block of 32; its head and the head's activations: 8 bits",
+        FP32,
+        bytes_per_weight=0.63,
+        decoder="int4",
+        head="int8",
+        engines=False,
+        gates=_INT4,
+    ),
+    Precision(
+        "int4-fp16",
+        "linear layers of the decoder but for its head: 4 bits, one scale per block of 32",
+        FP16,
+        bytes_per_weight=0.57,
+        decoder="int4",
+        choice_margin=5e-3,
+        gates=replace(_INT4, min_kept_sets_equal=_HALF.min_kept_sets_equal),
+    ),
+    Precision(
+        "fp8",
+        "linear layers of the decoder but for its head: E4M3, one scale per column; their activations: E4M3, one scale",
+        FP16,
+        bytes_per_weight=1.01,
+        decoder="fp8",
+        needs_ranges=True,
+        min_compute_capability=8.9,
+        choice_margin=5e-3,
+        gates=_FP8,
+    ),
+    Precision(
+        "nvfp4",
+        "linear layers of the decoder but for its head, and their activations: E2M1, one E4M3 scale per block of 16",
+        FP16,
+        bytes_per_weight=0.57,
+        decoder="nvfp4",
+        needs_ranges=True,
+        min_compute_capability=10.0,
+        cpu=False,
+        choice_margin=5e-3,
+        gates=_NVFP4,
+    ),
+)
+
+PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS}
+"""Name -> row, in the order in which they are listed. `register` adds to it."""
+
+
+def precision(name: str) -> Precision:
+    """The row of that name.
+
+    Raises:
+        RecipeError: unknown name, with the nearest known one.
+    """
+    if name in PRECISIONS:
+        return PRECISIONS[name]
+    near = difflib.get_close_matches(name, PRECISIONS, n=1)
+    raise RecipeError(
+        "is not a precision" + (f"; did you mean {near[0]!r}?" if near else ""),
+        subject=repr(name),
+        hint=f"choose one of {', '.join(PRECISIONS)}",
+    )
+
+
+def known(name: str) -> str:
+    """The name itself: what pydantic's validators of stored fields call.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    try:
+        return precision(name).name
+    except RecipeError as error:
+        raise ValueError(f"{error.message} ({error.hint})") from error
+
+
+def register(row: Precision) -> None:
+    """Add a precision to the table.
+
+    Args:
+        row: its schemes may be modules of any package.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if row.name in PRECISIONS:
+        raise ValueError(f"a precision named {row.name!r} is in the table already")
+    PRECISIONS[row.name] = row
+
+
+def one_of(wanted: Callable[[Precision], bool] = lambda row: True) -> str:
+    """Names of all rows, or of those that are wanted, as one writes them: `fp8 or nvfp4`."""
+    *others, last = (row.name for row in PRECISIONS.values() if wanted(row))
+    return f"{', '.join(others)} or {last}" if others else last

@@ -217,7 +217,7 @@ def test_what_needs_images_of_one_size(changes: dict[str, Any], message: str) ->
 
 def test_ranges_go_with_precisions_that_have_use_for_them() -> None:
     for precision in ("fp8", "nvfp4"):
-        with pytest.raises(RecipeError, match="needs to know how large activations get") as caught:
+        with pytest.raises(RecipeError, match="needs activation ranges") as caught:
             plan_for(recipe_with(precision=precision), FACTS)
         assert "gap-export calibrate" in caught.value.hint
         plan_for(recipe_with(precision=precision, ranges="ranges.json"), FACTS)

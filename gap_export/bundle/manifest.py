@@ -7,9 +7,9 @@ transformers is needed to read it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gap_export.bundle.cache_layout import in_slot_steps
 from gap_export.bundle.spec import Dim, GraphSpec
@@ -17,7 +17,7 @@ from gap_export.files import FileRecord
 from gap_export.inputs.layouts import Layout, TokenRange
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.precision import Precision
+from gap_export.precision import known
 from gap_export.records import Record
 
 SCHEMA_VERSION = 1
@@ -224,7 +224,7 @@ class Manifest(Record):
     family: str
     checkpoint: str
     """Folder or hub id the weights came from (`random` for random weights)."""
-    precision: Precision
+    precision: Annotated[str, AfterValidator(known)]
     model: ModelSpec
     pruning: Pruning
     capacity: int

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gap_export.cli.app import console, import_pipeline, interruptible, out, print_json
 from gap_export.cli.options import JsonOption
+from gap_export.precision import one_of
 
-if TYPE_CHECKING:
-    pass
+_WITH_RANGES = one_of(lambda row: row.needs_ranges)
 
 
 def build(
@@ -58,12 +58,10 @@ def build(
         str | None,
         typer.Option(help="Vision tower of models published without theirs (folder, .pth file or hub id)."),
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, bf16, int8, int4, int4-fp16, fp8 or nvfp4.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{one_of()}.")] = None,
     ranges: Annotated[
         Path | None,
-        typer.Option(help="How large activations get, for fp8 and nvfp4; see `gap-export calibrate`."),
+        typer.Option(help=f"Activation ranges (amax), for {_WITH_RANGES}; see `gap-export calibrate`."),
     ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")

@@ -1,4 +1,4 @@
-"""`gap-export calibrate`: activation ranges for fp8 and nvfp4."""
+"""`gap-export calibrate`: activation ranges for precisions whose activations have fixed scales."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def calibrate(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """How large a model's activations get, measured on an fp32 or fp16 bundle: what fp8 and nvfp4 need."""
+    """Measure activation ranges (amax), on a bundle in floats, for precisions whose activations have fixed scales."""
     from gap_export.errors import InputError
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.files import write_atomically

@@ -15,14 +15,6 @@ from numpy.typing import NDArray
 
 from gap_export.bundle.spec import DType, GraphSpec
 
-_WIRE: dict[DType, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,  # NumPy has no bfloat16; it travels as the upper half of a float32
-    "int64": np.int64,
-    "bool": np.bool_,
-}
-
 
 @dataclass(frozen=True)
 class BufferPlan:
@@ -64,7 +56,12 @@ def plan_buffers(spec: GraphSpec, *, travelling: Collection[str] = ()) -> Buffer
 
 def size_of(dtype: DType, shape: Sequence[int]) -> int:
     """Bytes of a dense tensor."""
-    return math.prod(shape) * int(np.dtype(_WIRE[dtype]).itemsize)
+    return math.prod(shape) * _wire(dtype).itemsize
+
+
+def _wire(dtype: DType) -> np.dtype[Any]:
+    """NumPy has no bfloat16; it travels as the upper half of a float32."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def to_wire(array: NDArray[Any], dtype: DType) -> NDArray[Any]:
@@ -73,7 +70,7 @@ def to_wire(array: NDArray[Any], dtype: DType) -> NDArray[Any]:
     bfloat16 is rounded to the nearest, ties to even.
     """
     if dtype != "bfloat16":
-        return np.ascontiguousarray(array, dtype=_WIRE[dtype])
+        return np.ascontiguousarray(array, dtype=_wire(dtype))
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet_nan = (bits >> 16) | 0x40
@@ -82,7 +79,7 @@ def to_wire(array: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 def empty_wire(dtype: DType, shape: Sequence[int]) -> NDArray[Any]:
     """An array to download a tensor into."""
-    return np.empty(tuple(shape), dtype=_WIRE[dtype])
+    return np.empty(tuple(shape), dtype=_wire(dtype))
 
 
 def from_wire(array: NDArray[Any], dtype: DType) -> NDArray[Any]:

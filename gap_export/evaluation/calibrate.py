@@ -22,6 +22,7 @@ from gap_export.evaluation import parity
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.graph.probes import probed
 from gap_export.graph.quantize import DECODERS
+from gap_export.precision import one_of, precision
 from gap_export.recipe.ranges import Ranges
 from gap_export.runtime.model import Grounder
 from gap_export.runtime.ort import OnnxRuntimeSession
@@ -54,11 +55,13 @@ def calibrate(
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
-    if manifest.precision not in ("fp32", "fp16"):
+    row = precision(manifest.precision)
+    if row.quantizes or not row.cpu:
         raise BundleError(
             f"is in {manifest.precision}",
             subject=str(folder),
-            hint="ranges are measured on a bundle built with --precision fp32 or fp16",
+            hint="ranges are measured on a bundle built with --precision "
+            + one_of(lambda each: each.cpu and not each.quantizes),
         )
     questions = list(cases(samples, DEV_SEED)) if dataset is None else _first(dataset, samples)
     session = _Watched(bundle, threads)

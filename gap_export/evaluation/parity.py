@@ -31,27 +31,13 @@ from gap_export.positions import (
     with_two_ids_swapped,
     with_write_index_off_by_one,
 )
-from gap_export.precision import Gates, Precision
+from gap_export.precision import Gates, precision
 from gap_export.runtime.generate import Adjust, Generation
 from gap_export.runtime.model import Grounded, Grounder
 from gap_export.runtime.session import Session
 
 SCORE_MARGIN = 1e-3
 """Relative difference to the score of the last token kept below which the choice between two tokens is a tie."""
-
-CHOICE_MARGIN: dict[Precision, float] = {
-    "fp32": 1e-5,
-    "fp16": 5e-3,
-    "bf16": 2e-2,
-    "int8": 5e-2,
-    "int4": 1e-5,
-    "int4-fp16": 5e-3,
-    "fp8": 5e-3,
-    "nvfp4": 5e-3,
-}
-"""The same for strategies in which no single score decides: if the reference made any of its choices by less, one that
-comes out otherwise, and everything that follows from it, is a tie. What a tower rounds differently grows with the element
-type; in half precision long chains of choices nearly always hold one such, and accuracy is the gate that decides."""
 
 Wrong = Callable[[Placement, Ids, Ids], Placement]
 """(placement, text tokens before the image [B], kept visual tokens [B]) -> a placement that is wrong on purpose."""
@@ -204,6 +190,7 @@ def measure(
     kept_equal, ids_equal, differences, cosines, deviations = [], [], [0.0], [1.0], [0.0]
     tokens_equal = tokens_seen = 0
     earliest: int | None = None
+    margin = precision(manifest.precision).choice_margin
     for run, truth in zip(runs, reference, strict=True):
         mine, theirs = run.generation, truth.generation
         if any(len(side.logits) < max(map(len, side.tokens)) for side in (mine, theirs)):
@@ -223,7 +210,7 @@ def measure(
         )
         for row in range(len(truth.answers)):
             identical = _kept_of(mine, row) == _kept_of(theirs, row)
-            kept_equal.append(identical or _is_tie(mine, theirs, row, CHOICE_MARGIN[manifest.precision]))
+            kept_equal.append(identical or _is_tie(mine, theirs, row, margin))
             ids_equal.append(_same_ids(mine.placement, expected, row))
             a, b = mine.tokens[row], theirs.tokens[row]
             longest = max(len(a), len(b))

@@ -172,7 +172,7 @@ def box(recipe: Recipe) -> BoxFormat:
 def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     config = _config(checkpoint)
-    torch_dtype, _ = assembly.DTYPES[plan.precision]
+    torch_dtype = assembly.torch_dtype(plan)
 
     def build() -> Any:
         attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}

@@ -137,7 +137,7 @@ def box(recipe: Recipe) -> BoxFormat:
 def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
     config = _config(checkpoint)
-    torch_dtype, _ = assembly.DTYPES[plan.precision]
+    torch_dtype = assembly.torch_dtype(plan)
     mode = fake_mode()
 
     def build() -> Any:

@@ -160,7 +160,7 @@ def box(recipe: Recipe) -> BoxFormat:
 
 def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
     """See `Family.components`."""
-    dtype, _ = assembly.DTYPES[plan.precision]
+    dtype = assembly.torch_dtype(plan)
     mode, text, eva = fake_mode(), _text(checkpoint), eva_sizes(checkpoint, _TOWER)
     side = SIZE // eva.patch
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}

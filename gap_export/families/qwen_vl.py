@@ -121,7 +121,7 @@ class QwenVL:
     def components(self, checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
         """See `Family.components`."""
         config = self._config(checkpoint)
-        torch_dtype, _ = assembly.DTYPES[plan.precision]
+        torch_dtype = assembly.torch_dtype(plan)
 
         def build() -> Any:
             attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}

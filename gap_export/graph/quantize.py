@@ -25,18 +25,17 @@ from gap_export.bundle.spec import Component
 from gap_export.errors import TraceError
 from gap_export.graph.quantized_weights import QuantizedStore, Scheme
 from gap_export.graph.rounding import BLOCK, E4M3_MAX, FP4_BLOCK, nvfp4_whole
-from gap_export.precision import Precision
 
 DECODERS = ("decoder", "prefill", "decode")
 _HEAD = "lm_head.weight"
 _BLOCKS: dict[Scheme, int] = {"int8": 1, "int4": BLOCK, "fp8": 1, "nvfp4": FP4_BLOCK}
-_OF_DECODERS: dict[Precision, Scheme] = {"int4": "int4", "int4-fp16": "int4", "fp8": "fp8", "nvfp4": "nvfp4"}
+_OF_DECODERS: dict[str, Scheme] = {"int4": "int4", "int4-fp16": "int4", "fp8": "fp8", "nvfp4": "nvfp4"}
 """Precisions that leave towers alone, and what they do to the linear layers of decoders but for the head."""
 ENGINE_DOMAIN = "trt"
 """Operators that only TensorRT knows."""
 
 
-def schemes_of(component: Component, precision: Precision, parameters: Collection[str]) -> dict[str, Scheme]:
+def schemes_of(component: Component, precision: str, parameters: Collection[str]) -> dict[str, Scheme]:
     """Parameter -> how it is quantised; empty for precisions that quantise nothing.
 
     Args:

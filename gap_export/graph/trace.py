@@ -24,14 +24,6 @@ from gap_export.bundle.spec import Component, Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
 from gap_export.modeling.attention import OPSET
 
-_TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
-
 
 def graph_from_component(component: Component) -> ir.Model:
     """Trace one component.
@@ -143,7 +135,7 @@ def _example_inputs(component: Component) -> dict[str, torch.Tensor]:
     with mode:
         return {
             tensor.name: torch.zeros(
-                [extent(dim) for dim in _traced_shape(tensor)], dtype=_TORCH_DTYPES[tensor.dtype]
+                [extent(dim) for dim in _traced_shape(tensor)], dtype=getattr(torch, tensor.dtype)
             )
             for tensor in component.spec.inputs
         }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -23,16 +23,10 @@ from gap_export.checkpoint.safetensors import Derived, Part, WeightLocation, lay
 from gap_export.errors import CheckpointError, MissingRequirementError, TraceError
 from gap_export.files import place_file, writing
 from gap_export.graph.trace import is_hollow
-from gap_export.precision import Activations
+from gap_export.precision import ACTIVATIONS, Activations
 
-_STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_NUMPY = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_IR = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_NUMPY = {"F64": np.dtype(np.float64)} | {each.safetensors: np.dtype(each.dtype) for each in ACTIVATIONS}
+"""Types that weights may be stored in."""
 _CHUNK_ELEMENTS = 4 * 2**20
 
 
@@ -42,14 +36,14 @@ class WeightStore:
 
     Attributes:
         checkpoint: where they come from.
-        precision: element type they must have, those excepted that are quantised.
+        activations: element type they must have, those excepted that are quantised.
         folder: the bundle being built.
         self_contained: copy instead of linking.
         written_bytes: bytes newly written so far (links cost none).
     """
 
     checkpoint: Checkpoint
-    precision: Activations
+    activations: Activations
     folder: Path
     self_contained: bool = False
     written_bytes: int = 0
@@ -63,11 +57,11 @@ class WeightStore:
             CheckpointError: a tensor that cannot be represented (overflow, or not a floating-point type).
             MissingRequirementError: no room on the disk.
         """
-        wanted = _STORED[self.precision]
+        wanted = self.activations.safetensors
         weights = self.checkpoint.weights
         foreign = [key for key in dict.fromkeys(keys) if not _is_stored_as(weights[key], wanted)]
         if foreign:
-            path = self.folder / f"weights-{self.precision}.safetensors"
+            path = self.folder / f"weights-{self.activations.name}.safetensors"
             self._converted = self._write_converted(path, foreign, wanted)
 
     def tensor(self, key: str, name: str) -> ir.ExternalTensor:
@@ -77,7 +71,7 @@ class WeightStore:
             location=self._place(location.file),
             offset=location.offset,
             length=location.length,
-            dtype=_IR[location.dtype],
+            dtype=ir.DataType[self.activations.onnx],
             shape=ir.Shape(location.shape),
             name=name,
             base_dir=str(self.folder),
@@ -90,7 +84,7 @@ class WeightStore:
             location="quantized",
             offset=0,
             length=0,
-            dtype=_IR[_STORED[self.precision]],
+            dtype=ir.DataType[self.activations.onnx],
             shape=ir.Shape(shape),
             name=name,
             base_dir=str(self.folder),
@@ -114,7 +108,7 @@ class WeightStore:
             foreign = [each.dtype for each in _stored_sources(source) if each.dtype not in _NUMPY]
             if foreign:
                 raise CheckpointError(
-                    f"{key} is stored as {foreign[0]}, which has no conversion to {self.precision}",
+                    f"{key} is stored as {foreign[0]}, which has no conversion to {self.activations.name}",
                     subject=str(source.file),
                     hint="use a checkpoint in fp32, fp16 or bf16",
                 )
@@ -148,7 +142,7 @@ class WeightStore:
                 changed = piece.astype(_NUMPY[wanted])
             if not np.isfinite(changed.astype(np.float32)).all() and np.isfinite(piece).all():
                 raise CheckpointError(
-                    f"{key} has values up to {np.abs(piece).max():g}, beyond what {self.precision} can hold",
+                    f"{key} has values up to {np.abs(piece).max():g}, beyond what {self.activations.name} can hold",
                     subject=str(source.file),
                     hint="use --precision bf16 or fp32",
                 )

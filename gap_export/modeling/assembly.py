@@ -16,25 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.bundle.spec import Component, Dim, DType, GraphName, GraphSpec, TensorSpec
+from gap_export.bundle.spec import Component, Dim, GraphName, GraphSpec, TensorSpec
 from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder
 from gap_export.modeling.splice import Embed, Splice
 from gap_export.modeling.splice_several import SpliceSeveral
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
-from gap_export.precision import Precision
-
-DTYPES: dict[Precision, tuple[torch.dtype, DType]] = {
-    "fp32": (torch.float32, "float32"),
-    "fp16": (torch.float16, "float16"),
-    "bf16": (torch.bfloat16, "bfloat16"),
-    "int8": (torch.float32, "float32"),
-    "int4": (torch.float32, "float32"),
-    "int4-fp16": (torch.float16, "float16"),
-    "fp8": (torch.float16, "float16"),
-    "nvfp4": (torch.float16, "float16"),
-}
 
 BATCH = "batch"
 
@@ -67,6 +55,12 @@ def batch_dim(plan: Plan) -> Dim:
     return Dim(name=BATCH, minimum=1, optimum=1, maximum=plan.max_batch)
 
 
+def torch_dtype(plan: Plan) -> torch.dtype:
+    """Of activations, and of weights before they are quantised."""
+    dtype: torch.dtype = getattr(torch, plan.activations.dtype)
+    return dtype
+
+
 def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> list[Component]:
     """The components of a model.
 
@@ -76,14 +70,13 @@ def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> li
         plan: of the build.
         pieces: hollow.
     """
-    _, dtype = DTYPES[plan.precision]
     batch, differ = batch_dim(plan), sizes.token_range is not None
 
     def whole(name: str, *shape: int | Dim) -> TensorSpec:
         return TensorSpec(name=name, dtype="int64", shape=shape)
 
     def real(name: str, *shape: int | Dim) -> TensorSpec:
-        return TensorSpec(name=name, dtype=dtype, shape=shape)
+        return TensorSpec(name=name, dtype=plan.activations.dtype, shape=shape)
 
     longest, usual = plan.spliced(plan.max_tokens), plan.spliced(plan.kept)
     text = Dim(name="text", minimum=1 + plan.images, optimum=plan.max_text, maximum=plan.max_text)

@@ -77,7 +77,7 @@ class ClipLlama:
 
     def components(self, sizes: ModelSpec, plan: Plan) -> list[Component]:
         """See `Family.components`."""
-        dtype, _ = assembly.DTYPES[plan.precision]
+        dtype = assembly.torch_dtype(plan)
         mode = fake_mode()
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
         attention = tower_attention(plan)

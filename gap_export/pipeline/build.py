@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from gap_export.inputs.layouts import Layout, NativeResolutionLayout
 from gap_export.inputs.prompt import PromptTemplate, check_text_tokenizer, encode_prompts, load_tokenizer
 from gap_export.pipeline.preflight import check_room, linkable, needs_of
 from gap_export.plan import Plan, plan_for
-from gap_export.precision import ACTIVATIONS
+from gap_export.precision import precision
 from gap_export.recipe.ranges import RANGES, read_ranges
 from gap_export.recipe.recipe import Recipe, Target
 
@@ -135,8 +135,9 @@ def build(
             progress(f"tracing {component.spec.name}")
             models.append((tracer or trace.graph_from_component)(component))
         progress("placing the weights")
-        store = weights.WeightStore(checkpoint, ACTIVATIONS[recipe.precision], folder, self_contained)
-        half = ACTIVATIONS[recipe.precision] == "fp16"
+        row = precision(recipe.precision)
+        store = weights.WeightStore(checkpoint, row.activations, folder, self_contained)
+        half = row.activations.name == "fp16"
         quantized = quantized_weights.QuantizedStore(checkpoint, folder, half=half)
         parameters = [weights.parameters_of(model) for model in models]
         schemes = [
@@ -220,7 +221,7 @@ def build(
             text_tower=text_tower,
             graphs=graphs,
             engines=engines,
-            gates=recipe.demands.model_dump(),
+            gates=asdict(recipe.demands),
             files={
                 str(path.relative_to(folder)): record_of(path)
                 for path in sorted(folder.rglob("*"))
@@ -282,7 +283,7 @@ def open_model_of(bundle: Bundle) -> ReferenceModel:
 
     manifest = bundle.manifest
     parts = _part_folders(Recipe.model_validate(manifest.recipe))
-    return open_model(manifest.family, resolve(manifest.checkpoint), "fp32", parts)
+    return open_model(manifest.family, resolve(manifest.checkpoint), parts)
 
 
 def _build_engines(

@@ -15,19 +15,8 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
 from gap_export.errors import MissingRequirementError
-from gap_export.precision import ACTIVATIONS, Activations, Precision
+from gap_export.precision import precision
 from gap_export.recipe.recipe import Recipe
-
-STORED: dict[Activations, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_WIDTH: dict[Activations, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-_QUANTIZED: dict[Precision, float] = {
-    "int8": 1.01,
-    "int4": 0.63,
-    "int4-fp16": 0.57,
-    "fp8": 1.01,
-    "nvfp4": 0.57,
-}
-"""Bytes per weight of a linear layer, scales included."""
 
 # Measured by bench/export.py: 0.59 GB with 32 layers, most of it torch and transformers themselves.
 _IMPORTS, _PER_LAYER = 450 * 10**6, 5 * 10**6
@@ -60,22 +49,21 @@ def needs_of(
         linkable: whether the output lies on a file system into which the checkpoint's files can be linked.
         self_contained: whether they are copied anyway.
     """
-    activations = ACTIVATIONS[recipe.precision]
-    wanted, width = STORED[activations], _WIDTH[activations]
-    quantized = _QUANTIZED.get(recipe.precision)
+    row = precision(recipe.precision)
+    activations = row.activations
     converted, whole, files = 0, 0, set[Path]()
     for weight in checkpoint.weights.values():
         elements = 1
         for extent in weight.shape:
             elements *= extent
-        if quantized is not None and len(weight.shape) == 2 and weight.shape[0] != facts.vocabulary:
-            converted += round(elements * quantized)
+        if row.quantizes and len(weight.shape) == 2 and weight.shape[0] != facts.vocabulary:
+            converted += round(elements * row.bytes_per_weight)
             continue
-        whole += elements * width
-        if isinstance(weight, WeightLocation) and weight.dtype == wanted:
+        whole += elements * activations.bytes
+        if isinstance(weight, WeightLocation) and weight.dtype == activations.safetensors:
             files.add(weight.file)
         else:
-            converted += elements * width
+            converted += elements * activations.bytes
     copied = sum(file.stat().st_size for file in files) if self_contained or not linkable else 0
     engines = sum(target != "onnx" for target in recipe.targets)
     return Needs(

@@ -1,4 +1,4 @@
-"""How large activations get: what precisions need to know whose activations have a scale before they run.
+"""Activation ranges (amax): what precisions need whose activations have a scale before they run.
 
     {"gap_export": "0.1.0", "bundle": "shapes", "family": "llava", "samples": 128, "source": "scenes", "largest": {PARAMETER: 3.2, ...}}
 

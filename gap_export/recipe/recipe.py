@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gap_export.errors import RecipeError, first_line
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.precision import DEFAULT_GATES, SMALLEST_DEVICE, USUAL_DEVICES, Gates, Precision
+from gap_export.precision import Gates, known, precision
 
 Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
 Keep = float | tuple[float, float, float] | Literal["adaptive"]
@@ -24,6 +24,9 @@ Keep = float | tuple[float, float, float] | Literal["adaptive"]
 
 USUAL_KEEP = 0.25
 """The default of a range that leaves it out, if it lies within."""
+
+USUAL_DEVICES = ("8.6", "8.9", "12.0")
+"""Compute capabilities of GPUs that TensorRT-RTX is for."""
 
 
 class Recipe(BaseModel):
@@ -48,7 +51,7 @@ class Recipe(BaseModel):
         vision_tower: checkpoint of the vision tower, for models that are published without it.
         text_tower: CLIP checkpoint (`bundled:NAME`, a folder, or a hub id) that pruners which look at the expression take
             the text tower and the projections from; it must be the one the vision tower comes from.
-        precision: element type of weights and activations.
+        precision: name in the table of precisions.
         ranges: file of `gap-export calibrate`, for precisions whose activations have fixed scales.
         max_new_tokens: longest answer.
         max_text: longest prompt in text tokens, the placeholder counted as one.
@@ -82,7 +85,7 @@ class Recipe(BaseModel):
     base: str | None = None
     vision_tower: str | None = None
     text_tower: str | None = None
-    precision: Precision = "fp32"
+    precision: Annotated[str, AfterValidator(known)] = "fp32"
     ranges: str | None = None
     max_new_tokens: int = Field(default=32, ge=1)
     max_text: int = Field(default=128, ge=2)
@@ -125,14 +128,13 @@ class Recipe(BaseModel):
     @property
     def devices(self) -> tuple[str, ...]:
         """Compute capabilities that engines are built for."""
-        return self.compute_capabilities or tuple(
-            each for each in USUAL_DEVICES if float(each) >= SMALLEST_DEVICE.get(self.precision, 0)
-        )
+        smallest = precision(self.precision).min_compute_capability or 0
+        return self.compute_capabilities or tuple(each for each in USUAL_DEVICES if float(each) >= smallest)
 
     @property
     def demands(self) -> Gates:
         """The gates in force."""
-        return self.gates or DEFAULT_GATES[self.precision]
+        return self.gates or precision(self.precision).gates
 
     def replaced(self, **options: Any) -> Recipe:
         """A copy with the options that are not None replaced, validated again.

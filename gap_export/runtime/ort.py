@@ -16,6 +16,7 @@ from gap_export.bundle.spec import TensorSpec
 from gap_export.errors import GapExportError, SessionError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
+from gap_export.precision import precision
 from gap_export.runtime.session import (
     IMAGE_GRID,
     KEPT_COUNTS,
@@ -28,11 +29,6 @@ from gap_export.runtime.session import (
     padded_together,
     vision_inputs,
 )
-
-NOT_ON_CPUS = ("bf16", "nvfp4")
-"""Precisions that only engines have."""
-
-_NUMPY = {"float32": np.float32, "float16": np.float16}
 
 _LAYOUTS_KEPT = 8
 """Bound calls are small, and requests of similar length share one."""
@@ -81,7 +77,7 @@ class OnnxRuntimeSession:
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         manifest = bundle.manifest
-        if manifest.precision in NOT_ON_CPUS:
+        if not precision(manifest.precision).cpu:
             raise SessionError(
                 f"{manifest.precision} graphs have no CPU kernels in ONNX Runtime",
                 subject=str(bundle.folder),
@@ -90,7 +86,7 @@ class OnnxRuntimeSession:
         self.capacities = manifest.capacities
         self._bundle = bundle
         self._model = manifest.model
-        self._dtype = _NUMPY[_element_type(bundle)]
+        self._dtype = np.dtype(_element_type(bundle))
         self._threads = threads
         # A decoder that drops tokens is two graphs over one cache.
         self._prompt_graph, self._token_graph = (

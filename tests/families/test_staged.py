@@ -18,6 +18,7 @@ from gap_export.bundle.manifest import Pruning
 from gap_export.evaluation import parity
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, Placement, PositionPolicy, advance
+from gap_export.precision import precision
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.session import VisualTokens
@@ -62,7 +63,7 @@ def test_exported_graphs_answer_as_transformers_does(
     mine = answer(opened(bundle), pixels, questions)
     theirs = answer(deep_reference(pruning), pixels, questions)
     assert theirs.margins is not None
-    assert theirs.margins.min() > parity.CHOICE_MARGIN["fp32"], "no choice here may hang by a hair"
+    assert theirs.margins.min() > precision("fp32").choice_margin, "no choice here may hang by a hair"
     for stage, ours, reference in zip(
         pruning.stages, mine.every_kept_indices, theirs.every_kept_indices, strict=True
     ):

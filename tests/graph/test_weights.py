@@ -24,7 +24,7 @@ from gap_export.errors import CheckpointError, MissingRequirementError
 from gap_export.files import record_of
 from gap_export.graph.weights import WeightStore
 from gap_export.modeling.hf_config import weight_key
-from gap_export.precision import Precision
+from gap_export.precision import precision as row_of
 
 NUMPY = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -90,16 +90,14 @@ def test_converted_weights_are_a_file_of_the_bundles_own(tiny_bundle: Callable[.
 # The store by itself
 
 
-def store_of(
-    folder: Path, tensors: dict[str, NDArray[Any]], precision: Precision, **options: Any
-) -> WeightStore:
+def store_of(folder: Path, tensors: dict[str, NDArray[Any]], precision: str, **options: Any) -> WeightStore:
     source, bundle = folder / "checkpoint", folder / "bundle"
     source.mkdir()
     bundle.mkdir()
     (source / "config.json").write_text("{}")
     save_file(tensors, source / "model.safetensors")
     checkpoint: Checkpoint = open_checkpoint(source)
-    return WeightStore(checkpoint, precision, bundle, **options)
+    return WeightStore(checkpoint, row_of(precision).activations, bundle, **options)
 
 
 def stored_values(store: WeightStore, key: str) -> NDArray[Any]:
@@ -123,7 +121,7 @@ def awkward(dtype: np.dtype[Any]) -> NDArray[Any]:
 
 @pytest.mark.parametrize("wanted", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("stored", ["fp32", "fp16", "bf16"])
-def test_conversion_is_rounding_to_nearest(stored: str, wanted: Precision, tmp_path: Path) -> None:
+def test_conversion_is_rounding_to_nearest(stored: str, wanted: str, tmp_path: Path) -> None:
     values = awkward(NUMPY[stored])
     values = values[np.abs(values.astype(np.float32)) != np.inf] if stored == "bf16" else values
     finite = values[~(np.isfinite(values.astype(np.float32)) & (np.abs(values.astype(np.float32)) > 65504))]

@@ -142,7 +142,7 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         component = family.components(checkpoint, sizes, plan)[0]
         model = trace.graph_from_component(component)
         keys = [component.weight_key(name) for name in weights.parameters_of(model)]
-        store = weights.WeightStore(checkpoint, recipe.precision, folder)
+        store = weights.WeightStore(checkpoint, plan.activations, folder)
         store.prepare(keys)
         weights.attach_weights(model, store, component.weight_key)
         passes.simplify(model)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gap_export.errors import RecipeError
-from gap_export.precision import DEFAULT_GATES, Gates
+from gap_export.precision import PRECISIONS, Gates
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 
 
@@ -66,9 +66,9 @@ def test_the_value_given_is_shown() -> None:
         recipe().replaced(keep=1.5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "int4-fp16", "fp8", "nvfp4"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
-    assert recipe(precision=precision).demands == DEFAULT_GATES[precision]  # type: ignore[index]
+    assert recipe(precision=precision).demands == PRECISIONS[precision].gates
     strict = recipe(precision=precision, gates={"max_logit_difference": 1e-6})
     assert strict.demands.max_logit_difference == 1e-6
     with pytest.raises(ValidationError):
@@ -78,16 +78,16 @@ def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
 def test_no_default_gate_lets_everything_pass() -> None:
     """Logits of quantised weights differ wherever one looks; there, boxes, tokens and accuracy are what is demanded."""
     for precision in ("int8", "int4", "int4-fp16", "fp8"):
-        low = DEFAULT_GATES[precision]  # type: ignore[index]
+        low = PRECISIONS[precision].gates
         assert low.min_box_iou >= 0.9
         assert low.min_token_agreement >= 0.8
         assert low.max_accuracy_drop <= 0.02
     # Activations of four bits move boxes; they must hit as often all the same.
-    four_bits = DEFAULT_GATES["nvfp4"]
+    four_bits = PRECISIONS["nvfp4"].gates
     assert four_bits.min_box_iou >= 0.75
     assert four_bits.min_token_agreement >= 0.7
     assert four_bits.max_accuracy_drop <= 0.02
-    for gates in (Gates(), *(DEFAULT_GATES[name] for name in ("fp32", "fp16", "bf16"))):
+    for gates in (Gates(), *(PRECISIONS[name].gates for name in ("fp32", "fp16", "bf16"))):
         assert gates.max_logit_difference < 1
         assert gates.min_logit_cosine > 0.99
         assert gates.min_token_agreement >= 0.95

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from gap_export.bundle.manifest import FlopTerm, Graph
 from gap_export.bundle.spec import Dim, GraphSpec
 from gap_export.evaluation.latency.record import Cost, Device, PhaseCost
-from gap_export.precision import ACTIVATIONS
+from gap_export.precision import precision
 
 if TYPE_CHECKING:
     from gap_export.evaluation.latency.measure import Contender
@@ -123,7 +123,7 @@ def cache_bytes(each: Contender, batch: int, capacities: Sequence[int]) -> int:
     elements = (
         2 * manifest.model.kv_heads * manifest.model.head_dim * manifest.cache_slots(capacities) * batch
     )
-    return elements * {"fp32": 4, "fp16": 2, "bf16": 2}[ACTIVATIONS[manifest.precision]]
+    return elements * precision(manifest.precision).activations.bytes
 
 
 def _product(term: FlopTerm, dims: Mapping[str, int]) -> int:

@@ -22,14 +22,7 @@ from gap_export import families
 from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
-from gap_export.precision import Precision
 from gap_export.prune.reference import Choice
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 Shown = dict[str, Tensor | None]
 """What a tower shows of one image: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
@@ -72,15 +65,12 @@ class ReferenceModel(Protocol):
         ...
 
 
-def open_model(
-    family: str, checkpoint: Path, precision: Precision, parts: Mapping[str, Path]
-) -> ReferenceModel:
-    """Load a reference.
+def open_model(family: str, checkpoint: Path, parts: Mapping[str, Path]) -> ReferenceModel:
+    """Load a reference, in fp32.
 
     Args:
         family: name in the table of families.
         checkpoint: folder.
-        precision: type the weights are loaded in.
         parts: name -> folder of checkpoints that pieces of the model come from.
 
     Raises:
@@ -89,7 +79,7 @@ def open_model(
     found = families.row(family).load_reference()
     try:
         with quiet_loading():
-            model: ReferenceModel = found(checkpoint, DTYPES[precision], parts)
+            model: ReferenceModel = found(checkpoint, torch.float32, parts)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"could not be loaded by transformers: {first_line(error)}",

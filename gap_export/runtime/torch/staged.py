@@ -198,4 +198,4 @@ def open_reference(
         CheckpointError: transformers cannot load the checkpoint.
     """
     kind = StagedTorchSession if pruning.stages else TorchSession
-    return kind(open_model(family, checkpoint, "fp32", parts), pruning, text_tower=text_tower)
+    return kind(open_model(family, checkpoint, parts), pruning, text_tower=text_tower)
