@@ -140,6 +140,31 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise
 
 
+def check_output(folder: Path, *, mark: str, holds: str) -> bool:
+    """Refuse an output folder in which something else lies: nothing of others' is ever overwritten.
+
+    Args:
+        folder: to be written.
+        mark: name of the file by which folders of that kind are told.
+        holds: the kind, in a word.
+
+    Returns:
+        Whether a folder of that kind is there already.
+
+    Raises:
+        BundleError: a file is there, or a folder with something else in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BundleError("is a file", subject=str(folder), hint="choose another output folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if not (folder / mark).is_file():
+        raise BundleError(
+            f"is not empty and holds no {holds}", subject=str(folder), hint="choose another output folder"
+        )
+    return True
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8) so that readers see the old content or the new, never a part.
 

@@ -381,7 +381,7 @@ def test_measured_ranges_make_a_bundle_in_fp8(
     assert "15 layers over 2 questions (scenes)" in spoken.out
     low = ("build", "--model", recipe_file, "-o", tmp_path / "low", "--precision", "fp8")
     refused(command(*low), "needs activation ranges", "gap-export calibrate")
-    refused(command(*low, "--ranges", recipe_file), "is not a file of ranges")
+    refused(command(*low, "--ranges", recipe_file), "cannot be read")
     result = command(*low, "--ranges", ranges)
     assert result.code == 0, result.err
     assert (tmp_path / "low" / "ranges.json").is_file()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError
-from gap_export.files import verify, write_atomically
+from gap_export.files import verify
 
 MANIFEST = "manifest.json"
 
@@ -62,17 +60,11 @@ def open_bundle(folder: Path, *, every_hash: bool = False) -> Bundle:
             subject=str(folder),
             hint="build one: gap-export build --help",
         )
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(
-            f"cannot be read: {where}: {first['msg']}",
-            subject=str(path),
-            hint="the bundle is damaged or was made by another version: build it again",
-        ) from error
+    manifest = Manifest.read(
+        path,
+        hint="the bundle is damaged or was made by another version: build it again",
+        error=BundleError,
+    )
     if manifest.schema_version != SCHEMA_VERSION:
         raise BundleError(
             f"has schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}",
@@ -85,4 +77,4 @@ def open_bundle(folder: Path, *, every_hash: bool = False) -> Bundle:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a bundle."""
-    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    manifest.write(folder / MANIFEST)

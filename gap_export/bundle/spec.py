@@ -10,7 +10,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from gap_export.records import Record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +21,7 @@ DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
 GraphName = Literal["vision", "splice", "embed", "decoder", "prefill", "decode"]
 
 
-class Dim(BaseModel):
+class Dim(Record):
     """A named dimension that varies between calls, with the values an engine must serve.
 
     Attributes:
@@ -29,15 +31,13 @@ class Dim(BaseModel):
         maximum: largest extent.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     name: str
     minimum: int = Field(ge=1)
     optimum: int = Field(ge=1)
     maximum: int = Field(ge=1)
 
 
-class TensorSpec(BaseModel):
+class TensorSpec(Record):
     """Name, element type and shape of one graph input or output.
 
     Attributes:
@@ -46,8 +46,6 @@ class TensorSpec(BaseModel):
         shape: extents.
         extent_of: for a scalar whose *value* is the extent of a named dimension of other tensors (how many tokens to keep).
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     dtype: DType
@@ -59,7 +57,7 @@ class TensorSpec(BaseModel):
         return tuple(d if isinstance(d, int) else int(getattr(d, which)) for d in self.shape)
 
 
-class GraphSpec(BaseModel):
+class GraphSpec(Record):
     """Inputs and outputs of one graph.
 
     Attributes:
@@ -68,8 +66,6 @@ class GraphSpec(BaseModel):
         outputs: in graph order.
         aliased: output name -> input name of tensors that share one buffer at run time (the cache).
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: GraphName
     inputs: tuple[TensorSpec, ...]

@@ -156,7 +156,7 @@ def _store(record: BenchRecord, bundles: Sequence[Bundle]) -> None:
     from gap_export.files import write_atomically
 
     for bundle in bundles:
-        write_atomically(bundle.reports / "bench.json", record.model_dump_json(indent=2) + "\n")
+        record.write(bundle.reports / "bench.json")
     try:
         from gap_export.evaluation.latency.plot import png
 

@@ -30,7 +30,6 @@ def calibrate(
     """Measure activation ranges (amax), on a bundle in floats, for precisions whose activations have fixed scales."""
     from gap_export.errors import InputError
     from gap_export.evaluation.refer.dataset import open_dataset
-    from gap_export.files import write_atomically
 
     import_pipeline()
     from gap_export.evaluation import calibrate
@@ -51,7 +50,7 @@ def calibrate(
             threads=threads,
             tick=lambda count: bar.advance(task, count),
         )
-    write_atomically(output, found.model_dump_json(indent=2) + "\n")
+    found.write(output)
     if as_json:
         print_json(found.model_dump())
         return

@@ -125,7 +125,6 @@ def recommend(
     from gap_export.evaluation.refer.provenance import provenance_of
     from gap_export.evaluation.refer.recommend import RECORD
     from gap_export.evaluation.refer.recommend import recommend as recommended
-    from gap_export.files import write_atomically
     from gap_export.runtime.model import backend_of, open_session
 
     tables.check_pyarrow()
@@ -155,7 +154,7 @@ def recommend(
         measured = measure(contenders, requests=requests, new_tokens=1, warmup=_WARMUP)
     times = {float(row.name): row.ttft_ms.p50 for row in measured.rows}
     result = recommended(runs, max_accuracy_drop, ttft_ms=times)
-    write_atomically(opened.reports / RECORD, result.model_dump_json(indent=2) + "\n")
+    result.write(opened.reports / RECORD)
     if as_json:
         print_json(result.model_dump())
     else:

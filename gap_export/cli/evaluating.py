@@ -104,12 +104,11 @@ def store(record: EvalRecord, scored: list[Scored], provenance: Provenance, fold
     """Write results, where they are from, and the record, which comes last: where it is, all is."""
     from gap_export.evaluation.refer import tables
     from gap_export.evaluation.refer.provenance import write_provenance
-    from gap_export.files import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     write_provenance(provenance, folder)
     tables.write_results(scored, folder / f"{record.protocol}-{RESULTS}")
-    write_atomically(folder / f"{record.protocol}-{RECORD}", record.model_dump_json(indent=2) + "\n")
+    record.write(folder / f"{record.protocol}-{RECORD}")
 
 
 def _of_predictions(

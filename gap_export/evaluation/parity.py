@@ -13,7 +13,6 @@ from dataclasses import fields
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from gap_export.boxes import metrics
 from gap_export.boxes.codecs import Box
@@ -32,6 +31,7 @@ from gap_export.positions import (
     with_write_index_off_by_one,
 )
 from gap_export.precision import Gates, precision
+from gap_export.records import Record
 from gap_export.runtime.generate import Adjust, Generation
 from gap_export.runtime.model import Grounded, Grounder
 from gap_export.runtime.session import Session
@@ -46,11 +46,7 @@ Tick = Callable[[int], None]
 """Called with the number of cases finished since the last call."""
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Measurement(_Stored):
+class Measurement(Record):
     """How a run differs from the reference, over all cases.
 
     Attributes:
@@ -85,7 +81,7 @@ class Measurement(_Stored):
     accuracy: float
 
 
-class Gate(_Stored):
+class Gate(Record):
     """One demand and whether it was met."""
 
     name: str
@@ -95,7 +91,7 @@ class Gate(_Stored):
     passed: bool
 
 
-class Control(_Stored):
+class Control(Record):
     """One wrong placement and whether the gates noticed it.
 
     Attributes:
@@ -343,7 +339,7 @@ def _worst(value: float, if_broken: float, values: list[float]) -> float:
     return if_broken if np.isnan(values).any() else value
 
 
-class Grounding(_Stored):
+class Grounding(Record):
     """Accuracy@0.5 of the exported graphs under each position policy.
 
     Attributes:
@@ -365,7 +361,7 @@ class Grounding(_Stored):
     visual_tokens: int
 
 
-class ParityReport(_Stored):
+class ParityReport(Record):
     """The record `validate` leaves in `reports/parity.json`."""
 
     ok: bool

@@ -21,7 +21,7 @@ from gap_export.checkpoint.hub import resolve
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError
 from gap_export.evaluation import parity
-from gap_export.files import scratch_folder, write_atomically
+from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, Progress, build, open_torch
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.ranges import RANGES
@@ -165,7 +165,7 @@ def validate(
         ),
         versions=versions(BUILD_PACKAGES),
     )
-    write_atomically(bundle.reports / "parity.json", report.model_dump_json(indent=2) + "\n")
+    report.write(bundle.reports / "parity.json")
     return report
 
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from gap_export.errors import LintError
+from gap_export.records import Record
 
 Severity = Literal["error", "warning"]
 Profile = Literal["decoder", "vision", "splice", "embed"]
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Finding(_Stored):
+class Finding(Record):
     """One thing that is wrong with a graph, said once however many nodes share it.
 
     Attributes:
@@ -42,7 +37,7 @@ class Finding(_Stored):
         return f"{self.severity} {self.rule}: {self.node}{others}: {self.sentence} ({self.hint})"
 
 
-class Rule(_Stored):
+class Rule(Record):
     """A rule that was checked.
 
     Attributes:
@@ -54,7 +49,7 @@ class Rule(_Stored):
     title: str
 
 
-class Verdict(_Stored):
+class Verdict(Record):
     """Whether gapped position ids survive this graph.
 
     Attributes:
@@ -68,7 +63,7 @@ class Verdict(_Stored):
     findings: tuple[Finding, ...]
 
 
-class Report(_Stored):
+class Report(Record):
     """The result of linting one graph.
 
     Attributes:

@@ -24,7 +24,7 @@ from gap_export.checkpoint.random_weights import random_checkpoint
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError, CheckpointError, RecipeError
 from gap_export.families import PARTS, Family, family_of
-from gap_export.files import atomic_folder, record_of, write_atomically
+from gap_export.files import atomic_folder, record_of
 from gap_export.inputs.layouts import Layout, NativeResolutionLayout
 from gap_export.inputs.prompt import PromptTemplate, check_text_tokenizer, encode_prompts, load_tokenizer
 from gap_export.pipeline.preflight import check_room, linkable, needs_of
@@ -146,7 +146,7 @@ def build(
         ]
         if ranges is not None:
             ranges.require([name for low in schemes for name in low], family_name)
-            write_atomically(folder / RANGES, ranges.model_dump_json(indent=2) + "\n")
+            ranges.write(folder / RANGES)
         store.prepare(
             [
                 component.weight_key(name)

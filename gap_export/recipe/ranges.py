@@ -12,15 +12,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from gap_export.errors import RecipeError
+from gap_export.records import Record
 
 RANGES = "ranges.json"
 """Its name in a bundle that was built with it."""
 
 
-class Ranges(BaseModel):
+class Ranges(Record):
     """What `calibrate` measured.
 
     Attributes:
@@ -32,8 +33,6 @@ class Ranges(BaseModel):
         source: where they are from.
         largest: parameter of the decoder -> largest magnitude of what it was multiplied with.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     gap_export: str
     bundle: str
@@ -75,17 +74,4 @@ def read_ranges(path: Path) -> Ranges:
     Raises:
         RecipeError: it is not there, or is no such file.
     """
-    try:
-        return Ranges.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise RecipeError(
-            f"cannot be read: {error.strerror}", subject=f"ranges {path}", hint=CALIBRATE
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            f"is not a file of ranges: {where + ': ' if where else ''}{first['msg']}",
-            subject=f"ranges {path}",
-            hint=CALIBRATE,
-        ) from error
+    return Ranges.read(path, hint=CALIBRATE, error=RecipeError)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from gap_export.errors import RecipeError, first_line
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.precision import Gates, known, precision
+from gap_export.records import Record
 
 Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
 Keep = float | tuple[float, float, float] | Literal["adaptive"]
@@ -29,7 +30,7 @@ USUAL_DEVICES = ("8.6", "8.9", "12.0")
 """Compute capabilities of GPUs that TensorRT-RTX is for."""
 
 
-class Recipe(BaseModel):
+class Recipe(Record):
     """One build.
 
     Attributes:
@@ -67,8 +68,6 @@ class Recipe(BaseModel):
         compute_capabilities: GPUs that engines are built for; when left out, those of TensorRT-RTX that know the precision.
         gates: for `validate`; by default those of the precision.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     family: str | None = None
@@ -188,14 +187,6 @@ def load_recipe(model: str) -> Recipe:
 
 
 def _validated(content: dict[str, Any], *, subject: str) -> Recipe:
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        given = first["input"]
-        shown = f" {given!r}" if isinstance(given, str | int | float) else ""
-        raise RecipeError(
-            f"{field}{shown}: {message}", subject=subject, hint="see recipes/ and `gap-export build --help`"
-        ) from error
+    return Recipe.checked(
+        content, subject=subject, hint="see recipes/ and `gap-export build --help`", error=RecipeError
+    )

@@ -30,7 +30,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "is not a file of ranges"),
+        ("", "cannot be read"),
         ("{}", "Field required"),
         (json.dumps({**RANGES.model_dump(), "largest": {"a.weight": -1}}), "largest.a.weight"),
         (RANGES.model_dump_json().replace("3.5", "1e999"), "largest.a.weight"),

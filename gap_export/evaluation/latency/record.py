@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from gap_export.records import Record
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,11 +22,7 @@ QUANTITIES = {
 """Field of a row -> words for the screen, in the order in which they are measured."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Percentiles(_Record):
+class Percentiles(Record):
     """Over all rounds, in milliseconds, linearly interpolated."""
 
     p50: float
@@ -34,7 +30,7 @@ class Percentiles(_Record):
     p99: float
 
 
-class Device(_Record):
+class Device(Record):
     """What the machine can do at best, measured: see `cost.measure_device`."""
 
     flops_per_second: float
@@ -42,7 +38,7 @@ class Device(_Record):
     threads: int
 
 
-class PhaseCost(_Record):
+class PhaseCost(Record):
     """One phase of a request.
 
     Attributes:
@@ -56,7 +52,7 @@ class PhaseCost(_Record):
     roofline_ms: float | None
 
 
-class Cost(_Record):
+class Cost(Record):
     """The cost card of a contender's request; `decode` is one token of every row."""
 
     vision: PhaseCost
@@ -77,7 +73,7 @@ class Cost(_Record):
         return None if None in parts else sum(part or 0.0 for part in parts)
 
 
-class Row(_Record):
+class Row(Record):
     """One contender.
 
     Attributes:
@@ -131,7 +127,7 @@ class Row(_Record):
     peak_rss_bytes: int | None = None
 
 
-class Ratio(_Record):
+class Ratio(Record):
     """Median of one contender over median of another, same rounds.
 
     Attributes:
@@ -151,7 +147,7 @@ class Ratio(_Record):
     high: float
 
 
-class BenchRecord(_Record):
+class BenchRecord(Record):
     """One run.
 
     Attributes:

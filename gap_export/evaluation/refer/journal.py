@@ -10,13 +10,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from gap_export.errors import BundleError, InputError
+from gap_export.errors import BundleError
+from gap_export.evaluation.result_folder import SETTINGS, open_result_folder
 from gap_export.files import write_atomically
 from gap_export.records import Record
 
-SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+ANSWERS = "answers.jsonl"
 
 
 class Settings(Record):
@@ -98,25 +97,8 @@ def open_journal(folder: Path, settings: Settings, *, replace: bool = False) -> 
     Raises:
         BundleError: something else is there, an evaluation of other settings, or a damaged one.
     """
-    there = folder / SETTINGS
-    if folder.is_dir() and any(folder.iterdir()) and not there.is_file():
-        raise BundleError(
-            "is not empty and holds no evaluation", subject=str(folder), hint="choose another output folder"
-        )
-    if there.is_file():
-        difference = _difference(there, settings)
-        if difference is None:
-            return Journal(folder, _whole_rows(folder / ANSWERS))
-        if not replace:
-            raise BundleError(
-                f"holds another evaluation: {difference}",
-                subject=str(folder),
-                hint="choose another output folder, or pass --replace to throw that one away",
-            )
-        (folder / ANSWERS).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(there, settings.model_dump_json(indent=2) + "\n")
-    return Journal(folder, [])
+    there = open_result_folder(folder, settings, holds="evaluation", replace=replace)
+    return Journal(folder, _whole_rows(folder / ANSWERS) if there else [])
 
 
 def read_settings(folder: Path) -> Settings | None:
@@ -126,27 +108,8 @@ def read_settings(folder: Path) -> Settings | None:
         InputError: they are damaged.
     """
     path = folder / SETTINGS
-    try:
-        return Settings.model_validate_json(path.read_bytes()) if path.is_file() else None
-    except ValidationError as error:
-        raise InputError(
-            "is damaged or was written by another version",
-            subject=str(path),
-            hint="run the same evaluation again, with --replace",
-        ) from error
-
-
-def _difference(path: Path, wanted: Settings) -> str | None:
-    """The first setting in which a stored evaluation differs, in words."""
-    try:
-        there = Settings.model_validate_json(path.read_bytes())
-    except ValidationError:
-        return f"its {SETTINGS} is damaged or was written by another version"
-    for name in Settings.model_fields:
-        mine, theirs = getattr(wanted, name), getattr(there, name)
-        if mine != theirs:
-            return f"{name} {theirs} there, {mine} here"
-    return None
+    hint = "it is damaged or was written by another version: run the same evaluation again, with --replace"
+    return Settings.read(path, hint=hint) if path.is_file() else None
 
 
 def _whole_rows(path: Path) -> list[AnswerRow]:
@@ -159,14 +122,12 @@ def _whole_rows(path: Path) -> list[AnswerRow]:
         write_atomically(path, whole)
     rows, known = [], set[str]()
     for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = AnswerRow.model_validate_json(line)
-        except ValidationError as error:
-            raise BundleError(
-                f"is damaged in line {number}",
-                subject=str(path),
-                hint="delete the folder, or start the evaluation again with --replace",
-            ) from error
+        row = AnswerRow.parse(
+            line,
+            subject=f"{path}, line {number}",
+            hint="it is damaged: delete the folder, or start the evaluation again with --replace",
+            error=BundleError,
+        )
         if row.id in known:
             raise BundleError(
                 f"holds the answer to {row.id} twice (line {number})",

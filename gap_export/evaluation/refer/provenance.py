@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from gap_export.environment import cpu_name, versions
-from gap_export.errors import InputError
-from gap_export.files import write_atomically
 from gap_export.records import Record
 
 FILE = "provenance.json"
@@ -48,7 +44,7 @@ def provenance_of(bundle: Path | None, data: str, split: str | None, images: Pat
 
 def write_provenance(provenance: Provenance, folder: Path) -> None:
     """Into the folder of an evaluation."""
-    write_atomically(folder / FILE, provenance.model_dump_json(indent=2) + "\n")
+    provenance.write(folder / FILE)
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -57,12 +53,7 @@ def read_provenance(folder: Path) -> Provenance:
     Raises:
         InputError: it is missing or damaged.
     """
-    path = folder / FILE
-    try:
-        return Provenance.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise InputError(
-            "is missing or damaged",
-            subject=str(path),
-            hint="run the same evaluation again: what is answered is kept, and this file is written anew",
-        ) from error
+    return Provenance.read(
+        folder / FILE,
+        hint="it is missing or damaged: run the same evaluation again: what is answered is kept, and this file is written anew",
+    )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from gap_export.boxes.codecs import Box
 from gap_export.bundle.folder import MANIFEST, Bundle, open_bundle
@@ -20,6 +19,8 @@ from gap_export.evaluation.refer.journal import Settings, read_settings
 from gap_export.evaluation.refer.provenance import Provenance, read_provenance
 from gap_export.evaluation.refer.recommend import RECORD, Recommendation
 from gap_export.files import record_of
+
+_AGAIN = "it is damaged or was written by another version: run gap-export {} again"
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,7 @@ class Evaluated:
         path = None if self.bundle is None else self.bundle.reports / "parity.json"
         if path is None or not path.is_file():
             return None
-        try:
-            return ParityReport.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise _of_another_version(path, "gap-export validate") from error
+        return ParityReport.read(path, hint=_AGAIN.format("validate"))
 
     @property
     def recommendation(self) -> Recommendation | None:
@@ -132,10 +130,7 @@ class Evaluated:
         path = None if self.bundle is None else self.bundle.reports / RECORD
         if path is None or not path.is_file():
             return None
-        try:
-            found = Recommendation.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise _of_another_version(path, "gap-export recommend") from error
+        found = Recommendation.read(path, hint=_AGAIN.format("recommend"))
         same = (found.protocol, found.expressions) == (self.run.record["protocol"], len(self.run.ids))
         return found if same else None
 
@@ -242,12 +237,6 @@ def _bundle(provenance: Provenance, settings: Settings | None) -> tuple[Bundle |
         return open_bundle(folder), ""
     except GapExportError as error:
         return None, f"its bundle at {folder} {error.message}"
-
-
-def _of_another_version(path: Path, command: str) -> InputError:
-    return InputError(
-        "is damaged or was written by another version", subject=str(path), hint=f"run {command} again"
-    )
 
 
 def provenance_facts(run: Evaluated) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def run(
         sweep.skipped,
         store.settings,
     )
-    write_atomically(store.folder / RECORD, record.model_dump_json(indent=2) + "\n")
+    record.write(store.folder / RECORD)
     write_atomically(store.folder / PAGE, page(record, PLOT if plot else None))
     if plot:
         write_atomically(store.folder / PLOT, sweep_plot.png(record))

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from gap_export.errors import BundleError
+from gap_export.evaluation.result_folder import open_result_folder
 from gap_export.evaluation.sweep.record import Answers, Cell, Settings
-from gap_export.files import atomic_folder, write_atomically
+from gap_export.files import write_atomically
 
-SETTINGS = "settings.json"
 RECORD, PAGE, PLOT = "sweep.json", "sweep.md", "sweep.png"
 
 
@@ -44,16 +42,12 @@ class Store:
             BundleError: its file is missing or damaged.
         """
         path = self._path(cell)
-        try:
-            answers = Answers.model_validate_json(path.read_bytes())
-            if len(answers.ious) != self.settings.cases:
-                raise ValueError(f"{len(answers.ious)} scenes")
-        except (OSError, ValueError) as error:  # what pydantic raises is a ValueError
-            raise BundleError(
-                "is missing or damaged",
-                subject=str(path),
-                hint="delete it if it is there, and run the same command again: that cell is computed anew",
-            ) from error
+        hint = (
+            "it is missing or damaged: delete it, and run the same command again: that cell is computed anew"
+        )
+        answers = Answers.read(path, hint=hint, error=BundleError)
+        if len(answers.ious) != self.settings.cases:
+            raise BundleError(f"holds answers to {len(answers.ious)} scenes", subject=str(path), hint=hint)
         return answers
 
     def save(self, cell: Cell, answers: Answers) -> None:
@@ -69,54 +63,6 @@ class Store:
 
 
 def open_store(folder: Path, settings: Settings, *, replace: bool) -> Store:
-    """Make the folder of a sweep, or go on with it.
-
-    Args:
-        folder: absent, empty, or a sweep's.
-        settings: what its cells must have in common.
-        replace: throw a sweep of other settings away.
-
-    Raises:
-        BundleError: something else is there, or a sweep of other settings.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise BundleError("is a file", subject=str(folder), hint="choose another output folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        path = folder / SETTINGS
-        if not path.is_file():
-            raise BundleError(
-                "is not empty and holds no sweep", subject=str(folder), hint="choose another output folder"
-            )
-        difference = _difference(path, settings)
-        if difference is None:
-            return Store(folder, settings)
-        if not replace:
-            raise BundleError(
-                f"holds another sweep: {difference}",
-                subject=str(folder),
-                hint="choose another output folder, or pass --replace to throw that one away",
-            )
-    with atomic_folder(folder) as fresh:
-        write_atomically(fresh / SETTINGS, settings.model_dump_json(indent=2) + "\n")
+    """Make the folder of a sweep, or go on with it; see `open_result_folder`."""
+    open_result_folder(folder, settings, holds="sweep", replace=replace)
     return Store(folder, settings)
-
-
-def _difference(path: Path, wanted: Settings) -> str | None:
-    """The first setting in which a stored sweep differs, in words."""
-    try:
-        there = Settings.model_validate_json(path.read_bytes())
-    except ValidationError:
-        return f"its {SETTINGS} is damaged or was written by another version"
-    if there == wanted:
-        return None
-    for name in Settings.model_fields:
-        mine, theirs = getattr(wanted, name), getattr(there, name)
-        if isinstance(mine, dict) and mine != theirs:
-            name, mine, theirs = next(
-                (f"{name} {key}", mine.get(key), theirs.get(key))
-                for key in (*mine, *theirs)
-                if mine.get(key) != theirs.get(key)
-            )
-        if mine != theirs:
-            return f"{name.replace('_', ' ')} {theirs} there, {mine} here"
-    raise AssertionError("settings differ in no field")

@@ -68,7 +68,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
         open_journal(tmp_path, SETTINGS, replace=True)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{}\n", "damaged in line 2"), (None, "answer to a twice")])
+@pytest.mark.parametrize(("text", "message"), [("{}\n", "line 2"), (None, "answer to a twice")])
 def test_damage_is_named(text: str | None, message: str, tmp_path: Path) -> None:
     open_journal(tmp_path, SETTINGS).add([row("a")])
     with (tmp_path / ANSWERS).open("a") as out:
