@@ -359,7 +359,7 @@ def test_real_bundle_answers(tiny_bundle: Any) -> None:
 
     bundle = tiny_bundle()
     each = contender("tiny", bundle, OnnxRuntimeSession(bundle, threads=1), batch=2)
-    assert each.input_ids_BT.shape[0] == len(each.batch.visual_tokens) == 2
+    assert each.input_ids_BT.shape[0] == len(each.images.visual_tokens) == 2
     record = measure([each], requests=2, warmup=1, new_tokens=bundle.manifest.max_new_tokens)
     assert record.rows[0].kept == bundle.manifest.pruning.kept
     assert 0 < record.rows[0].ttft_ms.p50 < record.rows[0].total_ms.p50
