@@ -32,7 +32,7 @@ def main() -> int:
     from gap_export.evaluation.refer.run import work_of
     from gap_export.pipeline import build
     from gap_export.recipe.recipe import load_recipe
-    from gap_export.runtime.model import open_session
+    from gap_export.runtime.backends import open_session
 
     console = Console(stderr=True)
     dataset = open_dataset(f"scenes:{PER_IMAGE}")

@@ -192,7 +192,7 @@ def validated_on(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     build.build(recipe, folder, replace=True)
     if onnx_only:
         return parity_of_cuda(folder, options.cases)
-    found = validate.validate(folder, cases=options.cases, backend=backend)  # type: ignore[arg-type]
+    found = validate.validate(folder, cases=options.cases, backend=backend)
     return {"passed": found.ok, "report": found.model_dump(mode="json")}
 
 
@@ -202,7 +202,8 @@ def parity_of_cuda(folder: Path, cases: int) -> dict[str, Any]:
     from gap_export.bundle.folder import open_bundle
     from gap_export.evaluation import parity
     from gap_export.recipe.recipe import Recipe
-    from gap_export.runtime.model import Grounder, open_session
+    from gap_export.runtime.backends import open_session
+    from gap_export.runtime.model import Grounder
 
     bundle = open_bundle(folder)
     questions, grounder = list(scenes.cases(cases)), Grounder(bundle)

@@ -47,7 +47,7 @@ def main() -> int:
     from gap_export.bundle.folder import open_bundle
     from gap_export.evaluation.latency.measure import contender, measure
     from gap_export.evaluation.latency.record import tables
-    from gap_export.runtime.model import open_session
+    from gap_export.runtime.backends import open_session
 
     console = Console()
     with tempfile.TemporaryDirectory(prefix="gap-export-latency-") as scratch:

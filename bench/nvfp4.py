@@ -28,7 +28,6 @@ from gap_export.graph.quantize import DECODERS, ENGINE_DOMAIN
 from gap_export.graph.rounding import E2M1_MAX, E4M3_MAX, FP4_BLOCK
 from gap_export.pipeline.build import build
 from gap_export.recipe.recipe import load_recipe
-from gap_export.runtime.model import Backend
 from gap_export.runtime.ort import OnnxRuntimeSession
 
 
@@ -61,7 +60,7 @@ def main() -> int:
     return record.finish("nvfp4", measured, label=options.label, ok=report.ok, store=not options.smoke)
 
 
-def in_standard_operators(bundle: Bundle, backend: Backend, *, threads: int) -> OnnxRuntimeSession:
+def in_standard_operators(bundle: Bundle, backend: str, *, threads: int) -> OnnxRuntimeSession:
     """A session in half precision. The bundle's decoder is rewritten where it lies: it is a scratch copy."""
     for name, graph in bundle.manifest.graphs.items():
         if name in DECODERS:

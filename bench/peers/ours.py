@@ -52,8 +52,8 @@ def main() -> None:
         from gap_export.evaluation.latency.measure import Contender
         from gap_export.inputs.batch import of_one_size
         from gap_export.positions import advance
+        from gap_export.runtime.backends import open_session
         from gap_export.runtime.generate import encode
-        from gap_export.runtime.model import open_session
 
         began = now()
         bundle = open_bundle(Path(folder))

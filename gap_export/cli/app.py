@@ -17,9 +17,7 @@ from gap_export.errors import GapExportError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from gap_export.bundle.folder import Bundle
     from gap_export.parallel.ray import Cluster
-    from gap_export.runtime.session import Session
 
 app = typer.Typer(
     name="gap-export",
@@ -95,21 +93,6 @@ def import_pipeline() -> Any:
     except ImportError as error:
         raise needs_build_extra(error) from error
     return build
-
-
-def open_backend(bundle: Bundle, backend: str, *, threads: int = 0) -> Session:
-    """Load a bundle into a runtime, or the PyTorch model that it was built from (`torch`: eager, with as many threads)."""
-    from gap_export.runtime.model import backend_of, open_session
-
-    if backend != "torch":
-        return open_session(bundle, backend_of(backend), threads=threads)
-    build = import_pipeline()
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    session: Session = build.open_torch(bundle)
-    return session
 
 
 def needs_build_extra(error: ImportError) -> GapExportError:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from gap_export.cli.app import console, open_backend, out, plain, print_json, progress_bar
+from gap_export.cli.app import console, out, plain, print_json, progress_bar
 from gap_export.cli.options import JsonOption, ThreadsOption
+from gap_export.runtime.backends import names
 
 if TYPE_CHECKING:
     from gap_export.bundle.folder import Bundle
@@ -23,7 +24,7 @@ _WARMUP = 10
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="One bundle, or several to compare in one run.")],
     backend: Annotated[
-        str, typer.Option(help="One or several, separated by commas: onnxruntime, tensorrt-rtx, tensorrt.")
+        str, typer.Option(help=f"One or several, separated by commas: {', '.join(names())}.")
     ] = "onnxruntime",
     against: Annotated[
         str, typer.Option(help="Further backends to take turns with, for example torch.")
@@ -48,13 +49,14 @@ def bench(
     from gap_export.evaluation.latency.cost import measure_device
     from gap_export.evaluation.latency.measure import measure
     from gap_export.evaluation.latency.memory import peak_of
+    from gap_export.runtime.backends import open_session
 
     wanted = _contenders(bundles, _words(f"{backend},{against}"), _fractions(keep), _counts(batch))
     opened = {folder: open_bundle(folder) for folder in bundles}
     with console.status("measuring what this machine can do"):
         roofline = measure_device(threads)
     sessions = {
-        (one.folder, one.backend): open_backend(opened[one.folder], one.backend, threads=threads)
+        (one.folder, one.backend): open_session(opened[one.folder], one.backend, threads=threads)
         for one in wanted
     }
     contenders = [_contender(one, opened[one.folder], sessions[one.folder, one.backend]) for one in wanted]
@@ -97,9 +99,10 @@ class Wanted(NamedTuple):
 def alone(one: Wanted, threads: int) -> Contender:
     """A contender in a process that holds nothing else."""
     from gap_export.bundle.folder import open_bundle
+    from gap_export.runtime.backends import open_session
 
     bundle = open_bundle(one.folder)
-    return _contender(one, bundle, open_backend(bundle, one.backend, threads=threads))
+    return _contender(one, bundle, open_session(bundle, one.backend, threads=threads))
 
 
 def _contender(one: Wanted, bundle: Bundle, session: Any) -> Contender:

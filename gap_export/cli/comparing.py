@@ -125,7 +125,7 @@ def recommend(
     from gap_export.evaluation.refer.provenance import provenance_of
     from gap_export.evaluation.refer.recommend import RECORD
     from gap_export.evaluation.refer.recommend import recommend as recommended
-    from gap_export.runtime.model import backend_of, open_session
+    from gap_export.runtime.backends import open_session
 
     tables.check_pyarrow()
     try:
@@ -148,7 +148,7 @@ def recommend(
         store(record, scored, provenance_of(bundle, data, split, images), folder)
         runs[share] = open_run(folder, protocol)
     opened = open_bundle(bundle)
-    session = open_session(opened, backend_of(backend), threads=threads)
+    session = open_session(opened, backend, threads=threads)
     contenders = [contender(f"{share:g}", opened, session, keep=share) for share in shares]
     with console.status("measuring"):
         measured = measure(contenders, requests=requests, new_tokens=1, warmup=_WARMUP)

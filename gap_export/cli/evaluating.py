@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import cluster_of, console, interruptible, open_backend, out, print_json, progress_bar
+from gap_export.cli.app import cluster_of, console, interruptible, out, print_json, progress_bar
 from gap_export.cli.options import (
+    AnyBackendOption,
     EngineOption,
     JsonOption,
     KeepOption,
@@ -43,9 +44,7 @@ def evaluate(
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval: how answers are scored.")] = "unc",
-    backend: Annotated[
-        str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt or torch.")
-    ] = "onnxruntime",
+    backend: AnyBackendOption = "onnxruntime",
     keep: KeepOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many expressions.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Most expressions per call.")] = 8,
@@ -181,10 +180,9 @@ def evaluate_bundle(
     from gap_export.evaluation.refer.protocols import protocol_of
     from gap_export.evaluation.refer.run import answer_all, record_of, score_all, work_of
     from gap_export.files import record_of as file_record
-    from gap_export.runtime.model import backend_of
+    from gap_export.runtime.backends import row
 
-    if asked.backend != "torch":
-        backend_of(asked.backend)  # before anything is written
+    row(asked.backend)  # before anything is written
     opened = open_bundle(folder)
     scoring = protocol_of(asked.protocol, opened.manifest.box)
     if dataset.source is None:
@@ -228,9 +226,10 @@ def make_answerer(folder: Path, asked: Asked) -> Answerer:
     """Open a bundle to be asked, in this process or in a worker's."""
     from gap_export.bundle.folder import open_bundle
     from gap_export.evaluation.refer.answering import Answerer
+    from gap_export.runtime.backends import open_session
 
     bundle = open_bundle(folder)
-    session = open_backend(bundle, asked.backend, threads=asked.threads)
+    session = open_session(bundle, asked.backend, threads=asked.threads)
     return Answerer(bundle, session, keep=asked.keep, share=asked.share, rows=asked.rows)
 
 

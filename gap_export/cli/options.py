@@ -7,9 +7,19 @@ from typing import Annotated
 
 import typer
 
+from gap_export.runtime.backends import names
+
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
-BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")]
+BackendOption = Annotated[
+    str, typer.Option(metavar=f"[{'|'.join(names(exported=True))}]", help="Runtime that runs the bundle.")
+]
+AnyBackendOption = Annotated[
+    str,
+    typer.Option(
+        metavar=f"[{'|'.join(names())}]", help="Runtime that runs the bundle; torch runs its checkpoint."
+    ),
+]
 KeepOption = Annotated[
     float | None,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gap_export.cli.app import console, out, plain, print_json
-from gap_export.cli.options import BackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
+from gap_export.cli.options import AnyBackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
 
 
 def run(
@@ -22,7 +22,7 @@ def run(
         Path | None, typer.Option(help="Write the image with the box and the kept patches.")
     ] = None,
     keep: KeepOption = None,
-    backend: BackendOption = "onnxruntime",
+    backend: AnyBackendOption = "onnxruntime",
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
@@ -30,8 +30,9 @@ def run(
     """Find what an expression refers to in an image (the last one, of several)."""
     from gap_export.bundle.folder import open_bundle
     from gap_export.inputs.images import load_image
+    from gap_export.runtime.backends import open_session
     from gap_export.runtime.generate import check_overflow
-    from gap_export.runtime.model import Grounder, backend_of, open_session
+    from gap_export.runtime.model import Grounder
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -39,8 +40,8 @@ def run(
     last = images[-1]
     grounder = Grounder(opened)
     unknown = grounder.unknown_words(refer)
-    session = open_session(opened, backend_of(backend), threads=threads)
-    grounded = grounder.ground(session, images, [refer], keep=keep, max_new_tokens=max_new_tokens)
+    with open_session(opened, backend, threads=threads) as session:
+        grounded = grounder.ground(session, images, [refer], keep=keep, max_new_tokens=max_new_tokens)
     check_overflow(grounded.generation, session.backend)
     answer = grounded.answers[0]
     if draw is not None:

@@ -51,14 +51,13 @@ def sweep(
     from gap_export.evaluation.sweep import run as room
     from gap_export.evaluation.sweep.record import tables, verdict
     from gap_export.recipe.recipe import load_recipe
-    from gap_export.runtime.model import backend_of
 
     request = room.Request(
         recipe=load_recipe(model),
         pruners=room.pruners_from(pruners),
         keeps=room.keeps_from(keep),
         positions=room.positions_from(positions),
-        backend=backend_of(backend),
+        backend=backend,
         cases=cases,
         batch=batch,
         threads=threads,

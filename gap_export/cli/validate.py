@@ -25,7 +25,6 @@ def validate(
 ) -> None:
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
     from gap_export.bundle.folder import open_bundle
-    from gap_export.runtime.model import backend_of
 
     import_pipeline()
     from gap_export.evaluation import validate
@@ -37,7 +36,7 @@ def validate(
             bundle,
             cases=cases,
             keep=keep,
-            backend=backend_of(backend),
+            backend=backend,
             checkpoint=checkpoint,
             text_tower=text_tower,
             batch=batch,

@@ -22,11 +22,12 @@ from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError
 from gap_export.evaluation import parity
 from gap_export.files import scratch_folder
-from gap_export.pipeline.build import RANDOM, Progress, build, open_torch
+from gap_export.pipeline.build import RANDOM, Progress, build
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.ranges import RANGES
-from gap_export.recipe.recipe import Recipe, Target
-from gap_export.runtime.model import Backend, Grounded, Grounder, open_session
+from gap_export.recipe.recipe import Recipe
+from gap_export.runtime.backends import open_session, target_of
+from gap_export.runtime.model import Grounded, Grounder
 
 if TYPE_CHECKING:
     from gap_export.graph.trace import TracedOnce
@@ -39,7 +40,7 @@ CONTROL_CASES = 48
 class Opener(Protocol):
     """Loads a bundle into a runtime; see `open_session`."""
 
-    def __call__(self, bundle: Bundle, backend: Backend, *, threads: int) -> Session:
+    def __call__(self, bundle: Bundle, backend: str, *, threads: int) -> Session:
         """The session."""
         ...
 
@@ -57,7 +58,7 @@ def validate(
     *,
     cases: int,
     keep: float | None = None,
-    backend: Backend = "onnxruntime",
+    backend: str = "onnxruntime",
     checkpoint: Path | None = None,
     text_tower: Path | None = None,
     batch: int = 16,
@@ -75,7 +76,7 @@ def validate(
         folder: the bundle.
         cases: how many scenes.
         keep: fraction of visual tokens to keep, in bundles that let requests choose; their default when left out.
-        backend: runtime to put it through.
+        backend: name of a runtime that runs bundles.
         checkpoint: where the weights lie; by default where the bundle was built from.
         text_tower: the same for the text tower, where there is one.
         batch: rows per call, at most what the bundle was built for.
@@ -88,7 +89,9 @@ def validate(
         GapExportError: something could not be run. Gates that are not met are in the report.
     """
     from gap_export.graph.trace import TracedOnce
+    from gap_export.runtime.torch.reference import open_torch
 
+    target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
     bundle = open_bundle(folder, every_hash=True)
     manifest = bundle.manifest
     pruning, visual_tokens = manifest.pruning, manifest.model.visual_tokens
@@ -108,33 +111,27 @@ def validate(
     batch = min(batch, recipe.max_batch)
     questions = list(scenes.cases(cases))
     grounder = Grounder(bundle)
-    session = opened(bundle, backend, threads=threads)
-
-    progress("answering with PyTorch")
     answer = partial(parity.run_cases, batch=batch, tick=tick)
-    reference = answer(
-        grounder,
-        open_torch(bundle, checkpoint=source, text_tower=text_tower),
-        questions,
-        keep=keep,
-        keep_logits=True,
-    )
-    progress(f"answering with {backend}")
-    runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
-    measured = parity.measure(runs, reference, questions, manifest)
-    gates = parity.judge(measured, recipe.demands)
+    with opened(bundle, backend, threads=threads) as session:
+        progress("answering with PyTorch")
+        with open_torch(bundle, checkpoint=source, text_tower=text_tower) as original:
+            reference = answer(grounder, original, questions, keep=keep, keep_logits=True)
+        progress(f"answering with {backend}")
+        runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
+        measured = parity.measure(runs, reference, questions, manifest)
+        gates = parity.judge(measured, recipe.demands)
 
-    few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
-    few = questions[: few_batches * batch]
-    caught, inapplicable = [], []
-    for name, adjust in parity.controls(staged=bool(pruning.stages)).items():
-        if not parity.applies(adjust, runs[0]):
-            inapplicable.append(name)
-            continue
-        progress(f"negative control: {name}")
-        wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
-        seen = parity.measure(wrong, reference[:few_batches], few, manifest)
-        caught.append(parity.check_control(name, seen, recipe.demands))
+        few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
+        few = questions[: few_batches * batch]
+        caught, inapplicable = [], []
+        for name, adjust in parity.controls(staged=bool(pruning.stages)).items():
+            if not parity.applies(adjust, runs[0]):
+                inapplicable.append(name)
+                continue
+            progress(f"negative control: {name}")
+            wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
+            seen = parity.measure(wrong, reference[:few_batches], few, manifest)
+            caught.append(parity.check_control(name, seen, recipe.demands))
 
     if pruning.keep_mode == "dynamic":  # companions differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)
@@ -144,8 +141,8 @@ def validate(
             changed = recipe.replaced(checkpoint=str(source), **changes)
             with _companion(bundle, changed, backend, tracer, progress) as companion:
                 progress(f"answering with {name}")
-                other = opened(companion, backend, threads=threads)
-                answers = answer(Grounder(companion), other, questions)
+                with opened(companion, backend, threads=threads) as other:
+                    answers = answer(Grounder(companion), other, questions)
                 accuracy[name] = parity.accuracy_of(answers, questions)
 
     report = parity.ParityReport(
@@ -183,12 +180,16 @@ def validation_work(cases: int, *, staged: bool = False) -> int:
 
 @contextmanager
 def _companion(
-    bundle: Bundle, recipe: Recipe, backend: Backend, tracer: TracedOnce, progress: Progress
+    bundle: Bundle, recipe: Recipe, backend: str, tracer: TracedOnce, progress: Progress
 ) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
-    targets: tuple[Target, ...] = ("onnx",) if backend == "onnxruntime" else (backend,)
     # A capacity that is just enough for the pruned prompt is too small for the whole one.
     recipe = recipe.model_copy(update={"capacity": None})
     with scratch_folder(beside=bundle.folder, purpose="companion") as scratch:
-        built = build(recipe.replaced(targets=targets), scratch / "bundle", tracer=tracer, progress=progress)
+        built = build(
+            recipe.replaced(targets=(target_of(backend),)),
+            scratch / "bundle",
+            tracer=tracer,
+            progress=progress,
+        )
         yield built.bundle

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from gap_export.bundle.spec import Component
-    from gap_export.families.reference import ReferenceModel
-    from gap_export.runtime.session import Session
 
 Progress = Callable[[str], None]
 """Called with a few words whenever a stage begins."""
@@ -243,49 +241,6 @@ def build(
     return BuildResult(bundle=open_bundle(out), written_bytes=written)
 
 
-def open_torch(bundle: Bundle, *, checkpoint: Path | None = None, text_tower: Path | None = None) -> Session:
-    """The PyTorch model that a bundle was built from, with its pruning.
-
-    Args:
-        bundle: opened.
-        checkpoint: where the weights lie; by default where the bundle was built from.
-        text_tower: the same for the text tower, where there is one.
-
-    Raises:
-        CheckpointError: the weights are not there any more, or cannot be loaded.
-    """
-    from gap_export.runtime.torch.session import TextReference
-    from gap_export.runtime.torch.staged import open_reference
-
-    manifest, reads = bundle.manifest, None
-    if manifest.text_tower is not None:
-        folder = text_tower or resolve(manifest.text_tower.checkpoint)
-        reads = TextReference(folder, manifest.text_tower)
-    return open_reference(
-        manifest.family,
-        checkpoint or resolve(manifest.checkpoint),
-        manifest.pruning,
-        parts=_part_folders(Recipe.model_validate(manifest.recipe)),
-        text_tower=reads,
-    )
-
-
-def open_model_of(bundle: Bundle) -> ReferenceModel:
-    """The PyTorch model that a bundle was built from, by itself, in fp32.
-
-    Args:
-        bundle: opened.
-
-    Raises:
-        CheckpointError: the weights are not there any more, or cannot be loaded.
-    """
-    from gap_export.families.reference import open_model
-
-    manifest = bundle.manifest
-    parts = _part_folders(Recipe.model_validate(manifest.recipe))
-    return open_model(manifest.family, resolve(manifest.checkpoint), parts)
-
-
 def _build_engines(
     target: Target, graphs: dict[str, Graph], folder: Path, recipe: Recipe, progress: Progress
 ) -> dict[str, Engine]:
@@ -357,12 +312,6 @@ def _with_parts(checkpoint: Checkpoint, family: Family, recipe: Recipe) -> Check
             )
         checkpoint = checkpoint.with_part(needed.name, open_checkpoint(resolve(given), name=given))
     return family.joined(checkpoint)
-
-
-def _part_folders(recipe: Recipe) -> dict[str, Path]:
-    """Where the checkpoints beside the main one lie."""
-    named = {name: getattr(recipe, name) for name in PARTS}
-    return {name: resolve(given) for name, given in named.items() if given is not None}
 
 
 def _check_max_pixels(preprocessing: Layout, recipe: Recipe) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from PIL import Image
 
@@ -12,7 +11,7 @@ from gap_export import prune
 from gap_export.boxes.codecs import CODECS, Box, Unparsable, to_pixels
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec, Pruning
-from gap_export.errors import InputError, SessionError
+from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageBatch, prepare, seen_size
 from gap_export.inputs.prompt import (
     Prompts,
@@ -25,9 +24,6 @@ from gap_export.inputs.prompt import (
 from gap_export.positions import Ids
 from gap_export.runtime.generate import Adjust, Generation, generate
 from gap_export.runtime.session import Session
-
-Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -214,36 +210,3 @@ def keep_counts(
         )
     share, strategy = pruning.keep if keep is None else keep, prune.strategy(pruning.pruner)
     return [strategy.count_of(share, int(tokens)) for tokens in batch.prunable]
-
-
-def backend_of(name: str) -> Backend:
-    """The backend of that name.
-
-    Raises:
-        SessionError: there is none.
-    """
-    for backend in BACKENDS:
-        if name == backend:
-            return backend
-    raise SessionError("is not a backend", subject=repr(name), hint=f"choose one of {', '.join(BACKENDS)}")
-
-
-def open_session(bundle: Bundle, backend: Backend, *, threads: int = 0) -> Session:
-    """Load a bundle into a runtime.
-
-    Args:
-        bundle: opened.
-        backend: the runtime.
-        threads: of ONNX Runtime; 0 lets it choose.
-
-    Raises:
-        SessionError: the runtime refuses, or the bundle has nothing for it.
-        MissingRequirementError: no GPU, or the runtime is not installed.
-    """
-    if backend == "onnxruntime":
-        from gap_export.runtime.ort import OnnxRuntimeSession
-
-        return OnnxRuntimeSession(bundle, threads=threads)
-    from gap_export.runtime.trt import TensorRTSession
-
-    return TensorRTSession(bundle, target=backend)

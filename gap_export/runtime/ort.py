@@ -18,15 +18,14 @@ from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.precision import precision
 from gap_export.runtime.session import (
-    IMAGE_GRID,
-    KEPT_COUNTS,
-    VISUAL_COUNTS,
     Buffer,
+    Lifetime,
     Prefilled,
     Spliced,
     VisualTokens,
     check_within_bound,
     padded_together,
+    splice_inputs,
     vision_inputs,
 )
 
@@ -62,7 +61,7 @@ class _DecodeBuffers:
     decoder: Any
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Lifetime):
     """See `Session`.
 
     Args:
@@ -110,6 +109,7 @@ class OnnxRuntimeSession:
         keep_count: int | None = None,
     ) -> VisualTokens:
         """See `Session.encode`."""
+        self._check_open()
         manifest = self._bundle.manifest
         extra = vision_inputs(
             manifest.pruning,
@@ -131,23 +131,15 @@ class OnnxRuntimeSession:
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`."""
+        self._check_open()
         return padded_together([[np.asarray(part.numpy()) for part in row] for row in rows], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`."""
-        offered = {
-            "input_ids": input_ids_BT,
-            "visual_embeds": visual.embeds,
-            "kept_indices": visual.kept_indices,
-            KEPT_COUNTS: visual.kept_counts,
-            VISUAL_COUNTS: visual.visual_counts,
-            IMAGE_GRID: visual.image_grid,
-        }
-        taken = {tensor.name for tensor in self._bundle.manifest.graphs["splice"].spec.inputs}
-        embeds, *counters = self._run(
-            "splice", {name: value for name, value in offered.items() if name in taken}
-        )
-        names = [tensor.name for tensor in self._bundle.manifest.graphs["splice"].spec.outputs[1:]]
+        self._check_open()
+        spec = self._bundle.manifest.graphs["splice"].spec
+        embeds, *counters = self._run("splice", splice_inputs(spec, input_ids_BT, visual))
+        names = [tensor.name for tensor in spec.outputs[1:]]
         placement = placement_from_splice(
             {name: counter.numpy() for name, counter in zip(names, counters, strict=True)}
         )
@@ -155,6 +147,7 @@ class OnnxRuntimeSession:
 
     def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
         """See `Session.prefill`."""
+        self._check_open()
         batch = placement.position_ids.shape[-2]
         self._lay_out(_Layout(batch, self._bundle.manifest.slots_for(self._slots_needed(placement, room))))
         logits = np.empty((batch, self._model.vocabulary), np.float32)
@@ -171,6 +164,7 @@ class OnnxRuntimeSession:
 
     def fork(self, rows: int) -> None:
         """See `Session.fork`."""
+        self._check_open()
         self._lay_out(_Layout(rows, self._layout.capacities))
         for name, array in self._memory.items():
             cache = array[: math.prod(self._shapes[name])].reshape(self._shapes[name])
@@ -178,6 +172,7 @@ class OnnxRuntimeSession:
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.extend`."""
+        self._check_open()
         (embeds,) = self._run("embed", {"input_ids": np.maximum(token_ids_BT, 0)})
         logits = np.empty((len(token_ids_BT), self._model.vocabulary), np.float32)
         binding = self._decoder_binding(
@@ -188,6 +183,7 @@ class OnnxRuntimeSession:
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`; the array returned is overwritten by the next call."""
+        self._check_open()
         if self._decode is None:
             self._decode = self._bind_decode(self._layout.rows)
             self._decodes[self._layout] = self._decode
@@ -199,6 +195,11 @@ class OnnxRuntimeSession:
         self._execute("embed", decode.embed)
         self._execute(self._token_graph, decode.decoder)
         return decode.logits
+
+    def _free(self) -> None:
+        self._decode, self._layout = None, _Layout(0, ())
+        for held in (self._decodes, self._cache, self._memory, self._sessions):
+            held.clear()
 
     def _load(self, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()

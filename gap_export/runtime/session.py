@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.bundle.manifest import Pruning
-from gap_export.errors import InputError
+from gap_export.bundle.spec import GraphSpec
+from gap_export.errors import InputError, SessionError
 from gap_export.inputs.batch import ImageBatch, PixelInputs
 from gap_export.positions import Ids, Placement
 
@@ -83,7 +84,7 @@ class Session(Protocol):
 
     @property
     def backend(self) -> str:
-        """Name for reports: `torch`, `onnxruntime`, `tensorrt-rtx`, `tensorrt`."""
+        """Name in the table of backends, for reports."""
         ...
 
     @property
@@ -154,6 +155,60 @@ class Session(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back all memory. Closing again does nothing; any other call is a `SessionError` from then on."""
+        ...
+
+    def __enter__(self) -> Self:
+        """`with session:` closes it at the end."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Close the session."""
+        ...
+
+
+class Lifetime:
+    """The end of a session, once for all runtimes: a session inherits it, says in `_free` what it holds, and calls `_check_open`
+    before it uses any of that.
+
+    Attributes:
+        backend: see `Session`.
+    """
+
+    backend: str
+    _closed = False
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        if not self._closed:
+            self._closed = True
+            self._free()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _free(self) -> None:
+        """Give back all memory; called once."""
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        """Refuse to work after `close`.
+
+        Raises:
+            SessionError: the session is closed.
+        """
+        if self._closed:
+            raise SessionError(
+                "is closed",
+                subject=f"the {self.backend} session",
+                hint="open another one: a closed one holds no model",
+            )
+
 
 def vision_inputs(
     pruning: Pruning, *, reads_text: bool, text_ids_BL: Ids | None, keep_count: int | None
@@ -202,6 +257,25 @@ def vision_inputs(
             hint="build it with a range: --keep 0.1:1.0",
         )
     return inputs
+
+
+def splice_inputs(spec: GraphSpec, input_ids_BT: Ids, visual: VisualTokens) -> dict[str, Any]:
+    """What the splice graph of a bundle takes, by the names of its inputs.
+
+    Args:
+        spec: of the graph.
+        input_ids_BT: as given to `Session.splice`.
+        visual: visual tokens as given to `Session.splice`.
+    """
+    offered = {
+        "input_ids": input_ids_BT,
+        "visual_embeds": visual.embeds,
+        "kept_indices": visual.kept_indices,
+        KEPT_COUNTS: visual.kept_counts,
+        VISUAL_COUNTS: visual.visual_counts,
+        IMAGE_GRID: visual.image_grid,
+    }
+    return {tensor.name: offered[tensor.name] for tensor in spec.inputs}
 
 
 def together(session: Session, parts: Sequence[VisualTokens], batch: ImageBatch) -> VisualTokens:

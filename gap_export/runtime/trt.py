@@ -31,15 +31,15 @@ from gap_export.errors import SessionError
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.session import (
-    IMAGE_GRID,
     KEPT_COUNTS,
-    VISUAL_COUNTS,
     Buffer,
+    Lifetime,
     Prefilled,
     Spliced,
     VisualTokens,
     check_within_bound,
     padded_together,
+    splice_inputs,
     vision_inputs,
 )
 
@@ -60,20 +60,20 @@ class _Pool:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._idle: dict[int, list[int]] = {}
-        self._open = True
+        self.is_open = True
 
     def take(self, nbytes: int) -> int:
         idle = self._idle.get(nbytes)
         return idle.pop() if idle else self._device.allocate(nbytes)
 
     def give_back(self, address: int, nbytes: int) -> None:
-        if self._open:
+        if self.is_open:
             self._idle.setdefault(nbytes, []).append(address)
         else:
             self._device.free(address)
 
     def close(self) -> None:
-        self._open = False
+        self.is_open = False
         for addresses in self._idle.values():
             for address in addresses:
                 self._device.free(address)
@@ -105,13 +105,19 @@ class DeviceTensor:
     ) -> None:
         self.shape = tuple(shape)
         self.dtype = dtype
-        self._device = device
+        self._device, self._pool = device, pool
         nbytes = nbytes or size_of(dtype, self.shape)
         self.address = pool.take(nbytes)
         # Everything runs on one stream: memory given back while a kernel still reads it is next written after that kernel.
         weakref.finalize(self, pool.give_back, self.address, nbytes).atexit = False
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if not self._pool.is_open:
+            raise SessionError(
+                "belongs to a session that is closed",
+                subject="a tensor on the GPU",
+                hint="copy it with np.asarray before the session is closed",
+            )
         host = empty_wire(self.dtype, self.shape)
         self._device.download(host, self.address)
         return from_wire(host, self.dtype).astype(dtype, copy=False) if dtype else from_wire(host, self.dtype)
@@ -308,7 +314,7 @@ class _LoadedGraph:
             )
 
 
-class TensorRTSession:
+class TensorRTSession(Lifetime):
     """See `Session`.
 
     Args:
@@ -377,7 +383,7 @@ class TensorRTSession:
         keep_count: int | None = None,
     ) -> VisualTokens:
         """See `Session.encode`; the embeddings are a `DeviceTensor`, padded to the bound where images differ."""
-        vision, pruning = self._graphs["vision"], self._pruning
+        vision, pruning = self._graph("vision"), self._pruning
         extra = vision_inputs(
             pruning, reads_text=self._reads_text, text_ids_BL=text_ids_BL, keep_count=keep_count
         )
@@ -391,21 +397,15 @@ class TensorRTSession:
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`."""
+        self._check_open()
         return padded_together([[np.asarray(part) for part in row] for row in rows], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """See `Session.splice`; the embeddings are a `DeviceTensor`."""
-        splice = self._graphs["splice"]
+        splice = self._graph("splice")
         seen = self._on_device(splice, "visual_embeds", visual.embeds)
-        offered: dict[str, Any] = {
-            "input_ids": input_ids_BT,
-            "visual_embeds": seen,
-            "kept_indices": visual.kept_indices,
-            KEPT_COUNTS: visual.kept_counts,
-            VISUAL_COUNTS: visual.visual_counts,
-            IMAGE_GRID: visual.image_grid,
-        }
-        splice.prepare({tensor.name: offered[tensor.name] for tensor in splice.spec.inputs})
+        inputs = splice_inputs(splice.spec, input_ids_BT, visual)
+        splice.prepare({**inputs, "visual_embeds": seen})
         embeds = self._tensor(splice, "inputs_embeds")
         splice.run({"visual_embeds": seen.address, "inputs_embeds": embeds.address})
         counters = [tensor.name for tensor in splice.spec.outputs if tensor.name != "inputs_embeds"]
@@ -418,14 +418,14 @@ class TensorRTSession:
         Raises:
             SessionError: the prompt is longer than the engine or the cache allows, or the batch larger.
         """
-        graph = self._graphs[self._prompt_graph]
+        graph = self._graph(self._prompt_graph)
         logits = self._decode(graph, embeds, placement, placement.slots_of_stages)
         kept = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith("kept_indices.")]
         return Prefilled(logits, tuple(graph.download(name) for name in kept))
 
     def fork(self, rows: int) -> None:
         """See `Session.fork`."""
-        self._graphs[self._prompt_graph].copy_first_row(rows)
+        self._graph(self._prompt_graph).copy_first_row(rows)
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.extend`.
@@ -433,12 +433,12 @@ class TensorRTSession:
         Raises:
             SessionError: the cache is full.
         """
-        embed = self._graphs["embed"]
+        embed = self._graph("embed")
         embed.prepare({"input_ids": np.maximum(token_ids_BT, 0)})
         embeds = self._tensor(embed, "inputs_embeds")
         embed.run({"inputs_embeds": embeds.address})
         written = (placement.write_index + placement.last_index + 1,)
-        return self._decode(self._graphs[self._prompt_graph], embeds, placement, written)
+        return self._decode(self._graph(self._prompt_graph), embeds, placement, written)
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.step`.
@@ -446,23 +446,26 @@ class TensorRTSession:
         Raises:
             SessionError: the cache is full.
         """
-        embed = self._graphs["embed"]
+        embed = self._graph("embed")
         embed.prepare({"input_ids": token_ids_B[:, None]})
         if self._token_embeds is None or self._token_embeds.shape[0] != len(token_ids_B):
             self._token_embeds = None  # its memory first goes back, so that the new one can have it
             self._token_embeds = self._tensor(embed, "inputs_embeds")
         embed.run({"inputs_embeds": self._token_embeds.address})
         written = tuple(slot + 1 for slot in (placement.write_index, *placement.stage_write_index))
-        return self._decode(self._graphs[self._token_graph], self._token_embeds, placement, written)
+        return self._decode(self._graph(self._token_graph), self._token_embeds, placement, written)
 
-    def close(self) -> None:
-        """Give the GPU's memory back. The session cannot be used afterwards."""
+    def _free(self) -> None:
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
         self._token_embeds = None
         self._pool.close()
         self._device.close()
+
+    def _graph(self, name: str) -> _LoadedGraph:
+        self._check_open()
+        return self._graphs[name]
 
     def _decode(
         self, graph: _LoadedGraph, embeds: Buffer, placement: Placement, written: tuple[Ids, ...]
@@ -495,3 +498,13 @@ class TensorRTSession:
         tensor = DeviceTensor(array.shape, graph.dtype(name), self._device, self._pool)
         self._device.upload(tensor.address, array)
         return tensor
+
+
+def open_rtx(bundle: Bundle, *, threads: int = 0) -> TensorRTSession:
+    """Load the engines of TensorRT-RTX; see `TensorRTSession`. Nothing runs on threads of the CPU."""
+    return TensorRTSession(bundle, target="tensorrt-rtx")
+
+
+def open_tensorrt(bundle: Bundle, *, threads: int = 0) -> TensorRTSession:
+    """Load the engines of TensorRT; see `TensorRTSession`. Nothing runs on threads of the CPU."""
+    return TensorRTSession(bundle, target="tensorrt")

@@ -21,8 +21,8 @@ from gap_export.errors import EngineError
 from gap_export.evaluation.latency.cost import measure_device
 from gap_export.evaluation.latency.measure import contender
 from gap_export.positions import advance
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import encode
-from gap_export.runtime.model import open_session
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 

@@ -15,7 +15,7 @@ import pytest
 
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.calibrate import calibrate
-from gap_export.runtime.model import open_session
+from gap_export.runtime.backends import open_session
 
 
 @pytest.fixture

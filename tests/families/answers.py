@@ -13,8 +13,9 @@ from PIL import Image
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.parity import controls
 from gap_export.inputs.batch import ImageBatch, prepare
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.model import keep_counts, open_session
+from gap_export.runtime.model import keep_counts
 from gap_export.runtime.torch.staged import open_reference
 
 from .conftest import IMAGE_TOKEN, Tiny

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from gap_export.evaluation.parity import controls
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
-from gap_export.runtime.model import keep_counts, open_session
+from gap_export.runtime.model import keep_counts
 from gap_export.runtime.torch.staged import open_reference
 
 from .answers import (

@@ -19,12 +19,13 @@ from gap_export.evaluation.calibrate import calibrate
 from gap_export.graph.quantized_weights import FILE
 from gap_export.graph.rounding import BLOCK, E4M3_MAX, FP4_BLOCK
 from gap_export.inputs.batch import of_one_size
-from gap_export.pipeline.build import build, open_torch
+from gap_export.pipeline.build import build
 from gap_export.plan import plan_for
 from gap_export.recipe.ranges import read_ranges
 from gap_export.recipe.recipe import Recipe
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.model import open_session
+from gap_export.runtime.torch.reference import open_torch
 
 PROMPT = [1, 5, 6, 4, 7, 8, 9]
 

@@ -22,7 +22,8 @@ from gap_export.modeling.clip_text import published_tower, read_text_tower
 from gap_export.pipeline import build
 from gap_export.positions import Ids
 from gap_export.recipe.recipe import Recipe
-from gap_export.runtime.model import Grounder, open_session
+from gap_export.runtime.backends import open_session
+from gap_export.runtime.model import Grounder
 
 
 def part(folder: Path) -> Checkpoint:

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
 from gap_export.bundle.manifest import BoxFormat, Engine, EngineTarget, Graph, Manifest, ModelSpec, Pruning
 from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
+from gap_export.errors import SessionError
 from gap_export.files import record_of
 from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate
 from gap_export.positions import PositionPolicy
+from gap_export.runtime.session import Session
 
 N, K, H, CAPACITY, MAX_TEXT, MAX_BATCH = 6, 3, 8, 16, 8, 2
 IMAGE_TOKEN = 7
@@ -203,3 +206,30 @@ def write_small_bundle() -> Callable[..., Bundle]:
     """`write_small_bundle(folder, engines={})` -> opened bundle. Skips where onnx is not installed."""
     pytest.importorskip("onnx", reason="the small bundle is made with onnx")
     return write_bundle
+
+
+CALLS: dict[str, Callable[[Session], Any]] = {
+    "encode": lambda session: session.encode({"pixel_values": np.zeros((1, 3, 36, 36), np.float32)}),
+    "embeds_together": lambda session: session.embeds_together([], 0),
+    "splice": lambda session: session.splice(*[None] * 2),  # type: ignore[arg-type]
+    "prefill": lambda session: session.prefill(*[None] * 2),  # type: ignore[arg-type]
+    "fork": lambda session: session.fork(2),
+    "extend": lambda session: session.extend(np.zeros((1, 1), np.int64), None),  # type: ignore[arg-type]
+    "step": lambda session: session.step(np.zeros(1, np.int64), None),  # type: ignore[arg-type]
+    "with": lambda session: session.__enter__(),
+}
+
+
+def _check_closed(session: Session) -> None:
+    session.close()
+    session.close()  # does nothing
+    for name, call in CALLS.items():
+        with pytest.raises(SessionError, match="is closed") as caught:
+            call(session)
+        assert session.backend in caught.value.subject, name
+
+
+@pytest.fixture
+def check_closed() -> Callable[[Session], None]:
+    """`check_closed(session)` closes it, twice, and sees every later call refused."""
+    return _check_closed

@@ -16,8 +16,8 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import SessionError
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, advance
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.model import backend_of, open_session
 from gap_export.runtime.ort import OnnxRuntimeSession
 
 BuildBundle = Callable[..., Bundle]
@@ -254,9 +254,9 @@ def test_bf16_and_unknown_backends_are_refused(tiny_bundle: BuildBundle) -> None
     bf16 = Bundle(bundle.folder, bundle.manifest.model_copy(update={"precision": "bf16"}))
     with pytest.raises(SessionError, match="bf16 graphs have no CPU kernels"):
         OnnxRuntimeSession(bf16)
-    assert open_session(bundle, backend_of("onnxruntime")).backend == "onnxruntime"
-    with pytest.raises(SessionError, match="is not a backend"):
-        backend_of("cuda")
+    assert open_session(bundle).backend == "onnxruntime"
+    with pytest.raises(SessionError, match="unknown backend"):
+        open_session(bundle, "cuda")
 
 
 def test_a_bundle_may_be_moved(

@@ -424,13 +424,15 @@ def test_a_batch_or_a_prompt_beyond_the_profile_is_refused(opened: Any) -> None:
     assert caught.value.subject == "graph splice, input input_ids"
 
 
-def test_closing_gives_everything_back(opened: Any) -> None:
+def test_closing_gives_everything_back(opened: Any, check_closed: Any) -> None:
     session, device, _ = opened
     visual = session.encode({"pixel_values": PIXELS})
     spliced = session.splice(PROMPTS, visual)
     session.prefill(spliced.embeds, spliced.placement)
     session.step(np.array([1, 2]), advance(spliced.placement))
-    session.close()
+    check_closed(session)
+    with pytest.raises(SessionError, match="is closed"):
+        np.asarray(visual.embeds)
     del visual, spliced
     gc.collect()
     assert not device.blocks

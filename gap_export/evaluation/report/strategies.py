@@ -25,10 +25,10 @@ from gap_export.evaluation.report.cases import token_grid
 from gap_export.families import family_of
 from gap_export.inputs.batch import prepare
 from gap_export.inputs.prompt import encode_text, load_tokenizer
-from gap_export.pipeline.build import open_model_of
 from gap_export.positions import Ids
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.model import keep_counts
+from gap_export.runtime.torch.reference import open_model_of
 from gap_export.runtime.torch.session import TextReference, TorchSession
 
 _SLATE = (72, 77, 86, 190)

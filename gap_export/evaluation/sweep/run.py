@@ -45,9 +45,10 @@ from gap_export.parallel.ray import Cluster, results_on
 from gap_export.pipeline import build
 from gap_export.plan import plan_for
 from gap_export.positions import PositionPolicy
-from gap_export.recipe.recipe import Recipe, Target
+from gap_export.recipe.recipe import Recipe
+from gap_export.runtime.backends import open_session, target_of
 from gap_export.runtime.generate import check_overflow
-from gap_export.runtime.model import Backend, Grounded, Grounder, open_session
+from gap_export.runtime.model import Grounded, Grounder
 
 Entry = TypeVar("Entry")
 
@@ -64,7 +65,7 @@ class Request:
         pruners: strategies.
         keeps: fractions of visual tokens kept.
         positions: policies.
-        backend: runtime.
+        backend: name of a runtime that runs bundles.
         cases: scenes per cell.
         batch: images per call, at most what the recipe allows.
         threads: of ONNX Runtime, in every process; 0 lets it choose.
@@ -74,20 +75,19 @@ class Request:
     pruners: tuple[str, ...]
     keeps: tuple[float, ...]
     positions: tuple[PositionPolicy, ...] = tuple(PositionPolicy)
-    backend: Backend = "onnxruntime"
+    backend: str = "onnxruntime"
     cases: int = 500
     batch: int = 16
     threads: int = 1
 
     def recipe_of(self, cell: Cell) -> Recipe:
         """The recipe of one cell's bundle."""
-        targets: tuple[Target, ...] = ("onnx",) if self.backend == "onnxruntime" else (self.backend,)
         # A capacity that is just enough for one count is too small for another; by default it is enough for each.
         return self.recipe.model_copy(update={"capacity": None}).replaced(
             pruner=cell.pruner,
             keep=cell.keep,
             positions=PositionPolicy.GAP if cell.positions == FULL else cell.positions,
-            targets=targets,
+            targets=(target_of(self.backend),),
         )
 
 
@@ -345,13 +345,14 @@ class _Answering:
         folder = self._scratch / cell.name
         bundle = build.build(recipe, folder, tracer=self._tracer, progress=progress).bundle
         progress("answering")
-        runs = parity.run_cases(
-            Grounder(bundle),
-            open_session(bundle, request.backend, threads=request.threads),
-            self._questions,
-            batch=min(request.batch, recipe.max_batch),
-            tick=lambda count: notify(Step("", count)),
-        )
+        with open_session(bundle, request.backend, threads=request.threads) as session:
+            runs = parity.run_cases(
+                Grounder(bundle),
+                session,
+                self._questions,
+                batch=min(request.batch, recipe.max_batch),
+                tick=lambda count: notify(Step("", count)),
+            )
         shutil.rmtree(folder)
         return answers_of(runs, self._questions, request.backend)
 

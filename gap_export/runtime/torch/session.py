@@ -30,6 +30,7 @@ from gap_export.positions import Ids, Placement, place
 from gap_export.prune import reference
 from gap_export.runtime.session import (
     Buffer,
+    Lifetime,
     Prefilled,
     Spliced,
     VisualTokens,
@@ -94,7 +95,7 @@ class TextReference:
         return aligned_BNP
 
 
-class TorchSession:
+class TorchSession(Lifetime):
     """See `Session`.
 
     Args:
@@ -108,10 +109,17 @@ class TorchSession:
     def __init__(
         self, model: ReferenceModel, pruning: Pruning, *, text_tower: TextReference | None = None
     ) -> None:
-        self._model, self._pruning, self._text_tower = model, pruning, text_tower
+        self._loaded: ReferenceModel | None = model
+        self._pruning, self._text_tower = pruning, text_tower
         self.capacities = (_UNBOUNDED,) * max(1, len(pruning.stages))
         self._groups: list[_Group] = []
         self._forked: DynamicCache | None = None
+
+    @property
+    def _model(self) -> ReferenceModel:
+        self._check_open()
+        assert self._loaded is not None
+        return self._loaded
 
     @torch.inference_mode()
     def encode(
@@ -122,6 +130,7 @@ class TorchSession:
         keep_count: int | None = None,
     ) -> VisualTokens:
         """See `Session.encode`; embeddings are a list of rows [K_b, H] where images differ."""
+        self._check_open()
         pruning = self._pruning
         vision_inputs(
             pruning, reads_text=self._text_tower is not None, text_ids_BL=text_ids_BL, keep_count=keep_count
@@ -185,6 +194,7 @@ class TorchSession:
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`; rows are not padded here."""
+        self._check_open()
         return [torch.cat([part[0] for part in row]) for row in rows]
 
     @torch.inference_mode()
@@ -228,6 +238,7 @@ class TorchSession:
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
         """See `Session.prefill`."""
+        self._check_open()
         by_length: dict[int, list[int]] = {}
         for row, embeds_SH in enumerate(embeds):
             by_length.setdefault(len(embeds_SH), []).append(row)
@@ -243,12 +254,14 @@ class TorchSession:
 
     def fork(self, rows: int) -> None:
         """See `Session.fork`; here the prompt is kept apart, and copied by whoever goes on from it."""
+        self._check_open()
         if self._forked is None:
             self._forked = self._groups[0].cache
 
     @torch.inference_mode()
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
         """See `Session.extend`; rows of one length are run together, without padding."""
+        self._check_open()
         assert self._forked is not None
         lengths = (token_ids_BT != PAD).sum(axis=1)
         self._groups = []
@@ -275,6 +288,10 @@ class TorchSession:
                 placement.position_ids[..., group.rows, :],
             )
         )
+
+    def _free(self) -> None:
+        self._loaded = self._text_tower = self._forked = None
+        self._groups = []
 
     def _forward(self, inputs_of: Any) -> NDArray[np.float32]:
         logits: dict[int, NDArray[np.float32]] = {}

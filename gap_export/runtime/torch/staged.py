@@ -65,14 +65,17 @@ class StagedTorchSession(TorchSession):
         self._looks_ahead = load(pruning.pruner).uses_next_layer_attention
         self._rows: list[_Row] = []
         self._maps: dict[int, Tensor] = {}
-        for number, layer in enumerate(self._decoder.layers):
+        self._hooks = [
             layer.self_attn.register_forward_hook(
                 lambda module, args, out, number=number: self._maps.__setitem__(number, out[1])
             )
+            for number, layer in enumerate(self._decoder.layers)
+        ]
 
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
         """See `Session.prefill`; `kept_indices` and `margins` are filled in."""
+        self._check_open()
         assert placement.image_start is not None
         self._rows, logits = [], []
         for embeds_SH, ids_S, start in zip(
@@ -102,6 +105,13 @@ class StagedTorchSession(TorchSession):
                 hidden_1H = self._layers(stage, hidden_1H, ids, row.cache)
             logits.append(self._logits(hidden_1H))
         return np.stack(logits)
+
+    def _free(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._decoder, self._rows = None, []
+        self._maps.clear()
+        super()._free()
 
     def _whole_prompt(self, row: _Row) -> NDArray[np.float32]:
         visual = len(row.raster_N)

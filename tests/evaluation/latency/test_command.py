@@ -61,7 +61,7 @@ def test_memory_of_each(tiny_bundle: Callable[..., Bundle]) -> None:
         (["--batch", "one"], "not a list of counts"),
         (["--keep", "half"], "not a list of fractions"),
         (["--keep", "0.5"], "cannot be chosen"),
-        (["--backend", "jax"], "not a backend"),
+        (["--backend", "jax"], "unknown backend"),
     ],
 )
 def test_what_cannot_work(tiny_bundle: Callable[..., Bundle], arguments: list[str], words: str) -> None:

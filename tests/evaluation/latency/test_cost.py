@@ -19,7 +19,7 @@ from gap_export.evaluation.latency.measure import contender, measure
 from gap_export.evaluation.latency.memory import peak_of
 from gap_export.evaluation.latency.plot import png
 from gap_export.evaluation.latency.record import BenchRecord, Device, tables
-from gap_export.runtime.model import open_session
+from gap_export.runtime.backends import open_session
 
 SLOW = Device(flops_per_second=1e6, bytes_per_second=1e6, threads=1)
 

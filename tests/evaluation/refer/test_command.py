@@ -87,7 +87,7 @@ def test_the_record(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
         (["--data", "scenes"], "give one of them"),
         (["--data", "nowhere.json", "BUNDLE"], "does not exist"),
         (["--data", "scenes", "BUNDLE", "--protocol", "coco"], "not a protocol"),
-        (["--data", "scenes", "BUNDLE", "--backend", "jax"], "not a backend"),
+        (["--data", "scenes", "BUNDLE", "--backend", "jax"], "unknown backend"),
         (["--data", "ANSWERS", "BUNDLE"], "brings no images"),
         (["--data", "ANSWERS", "BUNDLE", "--images", "."], "none of the 1 images is there"),
         (["--data", "ANSWERS", "--predictions", "x"], "not a family"),

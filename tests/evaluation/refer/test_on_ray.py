@@ -27,7 +27,7 @@ IMAGES = 8
 
 def make(folder: Path) -> Answerer:
     from gap_export.bundle.folder import open_bundle
-    from gap_export.runtime.model import open_session
+    from gap_export.runtime.backends import open_session
 
     bundle = open_bundle(folder)
     return Answerer(bundle, open_session(bundle, "onnxruntime", threads=1))

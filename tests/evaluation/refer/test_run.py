@@ -19,7 +19,7 @@ from gap_export.evaluation.refer.journal import Settings, open_journal
 from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.run import Work, answer_all, record_of, score_all, work_of
 from gap_export.evaluation.refer.tables import read_predictions, write_results
-from gap_export.runtime.model import open_session
+from gap_export.runtime.backends import open_session
 
 SETTINGS = Settings(bundle="b", annotations="a", split="val", backend="onnxruntime", keep=None, share=True)
 TEXTS = ["the red mug", "cat", "the blue cat on the left", "mug below the cat", "the green circle", "dog"]

@@ -15,7 +15,7 @@ from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.report.strategies import Choices, choices
 from gap_export.inputs.batch import prepare
-from gap_export.pipeline.build import open_torch
+from gap_export.runtime.torch.reference import open_torch
 
 
 @pytest.fixture(scope="module")

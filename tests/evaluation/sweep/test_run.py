@@ -33,7 +33,8 @@ from gap_export.parallel.ray import Cluster
 from gap_export.pipeline import build as pipeline
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
-from gap_export.runtime.model import Grounder, open_session
+from gap_export.runtime.backends import open_session
+from gap_export.runtime.model import Grounder
 
 BuildBundle = Callable[..., Bundle]
 CASES = 6
@@ -412,7 +413,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
         (["--pruners", "cls_atention"], "did you mean 'cls_attention'"),
         (["--keep", "0.5,2"], "above 0"),
         (["--cases", "0"], "--cases"),
-        (["--backend", "tflite"], "is not a backend"),
+        (["--backend", "tflite"], "unknown backend"),
         (["--jobs", "0"], "--jobs"),
     ],
 )
