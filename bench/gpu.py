@@ -213,7 +213,7 @@ def parity_of_cuda(folder: Path, cases: int) -> dict[str, Any]:
     )
     gates = parity.judge(
         parity.measure(runs, reference, questions, bundle.manifest),
-        Recipe.model_validate(bundle.manifest.recipe).demands,
+        Recipe.model_validate(bundle.manifest.recipe).thresholds,
     )
     return {
         "passed": all(gate.passed for gate in gates),

@@ -46,8 +46,8 @@ ACTIVATIONS = (FP32, FP16, BF16)
 
 
 @dataclass(frozen=True)
-class Gates:
-    """What `validate` demands of the exported graphs against the PyTorch reference, which is in fp32.
+class Thresholds:
+    """What a run must meet against the one that it is compared with: in `validate`, exported graphs against PyTorch in fp32.
 
     Attributes:
         min_kept_sets_equal: share of cases whose kept visual tokens are the reference's, ties of score excepted.
@@ -57,6 +57,8 @@ class Gates:
         min_token_agreement: share of generated tokens that are equal.
         min_box_iou: mean IoU between the boxes of both backends.
         max_accuracy_drop: accuracy@0.5 of the reference less that of the graphs.
+        min_prediction_agreement: share of expressions whose two boxes overlap by half, or that have none in either run; for
+            `compare`, which sees no logits.
 
     Raises:
         ValueError: a share above 1, or a negative difference.
@@ -71,6 +73,7 @@ class Gates:
     min_token_agreement: float = 0.99
     min_box_iou: float = 0.99
     max_accuracy_drop: float = 0.005
+    min_prediction_agreement: float = 0.95
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -119,7 +122,7 @@ class Precision:
     min_compute_capability: float | None = None
     cpu: bool = True
     choice_margin: float = 1e-5
-    gates: Gates = Gates()
+    gates: Thresholds = Thresholds()
 
     @property
     def quantizes(self) -> bool:
@@ -127,7 +130,7 @@ class Precision:
         return any((self.decoder, self.head, self.elsewhere))
 
 
-_HALF = Gates(
+_HALF = Thresholds(
     min_kept_sets_equal=0.95,
     max_logit_difference=0.25,
     min_logit_cosine=0.999,
@@ -137,7 +140,7 @@ _HALF = Gates(
     max_accuracy_drop=0.01,
 )
 """Leaves room for rounding."""
-_INT8 = Gates(
+_INT8 = Thresholds(
     min_kept_sets_equal=0.0,
     max_logit_difference=10.0,
     min_logit_cosine=0.9,

@@ -46,18 +46,18 @@ def compare(
     """Two evaluations expression by expression; exit 1 when a gate is not met."""
     from gap_export.evaluation.refer import tables
     from gap_export.evaluation.refer.compare import compare as compared
-    from gap_export.evaluation.refer.compare import demands_on, open_run
+    from gap_export.evaluation.refer.compare import open_run, thresholds_on
 
     tables.check_pyarrow()
     one, other = open_run(first, protocol), open_run(second, protocol)
-    demands = demands_on(
+    thresholds = thresholds_on(
         one,
         other,
         max_accuracy_drop=max_accuracy_drop,
         min_prediction_agreement=min_prediction_agreement,
         min_box_iou=min_box_iou,
     )
-    result = compared(one, other, demands, worst=worst)
+    result = compared(one, other, thresholds, worst=worst)
     if as_json:
         print_json(result.model_dump())
     else:
@@ -78,9 +78,11 @@ def _print_comparison(result: Comparison) -> None:
     )
     gates = Table("gate", "measured", "demand", "")
     for gate in result.gates:
-        sign = "<=" if gate.name.startswith("max") else ">="
         gates.add_row(
-            gate.name, f"{gate.measured:.4f}", f"{sign} {gate.limit:g}", "ok" if gate.passed else "[red]no[/]"
+            gate.name,
+            f"{gate.measured:.4f}",
+            f"{gate.demand} {gate.limit:g}",
+            "ok" if gate.passed else "[red]no[/]",
         )
     out.print(gates)
     if result.worst:

@@ -36,7 +36,7 @@ def report(
     min_box_iou: BoxIouOption = None,
 ) -> None:
     """One HTML page of evaluations: tables, plots, boxes over images, what pruners keep. Works without a network."""
-    from gap_export.evaluation.refer.compare import demands_on
+    from gap_export.evaluation.refer.compare import thresholds_on
     from gap_export.evaluation.report.page import page, require
     from gap_export.evaluation.report.runs import open_subject
     from gap_export.files import write_atomically
@@ -46,7 +46,7 @@ def report(
     with console.status("drawing the page"):
         text = page(
             subject,
-            demands_on(
+            thresholds_on(
                 subject.first.run,
                 subject.judged.run,
                 max_accuracy_drop=max_accuracy_drop,

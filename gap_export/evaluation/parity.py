@@ -18,6 +18,7 @@ from gap_export.boxes import metrics
 from gap_export.boxes.codecs import Box
 from gap_export.boxes.scenes import Case
 from gap_export.bundle.manifest import Manifest
+from gap_export.evaluation.gates import Gate, at_least, at_most
 from gap_export.positions import (
     Ids,
     Placement,
@@ -30,7 +31,7 @@ from gap_export.positions import (
     with_two_ids_swapped,
     with_write_index_off_by_one,
 )
-from gap_export.precision import Gates, precision
+from gap_export.precision import Thresholds, precision
 from gap_export.records import Record
 from gap_export.runtime.generate import Adjust, Generation
 from gap_export.runtime.model import Grounded, Grounder
@@ -79,16 +80,6 @@ class Measurement(Record):
     identical_boxes: float
     reference_accuracy: float
     accuracy: float
-
-
-class Gate(Record):
-    """One demand and whether it was met."""
-
-    name: str
-    demand: str
-    limit: float
-    measured: float
-    passed: bool
 
 
 class Control(Record):
@@ -243,24 +234,19 @@ def measure(
     )
 
 
-def judge(measured: Measurement, gates: Gates) -> list[Gate]:
-    """Hold a measurement against the gates."""
-
-    def at_most(name: str, value: float, limit: float) -> Gate:
-        return Gate(name=name, demand="<=", limit=limit, measured=value, passed=value <= limit)
-
-    def at_least(name: str, value: float, limit: float) -> Gate:
-        return Gate(name=name, demand=">=", limit=limit, measured=value, passed=value >= limit)
-
+def judge(measured: Measurement, thresholds: Thresholds) -> list[Gate]:
+    """Hold a measurement against its thresholds."""
     return [
-        at_least("kept_sets", measured.kept_sets_equal, gates.min_kept_sets_equal),
+        at_least("kept_sets", measured.kept_sets_equal, thresholds.min_kept_sets_equal),
         at_least("position_ids", measured.position_ids_equal, 1.0),
-        at_most("logit_difference", measured.max_logit_difference, gates.max_logit_difference),
-        at_least("logit_cosine", measured.min_logit_cosine, gates.min_logit_cosine),
-        at_most("logit_norm", measured.max_norm_deviation, gates.max_norm_deviation),
-        at_least("token_agreement", measured.token_agreement, gates.min_token_agreement),
-        at_least("box_iou", measured.mean_box_iou, gates.min_box_iou),
-        at_most("accuracy_drop", measured.reference_accuracy - measured.accuracy, gates.max_accuracy_drop),
+        at_most("logit_difference", measured.max_logit_difference, thresholds.max_logit_difference),
+        at_least("logit_cosine", measured.min_logit_cosine, thresholds.min_logit_cosine),
+        at_most("logit_norm", measured.max_norm_deviation, thresholds.max_norm_deviation),
+        at_least("token_agreement", measured.token_agreement, thresholds.min_token_agreement),
+        at_least("box_iou", measured.mean_box_iou, thresholds.min_box_iou),
+        at_most(
+            "accuracy_drop", measured.reference_accuracy - measured.accuracy, thresholds.max_accuracy_drop
+        ),
     ]
 
 
@@ -293,13 +279,13 @@ def applies(adjust: Wrong, run: Grounded) -> bool:
     )
 
 
-def check_control(name: str, measured: Measurement, gates: Gates) -> Control:
+def check_control(name: str, measured: Measurement, thresholds: Thresholds) -> Control:
     """A control is caught when what the model computed gives it away.
 
     The comparison of position ids themselves does not count: it would notice any change of the input by definition.
     """
     failed = tuple(
-        gate.name for gate in judge(measured, gates) if not gate.passed and gate.name != "position_ids"
+        gate.name for gate in judge(measured, thresholds) if not gate.passed and gate.name != "position_ids"
     )
     return Control(name=name, caught=bool(failed), by=failed)
 

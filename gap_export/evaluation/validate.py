@@ -119,7 +119,7 @@ def validate(
         progress(f"answering with {backend}")
         runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
         measured = parity.measure(runs, reference, questions, manifest)
-        gates = parity.judge(measured, recipe.demands)
+        gates = parity.judge(measured, recipe.thresholds)
 
         few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
         few = questions[: few_batches * batch]
@@ -131,7 +131,7 @@ def validate(
             progress(f"negative control: {name}")
             wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
             seen = parity.measure(wrong, reference[:few_batches], few, manifest)
-            caught.append(parity.check_control(name, seen, recipe.demands))
+            caught.append(parity.check_control(name, seen, recipe.thresholds))
 
     if pruning.keep_mode == "dynamic":  # companions differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)

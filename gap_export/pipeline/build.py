@@ -219,7 +219,7 @@ def build(
             text_tower=text_tower,
             graphs=graphs,
             engines=engines,
-            gates=asdict(recipe.demands),
+            gates=asdict(recipe.thresholds),
             files={
                 str(path.relative_to(folder)): record_of(path)
                 for path in sorted(folder.rglob("*"))

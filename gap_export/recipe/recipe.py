@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, field_validator
 
 from gap_export.errors import RecipeError, first_line
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.precision import Gates, known, precision
+from gap_export.precision import Thresholds, known, precision
 from gap_export.records import Record
 
 Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
@@ -96,7 +96,7 @@ class Recipe(Record):
     max_pixels: int | None = Field(default=None, ge=1)
     targets: tuple[Target, ...] = ("onnx",)
     compute_capabilities: tuple[str, ...] | None = None
-    gates: Gates | None = None
+    gates: Thresholds | None = None
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -131,7 +131,7 @@ class Recipe(Record):
         return self.compute_capabilities or tuple(each for each in USUAL_DEVICES if float(each) >= smallest)
 
     @property
-    def demands(self) -> Gates:
+    def thresholds(self) -> Thresholds:
         """The gates in force."""
         return self.gates or precision(self.precision).gates
 

@@ -19,7 +19,7 @@ from gap_export.evaluation.parity import Measurement
 from gap_export.inputs.batch import of_one_size
 from gap_export.inputs.prompt import Prompts
 from gap_export.positions import Ids, Placement, PositionPolicy, place
-from gap_export.precision import Gates
+from gap_export.precision import Thresholds
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation
 from gap_export.runtime.model import Answer, Grounded, Grounder
@@ -104,7 +104,7 @@ def test_equal_runs_measure_equal(manifest: Manifest) -> None:
     assert measured.model_copy(update={"min_logit_cosine": 1.0}) == FINE.model_copy(
         update={"cases": 2, "reference_accuracy": 1.0, "accuracy": 1.0}
     )
-    assert all(gate.passed for gate in parity.judge(measured, Gates()))
+    assert all(gate.passed for gate in parity.judge(measured, Thresholds()))
 
 
 @pytest.mark.parametrize(("step", "row"), [(0, 0), (3, 0), (0, 1), (1, 1)])
@@ -157,7 +157,7 @@ def test_empty_answers_agree(manifest: Manifest) -> None:
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_what_is_not_a_number_is_the_worst_there_is(broken: float, manifest: Manifest) -> None:
     measured = measure(grounded(logits=nudged(1, 0, broken)), grounded(), manifest)
-    failed = {gate.name for gate in parity.judge(measured, Gates()) if not gate.passed}
+    failed = {gate.name for gate in parity.judge(measured, Thresholds()) if not gate.passed}
     assert failed >= {"logit_difference", "logit_cosine", "logit_norm"}
 
 
@@ -165,7 +165,7 @@ def test_logits_that_are_all_zero_are_not_fine(manifest: Manifest) -> None:
     zeros = [np.zeros((2, VOCABULARY), np.float32)] * 4
     with np.errstate(invalid="ignore"):
         measured = measure(grounded(logits=zeros), grounded(), manifest)
-    assert "logit_cosine" in {gate.name for gate in parity.judge(measured, Gates()) if not gate.passed}
+    assert "logit_cosine" in {gate.name for gate in parity.judge(measured, Thresholds()) if not gate.passed}
 
 
 def test_boxes_and_accuracy(manifest: Manifest) -> None:
@@ -282,24 +282,24 @@ def test_runs_that_do_not_line_up_are_refused(manifest: Manifest) -> None:
 def test_every_gate_fails_beyond_its_limit_and_not_before(
     field: str, limit: float, sign: int, gate: str
 ) -> None:
-    assert all(entry.passed for entry in parity.judge(FINE, Gates()))
+    assert all(entry.passed for entry in parity.judge(FINE, Thresholds()))
     inside = FINE.model_copy(update={field: limit - sign * 1e-7})
     beyond = FINE.model_copy(update={field: limit + sign * 1e-5})
-    assert all(entry.passed for entry in parity.judge(inside, Gates()))
-    assert [entry.name for entry in parity.judge(beyond, Gates()) if not entry.passed] == [gate]
+    assert all(entry.passed for entry in parity.judge(inside, Thresholds()))
+    assert [entry.name for entry in parity.judge(beyond, Thresholds()) if not entry.passed] == [gate]
     unknown = FINE.model_copy(update={field: float("nan")})
-    assert gate in [entry.name for entry in parity.judge(unknown, Gates()) if not entry.passed]
+    assert gate in [entry.name for entry in parity.judge(unknown, Thresholds()) if not entry.passed]
 
 
 def test_a_better_accuracy_than_the_reference_passes() -> None:
-    assert all(gate.passed for gate in parity.judge(FINE.model_copy(update={"accuracy": 1.0}), Gates()))
+    assert all(gate.passed for gate in parity.judge(FINE.model_copy(update={"accuracy": 1.0}), Thresholds()))
 
 
 def test_a_control_is_not_caught_by_the_ids_themselves() -> None:
     only_ids = FINE.model_copy(update={"position_ids_equal": 0.0})
-    assert not parity.check_control("x", only_ids, Gates()).caught
+    assert not parity.check_control("x", only_ids, Thresholds()).caught
     also_logits = only_ids.model_copy(update={"max_logit_difference": 1.0})
-    assert parity.check_control("x", also_logits, Gates()).by == ("logit_difference",)
+    assert parity.check_control("x", also_logits, Thresholds()).by == ("logit_difference",)
 
 
 # Controls on a real bundle
@@ -324,7 +324,7 @@ def test_every_control_is_caught_by_what_the_model_computes(name: str, tiny_runs
     adjust = parity.controls()[name]
     wrong = parity.run_cases(grounder, session, questions, batch=3, adjust=adjust, keep_logits=True)
     measured = parity.measure(wrong, reference, questions, bundle.manifest)
-    control = parity.check_control(name, measured, Gates())
+    control = parity.check_control(name, measured, Thresholds())
     assert control.caught
     assert "logit_difference" in control.by
     assert measured.position_ids_equal == 0.0
@@ -344,7 +344,7 @@ def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
         keep_logits=True,
     )
     measured = parity.measure(right, reference, questions, bundle.manifest)
-    assert not parity.check_control("none", measured, Gates()).caught
+    assert not parity.check_control("none", measured, Thresholds()).caught
     assert measured.position_ids_equal == 1.0
     assert ticks == [3, 1]
 

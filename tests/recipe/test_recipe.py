@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gap_export.errors import RecipeError
-from gap_export.precision import PRECISIONS, Gates
+from gap_export.precision import PRECISIONS, Thresholds
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 
 
@@ -68,9 +68,9 @@ def test_the_value_given_is_shown() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
-    assert recipe(precision=precision).demands == PRECISIONS[precision].gates
+    assert recipe(precision=precision).thresholds == PRECISIONS[precision].gates
     strict = recipe(precision=precision, gates={"max_logit_difference": 1e-6})
-    assert strict.demands.max_logit_difference == 1e-6
+    assert strict.thresholds.max_logit_difference == 1e-6
     with pytest.raises(ValidationError):
         recipe(gates={"max_logit_diference": 1e-6})
 
@@ -87,7 +87,7 @@ def test_no_default_gate_lets_everything_pass() -> None:
     assert four_bits.min_box_iou >= 0.75
     assert four_bits.min_token_agreement >= 0.7
     assert four_bits.max_accuracy_drop <= 0.02
-    for gates in (Gates(), *(PRECISIONS[name].gates for name in ("fp32", "fp16", "bf16"))):
+    for gates in (Thresholds(), *(PRECISIONS[name].gates for name in ("fp32", "fp16", "bf16"))):
         assert gates.max_logit_difference < 1
         assert gates.min_logit_cosine > 0.99
         assert gates.min_token_agreement >= 0.95
@@ -96,8 +96,8 @@ def test_no_default_gate_lets_everything_pass() -> None:
 
 
 def test_what_a_bundle_stores_is_the_recipe_again() -> None:
-    stored = recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Gates()).model_dump(mode="json")
-    assert Recipe.model_validate(stored) == recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Gates())
+    stored = recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Thresholds()).model_dump(mode="json")
+    assert Recipe.model_validate(stored) == recipe(keep=0.5, targets=["onnx", "tensorrt"], gates=Thresholds())
 
 
 def test_a_recipe_cannot_be_changed_in_place() -> None:

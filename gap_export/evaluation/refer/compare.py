@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from gap_export.boxes import metrics
 from gap_export.boxes.codecs import Box
 from gap_export.bundle.folder import MANIFEST, open_bundle
 from gap_export.errors import InputError, first_line
+from gap_export.evaluation.gates import GROUNDING, Gate, at_least, at_most
 from gap_export.evaluation.refer.provenance import FILE as PROVENANCE
 from gap_export.evaluation.refer.provenance import read_provenance
+from gap_export.precision import Thresholds
 from gap_export.records import Record
 
 RESAMPLES = 10000
@@ -48,26 +50,6 @@ class Run:
     boxes: list[Box | None]
 
 
-class Demands(Record):
-    """What the second run must meet; the defaults are those of NVIDIA's own checks of grounding models."""
-
-    max_accuracy_drop: float = 0.05
-    """Largest loss against the first run."""
-    min_prediction_agreement: float = 0.95
-    """Share of expressions whose two boxes overlap by half, or that have none in either run."""
-    min_box_iou: float = 0.90
-    """Mean IoU of the two boxes."""
-
-
-class Gate(Record):
-    """One demand and whether it was met."""
-
-    name: str
-    limit: float
-    measured: float
-    passed: bool
-
-
 class Disagreement(Record):
     """One expression, by how far the boxes of both runs overlap."""
 
@@ -93,8 +75,8 @@ class Comparison(Record):
         gained: expressions that only the second run hits.
         lost: expressions that only the first run hits.
         mcnemar_p: of as many gains and losses, or fewer of the rarer kind, by chance.
-        agreement: see `Demands`.
-        mean_box_iou: see `Demands`.
+        agreement: share of expressions whose two boxes overlap by half, or that have none in either run.
+        mean_box_iou: of the two boxes.
         identical: share of expressions with exactly the same box.
         gates: what was demanded.
         worst: expressions whose boxes overlap least.
@@ -157,13 +139,13 @@ def open_run(folder: Path, protocol: str) -> Run:
     )
 
 
-def compare(first: Run, second: Run, demands: Demands, *, worst: int = 20, seed: int = 0) -> Comparison:
+def compare(first: Run, second: Run, thresholds: Thresholds, *, worst: int = 20, seed: int = 0) -> Comparison:
     """Hold the second run against the first.
 
     Args:
         first: the one that is right by definition, say PyTorch, or the unpruned model.
         second: over the same expressions.
-        demands: on the second.
+        thresholds: that the second must meet.
         worst: how many disagreements to name.
         seed: of the resampling.
 
@@ -203,9 +185,9 @@ def compare(first: Run, second: Run, demands: Demands, *, worst: int = 20, seed:
         mean_box_iou=agreed.mean_iou,
         identical=agreed.identical,
         gates=(
-            _at_most("max_accuracy_drop", demands.max_accuracy_drop, 0.0 - difference),
-            _at_least("min_prediction_agreement", demands.min_prediction_agreement, agreed.value),
-            _at_least("min_box_iou", demands.min_box_iou, agreed.mean_iou),
+            at_most("max_accuracy_drop", 0.0 - difference, thresholds.max_accuracy_drop),
+            at_least("min_prediction_agreement", agreed.value, thresholds.min_prediction_agreement),
+            at_least("min_box_iou", agreed.mean_iou, thresholds.min_box_iou),
         ),
         worst=tuple(
             Disagreement(
@@ -221,21 +203,27 @@ def compare(first: Run, second: Run, demands: Demands, *, worst: int = 20, seed:
     )
 
 
-def demands_on(first: Run, second: Run, **given: float | None) -> Demands:
+def thresholds_on(first: Run, second: Run, **given: float | None) -> Thresholds:
     """What the second run must meet.
 
     Args:
         first: that it is held against.
         second: the run.
-        given: fields of `Demands`; None leaves one to its bundle's recipe where the first run is PyTorch's over the same bundle,
-            and otherwise to the default.
+        given: fields of `Thresholds`; None leaves one to its bundle's recipe where the first run is PyTorch's over the same
+            bundle, and otherwise to `GROUNDING`.
+
+    Raises:
+        InputError: a threshold that nothing could meet.
     """
-    chosen: dict[str, float] = {}
-    bundle = _bundle_folder(second)
+    base, bundle = GROUNDING, _bundle_folder(second)
     if first.record["backend"] == "torch" and bundle is not None and bundle == _bundle_folder(first):
-        gates = open_bundle(bundle).manifest.gates
-        chosen = {name: float(gates[name]) for name in Demands.model_fields if name in gates}
-    return Demands(**(chosen | {name: value for name, value in given.items() if value is not None}))
+        base = Thresholds(**open_bundle(bundle).manifest.gates)
+    try:
+        return replace(base, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise InputError(
+            str(error), subject="a threshold", hint="shares and IoUs are at most 1, losses at least 0"
+        ) from error
 
 
 def _bundle_folder(run: Run) -> Path | None:
@@ -278,11 +266,3 @@ def mcnemar(gained: int, lost: int) -> float:
         for k in range(min(gained, lost) + 1)
     ]
     return min(1.0, 2 * math.fsum(map(math.exp, tail)))
-
-
-def _at_most(name: str, limit: float, measured: float) -> Gate:
-    return Gate(name=name, limit=limit, measured=measured, passed=measured <= limit)
-
-
-def _at_least(name: str, limit: float, measured: float) -> Gate:
-    return Gate(name=name, limit=limit, measured=measured, passed=measured >= limit)

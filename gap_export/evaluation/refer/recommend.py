@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gap_export.evaluation.refer.compare import Demands, Run, compare
+from gap_export.evaluation.refer.compare import Run, compare
+from gap_export.precision import Thresholds
 from gap_export.records import Record
 
 RECORD = "recommend.json"
 """Where the record lies among a bundle's reports."""
 
-_NO_DEMANDS = Demands(max_accuracy_drop=1.0, min_prediction_agreement=0.0, min_box_iou=0.0)
+_NO_DEMANDS = Thresholds(max_accuracy_drop=1.0, min_prediction_agreement=0.0, min_box_iou=0.0)
 
 
 class Point(Record):

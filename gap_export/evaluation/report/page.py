@@ -10,11 +10,12 @@ from PIL import Image
 
 from gap_export import __version__
 from gap_export.errors import GapExportError, MissingRequirementError
-from gap_export.evaluation.refer.compare import Comparison, Demands, compare
+from gap_export.evaluation.refer.compare import Comparison, compare
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report import plots
 from gap_export.evaluation.report.cases import Album, ShownImage, random_cases, worst_cases
 from gap_export.evaluation.report.runs import Answer, Evaluated, Subject, provenance_facts
+from gap_export.precision import Thresholds
 
 MOST_MAPS = 3
 """Images that strategies are shown on."""
@@ -67,7 +68,7 @@ def require() -> None:
 
 def page(
     subject: Subject,
-    demands: Demands,
+    thresholds: Thresholds,
     source: Source | None,
     *,
     title: str,
@@ -79,7 +80,7 @@ def page(
 
     Args:
         subject: what it is about.
-        demands: on the judged run against the first.
+        thresholds: that the judged run must meet against the first.
         source: of images; where one is not at hand, its place says so.
         title: of the page.
         worst: how many of the worst expressions to show.
@@ -93,7 +94,10 @@ def page(
 
     album = Album(source)
     rows = [
-        Row(run, None if run is subject.first else compare(subject.first.run, run.run, demands, worst=worst))
+        Row(
+            run,
+            None if run is subject.first else compare(subject.first.run, run.run, thresholds, worst=worst),
+        )
         for run in subject.runs
     ]
     verdict = rows[subject.chosen].against

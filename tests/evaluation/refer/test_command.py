@@ -126,5 +126,22 @@ def test_compare(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     record = json.loads(done.stdout)
     assert (done.returncode, record["agreement"], record["identical"], record["worst"]) == (0, 1.0, 1.0, [])
-    failing = [*command, "--min-box-iou", "1.1"]
-    assert subprocess.run(failing, capture_output=True, check=False).returncode == 1
+    impossible = [*command, "--min-box-iou", "1.1"]
+    assert subprocess.run(impossible, capture_output=True, check=False).returncode == 2
+
+
+def test_compare_fails_a_run_with_other_boxes(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    data = ["--data", "scenes", "--limit", "10"]
+    evaluate(str(tiny_bundle().folder), *data, "-o", str(tmp_path / "one"), "--json")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(
+        "".join(
+            json.dumps({"id": row["id"], "answer": "[0.0, 0.0, 0.01, 0.01]"}) + "\n"
+            for row in table(tmp_path / "one")
+        )
+    )
+    evaluate(
+        "--predictions", str(answers), "--family", "llava", *data, "-o", str(tmp_path / "other"), "--json"
+    )
+    command = [*COMMAND[:-1], "compare", str(tmp_path / "one"), str(tmp_path / "other")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1

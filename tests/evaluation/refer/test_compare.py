@@ -17,23 +17,24 @@ from hypothesis import strategies as st
 from gap_export import families
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
+from gap_export.evaluation.gates import GROUNDING
 from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.refer.compare import (
-    Demands,
     Run,
     bootstrap_interval,
     compare,
-    demands_on,
     mcnemar,
     open_run,
+    thresholds_on,
 )
 from gap_export.evaluation.refer.journal import AnswerRow
 from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.provenance import Provenance, write_provenance
 from gap_export.evaluation.refer.run import record_of, score_all
 from gap_export.evaluation.refer.tables import write_results
+from gap_export.precision import Thresholds
 
-LOOSE = Demands(max_accuracy_drop=1, min_prediction_agreement=0, min_box_iou=0)
+LOOSE = Thresholds(max_accuracy_drop=1, min_prediction_agreement=0, min_box_iou=0)
 
 
 def run_of(hits: list[bool], boxes: list[Any] | None = None, images: list[str] | None = None) -> Run:
@@ -104,7 +105,7 @@ def test_rows_are_matched_by_id() -> None:
         second.hits[::-1],
         second.boxes[::-1],
     )
-    result = compare(first, turned, Demands())
+    result = compare(first, turned, GROUNDING)
     assert (result.gained, result.lost, result.identical) == (0, 0, 1.0)
 
 
@@ -118,20 +119,20 @@ def test_rows_are_matched_by_id() -> None:
     ],
 )
 def test_gates_fail_one_by_one(hits: list[bool], boxes: Any, failing: set[str]) -> None:
-    result = compare(run_of([True] * 20), run_of(hits, boxes), Demands(min_box_iou=0.85))
+    result = compare(run_of([True] * 20), run_of(hits, boxes), replace(GROUNDING, min_box_iou=0.85))
     assert {gate.name for gate in result.gates if not gate.passed} == failing
     assert result.passed is (not failing)
 
 
 def test_the_worst_come_first() -> None:
     boxes: list[Any] = [(0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 4.0), None, (0.0, 0.0, 10.0, 9.0)]
-    result = compare(run_of([True] * 4), run_of([True] * 4, boxes), Demands(), worst=2)
+    result = compare(run_of([True] * 4), run_of([True] * 4, boxes), GROUNDING, worst=2)
     assert [(each.id, round(each.iou, 3)) for each in result.worst] == [("e2", 0.0), ("e1", 0.4)]
 
 
 def test_other_expressions_are_refused() -> None:
     with pytest.raises(InputError, match="1 are only in the first, 0 only in the second"):
-        compare(run_of([True] * 3), run_of([True] * 2), Demands())
+        compare(run_of([True] * 3), run_of([True] * 2), GROUNDING)
 
 
 def test_runs_are_read_back(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_runs_are_read_back(tmp_path: Path) -> None:
     assert run.hits.tolist() == [True, False, False]
     assert run.boxes == [(0.0, 0.0, 5.0, 5.0), None, (0.0, 0.0, 10.0, 10.0)]
     assert run.record == json.loads(record.model_dump_json())
-    assert compare(run, run, Demands()).passed
+    assert compare(run, run, GROUNDING).passed
     (tmp_path / "unc-results.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match="cannot be read"):
         open_run(tmp_path, "unc")
@@ -183,15 +184,17 @@ def test_demands_against_pytorch_are_those_of_the_recipe(
 ) -> None:
     bundle = tiny_bundle()
     torch, engine = (stored(tmp_path / name, name, bundle.folder) for name in ("torch", "onnxruntime"))
-    tight = demands_on(torch, engine)
+    tight = thresholds_on(torch, engine)
     assert (tight.max_accuracy_drop, tight.min_box_iou) == (0.005, 0.99)
-    assert tight.min_prediction_agreement == Demands().min_prediction_agreement
-    given = demands_on(torch, engine, min_box_iou=0.5, max_accuracy_drop=None)
+    assert tight.min_prediction_agreement == GROUNDING.min_prediction_agreement
+    given = thresholds_on(torch, engine, min_box_iou=0.5, max_accuracy_drop=None)
     assert (given.max_accuracy_drop, given.min_box_iou) == (0.005, 0.5)
+    with pytest.raises(InputError, match=r"min_box_iou is 1\.1"):
+        thresholds_on(torch, engine, min_box_iou=1.1)
 
-    assert demands_on(engine, engine) == Demands(), "the first is not PyTorch's"
+    assert thresholds_on(engine, engine) == GROUNDING, "the first is not PyTorch's"
     other = stored(tmp_path / "other", "onnxruntime", tmp_path)
-    assert demands_on(torch, other) == Demands(), "another bundle may lose more"
+    assert thresholds_on(torch, other) == GROUNDING, "another bundle may lose more"
     file = stored(tmp_path / "file", "predictions", None)
-    assert demands_on(torch, file) == Demands()
-    assert demands_on(run_of([True]), run_of([True]), max_accuracy_drop=0.2).max_accuracy_drop == 0.2
+    assert thresholds_on(torch, file) == GROUNDING
+    assert thresholds_on(run_of([True]), run_of([True]), max_accuracy_drop=0.2).max_accuracy_drop == 0.2

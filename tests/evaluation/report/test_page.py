@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_export.evaluation.refer.compare import Demands, compare
+from gap_export.evaluation.gates import GROUNDING
+from gap_export.evaluation.refer.compare import compare
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.report.page import page
 from gap_export.evaluation.report.runs import open_subject
@@ -130,7 +131,7 @@ def test_it_is_sound_and_reaches_for_nothing(request: pytest.FixtureRequest, nam
 def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) -> None:
     text = html.unescape(compared.read_text())
     subject = open_subject([evaluated / "torch", evaluated / "ort"], "unc")
-    result = compare(subject.first.run, subject.judged.run, Demands(), worst=0)
+    result = compare(subject.first.run, subject.judged.run, GROUNDING, worst=0)
     assert "grounds as <b>torch</b> does: every gate is met" in text
     assert f"{100 * result.second_accuracy:.2f}" in text
     for gate in result.gates:
@@ -144,8 +145,9 @@ def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) ->
 
 def test_a_gate_that_is_not_met_is_said(evaluated: Path) -> None:
     subject = open_subject([evaluated / "torch", evaluated / "ort"], "unc")
-    demands = Demands(max_accuracy_drop=-1.0)
-    text = page(subject, demands, None, title="t", strategies="no model")
+    first, judged = subject.runs
+    beside = replace(judged, run=replace(judged.run, boxes=[None] * len(judged.run.ids)))
+    text = page(replace(subject, runs=(first, beside)), GROUNDING, None, title="t", strategies="no model")
     assert "does not ground as <b>torch</b> does" in text
     assert "not met" in text
     assert "Not drawn: no model" in text
@@ -161,7 +163,7 @@ def test_words_of_others_stay_words(evaluated: Path) -> None:
         answers[identity], expression="<script>alert(1)</script>", box=None, text="<b>"
     )
     source = open_dataset("scenes:3").source
-    text = page(subject, Demands(), source, title="<i>", strategies="-", drawn=12)
+    text = page(subject, GROUNDING, source, title="<i>", strategies="-", drawn=12)
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert "<title>&lt;i&gt;</title>" in text
@@ -227,7 +229,7 @@ def test_colours_reach_the_screen(evaluated: Path, tmp_path: Path) -> None:
         subject.judged.answers[identity] = replace(answer, box=(*beside, beside[0] + 20, beside[1] + 20))
     compared = tmp_path / "page.html"
     compared.write_text(
-        page(subject, Demands(), open_dataset("scenes:3").source, title="boxes", strategies="-")
+        page(subject, GROUNDING, open_dataset("scenes:3").source, title="boxes", strategies="-")
     )
     shot = tmp_path / "page.png"
     subprocess.run(
