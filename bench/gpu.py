@@ -201,7 +201,6 @@ def parity_of_cuda(folder: Path, cases: int) -> dict[str, Any]:
     from gap_export.boxes import scenes
     from gap_export.bundle.folder import open_bundle
     from gap_export.evaluation import parity
-    from gap_export.recipe.recipe import Recipe
     from gap_export.runtime.backends import open_session
     from gap_export.runtime.model import Grounder
 
@@ -213,7 +212,7 @@ def parity_of_cuda(folder: Path, cases: int) -> dict[str, Any]:
     )
     gates = parity.judge(
         parity.measure(runs, reference, questions, bundle.manifest),
-        Recipe.model_validate(bundle.manifest.recipe).thresholds,
+        bundle.manifest.gates,
     )
     return {
         "passed": all(gate.passed for gate in gates),
@@ -381,7 +380,7 @@ class TransformersSession:
         step = self._model.forward
         self._step = torch.compile(step, mode="reduce-overhead", fullgraph=False) if compiled else step
         self._cache: Any = None
-        self._visual = bundle.manifest.model.visual_tokens
+        self._visual = bundle.manifest.spec.visual_tokens
 
     def encode(self, pixels: Any, **_: Any) -> VisualTokens:
         """Kept for the prompt: transformers runs tower and decoder in one call."""

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 folder, image, expression = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 manifest = json.loads((folder / "manifest.json").read_text())
-model, prompt, fit = manifest["model"], manifest["prompt"], manifest["preprocessing"]
+sizes, prompt, fit = manifest["spec"], manifest["prompt"], manifest["layout"]
 graph = {
     name: ort.InferenceSession(str(folder / entry["file"])) for name, entry in manifest["graphs"].items()
 }
@@ -55,7 +55,7 @@ next_position, next_slot = spliced["next_position"], spliced["next_slot"]
 
 # One buffer per past/present pair. Not bound in place here: right, but the cache is copied at every step (ONNX Runtime says
 # so); gap_export/runtime/ort.py shows the binding.
-shape = (1, model["kv_heads"], manifest["capacity"], model["head_dim"])
+shape = (1, sizes["kv_heads"], manifest["capacity"], sizes["head_dim"])
 cache = {name: np.zeros(shape, x.dtype) for name in manifest["graphs"]["decoder"]["spec"]["aliased"].values()}
 write_index, last_index, answer = np.zeros(1, np.int64), next_slot - 1, []
 for _ in range(manifest["max_new_tokens"]):

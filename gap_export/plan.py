@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gap_export import prune
 from gap_export.bundle.cache_layout import in_slot_steps
-from gap_export.bundle.manifest import KeepMode, ModelSpec, Stage
+from gap_export.bundle.manifest import KeepMode, ModelSpec, Pruning, Stage
 from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
 from gap_export.inputs.layouts import TokenRange
 from gap_export.inputs.prompt import TextTower
-from gap_export.positions import MergedId, PositionPolicy
+from gap_export.positions import MergedId
 from gap_export.precision import Activations, one_of, precision
 from gap_export.prune.in_decoder import stages
 from gap_export.prune.in_decoder.stages import Cut
@@ -25,53 +26,33 @@ class Plan:
 
     Attributes:
         activations: their element type, which is that of the graphs' inputs and outputs.
-        pruner: strategy.
-        keep_mode: who says how many tokens are kept.
-        keep: the fraction that `kept` comes from; with stages, what is left after the last.
-        kept: K that enter the decoder; the default where requests choose, the bound where images do.
-        min_tokens: smallest K.
-        max_tokens: largest K.
-        positions: numbering policy.
-        seed: for strategies that draw at random.
-        merged_id: for strategies that merge.
-        text_tower: for strategies that look at the expression; None for all others.
+        pruning: what is pruned, how many tokens are kept and how they are numbered, as the manifest will say it.
+        text_tower: for pruners that look at the expression; None for all others.
         capacity: cache slots C; of stage 0, where there are stages.
         static_cache: whether the cache always has all of them, and not as many as a request needs.
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
-        stages: of strategies that drop tokens inside the decoder.
-        never_pruned: most tokens of an image that no strategy may drop; K counts them.
-        shares: (smallest, largest) that requests may choose.
+        never_pruned: most tokens of an image that no pruner may drop; K counts them.
         images: images in one prompt; all other numbers of visual tokens are those of one image.
     """
 
     activations: Activations
-    pruner: str
-    keep_mode: KeepMode
-    keep: float
-    kept: int
-    min_tokens: int
-    max_tokens: int
-    positions: PositionPolicy
-    seed: int
-    merged_id: MergedId
+    pruning: Pruning
     text_tower: TextTower | None
     capacity: int
     static_cache: bool
     max_text: int
     max_batch: int
-    stages: tuple[Stage, ...] = ()
     never_pruned: int = 0
-    shares: tuple[float, float] | None = None
     images: int = 1
 
     def layer_capacities(self, layers: int) -> tuple[int | Dim, ...]:
         """Cache slots of every layer."""
-        if not self.stages:
+        if not self.pruning.stages:
             return (self._slots("capacity", self.capacity),) * layers
         return tuple(
             self._slots(f"capacity_{number}", stage.capacity)
-            for number, stage in enumerate(self.stages)
+            for number, stage in enumerate(self.pruning.stages)
             for _ in stage.run
         )
 
@@ -81,14 +62,10 @@ class Plan:
         )
 
     @property
-    def count_is_given(self) -> bool:
-        """Whether every call of the vision graph is told how many tokens to keep."""
-        return self.keep_mode in ("dynamic", "ratio")
-
-    @property
     def kept_dim(self) -> Dim:
         """K as a dimension that varies between calls."""
-        return Dim(name="kept", minimum=self.min_tokens, optimum=self.kept, maximum=self.max_tokens)
+        pruning = self.pruning
+        return Dim(name="kept", minimum=pruning.min_tokens, optimum=pruning.kept, maximum=pruning.max_tokens)
 
     @property
     def row_dim(self) -> Dim:
@@ -110,90 +87,118 @@ class Plan:
     @property
     def count_dim(self) -> Dim:
         """What calls of the vision graph are told: K without the tokens that are never pruned."""
-        if not self.never_pruned:
-            return self.kept_dim
-        usual = max(self.min_tokens, self.kept - self.never_pruned)
+        kept, never = self.kept_dim, self.never_pruned
+        if not never:
+            return kept
         return Dim(
-            name="chosen", minimum=self.min_tokens, optimum=usual, maximum=self.max_tokens - self.never_pruned
+            name="chosen",
+            minimum=kept.minimum,
+            optimum=max(kept.minimum, kept.optimum - never),
+            maximum=kept.maximum - never,
         )
 
 
-def plan_for(recipe: Recipe, facts: ModelSpec, text_tower: TextTower | None = None) -> Plan:
+class _Counts(NamedTuple):
+    """How many visual tokens an image keeps; see the fields of `Pruning` by these names."""
+
+    keep_mode: KeepMode
+    keep: float
+    min_tokens: int
+    kept: int
+    max_tokens: int
+
+
+def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = None) -> Plan:
     """The numbers that shape the graphs.
 
     Args:
         recipe: what to build.
-        facts: sizes of the model.
-        text_tower: of the recipe's CLIP checkpoint, where the strategy looks at the expression.
+        spec: sizes of the model.
+        text_tower: of the recipe's CLIP checkpoint, where the pruner looks at the expression.
 
     Raises:
         RecipeError: numbers that contradict each other or the model.
     """
     _check_engines(recipe)
     _check_ranges(recipe)
-    strategy = prune.strategy(recipe.pruner)
-    prune.check_tower(strategy, facts.missing_features, differ=facts.token_range is not None)
-    prune.check_text(strategy, has_text_tower=text_tower is not None, published=facts.published_tower)
-    keep_mode, keep, fewest, kept, most = (
-        _counts(recipe, strategy, facts.visual_tokens)
-        if facts.token_range is None
-        else _counts_of_range(recipe, strategy, facts.token_range)
+    pruner = prune.strategy(recipe.pruner)
+    prune.check_tower(pruner, spec.missing_features, differ=spec.token_range is not None)
+    prune.check_text(pruner, has_text_tower=text_tower is not None, published=spec.published_tower)
+    counts = (
+        _counts(recipe, pruner, spec.visual_tokens)
+        if spec.token_range is None
+        else _counts_of_range(recipe, pruner, spec.token_range)
     )
     cuts = stages.cuts_for(
         recipe.pruner,
-        keep,
-        visual_tokens=facts.visual_tokens,
-        layers=facts.layers,
+        counts.keep,
+        visual_tokens=spec.visual_tokens,
+        layers=spec.layers,
         prune_layers=recipe.prune_layers,
     )
-    _check_several(recipe, facts)
-    words = recipe.max_text - recipe.images + recipe.max_new_tokens
-    longest_answer = words + recipe.images * facts.visual_tokens
-    if longest_answer > facts.max_positions:
-        raise RecipeError(
-            f"positions up to {longest_answer} are needed (unpruned), the model knows {facts.max_positions}",
-            subject="max_text + max_new_tokens",
-            hint="lower max_text or max_new_tokens",
-        )
-    # One slot more than the longest answer needs: `validate` writes one too far on purpose.
-    needed = words + recipe.images * most + 1
-    if recipe.capacity is not None and recipe.capacity < needed:
-        raise RecipeError(
-            f"is too small: {recipe.max_text} text tokens, {recipe.images * most} visual tokens and {recipe.max_new_tokens} new tokens "
-            f"need {needed}",
-            subject=f"capacity {recipe.capacity}",
-            hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
-        )
-    capacity = recipe.capacity or in_slot_steps(needed)
-    return Plan(
-        activations=precision(recipe.precision).activations,
+    _check_several(recipe, spec)
+    capacity = _capacity(recipe, spec, counts.max_tokens)
+    pruning = Pruning(
         pruner=recipe.pruner,
-        keep_mode=keep_mode,
-        keep=keep,
-        kept=kept,
-        min_tokens=fewest,
-        max_tokens=most,
+        **counts._asdict(),
+        keep_range=(recipe.keep[0], recipe.keep[-1]) if isinstance(recipe.keep, tuple) else None,
+        pruner_min_tokens=pruner.min_tokens,
         positions=recipe.positions,
         seed=recipe.seed,
+        merged=pruner.merged,
         merged_id=recipe.merged_id,
+        stages=_stages(cuts, spec, capacity),
+    )
+    return Plan(
+        activations=precision(recipe.precision).activations,
+        pruning=pruning,
         text_tower=text_tower,
         capacity=capacity,
         static_cache=recipe.capacity is not None or any(target != "onnx" for target in recipe.targets),
         max_text=recipe.max_text,
         max_batch=recipe.max_batch,
-        stages=_stages(cuts, facts, capacity),
-        never_pruned=facts.token_range.never_pruned if facts.token_range else 0,
-        shares=(recipe.keep[0], recipe.keep[-1]) if isinstance(recipe.keep, tuple) else None,
+        never_pruned=spec.token_range.never_pruned if spec.token_range else 0,
         images=recipe.images,
     )
 
 
-def _check_several(recipe: Recipe, facts: ModelSpec) -> None:
+def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
+    """Cache slots C, for the longest prompt and the longest answer.
+
+    Args:
+        recipe: what to build.
+        spec: sizes of the model.
+        max_tokens: most visual tokens that an image keeps.
+
+    Raises:
+        RecipeError: fewer were asked for than that, or the unpruned prompt has more positions than the model knows.
+    """
+    words = recipe.max_text - recipe.images + recipe.max_new_tokens
+    longest_answer = words + recipe.images * spec.visual_tokens
+    if longest_answer > spec.max_positions:
+        raise RecipeError(
+            f"positions up to {longest_answer} are needed (unpruned), the model knows {spec.max_positions}",
+            subject="max_text + max_new_tokens",
+            hint="lower max_text or max_new_tokens",
+        )
+    # One slot more than the longest answer needs: `validate` writes one too far on purpose.
+    needed = words + recipe.images * max_tokens + 1
+    if recipe.capacity is not None and recipe.capacity < needed:
+        raise RecipeError(
+            f"is too small: {recipe.max_text} text tokens, {recipe.images * max_tokens} visual tokens and "
+            f"{recipe.max_new_tokens} new tokens need {needed}",
+            subject=f"capacity {recipe.capacity}",
+            hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
+        )
+    return recipe.capacity or in_slot_steps(needed)
+
+
+def _check_several(recipe: Recipe, spec: ModelSpec) -> None:
     """Refuse prompts with several images where the model or the prompt has one."""
     if recipe.images == 1:
         return
     subject = f"images {recipe.images}"
-    if facts.token_range is None:
+    if spec.token_range is None:
         raise RecipeError(
             "is more than this model takes: it knows prompts with one image",
             subject=subject,
@@ -213,80 +218,76 @@ def _check_several(recipe: Recipe, facts: ModelSpec) -> None:
         )
 
 
-def _counts(
-    recipe: Recipe, strategy: prune.Strategy, visual_tokens: int
-) -> tuple[KeepMode, float, int, int, int]:
-    """(who chooses, fraction, fewest, usual, most)."""
+def _counts(recipe: Recipe, pruner: prune.Strategy, visual_tokens: int) -> _Counts:
+    """Where all images have the same number of visual tokens."""
     if recipe.keep == "adaptive":
-        prune.check_adaptive(strategy)
+        prune.check_adaptive(pruner)
         bound = prune.kept_count(recipe.keep_bound, visual_tokens)
-        prune.check_count(strategy, bound, visual_tokens)
-        return "adaptive", recipe.keep_bound, strategy.min_tokens, bound, bound
+        prune.check_count(pruner, bound, visual_tokens)
+        return _Counts("adaptive", recipe.keep_bound, pruner.min_tokens, bound, bound)
     if isinstance(recipe.keep, float | int):
         # What is dropped inside the decoder enters it.
-        inside = strategy.where == "inside the decoder"
+        inside = pruner.where == "inside the decoder"
         kept = visual_tokens if inside else prune.kept_count(recipe.keep, visual_tokens)
-        prune.check_count(strategy, kept, visual_tokens)
-        return "fixed", recipe.keep, kept, kept, kept
+        prune.check_count(pruner, kept, visual_tokens)
+        return _Counts("fixed", recipe.keep, kept, kept, kept)
     smallest, default, largest = recipe.keep
-    if strategy.where == "inside the decoder":
+    if pruner.where == "inside the decoder":
         raise RecipeError(
             "drops tokens inside the decoder, whose graphs and caches are laid out for one share",
-            subject=f"pruner {strategy.name}, keep {smallest:g}:{largest:g}",
+            subject=f"pruner {pruner.name}, keep {smallest:g}:{largest:g}",
             hint="give one fraction, or use a pruner that works before the decoder",
         )
     fewest, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
     for count in (fewest, most):
-        prune.check_count(strategy, count, visual_tokens)
+        prune.check_count(pruner, count, visual_tokens)
     if fewest == most:
         raise RecipeError(
             f"is {most} of {visual_tokens} tokens at both ends",
             subject=f"keep {smallest:g}:{largest:g}",
             hint="give a wider range, or one fraction",
         )
-    return "dynamic", default, fewest, kept, most
+    return _Counts("dynamic", default, fewest, kept, most)
 
 
-def _counts_of_range(
-    recipe: Recipe, strategy: prune.Strategy, tokens: TokenRange
-) -> tuple[KeepMode, float, int, int, int]:
-    """The same where images differ in how many tokens they have: every image keeps the same share."""
-    if strategy.where == "inside the decoder" or recipe.keep == "adaptive":
+def _counts_of_range(recipe: Recipe, pruner: prune.Strategy, tokens: TokenRange) -> _Counts:
+    """Where images differ in how many visual tokens they have: every image keeps the same share."""
+    if pruner.where == "inside the decoder" or recipe.keep == "adaptive":
         able = (row.name for row in prune.STRATEGIES if row.where == "before the decoder")
         what = "keep adaptive" if recipe.keep == "adaptive" else "dropping tokens inside the decoder"
         raise RecipeError(
             f"{what} needs images that all have the same number of visual tokens, and this model's differ",
-            subject=f"pruner {strategy.name}",
+            subject=f"pruner {pruner.name}",
             hint=f"give a fraction or a range, with one of {', '.join(able)}",
         )
-    if recipe.merged_id is MergedId.CENTROID and strategy.merges:
+    if recipe.merged_id is MergedId.CENTROID and pruner.merges:
         raise RecipeError(
             "needs patches that lie on one grid, and this model's do not",
             subject="merged_id centroid",
             hint="use last_visual or max_kept",
         )
     smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
-    fewest = strategy.count_of(smallest, tokens.min_tokens)
-    usual = strategy.count_of(default, tokens.typical_tokens) + tokens.never_pruned
-    most = strategy.count_of(largest, tokens.max_tokens) + tokens.never_pruned
+    fewest = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
+    typical = prune.share_of(default, tokens.typical_tokens, pruner.min_tokens) + tokens.never_pruned
+    most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
     keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
-    return keep_mode, default, fewest, usual, most
+    return _Counts(keep_mode, default, fewest, typical, most)
 
 
-def _stages(cuts: tuple[Cut, ...], facts: ModelSpec, capacity: int) -> tuple[Stage, ...]:
+def _stages(cuts: tuple[Cut, ...], spec: ModelSpec, capacity: int) -> tuple[Stage, ...]:
     """Stage 0 with every token, and one for each cut. A later stage has as many slots to spare as stage 0, or a few more."""
     if not cuts:
         return ()
-    ends = [*(cut.first_layer for cut in cuts), facts.layers]
+    ends = [*(cut.first_layer for cut in cuts), spec.layers]
     return tuple(
         Stage(
             first_layer=cut.first_layer,
             layers=end - cut.first_layer,
             kept=cut.kept,
             merged=cut.merged,
-            capacity=min(capacity, in_slot_steps(capacity - (facts.visual_tokens - cut.kept))),
+            capacity=min(capacity, in_slot_steps(capacity - (spec.visual_tokens - cut.kept))),
         )
-        for cut, end in zip((Cut(0, facts.visual_tokens), *cuts), ends, strict=True)
+        for cut, end in zip((Cut(0, spec.visual_tokens), *cuts), ends, strict=True)
     )
 
 

@@ -36,7 +36,7 @@ def recipe_with(**changes: Any) -> Recipe:
 @given(keep=st.floats(0.001, 1.0), text=st.integers(2, 300), new=st.integers(1, 300))
 def test_capacity_holds_the_longest_prompt_its_answer_and_one_more(keep: float, text: int, new: int) -> None:
     plan = plan_for(recipe_with(keep=keep, max_text=text, max_new_tokens=new), FACTS)
-    needed = (text - 1) + plan.kept + new + 1
+    needed = (text - 1) + plan.pruning.kept + new + 1
     assert needed <= plan.capacity < needed + 16
     assert plan.capacity % 16 == 0
     exact = plan_for(recipe_with(keep=keep, max_text=text, max_new_tokens=new, capacity=needed), FACTS)
@@ -61,7 +61,7 @@ def test_positions_are_those_of_the_unpruned_prompt() -> None:
     fits = recipe_with(keep=0.01, max_text=1473, max_new_tokens=1)
     with pytest.raises(RecipeError, match="positions up to 2049"):
         plan_for(fits, FACTS)
-    assert plan_for(recipe_with(keep=0.01, max_text=1472, max_new_tokens=1), FACTS).kept == 6
+    assert plan_for(recipe_with(keep=0.01, max_text=1472, max_new_tokens=1), FACTS).pruning.kept == 6
 
 
 def test_plan_refuses_what_contradicts_itself() -> None:
@@ -69,24 +69,34 @@ def test_plan_refuses_what_contradicts_itself() -> None:
         plan_for(recipe_with(pruner="none", keep=0.5), FACTS)
     with pytest.raises(RecipeError, match="is not a pruner"):
         plan_for(recipe_with(pruner="clss"), FACTS)
-    assert plan_for(recipe_with(pruner="none", keep=1.0), FACTS).kept == 576
+    assert plan_for(recipe_with(pruner="none", keep=1.0), FACTS).pruning.kept == 576
 
 
 def test_a_fixed_count_is_its_own_smallest_and_largest() -> None:
     plan = plan_for(recipe_with(keep=0.25), FACTS)
-    assert (plan.keep_mode, plan.min_tokens, plan.kept, plan.max_tokens) == ("fixed", 144, 144, 144)
+    assert (plan.pruning.keep_mode, plan.pruning.min_tokens, plan.pruning.kept, plan.pruning.max_tokens) == (
+        "fixed",
+        144,
+        144,
+        144,
+    )
 
 
 def test_a_range_has_room_for_its_largest() -> None:
     plan = plan_for(recipe_with(keep="0.1:1.0", max_text=40, max_new_tokens=8), FACTS)
-    assert (plan.keep_mode, plan.min_tokens, plan.kept, plan.max_tokens) == ("dynamic", 58, 144, 576)
+    assert (plan.pruning.keep_mode, plan.pruning.min_tokens, plan.pruning.kept, plan.pruning.max_tokens) == (
+        "dynamic",
+        58,
+        144,
+        576,
+    )
     assert plan.capacity >= 39 + 576 + 8
     assert plan.kept_dim == Dim(name="kept", minimum=58, optimum=144, maximum=576)
 
 
 def test_adaptive_has_room_for_its_bound() -> None:
     plan = plan_for(recipe_with(keep="adaptive", pruner="prumerge", keep_bound=0.3), FACTS)
-    assert (plan.keep_mode, plan.kept, plan.max_tokens) == ("adaptive", 173, 173)
+    assert (plan.pruning.keep_mode, plan.pruning.kept, plan.pruning.max_tokens) == ("adaptive", 173, 173)
     with pytest.raises(RecipeError, match="no rule of its own") as caught:
         plan_for(recipe_with(keep="adaptive", pruner="spatial"), FACTS)
     assert "prumerge" in caught.value.hint
@@ -126,29 +136,37 @@ def test_stages_of_a_decoder_that_drops_tokens(capacity: int | None) -> None:
     plan = plan_for(
         recipe_with(pruner="pyramiddrop", keep=0.125, max_text=40, max_new_tokens=8, capacity=capacity), DEEP
     )
-    assert (plan.keep_mode, plan.keep, plan.min_tokens, plan.kept, plan.max_tokens) == (
+    assert (
+        plan.pruning.keep_mode,
+        plan.pruning.keep,
+        plan.pruning.min_tokens,
+        plan.pruning.kept,
+        plan.pruning.max_tokens,
+    ) == (
         "fixed",
         0.125,
         576,
         576,
         576,
     )
-    assert [(stage.run, stage.kept) for stage in plan.stages] == [
+    assert [(stage.run, stage.kept) for stage in plan.pruning.stages] == [
         (range(8), 576), (range(8, 16), 288), (range(16, 24), 144), (range(24, 32), 72)
     ]  # fmt: skip
-    needed = [39 + stage.kept + 8 + 1 for stage in plan.stages]
-    spare = [stage.capacity - least for stage, least in zip(plan.stages, needed, strict=True)]
+    needed = [39 + stage.kept + 8 + 1 for stage in plan.pruning.stages]
+    spare = [stage.capacity - least for stage, least in zip(plan.pruning.stages, needed, strict=True)]
     assert min(spare) == spare[0] >= 0
-    assert plan.stages[0].capacity == plan.capacity == (capacity or 624)
+    assert plan.pruning.stages[0].capacity == plan.capacity == (capacity or 624)
     slots = [dim if isinstance(dim, int) else dim.maximum for dim in plan.layer_capacities(32)]
-    assert slots == [stage.capacity for stage in plan.stages for _ in range(8)]
+    assert slots == [stage.capacity for stage in plan.pruning.stages for _ in range(8)]
     names = {dim.name for dim in plan.layer_capacities(32) if isinstance(dim, Dim)}
-    assert names == (set() if capacity else {f"capacity_{number}" for number in range(len(plan.stages))})
+    assert names == (
+        set() if capacity else {f"capacity_{number}" for number in range(len(plan.pruning.stages))}
+    )
 
 
 def test_strategies_before_the_decoder_have_no_stages() -> None:
     plan = plan_for(recipe_with(), DEEP)
-    assert plan.stages == ()
+    assert plan.pruning.stages == ()
     assert len(set(plan.layer_capacities(32))) == 1
 
 
@@ -187,18 +205,18 @@ MANY = FACTS.model_copy(
 @given(keep=st.floats(0.001, 1.0))
 def test_every_image_keeps_the_same_share(keep: float) -> None:
     plan = plan_for(recipe_with(keep=keep, pruner="random"), MANY)
-    assert plan.keep_mode == "ratio"
-    assert plan.max_tokens == max(1, int(keep * 560 + 0.5)) + 40
-    assert plan.min_tokens == max(1, int(keep * 4 + 0.5))
+    assert plan.pruning.keep_mode == "ratio"
+    assert plan.pruning.max_tokens == max(1, int(keep * 560 + 0.5)) + 40
+    assert plan.pruning.min_tokens == max(1, int(keep * 4 + 0.5))
     assert plan.count_dim.maximum + 40 == plan.kept_dim.maximum
-    assert plan.capacity >= 127 + plan.max_tokens + 32 + 1
+    assert plan.capacity >= 127 + plan.pruning.max_tokens + 32 + 1
 
 
 def test_requests_may_choose_the_share() -> None:
     plan = plan_for(recipe_with(keep="0.1:1.0", pruner="random"), MANY)
-    assert (plan.keep_mode, plan.shares) == ("dynamic", (0.1, 1.0))
-    assert (plan.min_tokens, plan.max_tokens) == (1, 600)
-    assert plan_for(recipe_with(keep="0.1:1.0"), FACTS).shares == (0.1, 1.0)
+    assert (plan.pruning.keep_mode, plan.pruning.keep_range) == ("dynamic", (0.1, 1.0))
+    assert (plan.pruning.min_tokens, plan.pruning.max_tokens) == (1, 600)
+    assert plan_for(recipe_with(keep="0.1:1.0"), FACTS).pruning.keep_range == (0.1, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def main() -> None:
         session = open_session(bundle, "onnxruntime", threads=int(threads))
         load_s = now() - began
         asked = request(checkpoint)
-        visual = bundle.manifest.model.visual_tokens
+        visual = bundle.manifest.spec.visual_tokens
         each = Contender("ours", bundle, session, of_one_size(asked.pixels, visual), asked.input_ids[None])
 
         def answer() -> tuple[float, list[float], list[int]]:

@@ -90,10 +90,10 @@ def patch_edges(
         ([columns + 1] x, [rows + 1] y) edges in pixels of the image. Under `pad` they go beyond it.
     """
     rows, columns = grid
-    if preprocessing.layout == "square" and preprocessing.fit == "pad":
+    if preprocessing.kind == "square" and preprocessing.fit == "pad":
         side, left, top = padding(width, height)
         first_x, first_y, span_x, span_y = -float(left), -float(top), float(side), float(side)
-    elif preprocessing.layout == "square" and preprocessing.fit == "crop":
+    elif preprocessing.kind == "square" and preprocessing.fit == "crop":
         size = preprocessing.size
         resized_width, resized_height = crop_size(width, height, size)
         per_x, per_y = width / resized_width, height / resized_height

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
 
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError
 from gap_export.files import verify
+from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
+from gap_export.records import Record
 
 MANIFEST = "manifest.json"
+
+_IN_FILES_ALONE = {
+    "name",
+    "family",
+    "summary",
+    "prompt",
+    "images",
+    "fit",
+    "max_text",
+    "max_batch",
+    "compute_capabilities",
+    "gates",
+}
+"""Fields of a recipe that no option of `build` replaces."""
 
 
 class Bundle:
@@ -39,7 +59,7 @@ class Bundle:
 
     @property
     def reports(self) -> Path:
-        """Folder of the records that measuring commands leave behind; not part of the hashed content."""
+        """Folder of the records of measurements, which are no part of the bundle: no manifest or hash covers them."""
         return self.folder / "reports"
 
 
@@ -60,17 +80,15 @@ def open_bundle(folder: Path, *, every_hash: bool = False) -> Bundle:
             subject=str(folder),
             hint="build one: gap-export build --help",
         )
-    manifest = Manifest.read(
-        path,
-        hint="the bundle is damaged or was made by another version: build it again",
-        error=BundleError,
-    )
-    if manifest.schema_version != SCHEMA_VERSION:
+    damaged = "the bundle is damaged: build it again"
+    head = _Head.read(path, hint=damaged, error=BundleError)
+    if head.schema_version != SCHEMA_VERSION:
         raise BundleError(
-            f"has schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}",
+            f"has schema {head.schema_version}, this version reads {SCHEMA_VERSION}",
             subject=str(path),
-            hint="build the bundle again with this version",
+            hint=f"build it again: {_build_command(head.recipe, folder)}",
         )
+    manifest = Manifest.read(path, hint=damaged, error=BundleError)
     verify(folder, manifest.files, every_hash=every_hash)
     return Bundle(folder, manifest)
 
@@ -78,3 +96,58 @@ def open_bundle(folder: Path, *, every_hash: bool = False) -> Bundle:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a bundle."""
     manifest.write(folder / MANIFEST)
+
+
+class _Head(Record):
+    """What can be read of a manifest of any schema."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: int
+    recipe: Any = None
+
+
+def _build_command(recipe: Any, folder: Path) -> str:
+    """The command that builds a bundle again which this version cannot read.
+
+    Args:
+        recipe: as the old manifest has it, in whatever state.
+        folder: of the bundle.
+    """
+    ending = f"-o {shlex.quote(str(folder))} --replace"
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("name"), str):
+        return f"gap-export build --model RECIPE {ending}"
+    name, checkpoint, known = recipe["name"], str(recipe.get("checkpoint")), known_recipes()
+    default = load_recipe(name) if name in known else Recipe(name=name, checkpoint="")
+    left_out = default.model_dump(mode="json")
+    changed = {
+        field: value
+        for field, value in recipe.items()
+        if field in left_out and value not in (None, left_out[field])
+    }
+    if name in known:
+        model = name
+    elif changed.keys() & _IN_FILES_ALONE - {"family"}:
+        model = f"{name}.yaml"
+    else:  # a folder or a hub id stood in the place of a recipe
+        model = checkpoint
+        changed.pop("checkpoint", None)
+    options = [
+        f"{_option(field)} {shlex.quote(str(each))}"
+        for field, value in changed.items()
+        if field not in _IN_FILES_ALONE
+        for each in _values(field, value)
+    ]
+    return " ".join(["gap-export build --model", shlex.quote(model), *options, ending])
+
+
+def _option(field: str) -> str:
+    """The option of `build` that replaces a field of a recipe."""
+    return "--target" if field == "targets" else "--" + field.replace("_", "-")
+
+
+def _values(field: str, value: Any) -> list[Any]:
+    """What stands after an option: once, or as often as the option is repeated."""
+    if not isinstance(value, list):
+        return [value]
+    return [":".join(map(str, value))] if field == "keep" else value

@@ -17,10 +17,12 @@ from gap_export.files import FileRecord
 from gap_export.inputs.layouts import Layout, TokenRange
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.precision import known
+from gap_export.precision import Thresholds, known
+from gap_export.recipe.recipe import Recipe
 from gap_export.records import Record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Raised once for every change of what a manifest says; bundles of another number are built again."""
 _SLOT_AXIS = 2
 
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
@@ -106,19 +108,20 @@ class Pruning(Record):
     """What is pruned and how survivors are numbered.
 
     Attributes:
-        pruner: name in the table of strategies.
+        pruner: its name.
         keep: fraction of visual tokens kept, in (0, 1]: the default where requests choose, the bound where images do; what
             is left after the last stage, where there are stages.
         kept: how many enter the decoder: the count that `keep` gives, or all of them, where tokens are dropped inside it.
         keep_mode: who says how many.
         min_tokens: smallest count.
         max_tokens: largest count; what cache and engines have room for.
-        shares: (smallest, largest) that requests may choose; None where they have no choice.
+        keep_range: (smallest, largest) fraction that requests may choose; None where they have no choice.
+        pruner_min_tokens: fewest tokens that the pruner can keep of an image.
         positions: numbering policy.
-        seed: seed of strategies that draw at random.
+        seed: seed of pruners that draw at random.
         merged: how many of the kept tokens were merged from many and have no raster index of their own.
         merged_id: which index those stand for.
-        stages: of strategies that drop tokens inside the decoder; empty for those that prune before it.
+        stages: of pruners that drop tokens inside the decoder; empty for those that prune before it.
     """
 
     pruner: str
@@ -127,7 +130,8 @@ class Pruning(Record):
     keep_mode: KeepMode = "fixed"
     min_tokens: int
     max_tokens: int
-    shares: tuple[float, float] | None = None
+    keep_range: tuple[float, float] | None = None
+    pruner_min_tokens: int = Field(default=1, ge=1)
     positions: PositionPolicy
     seed: int
     merged: int = Field(default=0, ge=0)
@@ -147,6 +151,11 @@ class Pruning(Record):
         layers = sum(stage.layers for stage in self.stages)
         return sum(stage.kept * stage.layers for stage in self.stages) / layers
 
+    @property
+    def count_is_given(self) -> bool:
+        """Whether every call of the vision graph is told how many tokens to keep."""
+        return self.keep_mode in ("dynamic", "ratio")
+
     @model_validator(mode="before")
     @classmethod
     def _fixed_unless_said(cls, given: Any) -> Any:
@@ -154,17 +163,6 @@ class Pruning(Record):
         if isinstance(given, dict) and "kept" in given:
             return {"min_tokens": given["kept"], "max_tokens": given["kept"], **given}
         return given
-
-    def fixed_at(self, kept: int, visual_tokens: int) -> Pruning:
-        """The same with one count for all images."""
-        changes = {
-            "keep": kept / visual_tokens,
-            "kept": kept,
-            "min_tokens": kept,
-            "max_tokens": kept,
-            "keep_mode": "fixed",
-        }
-        return self.model_copy(update=changes)
 
 
 class FlopTerm(Record):
@@ -216,7 +214,10 @@ class Engine(Record):
 
 
 class Manifest(Record):
-    """Everything a runtime needs, and where everything came from."""
+    """Everything a runtime needs, and where everything came from.
+
+    `Bundle.reports` holds records of measurements; they are no part of the bundle and stand in no field here.
+    """
 
     schema_version: int = SCHEMA_VERSION
     gap_export: str
@@ -225,23 +226,27 @@ class Manifest(Record):
     checkpoint: str
     """Folder or hub id the weights came from (`random` for random weights)."""
     precision: Annotated[str, AfterValidator(known)]
-    model: ModelSpec
+    spec: ModelSpec
+    """Sizes of the model."""
     pruning: Pruning
     capacity: int
     """Most slots of the cache: the longest prompt plus answer, in tokens that enter the decoder. Later stages need fewer
     (`Stage.capacity`)."""
     max_new_tokens: int
-    preprocessing: Layout
+    layout: Layout
+    """How an image becomes what the vision graph takes."""
     prompt: PromptTemplate
     box: BoxFormat
     text_tower: TextTower | None = None
     graphs: dict[str, Graph]
     engines: dict[EngineTarget, dict[str, Engine]] = Field(default_factory=dict)
     """target -> graph name -> engine."""
-    gates: dict[str, float] = Field(default_factory=dict)
+    gates: Thresholds = Field(default_factory=Thresholds)
+    """What `validate` demands: those of the recipe, or those of its precision."""
     files: dict[str, FileRecord] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: Recipe
+    """What it was built from, with everything that was left out filled in."""
 
     @property
     def capacities(self) -> tuple[int, ...]:
@@ -282,5 +287,5 @@ class Manifest(Record):
         Args:
             capacities: of every stage.
         """
-        layers = [stage.layers for stage in self.pruning.stages] or [self.model.layers]
+        layers = [stage.layers for stage in self.pruning.stages] or [self.spec.layers]
         return sum(slots * count for slots, count in zip(capacities, layers, strict=True))

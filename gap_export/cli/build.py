@@ -141,7 +141,7 @@ def build(
                 "keep_mode": pruning.keep_mode,
                 "min_tokens": pruning.min_tokens,
                 "max_tokens": pruning.max_tokens,
-                "visual_tokens": manifest.model.visual_tokens,
+                "visual_tokens": manifest.spec.visual_tokens,
                 "positions": pruning.positions,
                 "capacity": manifest.capacity,
                 "graphs": sorted(manifest.graphs),
@@ -151,7 +151,7 @@ def build(
         )
         return
     out.print(
-        f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, {keeping(pruning, manifest.model.visual_tokens)} ({pruning.pruner}), "
+        f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, {keeping(pruning, manifest.spec.visual_tokens)} ({pruning.pruner}), "
         f"positions {pruning.positions}, {cache_length(manifest)}",
         highlight=False,
         soft_wrap=True,

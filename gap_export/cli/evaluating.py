@@ -217,7 +217,7 @@ def evaluate_bundle(
             from gap_export.evaluation.refer.on_ray import answer_on_ray
 
             answer_on_ray(make, work, dataset.source, journal, asked.cluster, tick=tick)
-    scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.preprocessing)
+    scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.layout)
     record = record_of(scored, scoring, split=asked.split, backend=asked.backend, work=work)
     return record, scored, target
 

@@ -94,8 +94,8 @@ def validate(
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
     bundle = open_bundle(folder, every_hash=True)
     manifest = bundle.manifest
-    pruning, visual_tokens = manifest.pruning, manifest.model.visual_tokens
-    recipe = Recipe.model_validate(manifest.recipe)
+    pruning, visual_tokens = manifest.pruning, manifest.spec.visual_tokens
+    recipe = manifest.recipe
     if manifest.checkpoint == RANDOM and checkpoint is None:
         raise BundleError(
             "holds random weights, which ground nothing",
@@ -119,7 +119,7 @@ def validate(
         progress(f"answering with {backend}")
         runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
         measured = parity.measure(runs, reference, questions, manifest)
-        gates = parity.judge(measured, recipe.thresholds)
+        gates = parity.judge(measured, manifest.gates)
 
         few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
         few = questions[: few_batches * batch]
@@ -131,7 +131,7 @@ def validate(
             progress(f"negative control: {name}")
             wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
             seen = parity.measure(wrong, reference[:few_batches], few, manifest)
-            caught.append(parity.check_control(name, seen, recipe.thresholds))
+            caught.append(parity.check_control(name, seen, manifest.gates))
 
     if pruning.keep_mode == "dynamic":  # companions differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)

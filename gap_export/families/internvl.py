@@ -82,7 +82,7 @@ class InternVLVision(nn.Module):
         every: Gather = lambda tokens_tCE: tokens_tCE.flatten(0, 1)[None]  # noqa: E731
         features = features_of_image(self._seen(pixel_values), every, whole=-1)
         selected = selection.select(self._plan, features, keep_count)
-        selected = order.in_decoder_order(selected, self._plan.positions)
+        selected = order.in_decoder_order(selected, self._plan.pruning.positions)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
         return embeds_BKH, selected.indices_BK
 

@@ -261,7 +261,7 @@ class MiniGptVision(nn.Module):
             ),
         )
         selected = selection.select(self._plan, features, keep_count)
-        selected = order.in_decoder_order(selected, self._plan.positions)
+        selected = order.in_decoder_order(selected, self._plan.pruning.positions)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
         return embeds_BKH, selected.indices_BK
 

@@ -77,7 +77,7 @@ def merged(
     """
     patches_BNE = merger.ln_q(hidden_PE).unflatten(0, tokens).flatten(1)[None]
     features = prune.VisionFeatures(patches_BNE=patches_BNE, grid=None, projected_BNH=merger.mlp(patches_BNE))
-    selected = order.in_decoder_order(selection.select(plan, features, keep_count), plan.positions)
+    selected = order.in_decoder_order(selection.select(plan, features, keep_count), plan.pruning.positions)
     return selection.project(plan, features, selected, merger.mlp), selected.indices_BK
 
 

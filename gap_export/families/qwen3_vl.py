@@ -71,7 +71,7 @@ class Qwen3VLVision(nn.Module):
             patches_BNE=patches_BNE, grid=None, projected_BNH=project(patches_BNE)
         )
         selected = selection.select(self._plan, features, keep_count)
-        selected = order.in_decoder_order(selected, self._plan.positions)
+        selected = order.in_decoder_order(selected, self._plan.pruning.positions)
         embeds_BKH = selection.project(self._plan, features, selected, project)
         deepstack_levels = [
             merger(order.take(plane_PE.unflatten(0, tokens).flatten(1)[None], selected.indices_BK)[0])[None]

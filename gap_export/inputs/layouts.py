@@ -15,7 +15,7 @@ class SquareLayout(Record):
     """How an image becomes `pixel_values` [B, 3, size, size] float32.
 
     Attributes:
-        layout: every image becomes one square of one size.
+        kind: tells it from other layouts.
         size: side in pixels.
         fit: `pad` to a square, `crop` the centre of the resized short side, or `stretch`.
         background: RGB 0..255 that padding is filled with.
@@ -24,7 +24,7 @@ class SquareLayout(Record):
         std: per channel, after scaling to 0..1.
     """
 
-    layout: Literal["square"] = "square"
+    kind: Literal["square"] = "square"
     size: int = Field(ge=1)
     fit: Literal["pad", "crop", "stretch"]
     background: tuple[int, int, int]
@@ -41,7 +41,7 @@ class AnyResLayout(Record):
     padding are left out; every other row of the grid ends with a token that is never pruned.
 
     Attributes:
-        layout: tells it from other kinds.
+        kind: tells it from other layouts.
         size: side of a tile in pixels.
         side: visual tokens along the side of a tile.
         grids: (height, width) in pixels of the grids to choose from, in the order of choice.
@@ -51,7 +51,7 @@ class AnyResLayout(Record):
         std: per channel, after scaling to 0..1.
     """
 
-    layout: Literal["anyres"] = "anyres"
+    kind: Literal["anyres"] = "anyres"
     size: int = Field(ge=1)
     side: int = Field(ge=1)
     grids: tuple[tuple[int, int], ...] = Field(min_length=1)
@@ -66,7 +66,7 @@ class DynamicTilesLayout(Record):
     image, squashed, as the last tile where there is more than one (InternVL).
 
     Attributes:
-        layout: tells it from other kinds.
+        kind: tells it from other layouts.
         size: side of a tile in pixels.
         tokens: visual tokens of a tile.
         min_tiles: smallest number of tiles in a grid.
@@ -76,7 +76,7 @@ class DynamicTilesLayout(Record):
         std: per channel, after scaling to 0..1.
     """
 
-    layout: Literal["dynamic_tiles"] = "dynamic_tiles"
+    kind: Literal["dynamic_tiles"] = "dynamic_tiles"
     size: int = Field(ge=1)
     tokens: int = Field(ge=1)
     min_tiles: int = Field(ge=1)
@@ -90,7 +90,7 @@ class NativeResolutionLayout(Record):
     """How an image becomes patches at nearly its own size and shape (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 
     Attributes:
-        layout: tells it from other kinds.
+        kind: tells it from other layouts.
         patch: side of a patch in pixels.
         merge: patches along the side of the square that becomes one visual token.
         frames: equal frames that a patch holds, as if the image were a film.
@@ -102,7 +102,7 @@ class NativeResolutionLayout(Record):
         std: per channel, after scaling to 0..1.
     """
 
-    layout: Literal["native"] = "native"
+    kind: Literal["native"] = "native"
     patch: int = Field(ge=1)
     merge: int = Field(ge=1)
     frames: int = Field(ge=1)
@@ -115,9 +115,9 @@ class NativeResolutionLayout(Record):
 
 
 Layout = Annotated[
-    SquareLayout | AnyResLayout | DynamicTilesLayout | NativeResolutionLayout, Field(discriminator="layout")
+    SquareLayout | AnyResLayout | DynamicTilesLayout | NativeResolutionLayout, Field(discriminator="kind")
 ]
-"""Whatever a bundle may hold; `layout` tells which."""
+"""Whatever a bundle may hold; `kind` tells which."""
 
 
 class TokenRange(Record):

@@ -78,16 +78,18 @@ def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> li
     def real(name: str, *shape: int | Dim) -> TensorSpec:
         return TensorSpec(name=name, dtype=plan.activations.dtype, shape=shape)
 
-    longest, usual = plan.spliced(plan.max_tokens), plan.spliced(plan.kept)
+    longest, usual = plan.spliced(plan.pruning.max_tokens), plan.spliced(plan.pruning.kept)
     text = Dim(name="text", minimum=1 + plan.images, optimum=plan.max_text, maximum=plan.max_text)
     some_text = Dim(name="text", minimum=1, optimum=1, maximum=plan.max_text)
-    spliced = Dim(name="spliced", minimum=plan.images * plan.min_tokens + 1, optimum=usual, maximum=longest)
+    spliced = Dim(
+        name="spliced", minimum=plan.images * plan.pruning.min_tokens + 1, optimum=usual, maximum=longest
+    )
     sequence = Dim(name="sequence", minimum=1, optimum=usual, maximum=longest)
 
     def visual(extent: int | Dim) -> tuple[TensorSpec, ...]:
         """What vision gives and splice takes, in this order."""
         shape = (batch,) if plan.images == 1 else (batch, plan.images)
-        counts = (whole("kept_counts", *shape),) if plan.keep_mode == "adaptive" or differ else ()
+        counts = (whole("kept_counts", *shape),) if plan.pruning.keep_mode == "adaptive" or differ else ()
         return (
             real("visual_embeds", batch, extent, sizes.embedding_width),
             whole("kept_indices", batch, extent),
@@ -97,7 +99,9 @@ def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> li
     vision = GraphSpec(
         name="vision",
         inputs=(*pieces.vision_inputs, *_expression(plan, 1 if differ else batch), *_keep_count(plan)),
-        outputs=visual(plan.kept_dim if plan.count_is_given else plan.max_tokens)[: 2 if differ else None],
+        outputs=visual(plan.kept_dim if plan.pruning.count_is_given else plan.pruning.max_tokens)[
+            : 2 if differ else None
+        ],
     )
 
     embeds = real("inputs_embeds", batch, spliced, sizes.embedding_width)
@@ -114,9 +118,11 @@ def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> li
             whole("input_ids", batch, text),
             *(
                 given
-                for given in visual(plan.max_tokens if plan.keep_mode == "fixed" else plan.row_dim)
+                for given in visual(
+                    plan.pruning.max_tokens if plan.pruning.keep_mode == "fixed" else plan.row_dim
+                )
                 # Policies that renumber do not look at which tokens were kept.
-                if given.name != "kept_indices" or plan.positions is PositionPolicy.GAP
+                if given.name != "kept_indices" or plan.pruning.positions is PositionPolicy.GAP
             ),
             *_layout(sizes, plan, batch),
         ),
@@ -125,15 +131,19 @@ def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> li
             whole("position_ids", *ids_rows, batch, spliced),
             whole("next_position", batch),
             whole("next_slot", batch),
-            *(staged.splice_outputs(plan, batch) if plan.stages else ()),
+            *(staged.splice_outputs(plan, batch) if plan.pruning.stages else ()),
         ),
     )
-    if plan.stages:
+    if plan.pruning.stages:
         splicer: nn.Module = staged.StagedSplice(embedding, plan, **placing)
     else:
         spliced_by = SpliceSeveral if plan.images > 1 else Splice
         splicer = spliced_by(
-            embedding, policy=plan.positions, mrope=mrope, deepstack_levels=sizes.deepstack_levels, **placing
+            embedding,
+            policy=plan.pruning.positions,
+            mrope=mrope,
+            deepstack_levels=sizes.deepstack_levels,
+            **placing,
         )
     embed = GraphSpec(
         name="embed",
@@ -155,7 +165,7 @@ def components(folder: Path, sizes: ModelSpec, plan: Plan, pieces: Pieces) -> li
         (embed, Embed(embedding, deepstack_levels=sizes.deepstack_levels)),
     ]
     decoding = (pieces.language_model, pieces.lm_head)
-    if plan.stages:
+    if plan.pruning.stages:
         parts += staged.decoder_graphs(
             *decoding, plan, embeds=embeds, logits=logits, past=past, present=present
         )
@@ -193,14 +203,14 @@ def _expression(plan: Plan, batch: int | Dim) -> tuple[TensorSpec, ...]:
 
 
 def _keep_count(plan: Plan) -> tuple[TensorSpec, ...]:
-    if not plan.count_is_given:
+    if not plan.pruning.count_is_given:
         return ()
     return (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.count_dim),)
 
 
 def _layout(sizes: ModelSpec, plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
     """What splice must know of each image, where images differ. Policies that renumber need not know it."""
-    if sizes.token_range is None or plan.positions is not PositionPolicy.GAP:
+    if sizes.token_range is None or plan.pruning.positions is not PositionPolicy.GAP:
         return ()
     images = (batch,) if plan.images == 1 else (batch, plan.images)
     if sizes.position_rows == 3:
@@ -213,12 +223,16 @@ def _settings(graph: GraphName, plan: Plan) -> Hashable:
     if graph in ("embed", "decoder"):
         return None
     if graph == "splice":
-        return plan.positions, tuple(stage.kept for stage in plan.stages)
+        return plan.pruning.positions, tuple(stage.kept for stage in plan.pruning.stages)
     if graph == "prefill":
         return plan
     if graph == "decode":
-        return plan.positions is PositionPolicy.GAP, plan.stages
-    order = PositionPolicy.GAP if plan.positions.keeps_raster_order else PositionPolicy.PERMUTED
-    if plan.stages:  # what drops tokens later encodes as if nothing did
-        return replace(plan, positions=order, pruner="none", keep=1.0, stages=())
-    return replace(plan, positions=order)
+        return plan.pruning.positions is PositionPolicy.GAP, plan.pruning.stages
+    order = PositionPolicy.GAP if plan.pruning.positions.keeps_raster_order else PositionPolicy.PERMUTED
+    if plan.pruning.stages:  # what drops tokens later encodes as if nothing did
+        return _with_pruning(plan, positions=order, pruner="none", keep=1.0, stages=())
+    return _with_pruning(plan, positions=order)
+
+
+def _with_pruning(plan: Plan, **changes: object) -> Plan:
+    return replace(plan, pruning=plan.pruning.model_copy(update=changes))

@@ -66,7 +66,7 @@ class ClipVision(nn.Module):
         """
         features = self.seen(pixel_values, text_ids)
         selected = selection.select(self._plan, features, keep_count)
-        selected = order.in_decoder_order(selected, self._plan.positions)
+        selected = order.in_decoder_order(selected, self._plan.pruning.positions)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
         if selected.counts_B is not None:
             return embeds_BKH, selected.indices_BK, selected.counts_B

@@ -17,12 +17,12 @@ from gap_export.prune import order
 
 def pruner_of(plan: Plan) -> str:
     """The strategy that works before the decoder; what drops tokens inside it is shown all of them."""
-    return "none" if plan.stages else plan.pruner
+    return "none" if plan.pruning.stages else plan.pruning.pruner
 
 
 def tower_attention(plan: Plan) -> str:
     """Which attention the vision tower is built with."""
-    varies = plan.count_is_given and prune.strategy(pruner_of(plan)).sequential
+    varies = plan.pruning.count_is_given and prune.strategy(pruner_of(plan)).sequential
     return DECOMPOSED if varies else IMPLEMENTATION
 
 
@@ -35,10 +35,12 @@ def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None
         keep_count: where a call is told how many tokens to keep: [K] int64, traced for its extent.
     """
     name = pruner_of(plan)
-    if plan.keep_mode == "adaptive":
-        return prune.load_adaptive(name).select_adaptive(features, plan.max_tokens, merged_id=plan.merged_id)
-    kept = plan.kept if keep_count is None else keep_count.shape[0]
-    return prune.load(name).select(features, kept, seed=plan.seed, merged_id=plan.merged_id)
+    if plan.pruning.keep_mode == "adaptive":
+        return prune.load_adaptive(name).select_adaptive(
+            features, plan.pruning.max_tokens, merged_id=plan.pruning.merged_id
+        )
+    kept = plan.pruning.kept if keep_count is None else keep_count.shape[0]
+    return prune.load(name).select(features, kept, seed=plan.pruning.seed, merged_id=plan.pruning.merged_id)
 
 
 def project(

@@ -39,8 +39,8 @@ class StagedSplice(Splice):
     """The splice of all N visual tokens; besides its counters those of the later stages, and where the image begins."""
 
     def __init__(self, embedding: nn.Embedding, plan: Plan, **options: Any) -> None:
-        super().__init__(embedding, policy=plan.positions, **options)
-        self._dropped = [plan.kept - stage.kept for stage in plan.stages[1:]]
+        super().__init__(embedding, policy=plan.pruning.positions, **options)
+        self._dropped = [plan.pruning.kept - stage.kept for stage in plan.pruning.stages[1:]]
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, visual_embeds: Tensor, kept_indices: Tensor | None = None
@@ -78,8 +78,8 @@ class _StagedDecoder(nn.Module):
         self.language_model: Any = language_model
         self.language_model.embed_tokens = None  # embeddings come in; the table lives in `splice` and `embed`
         self.lm_head = lm_head
-        self._keeps_ids = plan.positions is PositionPolicy.GAP
-        self._stages = plan.stages
+        self._keeps_ids = plan.pruning.positions is PositionPolicy.GAP
+        self._stages = plan.pruning.stages
 
     def _rotary(self, hidden_BSH: Tensor, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
         cos_sin: tuple[Tensor, Tensor] = self.language_model.rotary_emb(hidden_BSH, position_ids=ids_BS)
@@ -119,7 +119,7 @@ class Prefill(_StagedDecoder):
 
     def __init__(self, language_model: PreTrainedModel, lm_head: nn.Module, plan: Plan) -> None:
         super().__init__(language_model, lm_head, plan)
-        self._pruner, self._policy = stages.load(plan.pruner), plan.positions
+        self._pruner, self._policy = stages.load(plan.pruning.pruner), plan.pruning.positions
 
     def forward(
         self,
@@ -256,7 +256,7 @@ class Decode(_StagedDecoder):
 
 def splice_outputs(plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
     """What `StagedSplice` gives besides the outputs of `Splice`."""
-    names = ("image_start", *(f"next_slot.{number}" for number in range(1, len(plan.stages))))
+    names = ("image_start", *(f"next_slot.{number}" for number in range(1, len(plan.pruning.stages))))
     return tuple(TensorSpec(name=name, dtype="int64", shape=(batch,)) for name in names)
 
 
@@ -282,7 +282,7 @@ def decoder_graphs(
         present: the same, as outputs.
     """
     batch, sequence, hidden = embeds.shape
-    later = range(1, len(plan.stages))
+    later = range(1, len(plan.pruning.stages))
 
     def whole(name: str, *shape: int | Dim) -> TensorSpec:
         return TensorSpec(name=name, dtype="int64", shape=shape)
@@ -297,7 +297,11 @@ def decoder_graphs(
             whole("image_start", batch),
             *past,
         ),
-        outputs=(logits, *(whole(f"kept_indices.{s}", batch, plan.stages[s].kept) for s in later), *present),
+        outputs=(
+            logits,
+            *(whole(f"kept_indices.{s}", batch, plan.pruning.stages[s].kept) for s in later),
+            *present,
+        ),
         aliased=aliased,
     )
     decode = GraphSpec(

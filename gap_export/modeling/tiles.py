@@ -150,7 +150,7 @@ def with_newlines(
     both = prune.Selected(
         torch.cat([places_BK, newlines_R[None]], dim=1), torch.cat([embeds_BKH, ends_BRH], dim=1)
     )
-    ordered = order.in_decoder_order(both, plan.positions)
+    ordered = order.in_decoder_order(both, plan.pruning.positions)
     assert ordered.patches_BKE is not None
     return ordered.patches_BKE, ordered.indices_BK
 

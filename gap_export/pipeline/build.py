@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gap_export import __version__, prune
 from gap_export.bundle.folder import MANIFEST, Bundle, open_bundle, write_manifest
-from gap_export.bundle.manifest import Engine, Graph, Manifest, Pruning
+from gap_export.bundle.manifest import Engine, Graph, Manifest
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
 from gap_export.checkpoint.random_weights import random_checkpoint
@@ -178,7 +178,7 @@ def build(
             passes.write_graph(model, component.spec, folder / graph.file)
             profile = "decoder" if name == "prefill" or name == "decode" else name
             linter.lint_graph(
-                folder / graph.file, profile=profile, strict=True, policy=plan.positions
+                folder / graph.file, profile=profile, strict=True, policy=plan.pruning.positions
             ).require()
             graphs[name] = graph
         tokenizer.save(str(folder / _TOKENIZER))
@@ -196,37 +196,24 @@ def build(
             family=family_name,
             checkpoint=RANDOM if random else recipe.checkpoint,
             precision=recipe.precision,
-            model=facts,
-            pruning=Pruning(
-                pruner=recipe.pruner,
-                keep=plan.keep,
-                kept=plan.kept,
-                keep_mode=plan.keep_mode,
-                min_tokens=plan.min_tokens,
-                max_tokens=plan.max_tokens,
-                positions=recipe.positions,
-                seed=recipe.seed,
-                merged=prune.strategy(recipe.pruner).merged,
-                merged_id=recipe.merged_id,
-                stages=plan.stages,
-                shares=plan.shares,
-            ),
+            spec=facts,
+            pruning=plan.pruning,
             capacity=plan.capacity,
             max_new_tokens=recipe.max_new_tokens,
-            preprocessing=preprocessing,
+            layout=preprocessing,
             prompt=prompt,
             box=box,
             text_tower=text_tower,
             graphs=graphs,
             engines=engines,
-            gates=asdict(recipe.thresholds),
+            gates=recipe.thresholds,
             files={
                 str(path.relative_to(folder)): record_of(path)
                 for path in sorted(folder.rglob("*"))
                 if path.is_file() and path.name != MANIFEST
             },
             versions=versions(BUILD_PACKAGES),
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe,
         )
         write_manifest(folder, manifest)
         written = (
@@ -279,7 +266,7 @@ def _check_foreign_folder(out: Path, recipe: Recipe, replace: bool) -> None:
             "is not empty and holds no bundle", subject=str(out), hint="choose another output folder"
         )
     try:
-        same = open_bundle(out).manifest.recipe == recipe.model_dump(mode="json")
+        same = open_bundle(out).manifest.recipe == recipe
     except BundleError:
         same = False
     if not same:
@@ -330,13 +317,13 @@ def _check_prompt(tokenizer: Tokenizer, prompt: PromptTemplate, plan: Plan, reci
         tokenizer,
         prompt,
         ["object"],
-        kept=plan.max_tokens,
+        kept=plan.pruning.max_tokens,
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,
     )
-    if plan.stages and not prompts.text_after[0]:
+    if plan.pruning.stages and not prompts.text_after[0]:
         raise RecipeError(
             "goes by what text after the image attends to, and this prompt ends with the image",
-            subject=f"pruner {plan.pruner}",
+            subject=f"pruner {plan.pruning.pruner}",
             hint="put text after the image into the prompt, or use a pruner that works before the decoder",
         )

@@ -22,6 +22,7 @@ from gap_export.prune.compatibility import (
     check_text,
     check_tower,
     kept_count,
+    share_of,
 )
 from gap_export.prune.table import STRATEGIES, Strategy, Where, merging, names, needs, strategy
 
@@ -50,6 +51,7 @@ __all__ = [
     "merging",
     "names",
     "needs",
+    "share_of",
     "strategy",
 ]
 

@@ -119,3 +119,16 @@ def kept_count(keep: float, visual_tokens: int) -> int:
             hint=f"{1 / visual_tokens:.2g} keeps one of them",
         )
     return kept
+
+
+def share_of(keep: float, tokens: int, at_least: int) -> int:
+    """K of an image with so many tokens: the nearest count, but no fewer than the pruner can give, or all.
+
+    For images that differ in size: one with few tokens must not fail where others do not.
+
+    Args:
+        keep: in (0, 1].
+        tokens: of the image.
+        at_least: fewest that the pruner can give.
+    """
+    return min(tokens, max(at_least, int(keep * tokens + 0.5)))

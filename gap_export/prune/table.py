@@ -46,13 +46,6 @@ class Strategy:
     min_tokens: int = 1
     where: Where = "before the decoder"
 
-    def count_of(self, keep: float, tokens: int) -> int:
-        """K of an image with so many tokens: the nearest count, but never fewer than the strategy can give.
-
-        For images that differ in size: one with few tokens must not fail where others do not. `keep` is in (0, 1].
-        """
-        return min(tokens, max(self.min_tokens, int(keep * tokens + 0.5)))
-
 
 STRATEGIES: tuple[Strategy, ...] = (
     Strategy(

@@ -115,7 +115,7 @@ class Grounder:
             max_new_tokens=longest,
             eos_token_ids=manifest.prompt.eos_token_ids,
             text_ids_BL=self.text_ids(expressions),
-            keep_counts=keep_counts(manifest.pruning, manifest.model, batch, keep),
+            keep_counts=keep_counts(manifest.pruning, manifest.spec, batch, keep),
             adjust=adjust,
             keep_logits=keep_logits,
         )
@@ -135,7 +135,7 @@ class Grounder:
     def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
         """See `images.prepare`."""
         manifest = self._manifest
-        return prepare(images, manifest.preprocessing, manifest.model, per_prompt=manifest.prompt.images)
+        return prepare(images, manifest.layout, manifest.spec, per_prompt=manifest.prompt.images)
 
     def text_ids(self, expressions: Sequence[str]) -> Ids | None:
         """[B, L] int64 ids of the expressions for the vision graph; None where the pruner does not look at them."""
@@ -168,7 +168,7 @@ class Grounder:
 
     def _answer(self, tokens: list[int], image: Image.Image, kept: Ids) -> Answer:
         text = decode_answer(self._tokenizer, tokens)
-        box = self._codec.decode_one(text, seen_size(image.size, self._manifest.preprocessing))
+        box = self._codec.decode_one(text, seen_size(image.size, self._manifest.layout))
         if isinstance(box, Unparsable):
             return Answer(text=text, box=None, kept_indices=kept)
         pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)
@@ -196,17 +196,21 @@ def keep_counts(
         # (`vision_inputs` refuses counts that the bundle has no room for.)
         count = None if keep is None else prune.kept_count(keep, model.visual_tokens)
         return [count] * len(batch.calls)
-    if keep is not None and pruning.shares is None and keep != pruning.keep:
+    if keep is not None and pruning.keep_range is None and keep != pruning.keep:
         raise InputError(
             f"cannot be chosen: this bundle keeps {pruning.keep:g} of every image",
             subject=f"keep {keep:g}",
             hint="build it with a range: --keep 0.1:1.0",
         )
-    if keep is not None and pruning.shares is not None and not pruning.shares[0] <= keep <= pruning.shares[1]:
+    if (
+        keep is not None
+        and pruning.keep_range is not None
+        and not pruning.keep_range[0] <= keep <= pruning.keep_range[1]
+    ):
         raise InputError(
-            f"is outside {pruning.shares[0]:g} to {pruning.shares[1]:g}, which this bundle was built for",
+            f"is outside {pruning.keep_range[0]:g} to {pruning.keep_range[1]:g}, which this bundle was built for",
             subject=f"keep {keep:g}",
             hint="choose within the range, or build with a wider --keep",
         )
-    share, strategy = pruning.keep if keep is None else keep, prune.strategy(pruning.pruner)
-    return [strategy.count_of(share, int(tokens)) for tokens in batch.prunable]
+    share, at_least = pruning.keep if keep is None else keep, pruning.pruner_min_tokens
+    return [prune.share_of(share, int(tokens), at_least) for tokens in batch.prunable]

@@ -84,7 +84,7 @@ class OnnxRuntimeSession(Lifetime):
             )
         self.capacities = manifest.capacities
         self._bundle = bundle
-        self._model = manifest.model
+        self._model = manifest.spec
         self._dtype = np.dtype(_element_type(bundle))
         self._threads = threads
         # A decoder that drops tokens is two graphs over one cache.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
 from gap_export.bundle.manifest import Manifest
+from gap_export.cli import app
 from gap_export.errors import BundleError
+from gap_export.recipe.recipe import Recipe, load_recipe
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def test_paths_of_a_bundle(tiny_bundle: Callable[..., Bundle]) -> None:
         (lambda m: m.pop("capacity"), "capacity"),
         (lambda m: m.update(colour="red"), "colour"),
         (lambda m: m["pruning"].update(positions="packed"), "pruning.positions"),
-        (lambda m: m["preprocessing"].update(std=[0, 0, 0]), "preprocessing.square.std"),
+        (lambda m: m["layout"].update(std=[0, 0, 0]), "layout.square.std"),
         (lambda m: m.update(precision="int2"), "precision"),
         (lambda m: m.update(files=None), "files"),
     ],
@@ -59,6 +63,69 @@ def test_manifests_that_cannot_be_used(
     with pytest.raises(BundleError) as caught:
         open_bundle(change(edit))
     assert words in caught.value.message
+
+
+def old(recipe: Any) -> Callable[[dict[str, Any]], Any]:
+    """A manifest of schema 1: other names, which nobody reads."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest.update(schema_version=1, model=manifest.pop("spec"), recipe=recipe)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "--model shapes"),
+        ({"keep": [0.1, 0.25, 1.0]}, "--model shapes --keep 0.1:0.25:1.0"),
+        (
+            {"pruner": "divprune", "targets": ["onnx", "tensorrt"], "text_tower": "a folder/clip"},
+            "--model shapes --pruner divprune --text-tower 'a folder/clip' --target onnx --target tensorrt",
+        ),
+        ({"prompt": "another", "field_of_old": 3}, "--model shapes"),
+        ({"name": "mine"}, "--model mine.yaml --checkpoint bundled:llava-shapes"),
+        ({"name": "mine", "keep_bound": 0.3}, "--checkpoint bundled:llava-shapes --keep-bound 0.3"),
+    ],
+)
+def test_an_old_manifest_names_the_command_that_builds_the_bundle_again(
+    changes: dict[str, Any], command: str, change: Callable[..., Path]
+) -> None:
+    folder = change(old({**load_recipe("shapes").model_dump(mode="json"), **changes}))
+    with pytest.raises(BundleError, match="has schema 1, this version reads 2") as caught:
+        open_bundle(folder)
+    assert caught.value.hint.startswith("build it again: gap-export build --model ")
+    assert command in caught.value.hint
+    assert caught.value.hint.endswith(f" -o {folder} --replace")
+    arguments = shlex.split(caught.value.hint.partition("gap-export build ")[2])
+    known = {option for each in typer.main.get_command(app).commands["build"].params for option in each.opts}  # type: ignore[attr-defined]
+    assert {argument for argument in arguments if argument.startswith("-")} <= known
+
+
+def test_an_old_manifest_of_a_checkpoint_folder_names_that(change: Callable[..., Path]) -> None:
+    recipe = Recipe(name="tiny", checkpoint="/models/tiny", family="llava", precision="fp16")
+    with pytest.raises(BundleError) as caught:
+        open_bundle(change(old(recipe.model_dump(mode="json"))))
+    assert "gap-export build --model /models/tiny --precision fp16 -o " in caught.value.hint
+
+
+@pytest.mark.parametrize("recipe", [None, [], "x", {}, {"name": 3}, {"name": "x"}, {"name": "x", "keep": {}}])
+def test_an_old_manifest_that_is_damaged_says_so_too(recipe: Any, change: Callable[..., Path]) -> None:
+    with pytest.raises(BundleError, match="has schema 1") as caught:
+        open_bundle(change(old(recipe)))
+    assert "gap-export build --model " in caught.value.hint
+
+
+@pytest.mark.parametrize("version", [None, "two", [], {}])
+def test_a_manifest_without_a_schema_is_damaged(version: Any, change: Callable[..., Path]) -> None:
+    with pytest.raises(BundleError, match="cannot be read: schema_version"):
+        open_bundle(change(lambda manifest: manifest.update(schema_version=version)))
+
+
+def test_records_of_measurements_are_no_part_of_a_bundle(bundle_copy: Path) -> None:
+    (bundle_copy / "reports").mkdir()
+    (bundle_copy / "reports" / "parity.json").write_text("{}")
+    assert "reports" not in str(open_bundle(bundle_copy, every_hash=True).manifest.files)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"{" * 100_000])

@@ -121,7 +121,7 @@ def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> 
         load_tokenizer(folder / "tokenizer.json"),
         family.prompt(checkpoint, recipe),
         ["object"],
-        kept=plan.max_tokens,
+        kept=plan.pruning.max_tokens,
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,
     )

@@ -55,7 +55,7 @@ def test_ranges_are_what_pytorch_sees(
         if "language_model" in key
     }
     # Layers before a drop run over the rows that are left, the last one over the last row alone; keys and values over all.
-    layers = bundle.manifest.model.layers
+    layers = bundle.manifest.spec.layers
     shortened = {layers - 1, *(stage.first_layer - 1 for stage in bundle.manifest.pruning.stages[1:])}
     compared = 0
     for name, largest in found.largest.items():

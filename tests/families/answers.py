@@ -44,7 +44,7 @@ def prompts(batch: int) -> Any:
 
 def images_of(bundle: Bundle, batch: int) -> ImageBatch:
     """The batch, as the bundle takes it."""
-    return prepare(images(batch), bundle.manifest.preprocessing, bundle.manifest.model)
+    return prepare(images(batch), bundle.manifest.layout, bundle.manifest.spec)
 
 
 def moved_by(control: str, prompts: list[list[int]], ask: Callable[..., Generation]) -> float:
@@ -74,7 +74,7 @@ def answer(session: Any, bundle: Bundle, batch: int, keep: float | None = None, 
         prompts(batch),
         max_new_tokens=NEW_TOKENS,
         eos_token_ids=(),
-        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, batch, keep),
+        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.spec, batch, keep),
         keep_logits=True,
         **options,
     )

@@ -237,7 +237,7 @@ def test_what_is_wrong_shows(
 
 def test_facts(build: Callable[..., Bundle]) -> None:
     manifest = build().manifest
-    assert (manifest.family, manifest.model.grid, manifest.model.visual_tokens) == ("minigpt_v2", (8, 2), 16)
+    assert (manifest.family, manifest.spec.grid, manifest.spec.visual_tokens) == ("minigpt_v2", (8, 2), 16)
     assert (manifest.box.codec, manifest.box.frame) == ("minigpt_v2", "image")
     assert manifest.prompt.image_token_id == VOCABULARY
     ids = Grounder(build()).prompts(EXPRESSIONS, NEW).input_ids[0].tolist()
@@ -247,7 +247,7 @@ def test_facts(build: Callable[..., Bundle]) -> None:
 def test_images_are_stretched(build: Callable[..., Bundle]) -> None:
     halves = Image.new("RGB", (40, 10), (0, 0, 0))
     halves.paste((255, 255, 255), (0, 0, 40, 5))
-    seen = np.asarray(fit(halves, build().manifest.preprocessing))
+    seen = np.asarray(fit(halves, build().manifest.layout))
     assert seen.shape == (448, 448, 3)
     assert seen[:200].min() > 200
     assert seen[-200:].max() < 50

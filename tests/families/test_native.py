@@ -143,7 +143,7 @@ def changed(bundle: Any, session: Any, **inputs: Any) -> float:
     """By how much logits move when inputs of the vision graph are replaced."""
     images = images_of(bundle, 1)
     (call,) = images.calls
-    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.model, images, 1.0)
+    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.spec, images, 1.0)
     right, wrong = (
         generate(
             session,
@@ -181,8 +181,8 @@ def test_windows_show(tiny_family: Families) -> None:
 def test_deepstack_planes_enter_the_decoder(tiny_family: Families) -> None:
     """Without them, with their order changed, and on the wrong tokens, answers are others."""
     _, bundle, session = usual(tiny_family, "qwen3_vl")
-    images, width = images_of(bundle, 1), bundle.manifest.model.hidden_size
-    assert bundle.manifest.model.deepstack_levels == 2
+    images, width = images_of(bundle, 1), bundle.manifest.spec.hidden_size
+    assert bundle.manifest.spec.deepstack_levels == 2
     visual = session.encode(images.calls[0], keep_count=6)
     embeds = np.array(visual.embeds.numpy() if hasattr(visual.embeds, "numpy") else visual.embeds)
     own, deepstack_levels = embeds[..., :width], embeds[..., width:]
@@ -210,7 +210,7 @@ def test_deepstack_planes_enter_the_decoder(tiny_family: Families) -> None:
 def test_max_pixels_bounds_tokens_and_cache(tiny_family: Families) -> None:
     tiny = tiny_family("qwen2_vl")
     wide, narrow = tiny.bundle(**USUAL), tiny.bundle(**USUAL, max_pixels=16 * 64)
-    assert narrow.manifest.model.visual_tokens < wide.manifest.model.visual_tokens
+    assert narrow.manifest.spec.visual_tokens < wide.manifest.spec.visual_tokens
     assert narrow.manifest.capacity < wide.manifest.capacity
     assert images_of(narrow, 2).visual_tokens.max() <= 16 < images_of(wide, 2).visual_tokens.max()
     assert_equal(*both(tiny, narrow, 2))

@@ -313,7 +313,7 @@ def test_the_reference_of_validate_is_the_same_model(
 def test_shikra_pads_with_white_and_llava_with_the_mean(build: Build) -> None:
     wide = Image.new("RGB", (40, 10), (10, 20, 30))
     corners = {
-        which: np.asarray(fit(wide, build(which).manifest.preprocessing))[0, 0].tolist()
+        which: np.asarray(fit(wide, build(which).manifest.layout))[0, 0].tolist()
         for which in ("llava_original", "shikra")
     }
     assert corners == {"llava_original": [122, 116, 104], "shikra": [255, 255, 255]}
@@ -329,7 +329,7 @@ def test_how_boxes_are_written(build: Build) -> None:
 def test_the_placeholder_is_no_row_of_the_table(build: Build) -> None:
     """LLaVA's own tokenizer has no token for the image; it gets one beyond the table, and the splice never looks it up."""
     bundle = build("llava_original")
-    assert bundle.manifest.prompt.image_token_id == VOCABULARY == bundle.manifest.model.vocabulary
+    assert bundle.manifest.prompt.image_token_id == VOCABULARY == bundle.manifest.spec.vocabulary
     content = json.loads(bundle.tokenizer_path.read_text())
     assert {"<image>": VOCABULARY}.items() <= {t["content"]: t["id"] for t in content["added_tokens"]}.items()
 

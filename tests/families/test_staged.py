@@ -90,7 +90,7 @@ def test_other_layers_and_grouped_queries(
 ) -> None:
     """Four query heads on two key heads throughout; here the cut is before the last layer."""
     bundle = deep_bundle(pruner="fastv", prune_layers=(3,), keep=0.1)
-    facts, stages = bundle.manifest.model, bundle.manifest.pruning.stages
+    facts, stages = bundle.manifest.spec, bundle.manifest.pruning.stages
     assert (facts.attention_heads, facts.kv_heads) == (4, 2)
     assert [(stage.run, stage.kept) for stage in stages] == [(range(3), 36), (range(3, 4), 4)]
     mine, theirs = (
@@ -189,7 +189,7 @@ def test_a_later_stage_has_no_fewer_slots_to_spare(pruner: str, deep_bundle: Dee
         for tensor in manifest.graphs["decode"].spec.inputs
         if tensor.name.endswith(".key")
     )
-    mean = sum(stage.kept * stage.layers for stage in manifest.pruning.stages) / manifest.model.layers
+    mean = sum(stage.kept * stage.layers for stage in manifest.pruning.stages) / manifest.spec.layers
     assert manifest.pruning.mean_kept == mean
     assert manifest.pruning.kept_after_last_stage == 9
 

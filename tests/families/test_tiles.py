@@ -167,7 +167,7 @@ def test_a_line_that_ends_elsewhere_shows(tiny_family: Families) -> None:
     images = images_of(bundle, 1)
     (call,) = images.calls
     moved = {**call, "newline_positions": np.sort(np.r_[call["newline_positions"][:-1], 3])}
-    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.model, images, None)
+    counts = keep_counts(bundle.manifest.pruning, bundle.manifest.spec, images, None)
     right, wrong = (
         generate(
             session, replace(images, calls=(inputs,)), prompts(1),

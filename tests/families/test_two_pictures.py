@@ -40,7 +40,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 def images_of(bundle: Any, batch: int) -> ImageBatch:
     images = [noise(*size) for row in SIZES[:batch] for size in row]
-    return prepare(images, bundle.manifest.preprocessing, bundle.manifest.model, per_prompt=2)
+    return prepare(images, bundle.manifest.layout, bundle.manifest.spec, per_prompt=2)
 
 
 def answer(session: Any, bundle: Any, batch: int, keep: float | None = None, **options: Any) -> Generation:
@@ -54,7 +54,7 @@ def answer(session: Any, bundle: Any, batch: int, keep: float | None = None, **o
         ids,
         max_new_tokens=NEW_TOKENS,
         eos_token_ids=(),
-        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.model, batch, keep),
+        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.spec, batch, keep),
         keep_logits=True,
         **options,
     )

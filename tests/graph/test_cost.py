@@ -28,7 +28,7 @@ def test_the_decoder(
 ) -> None:
     """Every product of a Llama layer, attention over the whole cache; of the last layer keys and values, and one token of the rest."""
     bundle, capacity = tiny_bundle(), 48
-    model = bundle.manifest.model
+    model = bundle.manifest.spec
     config = LlamaConfig(
         **LlavaForConditionalGeneration.config_class.from_pretrained(tiny_checkpoint).text_config.to_dict()
     )
@@ -77,7 +77,7 @@ def test_weights_are_counted_once(tiny_bundle: Callable[..., Bundle]) -> None:
     for name, graph in bundle.manifest.graphs.items():
         model = ir.load(bundle.graph_path(name))
         assert graph.weight_bytes == weight_bytes_of(model)
-    table = bundle.manifest.model.vocabulary * bundle.manifest.model.hidden_size * 4
+    table = bundle.manifest.spec.vocabulary * bundle.manifest.spec.hidden_size * 4
     assert bundle.manifest.graphs["embed"].weight_bytes == pytest.approx(table, rel=0.02)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from gap_export import prune
 from gap_export.bundle.folder import Bundle
+from gap_export.bundle.manifest import Pruning
 from gap_export.errors import InputError
 from gap_export.modeling.splice import Splice
 from gap_export.positions import Ids, PositionPolicy, place
@@ -23,6 +24,12 @@ from gap_export.runtime.ort import OnnxRuntimeSession
 
 TOTAL, IMAGE, HIDDEN = 36, 4, 4
 RANGE = "0.1:0.25:1.0"
+
+
+def fixed_at(pruning: Pruning, kept: int) -> Pruning:
+    """The same with one count for all images."""
+    counts = {"keep": kept / TOTAL, "kept": kept, "min_tokens": kept, "max_tokens": kept}
+    return pruning.model_copy(update={**counts, "keep_mode": "fixed"})
 
 
 def answer(session: OnnxRuntimeSession, pixels: Any, ids: Ids, **options: Any) -> Any:
@@ -59,7 +66,7 @@ def test_one_session_serves_every_count(
     bundle = tiny_bundle(keep=RANGE)
     session = OnnxRuntimeSession(bundle, threads=1)
     for count in (4, 36, 17, 5):
-        reference = tiny_reference(bundle.manifest.pruning.fixed_at(count, TOTAL))
+        reference = tiny_reference(fixed_at(bundle.manifest.pruning, count))
         kept, placement, logits = answer(session, pixels, ragged_ids, keep_count=count)
         kept_there, placement_there, logits_there = answer(reference, pixels, ragged_ids)
         assert kept.shape == (4, count)

@@ -111,7 +111,7 @@ def test_a_norm_over_something_else_stays() -> None:
 
 def test_a_real_decoder_has_neither_left(tiny_bundle: Callable[..., Any]) -> None:
     bundle = tiny_bundle()
-    layers = bundle.manifest.model.layers
+    layers = bundle.manifest.spec.layers
     graph = onnx.load(Path(bundle.graph_path("decoder")), load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("RMSNormalization") == 2 * layers + 1

@@ -157,7 +157,7 @@ def test_no_engines(tiny_options: dict[str, Any], tiny_bundle: Callable[..., Bun
         {**tiny_options, "precision": precision, "targets": ["onnx", "tensorrt-rtx"]}
     )
     with pytest.raises(RecipeError, match="runs in ONNX Runtime, not in tensorrt-rtx"):
-        plan_for(recipe, tiny_bundle().manifest.model)
+        plan_for(recipe, tiny_bundle().manifest.spec)
 
 
 def test_engines_take_four_bits_in_half_precision(deep_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_gpus_that_do_not_know_such_numbers(
         "ranges": str(ranges),
         "targets": ["onnx", "tensorrt-rtx"],
     }
-    facts = tiny_bundle().manifest.model
+    facts = tiny_bundle().manifest.spec
     plan_for(Recipe.model_validate(options), facts)
     with pytest.raises(RecipeError, match=f"not known to GPUs of compute capability {old[0]}"):
         plan_for(Recipe.model_validate({**options, "compute_capabilities": (*old, "12.0")}), facts)

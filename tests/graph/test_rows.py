@@ -156,7 +156,7 @@ def test_the_last_layer_of_a_decoder_and_of_a_tower(tiny_bundle: Callable[..., A
         for value in model.graph.value_info
     }
     queries = [shapes[name][2] for name in names]
-    layers = bundle.manifest.model.layers
+    layers = bundle.manifest.spec.layers
     assert sorted(queries, key=str) == [1, *["sequence"] * (layers - 1)]
 
 

@@ -50,11 +50,11 @@ def pruning(**changes: Any) -> Pruning:
 
 def test_every_image_keeps_its_share_of_what_may_be_pruned() -> None:
     assert keep_counts(pruning(), MODEL, IMAGES, None) == [2, 10, 1]
-    assert keep_counts(pruning(pruner="prumerge"), MODEL, IMAGES, None) == [2, 10, 2]
+    assert keep_counts(pruning(pruner="prumerge", pruner_min_tokens=2), MODEL, IMAGES, None) == [2, 10, 2]
 
 
 def test_a_share_is_chosen_within_its_range() -> None:
-    free = pruning(keep_mode="dynamic", shares=(0.1, 0.5))
+    free = pruning(keep_mode="dynamic", keep_range=(0.1, 0.5))
     assert keep_counts(free, MODEL, IMAGES, 0.5) == [3, 20, 2]
     for keep in (0.05, 0.6):
         with pytest.raises(InputError, match=r"outside 0\.1 to 0\.5"):

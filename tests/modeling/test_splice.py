@@ -236,7 +236,7 @@ def test_the_splice_of_a_bundle(
     policy: PositionPolicy, tiny_bundle: Callable[..., Bundle], ragged_ids: Ids
 ) -> None:
     bundle = tiny_bundle() if policy is PositionPolicy.GAP else tiny_bundle(positions=str(policy))
-    facts, kept = bundle.manifest.model, bundle.manifest.pruning.kept
+    facts, kept = bundle.manifest.spec, bundle.manifest.pruning.kept
     session = ort.InferenceSession(str(bundle.graph_path("splice")), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     indices = np.sort(np.stack([rng.permutation(facts.visual_tokens)[:kept] for _ in ragged_ids]), axis=1)

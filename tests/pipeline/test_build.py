@@ -24,16 +24,16 @@ BuildBundle = Callable[..., Bundle]
 def test_a_bundle_says_what_it_is(tiny_bundle: BuildBundle, tiny_options: dict[str, Any]) -> None:
     bundle = tiny_bundle()
     manifest = bundle.manifest
-    assert manifest.model.grid == (6, 6)
+    assert manifest.spec.grid == (6, 6)
     assert (manifest.pruning.kept, manifest.pruning.positions) == (9, PositionPolicy.GAP)
     assert (manifest.prompt.image_token_id, manifest.prompt.eos_token_ids) == (4, (2,))
-    assert (manifest.preprocessing.size, manifest.preprocessing.fit, manifest.box.frame) == (
+    assert (manifest.layout.size, manifest.layout.fit, manifest.box.frame) == (
         36,
         "pad",
         "padded_square",
     )
-    assert manifest.preprocessing.background == (122, 117, 104)
-    assert Recipe.model_validate(manifest.recipe).checkpoint == tiny_options["checkpoint"]
+    assert manifest.layout.background == (122, 117, 104)
+    assert manifest.recipe.checkpoint == tiny_options["checkpoint"]
     on_disk = {str(p.relative_to(bundle.folder)) for p in bundle.folder.rglob("*") if p.is_file()}
     assert set(manifest.files) == {name for name in on_disk if not name.startswith("reports")} - {
         "manifest.json"

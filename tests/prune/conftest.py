@@ -148,7 +148,7 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         passes.simplify(model)
         path = folder / "vision.onnx"
         passes.write_graph(model, component.spec, path)
-        linter.lint_graph(path, profile="vision", strict=True, policy=plan.positions).require()
+        linter.lint_graph(path, profile="vision", strict=True, policy=plan.pruning.positions).require()
         return path, component.spec, keys
 
     return build

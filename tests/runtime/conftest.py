@@ -17,6 +17,7 @@ from gap_export.files import record_of
 from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate
 from gap_export.positions import PositionPolicy
+from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.session import Session
 
 N, K, H, CAPACITY, MAX_TEXT, MAX_BATCH = 6, 3, 8, 16, 8, 2
@@ -159,7 +160,7 @@ def write_bundle(folder: Path, engines: dict[EngineTarget, dict[str, Engine]] | 
         family="small",
         checkpoint="none",
         precision="fp32",
-        model=ModelSpec(
+        spec=ModelSpec(
             hidden_size=H,
             layers=1,
             attention_heads=1,
@@ -173,7 +174,7 @@ def write_bundle(folder: Path, engines: dict[EngineTarget, dict[str, Engine]] | 
         pruning=Pruning(pruner="norm", keep=0.5, kept=K, positions=PositionPolicy.GAP, seed=0),
         capacity=CAPACITY,
         max_new_tokens=4,
-        preprocessing=SquareLayout(
+        layout=SquareLayout(
             size=4, fit="pad", background=(0, 0, 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
         ),
         prompt=PromptTemplate(
@@ -181,6 +182,7 @@ def write_bundle(folder: Path, engines: dict[EngineTarget, dict[str, Engine]] | 
         ),
         box=BoxFormat(codec="llava", frame="image"),
         graphs=graphs,
+        recipe=Recipe(name="small", checkpoint="none"),
         engines=engines or {},
         files={f"{name}.onnx": record_of(folder / f"{name}.onnx") for name in GRAPHS},
     )

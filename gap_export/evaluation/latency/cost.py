@@ -120,9 +120,7 @@ def dims_of(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, int]:
 def cache_bytes(each: Contender, batch: int, capacities: Sequence[int]) -> int:
     """Of keys and values of all layers."""
     manifest = each.bundle.manifest
-    elements = (
-        2 * manifest.model.kv_heads * manifest.model.head_dim * manifest.cache_slots(capacities) * batch
-    )
+    elements = 2 * manifest.spec.kv_heads * manifest.spec.head_dim * manifest.cache_slots(capacities) * batch
     return elements * precision(manifest.precision).activations.bytes
 
 

@@ -103,8 +103,8 @@ def contender(
     per_prompt = manifest.prompt.images
     images = prepare(
         [Image.fromarray(noise)] * batch * per_prompt,
-        manifest.preprocessing,
-        manifest.model,
+        manifest.layout,
+        manifest.spec,
         per_prompt=per_prompt,
     )
     text_ids = None
@@ -112,7 +112,7 @@ def contender(
         text_ids = encode_text(
             load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
         )
-    counts = keep_counts(manifest.pruning, manifest.model, images, keep)
+    counts = keep_counts(manifest.pruning, manifest.spec, images, keep)
     return Contender(name, bundle, session, images, prompts.input_ids, text_ids, counts, keep)
 
 
@@ -279,7 +279,7 @@ def _capacities(each: Contender, new_tokens: int) -> tuple[int, ...]:
 
 def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, device: Device | None) -> Row:
     manifest = each.bundle.manifest
-    model, pruning = manifest.model, manifest.pruning
+    model, pruning = manifest.spec, manifest.pruning
     batch = len(each.input_ids_BT)
     capacities = _capacities(each, new_tokens)
     cost = None if device is None else cost_of(each, _prompt_slots(each), capacities, device)

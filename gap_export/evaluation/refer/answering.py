@@ -118,7 +118,7 @@ class Answerer:
                     )
             return found
         batch = self._grounder.prepare(images)
-        counts = keep_counts(self._manifest.pruning, self._manifest.model, batch, self._keep)
+        counts = keep_counts(self._manifest.pruning, self._manifest.spec, batch, self._keep)
         room = prompts.shape[1] - common + self._manifest.max_new_tokens
         prefix = prefill_shared(self._session, batch, prompts[0, :common], keep_counts=counts, room=room)
         kept = tuple(prefix.kept_indices.tolist())

@@ -217,7 +217,7 @@ def thresholds_on(first: Run, second: Run, **given: float | None) -> Thresholds:
     """
     base, bundle = GROUNDING, _bundle_folder(second)
     if first.record["backend"] == "torch" and bundle is not None and bundle == _bundle_folder(first):
-        base = Thresholds(**open_bundle(bundle).manifest.gates)
+        base = open_bundle(bundle).manifest.gates
     try:
         return replace(base, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:

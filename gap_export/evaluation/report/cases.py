@@ -146,12 +146,12 @@ def _case(subject: Subject, album: Album, identity: str) -> Case:
 
 def token_grid(width: int, height: int, manifest: Manifest) -> tuple[int, int] | None:
     """(rows, columns) of an image's visual tokens; None where they do not lie on one grid."""
-    preprocessing = manifest.preprocessing
+    preprocessing = manifest.layout
     if isinstance(preprocessing, NativeResolutionLayout):
         side = preprocessing.patch * preprocessing.merge
         seen = resized(width, height, preprocessing)
         return seen[1] // side, seen[0] // side
-    return manifest.model.grid
+    return manifest.spec.grid
 
 
 def pruned_path(kept_indices: Sequence[int], width: int, height: int, manifest: Manifest) -> str:
@@ -176,7 +176,7 @@ def pruned_path(kept_indices: Sequence[int], width: int, height: int, manifest: 
     kept_RC[np.array(kept_indices, np.int64)] = True
     if kept_RC.all():
         return ""
-    columns_x, rows_y = patch_edges(width, height, grid, manifest.preprocessing)
+    columns_x, rows_y = patch_edges(width, height, grid, manifest.layout)
     path = [f"M0 0H{width}V{height}H0Z"]
     for row, kept_C in enumerate(kept_RC.reshape(rows, columns)):
         steps = np.diff(np.r_[0, kept_C.astype(np.int8), 0])

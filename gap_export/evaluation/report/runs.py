@@ -85,7 +85,7 @@ class Evaluated:
         """Policy of the bundle, `unpruned` where there is nothing to number, `-` where it is not known."""
         if self.bundle is None:
             return "-"
-        pruning, model = self.bundle.manifest.pruning, self.bundle.manifest.model
+        pruning, model = self.bundle.manifest.pruning, self.bundle.manifest.spec
         whole = pruning.min_tokens == model.visual_tokens and model.token_range is None
         return "unpruned" if whole or pruning.pruner == "none" else str(pruning.positions)
 

@@ -26,7 +26,6 @@ from gap_export.families import family_of
 from gap_export.inputs.batch import prepare
 from gap_export.inputs.prompt import encode_text, load_tokenizer
 from gap_export.positions import Ids
-from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.model import keep_counts
 from gap_export.runtime.torch.reference import open_model_of
 from gap_export.runtime.torch.session import TextReference, TorchSession
@@ -94,7 +93,7 @@ def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence
                 raise _Refusal("chooses between the decoder's layers, for every prompt anew")
             if strategy.needs_text and text is None:
                 raise _Refusal(refused)
-            prune.check_tower(strategy, bundle.manifest.model.missing_features)
+            prune.check_tower(strategy, bundle.manifest.spec.missing_features)
             maps = tuple(
                 _map(
                     session,
@@ -119,7 +118,7 @@ class _Refusal(Exception):
 
 def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | None, Ids | None, str]:
     """The text tower that the recipe names, ids of the expressions for it, or why there is none."""
-    recipe = Recipe.model_validate(bundle.manifest.recipe)
+    recipe = bundle.manifest.recipe
     if not recipe.text_tower:
         return None, None, "looks at the expression, and the recipe names no text tower"
     try:
@@ -139,12 +138,12 @@ def _map(
     grid = token_grid(image.width, image.height, manifest)
     if grid is None:
         raise _Refusal("tokens of this model do not lie on one grid")
-    batch = prepare([image], manifest.preprocessing, manifest.model)
+    batch = prepare([image], manifest.layout, manifest.spec)
     tokens = int(batch.prunable[0])
-    (count,) = keep_counts(manifest.pruning, manifest.model, batch, None)
+    (count,) = keep_counts(manifest.pruning, manifest.spec, batch, None)
     kept = max(strategy.min_tokens, min(tokens, manifest.pruning.kept if count is None else count))
     order = session.order_of(strategy.name, batch.calls[0], kept, grid=grid, text_ids_BL=text_ids)
-    columns_x, rows_y = patch_edges(image.width, image.height, grid, manifest.preprocessing)
+    columns_x, rows_y = patch_edges(image.width, image.height, grid, manifest.layout)
     return Map(
         x=float(columns_x[0]),
         y=float(rows_y[0]),

@@ -58,7 +58,7 @@ def grounding_table(report: ParityReport) -> Table:
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     """What `inspect` shows, as one record."""
     manifest = bundle.manifest
-    pruning, model = manifest.pruning, manifest.model
+    pruning, model = manifest.pruning, manifest.spec
     return {
         "bundle": str(bundle.folder),
         "name": manifest.name,
@@ -124,7 +124,7 @@ def cache_length(manifest: Manifest) -> str:
 
 def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:
     """The rule by which tokens of this bundle get position ids and cache slots."""
-    pruning, model = bundle.manifest.pruning, bundle.manifest.model
+    pruning, model = bundle.manifest.pruning, bundle.manifest.spec
     kept = str(pruning.kept) if pruning.keep_mode == "fixed" else "K"
     if pruning.stages:
         kept = "K_s"

@@ -37,7 +37,7 @@ def test_phases(asked: Any) -> None:
     assert card.prefill.flops == flops(decoder, {"batch": 2, "sequence": 20, "capacity": 48})
     assert card.decode.flops == flops(decoder, {"batch": 2, "sequence": 1, "capacity": 48})
     assert card.vision.flops == flops(vision, {"batch": 2})
-    slot = 2 * manifest.model.kv_heads * manifest.model.head_dim * 4 * 2 * manifest.model.layers
+    slot = 2 * manifest.spec.kv_heads * manifest.spec.head_dim * 4 * 2 * manifest.spec.layers
     assert card.cache_bytes == slot * 48
     assert card.prefill.bytes == decoder.weight_bytes + slot * 20
     assert card.decode.bytes == decoder.weight_bytes + card.cache_bytes

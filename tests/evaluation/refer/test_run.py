@@ -126,7 +126,7 @@ def test_missing_images_are_counted_and_not_scored(
     journal = open_journal(tmp_path, SETTINGS)
     answer_all(Answerer(bundle, open_session(bundle, "onnxruntime", threads=1)), work, source, journal)
     protocol = protocol_of("unc", bundle.manifest.box)
-    scored = score_all(work.expressions, journal.rows, protocol, bundle.manifest.preprocessing)
+    scored = score_all(work.expressions, journal.rows, protocol, bundle.manifest.layout)
     record = record_of(scored, protocol, split="val", backend="onnxruntime", work=work)
     assert (record.expressions, record.images) == (18, 3)
     assert (record.missing_images, record.not_scored) == (1, 4)

@@ -30,8 +30,8 @@ def manifest_with(tiny_bundle: Callable[..., Bundle], **changes: Any) -> Any:
     """The tiny bundle's, its images fitted in another way."""
     manifest = tiny_bundle().manifest
     if "native" in changes:
-        return manifest.model_copy(update={"preprocessing": NATIVE})
-    return manifest.model_copy(update={"preprocessing": manifest.preprocessing.model_copy(update=changes)})
+        return manifest.model_copy(update={"layout": NATIVE})
+    return manifest.model_copy(update={"layout": manifest.layout.model_copy(update=changes)})
 
 
 def covered(path: str, width: int, height: int) -> NDArray[np.bool_]:
@@ -108,7 +108,7 @@ def test_grids_follow_the_image_at_native_resolution(tiny_bundle: Callable[..., 
 
 def test_images_without_one_grid_are_not_shaded(tiny_bundle: Callable[..., Bundle]) -> None:
     manifest = tiny_bundle().manifest
-    manifest = manifest.model_copy(update={"model": manifest.model.model_copy(update={"grid": None})})
+    manifest = manifest.model_copy(update={"spec": manifest.spec.model_copy(update={"grid": None})})
     assert pruned_path([1, 2], 20, 30, manifest) == ""
 
 

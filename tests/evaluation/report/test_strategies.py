@@ -38,7 +38,7 @@ def test_every_strategy_is_drawn_or_says_why_not(found: dict[str, Choices]) -> N
 
 def test_without_a_text_tower(tiny_bundle: Callable[..., Bundle], batch: list[Image.Image]) -> None:
     bundle = tiny_bundle()
-    recipe = {**bundle.manifest.recipe, "text_tower": None}
+    recipe = bundle.manifest.recipe.model_copy(update={"text_tower": None})
     bundle = Bundle(bundle.folder, bundle.manifest.model_copy(update={"recipe": recipe}))
     found = {each.name: each for each in choices(bundle, batch, ["the mug", "the cat"])}
     assert "names no text tower" in found["trim"].refused
@@ -62,7 +62,7 @@ def test_bright_is_what_a_session_keeps(
 ) -> None:
     bundle = tiny_bundle(pruner=pruner)
     manifest = bundle.manifest
-    (pixels,) = prepare(batch, manifest.preprocessing, manifest.model).calls
+    (pixels,) = prepare(batch, manifest.layout, manifest.spec).calls
     kept = open_torch(bundle).encode(pixels).kept_indices
     for row, each in enumerate(found[pruner].maps):
         content = base64.b64decode(each.uri.partition(",")[2])
@@ -75,7 +75,7 @@ def test_the_first_is_the_brightest(tiny_bundle: Callable[..., Bundle], batch: l
     bundle = tiny_bundle()
     manifest = bundle.manifest
     session = open_torch(bundle)
-    pixels = prepare(batch[:1], manifest.preprocessing, manifest.model).calls[0]
+    pixels = prepare(batch[:1], manifest.layout, manifest.spec).calls[0]
     order = session.order_of("cls_attention", pixels, 9, grid=(6, 6))  # type: ignore[attr-defined]
     one = session.order_of("cls_attention", pixels, 1, grid=(6, 6))  # type: ignore[attr-defined]
     assert order[0] == one[0]
