@@ -22,7 +22,8 @@ from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError
 from gap_export.evaluation import parity
 from gap_export.files import scratch_folder
-from gap_export.pipeline.build import RANDOM, Progress, build
+from gap_export.pipeline.build import RANDOM, build
+from gap_export.pipeline.opened import Progress
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe

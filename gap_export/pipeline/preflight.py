@@ -1,5 +1,7 @@
-"""What a build will need, told before the long part: disk and memory, from the headers of the checkpoint's files alone.
+"""What a build is refused for before the long part: an output folder that is taken, a prompt that does not work, too little disk or
+memory.
 
+Disk and memory are told from the headers of the checkpoint's files alone.
 Weights of the wanted element type are linked and cost nothing; others are written anew. Tracing holds graphs, not weights. An
 engine holds the weights again, and building it holds them in memory.
 """
@@ -11,10 +13,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from gap_export.bundle.folder import MANIFEST, open_bundle
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
-from gap_export.errors import MissingRequirementError
+from gap_export.errors import BundleError, MissingRequirementError, RecipeError
+from gap_export.inputs.prompt import encode_prompts
+from gap_export.pipeline.opened import OpenedModel
+from gap_export.plan import Plan
 from gap_export.precision import precision
 from gap_export.recipe.recipe import Recipe
 
@@ -35,6 +41,82 @@ class Needs:
     disk: int
     memory: int
     converted: int
+
+
+def check_output(out: Path, recipe: Recipe, replace: bool) -> None:
+    """Never overwrite what this build did not make.
+
+    Args:
+        out: the bundle folder, which need not exist.
+        recipe: to be built.
+        replace: whether another bundle may be replaced.
+
+    Raises:
+        BundleError: the folder holds something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise BundleError("is a file", subject=str(out), hint="choose another output folder")
+    if not any(out.iterdir()) or (replace and (out / MANIFEST).is_file()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise BundleError(
+            "is not empty and holds no bundle", subject=str(out), hint="choose another output folder"
+        )
+    try:
+        same = open_bundle(out).manifest.recipe == recipe
+    except BundleError:
+        same = False
+    if not same:
+        raise BundleError(
+            "already holds another bundle",
+            subject=str(out),
+            hint="choose another output folder, or pass --replace",
+        )
+
+
+def check_prompt(model: OpenedModel, plan: Plan) -> None:
+    """Tokenize one prompt, so that a template or tokenizer that cannot work is refused before the long part.
+
+    Raises:
+        GapExportError: the prompt does not fit the model, the plan or the pruner.
+    """
+    prompts = encode_prompts(
+        model.tokenizer,
+        model.prompt,
+        ["object"],
+        kept=plan.pruning.max_tokens,
+        capacity=plan.capacity,
+        max_new_tokens=model.recipe.max_new_tokens,
+    )
+    if plan.pruning.stages and not prompts.text_after[0]:
+        raise RecipeError(
+            "goes by what text after the image attends to, and this prompt ends with the image",
+            subject=f"pruner {plan.pruning.pruner}",
+            hint="put text after the image into the prompt, or use a pruner that works before the decoder",
+        )
+
+
+def check_machine(model: OpenedModel, out: Path, *, self_contained: bool) -> None:
+    """Refuse a build that the machine has not the disk or the memory for.
+
+    Args:
+        model: to be built.
+        out: the bundle folder, which need not exist.
+        self_contained: whether weights are copied that could be linked.
+
+    Raises:
+        MissingRequirementError: with what is needed, what there is, and what to do.
+    """
+    needs = needs_of(
+        model.checkpoint,
+        model.recipe,
+        model.spec,
+        linkable=linkable(model.checkpoint, out),
+        self_contained=self_contained,
+    )
+    check_needs(needs, out, model.recipe)
 
 
 def needs_of(
@@ -73,8 +155,8 @@ def needs_of(
     )
 
 
-def check_room(needs: Needs, out: Path, recipe: Recipe) -> None:
-    """Refuse a build that the machine has no room for.
+def check_needs(needs: Needs, out: Path, recipe: Recipe) -> None:
+    """Refuse a build that the machine has not the disk or the memory for.
 
     Args:
         needs: of the build.

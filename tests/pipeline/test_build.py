@@ -98,7 +98,7 @@ def test_the_same_recipe_may_be_built_over_its_own_bundle(
     build.build(recipe, out, self_contained=True)
     assert not os.path.samefile(out / "model.safetensors", Path(recipe.checkpoint) / "model.safetensors")
     before = (out / "manifest.json").read_text()
-    monkeypatch.setattr(build, "open_checkpoint", stop)
+    monkeypatch.setattr(build, "open_model", stop)
     with pytest.raises(Reached):
         build.build(recipe, out)
     other = recipe.replaced(keep=0.5)

@@ -13,7 +13,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Derived, WeightLocation
 from gap_export.errors import MissingRequirementError
 from gap_export.pipeline import build, preflight
-from gap_export.pipeline.preflight import Needs, available_memory, check_room, existing_parent, needs_of
+from gap_export.pipeline.preflight import Needs, available_memory, check_needs, existing_parent, needs_of
 from gap_export.recipe.recipe import Recipe
 
 FACTS = ModelSpec(
@@ -61,22 +61,22 @@ def test_memory_is_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, 10**9))
-    check_room(Needs(10**9, 0, 0), tmp_path / "out", recipe())
+    check_needs(Needs(10**9, 0, 0), tmp_path / "out", recipe())
     with pytest.raises(
         MissingRequirementError, match=r"has 1\.0 GB free, and the build writes about 2\.5 GB"
     ) as caught:
-        check_room(Needs(2_500_000_000, 0, 10), tmp_path / "a" / "out", recipe(targets=("onnx", "tensorrt")))
+        check_needs(Needs(2_500_000_000, 0, 10), tmp_path / "a" / "out", recipe(targets=("onnx", "tensorrt")))
     assert "--precision" in caught.value.hint
     assert "--target" in caught.value.hint
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "available_memory", lambda: 10**9)
-    check_room(Needs(0, 10**9, 0), tmp_path, recipe())
+    check_needs(Needs(0, 10**9, 0), tmp_path, recipe())
     with pytest.raises(
         MissingRequirementError, match=r"memory: of 1\.0 GB is free, and the build takes about 3\.0 GB"
     ):
-        check_room(Needs(0, 3 * 10**9, 0), tmp_path, recipe())
+        check_needs(Needs(0, 3 * 10**9, 0), tmp_path, recipe())
 
 
 def test_the_smaller_of_machine_and_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,11 @@ from PIL import Image
 from gap_export import prune
 from gap_export.boxes.draw import patch_edges
 from gap_export.bundle.folder import Bundle
-from gap_export.checkpoint import open_checkpoint
-from gap_export.checkpoint.hub import resolve
 from gap_export.errors import GapExportError
 from gap_export.evaluation.report.cases import token_grid
-from gap_export.families import family_of
 from gap_export.inputs.batch import prepare
 from gap_export.inputs.prompt import encode_text, load_tokenizer
+from gap_export.pipeline.opened import TOKENIZER, open_model
 from gap_export.positions import Ids
 from gap_export.runtime.model import keep_counts
 from gap_export.runtime.torch.reference import open_model_of
@@ -122,11 +120,12 @@ def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | N
     if not recipe.text_tower:
         return None, None, "looks at the expression, and the recipe names no text tower"
     try:
-        checkpoint = open_checkpoint(resolve(bundle.manifest.checkpoint), name=bundle.manifest.checkpoint)
-        part = open_checkpoint(resolve(recipe.text_tower), name=recipe.text_tower)
-        facts = family_of(checkpoint)[1].text_tower(checkpoint, part)
-        ids = encode_text(load_tokenizer(part.folder / "tokenizer.json"), facts, expressions)
-        return TextReference(part.folder, facts), ids, ""
+        # Ranges are no part of the question, and the file need not be there any more.
+        opened = open_model(recipe.model_copy(update={"ranges": None}), reads_text=True)
+        assert opened.text_tower is not None
+        folder = opened.checkpoint.parts["text_tower"].folder
+        ids = encode_text(load_tokenizer(folder / TOKENIZER), opened.text_tower, expressions)
+        return TextReference(folder, opened.text_tower), ids, ""
     except GapExportError as error:
         return None, None, error.message
 

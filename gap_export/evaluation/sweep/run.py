@@ -20,8 +20,7 @@ from typing import TypeVar
 from gap_export import prune
 from gap_export.boxes import metrics, scenes
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.checkpoint import Checkpoint, open_checkpoint
-from gap_export.checkpoint.hub import resolve
+from gap_export.checkpoint import Checkpoint
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import GapExportError, InputError, RecipeError
 from gap_export.evaluation import parity
@@ -37,12 +36,12 @@ from gap_export.evaluation.sweep.record import (
     record_from_answers,
 )
 from gap_export.evaluation.sweep.store import PAGE, PLOT, RECORD, Store, open_store
-from gap_export.families import family_of
 from gap_export.files import record_of, scratch_folder, write_atomically
 from gap_export.inputs.prompt import TextTower
 from gap_export.parallel.local import Notify, Step, results_of
 from gap_export.parallel.ray import Cluster, results_on
 from gap_export.pipeline import build
+from gap_export.pipeline.opened import open_model
 from gap_export.plan import plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
@@ -189,15 +188,11 @@ def prepare(request: Request, out: Path, *, replace: bool = False, plot: bool = 
         )
     if plot:
         sweep_plot.require()
-    checkpoint = open_checkpoint(resolve(request.recipe.checkpoint), name=request.recipe.checkpoint)
-    _, family = family_of(checkpoint)
-    facts, text_tower, part = family.facts(checkpoint, request.recipe), None, None
-    if request.recipe.text_tower and any(prune.strategy(name).needs_text for name in request.pruners):
-        part = open_checkpoint(resolve(request.recipe.text_tower), name=request.recipe.text_tower)
-        text_tower = family.text_tower(checkpoint, part)
-    cells, skipped = plan_cells(request, facts, text_tower)
-    store = open_store(out, _settings(request, checkpoint, part), replace=replace)
-    return Sweep(request, store, facts.visual_tokens, tuple(cells), tuple(skipped))
+    reads_text = any(prune.strategy(name).needs_text for name in request.pruners)
+    model = open_model(request.recipe, reads_text=reads_text)
+    cells, skipped = plan_cells(request, model.spec, model.text_tower)
+    store = open_store(out, _settings(request, model.checkpoint), replace=replace)
+    return Sweep(request, store, model.spec.visual_tokens, tuple(cells), tuple(skipped))
 
 
 def run(
@@ -384,7 +379,8 @@ def _grouped(cells: Sequence[Cell], keeps: Sequence[float]) -> list[list[Cell]]:
     return sorted(groups.values(), key=lambda group: order.get(group[0].keep, -1))
 
 
-def _settings(request: Request, checkpoint: Checkpoint, text_tower: Checkpoint | None) -> Settings:
+def _settings(request: Request, checkpoint: Checkpoint) -> Settings:
+    text_tower = checkpoint.parts.get("text_tower")
     swept = {"pruner", "keep", "positions", "capacity", "targets"}
     return Settings(
         recipe=request.recipe.model_dump(mode="json", exclude=swept),

@@ -1,0 +1,213 @@
+"""Components to ONNX files: trace, place the weights, simplify, quantise, write, lint.
+
+    trace_graphs:  OpenedModel, Plan -> TracedGraph per component
+    write_graphs:  TracedGraphs -> files in a folder
+
+Both work on any subset of a model's graphs; `export_graphs` is for those who want a few of them and no bundle around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gap_export import linter
+from gap_export.bundle.manifest import Graph
+from gap_export.bundle.spec import Component, GraphName
+from gap_export.errors import InputError
+from gap_export.graph import cost, passes, quantize, trace, weights
+from gap_export.graph.quantized_weights import QuantizedStore, Scheme
+from gap_export.graph.weights import WeightStore
+from gap_export.pipeline.opened import OpenedModel, Progress, open_model
+from gap_export.plan import Plan, plan_for
+from gap_export.recipe.ranges import RANGES
+from gap_export.recipe.recipe import Recipe
+
+Tracer = Callable[[Component], ir.Model]
+"""Makes a graph of a component, for its caller to change at will; see `trace.graph_from_component`."""
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A component and its graph, whose weights are still to be attached.
+
+    Attributes:
+        component: that was traced.
+        model: its graph, changed in place by what follows.
+        parameters: names of the weights that it has, in its own order.
+        schemes: of those, the ones that are quantised, and how.
+    """
+
+    component: Component
+    model: ir.Model
+    parameters: tuple[str, ...]
+    schemes: dict[str, Scheme]
+
+    @property
+    def name(self) -> GraphName:
+        """Of the graph."""
+        return self.component.spec.name
+
+    @property
+    def float_keys(self) -> list[str]:
+        """Keys in the checkpoint of the weights that stay floats."""
+        return [self.component.weight_key(name) for name in self.parameters if name not in self.schemes]
+
+    @property
+    def quantized_keys(self) -> dict[str, str]:
+        """Parameter -> key in the checkpoint, of the weights that are quantised."""
+        return {name: self.component.weight_key(name) for name in self.schemes}
+
+
+@dataclass(frozen=True)
+class WrittenGraphs:
+    """Graphs on the disk, linted.
+
+    Attributes:
+        graphs: by name, as the manifest lists them.
+        weight_bytes: newly written for their weights; linked ones cost nothing.
+    """
+
+    graphs: dict[str, Graph]
+    weight_bytes: int
+
+
+def export_graphs(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    only: Collection[GraphName] | None = None,
+    tracer: Tracer | None = None,
+    progress: Progress = lambda words: None,
+) -> WrittenGraphs:
+    """Some graphs of a recipe, the same as in its bundle, without the rest of the bundle.
+
+    Args:
+        recipe: of the bundle.
+        folder: where graphs and weights are put; must be there.
+        only: names of the graphs; all of them by default.
+        tracer: see `trace_graphs`.
+        progress: told when a stage begins.
+
+    Raises:
+        GapExportError: a stage failed; what was written before is left in the folder.
+    """
+    model = open_model(recipe, progress=progress)
+    plan = plan_for(recipe, model.spec, model.text_tower)
+    traced = trace_graphs(model, plan, only=only, tracer=tracer, progress=progress)
+    return write_graphs(traced, model, plan, folder, progress=progress)
+
+
+def trace_graphs(
+    model: OpenedModel,
+    plan: Plan,
+    *,
+    only: Collection[GraphName] | None = None,
+    tracer: Tracer | None = None,
+    progress: Progress = lambda words: None,
+) -> list[TracedGraph]:
+    """Trace the components of a model.
+
+    Args:
+        model: opened.
+        plan: for it.
+        only: names of the graphs; all of them by default.
+        tracer: `trace.graph_from_component` by default; a `TracedOnce` where several recipes are built.
+        progress: told of every component.
+
+    Raises:
+        TraceError: a component does not export.
+        InputError: a graph is asked for that this model has not.
+    """
+    components = model.components(plan)
+    names = {component.spec.name for component in components}
+    unknown = set(only or ()) - names
+    if unknown:
+        raise InputError(
+            f"has no graph {min(unknown)!r}",
+            subject=model.recipe.name,
+            hint=f"it has {', '.join(sorted(names))}",
+        )
+    traced = []
+    for component in components:
+        if only is not None and component.spec.name not in only:
+            continue
+        progress(f"tracing {component.spec.name}")
+        graph = (tracer or trace.graph_from_component)(component)
+        parameters = tuple(weights.parameters_of(graph))
+        schemes = quantize.schemes_of(component, model.recipe.precision, parameters)
+        traced.append(TracedGraph(component, graph, parameters, schemes))
+    return traced
+
+
+def write_graphs(
+    traced: Sequence[TracedGraph],
+    model: OpenedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    self_contained: bool = False,
+    progress: Progress = lambda words: None,
+) -> WrittenGraphs:
+    """Put weights and graphs into a folder, and lint every file.
+
+    Args:
+        traced: changed in place.
+        model: that they are of.
+        plan: of the build.
+        folder: of the bundle.
+        self_contained: copy weights instead of linking them.
+        progress: told when a stage begins.
+
+    Raises:
+        CheckpointError: a weight does not fit its graph, or cannot be represented.
+        RecipeError: the ranges are of another model.
+        LintError: a graph would not carry position ids.
+        MissingRequirementError: no space on the disk.
+    """
+    progress("placing the weights")
+    ranges = _ranges_of(traced, model, folder)
+    floats = WeightStore(model.checkpoint, plan.activations, folder, self_contained)
+    floats.prepare([key for graph in traced for key in graph.float_keys])
+    quantized = QuantizedStore(model.checkpoint, folder, half=plan.activations.name == "fp16")
+    quantized.prepare(
+        {key: graph.schemes[name] for graph in traced for name, key in graph.quantized_keys.items()}
+    )
+    graphs: dict[str, Graph] = {}
+    for graph in traced:
+        progress(f"writing and linting {graph.name}.onnx")
+        weights.attach_weights(graph.model, floats, graph.component.weight_key, stand_ins=graph.schemes)
+        passes.simplify(graph.model)
+        quantize.quantize(graph.model, graph.schemes, graph.quantized_keys, quantized, ranges)
+        graphs[graph.name] = _write_graph(graph, plan, folder)
+    return WrittenGraphs(graphs, floats.written_bytes + quantized.written_bytes)
+
+
+def _ranges_of(traced: Sequence[TracedGraph], model: OpenedModel, folder: Path) -> dict[str, float]:
+    """Parameter -> largest magnitude of what it is multiplied with, where the recipe names ranges; they become part of the bundle."""
+    ranges = model.ranges
+    if ranges is None:
+        return {}
+    ranges.require([name for graph in traced for name in graph.schemes], model.family_name)
+    ranges.write(folder / RANGES)
+    return ranges.largest
+
+
+def _write_graph(graph: TracedGraph, plan: Plan, folder: Path) -> Graph:
+    """Write a finished graph and lint the file."""
+    written = Graph(
+        file=f"{graph.name}.onnx",
+        spec=graph.component.spec,
+        operators=passes.operators(graph.model),
+        flops=cost.flops_of(graph.model),
+        weight_bytes=cost.weight_bytes_of(graph.model),
+    )
+    passes.write_graph(graph.model, graph.component.spec, folder / written.file)
+    profile = "decoder" if graph.name == "prefill" or graph.name == "decode" else graph.name
+    linter.lint_graph(
+        folder / written.file, profile=profile, strict=True, policy=plan.pruning.positions
+    ).require()
+    return written
