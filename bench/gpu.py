@@ -200,14 +200,14 @@ def parity_of_cuda(folder: Path, cases: int) -> dict[str, Any]:
     """ONNX Runtime's CUDA provider beside its CPU provider, which `validate` holds against PyTorch."""
     from gap_export.boxes import scenes
     from gap_export.bundle.folder import open_bundle
-    from gap_export.evaluation import parity
+    from gap_export.evaluation import parity, runner
     from gap_export.runtime.backends import open_session
     from gap_export.runtime.model import Grounder
 
     bundle = open_bundle(folder)
     questions, grounder = list(scenes.cases(cases)), Grounder(bundle)
     runs, reference = (
-        parity.run_cases(grounder, session, questions, batch=16, keep_logits=True)
+        runner.run_cases(grounder, session, questions, batch=16, keep_logits=True)
         for session in (cuda_session(bundle), open_session(bundle, "onnxruntime"))
     )
     gates = parity.judge(

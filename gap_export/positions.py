@@ -23,7 +23,7 @@ Shape letters: B batch, N visual tokens, K kept, S spliced sequence, R rotary ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -338,56 +338,3 @@ def gather_mrope_ids(position_ids_RS: Ids, surviving_P: Ids) -> tuple[Ids, int]:
         ([R, P] ids of the survivors, position id of the first generated token).
     """
     return position_ids_RS[:, surviving_P], int(position_ids_RS.max()) + 1
-
-
-# Negative controls: placements that are wrong on purpose. A parity check that does not notice them proves nothing.
-
-
-def renumbered(placement: Placement) -> Placement:
-    """What exporters do: ids count the slots, decoding continues at the kept length."""
-    ids = np.broadcast_to(
-        np.arange(placement.position_ids.shape[-1], dtype=np.int64), placement.position_ids.shape
-    )
-    return replace(placement, position_ids=ids.copy(), next_position=placement.next_slot)
-
-
-def with_image_ids_reversed(placement: Placement, text_before: Ids, kept: Ids) -> Placement:
-    """The kept visual tokens' ids in reverse: right values, wrong order. `kept` [B] counts those of each row."""
-    ids = placement.position_ids.copy()
-    for row, (before, count) in enumerate(zip(text_before, kept, strict=True)):
-        image = slice(int(before), int(before) + int(count))
-        ids[..., row, image] = ids[..., row, image][..., ::-1]
-    return replace(placement, position_ids=ids)
-
-
-def with_two_ids_swapped(placement: Placement, text_before: Ids, kept: Ids) -> Placement:
-    """The first and the last kept visual token exchange ids: the smallest wrong order. `kept` [B] as above."""
-    ids = placement.position_ids.copy()
-    for row, (before, count) in enumerate(zip(text_before, kept, strict=True)):
-        first, last = int(before), int(before) + int(count) - 1
-        ids[..., row, [first, last]] = ids[..., row, [last, first]]
-    return replace(placement, position_ids=ids)
-
-
-def with_write_index_off_by_one(placement: Placement) -> Placement:
-    """Generated tokens land one slot too far, leaving a slot of stale cache inside the mask."""
-    return replace(placement, next_slot=placement.next_slot + 1)
-
-
-def with_last_stage_off_by_one(placement: Placement) -> Placement:
-    """The same in the layers of the last stage alone."""
-    if not placement.stage_next_slot:
-        return placement
-    *others, last = placement.stage_next_slot
-    return replace(placement, stage_next_slot=(*others, last + 1))
-
-
-def with_one_slot_counter(placement: Placement) -> Placement:
-    """Every stage counts the slots of the last one: stages before it overwrite the end of the prompt."""
-    last = placement.slots_of_stages[-1]
-    return replace(placement, next_slot=last, stage_next_slot=(last,) * len(placement.stage_next_slot))
-
-
-def continuing_at_kept_length(placement: Placement) -> Placement:
-    """A right prefill, but decoding numbers its tokens by cache slot (of the last stage, where there are stages)."""
-    return replace(placement, next_position=placement.slots_of_stages[-1])

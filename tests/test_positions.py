@@ -9,23 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gap_export.positions import (
-    Ids,
-    Placement,
-    PositionPolicy,
-    advance,
+from gap_export.evaluation.controls import (
     continuing_at_kept_length,
-    gather_mrope_ids,
-    kept_position_ids,
-    place,
-    placement_from_splice,
     renumbered,
-    sequence_position_ids,
     with_image_ids_reversed,
     with_last_stage_off_by_one,
     with_one_slot_counter,
     with_two_ids_swapped,
     with_write_index_off_by_one,
+)
+from gap_export.positions import (
+    Ids,
+    Placement,
+    PositionPolicy,
+    advance,
+    gather_mrope_ids,
+    kept_position_ids,
+    place,
+    placement_from_splice,
+    sequence_position_ids,
 )
 
 GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED

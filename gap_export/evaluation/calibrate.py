@@ -18,7 +18,7 @@ from gap_export import __version__
 from gap_export.boxes.scenes import DEV_SEED, Case, cases
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import BundleError, InputError
-from gap_export.evaluation import parity
+from gap_export.evaluation import runner
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.graph.probes import probed
 from gap_export.graph.quantize import DECODERS
@@ -37,7 +37,7 @@ def calibrate(
     samples: int,
     dataset: Dataset | None = None,
     threads: int = 0,
-    tick: parity.Tick = lambda count: None,
+    tick: runner.Tick = lambda count: None,
 ) -> Ranges:
     """Bundle to ranges.
 
@@ -66,7 +66,7 @@ def calibrate(
     questions = list(cases(samples, DEV_SEED)) if dataset is None else _first(dataset, samples)
     session = _Watched(bundle, threads)
     # One by one: what fills short rows of a batch is not to be measured.
-    parity.run_cases(Grounder(bundle), session, questions, batch=1, tick=tick)
+    runner.run_cases(Grounder(bundle), session, questions, batch=1, tick=tick)
     return Ranges(
         gap_export=__version__,
         bundle=manifest.name,

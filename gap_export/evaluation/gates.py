@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
+from gap_export.errors import GateError
 from gap_export.precision import Thresholds
 from gap_export.records import Record
 
@@ -37,3 +39,26 @@ def at_most(name: str, measured: float, limit: float) -> Gate:
 def at_least(name: str, measured: float, limit: float) -> Gate:
     """A gate that smaller values do not pass."""
     return Gate(name=name, demand=">=", limit=limit, measured=measured, passed=measured >= limit)
+
+
+def check_gates(gates: Iterable[Gate], *, subject: str) -> None:
+    """Go on only where every gate was met.
+
+    Args:
+        gates: judged.
+        subject: what was judged.
+
+    Raises:
+        GateError: one was not, with all of those.
+    """
+    failed = [
+        f"{gate.name} {gate.measured:.6g}, not {gate.demand} {gate.limit:g}"
+        for gate in gates
+        if not gate.passed
+    ]
+    if failed:
+        raise GateError(
+            f"does not meet {'; '.join(failed)}",
+            subject=subject,
+            hint="the record says what was measured; thresholds are those of the recipe (gates) or of the call",
+        )

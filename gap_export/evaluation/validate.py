@@ -20,7 +20,8 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.checkpoint.hub import resolve
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError
-from gap_export.evaluation import parity
+from gap_export.evaluation import parity, runner
+from gap_export.evaluation.controls import applies, check_control, controls
 from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, build
 from gap_export.pipeline.opened import Progress
@@ -65,7 +66,7 @@ def validate(
     batch: int = 16,
     threads: int = 0,
     progress: Progress = lambda words: None,
-    tick: parity.Tick = lambda count: None,
+    tick: runner.Tick = lambda count: None,
     opened: Opener = open_session,
 ) -> parity.ParityReport:
     """Bundle to parity report, which is also stored in the bundle.
@@ -112,7 +113,7 @@ def validate(
     batch = min(batch, recipe.max_batch)
     questions = list(scenes.cases(cases))
     grounder = Grounder(bundle)
-    answer = partial(parity.run_cases, batch=batch, tick=tick)
+    answer = partial(runner.run_cases, batch=batch, tick=tick)
     with opened(bundle, backend, threads=threads) as session:
         progress("answering with PyTorch")
         with open_torch(bundle, checkpoint=source, text_tower=text_tower) as original:
@@ -125,14 +126,14 @@ def validate(
         few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
         few = questions[: few_batches * batch]
         caught, inapplicable = [], []
-        for name, adjust in parity.controls(staged=bool(pruning.stages)).items():
-            if not parity.applies(adjust, runs[0]):
+        for name, adjust in controls(staged=bool(pruning.stages)).items():
+            if not applies(adjust, runs[0]):
                 inapplicable.append(name)
                 continue
             progress(f"negative control: {name}")
             wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
             seen = parity.measure(wrong, reference[:few_batches], few, manifest)
-            caught.append(parity.check_control(name, seen, manifest.gates))
+            caught.append(check_control(name, seen, manifest.gates))
 
     if pruning.keep_mode == "dynamic":  # companions differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)
@@ -144,7 +145,7 @@ def validate(
                 progress(f"answering with {name}")
                 with opened(companion, backend, threads=threads) as other:
                     answers = answer(Grounder(companion), other, questions)
-                accuracy[name] = parity.accuracy_of(answers, questions)
+                accuracy[name] = runner.accuracy_of(answers, questions)
 
     report = parity.ParityReport(
         ok=all(gate.passed for gate in gates) and all(control.caught for control in caught),
@@ -169,14 +170,14 @@ def validate(
 
 def _mean_kept(runs: list[Grounded]) -> float:
     """Visual tokens that are left of an image, on average; the count itself where all keep the same."""
-    counts = np.concatenate([parity.counts_of(run.generation.every_kept_indices[-1]) for run in runs])
+    counts = np.concatenate([runner.counts_of(run.generation.every_kept_indices[-1]) for run in runs])
     return round(float(counts.mean()), 2)
 
 
 def validation_work(cases: int, *, staged: bool = False) -> int:
     """About how many answers `validate` makes."""
-    controls = len(parity.controls(staged=staged))
-    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * controls
+    wrong = len(controls(staged=staged))
+    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * wrong
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from gap_export.boxes.scenes import DEV_SEED, cases
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import BundleError, InputError
-from gap_export.evaluation import parity
+from gap_export.evaluation import runner
 from gap_export.evaluation.calibrate import calibrate
 from gap_export.evaluation.refer.dataset import Dataset, open_dataset
 from gap_export.runtime.model import Grounder
@@ -35,7 +35,7 @@ def largest_in_torch(bundle: Bundle, questions: list[Any]) -> dict[bytes, float]
     session = open_torch(bundle)
     handle = torch.nn.modules.module.register_module_forward_pre_hook(watch)
     try:
-        parity.run_cases(Grounder(bundle), session, questions, batch=1)
+        runner.run_cases(Grounder(bundle), session, questions, batch=1)
     finally:
         handle.remove()
     return found

@@ -14,7 +14,8 @@ from PIL import Image
 from gap_export.boxes.scenes import Case
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Manifest
-from gap_export.evaluation import parity
+from gap_export.evaluation import parity, runner
+from gap_export.evaluation.controls import applies, check_control, controls
 from gap_export.evaluation.parity import Measurement
 from gap_export.inputs.batch import of_one_size
 from gap_export.inputs.prompt import Prompts
@@ -297,9 +298,9 @@ def test_a_better_accuracy_than_the_reference_passes() -> None:
 
 def test_a_control_is_not_caught_by_the_ids_themselves() -> None:
     only_ids = FINE.model_copy(update={"position_ids_equal": 0.0})
-    assert not parity.check_control("x", only_ids, Thresholds()).caught
+    assert not check_control("x", only_ids, Thresholds()).caught
     also_logits = only_ids.model_copy(update={"max_logit_difference": 1.0})
-    assert parity.check_control("x", also_logits, Thresholds()).by == ("logit_difference",)
+    assert check_control("x", also_logits, Thresholds()).by == ("logit_difference",)
 
 
 # Controls on a real bundle
@@ -312,29 +313,29 @@ def tiny_runs(tiny_bundle: Callable[..., Bundle], tiny_reference: Callable[..., 
     bundle = tiny_bundle()
     questions = list(scenes.cases(4))
     grounder, session = Grounder(bundle), open_session(bundle, "onnxruntime", threads=1)
-    reference = parity.run_cases(
+    reference = runner.run_cases(
         grounder, tiny_reference(bundle.manifest.pruning), questions, batch=3, keep_logits=True
     )
     return bundle, questions, grounder, session, reference
 
 
-@pytest.mark.parametrize("name", parity.controls())
+@pytest.mark.parametrize("name", controls())
 def test_every_control_is_caught_by_what_the_model_computes(name: str, tiny_runs: Any) -> None:
     bundle, questions, grounder, session, reference = tiny_runs
-    adjust = parity.controls()[name]
-    wrong = parity.run_cases(grounder, session, questions, batch=3, adjust=adjust, keep_logits=True)
+    adjust = controls()[name]
+    wrong = runner.run_cases(grounder, session, questions, batch=3, adjust=adjust, keep_logits=True)
     measured = parity.measure(wrong, reference, questions, bundle.manifest)
-    control = parity.check_control(name, measured, Thresholds())
+    control = check_control(name, measured, Thresholds())
     assert control.caught
     assert "logit_difference" in control.by
     assert measured.position_ids_equal == 0.0
-    assert parity.applies(adjust, reference[0])
+    assert applies(adjust, reference[0])
 
 
 def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
     bundle, questions, grounder, session, reference = tiny_runs
     ticks: list[int] = []
-    right = parity.run_cases(
+    right = runner.run_cases(
         grounder,
         session,
         questions,
@@ -344,21 +345,17 @@ def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
         keep_logits=True,
     )
     measured = parity.measure(right, reference, questions, bundle.manifest)
-    assert not parity.check_control("none", measured, Thresholds()).caught
+    assert not check_control("none", measured, Thresholds()).caught
     assert measured.position_ids_equal == 1.0
     assert ticks == [3, 1]
 
 
 def test_controls_apply_where_they_change_something() -> None:
     run = grounded()
-    assert all(parity.applies(adjust, run) for adjust in parity.controls().values())
-    assert not parity.applies(lambda placement, before, kept: placement, run)
+    assert all(applies(adjust, run) for adjust in controls().values())
+    assert not applies(lambda placement, before, kept: placement, run)
     shifted = place(
         KEPT_BK, text_before=BEFORE, text_after=AFTER, visual_tokens=VISUAL, policy=PositionPolicy.SHIFTED
     )
-    idle = {
-        name
-        for name, adjust in parity.controls().items()
-        if not parity.applies(adjust, grounded(placement=shifted))
-    }
+    idle = {name for name, adjust in controls().items() if not applies(adjust, grounded(placement=shifted))}
     assert idle == {"ids shifted", "decoding continues at kept length"}

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from gap_export.bundle.folder import Bundle
-from gap_export.evaluation.parity import controls
+from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import ImageBatch, prepare
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
@@ -51,7 +51,7 @@ def moved_by(control: str, prompts: list[list[int]], ask: Callable[..., Generati
     """By how much logits change under a wrong placement.
 
     Args:
-        control: name in `parity.controls`.
+        control: name in `controls.controls`.
         prompts: of both rows.
         ask: called with `adjust`, see `generate`.
     """

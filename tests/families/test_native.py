@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gap_export.errors import RecipeError
-from gap_export.evaluation.parity import controls
+from gap_export.evaluation.controls import controls
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from gap_export import prune
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Pruning
-from gap_export.evaluation import parity
+from gap_export.evaluation import runner
+from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, Placement, PositionPolicy, advance
 from gap_export.precision import precision
@@ -224,7 +225,7 @@ def test_survivors_take_their_ids_along_or_are_counted_again(
 # Negative controls
 
 
-@pytest.mark.parametrize("name", [name for name in parity.controls(staged=True) if name != "ids shifted"])
+@pytest.mark.parametrize("name", [name for name in controls(staged=True) if name != "ids shifted"])
 @pytest.mark.parametrize("pruner", INSIDE)
 def test_wrong_placements_show_in_the_logits(
     pruner: str, name: str, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
@@ -233,7 +234,7 @@ def test_wrong_placements_show_in_the_logits(
     before = np.array([row.tolist().index(4) for row in questions])
 
     def wrong(placement: Placement, visual: VisualTokens) -> Placement:
-        return parity.controls(staged=True)[name](placement, before, parity.counts_of(visual.kept_indices))
+        return controls(staged=True)[name](placement, before, runner.counts_of(visual.kept_indices))
 
     right = answer(session, pixels, questions)
     misled = answer(session, pixels, questions, adjust=wrong)
@@ -249,7 +250,7 @@ def test_ids_without_gaps_are_right_where_every_token_enters(
     """The control that renumbers the prompt changes nothing here, and says so."""
     session = opened(deep_bundle(pruner="fastv", positions=GAP))
     placement = session.splice(questions, session.encode({"pixel_values": pixels})).placement
-    renumbered = parity.controls()["ids shifted"](placement, np.zeros(4, np.int64), np.full(4, VISUAL))
+    renumbered = controls()["ids shifted"](placement, np.zeros(4, np.int64), np.full(4, VISUAL))
     for row, length in enumerate(placement.next_slot):
         assert renumbered.position_ids[row, :length].tolist() == placement.position_ids[row, :length].tolist()
     assert renumbered.next_position.tolist() == placement.next_position.tolist()

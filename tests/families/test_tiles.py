@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gap_export.evaluation.parity import controls
+from gap_export.evaluation.controls import controls
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
 from gap_export.runtime.model import keep_counts

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from gap_export.errors import InputError, RecipeError
-from gap_export.evaluation.parity import controls
+from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import ImageBatch, prepare
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.backends import open_session

@@ -23,7 +23,7 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import GapExportError, InputError, RecipeError
-from gap_export.evaluation import parity
+from gap_export.evaluation import runner
 from gap_export.evaluation.sweep import plot as sweep_plot
 from gap_export.evaluation.sweep.record import (
     FULL,
@@ -341,7 +341,7 @@ class _Answering:
         bundle = build.build(recipe, folder, tracer=self._tracer, progress=progress).bundle
         progress("answering")
         with open_session(bundle, request.backend, threads=request.threads) as session:
-            runs = parity.run_cases(
+            runs = runner.run_cases(
                 Grounder(bundle),
                 session,
                 self._questions,
@@ -360,7 +360,7 @@ def answers_of(runs: Sequence[Grounded], cases: Sequence[scenes.Case], backend: 
     """
     for batch in runs:
         check_overflow(batch.generation, backend)
-    boxes = parity.boxes_of(runs)
+    boxes = runner.boxes_of(runs)
     overlaps = metrics.iou(metrics.as_rows(boxes), metrics.as_rows([case.box for case in cases]))
     return Answers(
         texts=tuple(answer.text for batch in runs for answer in batch.answers),

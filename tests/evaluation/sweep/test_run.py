@@ -24,7 +24,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Component
 from gap_export.errors import GapExportError, InputError, MissingRequirementError, RecipeError, SessionError
-from gap_export.evaluation import parity
+from gap_export.evaluation import runner
 from gap_export.evaluation.sweep import run as sweep
 from gap_export.evaluation.sweep.record import Cell, SweepRecord
 from gap_export.graph import trace
@@ -271,14 +271,14 @@ def test_every_cell_has_the_graphs_and_the_answers_of_an_ordinary_bundle(
         bundle = tiny_bundle(pruner="none", keep=1.0) if full else alone(tiny_bundle, str(row.positions))
         pruning = bundle.manifest.pruning
         assert swept.graphs[pruning.pruner, pruning.positions] == graphs_of(bundle)
-        runs = parity.run_cases(
+        runs = runner.run_cases(
             Grounder(bundle), open_session(bundle, "onnxruntime", threads=1), questions, batch=4
         )
         stored = json.loads(
             (swept.folder / "cells" / f"{row.pruner}-{row.kept}-{row.positions}.json").read_text()
         )
         assert stored["texts"] == [answer.text for run in runs for answer in run.answers]
-        assert row.accuracy == parity.accuracy_of(runs, questions)
+        assert row.accuracy == runner.accuracy_of(runs, questions)
         assert (row.kept, row.visual_tokens, row.cases) == (pruning.kept, 36, CASES)
         assert row.cut_off == sum(not ended for run in runs for ended in run.generation.ended)
         texts.add(tuple(stored["texts"]))
