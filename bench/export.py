@@ -150,16 +150,16 @@ def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:
     progress("importing")
     from gap_export import linter
     from gap_export.checkpoint import open_checkpoint
-    from gap_export.families import family_of
+    from gap_export.families import open_family
     from gap_export.graph import passes, trace, weights
     from gap_export.plan import plan_for
 
     progress("reading the checkpoint")
     recipe, source = recipe_for(checkpoint), open_checkpoint(checkpoint)
-    _, family = family_of(source)
-    sizes = family.facts(source, recipe)
+    family = open_family(source)
+    sizes = family.spec(recipe)
     plan = plan_for(recipe, sizes)
-    parts = family.components(source, sizes, plan)
+    parts = family.components(sizes, plan)
     decoder = next(part for part in parts if part.spec.name == "decoder")
     progress("tracing decoder")
     model = trace.graph_from_component(decoder)

@@ -187,23 +187,22 @@ def measured_in_vision(
 def vision_graphs(checkpoint: Path, names: list[str], folder: Path) -> dict[str, int]:
     """`{name}.onnx` for each strategy, fp32, over the same weights; how many nodes each has."""
     from gap_export.checkpoint import open_checkpoint
-    from gap_export.families import family_of
+    from gap_export.families import open_family
     from gap_export.graph import passes, trace, weights
     from gap_export.plan import plan_for
     from gap_export.recipe.recipe import load_recipe
 
     opened = open_checkpoint(checkpoint)
-    _, family = family_of(opened)
     text = open_checkpoint(ensure_text_tower(checkpoint.parent / "clip-l-text"))
-    joined = opened.with_part("text_tower", text)
+    joined = opened.with_companion("text_tower", text)
     traced = []
     for name in names:
         recipe = load_recipe("llava").replaced(checkpoint=str(checkpoint), pruner=name, precision="fp32")
         reads_text = prune.strategy(name).needs_text
-        tower = family.text_tower(opened, text) if reads_text else None
-        sizes = family.facts(opened, recipe)
-        plan = plan_for(recipe, sizes, tower)
-        component = family.components(joined if reads_text else opened, sizes, plan)[0]
+        family = open_family(joined if reads_text else opened)
+        sizes = family.spec(recipe)
+        plan = plan_for(recipe, sizes, family.text_tower(text) if reads_text else None)
+        component = family.components(sizes, plan)[0]
         traced.append((name, component, trace.graph_from_component(component)))
     store = weights.WeightStore(joined, "fp32", folder)
     store.prepare([c.weight_key(p) for _, c, model in traced for p in weights.parameters_of(model)])

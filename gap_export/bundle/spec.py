@@ -6,16 +6,11 @@ into TensorRT profiles. One definition serves all three.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from gap_export.records import Record
-
-if TYPE_CHECKING:
-    from torch import nn
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
 GraphName = Literal["vision", "splice", "embed", "decoder", "prefill", "decode"]
@@ -57,6 +52,16 @@ class TensorSpec(Record):
         return tuple(d if isinstance(d, int) else int(getattr(d, which)) for d in self.shape)
 
 
+def int64_spec(name: str, *shape: int | Dim) -> TensorSpec:
+    """Of a tensor of integers."""
+    return TensorSpec(name=name, dtype="int64", shape=shape)
+
+
+def float_spec(name: str, dtype: DType, *shape: int | Dim) -> TensorSpec:
+    """Of a tensor of floats of that type."""
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
 class GraphSpec(Record):
     """Inputs and outputs of one graph.
 
@@ -71,23 +76,3 @@ class GraphSpec(Record):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     aliased: dict[str, str] = Field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Component:
-    """A piece of a model on its way to becoming a graph.
-
-    Attributes:
-        module: takes the spec's inputs, by name unless it takes them all by position (`*past`), and gives its outputs in
-            order. An input with `extent_of` reaches it as [extent] int64 counting from 0. Its parameters are hollow (shapes
-            and types without storage), its buffers real.
-        spec: inputs and outputs.
-        weight_key: name of a parameter of the module -> key in the checkpoint.
-        settings: all that the graph depends on besides the spec: components of equal spec and equal settings have the same
-            graph, and it need not be traced again. By default, equal to nobody else's.
-    """
-
-    module: nn.Module
-    spec: GraphSpec
-    weight_key: Callable[[str], str]
-    settings: Hashable = field(default_factory=object)

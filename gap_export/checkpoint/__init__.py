@@ -25,15 +25,15 @@ class Checkpoint:
         folder: where it lies.
         name: what the user called it.
         config: the parsed `config.json`; empty where there is none.
-        weights: key -> location, or how it is computed, over all shards; those of a part are called `part/key`.
-        parts: name -> other checkpoints that pieces of the model come from.
+        weights: key -> location, or how it is computed, over all shards; those of a companion are called `companion/key`.
+        companions: name -> other checkpoints that pieces of the model come from.
     """
 
     folder: Path
     name: str
     config: dict[str, Any]
     weights: dict[str, WeightLocation | Derived]
-    parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+    companions: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     def with_weights(self, changed: Mapping[str, WeightLocation | Derived]) -> Checkpoint:
         """The same checkpoint with some weights added or replaced."""
@@ -47,18 +47,22 @@ class Checkpoint:
         """
         location = self.weights.get(key)
         if not isinstance(location, WeightLocation):
-            part, _, own = key.rpartition("/")
+            companion, _, own = key.rpartition("/")
             raise CheckpointError(
                 f"has no {own}",
-                subject=str(self.parts[part].folder if part in self.parts else self.folder),
+                subject=str((self.companions.get(companion) or self).folder),
                 hint="a shard is missing, or the checkpoint is of another model",
             )
         return location
 
-    def with_part(self, name: str, part: Checkpoint) -> Checkpoint:
+    def with_companion(self, name: str, companion: Checkpoint) -> Checkpoint:
         """The same checkpoint, joined by another one that a piece of the model comes from."""
-        joined = {f"{name}/{key}": location for key, location in part.weights.items()}
-        return replace(self, weights={**self.weights, **joined}, parts={**self.parts, name: part})
+        added = {f"{name}/{key}": location for key, location in companion.weights.items()}
+        return replace(
+            self,
+            weights={**self.weights, **added},
+            companions={**self.companions, name: companion},
+        )
 
     @property
     def model_type(self) -> str:

@@ -11,32 +11,25 @@ The class token is a quarter as wide as what the projector takes: it can score, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLModel
+from typing_extensions import override
 
 from gap_export import prune
-from gap_export.bundle.manifest import BoxFormat, ModelSpec
-from gap_export.bundle.spec import Component
-from gap_export.checkpoint import Checkpoint
-from gap_export.families.complete import joined as joined
-from gap_export.families.complete import parts as parts
-from gap_export.families.complete import tokenizer as tokenizer
-from gap_export.families.llava_next import check_fit
+from gap_export.bundle.manifest import ModelSpec
+from gap_export.families.base import Family
 from gap_export.inputs.layouts import DynamicTilesLayout
-from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.inputs.tiles import dynamic_range
-from gap_export.modeling import assembly, hf_config, selection
-from gap_export.modeling.attention import IMPLEMENTATION
-from gap_export.modeling.fake import fake_mode, hollow
+from gap_export.modeling import hf_config, selection
+from gap_export.modeling.components import ModelParts
 from gap_export.modeling.tiles import Gather, features_of_image, pixel_values
 from gap_export.plan import Plan
-from gap_export.prune import order
 from gap_export.recipe.recipe import Recipe
 
-MODEL = "InternVL"
 _QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{expression}</ref>"
 GROUNDING_PROMPT = (
     f"<|im_start|>user\n<img><IMG_CONTEXT></img>\n{_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -81,9 +74,9 @@ class InternVLVision(nn.Module):
         """
         every: Gather = lambda tokens_tCE: tokens_tCE.flatten(0, 1)[None]  # noqa: E731
         features = features_of_image(self._seen(pixel_values), every, whole=-1)
-        selected = selection.select(self._plan, features, keep_count)
-        selected = order.in_decoder_order(selected, self._plan.pruning.positions)
-        embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
+        embeds_BKH, selected = selection.select_and_project(
+            self._plan, features, keep_count, self.multi_modal_projector
+        )
         return embeds_BKH, selected.indices_BK
 
     def _seen(self, pixel_values: Tensor) -> prune.VisionFeatures:
@@ -124,115 +117,66 @@ class InternVLVision(nn.Module):
         return means_tCE
 
 
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
-    """See `Family.facts`."""
-    config = _config(checkpoint)
-    tokens, most = dynamic_range(_tiling(checkpoint, config))
-    return ModelSpec(
-        **hf_config.decoder_sizes(config.text_config),
-        visual_tokens=most,
-        grid=None,
-        token_range=tokens,
-        missing_features=("projected_class_token", "following_layer", "grid"),
-    )
+class InternVL(Family):
+    """InternVL 3; heads of small models are their token embedding."""
 
+    grounding_prompt = GROUNDING_PROMPT
 
-def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
-    """See `Family.text_tower`.
+    @override
+    def read_config(self) -> Any:
+        config, require = hf_config.read_config(self.checkpoint), self.require
+        vision, text = config.vision_config, config.text_config
+        decoders = ("qwen2", "qwen3", "llama")
+        require("vision_config.model_type", vision.model_type == "internvl_vision", "InternViT")
+        require("text_config.model_type", text.model_type in decoders, ", ".join(decoders))
+        require("text_config.use_sliding_window", getattr(text, "sliding_window", None) is None, "false")
+        require("vision_feature_layer", config.vision_feature_layer == -1, "-1")
+        default = config.vision_feature_select_strategy == "default"
+        require("vision_feature_select_strategy", default, "default")
+        require("vision_config.image_size", len({*vision.image_size}) == 1, "squares")
+        require("vision_config.patch_size", len({*vision.patch_size}) == 1, "squares")
+        patches, step = vision.image_size[0] // vision.patch_size[0], 1 / config.downsample_ratio
+        divides = step.is_integer() and patches % step == 0
+        require("downsample_ratio", divides, "one that divides the patches of a tile")
+        return config
 
-    Raises:
-        CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
-    """
-    raise hf_config.no_text_tower(part, f"vision tower of {MODEL}")
+    @cached_property
+    def _tiles(self) -> DynamicTilesLayout:
+        vision = self.config.vision_config
+        size, patch = vision.image_size[0], vision.patch_size[0]
+        settings = hf_config.tile_processor(self.checkpoint, self.require, size)
+        side = round(size // patch * self.config.downsample_ratio)
+        return DynamicTilesLayout(
+            size=size,
+            tokens=side * side,
+            min_tiles=settings.get("min_patches") or _DEFAULT_TILES[0],
+            max_tiles=settings.get("max_patches") or _DEFAULT_TILES[1],
+            mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
+        )
 
+    @override
+    def spec(self, recipe: Recipe) -> ModelSpec:
+        tokens, most = dynamic_range(self._tiles)
+        return ModelSpec(
+            **hf_config.decoder_sizes(self.config.text_config),
+            visual_tokens=most,
+            grid=None,
+            token_range=tokens,
+            missing_features=self.row.missing_features,
+        )
 
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> DynamicTilesLayout:
-    """See `Family.preprocessing`."""
-    check_fit(recipe, MODEL)
-    return _tiling(checkpoint, _config(checkpoint))
+    @override
+    def layout(self, recipe: Recipe) -> DynamicTilesLayout:
+        self.check_no_fit(recipe)
+        return self._tiles
 
-
-def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
-    """See `Family.prompt`."""
-    config = _config(checkpoint)
-    return PromptTemplate(
-        grounding=recipe.prompt or GROUNDING_PROMPT,
-        image_token_id=config.image_token_id,
-        add_special_tokens=True,
-        eos_token_ids=hf_config.end_tokens(checkpoint, config.text_config),
-    )
-
-
-def box(recipe: Recipe) -> BoxFormat:
-    """See `Family.box`."""
-    check_fit(recipe, MODEL)
-    return BoxFormat(codec="internvl", frame="image")
-
-
-def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
-    """See `Family.components`."""
-    config = _config(checkpoint)
-    torch_dtype = assembly.torch_dtype(plan)
-
-    def build() -> Any:
-        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
-        options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attention}
-        return InternVLForConditionalGeneration._from_config(config, **options)
-
-    model = hollow(build, fake_mode())
-    hf_config.check_unknown_weights(
-        checkpoint, model, tied=hf_config.is_tied(config), ignored=hf_config.NOTHING
-    )
-    pieces = assembly.Pieces(
-        vision=InternVLVision(model, plan),
-        vision_inputs=(pixel_values(_tiling(checkpoint, config)),),
-        language_model=model.model.language_model,
-        lm_head=model.lm_head,
-        image_token_id=config.image_token_id,
-        weight_key=lambda name: weight_key(checkpoint, name),
-    )
-    return assembly.components(checkpoint.folder, sizes, plan, pieces)
-
-
-def weight_key(checkpoint: Checkpoint, parameter: str) -> str:
-    """Checkpoint key of a parameter of one of the components; heads of small models are their token embedding.
-
-    Raises:
-        CheckpointError: the checkpoint has it under none of the known names.
-    """
-    return hf_config.weight_key(
-        checkpoint, parameter, tied=hf_config.is_tied(hf_config.read_config(checkpoint))
-    )
-
-
-def _tiling(checkpoint: Checkpoint, config: Any) -> DynamicTilesLayout:
-    vision, require = config.vision_config, hf_config.Requirements(checkpoint, MODEL)
-    settings = hf_config.tile_processor(checkpoint, require, vision.image_size[0])
-    side = round(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
-    return DynamicTilesLayout(
-        size=vision.image_size[0],
-        tokens=side * side,
-        min_tiles=settings.get("min_patches") or _DEFAULT_TILES[0],
-        max_tiles=settings.get("max_patches") or _DEFAULT_TILES[1],
-        mean=tuple(settings["image_mean"]),
-        std=tuple(settings["image_std"]),
-    )
-
-
-def _config(checkpoint: Checkpoint) -> Any:
-    config, require = hf_config.read_config(checkpoint), hf_config.Requirements(checkpoint, MODEL)
-    vision, text = config.vision_config, config.text_config
-    require("vision_config.model_type", vision.model_type == "internvl_vision", "InternViT")
-    require("text_config.model_type", text.model_type in ("qwen2", "llama", "qwen3"), "qwen2, qwen3, llama")
-    require("text_config.use_sliding_window", getattr(text, "sliding_window", None) is None, "false")
-    require("vision_feature_layer", config.vision_feature_layer == -1, "-1")
-    require("vision_feature_select_strategy", config.vision_feature_select_strategy == "default", "default")
-    require("vision_config.image_size", len({*vision.image_size}) == 1, "squares")
-    require("vision_config.patch_size", len({*vision.patch_size}) == 1, "squares")
-    patches, step = vision.image_size[0] // vision.patch_size[0], 1 / config.downsample_ratio
-    require(
-        "downsample_ratio",
-        step.is_integer() and patches % step == 0,
-        "one that divides the patches of a tile",
-    )
-    return config
+    @override
+    def model_parts(self, spec: ModelSpec, plan: Plan) -> ModelParts:
+        model = self.fake_model(InternVLForConditionalGeneration, plan)
+        return ModelParts(
+            vision=InternVLVision(model, plan),
+            vision_inputs=(pixel_values(self._tiles),),
+            language_model=model.model.language_model,
+            lm_head=model.lm_head,
+        )

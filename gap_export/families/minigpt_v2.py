@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,26 +19,26 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
+from typing_extensions import override
 
 from gap_export import prune
 from gap_export.bundle.manifest import BoxFormat, ModelSpec
-from gap_export.bundle.spec import Component, TensorSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.derived import with_low_rank
 from gap_export.checkpoint.safetensors import Derived
 from gap_export.checkpoint.tokenizers import stored_tokenizer, token_id, with_placeholder
-from gap_export.checkpoint.weight_map import check_known, find_key, with_shared_table
+from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import Part
+from gap_export.families.base import Companion, Family
 from gap_export.inputs.layouts import SquareLayout
-from gap_export.inputs.prompt import PromptTemplate, TextTower
-from gap_export.modeling import assembly, hf_config, selection
+from gap_export.inputs.prompt import TextTower
+from gap_export.modeling import hf_config, selection
 from gap_export.modeling.attention import IMPLEMENTATION
-from gap_export.modeling.clip_vision import OPENAI_MEAN, OPENAI_STD
-from gap_export.modeling.eva import EvaTower, eva_sizes
-from gap_export.modeling.fake import fake_mode, hollow
+from gap_export.modeling.clip import OPENAI_MEAN, OPENAI_STD
+from gap_export.modeling.components import ModelParts, square_images, torch_dtype
+from gap_export.modeling.eva import EvaSizes, EvaTower, eva_sizes
+from gap_export.modeling.fake import fake, fake_mode
 from gap_export.plan import Plan
-from gap_export.prune import order
 from gap_export.recipe.recipe import Recipe
 
 GROUNDING_PROMPT = "<s>[INST] <Img><ImageHere></Img> [refer] give me the location of {expression} [/INST]"
@@ -47,50 +47,171 @@ SIZE, GROUP = 448, 4
 RANK, ALPHA = 64, 16
 
 _TOWER, _BASE, _LOW_RANK = "vision_tower/", "base/", "llama_model.base_model.model."
-_PREFIXES = {
-    "vision_tower.": (_TOWER,),
-    "ln_vision.": ("ln_vision.",),
-    "multi_modal_projector.": ("llama_proj.",),
-    "language_model.": (f"{_BASE}model.",),
-    "lm_head.": (f"{_BASE}lm_head.",),
-}
-# What EVA-CLIP was trained with besides, and blocks above those that are used.
-_IGNORED = rf"{re.escape(_LOW_RANK)}|{_TOWER}(norm|fc_norm|head|lm_head|mask_token|blocks\.39)\b"
 _SPELLINGS = ("lora_{}.weight", "lora_{}.default.weight")
 """Of updates, by older and newer versions of peft."""
 
 
-def parts(checkpoint: Checkpoint) -> tuple[Part, ...]:
-    """See `Family.parts`."""
-    return (
-        Part("vision_tower", "eva_vit_g.pth", "vision tower"),
-        Part("base", "meta-llama/Llama-2-7b-chat-hf", "language model"),
-    )
+@dataclass(frozen=True)
+class MiniGptConfig:
+    """What there is in the place of a config.json.
+
+    Attributes:
+        text_config: of the language model.
+        eva: sizes of the tower.
+        image_token_id: of the placeholder: the first id after those of the tokenizer.
+        tie_word_embeddings: whether the head is the token embedding; `text_config` may say so too.
+    """
+
+    text_config: LlamaConfig
+    eva: EvaSizes
+    image_token_id: int
+    tie_word_embeddings: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the visual tokens."""
+        return self.side, self.side // GROUP
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of the image."""
+        return SIZE // self.eva.patch
 
 
-def joined(checkpoint: Checkpoint) -> Checkpoint:
-    """See `Family.joined`: updates merged, positions spread over the larger image."""
-    changed: dict[str, Any] = {}
-    for key in checkpoint.weights:
-        found = re.fullmatch(rf"{re.escape(_LOW_RANK)}(.+\.)lora_A(\.default)?\.weight", key)
-        if found:
-            own = f"{_BASE}{found[1]}weight"
-            changed[own] = with_low_rank(
-                checkpoint, own, key, key.replace("lora_A", "lora_B"), rank=RANK, scale=ALPHA / RANK
+class MiniGpt(Family):
+    """MiniGPT-v2."""
+
+    config: MiniGptConfig
+    grounding_prompt = GROUNDING_PROMPT
+    prefixes: ClassVar[Prefixes] = {
+        "vision_tower.": (_TOWER,),
+        "ln_vision.": ("ln_vision.",),
+        "multi_modal_projector.": ("llama_proj.",),
+        "language_model.": (f"{_BASE}model.",),
+        "lm_head.": (f"{_BASE}lm_head.",),
+    }
+    # What EVA-CLIP was trained with besides, and blocks above those that are used.
+    unused_weights = rf"{re.escape(_LOW_RANK)}|{_TOWER}(norm|fc_norm|head|lm_head|mask_token|blocks\.39)\b"
+
+    @staticmethod
+    @override
+    def companions(checkpoint: Checkpoint) -> tuple[Companion, ...]:
+        return (
+            Companion("vision_tower", "eva_vit_g.pth", "vision tower"),
+            Companion("base", "meta-llama/Llama-2-7b-chat-hf", "language model"),
+        )
+
+    @override
+    def resolve_weights(self, checkpoint: Checkpoint) -> Checkpoint:
+        changed: dict[str, Any] = {}
+        for key in checkpoint.weights:
+            found = re.fullmatch(rf"{re.escape(_LOW_RANK)}(.+\.)lora_A(\.default)?\.weight", key)
+            if found:
+                own = f"{_BASE}{found[1]}weight"
+                changed[own] = with_low_rank(
+                    checkpoint, own, key, key.replace("lora_A", "lora_B"), rank=RANK, scale=ALPHA / RANK
+                )
+        if not changed:
+            raise CheckpointError(
+                f"has no low-rank updates ({_LOW_RANK}...{_SPELLINGS[0].format('A')})",
+                subject=checkpoint.name,
+                hint="name the checkpoint of MiniGPT-v2's third stage, or its demo's",
             )
-    if not changed:
+        table = checkpoint.stored(f"{_TOWER}pos_embed")
+        side = SIZE // eva_sizes(checkpoint, _TOWER).patch
+        if table.shape[1] != 1 + side * side:
+            changed[f"{_TOWER}pos_embed"] = Derived(
+                (1, 1 + side * side, table.shape[2]),
+                (table,),
+                lambda stored, rows: spread(stored[0], side)[rows],
+            )
+        return checkpoint.with_weights(changed)
+
+    @override
+    def read_config(self) -> MiniGptConfig:
+        base = self.checkpoint.companions["base"]
+        if base.model_type != "llama":
+            raise CheckpointError(
+                f"has model_type {base.model_type!r} where a Llama is needed",
+                subject=str(base.folder / "config.json"),
+                hint="--base names the language model: meta-llama/Llama-2-7b-chat-hf",
+            )
+        return MiniGptConfig(
+            text_config=LlamaConfig.from_dict(dict(base.config)),
+            eva=eva_sizes(self.checkpoint, _TOWER),
+            image_token_id=stored_tokenizer(base).get_vocab_size(),
+        )
+
+    @override
+    def tokenizer(self) -> Tokenizer:
+        found = stored_tokenizer(self.checkpoint.companions["base"])
+        return with_placeholder(found, PLACEHOLDER, self.image_token_id)
+
+    @property
+    @override
+    def end_tokens(self) -> tuple[int, ...]:
+        return (token_id(stored_tokenizer(self.checkpoint.companions["base"]), END),)
+
+    @override
+    def spec(self, recipe: Recipe) -> ModelSpec:
+        rows, columns = self.config.grid
+        return ModelSpec(
+            **hf_config.decoder_sizes(self.config.text_config),
+            visual_tokens=rows * columns,
+            grid=(rows, columns),
+            missing_features=self.row.missing_features,
+        )
+
+    @override
+    def layout(self, recipe: Recipe) -> SquareLayout:
+        return SquareLayout(size=SIZE, fit="stretch", background=(0, 0, 0), mean=OPENAI_MEAN, std=OPENAI_STD)
+
+    @override
+    def box(self, recipe: Recipe) -> BoxFormat:
+        if recipe.fit not in (None, "stretch"):
+            raise RecipeError(
+                "is not how the model was trained: it sees images stretched to a square",
+                subject=f"fit: {recipe.fit}",
+                hint="leave it out",
+            )
+        return self.row.box
+
+    @override
+    def text_tower(self, companion: Checkpoint) -> TextTower:
         raise CheckpointError(
-            f"has no low-rank updates ({_LOW_RANK}...{_SPELLINGS[0].format('A')})",
-            subject=checkpoint.name,
-            hint="name the checkpoint of MiniGPT-v2's third stage, or its demo's",
+            "belongs to another vision tower: MiniGPT-v2 sees through EVA-CLIP, which is published without its text tower",
+            subject=companion.name,
+            hint="use a pruner that does not look at the expression",
         )
-    table = checkpoint.stored(f"{_TOWER}pos_embed")
-    side = SIZE // eva_sizes(checkpoint, _TOWER).patch
-    if table.shape[1] != 1 + side * side:
-        changed[f"{_TOWER}pos_embed"] = Derived(
-            (1, 1 + side * side, table.shape[2]), (table,), lambda stored, rows: spread(stored[0], side)[rows]
+
+    @override
+    def model_parts(self, spec: ModelSpec, plan: Plan) -> ModelParts:
+        config, mode, dtype = self.config, fake_mode(), torch_dtype(plan)
+        text, width, tokens = config.text_config, config.eva.width, 1 + config.side**2
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
+        language_model = fake(lambda: AutoModel.from_config(text, **options), mode)
+        trained_norm = "ln_vision.weight" in self.checkpoint.weights
+        modules: dict[str, nn.Module] = {
+            "vision_tower": fake(
+                lambda: EvaTower(config.eva, tokens, selection.tower_attention(plan)).to(dtype), mode
+            ),
+            # Nobody trained it: where the checkpoint has no weights for it, it only normalises.
+            "ln_vision": fake(lambda: nn.LayerNorm(width, elementwise_affine=trained_norm), mode),
+            "multi_modal_projector": fake(
+                lambda: nn.Linear(GROUP * width, text.hidden_size, dtype=dtype), mode
+            ),
+            "language_model": language_model,
+            "lm_head": fake(
+                lambda: nn.Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype), mode
+            ),
+        }
+        self.check_weights(f"{name}.{key}" for name, module in modules.items() for key in module.state_dict())
+        return ModelParts(
+            vision=MiniGptVision(modules, plan, grid=config.grid),
+            vision_inputs=(square_images(plan, SIZE),),
+            language_model=language_model,
+            lm_head=modules["lm_head"],
         )
-    return checkpoint.with_weights(changed)
 
 
 def spread(table_1TE: NDArray[Any], side: int) -> NDArray[np.float32]:
@@ -103,99 +224,6 @@ def spread(table_1TE: NDArray[Any], side: int) -> NDArray[np.float32]:
         [table[:, :1], larger.permute(0, 2, 3, 1).flatten(1, 2)], 1
     ).numpy()
     return spread_1TE
-
-
-def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """See `Family.tokenizer`; that of the language model."""
-    found = stored_tokenizer(checkpoint.parts["base"])
-    return with_placeholder(found, PLACEHOLDER, found.get_vocab_size())
-
-
-def facts(checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
-    """See `Family.facts`."""
-    rows, columns = _grid(checkpoint)
-    return ModelSpec(
-        **hf_config.decoder_sizes(_text(checkpoint)),
-        visual_tokens=rows * columns,
-        grid=(rows, columns),
-        missing_features=("projected_class_token", "following_layer"),
-    )
-
-
-def text_tower(checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
-    """See `Family.text_tower`."""
-    raise CheckpointError(
-        "belongs to another vision tower: MiniGPT-v2 sees through EVA-CLIP, which is published without its text tower",
-        subject=part.name,
-        hint="use a pruner that does not look at the expression",
-    )
-
-
-def preprocessing(checkpoint: Checkpoint, recipe: Recipe) -> SquareLayout:
-    """See `Family.preprocessing`."""
-    return SquareLayout(size=SIZE, fit="stretch", background=(0, 0, 0), mean=OPENAI_MEAN, std=OPENAI_STD)
-
-
-def prompt(checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
-    """See `Family.prompt`."""
-    found = stored_tokenizer(checkpoint.parts["base"])
-    return PromptTemplate(
-        grounding=recipe.prompt or GROUNDING_PROMPT,
-        image_token_id=found.get_vocab_size(),
-        add_special_tokens=True,
-        eos_token_ids=(token_id(found, END),),
-    )
-
-
-def box(recipe: Recipe) -> BoxFormat:
-    """See `Family.box`."""
-    if recipe.fit not in (None, "stretch"):
-        raise RecipeError(
-            "is not how the model was trained: it sees images stretched to a square",
-            subject=f"fit: {recipe.fit}",
-            hint="leave it out",
-        )
-    return BoxFormat(codec="minigpt_v2", frame="image")
-
-
-def components(checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
-    """See `Family.components`."""
-    dtype = assembly.torch_dtype(plan)
-    mode, text, eva = fake_mode(), _text(checkpoint), eva_sizes(checkpoint, _TOWER)
-    side = SIZE // eva.patch
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}
-    language_model = hollow(lambda: AutoModel.from_config(text, **options), mode)
-    modules: dict[str, nn.Module] = {
-        "vision_tower": hollow(
-            lambda: EvaTower(eva, 1 + side * side, selection.tower_attention(plan)).to(dtype), mode
-        ),
-        # Nobody trained it: where the checkpoint has no weights for it, it only normalises.
-        "ln_vision": hollow(
-            lambda: nn.LayerNorm(eva.width, elementwise_affine="ln_vision.weight" in checkpoint.weights),
-            mode,
-        ),
-        "multi_modal_projector": hollow(
-            lambda: nn.Linear(GROUP * eva.width, text.hidden_size, dtype=dtype), mode
-        ),
-        "language_model": language_model,
-        "lm_head": hollow(
-            lambda: nn.Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype), mode
-        ),
-    }
-    prefixes = with_shared_table(_PREFIXES, tied=bool(text.tie_word_embeddings))
-    named = (f"{name}.{parameter}" for name, module in modules.items() for parameter in module.state_dict())
-    check_known(checkpoint, named, prefixes, ignored=_IGNORED)
-    pieces = assembly.Pieces(
-        vision=MiniGptVision(modules, plan, grid=_grid(checkpoint)),
-        vision_inputs=(
-            TensorSpec(name="pixel_values", dtype="float32", shape=(assembly.batch_dim(plan), 3, SIZE, SIZE)),
-        ),
-        language_model=language_model,
-        lm_head=modules["lm_head"],
-        image_token_id=prompt(checkpoint, Recipe(name="", checkpoint="")).image_token_id,
-        weight_key=lambda name: find_key(checkpoint, name, prefixes),
-    )
-    return assembly.components(checkpoint.folder, sizes, plan, pieces)
 
 
 @dataclass(frozen=True)
@@ -225,7 +253,7 @@ class MiniGptVision(nn.Module):
     """Tower, norm, groups of four, pruner, projector.
 
     Args:
-        modules: hollow, by the names of the weight map.
+        modules: without weights, by the names on the left of `prefixes`.
         plan: of the build.
         grid: (rows, columns) of the tokens.
     """
@@ -260,23 +288,7 @@ class MiniGptVision(nn.Module):
                 normed_BTE[:, 1:], None, class_query_BAD=query_BATD[:, :, 0], keys_BATD=keys_BATD
             ),
         )
-        selected = selection.select(self._plan, features, keep_count)
-        selected = order.in_decoder_order(selected, self._plan.pruning.positions)
-        embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
-        return embeds_BKH, selected.indices_BK
-
-
-def _grid(checkpoint: Checkpoint) -> tuple[int, int]:
-    side = SIZE // eva_sizes(checkpoint, _TOWER).patch
-    return side, side // GROUP
-
-
-def _text(checkpoint: Checkpoint) -> LlamaConfig:
-    base = checkpoint.parts["base"]
-    if base.model_type != "llama":
-        raise CheckpointError(
-            f"has model_type {base.model_type!r} where a Llama is needed",
-            subject=str(base.folder / "config.json"),
-            hint="--base names the language model: meta-llama/Llama-2-7b-chat-hf",
+        embeds_BKH, selected = selection.select_and_project(
+            self._plan, features, keep_count, self.multi_modal_projector
         )
-    return LlamaConfig.from_dict(dict(base.config))
+        return embeds_BKH, selected.indices_BK

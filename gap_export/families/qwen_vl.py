@@ -1,98 +1,86 @@
-"""What the generations of Qwen-VL have in common: images at their own shape, M-RoPE, one layout of checkpoint and prompt.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images at their own shape, M-RoPE, one layout of checkpoint and prompt.
 
 Facts: squares of patches become one visual token each. Position ids have three rows (time, height, width); text after an image
-goes on from its longer side, and so do answers, whatever was pruned. No tower has a class token. A family is a `QwenVL` with a
-vision module of its own.
+goes on from its longer side, and so do answers, whatever was pruned. No tower has a class token. What differs:
+
+    model        patch   tower                                          boxes
+    Qwen2-VL     14      rotary positions                               `(x1,y1),(x2,y2)` in 0..1000 of the image
+    Qwen2.5-VL   14      most layers attend within windows of 112       JSON, pixels of the image as preprocessing scaled it
+                         pixels, four of 32 to all
+    Qwen3-VL     16      learned positions too; DeepStack               JSON, 0..1000 of the image
+
+Sources: arXiv 2409.12191, section 2.2; arXiv 2502.13923, section 2.1.1; the authors' notebooks on spatial understanding and grounding.
+The towers are in `modeling/qwen_vl.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from abc import abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar
 
 from torch import nn
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from typing_extensions import override
 
-from gap_export.bundle.manifest import BoxFormat, ModelSpec, VisionFeature
-from gap_export.bundle.spec import Component
-from gap_export.checkpoint import Checkpoint
+from gap_export.bundle.manifest import ModelSpec
+from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import RecipeError
-from gap_export.families.llava_next import check_fit
+from gap_export.families.base import Family
 from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.inputs.native_resolution import native_range
-from gap_export.inputs.prompt import PromptTemplate, TextTower
-from gap_export.modeling import assembly, hf_config, selection
-from gap_export.modeling.attention import IMPLEMENTATION
-from gap_export.modeling.fake import fake_mode, hollow
+from gap_export.modeling import hf_config
+from gap_export.modeling.components import ModelParts
 from gap_export.modeling.native import native_inputs
+from gap_export.modeling.qwen_vl import Qwen2VLVision, Qwen3VLVision, Qwen25VLVision
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
-PREFIXES = {
-    "visual.": ("model.visual.", "visual."),
-    "language_model.": ("model.language_model.", "model."),
-    "lm_head.": ("lm_head.",),
-}
-"""Where published checkpoints keep what modules call by the name on the left: transformers since and before 4.52."""
-
-TOWER_LACKS: tuple[VisionFeature, ...] = ("class_token", "projected_class_token", "following_layer", "grid")
+_USER = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+_ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
-@dataclass(frozen=True)
-class QwenVL:
-    """One generation. Its methods are those of the family contract.
+class QwenVL(Family):
+    """What the generations have in common."""
 
-    Attributes:
-        name: e.g. `Qwen2.5-VL`.
-        model: class of transformers.
-        vision: module of the vision graph, from the hollow model and the plan.
-        grounding: prompt, as the chat template of the published checkpoints frames it.
-        codec: of boxes.
-        window: tokens along the side of a window, from the configuration; None where there are none.
-        deepstack_levels: see `ModelSpec.deepstack_levels`, from the configuration.
-        supported: checks of the configuration that only this generation needs: (field, what it must be, whether it is).
-    """
+    prefixes: ClassVar[Prefixes] = {
+        "visual.": ("model.visual.", "visual."),
+        "language_model.": ("model.language_model.", "model."),
+        "lm_head.": ("lm_head.",),
+    }
 
-    name: str
-    model: Any
-    vision: Callable[[Any, Plan], nn.Module]
-    grounding: str
-    codec: str
-    window: Callable[[Any], int | None] = lambda config: None
-    deepstack_levels: Callable[[Any], int] = lambda config: 0
-    supported: Callable[[Any], tuple[tuple[str, str, bool], ...]] = lambda config: ()
+    @override
+    def read_config(self) -> Any:
+        config, require = hf_config.read_config(self.checkpoint), self.require
+        text, rope = config.text_config, config.text_config.rope_parameters
+        layer_types = {*(getattr(text, "layer_types", None) or ["full_attention"])}
+        require("text_config.use_sliding_window", layer_types == {"full_attention"}, "false")
+        require("text_config.rope_scaling.type", rope["rope_type"] == "default", "mrope, or default")
+        require("vision_config.in_channels", config.vision_config.in_channels == 3, "3")
+        return config
 
-    def facts(self, checkpoint: Checkpoint, recipe: Recipe) -> ModelSpec:
-        """See `Family.facts`."""
-        config = self._config(checkpoint)
-        tokens, most = native_range(self.preprocessing(checkpoint, recipe))
+    @override
+    def spec(self, recipe: Recipe) -> ModelSpec:
+        tokens, most = native_range(self.layout(recipe))
         return ModelSpec(
-            **hf_config.decoder_sizes(config.text_config),
+            **hf_config.decoder_sizes(self.config.text_config),
             visual_tokens=most,
             grid=None,
             token_range=tokens,
             position_rows=3,
-            deepstack_levels=self.deepstack_levels(config),
-            missing_features=TOWER_LACKS,
+            deepstack_levels=self.deepstack_levels,
+            missing_features=self.row.missing_features,
         )
 
-    def text_tower(self, checkpoint: Checkpoint, part: Checkpoint) -> TextTower:
-        """See `Family.text_tower`.
-
-        Raises:
-            CheckpointError: always: CLIP's text tower shares no space with this model's vision tower.
-        """
-        raise hf_config.no_text_tower(part, f"vision tower of {self.name}")
-
-    def preprocessing(self, checkpoint: Checkpoint, recipe: Recipe) -> NativeResolutionLayout:
-        """See `Family.preprocessing`.
-
-        Raises:
-            CheckpointError: settings of another processor.
-            RecipeError: `fit`, or fewer pixels than the smallest images have.
-        """
-        check_fit(recipe, self.name)
-        native = self._native(checkpoint)
+    @override
+    def layout(self, recipe: Recipe) -> NativeResolutionLayout:
+        self.check_no_fit(recipe)
+        native = self._native
         if recipe.max_pixels is None:
             return native
         if recipe.max_pixels < native.min_pixels:
@@ -103,52 +91,41 @@ class QwenVL:
             )
         return native.model_copy(update={"max_pixels": recipe.max_pixels})
 
-    def prompt(self, checkpoint: Checkpoint, recipe: Recipe) -> PromptTemplate:
-        """See `Family.prompt`."""
-        config = self._config(checkpoint)
-        return PromptTemplate(
-            grounding=recipe.prompt or self.grounding,
-            image_token_id=config.image_token_id,
-            add_special_tokens=True,
-            eos_token_ids=hf_config.end_tokens(checkpoint, config.text_config),
-        )
-
-    def box(self, recipe: Recipe) -> BoxFormat:
-        """See `Family.box`."""
-        check_fit(recipe, self.name)
-        return BoxFormat(codec=self.codec, frame="image")
-
-    def components(self, checkpoint: Checkpoint, sizes: ModelSpec, plan: Plan) -> list[Component]:
-        """See `Family.components`."""
-        config = self._config(checkpoint)
-        torch_dtype = assembly.torch_dtype(plan)
-
-        def build() -> Any:
-            attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
-            options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attention}
-            return self.model._from_config(config, **options)
-
-        model = hollow(build, fake_mode())
-        tied = hf_config.is_tied(config)
-        hf_config.check_unknown_weights(
-            checkpoint, model, tied=tied, ignored=hf_config.NOTHING, prefixes=PREFIXES
-        )
-        assert sizes.token_range is not None
-        pieces = assembly.Pieces(
+    @override
+    def model_parts(self, spec: ModelSpec, plan: Plan) -> ModelParts:
+        assert spec.token_range is not None
+        model = self.fake_model(self.model_class, plan)
+        return ModelParts(
             vision=self.vision(model, plan),
-            vision_inputs=native_inputs(self._native(checkpoint), sizes.token_range),
+            vision_inputs=native_inputs(self._native, spec.token_range),
             language_model=model.model.language_model,
             lm_head=model.lm_head,
-            image_token_id=config.image_token_id,
-            weight_key=lambda name: hf_config.weight_key(checkpoint, name, tied=tied, prefixes=PREFIXES),
         )
-        return assembly.components(checkpoint.folder, sizes, plan, pieces)
 
-    def _native(self, checkpoint: Checkpoint) -> NativeResolutionLayout:
+    @property
+    @abstractmethod
+    def model_class(self) -> Any:
+        """Class of transformers."""
+
+    @abstractmethod
+    def vision(self, model: Any, plan: Plan) -> nn.Module:
+        """The module of the vision graph, from the whole model."""
+
+    @property
+    def window(self) -> int | None:
+        """Tokens along the side of a window; None where there are none."""
+        return None
+
+    @property
+    def deepstack_levels(self) -> int:
+        """Features added between the decoder's first layers: see `ModelSpec.deepstack_levels`."""
+        return 0
+
+    @cached_property
+    def _native(self) -> NativeResolutionLayout:
         """As the checkpoint's own processor has it."""
-        config = self._config(checkpoint)
-        vision, require = config.vision_config, hf_config.Requirements(checkpoint, self.name)
-        settings = hf_config.image_processor(checkpoint)
+        vision, require = self.config.vision_config, self.require
+        settings = hf_config.image_processor(self.checkpoint)
         for field, own in (
             ("patch_size", vision.patch_size),
             ("merge_size", vision.spatial_merge_size),
@@ -170,20 +147,82 @@ class QwenVL:
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             frames=vision.temporal_patch_size,
-            window=self.window(config),
+            window=self.window,
             min_pixels=fewest,
             max_pixels=most,
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
         )
 
-    def _config(self, checkpoint: Checkpoint) -> Any:
-        config, require = hf_config.read_config(checkpoint), hf_config.Requirements(checkpoint, self.name)
-        text, rope = config.text_config, config.text_config.rope_parameters
-        layer_types = {*(getattr(text, "layer_types", None) or ["full_attention"])}
-        require("text_config.use_sliding_window", layer_types == {"full_attention"}, "false")
-        require("text_config.rope_scaling.type", rope["rope_type"] == "default", "mrope, or default")
-        require("vision_config.in_channels", config.vision_config.in_channels == 3, "3")
-        for field, wanted, holds in self.supported(config):
-            require(field, holds, wanted)
+
+class Qwen2VL(QwenVL):
+    """Qwen2-VL."""
+
+    # Frame as the chat template has it, one `<|image_pad|>` standing for all. The question's words are ours: none are published.
+    grounding_prompt = f"{_SYSTEM}{_USER}Give the bounding box of <|object_ref_start|>{{expression}}<|object_ref_end|>.{_ASSISTANT}"
+    model_class = Qwen2VLForConditionalGeneration
+
+    @override
+    def vision(self, model: Any, plan: Plan) -> nn.Module:
+        return Qwen2VLVision(model, plan)
+
+
+class Qwen25VL(QwenVL):
+    """Qwen2.5-VL."""
+
+    # As the chat template and the notebook have it, one `<|image_pad|>` standing for all.
+    grounding_prompt = (
+        f"{_SYSTEM}{_USER}Locate {{expression}}, output its bbox coordinates using JSON format.{_ASSISTANT}"
+    )
+    model_class = Qwen2_5_VLForConditionalGeneration
+
+    @override
+    def read_config(self) -> Any:
+        config = super().read_config()
+        self.require("vision_config.window_size", _window(config.vision_config) >= 1, "at least one token")
         return config
+
+    @property
+    @override
+    def window(self) -> int:
+        return _window(self.config.vision_config)
+
+    @override
+    def vision(self, model: Any, plan: Plan) -> nn.Module:
+        return Qwen25VLVision(model, plan)
+
+
+class Qwen3VL(QwenVL):
+    """Qwen3-VL."""
+
+    # As the chat template and the notebook have it, one `<|image_pad|>` standing for all.
+    grounding_prompt = (
+        f"{_USER}Locate {{expression}}, report its bbox coordinates in JSON format.{_ASSISTANT}"
+    )
+    model_class = Qwen3VLForConditionalGeneration
+
+    @override
+    def read_config(self) -> Any:
+        config = super().read_config()
+        indexes, depth = config.vision_config.deepstack_visual_indexes, config.vision_config.depth
+        are_layers = sorted({*indexes}) == [*indexes] and all(0 <= index < depth for index in indexes)
+        self.require(
+            "vision_config.deepstack_visual_indexes",
+            are_layers and len(indexes) <= config.text_config.num_hidden_layers,
+            "layers of the tower, ascending, at most as many as the decoder has",
+        )
+        return config
+
+    @property
+    @override
+    def deepstack_levels(self) -> int:
+        return len(self.config.vision_config.deepstack_visual_indexes)
+
+    @override
+    def vision(self, model: Any, plan: Plan) -> nn.Module:
+        return Qwen3VLVision(model, plan)
+
+
+def _window(vision_config: Any) -> int:
+    """Tokens along the side of a window."""
+    return int(vision_config.window_size // vision_config.spatial_merge_size // vision_config.patch_size)

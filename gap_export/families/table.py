@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gap_export import prune
 from gap_export.bundle.manifest import BoxFormat, VisionFeature
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from gap_export.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class FamilyRow:
     Attributes:
         name: what `--family` takes and manifests store.
         title: for people.
-        implementation: `module` that describes it.
+        implementation: `module:class` of its `base.Family`.
         reference: `module:class` of the model that its graphs are held against.
         model_types: values of `model_type` in config.json; "" stands for a checkpoint without a config.json.
         box: how boxes are written, by models as published and recipes that leave `fit` open.
@@ -63,14 +66,20 @@ class FamilyRow:
             and not (self.dynamic and row.where == "inside the decoder")
         )
 
-    def load(self) -> Any:
-        """The implementation; imports torch and transformers."""
-        return importlib.import_module(self.implementation)
+    def load(self) -> type[Family]:
+        """The class of the family; imports torch and transformers."""
+        kind: type[Family] = _load(self.implementation)
+        return kind
 
     def load_reference(self) -> Any:
         """The class of the reference; imports torch and transformers."""
-        module, _, kind = self.reference.partition(":")
-        return getattr(importlib.import_module(module), kind)
+        return _load(self.reference)
+
+
+def _load(path: str) -> Any:
+    """What `module:name` leads to."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 _ROWS: dict[str, FamilyRow] = {}
@@ -138,11 +147,12 @@ _REFERENCES = "gap_export.families.reference"
 
 def _qwen_vl(name: str, title: str, published: str, visual_tokens: str) -> FamilyRow:
     """A generation of Qwen-VL: images at their own shape, M-RoPE, no class token."""
+    kind = title.replace("-", "").replace(".", "")
     return FamilyRow(
         name=name,
         title=title,
-        implementation=f"gap_export.families.{name}",
-        reference=f"{_REFERENCES}.qwen_vl:{title.replace('-', '').replace('.', '')}Reference",
+        implementation=f"gap_export.families.qwen_vl:{kind}",
+        reference=f"{_REFERENCES}.qwen_vl:{kind}Reference",
         model_types=(name,),
         box=BoxFormat(codec=name, frame="image"),
         published=published,
@@ -158,7 +168,7 @@ for _row in (
     FamilyRow(
         name="llava",
         title="LLaVA-1.5",
-        implementation="gap_export.families.llava",
+        implementation="gap_export.families.llava:Llava",
         reference=f"{_REFERENCES}.llava:LlavaReference",
         model_types=("llava",),
         box=_PADDED_SQUARE,
@@ -168,7 +178,7 @@ for _row in (
     FamilyRow(
         name="llava_original",
         title="LLaVA-1.5",
-        implementation="gap_export.families.llava_original",
+        implementation="gap_export.families.llava_original:LlavaOriginal",
         reference=f"{_REFERENCES}.original:LlavaOriginalReference",
         # LLaVA's own code and transformers' have used the name `llava` for two layouts.
         model_types=("llava_llama", "llava"),
@@ -182,7 +192,7 @@ for _row in (
     FamilyRow(
         name="shikra",
         title="Shikra",
-        implementation="gap_export.families.shikra",
+        implementation="gap_export.families.shikra:Shikra",
         reference=f"{_REFERENCES}.original:ShikraReference",
         model_types=("shikra",),
         box=BoxFormat(codec="shikra", frame="padded_square"),
@@ -192,7 +202,7 @@ for _row in (
     FamilyRow(
         name="minigpt_v2",
         title="MiniGPT-v2",
-        implementation="gap_export.families.minigpt_v2",
+        implementation="gap_export.families.minigpt_v2:MiniGpt",
         reference=f"{_REFERENCES}.minigpt_v2:MiniGptReference",
         model_types=("",),
         recognises=lambda checkpoint: not checkpoint.config and "llama_proj.weight" in checkpoint.weights,
@@ -205,7 +215,7 @@ for _row in (
     FamilyRow(
         name="llava_next",
         title="LLaVA-NeXT",
-        implementation="gap_export.families.llava_next",
+        implementation="gap_export.families.llava_next:LlavaNext",
         reference=f"{_REFERENCES}.llava_next:LlavaNextReference",
         model_types=("llava_next",),
         box=_PADDED_SQUARE,
@@ -217,7 +227,7 @@ for _row in (
     FamilyRow(
         name="llava_onevision",
         title="LLaVA-OneVision",
-        implementation="gap_export.families.llava_onevision",
+        implementation="gap_export.families.llava_onevision:LlavaOnevision",
         reference=f"{_REFERENCES}.llava_onevision:LlavaOnevisionReference",
         model_types=("llava_onevision",),
         box=BoxFormat(codec="llava", frame="image"),
@@ -230,7 +240,7 @@ for _row in (
     FamilyRow(
         name="internvl",
         title="InternVL",
-        implementation="gap_export.families.internvl",
+        implementation="gap_export.families.internvl:InternVL",
         reference=f"{_REFERENCES}.internvl:InternVLReference",
         model_types=("internvl",),
         box=BoxFormat(codec="internvl", frame="image"),

@@ -21,10 +21,10 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from gap_export.bundle.spec import Component
 from gap_export.errors import TraceError
 from gap_export.graph.quantized_weights import QuantizedStore, Scheme
 from gap_export.graph.rounding import BLOCK, E4M3_MAX, FP4_BLOCK, nvfp4_whole
+from gap_export.modeling.components import Component
 
 DECODERS = ("decoder", "prefill", "decode")
 _HEAD = "lm_head.weight"

@@ -20,16 +20,17 @@ import onnx_ir as ir
 import torch
 from torch._subclasses import FakeTensor
 
-from gap_export.bundle.spec import Component, Dim, TensorSpec
+from gap_export.bundle.spec import Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
 from gap_export.modeling.attention import OPSET
+from gap_export.modeling.components import Component
 
 
 def graph_from_component(component: Component) -> ir.Model:
     """Trace one component.
 
     Args:
-        component: hollow module and spec.
+        component: module without weights, and spec.
 
     Returns:
         An ONNX model (opset 24) whose inputs and outputs carry the names, and whose shapes carry the symbols, of the
@@ -96,7 +97,7 @@ class TracedOnce:
         return graph.clone()
 
 
-def is_hollow(tensor: ir.TensorProtocol | None) -> bool:
+def is_fake(tensor: ir.TensorProtocol | None) -> bool:
     """Whether an initializer's value is a fake tensor, that is, a parameter still to be attached."""
     return isinstance(getattr(tensor, "raw", None), FakeTensor)
 

@@ -22,7 +22,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Derived, Part, WeightLocation, lay_out
 from gap_export.errors import CheckpointError, MissingRequirementError, TraceError
 from gap_export.files import place_file, writing
-from gap_export.graph.trace import is_hollow
+from gap_export.graph.trace import is_fake
 from gap_export.precision import ACTIVATIONS, Activations
 
 _NUMPY = {"F64": np.dtype(np.float64)} | {each.safetensors: np.dtype(each.dtype) for each in ACTIVATIONS}
@@ -195,7 +195,7 @@ def _rows_of(
 
 def parameters_of(model: ir.Model) -> list[str]:
     """Names of the initializers that are parameters of the traced module."""
-    return [name for name, value in model.graph.initializers.items() if is_hollow(value.const_value)]
+    return [name for name, value in model.graph.initializers.items() if is_fake(value.const_value)]
 
 
 def attach_weights(

@@ -11,20 +11,28 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel
 
 from gap_export import prune
+from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError, first_line
 from gap_export.modeling import selection
 from gap_export.modeling.clip_text import ClipText
 from gap_export.plan import Plan
-from gap_export.prune import order
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the images that OpenAI's CLIP was trained on; every tower that comes from it is fed with these."""
+
+UNUSED_OF_CLIP = r"vision_tower/(text_model\.|text_projection\.|visual_projection\.|logit_scale)"
+"""Keys of a whole CLIP checkpoint that a vision tower does not need."""
 
 
 class ClipVision(nn.Module):
     """CLIP tower up to the feature layer, pruner, projector.
 
     Args:
-        tower: hollow.
+        tower: without weights.
         projector: from the tower's width to the decoder's.
         plan: of the build.
         feature_layer: how many layers of the tower are run.
@@ -65,9 +73,9 @@ class ClipVision(nn.Module):
             int64, rows being padded to the bound.
         """
         features = self.seen(pixel_values, text_ids)
-        selected = selection.select(self._plan, features, keep_count)
-        selected = order.in_decoder_order(selected, self._plan.pruning.positions)
-        embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
+        embeds_BKH, selected = selection.select_and_project(
+            self._plan, features, keep_count, self.multi_modal_projector
+        )
         if selected.counts_B is not None:
             return embeds_BKH, selected.indices_BK, selected.counts_B
         return embeds_BKH, selected.indices_BK
@@ -116,3 +124,27 @@ class ClipVision(nn.Module):
             text_BP=text_BP,
             aligned_inversely=self._plan.text_tower is None or self._plan.text_tower.aligned_inversely,
         )
+
+
+def read_vision_config(companion: Checkpoint) -> CLIPVisionConfig:
+    """Config of the vision tower in a CLIP checkpoint, whole or the tower alone.
+
+    Raises:
+        CheckpointError: it holds another kind of model, or a config that transformers does not accept.
+    """
+    kinds = {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig}
+    if companion.model_type not in kinds:
+        raise CheckpointError(
+            f"has model_type {companion.model_type!r} where a CLIP checkpoint is needed",
+            subject=str(companion.folder / "config.json"),
+            hint="--vision-tower names the CLIP checkpoint that the model was trained on",
+        )
+    try:
+        config = kinds[companion.model_type].from_pretrained(companion.folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"is not a configuration transformers accepts: {first_line(error)}",
+            subject=str(companion.folder / "config.json"),
+            hint="fetch the checkpoint's config.json again",
+        ) from error
+    return config.vision_config if isinstance(config, CLIPConfig) else config

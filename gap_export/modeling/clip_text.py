@@ -20,7 +20,10 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.prompt import TextTower
 from gap_export.modeling.attention import slot_mask
-from gap_export.modeling.fake import hollow
+from gap_export.modeling.components import torch_dtype
+from gap_export.modeling.fake import fake
+from gap_export.modeling.selection import tower_attention
+from gap_export.plan import Plan
 
 TEXT_TOWER = "text_tower"
 """Name of the part of a checkpoint, and of the module, that it lives under."""
@@ -87,39 +90,31 @@ def read_text_tower(part: Checkpoint, *, tower_width: int) -> TextTower:
     )
 
 
-def hollow_text_tower(part: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode, attention: str) -> ClipText:
-    """The text tower and the patches' projection, without storage; `attention` is one of `modeling/attention.py`."""
-    config = _config(part)
+def text_tower_of(checkpoint: Checkpoint, plan: Plan, mode: FakeTensorMode) -> ClipText | None:
+    """The text tower and the patches' projection, without weights; None where the plan has none.
+
+    Args:
+        checkpoint: with the companion `TEXT_TOWER`.
+        plan: of the build.
+        mode: of the fake parameters.
+    """
+    if plan.text_tower is None:
+        return None
+    config, dtype = _config(checkpoint.companions[TEXT_TOWER]), torch_dtype(plan)
     text = config.text_config
     text.projection_dim = config.projection_dim
 
     def build() -> CLIPTextModelWithProjection:
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": tower_attention(plan)}
         return cast(CLIPTextModelWithProjection, CLIPTextModelWithProjection._from_config(text, **options))
 
-    model = hollow(build, mode)
+    model = fake(build, mode)
     with mode:
         projection = nn.Linear(
             config.vision_config.hidden_size, config.projection_dim, bias=False, dtype=dtype, device="cpu"
         )
     projection.weight.requires_grad_(False)
     return ClipText(model, projection)
-
-
-def text_weight_key(checkpoint: Checkpoint, parameter: str) -> str:
-    """Key, in the joined checkpoint, of a parameter of `ClipText` as a module named `TEXT_TOWER`.
-
-    Raises:
-        CheckpointError: the CLIP checkpoint does not have it.
-    """
-    key = f"{TEXT_TOWER}/{parameter.removeprefix(f'{TEXT_TOWER}.')}"
-    if key not in checkpoint.weights:
-        raise CheckpointError(
-            f"has no weight for {parameter}",
-            subject=str(checkpoint.parts[TEXT_TOWER].folder),
-            hint="use a CLIP checkpoint with its text tower and projections",
-        )
-    return key
 
 
 class ClipText(nn.Module):

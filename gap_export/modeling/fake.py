@@ -1,4 +1,4 @@
-"""Models without weights: parameters that have shape and type but no storage, buffers that are real.
+"""Models without weights: fake parameters, which have shape and type but no storage, and real buffers.
 
 A 7B decoder built this way takes no memory, and is traced like any other. Weights come later, as references into the
 checkpoint's own files (`graph/weights.py`).
@@ -27,7 +27,7 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-def hollow(build: Callable[[], Model], mode: FakeTensorMode) -> Model:
+def fake(build: Callable[[], Model], mode: FakeTensorMode) -> Model:
     """Build a model without storage for its parameters.
 
     Args:
@@ -44,11 +44,11 @@ def hollow(build: Callable[[], Model], mode: FakeTensorMode) -> Model:
     with torch.device("meta"):
         model = build()
     model.eval()
-    _hollow_out(model, None, mode)
+    _fill(model, None, mode)
     return model
 
 
-def _hollow_out(module: nn.Module, owner: PreTrainedModel | None, mode: FakeTensorMode) -> None:
+def _fill(module: nn.Module, owner: PreTrainedModel | None, mode: FakeTensorMode) -> None:
     """Make parameters fake and buffers real, recursively.
 
     Args:
@@ -76,4 +76,4 @@ def _hollow_out(module: nn.Module, owner: PreTrainedModel | None, mode: FakeTens
                 hint="the versions in constraints.txt are the tested ones; otherwise please report this",
             )
     for child in module.children():
-        _hollow_out(child, owner, mode)
+        _fill(child, owner, mode)

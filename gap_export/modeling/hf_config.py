@@ -1,5 +1,5 @@
-"""What families read from a checkpoint in the same way: its configuration, how channels are normalised, which tokens end an answer,
-and under which name a weight is published.
+"""What families read from a checkpoint in the same way: its configuration, how images are prepared, which tokens end an answer, and
+where transformers keeps its weights.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import AutoConfig
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
+from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError, first_line
+from gap_export.inputs.layouts import AnyResLayout
 
 PREFIXES: Prefixes = {
     "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
@@ -117,6 +117,51 @@ def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> 
     return settings
 
 
+def anyres_layout(checkpoint: Checkpoint, config: Any, require: Requirements) -> AnyResLayout:
+    """Tiles of LLaVA-NeXT and those that come after it, any number of them.
+
+    Args:
+        checkpoint: whose settings they are.
+        config: of the model.
+        require: names the model.
+
+    Raises:
+        CheckpointError: see `tile_processor`; or other grids than the config has.
+    """
+    vision = config.vision_config
+    settings = tile_processor(checkpoint, require, vision.image_size)
+    grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+    same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
+    require(
+        "image_grid_pinpoints",
+        sorted(map(tuple, same)) == sorted(grids),
+        "the same in config.json and preprocessor_config.json",
+    )
+    return AnyResLayout(
+        size=vision.image_size,
+        side=vision.image_size // vision.patch_size,
+        grids=grids,
+        mean=tuple(settings["image_mean"]),
+        std=tuple(settings["image_std"]),
+    )
+
+
+def require_whole_tiles(config: Any, require: Requirements) -> None:
+    """Refuse grids that tiles do not fill.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    size = config.vision_config.image_size
+    whole = all(extent % size == 0 for grid in config.image_grid_pinpoints for extent in grid)
+    require("image_grid_pinpoints", whole, "multiples of image_size")
+
+
+def feature_layer(number: int, vision_config: Any) -> int:
+    """How many layers of a tower are run. `number` counts hidden states, the embeddings being number 0; from the end, below 0."""
+    return number if number >= 0 else int(vision_config.num_hidden_layers) + 1 + number
+
+
 def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:
     """Ids that end an answer.
 
@@ -133,20 +178,6 @@ def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:
             hint="add eos_token_id to the checkpoint's generation_config.json",
         )
     return tuple(ends)
-
-
-def no_text_tower(part: Checkpoint, tower: str) -> CheckpointError:
-    """The refusal of families whose vision tower has no published text tower in the same space.
-
-    Args:
-        part: the text tower that was given.
-        tower: of the family, in words.
-    """
-    return CheckpointError(
-        f"has a text tower that shares no space with the {tower}",
-        subject=str(part.folder),
-        hint="use a pruner that does not look at the expression",
-    )
 
 
 def is_tied(config: Any) -> bool:
@@ -166,45 +197,6 @@ def decoder_sizes(text_config: Any) -> dict[str, Any]:
         "vocabulary": text_config.vocab_size,
         "max_positions": text_config.max_position_embeddings,
     }
-
-
-def weight_key(checkpoint: Checkpoint, parameter: str, *, tied: bool, prefixes: Prefixes = PREFIXES) -> str:
-    """Checkpoint key of a parameter.
-
-    Args:
-        checkpoint: where it is looked for.
-        parameter: name in the modules that are traced.
-        tied: whether the head may be the token embedding.
-        prefixes: of the family.
-
-    Raises:
-        CheckpointError: the checkpoint has it under none of the known names.
-    """
-    return find_key(checkpoint, parameter, with_shared_table(prefixes, tied=tied))
-
-
-def check_unknown_weights(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    *,
-    tied: bool,
-    ignored: str,
-    prefixes: Prefixes = PREFIXES,
-) -> None:
-    """Refuse a checkpoint with weights that transformers' model has no place for.
-
-    Args:
-        checkpoint: as published.
-        model: hollow, whole: with its `model` and its `lm_head`.
-        tied: see `weight_key`.
-        ignored: pattern of further keys that are known and not used.
-        prefixes: of the family.
-
-    Raises:
-        CheckpointError: names some of them.
-    """
-    parameters = (name.removeprefix("model.") for name in model.state_dict())
-    check_known(checkpoint, parameters, with_shared_table(prefixes, tied=tied), ignored=ignored)
 
 
 def _is_rgb(values: Any) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from gap_export.bundle.spec import Dim, TensorSpec
+from gap_export.bundle.spec import Dim, TensorSpec, float_spec, int64_spec
 from gap_export.inputs.layouts import NativeResolutionLayout, TokenRange
 from gap_export.inputs.native_resolution import (
     PATCH_POSITIONS,
@@ -124,8 +124,8 @@ def native_inputs(preprocessing: NativeResolutionLayout, tokens: TokenRange) -> 
     patches, window = preprocessing.merge**2, preprocessing.window
     samples = 3 * preprocessing.frames * preprocessing.patch**2
     inputs = (
-        TensorSpec(name=PIXELS, dtype="float32", shape=(several, patches, samples)),
-        TensorSpec(name=PATCH_POSITIONS, dtype="int64", shape=(several, patches, 2)),
+        float_spec(PIXELS, "float32", several, patches, samples),
+        int64_spec(PATCH_POSITIONS, several, patches, 2),
     )
     if window is None:
         return inputs
@@ -136,6 +136,6 @@ def native_inputs(preprocessing: NativeResolutionLayout, tokens: TokenRange) -> 
     windows = Dim(name="windows", minimum=1, optimum=usual, maximum=most)
     return (
         *inputs,
-        TensorSpec(name=WINDOW_TOKENS, dtype="int64", shape=(windows, window**2)),
-        TensorSpec(name=TOKEN_SLOTS, dtype="int64", shape=(several,)),
+        int64_spec(WINDOW_TOKENS, windows, window**2),
+        int64_spec(TOKEN_SLOTS, several),
     )

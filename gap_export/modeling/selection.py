@@ -64,3 +64,24 @@ def project(
         survivors_BKE = order.take(features.patches_BNE, indices_BK)
     projected_BKH: Tensor = projector(survivors_BKE)
     return projected_BKH
+
+
+def select_and_project(
+    plan: Plan,
+    features: prune.VisionFeatures,
+    keep_count: Tensor | None,
+    projector: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, prune.Selected]:
+    """What is left of the image as the decoder takes it, in the order in which it enters.
+
+    Args:
+        plan: of the build.
+        features: of the batch.
+        keep_count: as of `select`.
+        projector: from the tower's width to the decoder's.
+
+    Returns:
+        [B, K, H], and what was selected.
+    """
+    selected = order.in_decoder_order(select(plan, features, keep_count), plan.pruning.positions)
+    return project(plan, features, selected, projector), selected

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gap_export.bundle.manifest import Stage
-from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec, int64_spec
 from gap_export.modeling.attention import SlotCache, Watch, slot_mask
 from gap_export.modeling.splice import Splice
 from gap_export.plan import Plan
@@ -273,8 +273,8 @@ def decoder_graphs(
     """`prefill` and `decode`.
 
     Args:
-        language_model: hollow.
-        lm_head: the same.
+        language_model: of transformers, without weights.
+        lm_head: hidden states to logits, without weights.
         plan: with stages.
         embeds: inputs_embeds [B, S, H] of a prompt with every visual token.
         logits: [B, V].
@@ -284,22 +284,19 @@ def decoder_graphs(
     batch, sequence, hidden = embeds.shape
     later = range(1, len(plan.pruning.stages))
 
-    def whole(name: str, *shape: int | Dim) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int64", shape=shape)
-
     aliased = {out.name: into.name for out, into in zip(present, past, strict=True)}
     prefill = GraphSpec(
         name="prefill",
         inputs=(
             embeds,
-            whole("position_ids", batch, sequence),
-            whole("last_index", batch),
-            whole("image_start", batch),
+            int64_spec("position_ids", batch, sequence),
+            int64_spec("last_index", batch),
+            int64_spec("image_start", batch),
             *past,
         ),
         outputs=(
             logits,
-            *(whole(f"kept_indices.{s}", batch, plan.pruning.stages[s].kept) for s in later),
+            *(int64_spec(f"kept_indices.{s}", batch, plan.pruning.stages[s].kept) for s in later),
             *present,
         ),
         aliased=aliased,
@@ -308,9 +305,9 @@ def decoder_graphs(
         name="decode",
         inputs=(
             TensorSpec(name="inputs_embeds", dtype=embeds.dtype, shape=(batch, 1, hidden)),
-            whole("position_ids", batch, 1),
-            whole("write_index", batch),
-            *(whole(f"write_index.{s}", batch) for s in later),
+            int64_spec("position_ids", batch, 1),
+            int64_spec("write_index", batch),
+            *(int64_spec(f"write_index.{s}", batch) for s in later),
             *past,
         ),
         outputs=(logits, *present),

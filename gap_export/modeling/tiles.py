@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gap_export import prune
-from gap_export.bundle.spec import Dim, TensorSpec
+from gap_export.bundle.spec import Dim, TensorSpec, float_spec, int64_spec
 from gap_export.inputs.layouts import AnyResLayout, DynamicTilesLayout
 from gap_export.inputs.tiles import (
     CELLS,
@@ -164,15 +164,12 @@ def anyres_inputs(preprocessing: AnyResLayout) -> tuple[TensorSpec, ...]:
     usual_lines = len(anyres_layout(*USUAL_SIZE, preprocessing)[NEWLINES])
     lines = Dim(name="lines", minimum=1, optimum=usual_lines, maximum=tokens.never_pruned)
 
-    def whole(name: str, *shape: int | Dim) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int64", shape=shape)
-
     sources = (
-        (whole(CELLS, prunable),)
+        (int64_spec(CELLS, prunable),)
         if preprocessing.max_tiles is None
-        else (whole(CORNERS, prunable, 4), TensorSpec(name=WEIGHTS, dtype="float32", shape=(prunable, 4)))
+        else (int64_spec(CORNERS, prunable, 4), float_spec(WEIGHTS, "float32", prunable, 4))
     )
-    return (pixel_values(preprocessing), whole(PLACES, prunable), whole(NEWLINES, lines), *sources)
+    return (pixel_values(preprocessing), int64_spec(PLACES, prunable), int64_spec(NEWLINES, lines), *sources)
 
 
 def pixel_values(preprocessing: AnyResLayout | DynamicTilesLayout) -> TensorSpec:
@@ -180,4 +177,4 @@ def pixel_values(preprocessing: AnyResLayout | DynamicTilesLayout) -> TensorSpec
     usual, most = tile_counts(preprocessing)
     tiles = Dim(name="tiles", minimum=1, optimum=usual, maximum=most)
     size = preprocessing.size
-    return TensorSpec(name="pixel_values", dtype="float32", shape=(tiles, 3, size, size))
+    return float_spec("pixel_values", "float32", tiles, 3, size, size)

@@ -141,7 +141,7 @@ def manifest_of(
     return Manifest(
         gap_export=__version__,
         name=recipe.name,
-        family=model.family_name,
+        family=model.family.row.name,
         checkpoint=RANDOM if recipe.weights == "random" else recipe.checkpoint,
         precision=recipe.precision,
         spec=model.spec,
@@ -168,7 +168,7 @@ def manifest_of(
 def _write_tokenizers(model: OpenedModel, folder: Path) -> None:
     model.tokenizer.save(str(folder / TOKENIZER))
     if model.text_tower is not None:
-        text_tower = model.checkpoint.parts["text_tower"]
+        text_tower = model.checkpoint.companions["text_tower"]
         shutil.copyfile(text_tower.folder / TOKENIZER, folder / _TEXT_TOKENIZER)
 
 

@@ -16,11 +16,12 @@ import onnx_ir as ir
 
 from gap_export import linter
 from gap_export.bundle.manifest import Graph
-from gap_export.bundle.spec import Component, GraphName
+from gap_export.bundle.spec import GraphName
 from gap_export.errors import InputError
 from gap_export.graph import cost, passes, quantize, trace, weights
 from gap_export.graph.quantized_weights import QuantizedStore, Scheme
 from gap_export.graph.weights import WeightStore
+from gap_export.modeling.components import Component
 from gap_export.pipeline.opened import OpenedModel, Progress, open_model
 from gap_export.plan import Plan, plan_for
 from gap_export.recipe.ranges import RANGES
@@ -191,7 +192,7 @@ def _ranges_of(traced: Sequence[TracedGraph], model: OpenedModel, folder: Path) 
     ranges = model.ranges
     if ranges is None:
         return {}
-    ranges.require([name for graph in traced for name in graph.schemes], model.family_name)
+    ranges.require([name for graph in traced for name in graph.schemes], model.family.row.name)
     ranges.write(folder / RANGES)
     return ranges.largest
 

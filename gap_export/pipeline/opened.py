@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gap_export import prune
+from gap_export import families, prune
 from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
 from gap_export.checkpoint.random_weights import random_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import PARTS, Family, family_of
 from gap_export.inputs.layouts import Layout, NativeResolutionLayout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer, load_tokenizer
 from gap_export.recipe.ranges import Ranges, read_ranges
@@ -22,7 +21,8 @@ from gap_export.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from gap_export.bundle.spec import Component
+    from gap_export.families.base import Family
+    from gap_export.modeling.components import Component
     from gap_export.plan import Plan
 
 Progress = Callable[[str], None]
@@ -37,21 +37,17 @@ class OpenedModel:
 
     Attributes:
         recipe: that it was opened for.
-        checkpoint: joined by the checkpoints beside it, every weight in place; no weight is loaded.
-        family_name: in the table of families.
-        family: that knows the checkpoint.
+        family: opened on the checkpoint.
         spec: sizes of the model.
         tokenizer: of the prompt.
         prompt: how expressions become token ids.
         layout: how images become pixel values.
         box: how boxes are written.
-        text_tower: for pruners that read the expression; its weights are the part `text_tower` of the checkpoint.
+        text_tower: for pruners that read the expression; its weights are those of the companion `text_tower`.
         ranges: of activations, for precisions that need them.
     """
 
     recipe: Recipe
-    checkpoint: Checkpoint
-    family_name: str
     family: Family
     spec: ModelSpec
     tokenizer: Tokenizer
@@ -61,9 +57,14 @@ class OpenedModel:
     text_tower: TextTower | None
     ranges: Ranges | None
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """With the checkpoints beside it, every weight in place; no weight is loaded."""
+        return self.family.checkpoint
+
     def components(self, plan: Plan) -> list[Component]:
-        """The pieces of the model that become graphs, hollow, ready to be traced."""
-        return self.family.components(self.checkpoint, self.spec, plan)
+        """The pieces of the model that become graphs, without weights, ready to be traced."""
+        return self.family.components(self.spec, plan)
 
 
 def open_model(
@@ -89,32 +90,30 @@ def open_model(
         random_checkpoint(recipe.checkpoint, progress) if random else resolve(recipe.checkpoint, progress)
     )
     checkpoint = open_checkpoint(folder, name=recipe.checkpoint)
-    family_name, family = family_of(checkpoint)
-    if recipe.family not in (None, family_name):
+    row = families.row_of(checkpoint)
+    if recipe.family not in (None, row.name):
         raise CheckpointError(
-            f"is of family {family_name!r}, the recipe says {recipe.family!r}",
+            f"is of family {row.name!r}, the recipe says {recipe.family!r}",
             subject=str(checkpoint.folder),
             hint="use a recipe of the checkpoint's family",
         )
-    checkpoint = _with_parts(checkpoint, family, recipe)
-    layout = family.preprocessing(checkpoint, recipe)
-    _check_max_pixels(layout, recipe)
-    spec, tokenizer = family.facts(checkpoint, recipe), family.tokenizer(checkpoint)
-    text_tower = None
     if reads_text is None:
         reads_text = prune.strategy(recipe.pruner).needs_text
-    if reads_text and recipe.text_tower:
-        part = open_checkpoint(resolve(recipe.text_tower), name=recipe.text_tower)
-        checkpoint, text_tower = checkpoint.with_part("text_tower", part), family.text_tower(checkpoint, part)
-        check_text_tokenizer(load_tokenizer(part.folder / TOKENIZER), text_tower)
+    kind = row.load()
+    family = kind(row, _with_companions(checkpoint, kind, recipe, reads_text=reads_text))
+    layout = family.layout(recipe)
+    _check_max_pixels(layout, recipe)
+    spec, tokenizer = family.spec(recipe), family.tokenizer()
+    text_tower, companion = None, family.checkpoint.companions.get("text_tower")
+    if companion is not None:
+        text_tower = family.text_tower(companion)
+        check_text_tokenizer(load_tokenizer(companion.folder / TOKENIZER), text_tower)
     return OpenedModel(
         recipe=recipe,
-        checkpoint=checkpoint,
-        family_name=family_name,
         family=family,
         spec=spec,
         tokenizer=tokenizer,
-        prompt=family.prompt(checkpoint, recipe).model_copy(update={"images": recipe.images}),
+        prompt=family.prompt(recipe).model_copy(update={"images": recipe.images}),
         layout=layout,
         box=family.box(recipe),
         text_tower=text_tower,
@@ -122,28 +121,32 @@ def open_model(
     )
 
 
-def _with_parts(checkpoint: Checkpoint, family: Family, recipe: Recipe) -> Checkpoint:
+def _with_companions(
+    checkpoint: Checkpoint, kind: type[Family], recipe: Recipe, *, reads_text: bool
+) -> Checkpoint:
     """The checkpoint with everything that it needs beside it."""
-    known = family.parts(checkpoint)
-    for name in PARTS:
-        if getattr(recipe, name) is not None and name not in {part.name for part in known}:
+    known = kind.companions(checkpoint)
+    for name in families.COMPANIONS:
+        if getattr(recipe, name) is not None and name not in {companion.name for companion in known}:
             raise RecipeError(
                 "has no place in this model",
                 subject=f"--{name.replace('_', '-')} {getattr(recipe, name)}",
                 hint="leave it out: the checkpoint is complete",
             )
+    given: dict[str, str | None] = {companion.name: getattr(recipe, companion.name) for companion in known}
     for needed in known:
-        given = getattr(recipe, needed.name)
-        if given is None and not needed.required:
-            continue
-        if given is None:
+        if given[needed.name] is None and needed.required:
             raise CheckpointError(
                 f"has no {needed.holds}",
                 subject=str(checkpoint.folder),
                 hint=f"add --{needed.name.replace('_', '-')} {needed.published}, or the folder it lies in",
             )
-        checkpoint = checkpoint.with_part(needed.name, open_checkpoint(resolve(given), name=given))
-    return family.joined(checkpoint)
+    if reads_text:
+        given["text_tower"] = recipe.text_tower
+    for name, where in given.items():
+        if where is not None:
+            checkpoint = checkpoint.with_companion(name, open_checkpoint(resolve(where), name=where))
+    return checkpoint
 
 
 def _check_max_pixels(layout: Layout, recipe: Recipe) -> None:

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 
 from gap_export.checkpoint import open_checkpoint
 from gap_export.checkpoint.safetensors import read_header
+from gap_export.checkpoint.weight_map import find_key, with_shared_table
 from gap_export.errors import CheckpointError
-from gap_export.families import family_of
-from gap_export.modeling.hf_config import weight_key
+from gap_export.families import row_of
+from gap_export.modeling.hf_config import PREFIXES
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_metadata_is_no_weight(tmp_path: Path) -> None:
 def test_unknown_families_are_refused(model_type: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(CheckpointError, match="not supported") as caught:
-        family_of(open_checkpoint(folder))
+        row_of(open_checkpoint(folder))
     assert "llava" in caught.value.hint
 
 
@@ -214,9 +215,9 @@ def test_unknown_families_are_refused(model_type: str, folder: Path) -> None:
 def test_keys_of_published_layouts(parameter: str, stored: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     save_file({stored: np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
-    assert weight_key(open_checkpoint(tmp_path), parameter, tied=False) == stored
+    assert find_key(open_checkpoint(tmp_path), parameter, with_shared_table(PREFIXES, tied=False)) == stored
 
 
 def test_a_missing_weight_is_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no weight for multi_modal_projector\.linear_1\.weight"):
-        weight_key(open_checkpoint(folder), "multi_modal_projector.linear_1.weight", tied=False)
+        find_key(open_checkpoint(folder), "multi_modal_projector.linear_1.weight", PREFIXES)

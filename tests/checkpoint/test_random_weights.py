@@ -92,7 +92,7 @@ def test_published_sizes_belong_to_recipes() -> None:
 def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> None:
     """At full size, as headers over holes: its keys and shapes, its prompt, its preprocessing, and the recipe that it belongs to."""
     from gap_export.checkpoint.random_weights import _shapes, _write_tokenizer
-    from gap_export.families import family_of
+    from gap_export.families import open_family
     from gap_export.inputs.prompt import encode_prompts, load_tokenizer
     from gap_export.plan import plan_for
     from tests.families.test_published_keys import write
@@ -106,20 +106,20 @@ def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> 
     (folder / "preprocessor_config.json").write_text(json.dumps(content.preprocessor_config))
     _write_tokenizer(folder / "tokenizer.json", content.special_tokens)
     checkpoint = open_checkpoint(folder)
-    name, family = family_of(checkpoint)
-    assert name == recipe.family
-    sizes = family.facts(checkpoint, recipe)
+    family = open_family(checkpoint)
+    assert family.row.name == recipe.family
+    sizes = family.spec(recipe)
     plan = plan_for(recipe, sizes)
     found = {
         part.weight_key(parameter)
-        for part in family.components(checkpoint, sizes, plan)
+        for part in family.components(sizes, plan)
         for parameter, _ in part.module.named_parameters()
     }
     # (A tower's layers above those that are used, and its norms, are in the checkpoint too.)
     assert len(found) > 0.9 * len(checkpoint.weights)
     prompts = encode_prompts(
         load_tokenizer(folder / "tokenizer.json"),
-        family.prompt(checkpoint, recipe),
+        family.prompt(recipe),
         ["object"],
         kept=plan.pruning.max_tokens,
         capacity=plan.capacity,

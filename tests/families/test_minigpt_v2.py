@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, GapExportError
-from gap_export.families import family_of, minigpt_v2
+from gap_export.families import open_family
 from gap_export.inputs.images import fit
 from gap_export.pipeline import build as pipeline
 from gap_export.recipe.recipe import Recipe
@@ -292,11 +292,11 @@ def test_newer_names_of_updates(
     torch.save({"model": {**weights["own"], **renamed}}, tmp_path / "new.pth")
     checkpoint = open_checkpoint(tmp_path / "new.pth")
     for name in ("base", "vision_tower"):
-        checkpoint = checkpoint.with_part(name, open_checkpoint(places[name]))
-    name, _ = family_of(checkpoint)
-    joined = minigpt_v2.joined(checkpoint)
-    merged = [key for key in joined.weights if joined.weights[key] is not checkpoint.weights.get(key)]
-    assert name == "minigpt_v2"
+        checkpoint = checkpoint.with_companion(name, open_checkpoint(places[name]))
+    family = open_family(checkpoint)
+    resolved = family.checkpoint.weights
+    merged = [key for key in resolved if resolved[key] is not checkpoint.weights.get(key)]
+    assert family.row.name == "minigpt_v2"
     assert len([key for key in merged if key.startswith("base/")]) == 2 * LAYERS
 
 

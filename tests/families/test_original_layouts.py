@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import family_of
+from gap_export.families import row_of
 from gap_export.inputs.images import fit
 from gap_export.pipeline import build as pipeline
 from gap_export.positions import PositionPolicy
@@ -422,7 +422,7 @@ def test_a_tower_of_another_kind(
 
 def test_layouts_are_told_apart(original: Path, shikra: dict[str, Path], tiny_checkpoint: Path) -> None:
     names = {
-        folder: family_of(open_checkpoint(folder))[0]
+        folder: row_of(open_checkpoint(folder)).name
         for folder in (original, shikra["merged"], tiny_checkpoint)
     }
     assert list(names.values()) == ["llava_original", "shikra", "llava"]

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
 from gap_export.errors import CheckpointError
-from gap_export.families import family_of
+from gap_export.families import open_family
+from gap_export.modeling.components import Component
 from gap_export.plan import plan_for
 from gap_export.recipe.recipe import Recipe
 from tests.families.plain_models import llama_shapes
@@ -175,7 +175,7 @@ def original(folder: Path, size: str, *, tower_inside: bool) -> Checkpoint:
     )
     target = write(folder / "checkpoint", {**config, "model_type": "llava"}, shapes)
     write_tokenizer(target, [])
-    return open_checkpoint(target).with_part("vision_tower", clip(folder, 336))
+    return open_checkpoint(target).with_companion("vision_tower", clip(folder, 336))
 
 
 def shikra(folder: Path) -> Checkpoint:
@@ -189,8 +189,8 @@ def shikra(folder: Path) -> Checkpoint:
     base = write(
         folder / "llama-7b", llama_config("7b", 32000), llama_shapes(vocabulary=32000, **SIZES["7b"])
     )
-    checkpoint = open_checkpoint(target).with_part("vision_tower", clip(folder, 224))
-    return checkpoint.with_part("base", open_checkpoint(base))
+    checkpoint = open_checkpoint(target).with_companion("vision_tower", clip(folder, 224))
+    return checkpoint.with_companion("base", open_checkpoint(base))
 
 
 def minigpt_v2(folder: Path) -> Checkpoint:
@@ -220,8 +220,8 @@ def minigpt_v2(folder: Path) -> Checkpoint:
     write_tokenizer(base, ["<Img>", "</Img>"])
     trained = open_checkpoint(write(folder / "own", {}, own))
     checkpoint = Checkpoint(trained.folder, "minigpt", {}, trained.weights)
-    checkpoint = checkpoint.with_part("vision_tower", open_checkpoint(write(folder / "eva", {}, tower)))
-    return checkpoint.with_part("base", open_checkpoint(base))
+    checkpoint = checkpoint.with_companion("vision_tower", open_checkpoint(write(folder / "eva", {}, tower)))
+    return checkpoint.with_companion("base", open_checkpoint(base))
 
 
 PUBLISHED: dict[str, Callable[[Path], Checkpoint]] = {
@@ -236,11 +236,10 @@ VISUAL = {"shikra-7b-delta-v1": (16, 16), "minigpt-v2": (32, 8)}
 
 
 def components(checkpoint: Checkpoint) -> tuple[ModelSpec, list[Component], Checkpoint]:
-    _, family = family_of(checkpoint)
-    joined = family.joined(checkpoint)
+    family = open_family(checkpoint)
     recipe = Recipe(name="x", checkpoint="x", precision="fp16")
-    facts = family.facts(joined, recipe)
-    return facts, family.components(joined, facts, plan_for(recipe, facts)), joined
+    facts = family.spec(recipe)
+    return facts, family.components(facts, plan_for(recipe, facts)), family.checkpoint
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import family_of
+from gap_export.families import open_family
+from gap_export.modeling.components import Component
 from gap_export.plan import plan_for
 from gap_export.recipe.recipe import Recipe
 from tests.families.plain_models import llama_shapes
@@ -243,10 +243,10 @@ PUBLISHED: dict[str, tuple[Callable[[Path], Checkpoint], tuple[int, int, int]]] 
 
 
 def components(checkpoint: Checkpoint, **options: Any) -> tuple[ModelSpec, list[Component]]:
-    _, family = family_of(checkpoint)
+    family = open_family(checkpoint)
     recipe = Recipe(name="x", checkpoint="x", precision="fp16", pruner="dart", **options)
-    facts = family.facts(checkpoint, recipe)
-    return facts, family.components(checkpoint, facts, plan_for(recipe, facts))
+    facts = family.spec(recipe)
+    return facts, family.components(facts, plan_for(recipe, facts))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -321,7 +321,7 @@ def test_what_is_not_supported_is_named(
 ) -> None:
     checkpoint = changed(PUBLISHED[name][0](tmp_path), "config.json", **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
-        family_of(checkpoint)[1].facts(checkpoint, Recipe(name="x", checkpoint="x"))
+        open_family(checkpoint).spec(Recipe(name="x", checkpoint="x"))
     assert caught.value.hint
 
 
@@ -341,10 +341,10 @@ def test_a_processor_of_another_kind_is_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     checkpoint = PUBLISHED["Qwen2-VL-7B-Instruct, old names"][0](tmp_path)
-    assert family_of(checkpoint)[1].preprocessing(checkpoint, Recipe(name="x", checkpoint="x"))
+    assert open_family(checkpoint).layout(Recipe(name="x", checkpoint="x"))
     checkpoint = changed(checkpoint, "preprocessor_config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
-        family_of(checkpoint)[1].preprocessing(checkpoint, Recipe(name="x", checkpoint="x"))
+        open_family(checkpoint).layout(Recipe(name="x", checkpoint="x"))
 
 
 @pytest.mark.parametrize("pruner", ["cls_attention", "spatial", "text_similarity", "fastv"])
@@ -352,5 +352,5 @@ def test_strategies_that_cannot_work_are_refused(pruner: str, tmp_path: Path) ->
     checkpoint = PUBLISHED["Qwen2.5-VL-7B-Instruct, old names"][0](tmp_path)
     recipe = Recipe(name="x", checkpoint="x", pruner=pruner)
     with pytest.raises(RecipeError) as caught:
-        plan_for(recipe, family_of(checkpoint)[1].facts(checkpoint, recipe))
+        plan_for(recipe, open_family(checkpoint).spec(recipe))
     assert "dart" in caught.value.hint

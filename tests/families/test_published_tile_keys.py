@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.bundle.spec import Component
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.families import family_of
+from gap_export.families import open_family
+from gap_export.modeling.components import Component
 from gap_export.plan import plan_for
 from gap_export.recipe.recipe import Recipe
 from tests.families.plain_models import llama_shapes
@@ -219,10 +219,10 @@ PUBLISHED: dict[str, tuple[Callable[[Path], Checkpoint], tuple[int, int, int]]] 
 
 
 def components(checkpoint: Checkpoint) -> tuple[ModelSpec, list[Component]]:
-    _, family = family_of(checkpoint)
+    family = open_family(checkpoint)
     recipe = Recipe(name="x", checkpoint="x", precision="fp16", pruner="dart")
-    facts = family.facts(checkpoint, recipe)
-    return facts, family.components(checkpoint, facts, plan_for(recipe, facts))
+    facts = family.spec(recipe)
+    return facts, family.components(facts, plan_for(recipe, facts))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -279,7 +279,7 @@ def test_what_is_not_supported_is_named(
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     checkpoint = open_checkpoint(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        family_of(checkpoint)[1].facts(checkpoint, Recipe(name="x", checkpoint="x"))
+        open_family(checkpoint).spec(Recipe(name="x", checkpoint="x"))
     assert caught.value.hint
 
 
@@ -299,10 +299,10 @@ def test_tiles_of_another_kind_are_refused(changes: dict[str, Any], message: str
     as_published = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "resample": 3}
     settings = json.loads(path.read_text()) | as_published
     path.write_text(json.dumps(settings))
-    assert family_of(checkpoint)[1].preprocessing(checkpoint, Recipe(name="x", checkpoint="x"))
+    assert open_family(checkpoint).layout(Recipe(name="x", checkpoint="x"))
     path.write_text(json.dumps(settings | changes))
     with pytest.raises(CheckpointError, match=message):
-        family_of(checkpoint)[1].preprocessing(checkpoint, Recipe(name="x", checkpoint="x"))
+        open_family(checkpoint).layout(Recipe(name="x", checkpoint="x"))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_strategies_that_cannot_work_are_refused(
 ) -> None:
     checkpoint = make(tmp_path)
     recipe = Recipe(name="x", checkpoint="x", pruner=pruner)
-    facts = family_of(checkpoint)[1].facts(checkpoint, recipe)
+    facts = open_family(checkpoint).spec(recipe)
     with pytest.raises(RecipeError) as caught:
         plan_for(recipe, facts)
     offered = set(caught.value.hint.removeprefix("these work on it: ").split(", "))
@@ -330,4 +330,4 @@ def test_strategies_that_cannot_work_are_refused(
 def test_squares_are_not_asked_for(tmp_path: Path) -> None:
     checkpoint = llava_next(tmp_path, "llama", new=False)
     with pytest.raises(RecipeError, match="tiles"):
-        family_of(checkpoint)[1].preprocessing(checkpoint, Recipe(name="x", checkpoint="x", fit="pad"))
+        open_family(checkpoint).layout(Recipe(name="x", checkpoint="x", fit="pad"))

@@ -262,16 +262,16 @@ def test_ids_without_gaps_are_right_where_every_token_enters(
 def test_graphs_that_are_taken_for_the_same_are(deep_checkpoint: Path, tiny_options: dict[str, Any]) -> None:
     """Two strategies may have graphs of equal inputs and outputs, and other numbers inside."""
     from gap_export.checkpoint import open_checkpoint
-    from gap_export.families import llava
+    from gap_export.families import open_family
     from gap_export.plan import plan_for
     from gap_export.recipe.recipe import Recipe
 
-    checkpoint = open_checkpoint(deep_checkpoint)
+    family = open_family(open_checkpoint(deep_checkpoint))
 
     def keys(**changes: Any) -> dict[str, Any]:
         recipe = Recipe.model_validate({**tiny_options, "keep": 0.25, **changes})
-        sizes = llava.facts(checkpoint, recipe)
-        components = llava.components(checkpoint, sizes, plan_for(recipe, sizes))
+        sizes = family.spec(recipe)
+        components = family.components(sizes, plan_for(recipe, sizes))
         return {each.spec.name: (each.spec.model_dump_json(), each.settings) for each in components}
 
     one, other = keys(pruner="pyramiddrop"), keys(pruner="sparsevlm")

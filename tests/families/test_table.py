@@ -17,12 +17,9 @@ def test_a_second_row_of_a_name_is_refused() -> None:
     assert families.row("llava").title == "LLaVA-1.5"
 
 
-def test_boxes_are_those_of_the_family() -> None:
+def test_boxes_have_a_codec() -> None:
     for name in families.names():
-        row = families.row(name)
-        recipe = load_recipe("llava").replaced(fit=None).model_copy(update={"fit": None})
-        assert row.load().box(recipe) == row.box
-        assert row.box.codec in CODECS
+        assert families.row(name).box.codec in CODECS
 
 
 def test_every_recipe_is_of_a_family_and_asks_for_what_works() -> None:

@@ -17,10 +17,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.spec import Component, Dim, GraphSpec, TensorSpec
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.errors import TraceError
 from gap_export.evaluation.controls import renumbered, with_two_ids_swapped
 from gap_export.graph.trace import graph_from_component
+from gap_export.modeling.components import Component
 from gap_export.modeling.fake import fake_mode
 from gap_export.positions import Ids, Placement, advance
 from gap_export.runtime.ort import OnnxRuntimeSession

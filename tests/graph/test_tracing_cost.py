@@ -7,8 +7,9 @@ import pytest
 from onnx_ir.passes import common
 from torch import nn
 
-from gap_export.bundle.spec import Component, Dim, GraphSpec, TensorSpec
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.graph import trace
+from gap_export.modeling.components import Component
 from gap_export.modeling.fake import fake_mode
 from gap_export.modeling.splice import Embed
 
@@ -26,7 +27,7 @@ def _lookup() -> Component:
 def _bytes_of(model: ir.Model) -> bytes:
     common.ClearMetadataAndDocStringPass()(model)
     for value in model.graph.initializers.values():
-        if trace.is_hollow(value.const_value):
+        if trace.is_fake(value.const_value):
             value.const_value = None
     return ir.to_proto(model).SerializeToString()
 

@@ -21,9 +21,9 @@ from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.safetensors import read_header
 from gap_export.errors import CheckpointError, MissingRequirementError
+from gap_export.families import open_family
 from gap_export.files import record_of
 from gap_export.graph.weights import WeightStore
-from gap_export.modeling.hf_config import weight_key
 from gap_export.precision import precision as row_of
 
 NUMPY = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -50,7 +50,7 @@ def test_every_reference_finds_the_weight_it_names(
     precision: str, tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path
 ) -> None:
     bundle = tiny_bundle() if precision == "fp32" else tiny_bundle(precision=precision)
-    checkpoint = open_checkpoint(tiny_checkpoint)
+    family = open_family(open_checkpoint(tiny_checkpoint))
     seen = 0
     with safe_open(tiny_checkpoint / "model.safetensors", "np") as stored:
         for graph, tensor in initializers(bundle):
@@ -61,9 +61,7 @@ def test_every_reference_finds_the_weight_it_names(
             assert Path(lies.location).name == lies.location
             kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             values = values_at(bundle.folder / lies.location, lies.offset, lies.length, kind, tensor.dims)
-            expected = stored.get_tensor(weight_key(checkpoint, tensor.name, tied=False)).astype(
-                NUMPY[precision]
-            )
+            expected = stored.get_tensor(family.weight_key(tensor.name)).astype(NUMPY[precision])
             assert values.dtype == expected.dtype
             assert np.array_equal(values, expected), tensor.name
             seen += 1

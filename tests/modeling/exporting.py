@@ -8,8 +8,9 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
-from gap_export.bundle.spec import Component, Dim, GraphSpec, TensorSpec
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.graph import passes, trace
+from gap_export.modeling.components import Component
 from gap_export.positions import PositionPolicy
 
 
@@ -60,10 +61,10 @@ def splice_spec(
 
 
 def write_splice(splice: nn.Module, spec: GraphSpec, table: Any, folder: Path) -> Path:
-    """Trace a hollow splice, give it a table, write it.
+    """Trace a fake splice, give it a table, write it.
 
     Args:
-        splice: over a hollow embedding.
+        splice: over a fake embedding.
         spec: of its graph.
         table: [vocabulary, H] float32.
         folder: to write into.
@@ -71,7 +72,7 @@ def write_splice(splice: nn.Module, spec: GraphSpec, table: Any, folder: Path) -
     component = Component(module=splice.eval(), spec=spec, weight_key=lambda name: name)
     model = trace.graph_from_component(component)
     for name, value in model.graph.initializers.items():
-        if trace.is_hollow(value.const_value):
+        if trace.is_fake(value.const_value):
             value.const_value = ir.tensor(table, name=name)
     passes.simplify(model)
     path = folder / "splice.onnx"

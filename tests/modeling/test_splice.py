@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.spec import Component, Dim, GraphSpec, TensorSpec
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.graph import passes, trace
+from gap_export.modeling.components import Component
 from gap_export.modeling.fake import fake_mode
 from gap_export.modeling.splice import Embed, Splice
 from gap_export.positions import Ids, PositionPolicy, place
@@ -80,14 +81,14 @@ def spec_of(kept: int) -> GraphSpec:
 
 
 def as_graph(policy: PositionPolicy, kept: int, folder: Path) -> RunSplice:
-    """The same module, traced with a hollow table, written, given the table as a plain initializer, run."""
+    """The same module, traced with a fake table, written, given the table as a plain initializer, run."""
     with fake_mode():
         embedding = nn.Embedding(VOCABULARY, HIDDEN)
     splice = Splice(embedding, image_token_id=IMAGE, visual_tokens=VISUAL, policy=policy).eval()
     component = Component(module=splice, spec=spec_of(kept), weight_key=lambda name: name)
     model = trace.graph_from_component(component)
     for name in [
-        name for name, value in model.graph.initializers.items() if trace.is_hollow(value.const_value)
+        name for name, value in model.graph.initializers.items() if trace.is_fake(value.const_value)
     ]:
         model.graph.initializers[name].const_value = ir.tensor(table(), name=name)
     passes.simplify(model)

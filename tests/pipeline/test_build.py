@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import BundleError, CheckpointError, GapExportError
+from gap_export.families import open_family
 from gap_export.pipeline import build
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
@@ -52,8 +54,9 @@ def test_weights_are_linked_and_graphs_are_small(tiny_bundle: BuildBundle, tiny_
 def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx_ir as ir
 
-    from gap_export.bundle.spec import Component, GraphSpec
+    from gap_export.bundle.spec import GraphSpec
     from gap_export.graph import trace
+    from gap_export.modeling.components import Component
 
     traced: list[Any] = []
 
@@ -76,10 +79,8 @@ def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.Mon
 
 
 def test_stretched_images_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
-    from gap_export.families import llava
-
     recipe = Recipe.model_validate({**tiny_options, "fit": "stretch"})
-    assert llava.box(recipe).frame == "image"
+    assert open_family(open_checkpoint(Path(recipe.checkpoint))).box(recipe).frame == "image"
 
 
 def test_the_same_recipe_may_be_built_over_its_own_bundle(

@@ -17,7 +17,7 @@ import torch
 
 from gap_export import linter, prune
 from gap_export.checkpoint import open_checkpoint
-from gap_export.families import family_of
+from gap_export.families import open_family
 from gap_export.graph import passes, trace, weights
 from gap_export.plan import plan_for
 from gap_export.positions import MergedId, PositionPolicy
@@ -129,17 +129,14 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         folder.mkdir()
         recipe = Recipe.model_validate({"keep": 0.34, **tiny_options, **changes})
         checkpoint = open_checkpoint(Path(recipe.checkpoint))
-        _, family = family_of(checkpoint)
-        text_tower = None
-        if prune.strategy(recipe.pruner).needs_text and recipe.text_tower:
-            part = open_checkpoint(Path(recipe.text_tower))
-            checkpoint, text_tower = (
-                checkpoint.with_part("text_tower", part),
-                family.text_tower(checkpoint, part),
-            )
-        sizes = family.facts(checkpoint, recipe)
+        reads_text = prune.strategy(recipe.pruner).needs_text and recipe.text_tower
+        if reads_text:
+            checkpoint = checkpoint.with_companion("text_tower", open_checkpoint(Path(recipe.text_tower)))
+        family = open_family(checkpoint)
+        text_tower = family.text_tower(checkpoint.companions["text_tower"]) if reads_text else None
+        sizes = family.spec(recipe)
         plan = plan_for(recipe, sizes, text_tower)
-        component = family.components(checkpoint, sizes, plan)[0]
+        component = family.components(sizes, plan)[0]
         model = trace.graph_from_component(component)
         keys = [component.weight_key(name) for name in weights.parameters_of(model)]
         store = weights.WeightStore(checkpoint, plan.activations, folder)

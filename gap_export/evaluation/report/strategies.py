@@ -123,7 +123,7 @@ def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | N
         # Ranges are no part of the question, and the file need not be there any more.
         opened = open_model(recipe.model_copy(update={"ranges": None}), reads_text=True)
         assert opened.text_tower is not None
-        folder = opened.checkpoint.parts["text_tower"].folder
+        folder = opened.checkpoint.companions["text_tower"].folder
         ids = encode_text(load_tokenizer(folder / TOKENIZER), opened.text_tower, expressions)
         return TextReference(folder, opened.text_tower), ids, ""
     except GapExportError as error:

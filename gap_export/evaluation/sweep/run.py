@@ -380,7 +380,7 @@ def _grouped(cells: Sequence[Cell], keeps: Sequence[float]) -> list[list[Cell]]:
 
 
 def _settings(request: Request, checkpoint: Checkpoint) -> Settings:
-    text_tower = checkpoint.parts.get("text_tower")
+    text_tower = checkpoint.companions.get("text_tower")
     swept = {"pruner", "keep", "positions", "capacity", "targets"}
     return Settings(
         recipe=request.recipe.model_dump(mode="json", exclude=swept),

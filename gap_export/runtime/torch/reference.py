@@ -8,7 +8,7 @@ import torch
 
 from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint.hub import resolve
-from gap_export.families import PARTS
+from gap_export.families import COMPANIONS
 from gap_export.families.reference import ReferenceModel, open_model
 from gap_export.runtime.torch.session import TextReference, TorchSession
 from gap_export.runtime.torch.staged import open_reference
@@ -58,5 +58,5 @@ def open_model_of(bundle: Bundle) -> ReferenceModel:
 
 def _part_folders(bundle: Bundle) -> dict[str, Path]:
     """Where the checkpoints beside the main one lie."""
-    named = {name: getattr(bundle.manifest.recipe, name) for name in PARTS}
+    named = {name: getattr(bundle.manifest.recipe, name) for name in COMPANIONS}
     return {name: resolve(given) for name, given in named.items() if given is not None}

@@ -22,13 +22,13 @@ from gap_export import cli
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.bundle.spec import Component
 from gap_export.errors import GapExportError, InputError, MissingRequirementError, RecipeError, SessionError
 from gap_export.evaluation import runner
 from gap_export.evaluation.sweep import run as sweep
 from gap_export.evaluation.sweep.record import Cell, SweepRecord
 from gap_export.graph import trace
 from gap_export.graph.trace import TracedOnce
+from gap_export.modeling.components import Component
 from gap_export.parallel.ray import Cluster
 from gap_export.pipeline import build as pipeline
 from gap_export.positions import PositionPolicy

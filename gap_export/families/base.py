@@ -1,0 +1,271 @@
+"""What a model family is to the rest of the package: the one class that all families derive from.
+
+A family is constructed with a checkpoint and answers for it. What most families have in common stands here as a default; a family
+writes down what is its own: `spec`, `layout`, `model_parts`, its prompt, and where its checkpoints keep what.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+from tokenizers import Tokenizer
+from torch._subclasses import FakeTensorMode
+
+from gap_export.bundle.manifest import BoxFormat, ModelSpec
+from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.tokenizers import stored_tokenizer
+from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
+from gap_export.errors import CheckpointError, RecipeError
+from gap_export.families.table import FamilyRow
+from gap_export.inputs.layouts import Layout
+from gap_export.inputs.prompt import PromptTemplate, TextTower
+from gap_export.modeling import hf_config, selection
+from gap_export.modeling.attention import IMPLEMENTATION
+from gap_export.modeling.clip_text import TEXT_TOWER
+from gap_export.modeling.components import Component, ModelParts, build_components, torch_dtype
+from gap_export.modeling.fake import fake, fake_mode
+from gap_export.plan import Plan
+from gap_export.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A checkpoint beside the main one that a piece of the model comes from.
+
+    Attributes:
+        name: field of the recipe, and name among the checkpoint's companions.
+        published: hub id of the one that the model's authors used.
+        holds: what comes from it, in words.
+        required: whether there is no model without it.
+    """
+
+    name: Literal["base", "vision_tower"]
+    published: str
+    holds: str
+    required: bool = True
+
+
+class Family(ABC):
+    """A model family, and one of its checkpoints.
+
+    Args:
+        row: of the family in the table.
+        checkpoint: with its companions, the text tower among them where the pruner needs one.
+
+    Attributes:
+        row: of the family.
+        checkpoint: with every weight in place, deltas added, low-rank updates merged.
+        require: raises unless something of the config holds.
+        config: of the checkpoint, as `read_config` gives it; read once.
+
+    Raises:
+        CheckpointError: a config that is not supported, or companions that do not belong to the checkpoint.
+    """
+
+    prefixes: ClassVar[Prefixes] = hf_config.PREFIXES
+    """Prefix of modules' parameters -> prefixes in published checkpoints."""
+    unused_weights: ClassVar[str] = hf_config.NOTHING
+    """Pattern of keys of published checkpoints that the model does not need."""
+
+    def __init__(self, row: FamilyRow, checkpoint: Checkpoint) -> None:
+        self.row = row
+        self.checkpoint = self.resolve_weights(checkpoint)
+        self.require = hf_config.Requirements(checkpoint, row.title)
+        self.config: Any = self.read_config()
+
+    # What is read from the checkpoint
+
+    @staticmethod
+    def companions(checkpoint: Checkpoint) -> tuple[Companion, ...]:
+        """What a checkpoint needs or may have beside it.
+
+        Args:
+            checkpoint: alone.
+        """
+        return ()
+
+    def resolve_weights(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with weights computed that are stored in pieces.
+
+        Args:
+            checkpoint: with its companions.
+
+        Raises:
+            CheckpointError: the pieces do not belong together.
+        """
+        return checkpoint
+
+    def read_config(self) -> Any:
+        """The configuration, with `text_config` and `image_token_id`, checked for what is not supported.
+
+        Raises:
+            CheckpointError: something is not.
+        """
+        return hf_config.read_config(self.checkpoint)
+
+    def tokenizer(self) -> Tokenizer:
+        """Of the prompt, the image's placeholder among its tokens.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return stored_tokenizer(self.checkpoint)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the image's placeholder."""
+        return int(self.config.image_token_id)
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return hf_config.end_tokens(self.checkpoint, self.config.text_config)
+
+    # What a build is made of
+
+    @abstractmethod
+    def spec(self, recipe: Recipe) -> ModelSpec:
+        """Sizes of the model, as far as the recipe leaves them open."""
+
+    @abstractmethod
+    def layout(self, recipe: Recipe) -> Layout:
+        """How images become pixel values.
+
+        Raises:
+            CheckpointError: settings of another image processor.
+            RecipeError: something that has no meaning for this family.
+        """
+
+    @property
+    @abstractmethod
+    def grounding_prompt(self) -> str:
+        """The prompt that asks for a box, `{expression}` and the image's placeholder in it."""
+
+    def prompt(self, recipe: Recipe) -> PromptTemplate:
+        """How expressions become token ids."""
+        return PromptTemplate(
+            grounding=recipe.prompt or self.grounding_prompt,
+            image_token_id=self.image_token_id,
+            add_special_tokens=True,
+            eos_token_ids=self.end_tokens,
+        )
+
+    def box(self, recipe: Recipe) -> BoxFormat:
+        """How boxes are written.
+
+        Raises:
+            RecipeError: a `fit` with which they cannot be.
+        """
+        self.check_no_fit(recipe)
+        return self.row.box
+
+    def text_tower(self, companion: Checkpoint) -> TextTower:
+        """What there is to know about a CLIP text tower for the pruners that look at the expression.
+
+        Args:
+            companion: the checkpoint that it lies in.
+
+        Raises:
+            CheckpointError: none in it, or one that belongs to another vision tower; always, for families whose vision tower has
+                no published text tower in the same space.
+        """
+        raise CheckpointError(
+            f"has a text tower that shares no space with the vision tower of {self.row.title}",
+            subject=str(companion.folder),
+            hint="use a pruner that does not look at the expression",
+        )
+
+    @abstractmethod
+    def model_parts(self, spec: ModelSpec, plan: Plan) -> ModelParts:
+        """The modules of the model, without weights.
+
+        Args:
+            spec: of the model, as `spec` gave it.
+            plan: of the build.
+
+        Raises:
+            CheckpointError: weights that the model has no place for.
+        """
+
+    def components(self, spec: ModelSpec, plan: Plan) -> list[Component]:
+        """`vision`, `splice`, `embed` and `decoder` (or `prefill` and `decode`), without weights, ready to be traced.
+
+        Args:
+            spec: of the model, as `spec` gave it.
+            plan: of the build.
+
+        Raises:
+            CheckpointError: weights that the model has no place for.
+        """
+        return build_components(
+            self.checkpoint.folder,
+            spec,
+            plan,
+            self.model_parts(spec, plan),
+            image_token_id=self.image_token_id,
+            weight_key=self.weight_key,
+        )
+
+    # Weights
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head may be the token embedding."""
+        return hf_config.is_tied(self.config)
+
+    @cached_property
+    def _weight_map(self) -> Prefixes:
+        return {**with_shared_table(self.prefixes, tied=self.tied), f"{TEXT_TOWER}.": (f"{TEXT_TOWER}/",)}
+
+    def weight_key(self, parameter: str) -> str:
+        """Key in the checkpoint of a parameter of one of the components.
+
+        Raises:
+            CheckpointError: the checkpoint has it under none of the known names.
+        """
+        return find_key(self.checkpoint, parameter, self._weight_map)
+
+    def check_weights(self, parameters: Iterable[str]) -> None:
+        """Refuse a checkpoint with weights that the model has no place for.
+
+        Args:
+            parameters: all of the model's, used in a graph or not, by the names on the left of `prefixes`.
+
+        Raises:
+            CheckpointError: names some of them.
+        """
+        ignored = rf"{TEXT_TOWER}/|{self.unused_weights}"
+        check_known(self.checkpoint, parameters, self._weight_map, ignored=ignored)
+
+    # What families build with
+
+    def fake_model(self, kind: Any, plan: Plan, mode: FakeTensorMode | None = None) -> Any:
+        """A whole model of transformers without weights, for which the checkpoint has them all.
+
+        Args:
+            kind: class with `_from_config`, whose modules are called `model.vision_tower` and so on, as in `prefixes`.
+            plan: of the build.
+            mode: of the fake parameters, where other modules are to be traced with the same.
+        """
+        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
+        options: dict[str, Any] = {"dtype": torch_dtype(plan), "attn_implementation": attention}
+        model = fake(lambda: kind._from_config(self.config, **options), mode or fake_mode())
+        self.check_weights(name.removeprefix("model.") for name in model.state_dict())
+        return model
+
+    def check_no_fit(self, recipe: Recipe) -> None:
+        """Refuse a recipe that says how images become squares, where they do not.
+
+        Raises:
+            RecipeError: it does.
+        """
+        if recipe.fit is not None:
+            raise RecipeError(
+                f"has no meaning for {self.row.title}: its images become tiles and not squares",
+                subject=f"fit: {recipe.fit}",
+                hint="leave fit out",
+            )
