@@ -39,6 +39,12 @@ Size = tuple[int, int]
 
 Frame = Literal["padded_square", "image"]
 
+Comparator = Literal[">", ">="]
+"""Whether an overlap of exactly the threshold is no hit, or one."""
+
+Area = Literal["continuous", "inclusive_pixels"]
+"""Width times height, or both edges counted: (width + 1) times (height + 1) pixels."""
+
 # ------------------------------------------------------------------------------------------------------------
 # Codecs
 
@@ -67,6 +73,8 @@ class BoxCodec:
         write: box in those numbers -> text.
         several: what an answer with more than one box means: the first counts, or the answer is refused.
         overshoot: what becomes of a box that leaves its frame: the answer is refused, or the box is cut at the frame.
+        comparator: how the evaluator of the model's own authors compares an overlap with the threshold.
+        area: how it measures boxes.
     """
 
     name: str
@@ -75,6 +83,8 @@ class BoxCodec:
     write: Callable[[Box], str]
     several: Literal["first", "refuse"]
     overshoot: Literal["refuse", "cut"] = "refuse"
+    comparator: Comparator = ">="
+    area: Area = "continuous"
 
     @property
     def example(self) -> str:
@@ -201,32 +211,55 @@ _FOUR = rf"{_DECIMAL}(?:\s*,\s*{_DECIMAL}){{3}}"
 _POINT = rf"\(\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*\)"
 _BBOX_2D = re.compile(rf"[\"']bbox_2d[\"']\s*:\s*\[\s*({_FOUR})\s*\]")
 
-CODECS: dict[str, BoxCodec] = {
-    codec.name: codec
-    for codec in (
-        BoxCodec("llava", re.compile(rf"\[\s*{_FOUR}\s*\]"), 1.0, _write_llava, "first"),
-        BoxCodec(
-            "shikra", re.compile(rf"\[\s*{_FOUR}(?:\s*;\s*{_FOUR})*\s*\]"), 1.0, _write_shikra, "refuse"
-        ),
-        BoxCodec(
-            "minigpt_v2", re.compile(r"\{\s*(?:<\s*\d{1,3}\s*>\s*){4}\}"), 100.0, _write_minigpt_v2, "refuse"
-        ),
-        # The tags are special tokens, and those at the end of an answer are dropped before it is read.
-        BoxCodec(
-            "internvl",
-            re.compile(r"\[\s*\d{1,4}(?:\s*,\s*\d{1,4}){3}\s*\]"),
-            1000.0,
-            _write_internvl,
-            "first",
-        ),
-        # The same goes for its tags.
-        BoxCodec("qwen2_vl", re.compile(rf"{_POINT}\s*,\s*{_POINT}"), 1000.0, _write_qwen2_vl, "first"),
-        # It does not know the size of the image for certain; its authors cut boxes at the edge (QwenLM/Qwen3-VL, issue 1035).
-        BoxCodec("qwen2_5_vl", _BBOX_2D, None, _write_bbox_2d, "first", "cut"),
-        BoxCodec("qwen3_vl", _BBOX_2D, 1000.0, _write_bbox_2d, "first"),
-    )
-}
-"""name -> codec. Names are what `BoxFormat.codec` stores."""
+CODECS: dict[str, BoxCodec] = {}
+"""name -> codec. Names are what `BoxFormat.codec` stores; `register` adds to them."""
+
+
+def register(codec: BoxCodec) -> None:
+    """Add a codec to the table.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if codec.name in CODECS:
+        raise ValueError(f"a box codec named {codec.name!r} is in the table already")
+    CODECS[codec.name] = codec
+
+
+for _codec in (
+    BoxCodec("llava", re.compile(rf"\[\s*{_FOUR}\s*\]"), 1.0, _write_llava, "first"),
+    BoxCodec(
+        "shikra",
+        re.compile(rf"\[\s*{_FOUR}(?:\s*;\s*{_FOUR})*\s*\]"),
+        1.0,
+        _write_shikra,
+        "refuse",
+        comparator=">",
+    ),
+    BoxCodec(
+        "minigpt_v2",
+        re.compile(r"\{\s*(?:<\s*\d{1,3}\s*>\s*){4}\}"),
+        100.0,
+        _write_minigpt_v2,
+        "refuse",
+        comparator=">",
+        area="inclusive_pixels",
+    ),
+    # The tags are special tokens, and those at the end of an answer are dropped before it is read.
+    BoxCodec(
+        "internvl",
+        re.compile(r"\[\s*\d{1,4}(?:\s*,\s*\d{1,4}){3}\s*\]"),
+        1000.0,
+        _write_internvl,
+        "first",
+    ),
+    # The same goes for its tags.
+    BoxCodec("qwen2_vl", re.compile(rf"{_POINT}\s*,\s*{_POINT}"), 1000.0, _write_qwen2_vl, "first"),
+    # It does not know the size of the image for certain; its authors cut boxes at the edge (QwenLM/Qwen3-VL, issue 1035).
+    BoxCodec("qwen2_5_vl", _BBOX_2D, None, _write_bbox_2d, "first", "cut"),
+    BoxCodec("qwen3_vl", _BBOX_2D, 1000.0, _write_bbox_2d, "first"),
+):
+    register(_codec)
 
 # ------------------------------------------------------------------------------------------------------------
 # Frames

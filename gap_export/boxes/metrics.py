@@ -13,16 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gap_export.boxes.codecs import Box
+from gap_export.boxes.codecs import Area, Box, Comparator
 
 Floats = NDArray[np.float64]
-Comparator = Literal[">", ">="]
-Area = Literal["continuous", "inclusive_pixels"]
 
 
 @dataclass(frozen=True)

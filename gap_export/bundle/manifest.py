@@ -35,7 +35,7 @@ class BoxFormat(Record):
     """How the model writes a box, and in which frame.
 
     Attributes:
-        codec: name in `grounding.boxes.CODECS`.
+        codec: name in `boxes.codecs.CODECS`.
         frame: `padded_square` (0..1 of the padded square) or `image` (of the original width and height).
     """
 

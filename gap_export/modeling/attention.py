@@ -27,8 +27,8 @@ _SEQUENCE_AXIS = 2
 
 
 @dataclass
-class Watch:
-    """What one attention compares, for those who must know who looks at whom: hand it to a layer as `watch`.
+class AttentionProbe:
+    """What one attention compares, for those who must know who looks at whom: hand it to a layer as `capture`.
 
     Attributes:
         query_BHSD: rotated queries.
@@ -49,7 +49,7 @@ def onnx_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    watch: Watch | None = None,
+    capture: AttentionProbe | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """One `Attention` node with one output and `is_causal=0`.
@@ -59,15 +59,15 @@ def onnx_attention(
 
     Args:
         attention_mask: bool [B, 1, S, C], true where a query may look; None for full attention.
-        watch: filled in, where the caller gave one to the layer.
+        capture: filled in, where the caller gave one to the layer.
 
     Returns:
         [B, S, H, D] as transformers expects it, and no attention weights.
     """
     batch, heads, queries, _width = query_BHSD.shape
     scale = scaling if scaling is not None else query_BHSD.shape[-1] ** -0.5
-    if watch is not None:
-        watch.query_BHSD, watch.key_BGCD, watch.scale = query_BHSD, key_BHCD, float(scale)
+    if capture is not None:
+        capture.query_BHSD, capture.key_BGCD, capture.scale = query_BHSD, key_BHCD, float(scale)
     inputs = [query_BHSD, key_BHCD, value_BHCD] + ([] if attention_mask is None else [attention_mask])
     context_BHSD = torch.onnx.ops.symbolic(
         "Attention",

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from gap_export.bundle.manifest import Stage
 from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec, int64_spec
-from gap_export.modeling.attention import SlotCache, Watch, slot_mask
+from gap_export.modeling.attention import AttentionProbe, SlotCache, slot_mask
 from gap_export.modeling.splice import Splice
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
@@ -92,9 +92,9 @@ class _StagedDecoder(nn.Module):
         ids_BS: Tensor,
         slot_B: Tensor,
         cache: SlotCache,
-        watch: Watch | None = None,
+        probe: AttentionProbe | None = None,
     ) -> Tensor:
-        """The layers of one stage, from a slot on; `watch` looks at the last of them."""
+        """The layers of one stage, from a slot on; `probe` looks at the last of them."""
         rotary = self._rotary(hidden_BSH, ids_BS)
         mask = slot_mask(slot_B, hidden_BSH.shape[1], cache.present[2 * stage.first_layer].shape[2])
         for number in stage.run:
@@ -105,7 +105,7 @@ class _StagedDecoder(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
                 position_embeddings=rotary,
-                watch=watch if number == stage.run[-1] else None,
+                capture=probe if number == stage.run[-1] else None,
             )
         return hidden_BSH
 
@@ -143,24 +143,24 @@ class Prefill(_StagedDecoder):
             visual tokens, in the order in which they stand there; the updated caches.
         """
         first_slot = torch.zeros_like(last_index)
-        cache, watch, kept = SlotCache(past, first_slot), Watch(), []
+        cache, probe, kept = SlotCache(past, first_slot), AttentionProbe(), []
         visual = self._stages[0].kept
         raters = self._pruner.raters(Prompt(inputs_embeds, image_start, last_index, visual))
         raster_BN = torch.arange(visual).expand(inputs_embeds.shape[0], -1)
         tokens = _Tokens(inputs_embeds, position_ids, raster_BN)
         for stage in self._stages:
             if stage.first_layer:
-                scores_BN = self._scores(tokens, raters, image_start, stage.first_layer, watch)
+                scores_BN = self._scores(tokens, raters, image_start, stage.first_layer, probe)
                 tokens = self._cut(tokens, stage, image_start, scores_BN)
                 kept.append(tokens.raster_BK)
-            watch = Watch()
-            hidden_BSH = self._run(stage, tokens.hidden_BSH, tokens.ids_BS, first_slot, cache, watch)
+            probe = AttentionProbe()
+            hidden_BSH = self._run(stage, tokens.hidden_BSH, tokens.ids_BS, first_slot, cache, probe)
             tokens = _Tokens(hidden_BSH, tokens.ids_BS, tokens.raster_BK, tokens.dropped)
         last_B1 = (last_index - tokens.dropped)[:, None]
         return (self._logits(take(tokens.hidden_BSH, last_B1)[:, 0]), *kept, *cache.present)
 
     def _scores(
-        self, tokens: _Tokens, raters: Raters, image_start: Tensor, ahead: int, watch: Watch
+        self, tokens: _Tokens, raters: Raters, image_start: Tensor, ahead: int, probe: AttentionProbe
     ) -> Tensor:
         """[B, N] float32: attention that the raters pay to every visual token.
 
@@ -169,35 +169,35 @@ class Prefill(_StagedDecoder):
             raters: who decides.
             image_start: [B] int64.
             ahead: the first layer of the stage that begins.
-            watch: on the layer that just ran.
+            probe: on the layer that just ran.
         """
         rows_BR = raters.rows_BR - tokens.dropped  # they stand behind the image
         if self._pruner.uses_next_layer_attention:
-            watch = self._compared_by(ahead, tokens.hidden_BSH, tokens.ids_BS)
+            probe = self._compared_by(ahead, tokens.hidden_BSH, tokens.ids_BS)
             own = self._compared_by(ahead, take(tokens.hidden_BSH, rows_BR), tokens.ids_BS.gather(1, rows_BR))
             query_BHRD = own.query_BHSD
         else:
-            assert watch.query_BHSD is not None
+            assert probe.query_BHSD is not None
             index_BHRD = rows_BR[:, None, :, None].expand(
-                -1, watch.query_BHSD.shape[1], -1, watch.query_BHSD.shape[3]
+                -1, probe.query_BHSD.shape[1], -1, probe.query_BHSD.shape[3]
             )
-            query_BHRD = watch.query_BHSD.gather(2, index_BHRD)
+            query_BHRD = probe.query_BHSD.gather(2, index_BHRD)
         assert query_BHRD is not None
-        assert watch.key_BGCD is not None
-        paid_BRC = attention_paid(query_BHRD, watch.key_BGCD, rows_BR, watch.scale)
+        assert probe.key_BGCD is not None
+        paid_BRC = attention_paid(query_BHRD, probe.key_BGCD, rows_BR, probe.scale)
         scores_BC = (raters.weights_BR[:, :, None] * paid_BRC).sum(dim=1)
         return scores_BC.gather(1, image_start[:, None] + torch.arange(tokens.raster_BK.shape[1]))
 
-    def _compared_by(self, number: int, hidden_BSH: Tensor, ids_BS: Tensor) -> Watch:
+    def _compared_by(self, number: int, hidden_BSH: Tensor, ids_BS: Tensor) -> AttentionProbe:
         """Queries and keys that a layer would compare. Its attention itself goes nowhere and leaves the graph."""
-        layer, watch = self.language_model.layers[number], Watch()
+        layer, probe = self.language_model.layers[number], AttentionProbe()
         layer.self_attn(
             hidden_states=layer.input_layernorm(hidden_BSH),
             position_embeddings=self._rotary(hidden_BSH, ids_BS),
             attention_mask=None,
-            watch=watch,
+            capture=probe,
         )
-        return watch
+        return probe
 
     def _cut(self, tokens: _Tokens, stage: Stage, image_start: Tensor, scores_BN: Tensor) -> _Tokens:
         """The tokens of the stage that begins. Ids are gathered with the index that hidden states are gathered with."""

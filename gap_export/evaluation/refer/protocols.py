@@ -16,17 +16,23 @@ from typing import Literal, get_args
 import numpy as np
 
 from gap_export.boxes import metrics
-from gap_export.boxes.codecs import CODECS, Box, Frame, Size, Unparsable, from_pixels, to_pixels
-from gap_export.boxes.metrics import Area, Comparator
+from gap_export.boxes.codecs import (
+    CODECS,
+    Area,
+    Box,
+    Comparator,
+    Frame,
+    Size,
+    Unparsable,
+    from_pixels,
+    to_pixels,
+)
 from gap_export.bundle.manifest import BoxFormat
 from gap_export.errors import InputError
 
 ProtocolName = Literal["unc", "lmms-eval"]
 NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 THRESHOLD = 0.5
-
-_STRICTLY_ABOVE = ("shikra", "minigpt_v2")
-_COUNTS_EDGES = ("minigpt_v2",)
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ def protocol_of(name: str, box: BoxFormat) -> Protocol:
             name="unc",
             codec=box.codec,
             frame=box.frame,
-            comparator=">" if box.codec in _STRICTLY_ABOVE else ">=",
-            area="inclusive_pixels" if box.codec in _COUNTS_EDGES else "continuous",
+            comparator=CODECS[box.codec].comparator,
+            area=CODECS[box.codec].area,
         )
     if name == "lmms-eval":
         return Protocol(name="lmms-eval", codec=box.codec, frame="image", comparator=">=", area="continuous")
