@@ -10,7 +10,7 @@ from gap_export.bundle.cache_layout import in_slot_steps
 from gap_export.bundle.manifest import KeepMode, ModelSpec, Pruning, Stage
 from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
-from gap_export.inputs.layouts import TokenRange
+from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.prompt import TextTower
 from gap_export.positions import MergedId
 from gap_export.precision import Activations, one_of, precision

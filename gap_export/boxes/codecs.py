@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from gap_export.inputs.images import padding
+from gap_export.inputs.square import padding
 
 Box = tuple[float, float, float, float]
 """(x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, normalised or in pixels."""

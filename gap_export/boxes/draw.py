@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from gap_export.boxes.codecs import Box, to_pixels
-from gap_export.inputs.images import crop_size, padding
-from gap_export.inputs.layouts import Layout
+from gap_export.inputs.batch import ImageLayout
 from gap_export.positions import Ids
 
 LEAST_LONG_SIDE = 640
@@ -38,7 +37,7 @@ def draw(
     box: Box | None,
     kept_indices: Ids,
     grid: tuple[int, int] | None,
-    preprocessing: Layout,
+    layout: ImageLayout,
     *,
     visual_tokens: int,
     caption: str,
@@ -51,7 +50,7 @@ def draw(
             box.
         kept_indices: [K] int64 raster indices of the kept patches.
         grid: (rows, columns) of all patches; None where they do not lie on one grid, and none is shaded.
-        preprocessing: how the image was fitted, which says where a patch lies on it.
+        layout: how the image was fitted, which says where a patch lies on it.
         visual_tokens: N before pruning.
         caption: the expression.
 
@@ -66,7 +65,7 @@ def draw(
     if grid is not None:
         kept_RC = _kept_cells(kept_indices, grid)
         kept = int(kept_RC.sum())
-        columns_x, rows_y = patch_edges(image.width, image.height, grid, preprocessing)
+        columns_x, rows_y = patch_edges(image.width, image.height, grid, layout)
         shown = _shade(shown, kept_RC, columns_x * scale[0], rows_y * scale[1])
     if box is not None:
         x1, y1, x2, y2 = _cut_to(image, box)
@@ -76,7 +75,7 @@ def draw(
 
 
 def patch_edges(
-    width: int, height: int, grid: tuple[int, int], preprocessing: Layout
+    width: int, height: int, grid: tuple[int, int], layout: ImageLayout
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Where the patch grid lies on the original image.
 
@@ -84,23 +83,13 @@ def patch_edges(
         width: of the image, pixels.
         height: of the image, pixels.
         grid: (rows, columns).
-        preprocessing: how the image was fitted.
+        layout: how the image was fitted.
 
     Returns:
         ([columns + 1] x, [rows + 1] y) edges in pixels of the image. Under `pad` they go beyond it.
     """
     rows, columns = grid
-    if preprocessing.kind == "square" and preprocessing.fit == "pad":
-        side, left, top = padding(width, height)
-        first_x, first_y, span_x, span_y = -float(left), -float(top), float(side), float(side)
-    elif preprocessing.kind == "square" and preprocessing.fit == "crop":
-        size = preprocessing.size
-        resized_width, resized_height = crop_size(width, height, size)
-        per_x, per_y = width / resized_width, height / resized_height
-        first_x, first_y = (resized_width - size) // 2 * per_x, (resized_height - size) // 2 * per_y
-        span_x, span_y = size * per_x, size * per_y
-    else:
-        first_x, first_y, span_x, span_y = 0.0, 0.0, float(width), float(height)
+    first_x, first_y, span_x, span_y = layout.seen_area((width, height))
     return (
         first_x + span_x * np.arange(columns + 1, dtype=np.float64) / columns,
         first_y + span_y * np.arange(rows + 1, dtype=np.float64) / rows,

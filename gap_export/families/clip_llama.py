@@ -20,9 +20,9 @@ from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import RecipeError
 from gap_export.families.base import Family
-from gap_export.inputs.images import mean_colour
 from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import TextTower
+from gap_export.inputs.square import mean_colour
 from gap_export.modeling import hf_config
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip import OPENAI_MEAN, OPENAI_STD, ClipVision

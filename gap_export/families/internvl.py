@@ -23,7 +23,6 @@ from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import DynamicTilesLayout
-from gap_export.inputs.tiles import dynamic_range
 from gap_export.modeling import hf_config, selection
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.tiles import Gather, features_of_image, pixel_values
@@ -157,7 +156,7 @@ class InternVL(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        tokens, most = dynamic_range(self._tiles)
+        tokens, most = self._tiles.token_range()
         return ModelSpec(
             **hf_config.decoder_sizes(self.config.text_config),
             visual_tokens=most,

@@ -22,7 +22,6 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.inputs.prompt import TextTower
-from gap_export.inputs.tiles import anyres_range
 from gap_export.modeling import hf_config, selection
 from gap_export.modeling.clip import ClipVision
 from gap_export.modeling.clip_text import published_tower, read_text_tower, text_tower_of
@@ -116,7 +115,7 @@ class LlavaNext(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        tokens, most = anyres_range(self._tiles)
+        tokens, most = self._tiles.token_range()
         has_following = self._feature_layer < self.config.vision_config.num_hidden_layers
         return ModelSpec(
             **hf_config.decoder_sizes(self.config.text_config),

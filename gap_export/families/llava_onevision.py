@@ -21,7 +21,6 @@ from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
-from gap_export.inputs.tiles import anyres_range
 from gap_export.modeling import hf_config, selection
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.tiles import anyres_inputs, corners_gather, with_newlines
@@ -107,7 +106,7 @@ class LlavaOnevision(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        tokens, most = anyres_range(self._tiles)
+        tokens, most = self._tiles.token_range()
         return ModelSpec(
             **hf_config.decoder_sizes(self.config.text_config),
             visual_tokens=most,

@@ -32,7 +32,6 @@ from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import RecipeError
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import NativeResolutionLayout
-from gap_export.inputs.native_resolution import native_range
 from gap_export.modeling import hf_config
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.native import native_inputs
@@ -66,7 +65,7 @@ class QwenVL(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        tokens, most = native_range(self.layout(recipe))
+        tokens, most = self.layout(recipe).token_range()
         return ModelSpec(
             **hf_config.decoder_sizes(self.config.text_config),
             visual_tokens=most,

@@ -11,46 +11,103 @@ Shape letters: N visual tokens, P patches of each, F samples of a patch, W windo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from gap_export.errors import InputError
+from gap_export.inputs.batch import (
+    PIXELS,
+    TYPICAL_SIZE,
+    ImageBatch,
+    ImageLayout,
+    PreparedImage,
+    Size,
+    TokenRange,
+    of_many_sizes,
+)
 from gap_export.inputs.images import FILTERS, normalised, rgb
-from gap_export.inputs.layouts import NativeResolutionLayout, TokenRange
 from gap_export.positions import Ids
 
-PIXELS, PATCH_POSITIONS = "pixel_values", "patch_positions"
+PATCH_POSITIONS = "patch_positions"
 WINDOW_TOKENS, TOKEN_SLOTS = "window_tokens", "token_slots"
 """Names of the vision graph's inputs."""
 
 NO_TOKEN = -1
 """Fills windows at the edge, which hold fewer tokens."""
 
-USUAL_SIZE = (640, 480)
-"""Width and height of a usual image, which engines are tuned for."""
-
 MOST_ASPECT = 200
 """The longest side may be so many times the shortest, as in transformers."""
 
 
-@dataclass(frozen=True)
-class NativeImage:
-    """One image, ready for the vision graph.
+class NativeResolutionLayout(ImageLayout):
+    """How an image becomes patches at nearly its own size and shape (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 
     Attributes:
-        inputs: `pixel_values` [N, P, F] float32, `patch_positions` [N, P, 2] int64 (row, column); with windows `window_tokens`
-            [W, M] int64, the tokens of each, and `token_slots` [N] int64, where each token stands among those W * M.
-        grid: (rows, columns) of its visual tokens.
+        kind: tells it from other layouts.
+        patch: side of a patch in pixels.
+        merge: patches along the side of the square that becomes one visual token.
+        frames: equal frames that a patch holds, as if the image were a film.
+        window: visual tokens along the side of the squares within which most layers attend; None where all attend to all.
+        min_pixels: smaller images are scaled up.
+        max_pixels: larger images are scaled down.
     """
 
-    inputs: dict[str, NDArray[np.float32] | Ids]
-    grid: tuple[int, int]
+    takes_max_pixels: ClassVar[bool] = True
+
+    kind: Literal["native"] = "native"
+    patch: int = Field(ge=1)
+    merge: int = Field(ge=1)
+    frames: int = Field(ge=1)
+    window: int | None = Field(default=None, ge=1)
+    min_pixels: int = Field(ge=1)
+    max_pixels: int = Field(ge=1)
+
+    @property
+    def token_side(self) -> int:
+        """Of the square that becomes one visual token, in pixels."""
+        return self.patch * self.merge
+
+    def prepare(
+        self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
+    ) -> ImageBatch:
+        """See `ImageLayout.prepare`."""
+        return of_many_sizes([native_image(image, self) for image in images], per_prompt)
+
+    def resized(self, size: Size) -> Size:
+        """See `ImageLayout.resized`."""
+        return resized(*size, self)
+
+    def token_grid(self, size: Size) -> tuple[int, int]:
+        """See `ImageLayout.token_grid`."""
+        width, height = self.resized(size)
+        return height // self.token_side, width // self.token_side
+
+    def token_range(self) -> tuple[TokenRange, int]:
+        """See `ImageLayout.token_range`; bounds that no image leaves, of whatever shape."""
+        smallest, largest = self.min_pixels / self.token_side**2, self.max_pixels / self.token_side**2
+        # Scaled up, both sides are rounded up; scaled down, both are rounded down, but to one token at least.
+        grown = (math.sqrt(smallest * MOST_ASPECT) + 1) * (math.sqrt(smallest / MOST_ASPECT) + 1)
+        narrow = math.sqrt(largest * MOST_ASPECT)
+        most = math.floor(max(largest, grown, narrow))
+        fewest = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
+        rows, columns = self.token_grid(TYPICAL_SIZE)
+        return TokenRange(min_tokens=fewest, typical_tokens=rows * columns, max_tokens=most), most
+
+    def typical_windows(self, window: int) -> int:
+        """Windows of a typical image.
+
+        Args:
+            window: side in tokens.
+        """
+        rows, columns = self.token_grid(TYPICAL_SIZE)
+        return -(-rows // window) * -(-columns // window)
 
 
-def resized(width: int, height: int, preprocessing: NativeResolutionLayout) -> tuple[int, int]:
+def resized(width: int, height: int, layout: NativeResolutionLayout) -> tuple[int, int]:
     """(width, height) in pixels of an image as the model sees it: multiples of a token's side, within the number of pixels.
 
     Raises:
@@ -62,48 +119,54 @@ def resized(width: int, height: int, preprocessing: NativeResolutionLayout) -> t
             subject=f"image of {width}x{height} pixels",
             hint="cut it into pieces",
         )
-    side = preprocessing.patch * preprocessing.merge
+    side = layout.token_side
     # Python rounds halves to the even number; so does the processor.
     nearest_width, nearest_height = round(width / side) * side, round(height / side) * side
-    if nearest_width * nearest_height > preprocessing.max_pixels:
-        shrink = math.sqrt(width * height / preprocessing.max_pixels)
+    if nearest_width * nearest_height > layout.max_pixels:
+        shrink = math.sqrt(width * height / layout.max_pixels)
         return (
             max(side, math.floor(width / shrink / side) * side),
             max(side, math.floor(height / shrink / side) * side),
         )
-    if nearest_width * nearest_height < preprocessing.min_pixels:
-        grow = math.sqrt(preprocessing.min_pixels / (width * height))
+    if nearest_width * nearest_height < layout.min_pixels:
+        grow = math.sqrt(layout.min_pixels / (width * height))
         return math.ceil(width * grow / side) * side, math.ceil(height * grow / side) * side
     return nearest_width, nearest_height
 
 
-def native_image(image: Image.Image, preprocessing: NativeResolutionLayout) -> NativeImage:
+def native_image(image: Image.Image, layout: NativeResolutionLayout) -> PreparedImage:
     """An image as patches.
 
     Args:
         image: any size and mode.
-        preprocessing: of the bundle.
+        layout: of the bundle.
+
+    Returns:
+        `inputs` with `pixel_values` [N, P, F] float32, `patch_positions` [N, P, 2] int64 (row, column); with windows
+        `window_tokens` [W, M] int64, the tokens of each, and `token_slots` [N] int64, where each token stands among those W * M.
 
     Raises:
         InputError: see `resized`.
     """
     image = rgb(image)
-    width, height = resized(*image.size, preprocessing)
-    pixels_CHW = normalised(image.resize((width, height), FILTERS[preprocessing.resample]), preprocessing)
-    patch, merge = preprocessing.patch, preprocessing.merge
-    rows, columns = height // (patch * merge), width // (patch * merge)
+    width, height = resized(*image.size, layout)
+    pixels_CHW = normalised(image.resize((width, height), FILTERS[layout.resample]), layout)
+    patch, merge = layout.patch, layout.merge
+    rows, columns = layout.token_grid(image.size)
 
     squares = pixels_CHW.reshape(3, rows, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
     # An image is a film of equal frames.
-    film = np.repeat(squares[:, :, :, :, :, None], preprocessing.frames, axis=5)
+    film = np.repeat(squares[:, :, :, :, :, None], layout.frames, axis=5)
     places_2HW = np.indices((rows * merge, columns * merge), dtype=np.int64)
     positions = places_2HW.reshape(2, rows, merge, columns, merge).transpose(1, 3, 2, 4, 0)
-    return NativeImage(
+    return PreparedImage(
         inputs={
             PIXELS: film.reshape(rows * columns, merge**2, -1),
             PATCH_POSITIONS: np.ascontiguousarray(positions.reshape(rows * columns, merge**2, 2)),
-            **_windows(rows, columns, preprocessing.window),
+            **_windows(rows, columns, layout.window),
         },
+        visual_tokens=rows * columns,
+        prunable=rows * columns,
         grid=(rows, columns),
     )
 
@@ -122,28 +185,11 @@ def _windows(rows: int, columns: int, side: int | None) -> dict[str, Ids]:
     return {WINDOW_TOKENS: np.ascontiguousarray(tokens_WM), TOKEN_SLOTS: slots_N}
 
 
-def native_range(preprocessing: NativeResolutionLayout) -> tuple[TokenRange, int]:
-    """How many visual tokens images have: bounds that no image leaves, of whatever shape.
-
-    Returns:
-        (range, N of the largest image).
-    """
-    area = (preprocessing.patch * preprocessing.merge) ** 2
-    smallest, largest = preprocessing.min_pixels / area, preprocessing.max_pixels / area
-    # Scaled up, both sides are rounded up; scaled down, both are rounded down, but to one token at least.
-    grown = (math.sqrt(smallest * MOST_ASPECT) + 1) * (math.sqrt(smallest / MOST_ASPECT) + 1)
-    narrow = math.sqrt(largest * MOST_ASPECT)
-    most = math.floor(max(largest, grown, narrow))
-    fewest = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
-    width, height = resized(*USUAL_SIZE, preprocessing)
-    return TokenRange(min_tokens=fewest, typical_tokens=width * height // area, max_tokens=most), most
-
-
 def most_windows(tokens: TokenRange, window: int) -> int:
     """A number of windows that no image exceeds, of whatever shape.
 
     Args:
-        tokens: of images, as `native_range` gives it.
+        tokens: of images, as `token_range` gives it.
         window: side in tokens.
     """
     # Every side may end in a part of a window. Rounded to tokens, a side may be 301 times as long as the other (1.5 times the

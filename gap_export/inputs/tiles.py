@@ -17,45 +17,127 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from gap_export.errors import InputError
+from gap_export.inputs.batch import (
+    PIXELS,
+    TYPICAL_SIZE,
+    ImageBatch,
+    ImageLayout,
+    PreparedImage,
+    TokenRange,
+    of_many_sizes,
+)
 from gap_export.inputs.images import FILTERS, normalised, rgb
-from gap_export.inputs.layouts import AnyResLayout, DynamicTilesLayout, TokenRange
-
-Ids = NDArray[np.int64]
+from gap_export.positions import Ids
 
 CELLS, PLACES, NEWLINES = "cells", "cell_positions", "newline_positions"
 CORNERS, WEIGHTS = "corners", "corner_weights"
 """Names of the vision graph's inputs."""
 
-USUAL_SIZE = (640, 480)
-"""Width and height of a usual image, which engines are tuned for."""
-
 _CLEARLY_MORE = 1.1
 
 
-@dataclass(frozen=True)
-class TiledImage:
-    """One image, ready for the vision graph.
+class AnyResLayout(ImageLayout):
+    """How an image becomes tiles of a grid that fits it, with the whole image, squashed, as the first tile (LLaVA-NeXT,
+    LLaVA-OneVision).
+
+    The image is scaled to fit one of the grids and padded with black. Rows and columns of visual tokens that see nothing but
+    padding are left out; every other row of the grid ends with a token that is never pruned.
 
     Attributes:
-        inputs: `pixel_values` [tiles, 3, size, size] float32 and what `Layout.inputs` names.
-        visual_tokens: N.
-        prunable: P.
+        kind: tells it from other layouts.
+        size: side of a tile in pixels.
+        side: visual tokens along the side of a tile.
+        grids: (height, width) in pixels of the grids to choose from, in the order of choice.
+        max_tiles: a grid with clearly more tokens than so many tiles have is scaled down to about as many; None never.
     """
 
-    inputs: dict[str, NDArray[np.float32] | Ids]
-    visual_tokens: int
-    prunable: int
+    kind: Literal["anyres"] = "anyres"
+    size: int = Field(ge=1)
+    side: int = Field(ge=1)
+    grids: tuple[tuple[int, int], ...] = Field(min_length=1)
+    max_tiles: int | None = Field(default=None, ge=1)
+
+    def prepare(
+        self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
+    ) -> ImageBatch:
+        """See `ImageLayout.prepare`."""
+        return of_many_sizes([anyres_image(image, self) for image in images], per_prompt)
+
+    def tile_counts(self) -> tuple[int, int]:
+        """Tiles of a typical image and of the largest one, the whole image among them."""
+        typical = best_grid(*TYPICAL_SIZE, self.grids)
+        areas = (typical[0] * typical[1], max(height * width for height, width in self.grids))
+        count, largest = (1 + area // self.size**2 for area in areas)
+        return count, largest
+
+    def token_range(self) -> tuple[TokenRange, int]:
+        """See `ImageLayout.token_range`."""
+        counts = [
+            shrunk_grid(rows, columns, self)
+            for height, width in self.grids
+            for rows, columns in _with_bars(height // self.size * self.side, width // self.size * self.side)
+        ]
+        base = self.side**2
+        tokens = TokenRange(
+            min_tokens=base + 1,
+            typical_tokens=len(anyres_places(*TYPICAL_SIZE, self)[PLACES]),
+            max_tokens=base + max(rows * columns for rows, columns in counts),
+            never_pruned=max(rows for rows, _ in counts),
+        )
+        return tokens, base + max(rows * (columns + 1) for rows, columns in counts)
+
+
+class DynamicTilesLayout(ImageLayout):
+    """How an image becomes tiles of the grid whose shape is nearest to its own, which it is stretched to fill, with the whole
+    image, squashed, as the last tile where there is more than one (InternVL).
+
+    Attributes:
+        kind: tells it from other layouts.
+        size: side of a tile in pixels.
+        tokens: visual tokens of a tile.
+        min_tiles: smallest number of tiles in a grid.
+        max_tiles: largest number of tiles in a grid.
+    """
+
+    kind: Literal["dynamic_tiles"] = "dynamic_tiles"
+    size: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    min_tiles: int = Field(ge=1)
+    max_tiles: int = Field(ge=1)
+
+    def prepare(
+        self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
+    ) -> ImageBatch:
+        """See `ImageLayout.prepare`."""
+        return of_many_sizes([dynamic_image(image, self) for image in images], per_prompt)
+
+    def tile_counts(self) -> tuple[int, int]:
+        """Tiles of a typical image and of the largest one, the whole image among them."""
+        across, down = nearest_grid(*TYPICAL_SIZE, self)
+        counts = (across * down, max(across * down for across, down in _grids(self)))
+        typical, largest = (count + (count > 1) for count in counts)
+        return typical, largest
+
+    def token_range(self) -> tuple[TokenRange, int]:
+        """See `ImageLayout.token_range`."""
+        fewest = min(across * down for across, down in _grids(self))
+        typical, largest = (tiles * self.tokens for tiles in self.tile_counts())
+        tokens = TokenRange(
+            min_tokens=(fewest + (fewest > 1)) * self.tokens, typical_tokens=typical, max_tokens=largest
+        )
+        return tokens, largest
 
 
 # ------------------------------------------------------------------------------------------------------------
-# AnyResLayout
+# The grid that fits
 
 
 def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -85,22 +167,22 @@ def bars(width: int, height: int, rows: int, columns: int) -> tuple[int, int]:
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
 
-def shrunk_grid(rows: int, columns: int, preprocessing: AnyResLayout) -> tuple[int, int]:
+def shrunk_grid(rows: int, columns: int, layout: AnyResLayout) -> tuple[int, int]:
     """(rows, columns) of tokens after a grid that is clearly too large was scaled down."""
-    if preprocessing.max_tiles is None:
+    if layout.max_tiles is None:
         return rows, columns
-    ratio = math.sqrt(rows * columns / (preprocessing.max_tiles * preprocessing.side**2))
+    ratio = math.sqrt(rows * columns / (layout.max_tiles * layout.side**2))
     if ratio <= _CLEARLY_MORE:
         return rows, columns
     return int(rows // ratio), int(columns // ratio)
 
 
-def anyres_image(image: Image.Image, preprocessing: AnyResLayout) -> TiledImage:
+def anyres_image(image: Image.Image, layout: AnyResLayout) -> PreparedImage:
     """An image as tiles of the grid that fits it.
 
     Args:
         image: any size and mode.
-        preprocessing: of the bundle.
+        layout: of the bundle.
 
     Returns:
         `inputs` with `cell_positions` [P] int64, `newline_positions` [R] int64, and `cells` [P] int64 into the flattened tile
@@ -110,33 +192,31 @@ def anyres_image(image: Image.Image, preprocessing: AnyResLayout) -> TiledImage:
         InputError: so much longer one way than the other that no row or no column of tokens is left of it.
     """
     image = rgb(image)
-    pixels = anyres_pixels(image, preprocessing)
-    layout = anyres_layout(*image.size, preprocessing)
-    return TiledImage(
-        inputs={"pixel_values": pixels, **layout},
-        visual_tokens=len(layout[PLACES]) + len(layout[NEWLINES]),
-        prunable=len(layout[PLACES]),
+    pixels = anyres_pixels(image, layout)
+    places = anyres_places(*image.size, layout)
+    return PreparedImage(
+        inputs={PIXELS: pixels, **places},
+        visual_tokens=len(places[PLACES]) + len(places[NEWLINES]),
+        prunable=len(places[PLACES]),
     )
 
 
-def anyres_pixels(image: Image.Image, preprocessing: AnyResLayout) -> NDArray[np.float32]:
+def anyres_pixels(image: Image.Image, layout: AnyResLayout) -> NDArray[np.float32]:
     """[tiles, 3, size, size] float32 of an RGB image: the whole first, then the grid row by row."""
-    size, resample = preprocessing.size, FILTERS[preprocessing.resample]
-    height, width = best_grid(*image.size, preprocessing.grids)
+    size, resample = layout.size, FILTERS[layout.resample]
+    height, width = best_grid(*image.size, layout.grids)
     fitted = fitted_size(*image.size, (height, width))
     padded = Image.new("RGB", (width, height))
     padded.paste(image.resize(fitted, resample), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
     tiles = [image.resize((size, size), resample), *_cut(padded, size)]
-    return np.stack([normalised(tile, preprocessing) for tile in tiles])
+    return np.stack([normalised(tile, layout) for tile in tiles])
 
 
-def anyres_layout(
-    width: int, height: int, preprocessing: AnyResLayout
-) -> dict[str, NDArray[np.float32] | Ids]:
+def anyres_places(width: int, height: int, layout: AnyResLayout) -> dict[str, NDArray[np.float32] | Ids]:
     """What the vision graph must know of an image of that size; see `anyres_image`."""
-    side, base = preprocessing.side, preprocessing.side**2
-    grid_height, grid_width = best_grid(width, height, preprocessing.grids)
-    tiles_down, tiles_across = grid_height // preprocessing.size, grid_width // preprocessing.size
+    side, base = layout.side, layout.side**2
+    grid_height, grid_width = best_grid(width, height, layout.grids)
+    tiles_down, tiles_across = grid_height // layout.size, grid_width // layout.size
     above, left = bars(width, height, tiles_down * side, tiles_across * side)
     rows, columns = tiles_down * side - 2 * above, tiles_across * side - 2 * left
 
@@ -146,7 +226,7 @@ def anyres_layout(
         tile = 1 + row // side * tiles_across + column // side
         return tile * base + row % side * side + column % side
 
-    shrunk = shrunk_grid(rows, columns, preprocessing)
+    shrunk = shrunk_grid(rows, columns, layout)
     if min(shrunk) < 1:
         longer, shorter = ("wider", "high") if width > height else ("higher", "wide")
         raise InputError(
@@ -157,13 +237,13 @@ def anyres_layout(
     line = shrunk[1] + 1
     within = np.arange(shrunk[0] * shrunk[1])
     places = np.concatenate([np.arange(base), base + within + within // shrunk[1]])
-    layout: dict[str, NDArray[np.float32] | Ids] = {
+    standing: dict[str, NDArray[np.float32] | Ids] = {
         PLACES: places,
         NEWLINES: base + line * (np.arange(shrunk[0]) + 1) - 1,
     }
-    if preprocessing.max_tiles is None:
+    if layout.max_tiles is None:
         row, column = np.indices((rows, columns))
-        return {CELLS: np.concatenate([np.arange(base), cells(row, column).ravel()]), **layout}
+        return {CELLS: np.concatenate([np.arange(base), cells(row, column).ravel()]), **standing}
 
     first_row, second_row, down = _neighbours(rows, shrunk[0])
     first_column, second_column, across = _neighbours(columns, shrunk[1])
@@ -182,48 +262,8 @@ def anyres_layout(
     return {
         CORNERS: np.concatenate([np.arange(base)[:, None].repeat(4, 1), np.stack(corners, 1)]),
         WEIGHTS: np.concatenate([whole_P4, np.stack(weights, 1)]),
-        **layout,
+        **standing,
     }
-
-
-def tile_counts(preprocessing: AnyResLayout | DynamicTilesLayout) -> tuple[int, int]:
-    """Tiles of a usual image and of the largest one, the whole image among them."""
-    if isinstance(preprocessing, DynamicTilesLayout):
-        counts = [across * down for across, down in _grids(preprocessing)]
-        across, down = nearest_grid(*USUAL_SIZE, preprocessing)
-        usual, most = across * down, max(counts)
-        return usual + (usual > 1), most + (most > 1)
-    usual_grid = best_grid(*USUAL_SIZE, preprocessing.grids)
-    usual, most = (
-        height * width // preprocessing.size**2
-        for height, width in (usual_grid, max(preprocessing.grids, key=lambda grid: grid[0] * grid[1]))
-    )
-    return 1 + usual, 1 + most
-
-
-def anyres_range(preprocessing: AnyResLayout) -> tuple[TokenRange, int]:
-    """How many visual tokens images have.
-
-    Returns:
-        (range, N of the largest image).
-    """
-    counts = [
-        shrunk_grid(rows, columns, preprocessing)
-        for height, width in preprocessing.grids
-        for rows, columns in _with_bars(
-            height // preprocessing.size * preprocessing.side,
-            width // preprocessing.size * preprocessing.side,
-        )
-    ]
-    usual = len(anyres_layout(*USUAL_SIZE, preprocessing)[PLACES])
-    base = preprocessing.side**2
-    tokens = TokenRange(
-        min_tokens=base + 1,
-        typical_tokens=usual,
-        max_tokens=base + max(rows * columns for rows, columns in counts),
-        never_pruned=max(rows for rows, _ in counts),
-    )
-    return tokens, base + max(rows * (columns + 1) for rows, columns in counts)
 
 
 def _with_bars(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -245,64 +285,53 @@ def _neighbours(extent: int, shrunk: int) -> tuple[Ids, Ids, NDArray[np.float32]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Dynamic tiles
+# The grid of nearest shape
 
 
-def nearest_grid(width: int, height: int, preprocessing: DynamicTilesLayout) -> tuple[int, int]:
+def nearest_grid(width: int, height: int, layout: DynamicTilesLayout) -> tuple[int, int]:
     """(tiles across, tiles down) of the grid whose shape is nearest to that of an image.
 
     Of grids that are as near the larger one is taken, unless the image would have to be scaled up to more than twice its area.
     """
     best, smallest = (1, 1), math.inf
-    for across, down in _grids(preprocessing):
+    for across, down in _grids(layout):
         difference = abs(width / height - across / down)
         if difference < smallest:
             best, smallest = (across, down), difference
-        elif difference == smallest and width * height > 0.5 * preprocessing.size**2 * across * down:
+        elif difference == smallest and width * height > 0.5 * layout.size**2 * across * down:
             best = (across, down)
     return best
 
 
-def dynamic_image(image: Image.Image, preprocessing: DynamicTilesLayout) -> TiledImage:
+def dynamic_image(image: Image.Image, layout: DynamicTilesLayout) -> PreparedImage:
     """An image as tiles of the grid that is nearest to its shape.
 
     Args:
         image: any size and mode.
-        preprocessing: of the bundle.
+        layout: of the bundle.
 
     Returns:
         `inputs` with `pixel_values` alone: every token of every tile, in this order, is a visual token.
     """
     image = rgb(image)
-    size, resample = preprocessing.size, FILTERS[preprocessing.resample]
-    across, down = nearest_grid(*image.size, preprocessing)
+    size, resample = layout.size, FILTERS[layout.resample]
+    across, down = nearest_grid(*image.size, layout)
     tiles = list(_cut(image.resize((size * across, size * down), resample), size))
     if len(tiles) > 1:
         tiles.append(image.resize((size, size), resample))
-    tokens = len(tiles) * preprocessing.tokens
-    pixels = np.stack([normalised(tile, preprocessing) for tile in tiles])
-    return TiledImage({"pixel_values": pixels}, visual_tokens=tokens, prunable=tokens)
+    tokens = len(tiles) * layout.tokens
+    pixels = np.stack([normalised(tile, layout) for tile in tiles])
+    return PreparedImage({PIXELS: pixels}, visual_tokens=tokens, prunable=tokens)
 
 
-def dynamic_range(preprocessing: DynamicTilesLayout) -> tuple[TokenRange, int]:
-    """How many visual tokens images have; see `anyres_range`."""
-
-    fewest = min(across * down for across, down in _grids(preprocessing))
-    usual, most = (tiles * preprocessing.tokens for tiles in tile_counts(preprocessing))
-    tokens = TokenRange(
-        min_tokens=(fewest + (fewest > 1)) * preprocessing.tokens, typical_tokens=usual, max_tokens=most
-    )
-    return tokens, most
-
-
-def _grids(preprocessing: DynamicTilesLayout) -> list[tuple[int, int]]:
+def _grids(layout: DynamicTilesLayout) -> list[tuple[int, int]]:
     """(tiles across, tiles down) of all grids, the smallest first."""
-    extents = range(1, preprocessing.max_tiles + 1)
+    extents = range(1, layout.max_tiles + 1)
     fitting = [
         (across, down)
         for across in extents
         for down in extents
-        if preprocessing.min_tiles <= across * down <= preprocessing.max_tiles
+        if layout.min_tiles <= across * down <= layout.max_tiles
     ]
     return sorted(fitting, key=lambda grid: grid[0] * grid[1])
 

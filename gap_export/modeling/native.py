@@ -18,15 +18,13 @@ from transformers import AttentionInterface
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from gap_export.bundle.spec import Dim, TensorSpec, float_spec, int64_spec
-from gap_export.inputs.layouts import NativeResolutionLayout, TokenRange
+from gap_export.inputs.batch import PIXELS, TokenRange
 from gap_export.inputs.native_resolution import (
     PATCH_POSITIONS,
-    PIXELS,
     TOKEN_SLOTS,
-    USUAL_SIZE,
     WINDOW_TOKENS,
+    NativeResolutionLayout,
     most_windows,
-    resized,
 )
 
 Rotary = tuple[Tensor, Tensor]
@@ -111,18 +109,18 @@ def _attended(attention: Any, hidden_PE: Tensor, rotary: Rotary, windows: Window
     return output_PE
 
 
-def native_inputs(preprocessing: NativeResolutionLayout, tokens: TokenRange) -> tuple[TensorSpec, ...]:
+def native_inputs(layout: NativeResolutionLayout, tokens: TokenRange) -> tuple[TensorSpec, ...]:
     """Inputs of the vision graph for one image, in the order in which modules take them.
 
     Args:
-        preprocessing: of the model; its bounds on the number of pixels do not count.
+        layout: of the model; its bounds on the number of pixels do not count.
         tokens: how many visual tokens images have.
     """
     several = Dim(
         name="tokens", minimum=tokens.min_tokens, optimum=tokens.typical_tokens, maximum=tokens.max_tokens
     )
-    patches, window = preprocessing.merge**2, preprocessing.window
-    samples = 3 * preprocessing.frames * preprocessing.patch**2
+    patches, window = layout.merge**2, layout.window
+    samples = 3 * layout.frames * layout.patch**2
     inputs = (
         float_spec(PIXELS, "float32", several, patches, samples),
         int64_spec(PATCH_POSITIONS, several, patches, 2),
@@ -130,10 +128,8 @@ def native_inputs(preprocessing: NativeResolutionLayout, tokens: TokenRange) -> 
     if window is None:
         return inputs
     most = most_windows(tokens, window)
-    side = preprocessing.patch * preprocessing.merge * window
-    width, height = resized(*USUAL_SIZE, preprocessing)
-    usual = min(-(-width // side) * -(-height // side), most)
-    windows = Dim(name="windows", minimum=1, optimum=usual, maximum=most)
+    typical = min(layout.typical_windows(window), most)
+    windows = Dim(name="windows", minimum=1, optimum=typical, maximum=most)
     return (
         *inputs,
         int64_spec(WINDOW_TOKENS, windows, window**2),

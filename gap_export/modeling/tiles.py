@@ -20,17 +20,16 @@ from torch import Tensor
 
 from gap_export import prune
 from gap_export.bundle.spec import Dim, TensorSpec, float_spec, int64_spec
-from gap_export.inputs.layouts import AnyResLayout, DynamicTilesLayout
+from gap_export.inputs.batch import PIXELS, TYPICAL_SIZE
 from gap_export.inputs.tiles import (
     CELLS,
     CORNERS,
     NEWLINES,
     PLACES,
-    USUAL_SIZE,
     WEIGHTS,
-    anyres_layout,
-    anyres_range,
-    tile_counts,
+    AnyResLayout,
+    DynamicTilesLayout,
+    anyres_places,
 )
 from gap_export.plan import Plan
 from gap_export.prune import order
@@ -155,26 +154,26 @@ def with_newlines(
     return ordered.patches_BKE, ordered.indices_BK
 
 
-def anyres_inputs(preprocessing: AnyResLayout) -> tuple[TensorSpec, ...]:
+def anyres_inputs(layout: AnyResLayout) -> tuple[TensorSpec, ...]:
     """Inputs of the vision graph for one image of AnyResLayout tiles, in the order in which modules take them."""
-    tokens, _ = anyres_range(preprocessing)
+    tokens, _ = layout.token_range()
     prunable = Dim(
         name="prunable", minimum=tokens.min_tokens, optimum=tokens.typical_tokens, maximum=tokens.max_tokens
     )
-    usual_lines = len(anyres_layout(*USUAL_SIZE, preprocessing)[NEWLINES])
-    lines = Dim(name="lines", minimum=1, optimum=usual_lines, maximum=tokens.never_pruned)
+    typical_lines = len(anyres_places(*TYPICAL_SIZE, layout)[NEWLINES])
+    lines = Dim(name="lines", minimum=1, optimum=typical_lines, maximum=tokens.never_pruned)
 
     sources = (
         (int64_spec(CELLS, prunable),)
-        if preprocessing.max_tiles is None
+        if layout.max_tiles is None
         else (int64_spec(CORNERS, prunable, 4), float_spec(WEIGHTS, "float32", prunable, 4))
     )
-    return (pixel_values(preprocessing), int64_spec(PLACES, prunable), int64_spec(NEWLINES, lines), *sources)
+    return (pixel_values(layout), int64_spec(PLACES, prunable), int64_spec(NEWLINES, lines), *sources)
 
 
-def pixel_values(preprocessing: AnyResLayout | DynamicTilesLayout) -> TensorSpec:
+def pixel_values(layout: AnyResLayout | DynamicTilesLayout) -> TensorSpec:
     """Tiles of one image."""
-    usual, most = tile_counts(preprocessing)
-    tiles = Dim(name="tiles", minimum=1, optimum=usual, maximum=most)
-    size = preprocessing.size
-    return float_spec("pixel_values", "float32", tiles, 3, size, size)
+    typical, most = layout.tile_counts()
+    tiles = Dim(name="tiles", minimum=1, optimum=typical, maximum=most)
+    size = layout.size
+    return float_spec(PIXELS, "float32", tiles, 3, size, size)

@@ -13,7 +13,7 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
 from gap_export.checkpoint.random_weights import random_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
-from gap_export.inputs.layouts import Layout, NativeResolutionLayout
+from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer, load_tokenizer
 from gap_export.recipe.ranges import Ranges, read_ranges
 from gap_export.recipe.recipe import Recipe
@@ -151,7 +151,7 @@ def _with_companions(
 
 def _check_max_pixels(layout: Layout, recipe: Recipe) -> None:
     """Refuse a bound that this model's preprocessing has no use for."""
-    if recipe.max_pixels is not None and not isinstance(layout, NativeResolutionLayout):
+    if recipe.max_pixels is not None and not layout.takes_max_pixels:
         raise RecipeError(
             "is for models that take images at their own size and shape, and this one does not",
             subject=f"max_pixels {recipe.max_pixels}",

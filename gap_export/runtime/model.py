@@ -12,7 +12,7 @@ from gap_export.boxes.codecs import CODECS, Box, Unparsable, to_pixels
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.errors import InputError
-from gap_export.inputs.batch import ImageBatch, prepare, seen_size
+from gap_export.inputs.batch import ImageBatch
 from gap_export.inputs.prompt import (
     Prompts,
     decode_answer,
@@ -133,9 +133,11 @@ class Grounder:
         return self._manifest.prompt.images
 
     def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
-        """See `images.prepare`."""
+        """See `ImageLayout.prepare`."""
         manifest = self._manifest
-        return prepare(images, manifest.layout, manifest.spec, per_prompt=manifest.prompt.images)
+        return manifest.layout.prepare(
+            images, visual_tokens=manifest.spec.visual_tokens, per_prompt=manifest.prompt.images
+        )
 
     def text_ids(self, expressions: Sequence[str]) -> Ids | None:
         """[B, L] int64 ids of the expressions for the vision graph; None where the pruner does not look at them."""
@@ -168,7 +170,7 @@ class Grounder:
 
     def _answer(self, tokens: list[int], image: Image.Image, kept: Ids) -> Answer:
         text = decode_answer(self._tokenizer, tokens)
-        box = self._codec.decode_one(text, seen_size(image.size, self._manifest.layout))
+        box = self._codec.decode_one(text, self._manifest.layout.resized(image.size))
         if isinstance(box, Unparsable):
             return Answer(text=text, box=None, kept_indices=kept)
         pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)

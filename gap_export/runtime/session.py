@@ -102,7 +102,7 @@ class Session(Protocol):
         """Vision tower, pruner and projector.
 
         Args:
-            pixels: of one call, as `images.prepare` gives them.
+            pixels: of one call, as `ImageLayout.prepare` gives them.
             text_ids_BL: the expressions, for pruners that look at them, as `prompt.encode_text` gives them.
             keep_count: how many tokens to keep, where requests choose; the bundle's default when left out.
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gap_export.boxes.codecs import CODECS, Box, Frame, Unparsable, from_pixels, to_pixels
-from gap_export.inputs.images import fit
-from gap_export.inputs.layouts import SquareLayout
+from gap_export.inputs.square import SquareLayout, fit
 
 STEP = {
     "llava": 0.01,

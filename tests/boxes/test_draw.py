@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gap_export.boxes.draw import LEAST_LONG_SIDE, draw, patch_edges
-from gap_export.inputs.images import fit
-from gap_export.inputs.layouts import SquareLayout
+from gap_export.inputs.square import SquareLayout, fit
 
 AMBER = (255, 196, 0)
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from gap_export.bundle.folder import Bundle
-from gap_export.evaluation.controls import controls
-from gap_export.inputs.batch import ImageBatch, prepare
+from gap_export.evaluation.parity import controls
+from gap_export.inputs.batch import ImageBatch
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.model import keep_counts
@@ -44,7 +44,8 @@ def prompts(batch: int) -> Any:
 
 def images_of(bundle: Bundle, batch: int) -> ImageBatch:
     """The batch, as the bundle takes it."""
-    return prepare(images(batch), bundle.manifest.layout, bundle.manifest.spec)
+    manifest = bundle.manifest
+    return manifest.layout.prepare(images(batch), visual_tokens=manifest.spec.visual_tokens)
 
 
 def moved_by(control: str, prompts: list[list[int]], ask: Callable[..., Generation]) -> float:

@@ -18,7 +18,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, GapExportError
 from gap_export.families import open_family
-from gap_export.inputs.images import fit
+from gap_export.inputs.square import fit
 from gap_export.pipeline import build as pipeline
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session

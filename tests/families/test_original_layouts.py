@@ -18,7 +18,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import row_of
-from gap_export.inputs.images import fit
+from gap_export.inputs.square import fit
 from gap_export.pipeline import build as pipeline
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from gap_export.errors import InputError, RecipeError
-from gap_export.evaluation.controls import controls
-from gap_export.inputs.batch import ImageBatch, prepare
+from gap_export.evaluation.parity import controls
+from gap_export.inputs.batch import ImageBatch
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
@@ -40,7 +40,8 @@ def noise(width: int, height: int) -> Image.Image:
 
 def images_of(bundle: Any, batch: int) -> ImageBatch:
     images = [noise(*size) for row in SIZES[:batch] for size in row]
-    return prepare(images, bundle.manifest.layout, bundle.manifest.spec, per_prompt=2)
+    manifest = bundle.manifest
+    return manifest.layout.prepare(images, visual_tokens=manifest.spec.visual_tokens, per_prompt=2)
 
 
 def answer(session: Any, bundle: Any, batch: int, keep: float | None = None, **options: Any) -> Generation:

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 
 from gap_export.errors import InputError
 from gap_export.inputs import images
-from gap_export.inputs.images import fit, load_image, mean_colour, padding, pixel_values
-from gap_export.inputs.layouts import SquareLayout
+from gap_export.inputs.images import load_image
+from gap_export.inputs.square import SquareLayout, fit, mean_colour, padding, pixel_values
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -157,7 +157,7 @@ class TestFit:
         square = Image.new("RGB", (side, side), mean_colour(MEAN))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(images, "STRIP_PIXELS", pixels)
+            patch.setattr("gap_export.inputs.square.STRIP_PIXELS", pixels)
             fitted = fit(image, how("pad", size))
         np.testing.assert_array_equal(fitted, square.resize((size, size), Image.Resampling.BICUBIC))
 

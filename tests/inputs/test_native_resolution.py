@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gap_export.bundle.manifest import ModelSpec
 from gap_export.errors import InputError
-from gap_export.inputs.batch import prepare
+from gap_export.inputs.batch import PreparedImage
 from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.inputs.native_resolution import (
     MOST_ASPECT,
-    NativeImage,
     most_windows,
     native_image,
-    native_range,
     resized,
 )
 
@@ -46,7 +43,7 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(samples)
 
 
-def flat(image: NativeImage) -> Any:
+def flat(image: PreparedImage) -> Any:
     """Patches of all tokens in one row."""
     pixels_NPF = image.inputs["pixel_values"]
     assert pixels_NPF.shape[:2] == (image.grid[0] * image.grid[1], 4)
@@ -125,7 +122,7 @@ def test_no_image_has_more_windows(width: int, height: int, fewest: int, most: i
         return
     limits = {"min_pixels": fewest * 28**2, "max_pixels": most * 28**2, "window": 4}
     preprocessing = QWEN2.model_copy(update=limits)
-    tokens, _ = native_range(preprocessing)
+    tokens, _ = preprocessing.token_range()
     rows, columns = (side // 28 for side in resized(width, height, preprocessing))
     windows = -(-rows // 4) * -(-columns // 4)
     assert 1 <= windows <= most_windows(tokens, 4)
@@ -146,15 +143,14 @@ def test_no_image_leaves_the_range(width: int, height: int, fewest: int, most: i
         return
     limits = {"min_pixels": fewest * 28**2, "max_pixels": most * 28**2}
     preprocessing = QWEN2.model_copy(update=limits)
-    tokens, largest = native_range(preprocessing)
+    tokens, largest = preprocessing.token_range()
     across, down = resized(width, height, preprocessing)
     assert across % 28 == down % 28 == 0
     assert tokens.min_tokens <= across * down // 28**2 <= tokens.max_tokens == largest
 
 
 def test_a_batch_has_a_call_and_a_grid_for_every_image() -> None:
-    facts = ModelSpec.model_construct(visual_tokens=1280)
-    batch = prepare([noise(100, 60), noise(60, 200)], QWEN2, facts)
+    batch = QWEN2.prepare([noise(100, 60), noise(60, 200)], visual_tokens=1280)
     assert len(batch.calls) == 2
     assert batch.grids is not None
     assert batch.grids.tolist() == [[2, 4], [7, 2]]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from gap_export.errors import InputError
 from gap_export.inputs import tiles
+from gap_export.inputs.batch import TYPICAL_SIZE
 from gap_export.inputs.images import load_image
 from gap_export.inputs.layouts import AnyResLayout, DynamicTilesLayout
 
@@ -170,7 +171,7 @@ class TestLayout:
         ids=str,
     )
     def test_known_counts(self, preprocessing: AnyResLayout, extent: tuple[int, int], tokens: int) -> None:
-        layout = tiles.anyres_layout(*extent, preprocessing)
+        layout = tiles.anyres_places(*extent, preprocessing)
         assert len(layout[tiles.PLACES]) + len(layout[tiles.NEWLINES]) == tokens
 
     @pytest.mark.parametrize("preprocessing", [SMALL, SHRUNK], ids=["as it is", "scaled down"])
@@ -187,7 +188,7 @@ class TestLayout:
         newline_H = torch.tensor([7.0, 8.0, 9.0])
         expected_NH = packed_by_transformers(width, height, preprocessing, tokens_tNH, newline_H).numpy()
         try:
-            layout = tiles.anyres_layout(width, height, preprocessing)
+            layout = tiles.anyres_places(width, height, preprocessing)
         except InputError:
             rows = len(expected_NH) - preprocessing.side**2
             assert (
@@ -213,10 +214,10 @@ class TestLayout:
         "preprocessing", [SMALL, SHRUNK, NEXT, ONEVISION], ids=["small", "shrunk", "next", "onevision"]
     )
     def test_no_image_leaves_the_range(self, preprocessing: AnyResLayout) -> None:
-        tokens, most = tiles.anyres_range(preprocessing)
+        tokens, most = preprocessing.token_range()
         reached = 0
         for width, height in [(w, h) for w in (30, 40, 111, 160, 200) for h in (30, 33, 120, 160, 200)]:
-            layout = tiles.anyres_layout(width * 10, height * 10, preprocessing)
+            layout = tiles.anyres_places(width * 10, height * 10, preprocessing)
             prunable, newlines = len(layout[tiles.PLACES]), len(layout[tiles.NEWLINES])
             assert tokens.min_tokens <= prunable <= tokens.max_tokens
             assert 1 <= newlines <= tokens.never_pruned
@@ -233,9 +234,9 @@ class TestLayout:
 
 
 def test_dynamic_range() -> None:
-    tokens, most = tiles.dynamic_range(INTERNVL)
+    tokens, most = INTERNVL.token_range()
     assert (tokens.min_tokens, tokens.max_tokens, tokens.never_pruned, most) == (256, 13 * 256, 0, 13 * 256)
-    image = tiles.dynamic_image(noise(*tiles.USUAL_SIZE), smaller(INTERNVL))
+    image = tiles.dynamic_image(noise(*TYPICAL_SIZE), smaller(INTERNVL))
     assert (
         image.prunable
         == image.visual_tokens

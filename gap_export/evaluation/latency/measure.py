@@ -24,7 +24,7 @@ from gap_export.environment import cpu_name, peak_rss_bytes, versions
 from gap_export.errors import InputError
 from gap_export.evaluation.latency.cost import cache_bytes, cost_of
 from gap_export.evaluation.latency.record import QUANTITIES, BenchRecord, Device, Percentiles, Ratio, Row
-from gap_export.inputs.batch import ImageBatch, prepare
+from gap_export.inputs.batch import ImageBatch
 from gap_export.inputs.prompt import encode_prompts, encode_text, load_tokenizer
 from gap_export.positions import Ids, advance
 from gap_export.runtime.generate import encode
@@ -101,10 +101,9 @@ def contender(
     )
     noise = np.random.default_rng(0).integers(0, 256, (*IMAGE, 3), np.uint8)
     per_prompt = manifest.prompt.images
-    images = prepare(
+    images = manifest.layout.prepare(
         [Image.fromarray(noise)] * batch * per_prompt,
-        manifest.layout,
-        manifest.spec,
+        visual_tokens=manifest.spec.visual_tokens,
         per_prompt=per_prompt,
     )
     text_ids = None

@@ -18,8 +18,7 @@ from gap_export.evaluation.refer.answering import Answerer
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow, Journal
 from gap_export.evaluation.refer.protocols import Protocol, Score, score
-from gap_export.inputs.batch import seen_size
-from gap_export.inputs.layouts import Layout, NativeResolutionLayout
+from gap_export.inputs.batch import ImageLayout
 from gap_export.records import Record
 
 Tick = Callable[[int], None]
@@ -170,7 +169,7 @@ def score_all(
     expressions: Iterable[Expression],
     rows: Sequence[AnswerRow],
     protocol: Protocol,
-    preprocessing: Layout | None = None,
+    layout: ImageLayout | None = None,
 ) -> list[Scored]:
     """Score answers.
 
@@ -178,17 +177,11 @@ def score_all(
         expressions: that were asked.
         rows: one answer to each, in any order; answers to other expressions are not looked at.
         protocol: how.
-        preprocessing: of the model, for codecs that write pixels of the image as it saw it.
+        layout: of the model, for codecs that write pixels of the image as it saw it.
 
     Raises:
-        InputError: an expression without an answer, or a box that needs the preprocessing and has none.
+        InputError: an expression without an answer, or a box that needs the layout and has none.
     """
-    if CODECS[protocol.codec].unit is None and not isinstance(preprocessing, NativeResolutionLayout):
-        raise InputError(
-            "writes pixels of the image as it saw it, and how large that was is not known",
-            subject=f"boxes of {protocol.codec}",
-            hint="score its answers with its bundle: gap-export eval BUNDLE",
-        )
     by_id = {row.id: row for row in rows}
     scored = []
     for expression in expressions:
@@ -200,7 +193,13 @@ def score_all(
                 hint="every expression needs one, if an empty one: it then counts as a miss",
             )
         size = (row.width, row.height)
-        seen = None if preprocessing is None else seen_size(size, preprocessing)
+        seen = None if layout is None else layout.resized(size)
+        if seen is None and CODECS[protocol.codec].unit is None:
+            raise InputError(
+                "writes pixels of the image as it saw it, and how large that was is not known",
+                subject=f"boxes of {protocol.codec}",
+                hint="score its answers with its bundle: gap-export eval BUNDLE",
+            )
         scored.append(Scored(expression, row, score(row.answer, expression.box, size, protocol, seen=seen)))
     return scored
 

@@ -17,8 +17,6 @@ from gap_export.errors import GapExportError
 from gap_export.evaluation.refer.compare import Disagreement
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report.runs import Answer, Subject
-from gap_export.inputs.layouts import NativeResolutionLayout
-from gap_export.inputs.native_resolution import resized
 
 LONG_SIDE = 480
 """Of an image on the page, at most; a page with thirty of them stays below two megabytes."""
@@ -146,12 +144,7 @@ def _case(subject: Subject, album: Album, identity: str) -> Case:
 
 def token_grid(width: int, height: int, manifest: Manifest) -> tuple[int, int] | None:
     """(rows, columns) of an image's visual tokens; None where they do not lie on one grid."""
-    preprocessing = manifest.layout
-    if isinstance(preprocessing, NativeResolutionLayout):
-        side = preprocessing.patch * preprocessing.merge
-        seen = resized(width, height, preprocessing)
-        return seen[1] // side, seen[0] // side
-    return manifest.spec.grid
+    return manifest.layout.token_grid((width, height)) or manifest.spec.grid
 
 
 def pruned_path(kept_indices: Sequence[int], width: int, height: int, manifest: Manifest) -> str:

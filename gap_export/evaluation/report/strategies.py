@@ -20,7 +20,6 @@ from gap_export.boxes.draw import patch_edges
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import GapExportError
 from gap_export.evaluation.report.cases import token_grid
-from gap_export.inputs.batch import prepare
 from gap_export.inputs.prompt import encode_text, load_tokenizer
 from gap_export.pipeline.opened import TOKENIZER, open_model
 from gap_export.positions import Ids
@@ -137,7 +136,7 @@ def _map(
     grid = token_grid(image.width, image.height, manifest)
     if grid is None:
         raise _Refusal("tokens of this model do not lie on one grid")
-    batch = prepare([image], manifest.layout, manifest.spec)
+    batch = manifest.layout.prepare([image], visual_tokens=manifest.spec.visual_tokens)
     tokens = int(batch.prunable[0])
     (count,) = keep_counts(manifest.pruning, manifest.spec, batch, None)
     kept = max(strategy.min_tokens, min(tokens, manifest.pruning.kept if count is None else count))

@@ -10,10 +10,8 @@ from PIL import Image
 
 from gap_export import families
 from gap_export.boxes.codecs import CODECS, from_pixels
-from gap_export.bundle.manifest import ModelSpec
 from gap_export.evaluation.refer.annotations import read_annotations
 from gap_export.evaluation.refer.protocols import protocol_of, score
-from gap_export.inputs.batch import prepare, seen_size
 from gap_export.inputs.images import load_image
 from gap_export.inputs.layouts import (
     AnyResLayout,
@@ -72,10 +70,9 @@ def test_a_box_goes_there_and_back(refcoco: Path, family: str) -> None:
     about = [each for each in read_annotations(refcoco).expressions if each.image == NAME]
     assert len(about) == 8
     preprocessing = PREPROCESSING[family]
-    facts = ModelSpec.model_construct(visual_tokens=576)
-    assert np.isfinite(prepare([image], preprocessing, facts).calls[0]["pixel_values"]).all()
+    assert np.isfinite(preprocessing.prepare([image], visual_tokens=576).calls[0]["pixel_values"]).all()
     protocol = protocol_of("unc", families.row(family).box)
-    seen = seen_size(image.size, preprocessing)
+    seen = preprocessing.resized(image.size)
     for each in about:
         box = from_pixels(each.box, protocol.frame, *image.size, clamp=True)
         result = score(CODECS[protocol.codec].encode(box, seen), each.box, image.size, protocol, seen=seen)
@@ -98,8 +95,7 @@ def test_the_frame_is_where_the_pixels_are(refcoco: Path, family: str) -> None:
     assert isinstance(preprocessing, SquareLayout)
     truth = next(each.box for each in read_annotations(refcoco).expressions if each.image == NAME)
     black = preprocessing.model_copy(update={"background": (0, 0, 0)})
-    facts = ModelSpec.model_construct(visual_tokens=576)
-    pixels = prepare([marked(image, truth)], black, facts).calls[0]["pixel_values"][0]
+    pixels = black.prepare([marked(image, truth)], visual_tokens=576).calls[0]["pixel_values"][0]
     rows, columns = np.nonzero(pixels.mean(axis=0) > 0)
     bright = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / preprocessing.size
     expected = from_pixels(truth, protocol_of("unc", families.row(family).box).frame, *image.size)

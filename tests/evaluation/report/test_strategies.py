@@ -14,7 +14,6 @@ from gap_export import prune
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.report.strategies import Choices, choices
-from gap_export.inputs.batch import prepare
 from gap_export.runtime.torch.reference import open_torch
 
 
@@ -62,7 +61,7 @@ def test_bright_is_what_a_session_keeps(
 ) -> None:
     bundle = tiny_bundle(pruner=pruner)
     manifest = bundle.manifest
-    (pixels,) = prepare(batch, manifest.layout, manifest.spec).calls
+    (pixels,) = manifest.layout.prepare(batch, visual_tokens=manifest.spec.visual_tokens).calls
     kept = open_torch(bundle).encode(pixels).kept_indices
     for row, each in enumerate(found[pruner].maps):
         content = base64.b64decode(each.uri.partition(",")[2])
@@ -75,7 +74,7 @@ def test_the_first_is_the_brightest(tiny_bundle: Callable[..., Bundle], batch: l
     bundle = tiny_bundle()
     manifest = bundle.manifest
     session = open_torch(bundle)
-    pixels = prepare(batch[:1], manifest.layout, manifest.spec).calls[0]
+    pixels = manifest.layout.prepare(batch[:1], visual_tokens=manifest.spec.visual_tokens).calls[0]
     order = session.order_of("cls_attention", pixels, 9, grid=(6, 6))  # type: ignore[attr-defined]
     one = session.order_of("cls_attention", pixels, 1, grid=(6, 6))  # type: ignore[attr-defined]
     assert order[0] == one[0]
