@@ -24,8 +24,9 @@ from rich.console import Console
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.report.terminal import print_parity
 from gap_export.evaluation.validate import validate
-from gap_export.graph.quantize import DECODERS, ENGINE_DOMAIN
-from gap_export.graph.rounding import E2M1_MAX, E4M3_MAX, FP4_BLOCK
+from gap_export.graph.quantize import DECODERS
+from gap_export.graph.quantize.nvfp4 import BLOCK, E2M1_MAX, ENGINE_DOMAIN
+from gap_export.graph.quantize.rounding import E4M3_MAX
 from gap_export.pipeline.build import build
 from gap_export.recipe.recipe import load_recipe
 from gap_export.runtime.ort import OnnxRuntimeSession
@@ -85,12 +86,12 @@ def rewrite(model: ir.Model) -> None:
 
 
 def _replace_weight(graph: ir.Graph, numbers: ir.Value) -> None:
-    """DequantizeLinear(numbers, DequantizeLinear(scale, whole)) -> Cast becomes a constant."""
+    """DequantizeLinear(numbers, DequantizeLinear(scale, global_scale)) -> Cast becomes a constant."""
     (restored,) = numbers.consumers()
     scales = _made_by(restored.inputs[1])
     cast = _only_reader(restored)
-    scale, whole = (_content(value) for value in scales.inputs[:2])
-    weight_KN = _content(numbers) * np.repeat(scale * whole, FP4_BLOCK, axis=0)
+    scale, global_scale = (_content(value) for value in scales.inputs[:2])
+    weight_KN = _content(numbers) * np.repeat(scale * global_scale, BLOCK, axis=0)
     made = ir.Value(name=f"{numbers.name}.half", const_value=ir.tensor(weight_KN.astype(np.float16)))
     made.shape, made.type = numbers.shape, ir.TensorType(ir.DataType.FLOAT16)
     graph.register_initializer(made)
@@ -113,7 +114,7 @@ def _replace_quantizer(graph: ir.Graph, low: ir.Node) -> None:
         return node.outputs[0]
 
     real = op("Cast", given, to=ir.DataType.FLOAT)
-    blocks = op("Reshape", real, np.array([0, 0, -1, FP4_BLOCK], np.int64))
+    blocks = op("Reshape", real, np.array([0, 0, -1, BLOCK], np.int64))
     largest = op("ReduceMax", op("Abs", blocks), np.array([-1], np.int64), keepdims=1)
     wanted = op("Min", op("Div", op("Div", largest, np.float32(E2M1_MAX)), step), np.float32(E4M3_MAX))
     stored = op("Cast", op("Cast", wanted, to=ir.DataType.FLOAT8E4M3FN), to=ir.DataType.FLOAT)

@@ -20,8 +20,8 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import BundleError, InputError
 from gap_export.evaluation import runner
 from gap_export.evaluation.refer.dataset import Dataset
-from gap_export.graph.probes import probed
 from gap_export.graph.quantize import DECODERS
+from gap_export.graph.quantize.linear_layers import probed
 from gap_export.precision import one_of, precision
 from gap_export.recipe.ranges import Ranges
 from gap_export.runtime.model import Grounder

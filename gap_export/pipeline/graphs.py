@@ -19,11 +19,13 @@ from gap_export.bundle.manifest import Graph
 from gap_export.bundle.spec import GraphName
 from gap_export.errors import InputError
 from gap_export.graph import cost, passes, quantize, trace, weights
-from gap_export.graph.quantized_weights import QuantizedStore, Scheme
+from gap_export.graph.quantize.scheme import Scheme
+from gap_export.graph.quantize.store import QuantizedStore
 from gap_export.graph.weights import WeightStore
 from gap_export.modeling.components import Component
 from gap_export.pipeline.opened import OpenedModel, Progress, open_model
 from gap_export.plan import Plan, plan_for
+from gap_export.precision import precision
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 
@@ -139,7 +141,7 @@ def trace_graphs(
         progress(f"tracing {component.spec.name}")
         graph = (tracer or trace.graph_from_component)(component)
         parameters = tuple(weights.parameters_of(graph))
-        schemes = quantize.schemes_of(component, model.recipe.precision, parameters)
+        schemes = quantize.schemes_of(component, precision(model.recipe.precision), parameters)
         traced.append(TracedGraph(component, graph, parameters, schemes))
     return traced
 
@@ -173,7 +175,7 @@ def write_graphs(
     ranges = _ranges_of(traced, model, folder)
     floats = WeightStore(model.checkpoint, plan.activations, folder, self_contained)
     floats.prepare([key for graph in traced for key in graph.float_keys])
-    quantized = QuantizedStore(model.checkpoint, folder, half=plan.activations.name == "fp16")
+    quantized = QuantizedStore(model.checkpoint, folder, plan.activations)
     quantized.prepare(
         {key: graph.schemes[name] for graph in traced for name, key in graph.quantized_keys.items()}
     )

@@ -14,29 +14,30 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from gap_export.graph.rounding import (
-    BLOCK,
-    FP4_BLOCK,
-    INT8_MAX,
-    fp8_rows,
-    int4_rows,
-    int8_rows,
-    nvfp4_rows,
-    nvfp4_whole,
-    packed_pairs,
-)
+from gap_export.graph.quantize import fp8, int4, int8, nvfp4
+from gap_export.graph.quantize.int4 import BLOCK
+from gap_export.graph.quantize.int8 import INT8_MAX
+from gap_export.graph.quantize.rounding import packed_pairs
+from gap_export.graph.quantize.scheme import Weight
+from gap_export.precision import FP16, FP32, Activations
 
 E4M3 = np.unique(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64))
 E4M3 = E4M3[np.isfinite(E4M3)]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E2M1 = np.concatenate([-E2M1[:0:-1], E2M1])
 
+
+def whole(rows: Any, activations: Activations = FP32) -> Weight:
+    """The weight that has these rows and no others."""
+    return Weight(*rows.shape, activations, lambda: float(np.abs(rows).max()))
+
+
 weights = arrays(np.float32, (4, 2 * BLOCK), elements=st.floats(-8, 8, width=32))
 
 
 @given(weights)
 def test_int8_is_nearest(rows: Any) -> None:
-    numbers, scales = int8_rows(rows)
+    numbers, scales = int8.encode(rows, whole(rows))
     assert np.abs(numbers).max() <= INT8_MAX
     assert (np.abs(numbers * scales[:, None] - rows) <= scales[:, None] * 0.5001 + 1e-30).all()
 
@@ -64,7 +65,7 @@ def test_products_of_extremes_are_not_cut_off(extreme: int) -> None:
 
 @given(weights)
 def test_int4_is_nearest_but_for_what_is_cut_off(rows: Any) -> None:
-    numbers, scales = int4_rows(rows)
+    numbers, scales = int4.encode(rows, whole(rows))
     assert numbers.min() >= -8
     assert numbers.max() <= 7
     blocks, steps = rows.reshape(4, 2, BLOCK), scales[..., None]
@@ -73,12 +74,15 @@ def test_int4_is_nearest_but_for_what_is_cut_off(rows: Any) -> None:
     assert (np.abs(restored - cut) <= np.abs(steps) * 0.5001 + 1e-6).all()
 
 
-@given(weights, st.sampled_from([np.float32, np.float16]))
-def test_of_all_scales_that_are_tried_int4_takes_the_one_that_loses_least(rows: Any, kind: Any) -> None:
+@given(weights, st.sampled_from([FP32, FP16]))
+def test_of_all_scales_that_are_tried_int4_takes_the_one_that_loses_least(
+    rows: Any, activations: Activations
+) -> None:
     """Block by block, in float64."""
-    numbers, scales = int4_rows(rows, kind)
+    numbers, scales = int4.encode(rows, whole(rows, activations))
+    kind = np.dtype(activations.dtype).type
     assert (scales.astype(kind) == scales).all()
-    for block, whole, scale in zip(
+    for block, coded, scale in zip(
         rows.reshape(-1, BLOCK).astype(np.float64),
         numbers.reshape(-1, BLOCK),
         scales.reshape(-1),
@@ -89,7 +93,7 @@ def test_of_all_scales_that_are_tried_int4_takes_the_one_that_loses_least(rows: 
         for shrunk in (1.0, 0.95, 0.9, 0.85, 0.8):
             step = float(kind(np.float32(extreme) * np.float32(shrunk / -8))) or 1.0
             lost.append(np.square(np.clip(np.rint(block / step), -8, 7) * step - block).sum())
-        assert np.square(whole * float(scale) - block).sum() <= min(lost) * 1.001 + 1e-6
+        assert np.square(coded * float(scale) - block).sum() <= min(lost) * 1.001 + 1e-6
 
 
 def test_pairs_lie_as_onnx_has_them() -> None:
@@ -106,7 +110,7 @@ def nearest(values: Any, among: Any) -> Any:
 
 @given(weights)
 def test_fp8_is_nearest(rows: Any) -> None:
-    numbers, scales = fp8_rows(rows, np.float16)
+    numbers, scales = fp8.encode(rows, whole(rows, FP16))
     assert (scales == scales.astype(np.float16)).all()
     scaled = np.clip(rows / scales[:, None], -448, 448)
     found = np.abs(numbers.astype(np.float64) - scaled)
@@ -116,11 +120,10 @@ def test_fp8_is_nearest(rows: Any) -> None:
 
 @given(weights)
 def test_nvfp4_is_nearest_to_what_its_scales_allow(rows: Any) -> None:
-    whole = nvfp4_whole(float(np.abs(rows).max()))
-    numbers, scales = nvfp4_rows(rows, whole)
-    steps = scales.astype(np.float64) * whole
+    numbers, scales, overall = nvfp4.encode(rows, whole(rows, FP16))
+    steps = scales.astype(np.float64) * overall
     assert (steps > 0).all()
-    scaled = np.clip(rows.reshape(4, -1, FP4_BLOCK) / steps[..., None], -6, 6)
+    scaled = np.clip(rows.reshape(4, -1, nvfp4.BLOCK) / steps[..., None], -6, 6)
     found = np.abs(numbers.astype(np.float64).reshape(scaled.shape) - scaled)
     np.testing.assert_allclose(found, nearest(scaled, E2M1), atol=1e-5)
 
@@ -128,12 +131,11 @@ def test_nvfp4_is_nearest_to_what_its_scales_allow(rows: Any) -> None:
 @given(weights)
 def test_nvfp4_loses_no_more_than_the_plain_scale(rows: Any) -> None:
     """Largest number for the extreme, as NVIDIA's tools have it: the search must not be worse, block by block."""
-    whole = nvfp4_whole(float(np.abs(rows).max()))
-    numbers, scales = nvfp4_rows(rows, whole)
-    blocks = rows.reshape(4, -1, FP4_BLOCK).astype(np.float64)
-    mine = numbers.astype(np.float64).reshape(blocks.shape) * (scales.astype(np.float64) * whole)[..., None]
-    wanted = np.abs(blocks).max(axis=2) / 6 / whole
-    plain = np.maximum(wanted.astype(ml_dtypes.float8_e4m3fn).astype(np.float64), 2.0**-9) * whole
+    numbers, scales, overall = nvfp4.encode(rows, whole(rows, FP16))
+    blocks = rows.reshape(4, -1, nvfp4.BLOCK).astype(np.float64)
+    mine = numbers.astype(np.float64).reshape(blocks.shape) * (scales.astype(np.float64) * overall)[..., None]
+    wanted = np.abs(blocks).max(axis=2) / 6 / overall
+    plain = np.maximum(wanted.astype(ml_dtypes.float8_e4m3fn).astype(np.float64), 2.0**-9) * overall
     theirs = np.clip(blocks / plain[..., None], -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
     lost, plainly_lost = (np.square(blocks - each).sum(axis=2) for each in (mine, theirs * plain[..., None]))
     assert (lost <= plainly_lost * 1.001 + 1e-6).all()
@@ -141,8 +143,9 @@ def test_nvfp4_loses_no_more_than_the_plain_scale(rows: Any) -> None:
 
 def test_a_weight_of_zeros_stays_zero() -> None:
     zeros = np.zeros((2, BLOCK), np.float32)
-    assert nvfp4_whole(0.0) == 1.0
-    for numbers, _ in (int8_rows(zeros), int4_rows(zeros), fp8_rows(zeros), nvfp4_rows(zeros, 1.0)):
+    assert nvfp4.global_scale(0.0) == 1.0
+    for scheme in (int8, int4, fp8, nvfp4):
+        numbers, *_ = scheme.encode(zeros, whole(zeros))
         assert not numbers.astype(np.float32).any()
 
 

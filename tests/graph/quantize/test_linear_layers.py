@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from gap_export.graph.probes import probed
+from gap_export.graph.quantize.linear_layers import probed
 
 
 def written(folder: Path) -> tuple[Path, np.ndarray]:

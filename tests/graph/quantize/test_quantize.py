@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import RecipeError, SessionError
 from gap_export.evaluation.calibrate import calibrate
-from gap_export.graph.quantized_weights import FILE
-from gap_export.graph.rounding import BLOCK, E4M3_MAX, FP4_BLOCK
+from gap_export.graph.quantize import int4, nvfp4
+from gap_export.graph.quantize.rounding import E4M3_MAX
+from gap_export.graph.quantize.store import FILE
 from gap_export.inputs.batch import of_one_size
 from gap_export.pipeline.build import build
 from gap_export.plan import plan_for
@@ -82,7 +83,7 @@ def test_restored_weights_give_the_graphs_own_logits(
         parameter, _, scheme = name.rpartition(".")
         numbers = stored[name].astype(np.float32)
         scales = stored[f"{parameter}.scale"]
-        restored = numbers * (scales if scheme == "int8" else np.repeat(scales, BLOCK, axis=0))
+        restored = numbers * (scales if scheme == "int8" else np.repeat(scales, int4.BLOCK, axis=0))
         inner = parameter.removeprefix("language_model.").removeprefix("layers.")
         (weight,) = (
             w.T for key, w in checkpoint.items() if "language_model" in key and key.endswith(f".{inner}")
@@ -220,8 +221,8 @@ def test_four_bit_floats_have_two_scales(low: Callable[[str], Bundle], ranges: P
         parameter = name.removesuffix(".fp4")
         inner, columns = graph.initializers[name].shape
         assert kinds[f"{parameter}.scale"] == ir.DataType.FLOAT8E4M3FN
-        assert graph.initializers[f"{parameter}.scale"].shape == [inner // FP4_BLOCK, columns]
-        assert kinds[f"{parameter}.whole"] == ir.DataType.FLOAT
+        assert graph.initializers[f"{parameter}.scale"].shape == [inner // nvfp4.BLOCK, columns]
+        assert kinds[f"{parameter}.global_scale"] == ir.DataType.FLOAT
     (steps,) = ({float(n.inputs[1].const_value.numpy()) for n in graph if n.domain == "trt"},)
     assert steps <= {np.float32(number / (6 * E4M3_MAX)) for number in largest.values()}
     assert "lm_head.weight" in kinds

@@ -1,0 +1,58 @@
+"""int4: floats by four-bit whole numbers, one scale per block of 32; the block's extreme is -8 (as llama.cpp's Q4_0), or a little
+beyond it.
+
+Shape letters: B blocks of a row, L elements of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gap_export.graph.quantize.rounding import SHRUNK, losing_least, never_zero
+from gap_export.graph.quantize.scheme import Piece, Rewriter, Weight, activations_of
+
+BLOCK = 32
+"""Elements that share a scale."""
+
+
+def fits(columns: int, inner: int) -> bool:
+    """Whole blocks, and pairs of columns."""
+    return columns % 2 == 0 and inner % BLOCK == 0
+
+
+def pieces(weight: Weight) -> tuple[Piece, ...]:
+    """Numbers in -8..7, and a scale per block."""
+    return (
+        Piece("int4", ir.DataType.INT4, (weight.inner, weight.columns)),
+        Piece("scale", weight.float_type, (weight.inner // BLOCK, weight.columns)),
+    )
+
+
+def encode(rows_NK: NDArray[np.float32], weight: Weight) -> tuple[NDArray[Any], ...]:
+    """([N, K] int8 in -8..7, [N, K / 32] float32 scales, which have the sign that makes a block's extreme -8).
+
+    Scales are rounded to the type of activations first: weights are rounded to what they will be multiplied with.
+    """
+    columns, inner = rows_NK.shape
+    blocks_NBL = rows_NK.reshape(columns, inner // BLOCK, BLOCK)
+    place_NB1 = np.abs(blocks_NBL).argmax(axis=2)[..., None]
+    extreme_NB1 = np.take_along_axis(blocks_NBL, place_NB1, axis=2)
+    tried = []
+    for shrunk in SHRUNK:
+        step_NB1 = never_zero((extreme_NB1 * (shrunk / -8)).astype(weight.activations.dtype))
+        tried.append((np.clip(np.rint(blocks_NBL / step_NB1), -8, 7), step_NB1))
+    numbers_NBL, scales_NB1 = losing_least(blocks_NBL, tried)
+    return numbers_NBL.astype(np.int8).reshape(columns, inner), scales_NB1[..., 0]
+
+
+def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:
+    """DequantizeLinear, MatMul."""
+    numbers, scale = pieces
+    floats = ir.node("DequantizeLinear", [numbers, scale], {"axis": 0, "block_size": BLOCK})
+    floats.outputs[0].shape, floats.outputs[0].type = numbers.shape, scale.type
+    return [floats, ir.node("MatMul", [activations_of(product), floats.outputs[0]])]

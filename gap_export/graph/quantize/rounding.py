@@ -1,0 +1,43 @@
+"""Rounding that schemes have in common. It is to nearest, and symmetric about zero.
+
+Shape letters: N columns of the product (rows of the stored weight), K its inner extent, B blocks of a row, L elements of a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+E4M3_MAX = 448.0
+
+SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Parts of a block's extreme that the largest number may stand for: cutting the extreme off a little often rounds the others better."""
+
+
+def losing_least(
+    blocks_NBL: NDArray[np.float32], tried: list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(numbers, scales) of the candidate with the smallest squared error, block by block."""
+    losses = [np.square(numbers * step - blocks_NBL).sum(axis=2, keepdims=True) for numbers, step in tried]
+    best_1NB1 = np.stack(losses).argmin(axis=0)[None]
+    numbers_NBL, steps_NB1 = (
+        np.take_along_axis(np.stack(each), best_1NB1, axis=0)[0] for each in zip(*tried, strict=True)
+    )
+    return numbers_NBL, steps_NB1
+
+
+def never_zero(scales: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """One where there is nothing to scale, or so little that its scale is no number in float32 any more."""
+    return np.asarray(np.where(scales != 0, scales, 1), np.float32)
+
+
+def packed_pairs(codes_NK: NDArray[Any]) -> NDArray[np.uint8]:
+    """[N / 2, K] uint8: two neighbours of a column in one byte, the first in its low half, as ONNX packs four-bit numbers.
+
+    Args:
+        codes_NK: one byte each; its low half counts.
+    """
+    halves = codes_NK.view(np.uint8) & 0xF
+    return (halves[0::2] | (halves[1::2] << 4)).astype(np.uint8)
