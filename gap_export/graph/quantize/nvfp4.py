@@ -63,8 +63,12 @@ def encode(rows_NK: NDArray[np.float32], weight: Weight) -> tuple[NDArray[Any], 
 
 
 def global_scale(largest: float) -> float:
-    """The scale of a tensor whose largest magnitude is `largest`: its largest block scale is then the largest of E4M3."""
-    return float(np.float32(largest / (E2M1_MAX * E4M3_MAX))) or 1.0
+    """The scale of a tensor whose largest magnitude is `largest`: its largest block scale is then the largest of E4M3.
+
+    One where that has no inverse in float32: what is so small becomes zero.
+    """
+    scale = np.float32(largest / (E2M1_MAX * E4M3_MAX))
+    return float(scale) if scale >= np.finfo(np.float32).tiny else 1.0
 
 
 def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:
