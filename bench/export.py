@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from standin import LLAVA_7B, LLAVA_13B, ensure_checkpoint
 
+from gap_export.progress import Stages
+
 
 @dataclass(frozen=True)
 class Build:
@@ -142,7 +144,7 @@ def build_bundle(checkpoint: Path, out: Path, progress: Any) -> None:
     """What `gap-export build --model llava` does."""
     from gap_export.pipeline import build as pipeline
 
-    pipeline.build(recipe_for(checkpoint), out, progress=progress)
+    pipeline.build(recipe_for(checkpoint), out, progress=Stages(progress))
 
 
 def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:

@@ -7,14 +7,12 @@ everywhere. Messages never quote the library's: theirs may hold addresses and he
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from gap_export.errors import CheckpointError, MissingRequirementError
-
-Progress = Callable[[str], None]
+from gap_export.progress import SILENT, Progress
 
 _DESCRIPTION = ["*.json", "*.model"]
 _SAFE, _ARCHIVES = ["*.safetensors"], ["*.bin", "*.pth"]
@@ -25,7 +23,7 @@ def bundled(name: str) -> Path:
     return Path(str(resources.files("gap_export"))) / "checkpoint" / "assets" / name
 
 
-def resolve(reference: str, progress: Progress = lambda words: None) -> Path:
+def resolve(reference: str, progress: Progress = SILENT) -> Path:
     """Folder (or file) of a checkpoint, fetched from the hub when it is neither bundled nor local.
 
     Args:
@@ -100,14 +98,14 @@ def _bars(repository: str, progress: Progress) -> type[Any]:
     """A class of progress bars that write nothing and tell `progress` instead."""
     from tqdm.auto import tqdm
 
-    class Words(tqdm):  # type: ignore[misc]
+    class Told(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
             super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
 
         def display(self, *_args: Any, **_options: Any) -> bool:
             if self.total and self.unit == "B":
-                progress(f"fetching {repository}: {self.n / 1e6:.0f} of {self.total / 1e6:.0f} MB")
+                progress.stage(f"fetching {repository}: {self.n / 1e6:.0f} of {self.total / 1e6:.0f} MB")
             return True
 
-    return Words
+    return Told

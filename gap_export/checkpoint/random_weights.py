@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import CheckpointError, MissingRequirementError
+from gap_export.progress import SILENT, Progress
 
-Progress = Callable[[str], None]
 Shapes = dict[str, tuple[int, ...]]
 
 CONFIGS = Path(str(resources.files("gap_export"))) / "checkpoint" / "configs"
@@ -78,7 +78,7 @@ def published(repository: str) -> Published:
     return Published(**json.loads(file.read_text(encoding="utf-8")))
 
 
-def random_checkpoint(repository: str, progress: Progress = lambda words: None) -> Path:
+def random_checkpoint(repository: str, progress: Progress = SILENT) -> Path:
     """A folder with a stand-in for a published checkpoint, written by the first call.
 
     Args:
@@ -97,7 +97,7 @@ def random_checkpoint(repository: str, progress: Progress = lambda words: None) 
     return folder
 
 
-def write_checkpoint(folder: Path, content: Published, progress: Progress = lambda words: None) -> None:
+def write_checkpoint(folder: Path, content: Published, progress: Progress = SILENT) -> None:
     """Write a stand-in. Everything lands under another name first: a folder of the right name is always complete.
 
     Raises:
@@ -128,7 +128,7 @@ def _write(folder: Path, content: Published, progress: Progress) -> None:
     numbers = np.random.default_rng(0).standard_normal(_BLOCK_ELEMENTS, np.float32) * _WEIGHT_STD
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shapes in zip(names, shards, strict=True):
-        progress(f"writing random weights, {name}")
+        progress.stage(f"writing random weights, {name}")
         with (folder / name).open("wb") as out:
             _write_shard(out, shapes, numbers, content.config["torch_dtype"])
     index = {

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import console, import_pipeline, interruptible, out, print_json
+from gap_export.cli.app import import_pipeline, out, print_json
 from gap_export.cli.options import JsonOption
+from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
 
 _WITH_RANGES = one_of(lambda row: row.needs_ranges)
@@ -111,18 +112,13 @@ def build(
         seed=seed,
     )
     pipeline = import_pipeline()
-    with interruptible() as go_on, console.status("starting") as status:
-
-        def show(words: str) -> None:
-            go_on()
-            status.update(f"{words} ...")
-
+    with progress_shown() as progress:
         built = pipeline.build(
             recipe,
             output,
             replace=replace,
             self_contained=self_contained,
-            progress=show,
+            progress=progress,
         )
     from gap_export.evaluation.report.terminal import cache_length, keeping
 

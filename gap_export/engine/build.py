@@ -7,7 +7,7 @@ streamed to disk as it is made, so the peak is about 2.3 times the weights in re
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,9 +19,7 @@ from gap_export.engine.library import TARGETS, Library, Message, load_library
 from gap_export.engine.profiles import Profile, profiles_from_spec
 from gap_export.errors import EngineError, MissingRequirementError
 from gap_export.files import record_of, writing
-
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, steps done, steps in all). Called from the builder's threads; an exception ends the build."""
+from gap_export.progress import SILENT, Progress
 
 CURRENT = "current"
 """Stands for the compute capability of the GPU at hand."""
@@ -42,7 +40,7 @@ def engine_from_graph(
     target: EngineTarget,
     compute_capabilities: Sequence[str],
     folder: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Engine:
     """Build the engine of one graph.
 
@@ -53,7 +51,7 @@ def engine_from_graph(
         compute_capabilities: e.g. ("8.6", "8.9"), or ("current",). `tensorrt` builds for the GPU at hand whatever is
             listed; the record says which one that was.
         folder: of the bundle; the engine becomes `engines/{target}/{name}.engine` in it, whole or not at all.
-        progress: see `Progress`.
+        progress: told of every step of the builder, from its threads.
 
     Returns:
         Record whose `file` is relative to the folder.
@@ -234,7 +232,7 @@ def _write_engine(
     spec: GraphSpec,
     out: Path,
     log: Sequence[Message],
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Build into a file beside `out` and rename it, so that `out` is whole or absent."""
     scratch = out.with_name(f".{out.name}.writing")
@@ -244,9 +242,7 @@ def _write_engine(
             out.parent.mkdir(parents=True, exist_ok=True)
             with scratch.open("wb") as file:
                 writer = _stream_writer(library.api, file)
-                monitor = _progress_monitor(library.api, progress) if progress else None
-                if monitor:
-                    config.progress_monitor = monitor
+                monitor = config.progress_monitor = _progress_monitor(library.api, progress)
                 built = builder.build_serialized_network_to_stream(network, config, writer)
             _raise_first(writer, monitor)
             if not built:
@@ -271,7 +267,7 @@ def _write_engine(
 def _raise_first(*callbacks: Any) -> None:
     """Raise what went wrong in our own callbacks: an exception cannot cross the library's C++ frames."""
     for callback in callbacks:
-        if callback is not None and callback.failure is not None:
+        if callback.failure is not None:
             raise callback.failure
 
 
@@ -314,7 +310,7 @@ def _progress_monitor(api: Any, progress: Progress) -> Any:
         def _report(self, phase: str, done: int) -> None:
             if self.failure is None:
                 try:
-                    progress(phase, done, self.totals.get(phase, done))
+                    progress.stage(f"{phase} {done}/{self.totals.get(phase, done)}")
                 except BaseException as error:  # Ctrl-C too: it is raised again once the builder has let go
                     self.failure = error
 

@@ -7,7 +7,7 @@ What is measured and what is demanded stands in `parity.py`; this is the order i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from gap_export.evaluation import parity, runner
 from gap_export.evaluation.controls import applies, check_control, controls
 from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, build
-from gap_export.pipeline.opened import Progress
 from gap_export.positions import PositionPolicy
+from gap_export.progress import Stages
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session, target_of
@@ -65,7 +65,7 @@ def validate(
     text_tower: Path | None = None,
     batch: int = 16,
     threads: int = 0,
-    progress: Progress = lambda words: None,
+    progress: Callable[[str], None] = lambda words: None,
     tick: runner.Tick = lambda count: None,
     opened: Opener = open_session,
 ) -> parity.ParityReport:
@@ -182,7 +182,7 @@ def validation_work(cases: int, *, staged: bool = False) -> int:
 
 @contextmanager
 def _companion(
-    bundle: Bundle, recipe: Recipe, backend: str, tracer: TracedOnce, progress: Progress
+    bundle: Bundle, recipe: Recipe, backend: str, tracer: TracedOnce, progress: Callable[[str], None]
 ) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
     # A capacity that is just enough for the pruned prompt is too small for the whole one.
@@ -192,6 +192,6 @@ def _companion(
             recipe.replaced(targets=(target_of(backend),)),
             scratch / "bundle",
             tracer=tracer,
-            progress=progress,
+            progress=Stages(progress),
         )
         yield built.bundle

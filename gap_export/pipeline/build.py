@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +17,10 @@ from gap_export.bundle.folder import MANIFEST, Bundle, open_bundle, write_manife
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.files import atomic_folder, record_of
-from gap_export.pipeline.opened import TOKENIZER, OpenedModel, Progress, open_model
+from gap_export.pipeline.opened import TOKENIZER, OpenedModel, open_model
 from gap_export.pipeline.preflight import check_machine, check_output, check_prompt
 from gap_export.plan import Plan, plan_for
+from gap_export.progress import SILENT, Prefixed, Progress
 from gap_export.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def build(
     replace: bool = False,
     self_contained: bool = False,
     tracer: Tracer | None = None,
-    progress: Progress = lambda words: None,
+    progress: Progress = SILENT,
 ) -> BuildResult:
     """Checkpoint to bundle.
 
@@ -80,7 +80,7 @@ def build(
         written = write_graphs(traced, model, plan, folder, self_contained=self_contained, progress=progress)
         _write_tokenizers(model, folder)
         engines = build_engines(written.graphs, recipe, folder, progress)
-        progress("writing the manifest")
+        progress.stage("writing the manifest")
         write_manifest(folder, manifest_of(model, plan, written.graphs, engines, folder))
         written_bytes = written.weight_bytes + _bytes_besides_weights(folder)
     return BuildResult(bundle=open_bundle(out), written_bytes=written_bytes)
@@ -109,14 +109,14 @@ def build_engines(
 
         engines[target] = {}
         for name, graph in graphs.items():
-            progress(f"building the {target} engine of {name}")
+            progress.stage(f"building the {target} engine of {name}")
             engines[target][name] = engine_from_graph(
                 folder / graph.file,
                 graph.spec,
                 target=target,
                 compute_capabilities=recipe.devices,
                 folder=folder,
-                progress=partial(_report_phase, progress, f"{target} engine of {name}"),
+                progress=Prefixed(progress, f"{target} engine of {name}"),
             )
     return engines
 
@@ -175,7 +175,3 @@ def _write_tokenizers(model: OpenedModel, folder: Path) -> None:
 def _bytes_besides_weights(folder: Path) -> int:
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
     return sum(file.stat().st_size for file in files)
-
-
-def _report_phase(progress: Progress, subject: str, phase: str, done: int, total: int) -> None:
-    progress(f"{subject}: {phase} {done}/{total}")

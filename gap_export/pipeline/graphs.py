@@ -23,9 +23,10 @@ from gap_export.graph.quantize.scheme import Scheme
 from gap_export.graph.quantize.store import QuantizedStore
 from gap_export.graph.weights import WeightStore
 from gap_export.modeling.components import Component
-from gap_export.pipeline.opened import OpenedModel, Progress, open_model
+from gap_export.pipeline.opened import OpenedModel, open_model
 from gap_export.plan import Plan, plan_for
 from gap_export.precision import precision
+from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 
@@ -84,7 +85,7 @@ def export_graphs(
     *,
     only: Collection[GraphName] | None = None,
     tracer: Tracer | None = None,
-    progress: Progress = lambda words: None,
+    progress: Progress = SILENT,
 ) -> WrittenGraphs:
     """Some graphs of a recipe, the same as in its bundle, without the rest of the bundle.
 
@@ -110,7 +111,7 @@ def trace_graphs(
     *,
     only: Collection[GraphName] | None = None,
     tracer: Tracer | None = None,
-    progress: Progress = lambda words: None,
+    progress: Progress = SILENT,
 ) -> list[TracedGraph]:
     """Trace the components of a model.
 
@@ -138,7 +139,7 @@ def trace_graphs(
     for component in components:
         if only is not None and component.spec.name not in only:
             continue
-        progress(f"tracing {component.spec.name}")
+        progress.stage(f"tracing {component.spec.name}")
         graph = (tracer or trace.graph_from_component)(component)
         parameters = tuple(weights.parameters_of(graph))
         schemes = quantize.schemes_of(component, precision(model.recipe.precision), parameters)
@@ -153,7 +154,7 @@ def write_graphs(
     folder: Path,
     *,
     self_contained: bool = False,
-    progress: Progress = lambda words: None,
+    progress: Progress = SILENT,
 ) -> WrittenGraphs:
     """Put weights and graphs into a folder, and lint every file.
 
@@ -171,7 +172,7 @@ def write_graphs(
         LintError: a graph would not carry position ids.
         MissingRequirementError: no space on the disk.
     """
-    progress("placing the weights")
+    progress.stage("placing the weights")
     ranges = _ranges_of(traced, model, folder)
     floats = WeightStore(model.checkpoint, plan.activations, folder, self_contained)
     floats.prepare([key for graph in traced for key in graph.float_keys])
@@ -181,7 +182,7 @@ def write_graphs(
     )
     graphs: dict[str, Graph] = {}
     for graph in traced:
-        progress(f"writing and linting {graph.name}.onnx")
+        progress.stage(f"writing and linting {graph.name}.onnx")
         weights.attach_weights(graph.model, floats, graph.component.weight_key, stand_ins=graph.schemes)
         passes.simplify(graph.model)
         quantize.quantize(graph.model, graph.schemes, graph.quantized_keys, quantized, ranges)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from gap_export.checkpoint.random_weights import random_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer, load_tokenizer
+from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import Ranges, read_ranges
 from gap_export.recipe.recipe import Recipe
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from gap_export.families.base import Family
     from gap_export.modeling.components import Component
     from gap_export.plan import Plan
-
-Progress = Callable[[str], None]
-"""Called with a few words whenever a stage begins."""
 
 TOKENIZER = "tokenizer.json"
 
@@ -71,7 +68,7 @@ def open_model(
     recipe: Recipe,
     *,
     reads_text: bool | None = None,
-    progress: Progress = lambda words: None,
+    progress: Progress = SILENT,
 ) -> OpenedModel:
     """Open the checkpoint that a recipe names, and all that it needs beside it.
 
@@ -84,7 +81,7 @@ def open_model(
         CheckpointError: something is missing, damaged, or of another model.
         RecipeError: an option that this model has no use for, or ranges that cannot be read.
     """
-    progress("reading the checkpoint")
+    progress.stage("reading the checkpoint")
     random = recipe.weights == "random"
     folder = (
         random_checkpoint(recipe.checkpoint, progress) if random else resolve(recipe.checkpoint, progress)

@@ -144,9 +144,10 @@ SCRIPT = """
 import sys
 from gap_export.errors import GapExportError
 from gap_export.checkpoint.hub import resolve
+from gap_export.progress import Stages
 words = []
 try:
-    print("FOLDER", resolve(sys.argv[1], words.append))
+    print("FOLDER", resolve(sys.argv[1], Stages(words.append)))
 except GapExportError as error:
     print("REFUSED", error)
 print("WORDS", words[-1:])

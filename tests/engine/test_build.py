@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gap_export.engine.build import engine_from_graph, supported_compute_capabil
 from gap_export.engine.library import load_library
 from gap_export.errors import EngineError, MissingRequirementError
 from gap_export.files import record_of
+from tests.recorded import Recorded
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
 pytest.importorskip("onnx", reason="the test graphs are made with onnx")
@@ -104,20 +106,23 @@ def _two_outputs(kind: str, inputs: list[str], outputs: list[str], **attributes:
 
 
 def test_progress_is_reported(make_decoder: Any) -> None:
-    seen: list[tuple[str, int, int]] = []
-    built(*make_decoder(), progress=lambda phase, done, total: seen.append((phase, done, total)))
-    assert seen
-    assert all(0 <= done <= total for _, done, total in seen)
-    assert any(done == total > 0 for _, done, total in seen)
+    recorded = Recorded()
+    built(*make_decoder(), progress=recorded)
+    assert recorded.messages
+    steps = [re.fullmatch(r".+ (\d+)/(\d+)", message) for message in recorded.messages]
+    seen = [(int(step[1]), int(step[2])) for step in steps if step]
+    assert len(seen) == len(recorded.messages)
+    assert all(0 <= done <= total for done, total in seen)
+    assert any(done == total > 0 for done, total in seen)
 
 
 def test_an_exception_in_the_progress_callback_ends_the_build(make_decoder: Any) -> None:
-    def stop(phase: str, done: int, total: int) -> None:
+    def stop(recorded: Recorded) -> None:
         raise KeyboardInterrupt
 
     graph, spec = make_decoder()
     with pytest.raises(KeyboardInterrupt):
-        built(graph, spec, progress=stop)
+        built(graph, spec, progress=Recorded(stop))
     assert not list((graph.parent / "engines/tensorrt-rtx").iterdir())
 
 

@@ -17,6 +17,7 @@ from gap_export.families import open_family
 from gap_export.pipeline import build
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
+from tests.recorded import Recorded
 
 BuildBundle = Callable[..., Bundle]
 
@@ -139,12 +140,12 @@ def test_whatever_happens_in_a_stage_nothing_is_left(
     monkeypatch.setattr(trace, "graph_from_component", _traced_once(trace))
     monkeypatch.setattr(linter, "lint_graph", lambda *_, **__: _Fine())
 
-    def progress(words: str) -> None:
-        if words == stage:
+    def stop(recorded: Recorded) -> None:
+        if recorded.messages[-1] == stage:
             raise error
 
     with pytest.raises(error):
-        build.build(Recipe.model_validate(tiny_options), tmp_path / "out", progress=progress)
+        build.build(Recipe.model_validate(tiny_options), tmp_path / "out", progress=Recorded(stop))
     assert not list(tmp_path.iterdir())
 
 

@@ -44,6 +44,7 @@ from gap_export.pipeline import build
 from gap_export.pipeline.opened import open_model
 from gap_export.plan import plan_for
 from gap_export.positions import PositionPolicy
+from gap_export.progress import Stages
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session, target_of
 from gap_export.runtime.generate import check_overflow
@@ -338,7 +339,7 @@ class _Answering:
 
         recipe = request.recipe_of(cell)
         folder = self._scratch / cell.name
-        bundle = build.build(recipe, folder, tracer=self._tracer, progress=progress).bundle
+        bundle = build.build(recipe, folder, tracer=self._tracer, progress=Stages(progress)).bundle
         progress("answering")
         with open_session(bundle, request.backend, threads=request.threads) as session:
             runs = runner.run_cases(
