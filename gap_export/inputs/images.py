@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageLayout
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+"""What an image can be given as: a path, the content of a file, an image of Pillow, or pixels [height, width, 3] uint8."""
 
 PIXEL_LIMIT = 100_000_000
 """Most pixels of an image that is decoded or made on the way: about 300 MB of RGB. A file of a few bytes can
@@ -43,55 +46,87 @@ _WIDE_GREY_FORMATS = ("PPM", "PNG")
 # Reading
 
 
-def load_image(path: Path | str) -> Image.Image:
-    """Read an image as 8-bit RGB, upright.
+def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
+    """An image as 8-bit RGB, upright: as it is displayed.
 
     The EXIF orientation is applied, transparency is laid over white (as transformers' processors do), 16-bit
     grey is scaled to 8 bits, of an animation the first frame is taken. Colour profiles are not applied.
 
     Args:
-        path: a file in one of `FORMATS`.
+        source: path of a file in one of `FORMATS`, the content of one, an image of Pillow, or pixels [height, width, 3] uint8.
+        name: for messages; the path, or what kind of source it is, where left out.
 
     Returns:
-        An RGB image, fully decoded; the file is closed.
+        An RGB image, fully decoded; a file that was opened here is closed.
 
     Raises:
-        InputError: missing, empty, truncated, not an image, too large, or of a pixel type without a defined
-            range (floating point, 32-bit integers).
+        InputError: missing, empty, truncated, not an image, too large, of a pixel type without a defined
+            range (floating point, 32-bit integers), or an array of another type or shape.
     """
-    subject = str(path)
+    if isinstance(source, str | os.PathLike):
+        return _from_file(source, name or str(source))
+    if isinstance(source, bytes):
+        name = name or f"image of {len(source)} bytes"
+        if not source:
+            raise _empty(name)
+        return _decoded(io.BytesIO(source), name)
+    if isinstance(source, Image.Image):
+        name = name or f"image of {source.width}x{source.height} pixels"
+        return _guarded(lambda: _upright(source, name), name)
+    if isinstance(source, np.ndarray):
+        return _from_pixels(source, name or "array")
+    raise InputError(
+        f"is of type {type(source).__name__}, which is no image",
+        subject=name or "image",
+        hint=f"give {_TAKEN}",
+    )
+
+
+_TAKEN = "a path, the bytes of an image file, an image of Pillow, or a uint8 array [height, width, 3]"
+
+
+def _from_file(path: str | os.PathLike[str], name: str) -> Image.Image:
     try:
         if not os.path.isfile(path):
             exists = os.path.exists(path)
             raise InputError(
                 "is not a file" if exists else "does not exist",
-                subject=subject,
+                subject=name,
                 hint="give the path of an image",
             )
         if os.path.getsize(path) == 0:
-            raise _empty(subject)
+            raise _empty(name)
     except OSError as error:
         raise InputError(
-            f"cannot be read: {error.strerror}", subject=subject, hint="check its permissions"
+            f"cannot be read: {error.strerror}", subject=name, hint="check its permissions"
         ) from error
-    return _decoded(path, subject)
+    return _decoded(path, name)
 
 
-def image_from_bytes(content: bytes, name: str) -> Image.Image:
-    """The same of an encoded image in memory; `name` is for messages."""
-    if not content:
-        raise _empty(name)
-    return _decoded(io.BytesIO(content), name)
+def _from_pixels(pixels: NDArray[Any], name: str) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise InputError(
+            f"is {pixels.dtype} {list(pixels.shape)}",
+            subject=name,
+            hint="give uint8 [height, width, 3], RGB; 0..1 floats: (255 * array).round().astype('uint8')",
+        )
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    _check_size(image, name)
+    return image
 
 
 def _empty(subject: str) -> InputError:
     return InputError("is empty (0 bytes)", subject=subject, hint="the download or copy failed: get it again")
 
 
-def _decoded(source: Path | str | BinaryIO, subject: str) -> Image.Image:
+def _decoded(source: str | os.PathLike[str] | BinaryIO, subject: str) -> Image.Image:
+    return _guarded(lambda: _decode(source, subject), subject)
+
+
+def _guarded(work: Callable[[], Image.Image], subject: str) -> Image.Image:
     """Decode; whatever goes wrong names the image."""
     try:
-        return _decode(source, subject)
+        return work()
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -109,20 +144,29 @@ def _decoded(source: Path | str | BinaryIO, subject: str) -> Image.Image:
         ) from error
 
 
-def _decode(path: Path | str | BinaryIO, subject: str) -> Image.Image:
+def _decode(path: str | os.PathLike[str] | BinaryIO, subject: str) -> Image.Image:
     Image.init()  # fills Image.OPEN; a Pillow built without one of the formats does not list it
     with warnings.catch_warnings():
         # The limit below is checked before any pixel is decoded; Pillow's own warning would say it twice.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         opened = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
     with opened:
-        if opened.width * opened.height > PIXEL_LIMIT:
-            raise _too_large(subject)
-        _check_long_side(opened, subject)
-        opened.load()
-        file_format = opened.format
-        upright = ImageOps.exif_transpose(opened)
-        return _to_rgb(upright, file_format, subject)
+        return _upright(opened, subject)
+
+
+def _upright(image: Image.Image, subject: str) -> Image.Image:
+    _check_size(image, subject)
+    image.load()
+    file_format = image.format  # a transposed copy has none
+    return _to_rgb(ImageOps.exif_transpose(image), file_format, subject)
+
+
+def _check_size(image: Image.Image, subject: str) -> None:
+    if not image.width * image.height:
+        raise InputError("has no pixels", subject=subject, hint="give an image of at least one pixel")
+    if image.width * image.height > PIXEL_LIMIT:
+        raise _too_large(subject)
+    _check_long_side(image, subject)
 
 
 def _too_large(subject: str) -> InputError:

@@ -206,6 +206,22 @@ class TestLoadImage:
             Image.fromarray(levels).save(tmp_path / "a.png", exif=exif)
             np.testing.assert_array_equal(load_image(tmp_path / "a.png"), expected, err_msg=str(orientation))
 
+    @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+    def test_every_source_gives_the_image_as_displayed(self, file_format: str, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        path = tmp_path / f"a.{file_format.lower()}"
+        noise(50, 31).save(path, exif=exif)
+        expected = np.asarray(load_image(path))
+        assert expected.shape == (50, 31, 3)
+        with Image.open(path) as opened:
+            for source in (str(path), path.read_bytes(), opened, expected, expected[:, ::-1][:, ::-1]):
+                np.testing.assert_array_equal(np.asarray(load_image(source)), expected)
+
+    def test_an_image_in_memory_may_have_any_mode(self) -> None:
+        transparent = Image.new("RGBA", (3, 2), (200, 0, 0, 0))
+        assert np.asarray(load_image(transparent)).tolist() == np.full((2, 3, 3), 255).tolist()
+
     def test_16_bit_grey_is_scaled_and_not_clipped(self, tmp_path: Path) -> None:
         samples = np.array([[0, 255, 32896, 65535]], np.uint16)
         for name in ("a.png", "a.tif"):
@@ -262,6 +278,26 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 class TestRefused:
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            (np.zeros((4, 5, 3), np.float32), r"float32 \[4, 5, 3\]"),
+            (np.zeros((3, 4, 5), np.uint8), r"uint8 \[3, 4, 5\]"),
+            (np.zeros((4, 5), np.uint8), r"uint8 \[4, 5\]"),
+            (np.zeros((0, 5, 3), np.uint8), r"uint8 \[0, 5, 3\]"),
+            (Image.new("RGB", (0, 5)), "has no pixels"),
+            (Image.new("F", (4, 5)), "range is not defined"),
+            (b"", "0 bytes"),
+            (b"no image", "not an image in a known format"),
+            (5, "of type int"),
+            (None, "of type NoneType"),
+        ],
+        ids=str,
+    )
+    def test_what_is_no_image_is_told_what_would_be(self, source: object, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            load_image(source)  # type: ignore[arg-type]
+
     def refusal(self, path: Path | str) -> InputError:
         with pytest.raises(InputError) as caught:
             load_image(path)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import EmbeddedImages
-from gap_export.inputs.images import image_from_bytes, load_image
+from gap_export.inputs.images import load_image
 
 
 class Source(Protocol):
@@ -82,7 +82,7 @@ class Embedded:
 
     def open(self, name: str) -> Image.Image:
         """See `Source.open`."""
-        return image_from_bytes(self._images.read(name), name)
+        return load_image(self._images.read(name), name=name)
 
 
 class InMemory:
