@@ -202,7 +202,7 @@ def parity_of_cuda(folder: Path, cases: int) -> dict[str, Any]:
     from gap_export.bundle.folder import open_bundle
     from gap_export.evaluation import parity, runner
     from gap_export.runtime.backends import open_session
-    from gap_export.runtime.model import Grounder
+    from gap_export.runtime.grounder import Grounder
 
     bundle = open_bundle(folder)
     questions, grounder = list(scenes.cases(cases)), Grounder(bundle)

@@ -206,7 +206,7 @@ def test_a_bundle_runs_without_torch_transformers_and_onnx(
 ) -> None:
     folder = str(tiny_bundle().folder)
     code = f"""{BLOCKER}
-import gap_export.bundle.manifest, gap_export.runtime.ort, gap_export.runtime.model
+import gap_export.bundle.manifest, gap_export.runtime.ort, gap_export.runtime.grounder
 import gap_export.boxes.codecs, gap_export.boxes.draw, gap_export.boxes.metrics, gap_export.boxes.scenes
 from gap_export import cli
 cli.main()

@@ -20,7 +20,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.cli import app
 from gap_export.inputs.images import load_image
 from gap_export.runtime.backends import open_session
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(

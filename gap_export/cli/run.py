@@ -32,7 +32,7 @@ def run(
     from gap_export.inputs.images import load_image
     from gap_export.runtime.backends import open_session
     from gap_export.runtime.generate import check_overflow
-    from gap_export.runtime.model import Grounder
+    from gap_export.runtime.grounder import Grounder
 
     opened = open_bundle(bundle)
     manifest = opened.manifest

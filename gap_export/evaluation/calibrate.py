@@ -24,7 +24,7 @@ from gap_export.graph.quantize import DECODERS
 from gap_export.graph.quantize.linear_layers import probed
 from gap_export.precision import one_of, precision
 from gap_export.recipe.ranges import Ranges
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.ort import OnnxRuntimeSession
 
 SCENES = "scenes"

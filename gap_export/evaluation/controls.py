@@ -22,7 +22,7 @@ from gap_export.evaluation.parity import Control, Measurement, judge
 from gap_export.evaluation.runner import Wrong, counts_of
 from gap_export.positions import Ids, Placement
 from gap_export.precision import Thresholds
-from gap_export.runtime.model import Grounded
+from gap_export.runtime.grounder import Grounded
 
 
 def controls(*, staged: bool = False) -> dict[str, Wrong]:

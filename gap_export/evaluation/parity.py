@@ -24,7 +24,7 @@ from gap_export.positions import Placement, place
 from gap_export.precision import Thresholds, precision
 from gap_export.records import Record
 from gap_export.runtime.generate import Generation
-from gap_export.runtime.model import Grounded
+from gap_export.runtime.grounder import Grounded
 
 SCORE_MARGIN = 1e-3
 """Relative difference to the score of the last token kept below which the choice between two tokens is a tie."""

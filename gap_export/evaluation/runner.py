@@ -15,7 +15,7 @@ from gap_export.boxes.codecs import Box
 from gap_export.boxes.scenes import Case
 from gap_export.positions import Ids, Placement
 from gap_export.runtime.generate import Adjust
-from gap_export.runtime.model import Grounded, Grounder
+from gap_export.runtime.grounder import Grounded, Grounder
 from gap_export.runtime.session import Session
 
 Wrong = Callable[[Placement, Ids, Ids], Placement]

@@ -29,7 +29,7 @@ from gap_export.progress import Stages
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session, target_of
-from gap_export.runtime.model import Grounded, Grounder
+from gap_export.runtime.grounder import Grounded, Grounder
 
 if TYPE_CHECKING:
     from gap_export.graph.trace import TracedOnce

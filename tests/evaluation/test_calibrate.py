@@ -17,7 +17,7 @@ from gap_export.errors import BundleError, InputError
 from gap_export.evaluation import runner
 from gap_export.evaluation.calibrate import calibrate
 from gap_export.evaluation.refer.dataset import Dataset, open_dataset
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.reference import open_torch
 
 SAMPLES = 3

@@ -23,7 +23,7 @@ from gap_export.positions import Ids, Placement, PositionPolicy, place
 from gap_export.precision import Thresholds
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation
-from gap_export.runtime.model import Answer, Grounded, Grounder
+from gap_export.runtime.grounder import Answer, Grounded, Grounder
 
 BOX = (1.0, 2.0, 11.0, 12.0)
 FAR = (50.0, 50.0, 60.0, 60.0)

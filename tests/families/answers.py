@@ -15,7 +15,7 @@ from gap_export.evaluation.parity import controls
 from gap_export.inputs.batch import ImageBatch
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.model import keep_counts
+from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.torch.staged import open_reference
 
 from .conftest import IMAGE_TOKEN, Tiny

@@ -23,7 +23,7 @@ from gap_export.pipeline import build as pipeline
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
 from tests.families.plain_models import EvaTower, Llama, llama_shapes, random_weights, spliced
 from tests.families.test_original_layouts import config_of, write_tokenizer

@@ -15,7 +15,7 @@ from gap_export.evaluation.controls import controls
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
-from gap_export.runtime.model import keep_counts
+from gap_export.runtime.grounder import keep_counts
 
 from .answers import (
     PROMPTS,

@@ -24,7 +24,7 @@ from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
 from tests.families.plain_models import ClipTower, Llama, llama_shapes, random_weights, spliced
 

@@ -13,7 +13,7 @@ import pytest
 from gap_export.evaluation.controls import controls
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
-from gap_export.runtime.model import keep_counts
+from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.torch.staged import open_reference
 
 from .answers import (

@@ -16,7 +16,7 @@ from gap_export.inputs.batch import ImageBatch
 from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.model import Grounder, keep_counts
+from gap_export.runtime.grounder import Grounder, keep_counts
 from gap_export.runtime.torch.staged import open_reference
 
 from .answers import NEW_TOKENS, Families, assert_equal, moved_by, whole_model

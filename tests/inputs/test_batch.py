@@ -12,7 +12,7 @@ from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageBatch, of_one_size
 from gap_export.inputs.layouts import TokenRange
 from gap_export.positions import PositionPolicy
-from gap_export.runtime.model import keep_counts
+from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.session import VisualTokens, padded_together, together
 
 MODEL = ModelSpec(

@@ -23,7 +23,7 @@ from gap_export.pipeline import build
 from gap_export.positions import Ids
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 
 
 def part(folder: Path) -> Checkpoint:

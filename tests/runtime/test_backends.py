@@ -20,7 +20,7 @@ from gap_export.positions import Ids
 from gap_export.runtime import backends
 from gap_export.runtime.backends import Backend, open_session
 from gap_export.runtime.generate import generate
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.session import Session
 from tests.runtime import reference_runtime
 

@@ -28,7 +28,7 @@ from gap_export.inputs.batch import ImageBatch
 from gap_export.inputs.prompt import encode_prompts, encode_text, load_tokenizer
 from gap_export.positions import Ids, advance
 from gap_export.runtime.generate import encode
-from gap_export.runtime.model import keep_counts
+from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.session import Session
 
 EXPRESSION = "the small red circle on the left"

@@ -14,7 +14,7 @@ from gap_export.errors import InputError
 from gap_export.inputs.prompt import PAD
 from gap_export.positions import Ids
 from gap_export.runtime.generate import check_overflow
-from gap_export.runtime.model import Grounder, keep_counts
+from gap_export.runtime.grounder import Grounder, keep_counts
 from gap_export.runtime.session import Session
 from gap_export.runtime.shared_prefix import answer_rest, common_length, prefill_shared, sharable
 

@@ -23,7 +23,7 @@ from gap_export.evaluation.report.cases import token_grid
 from gap_export.inputs.prompt import encode_text, load_tokenizer
 from gap_export.pipeline.opened import TOKENIZER, open_model
 from gap_export.positions import Ids
-from gap_export.runtime.model import keep_counts
+from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.torch.reference import open_model_of
 from gap_export.runtime.torch.session import TextReference, TorchSession
 

@@ -48,7 +48,7 @@ from gap_export.progress import Stages
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session, target_of
 from gap_export.runtime.generate import check_overflow
-from gap_export.runtime.model import Grounded, Grounder
+from gap_export.runtime.grounder import Grounded, Grounder
 
 Entry = TypeVar("Entry")
 

@@ -34,7 +34,7 @@ from gap_export.pipeline import build as pipeline
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
-from gap_export.runtime.model import Grounder
+from gap_export.runtime.grounder import Grounder
 
 BuildBundle = Callable[..., Bundle]
 CASES = 6
