@@ -192,7 +192,7 @@ def validated_on(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     build.build(recipe, folder, replace=True)
     if onnx_only:
         return parity_of_cuda(folder, options.cases)
-    found = validate.validate(folder, cases=options.cases, backend=backend)
+    found = validate.validate(folder, limit=options.cases, backend=backend)
     return {"passed": found.ok, "report": found.model_dump(mode="json")}
 
 

@@ -51,7 +51,7 @@ def main() -> int:
         build(recipe, folder)
         report = validate(
             folder,
-            cases=48 if options.smoke else options.cases,
+            limit=48 if options.smoke else options.cases,
             threads=options.threads,
             progress=status.update,
             opened=in_standard_operators,

@@ -374,10 +374,10 @@ def test_measured_ranges_make_a_bundle_in_fp8(
     command: Command, tiny_bundle: BuildBundle, recipe_file: Path, tmp_path: Path
 ) -> None:
     ranges = tmp_path / "ranges.json"
-    result = command("calibrate", tiny_bundle().folder, "-o", ranges, "--samples", "2", "--json")
+    result = command("calibrate", tiny_bundle().folder, "-o", ranges, "--limit", "2", "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out) == json.loads(ranges.read_text())
-    spoken = command("calibrate", tiny_bundle().folder, "-o", ranges, "--samples", "2")
+    spoken = command("calibrate", tiny_bundle().folder, "-o", ranges, "--limit", "2")
     assert "15 layers over 2 questions (scenes)" in spoken.out
     low = ("build", "--model", recipe_file, "-o", tmp_path / "low", "--precision", "fp8")
     refused(command(*low), "needs activation ranges", "gap-export calibrate")
@@ -634,7 +634,7 @@ def ready_companions(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("ready_companions")
 def test_validate_passes_a_right_bundle(command: Command, tiny_bundle: BuildBundle) -> None:
     folder = tiny_bundle().folder
-    result = command("validate", folder, "--cases", "6", "--json", "--threads", "1")
+    result = command("validate", folder, "--limit", "6", "--json", "--threads", "1")
     assert result.code == 0, result
     record = json.loads(result.out)
     assert record["ok"] is True
@@ -669,13 +669,13 @@ def test_validate_fails_a_bundle_with_a_foreign_splice(
     """The mistake this project exists for: ids renumbered, everything else right, every hash in order."""
     with_graph_of(bundle_copy, "splice", tiny_bundle(positions="shifted"))
     open_bundle(bundle_copy, every_hash=True)
-    result = command("validate", bundle_copy, "--cases", "4", "--json", "--threads", "1")
+    result = command("validate", bundle_copy, "--limit", "4", "--json", "--threads", "1")
     assert result.code == 1, result
     record = json.loads(result.out)
     assert record["ok"] is False
     failed = {gate["name"] for gate in record["gates"] if not gate["passed"]}
     assert failed >= {"position_ids", "logit_difference"}
-    shown = command("validate", bundle_copy, "--cases", "2", "--threads", "1")
+    shown = command("validate", bundle_copy, "--limit", "2", "--threads", "1")
     assert shown.code == 1
     assert "a gate was not met" in shown.out
 
@@ -693,7 +693,7 @@ def test_validate_reports_logits_that_are_not_numbers(
         "prefill",
         lambda *args, **room: Prefilled(prefill(*args, **room).logits * float("nan")),
     )
-    result = command("validate", tiny_bundle().folder, "--cases", "2", "--json", "--threads", "1")
+    result = command("validate", tiny_bundle().folder, "--limit", "2", "--json", "--threads", "1")
     assert result.code == 1, result
     assert json.loads(result.out)["ok"] is False
 

@@ -21,6 +21,9 @@ from gap_export.boxes.codecs import Area, Box, Comparator
 
 Floats = NDArray[np.float64]
 
+HIT_IOU = 0.5
+"""The overlap at which a box hits, or two boxes agree, by custom: accuracy@0.5."""
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -139,14 +142,14 @@ def iou(first: ArrayLike, second: ArrayLike, *, area: Area = "continuous") -> Fl
     return np.asarray(np.clip(ratio, 0.0, 1.0), np.float64)
 
 
-def accuracy(ious: ArrayLike, *, comparator: Comparator, threshold: float = 0.5) -> Accuracy:
+def accuracy(ious: ArrayLike, *, comparator: Comparator, threshold: float = HIT_IOU) -> Accuracy:
     """Share of rows whose IoU passes the threshold.
 
     Args:
         ious: [N], N >= 1; NaN is refused, because it would pass for a miss or for a hit depending on the
             comparator.
         comparator: `>` (Shikra, MiniGPT-v2) or `>=` (lmms-eval, InternVL, ConvLLaVA).
-        threshold: 0.5 by custom.
+        threshold: see `HIT_IOU`.
 
     Raises:
         ValueError: no rows, NaN, an unknown comparator.
@@ -225,7 +228,7 @@ def box_overlaps(first: Sequence[Box | None], second: Sequence[Box | None]) -> F
 
 
 def agreement(
-    first: Sequence[Box | None], second: Sequence[Box | None], *, threshold: float = 0.5
+    first: Sequence[Box | None], second: Sequence[Box | None], *, threshold: float = HIT_IOU
 ) -> Agreement:
     """Compare the boxes of two runs over the same expressions, e.g. of PyTorch and of an engine.
 

@@ -71,18 +71,18 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def cluster_of(engine: str, workers: int, ray_address: str | None) -> Cluster | None:
-    """Where `--engine` says that work is done; None for this machine without Ray.
+def cluster_of(ray: bool, workers: int, ray_address: str | None) -> Cluster | None:
+    """Where `--ray` says that work is done; None for this machine without Ray.
 
     Raises:
-        InputError: there is no such engine.
+        InputError: an address without `--ray`.
     """
     from gap_export.errors import InputError
     from gap_export.parallel.ray import Cluster
 
-    if engine not in ("local", "ray"):
-        raise InputError("is not an engine", subject=f"--engine {engine}", hint="choose local or ray")
-    return Cluster(workers, ray_address) if engine == "ray" else None
+    if ray_address is not None and not ray:
+        raise InputError("is of a Ray cluster", subject=f"--ray-address {ray_address}", hint="add --ray")
+    return Cluster(workers, ray_address) if ray else None
 
 
 def import_pipeline() -> Any:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gap_export.cli.app import import_pipeline, out, plain, print_json, progress_bar
 from gap_export.cli.options import BundleArgument, JsonOption, ThreadsOption
 
-if TYPE_CHECKING:
-    pass
-
 
 def calibrate(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, for `build --ranges`.")],
-    samples: Annotated[int, typer.Option(min=1, help="Questions to answer.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, help="Only so many questions.")] = 128,
     data: Annotated[
         str | None,
         typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),
@@ -42,10 +39,10 @@ def calibrate(
         )
     dataset = None if data is None else open_dataset(data, split=split, images=images)
     with progress_bar() as bar:
-        task = bar.add_task("answering", total=samples)
+        task = bar.add_task("answering", total=limit)
         found = calibrate.calibrate(
             bundle,
-            samples=samples,
+            limit=limit,
             dataset=dataset,
             threads=threads,
             tick=lambda count: bar.advance(task, count),

@@ -12,12 +12,11 @@ import typer
 from gap_export.cli.app import cluster_of, console, interruptible, out, print_json, progress_bar
 from gap_export.cli.options import (
     AnyBackendOption,
-    EngineOption,
     JsonOption,
     KeepOption,
     RayAddressOption,
+    RayOption,
     ThreadsOption,
-    WorkersOption,
 )
 
 if TYPE_CHECKING:
@@ -63,8 +62,8 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Folder of the results; in the bundle by default.")
     ] = None,
     replace: Annotated[bool, typer.Option(help="Throw an evaluation of other settings away.")] = False,
-    engine: EngineOption = "local",
-    workers: WorkersOption = 2,
+    ray: RayOption = False,
+    workers: Annotated[int, typer.Option(min=1, help="With --ray: workers of the cluster.")] = 2,
     ray_address: RayAddressOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
@@ -88,7 +87,7 @@ def evaluate(
         folder = output
     else:
         assert bundle is not None
-        cluster = cluster_of(engine, workers, ray_address)
+        cluster = cluster_of(ray, workers, ray_address)
         asked = Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads, cluster)
         record, scored, folder = evaluate_bundle(bundle, dataset, asked, output, replace)
     if folder is not None:

@@ -26,9 +26,10 @@ KeepOption = Annotated[
         help="Fraction of visual tokens to keep, in bundles built with a range; their default when left out."
     ),
 ]
-EngineOption = Annotated[str, typer.Option(help="local, or ray: work is dealt to the workers of a cluster.")]
-WorkersOption = Annotated[int, typer.Option(min=1, help="With --engine ray.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")]
+RayOption = Annotated[bool, typer.Option("--ray", help="Deal the work to the workers of a Ray cluster.")]
 RayAddressOption = Annotated[
-    str | None, typer.Option(help="Of a running cluster; one is started here when left out.")
+    str | None,
+    typer.Option(help="With --ray: of a running cluster; one is started here when left out."),
 ]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from gap_export.cli.app import cluster_of, console, import_pipeline, out, plain, print_json
-from gap_export.cli.options import BackendOption, EngineOption, JsonOption, RayAddressOption, WorkersOption
+from gap_export.cli.options import BackendOption, JsonOption, LimitOption, RayAddressOption, RayOption
 
 
 def sweep(
     model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
     pruners: Annotated[
-        str, typer.Option(help="Strategies, separated by commas; all is every one of `gap-export models`.")
+        str, typer.Option(help="Pruners, separated by commas; all is every one of `gap-export models`.")
     ] = "all",
     keep: Annotated[
         str, typer.Option(help="Fractions of visual tokens kept, separated by commas.")
@@ -22,20 +22,19 @@ def sweep(
     positions: Annotated[
         str, typer.Option(help="Position policies, separated by commas.")
     ] = "shifted,permuted,gap",
-    cases: Annotated[int, typer.Option(min=1, help="Held-out scenes per cell.")] = 500,
+    limit: LimitOption = 500,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the sweep; finished cells in it are kept.")
+        Path, typer.Option("--output", "-o", help="Folder of the sweep; finished points in it are kept.")
     ] = Path("out/sweep"),
     backend: BackendOption = "onnxruntime",
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 16,
     threads: Annotated[
         int, typer.Option(min=0, help="ONNX Runtime threads of every process; 0 lets it choose.")
     ] = 1,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Processes that cells are dealt to; results do not depend on it.")
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that points are dealt to; results do not depend on it.")
     ] = 2,
-    engine: EngineOption = "local",
-    workers: WorkersOption = 2,
+    ray: RayOption = False,
     ray_address: RayAddressOption = None,
     plot: Annotated[bool, typer.Option(help="Draw sweep.png (needs matplotlib).")] = True,
     replace: Annotated[
@@ -43,29 +42,30 @@ def sweep(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy of every strategy at every count under every position policy; may be killed and goes on."""
+    """Accuracy of many pruners at many keep ratios. Can be interrupted; rerun the same command to resume."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    cluster = cluster_of(engine, workers, ray_address)
+    cluster = cluster_of(ray, workers, ray_address)
     import_pipeline()
-    from gap_export.evaluation.sweep import run as room
-    from gap_export.evaluation.sweep.record import tables, verdict
+    from gap_export.evaluation.sweep.request import SweepRequest, keeps_from, positions_from, pruners_from
+    from gap_export.evaluation.sweep.run import prepare, run
+    from gap_export.evaluation.sweep.show import tables, verdict
     from gap_export.recipe.recipe import load_recipe
 
-    request = room.Request(
+    request = SweepRequest(
         recipe=load_recipe(model),
-        pruners=room.pruners_from(pruners),
-        keeps=room.keeps_from(keep),
-        positions=room.positions_from(positions),
+        pruners=pruners_from(pruners),
+        keeps=keeps_from(keep),
+        positions=positions_from(positions),
         backend=backend,
-        cases=cases,
+        limit=limit,
         batch=batch,
         threads=threads,
     )
-    prepared = room.prepare(request, output, replace=replace, plot=plot)
+    prepared = prepare(request, output, replace=replace, plot=plot)
     left = len(prepared.remaining())
-    if left < len(prepared.cells):
-        console.print(f"{len(prepared.cells) - left} of {len(prepared.cells)} cells are finished already")
+    if left < len(prepared.points):
+        console.print(f"{len(prepared.points) - left} of {len(prepared.points)} points are finished already")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -73,18 +73,18 @@ def sweep(
         TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        work = bar.add_task("starting", total=left * cases, left="")
+        work = bar.add_task("starting", total=left * limit, left="")
 
         def notify(step: Any) -> None:
             bar.update(work, advance=step.done, description=step.words or None)
             bar.update(work, left=_time_left(bar.tasks[0]))
 
-        def finished(cell: Any, answers: Any) -> None:
+        def finished(point: Any, answers: Any) -> None:
             if not console.is_terminal:  # no bar is shown there
-                accuracy = sum(answers.hits) / cases
-                console.print(f"{cell.label}: {accuracy:.3f}; {_time_left(bar.tasks[0])}", highlight=False)
+                accuracy = sum(answers.hits) / limit
+                console.print(f"{point.label}: {accuracy:.3f}; {_time_left(bar.tasks[0])}", highlight=False)
 
-        record = room.run(prepared, jobs=jobs, cluster=cluster, plot=plot, notify=notify, finished=finished)
+        record = run(prepared, workers=workers, cluster=cluster, plot=plot, notify=notify, finished=finished)
     if as_json:
         print_json(record.model_dump(mode="json"))
         return
@@ -95,7 +95,7 @@ def sweep(
 
 
 def _time_left(task: Any) -> str:
-    """From the mean over the whole time: cells are traced, then answered, and the pace of the moment says nothing."""
+    """From the mean over the whole time: points are traced, then answered, and the pace of the moment says nothing."""
     if not task.completed:
         return "time left unknown"
     seconds = task.elapsed * (task.total - task.completed) / task.completed

@@ -9,12 +9,19 @@ from typing import Annotated
 import typer
 
 from gap_export.cli.app import import_pipeline, out, print_json, progress_bar
-from gap_export.cli.options import BackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
+from gap_export.cli.options import (
+    BackendOption,
+    BundleArgument,
+    JsonOption,
+    KeepOption,
+    LimitOption,
+    ThreadsOption,
+)
 
 
 def validate(
     bundle: BundleArgument,
-    cases: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 500,
+    limit: LimitOption = 500,
     keep: KeepOption = None,
     backend: BackendOption = "onnxruntime",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
@@ -31,10 +38,10 @@ def validate(
 
     staged = bool(open_bundle(bundle).manifest.pruning.stages)
     with progress_bar() as bar:
-        task = bar.add_task("starting", total=validate.validation_work(cases, staged=staged))
+        task = bar.add_task("starting", total=validate.validation_work(limit, staged=staged))
         report = validate.validate(
             bundle,
-            cases=cases,
+            limit=limit,
             keep=keep,
             backend=backend,
             checkpoint=checkpoint,

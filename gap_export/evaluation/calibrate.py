@@ -34,7 +34,7 @@ SCENES = "scenes"
 def calibrate(
     folder: Path,
     *,
-    samples: int,
+    limit: int = 128,
     dataset: Dataset | None = None,
     threads: int = 0,
     tick: runner.Tick = lambda count: None,
@@ -43,7 +43,7 @@ def calibrate(
 
     Args:
         folder: a bundle in fp32 or fp16; its pruner and share are those that are measured.
-        samples: how many questions; the first of the data set.
+        limit: how many questions; the first of the data set.
         dataset: questions and images; generated scenes when left out.
         threads: of ONNX Runtime; 0 lets it choose.
         tick: told how many answers were finished since the last call.
@@ -63,7 +63,7 @@ def calibrate(
             hint="ranges are measured on a bundle built with --precision "
             + one_of(lambda each: each.cpu and not each.quantizes),
         )
-    questions = list(cases(samples, DEV_SEED)) if dataset is None else _first(dataset, samples)
+    questions = list(cases(limit, DEV_SEED)) if dataset is None else _first(dataset, limit)
     session = _Watched(bundle, threads)
     # One by one: what fills short rows of a batch is not to be measured.
     runner.run_cases(Grounder(bundle), session, questions, batch=1, tick=tick)
@@ -78,14 +78,14 @@ def calibrate(
     )
 
 
-def _first(dataset: Dataset, samples: int) -> list[Case]:
+def _first(dataset: Dataset, limit: int) -> list[Case]:
     if dataset.source is None:
         raise InputError(
             "has no images", subject=dataset.name, hint="give the folder they lie in with --images"
         )
     return [
         Case(each.id, dataset.source.open(each.image), each.text, each.box)
-        for each in dataset.expressions[:samples]
+        for each in dataset.expressions[:limit]
     ]
 
 

@@ -58,7 +58,7 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
 def validate(
     folder: Path,
     *,
-    cases: int,
+    limit: int = 500,
     keep: float | None = None,
     backend: str = "onnxruntime",
     checkpoint: Path | None = None,
@@ -76,7 +76,7 @@ def validate(
 
     Args:
         folder: the bundle.
-        cases: how many scenes.
+        limit: how many scenes.
         keep: fraction of visual tokens to keep, in bundles that let requests choose; their default when left out.
         backend: name of a runtime that runs bundles.
         checkpoint: where the weights lie; by default where the bundle was built from.
@@ -111,7 +111,7 @@ def validate(
     if manifest.text_tower is not None:
         recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
     batch = min(batch, recipe.max_batch)
-    questions = list(scenes.cases(cases))
+    questions = list(scenes.cases(limit))
     grounder = Grounder(bundle)
     answer = partial(runner.run_cases, batch=batch, tick=tick)
     with opened(bundle, backend, threads=threads) as session:
@@ -158,7 +158,7 @@ def validate(
         inapplicable_controls=inapplicable,
         grounding=parity.Grounding(
             **accuracy,
-            cases=cases,
+            cases=limit,
             kept=_mean_kept(runs),
             visual_tokens=visual_tokens,
         ),
@@ -174,10 +174,10 @@ def _mean_kept(runs: list[Grounded]) -> float:
     return round(float(counts.mean()), 2)
 
 
-def validation_work(cases: int, *, staged: bool = False) -> int:
+def validation_work(limit: int, *, staged: bool = False) -> int:
     """About how many answers `validate` makes."""
     wrong = len(controls(staged=staged))
-    return cases * (2 + len(_COMPANIONS) - 1) + min(cases, CONTROL_CASES) * wrong
+    return limit * (2 + len(_COMPANIONS) - 1) + min(limit, CONTROL_CASES) * wrong
 
 
 @contextmanager

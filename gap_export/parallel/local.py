@@ -141,7 +141,7 @@ def _broken(process: SpawnProcess) -> MissingRequirementError:
     return MissingRequirementError(
         f"{how} before its work was done",
         subject="a worker process",
-        hint="where memory is short, --jobs 1 takes less; finished work is kept: run the same command again",
+        hint="where memory is short, --workers 1 takes less; finished work is kept: run the same command again",
     )
 
 

@@ -80,7 +80,7 @@ def test_a_rewritten_bundle_answers_nearly_as_in_half_precision(
     from gap_export.runtime.generate import generate
 
     ranges = tmp_path / "ranges.json"
-    ranges.write_text(calibrate(deep_bundle().folder, samples=2, threads=1).model_dump_json())
+    ranges.write_text(calibrate(deep_bundle().folder, limit=2, threads=1).model_dump_json())
     low = open_bundle(
         Path(shutil.copytree(deep_bundle(precision="nvfp4", ranges=str(ranges)).folder, tmp_path / "copy"))
     )

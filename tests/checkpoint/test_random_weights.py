@@ -58,7 +58,7 @@ def test_a_stand_in_is_built_like_a_checkpoint(tiny: str, tmp_path: Path) -> Non
     again = random_checkpoint(tiny)
     assert [shard.stat().st_mtime_ns for shard in sorted(again.glob("*.safetensors"))] == written
     with pytest.raises(BundleError, match="holds random weights, which ground nothing"):
-        validate.validate(bundle.folder, cases=4)
+        validate.validate(bundle.folder, limit=4)
 
 
 def test_weights_are_the_same_every_time(tiny: str, tmp_path: Path) -> None:

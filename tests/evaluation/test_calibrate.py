@@ -46,7 +46,7 @@ def test_ranges_are_what_pytorch_sees(
     deep_bundle: Callable[..., Bundle], pruner: str, deep_checkpoint: Path
 ) -> None:
     bundle = deep_bundle(pruner=pruner)
-    found = calibrate(bundle.folder, samples=SAMPLES, threads=1)
+    found = calibrate(bundle.folder, limit=SAMPLES, threads=1)
     theirs = largest_in_torch(bundle, list(cases(SAMPLES, DEV_SEED)))
     weights = {
         key: value
@@ -74,22 +74,22 @@ def test_ranges_are_what_pytorch_sees(
 
 def test_what_is_recorded(tiny_bundle: Callable[..., Bundle]) -> None:
     ticks: list[int] = []
-    found = calibrate(tiny_bundle().folder, samples=2, threads=1, tick=ticks.append)
+    found = calibrate(tiny_bundle().folder, limit=2, threads=1, tick=ticks.append)
     assert (found.samples, found.source, found.family, sum(ticks)) == (2, "scenes", "llava", 2)
 
 
 def test_a_data_set_of_ones_own(tiny_bundle: Callable[..., Bundle]) -> None:
-    found = calibrate(tiny_bundle().folder, samples=2, threads=1, dataset=open_dataset("scenes:2"))
+    found = calibrate(tiny_bundle().folder, limit=2, threads=1, dataset=open_dataset("scenes:2"))
     assert (found.samples, found.source) == (2, "scenes:2")
-    assert found.largest != calibrate(tiny_bundle().folder, samples=2, threads=1).largest
+    assert found.largest != calibrate(tiny_bundle().folder, limit=2, threads=1).largest
 
 
 def test_a_data_set_without_images(tiny_bundle: Callable[..., Bundle]) -> None:
     bare = Dataset("refs.json", "", open_dataset("scenes").expressions[:2], None)
     with pytest.raises(InputError, match="has no images"):
-        calibrate(tiny_bundle().folder, samples=2, dataset=bare)
+        calibrate(tiny_bundle().folder, limit=2, dataset=bare)
 
 
 def test_only_floats_can_be_measured(tiny_bundle: Callable[..., Bundle]) -> None:
     with pytest.raises(BundleError, match="is in int8"):
-        calibrate(tiny_bundle(precision="int8").folder, samples=1)
+        calibrate(tiny_bundle(precision="int8").folder, limit=1)

@@ -29,7 +29,7 @@ def test_a_bundle_with_no_slot_to_spare_is_validated(tiny_options: dict[str, Any
     """Its companion that keeps every token needs more slots than were asked for."""
     tight = Recipe.model_validate({**tiny_options, "capacity": 24 - 1 + 9 + 5 + 1})
     folder = pipeline.build(tight, tmp_path / "tight").bundle.folder
-    report, ticks = report_of(folder, cases=3, batch=2)
+    report, ticks = report_of(folder, limit=3, batch=2)
     assert report.ok, report
     assert sum(ticks) == validate.validation_work(3)
     assert len(report.controls) == 5
@@ -58,7 +58,7 @@ def test_controls_that_would_change_nothing_are_not_held_against_a_bundle(
     changes: dict[str, Any], controls: set[str], tiny_bundle: BuildBundle, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_bundle(**changes).folder, tmp_path / "bundle"))
-    report, _ = report_of(folder, cases=4)
+    report, _ = report_of(folder, limit=4)
     assert {control.name for control in report.controls} == controls
     assert len(report.controls) + len(report.inapplicable_controls) == 5
     assert report.ok, report
@@ -70,7 +70,7 @@ def test_decoders_that_drop_tokens_are_validated(
     pruner: str, deep_bundle: BuildBundle, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(deep_bundle(pruner=pruner, positions="gap").folder, tmp_path / "bundle"))
-    report, _ = report_of(folder, cases=6, batch=3)
+    report, _ = report_of(folder, limit=6, batch=3)
     assert report.ok, report
     assert report.inapplicable_controls == ["ids shifted"]
     assert {"last stage's write index off by one", "one slot counter for all stages"} < {
@@ -92,7 +92,7 @@ def test_companions_leave_out_what_only_the_pruner_knows(
         return pipeline.BuildResult(bundle, 0)
 
     monkeypatch.setattr(validate, "build", build)
-    report_of(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")), cases=2)
+    report_of(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")), limit=2)
     assert [(r.pruner, str(r.positions), r.prune_layers) for r in asked] == [
         ("none", "gap", ()), ("fastv", "shifted", (3,)), ("fastv", "permuted", (3,))
     ]  # fmt: skip
@@ -103,10 +103,10 @@ def test_batches_that_do_not_divide_the_control_cases(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validate, "CONTROL_CASES", 5)
-    report, _ = report_of(bundle_copy, cases=8, batch=4)
+    report, _ = report_of(bundle_copy, limit=8, batch=4)
     assert report.ok, report
     monkeypatch.setattr(validate, "CONTROL_CASES", 2)
-    assert report_of(bundle_copy, cases=5, batch=4)[0].ok
+    assert report_of(bundle_copy, limit=5, batch=4)[0].ok
 
 
 def test_companions_take_the_ranges_that_the_bundle_brings(
@@ -122,7 +122,7 @@ def test_companions_take_the_ranges_that_the_bundle_brings(
     from gap_export.recipe.ranges import read_ranges
 
     file = tmp_path / "ranges.json"
-    file.write_text(calibrate(tiny_bundle().folder, samples=1, threads=1).model_dump_json())
+    file.write_text(calibrate(tiny_bundle().folder, limit=1, threads=1).model_dump_json())
     recipe = Recipe.model_validate({**tiny_options, "precision": "fp8", "ranges": str(file)})
     bundle = pipeline.build(recipe, tmp_path / "bundle").bundle
     asked: list[Recipe] = []
@@ -134,6 +134,6 @@ def test_companions_take_the_ranges_that_the_bundle_brings(
     monkeypatch.setattr(validate, "_companion", companion)
     expected = read_ranges(file)
     file.unlink()
-    report_of(bundle.folder, cases=2)
+    report_of(bundle.folder, limit=2)
     assert len(asked) == 3
     assert all(read_ranges(Path(str(each.ranges))) == expected for each in asked)

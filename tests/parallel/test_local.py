@@ -92,7 +92,7 @@ def test_a_worker_that_breaks_down_is_noticed(
 ) -> None:
     with pytest.raises(MissingRequirementError, match=words) as caught:
         list(results_of(room.Doubling, [task, task], jobs=2))
-    assert "--jobs 1" in caught.value.hint
+    assert "--workers 1" in caught.value.hint
     assert not multiprocessing.active_children()
     assert ("ZeroDivisionError" in capfd.readouterr().err) == (task == "bug")
 

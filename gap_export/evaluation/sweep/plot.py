@@ -1,12 +1,11 @@
-"""The plot of a sweep: accuracy against the number of visual tokens, one panel per strategy, one line per policy."""
+"""The plot of a sweep: accuracy against the number of visual tokens, one panel per pruner, one line per policy."""
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING
 
-from gap_export.errors import MissingRequirementError
+from gap_export.evaluation.plotting import PALETTE, hide_frame
 from gap_export.evaluation.sweep.record import Positions, Row, SweepRecord
 from gap_export.positions import PositionPolicy
 
@@ -14,63 +13,38 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that the colour-blind can tell apart (Okabe and Ito), and marks for print without colour.
 _STYLES: dict[Positions, tuple[str, str]] = {
-    PositionPolicy.GAP: ("#0072B2", "o"),
-    PositionPolicy.SHIFTED: ("#D55E00", "s"),
-    PositionPolicy.PERMUTED: ("#009E73", "^"),
+    PositionPolicy.GAP: (PALETTE["blue"], "o"),
+    PositionPolicy.SHIFTED: (PALETTE["vermilion"], "s"),
+    PositionPolicy.PERMUTED: (PALETTE["green"], "^"),
 }
 _MOST_COLUMNS = 6
 _PANEL_INCHES = 1.85
-_DOTS_PER_INCH = 160
-
-
-def require() -> None:
-    """Make sure that a plot can be drawn.
-
-    Raises:
-        MissingRequirementError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingRequirementError(
-            "is needed to draw the plot and not installed",
-            subject="matplotlib",
-            hint="pip install 'gap-export[report]', or pass --no-plot",
-        ) from error
-
-
-def png(record: SweepRecord) -> bytes:
-    """The plot as a PNG file."""
-    target = io.BytesIO()
-    figure(record).savefig(target, format="png", dpi=_DOTS_PER_INCH)
-    return target.getvalue()
 
 
 def figure(record: SweepRecord) -> Figure:
-    """The plot: small panels that share their axes, so that strategies can be compared with each other and with the
-    unpruned model. Bars are 95% intervals (Wilson's) of single cells."""
+    """The plot: small panels that share their axes, so that pruners can be compared with each other and with the
+    unpruned model. Bars are 95% intervals (Wilson's) of single points."""
     from matplotlib.figure import Figure
 
-    strategies = list(dict.fromkeys(row.pruner for row in record.rows[1:])) or [""]
-    lines = math.ceil(len(strategies) / _MOST_COLUMNS)
-    columns = math.ceil(len(strategies) / lines)
+    pruners = list(dict.fromkeys(row.pruner for row in record.rows[1:])) or [""]
+    lines = math.ceil(len(pruners) / _MOST_COLUMNS)
+    columns = math.ceil(len(pruners) / lines)
     plot = Figure(
         figsize=(max(columns, 3) * _PANEL_INCHES + 0.5, lines * _PANEL_INCHES + 1.3), layout="constrained"
     )
     panels = plot.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    for panel, strategy in zip(panels.flat, strategies, strict=False):
-        _draw(panel, strategy, record)
-    for panel in panels.flat[len(strategies) :]:
+    for panel, pruner in zip(panels.flat, pruners, strict=False):
+        _draw(panel, pruner, record)
+    for panel in panels.flat[len(pruners) :]:
         panel.remove()
-    for panel in panels.flat[max(0, len(strategies) - columns) : len(strategies)]:
+    for panel in panels.flat[max(0, len(pruners) - columns) : len(pruners)]:
         panel.tick_params(labelbottom=True)  # nothing stands below it
     _label(plot, panels.flat[0], record)
     return plot
 
 
-def _draw(panel: Axes, strategy: str, record: SweepRecord) -> None:
+def _draw(panel: Axes, pruner: str, record: SweepRecord) -> None:
     panel.axhline(
         record.full,
         color="#555555",
@@ -80,14 +54,13 @@ def _draw(panel: Axes, strategy: str, record: SweepRecord) -> None:
     )
     for policy, (colour, mark) in _STYLES.items():
         rows = sorted(
-            (row for row in record.rows[1:] if (row.pruner, row.positions) == (strategy, policy)),
+            (row for row in record.rows[1:] if (row.pruner, row.positions) == (pruner, policy)),
             key=lambda row: row.kept,
         )
         if rows:
             _draw_line(panel, rows, str(policy), colour, mark)
-    panel.set_title(strategy, fontsize=9)
-    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_title(pruner, fontsize=9)
+    hide_frame(panel)
 
 
 def _draw_line(panel: Axes, rows: list[Row], label: str, colour: str, mark: str) -> None:

@@ -1,21 +1,13 @@
-"""The record of a sweep: what is stored, what it says about GAP, and its tables for the screen and for the page."""
+"""The record of a sweep: what is stored, and what it says about GAP."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gap_export.boxes import metrics
 from gap_export.positions import PositionPolicy
 from gap_export.records import Record
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-THRESHOLD = 0.5
-"""An answer is a hit from this IoU on (`>=`), as in `validate`."""
-
-_COMPARED = ("gap - shifted (95 %)", "gap beats shifted")
 
 FULL: Literal["full"] = "full"
 Positions = PositionPolicy | Literal["full"]
@@ -23,15 +15,15 @@ Positions = PositionPolicy | Literal["full"]
 
 
 class Settings(Record):
-    """All that the answers of a cell depend on besides the cell itself. A folder holds the cells of one such.
+    """All that the answers of a point depend on besides the point itself. A folder holds the points of one such.
 
     Attributes:
         schema_version: of the files in the folder.
         recipe: the recipe but for what is swept (pruner, keep, positions) and what follows from it (capacity).
         checkpoint_sha256: over all files of the checkpoint that a build reads.
-        text_tower_sha256: the same of the text tower's, where a strategy looks at the expression.
+        text_tower_sha256: the same of the text tower's, where a pruner looks at the expression.
         backend: runtime.
-        cases: scenes per cell.
+        cases: scenes per point.
         scenes_seed: which scenes.
         batch: images per call.
         threads: of ONNX Runtime.
@@ -50,11 +42,11 @@ class Settings(Record):
     versions: dict[str, str]
 
 
-class Cell(Record):
-    """One strategy, one count, one policy.
+class SweepPoint(Record):
+    """One pruner, one count, one policy.
 
     Attributes:
-        pruner: strategy.
+        pruner: its name.
         keep: fraction of visual tokens kept.
         kept: the count.
         positions: numbering policy.
@@ -77,7 +69,7 @@ class Cell(Record):
 
 
 class Answers(Record):
-    """What came out of one cell, scene by scene.
+    """What came out of one point, scene by scene.
 
     Attributes:
         texts: as generated.
@@ -94,11 +86,11 @@ class Answers(Record):
     @property
     def hits(self) -> list[bool]:
         """Which scenes were hit."""
-        return [overlap >= THRESHOLD for overlap in self.ious]
+        return [overlap >= metrics.HIT_IOU for overlap in self.ious]
 
 
-class Row(Cell):
-    """One cell, measured.
+class Row(SweepPoint):
+    """One point, measured.
 
     Attributes:
         visual_tokens: before pruning.
@@ -123,17 +115,17 @@ class Row(Cell):
     cases: int
 
 
-class Skipped(Cell):
-    """A cell that cannot be, and why."""
+class Skipped(SweepPoint):
+    """A point that cannot be, and why."""
 
     reason: str
 
 
 class Comparison(Record):
-    """GAP against renumbered ids: same strategy, same tokens, same scenes.
+    """GAP against renumbered ids: same pruner, same tokens, same scenes.
 
     Attributes:
-        pruner: strategy.
+        pruner: its name.
         keep: fraction of visual tokens kept.
         kept: the count.
         difference: accuracy of GAP minus accuracy of shifted.
@@ -162,11 +154,11 @@ class SweepRecord(Record):
         model: name of the recipe.
         visual_tokens: before pruning.
         full: accuracy with nothing pruned.
-        rows: measured cells; the first is the unpruned one.
+        rows: measured points; the first is the unpruned one.
         gap_against_shifted: where both were measured.
         gap_does_not_beat_shifted: those of them whose interval does not lie above 0.
-        skipped: cells that cannot be.
-        settings: what all cells have in common.
+        skipped: points that cannot be.
+        settings: what all points have in common.
     """
 
     model: str
@@ -182,7 +174,7 @@ class SweepRecord(Record):
 def record_from_answers(
     model: str,
     visual_tokens: int,
-    measured: Sequence[tuple[Cell, Answers]],
+    measured: Sequence[tuple[SweepPoint, Answers]],
     skipped: Sequence[Skipped],
     settings: Settings,
 ) -> SweepRecord:
@@ -191,13 +183,17 @@ def record_from_answers(
     Args:
         model: name of the recipe.
         visual_tokens: before pruning.
-        measured: cells and their answers in the order of the table, the unpruned one first.
-        skipped: cells that cannot be.
+        measured: points and their answers in the order of the table, the unpruned one first.
+        skipped: points that cannot be.
         settings: of the sweep.
     """
-    rows = tuple(_row(cell, answers, visual_tokens) for cell, answers in measured)
+    rows = tuple(_row(point, answers, visual_tokens) for point, answers in measured)
     gap, shifted = (
-        {(cell.pruner, cell.kept): (cell, answers) for cell, answers in measured if cell.positions == policy}
+        {
+            (point.pruner, point.kept): (point, answers)
+            for point, answers in measured
+            if point.positions == policy
+        }
         for policy in (PositionPolicy.GAP, PositionPolicy.SHIFTED)
     )
     comparisons = tuple(_comparison(*gap[key], shifted[key][1]) for key in gap if key in shifted)
@@ -213,85 +209,11 @@ def record_from_answers(
     )
 
 
-def tables(record: SweepRecord) -> list[Table]:
-    """Accuracy of every cell, one line per strategy and count; then what was skipped, where anything was."""
-    from rich.table import Table
-
-    policies = list(dict.fromkeys(row.positions for row in record.rows[1:]))
-    compared = {(each.pruner, each.kept): each for each in record.gap_against_shifted}
-    found = {(row.pruner, row.kept, row.positions): row for row in record.rows}
-    lines = list(dict.fromkeys((row.pruner, row.kept) for row in record.rows[1:]))
-    cells = Table("pruner", "keep", *policies, *(_COMPARED if compared else ()))
-    cells.title = (
-        f"accuracy@0.5 of {record.model} in {record.settings.backend}, {record.settings.cases} held-out scenes; "
-        f"unpruned: {record.full:.3f}"
-    )
-    for pruner, kept in lines:
-        measured = [found.get((pruner, kept, policy)) for policy in policies]
-        cells.add_row(
-            pruner,
-            f"{kept} of {record.visual_tokens}",
-            *("-" if row is None else f"{row.accuracy:.3f}" for row in measured),
-            *(_compared(compared.get((pruner, kept))) if compared else ()),
-        )
-    if not record.skipped:
-        return [cells]
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for each in record.skipped:
-        key = (each.pruner, f"{each.kept} of {record.visual_tokens}", each.reason)
-        reasons.setdefault(key, []).append(each.positions)
-    skipped = Table("skipped", "keep", "positions", "why")
-    for (pruner, count, reason), positions in reasons.items():
-        skipped.add_row(pruner, count, ", ".join(positions), reason)
-    return [cells, skipped]
-
-
-def verdict(record: SweepRecord) -> str:
-    """Whether GAP beats renumbered ids, and where it does not."""
-    compared, missed = len(record.gap_against_shifted), record.gap_does_not_beat_shifted
-    if not compared:
-        return "gap and shifted were not both measured anywhere"
-    won = (
-        f"gap beats shifted in {compared - len(missed)} of {compared} cells "
-        "(95 % interval of the paired difference above 0)"
-    )
-    if not missed:
-        return won
-    places = (
-        f"{each.pruner} at {each.kept} of {record.visual_tokens} ({each.difference:+.3f}, {each.low:+.3f} to {each.high:+.3f})"
-        for each in missed
-    )
-    return f"{won}; not in: {', '.join(places)}"
-
-
-def page(record: SweepRecord, plot: str | None) -> str:
-    """The record as Markdown.
-
-    Args:
-        record: of a sweep.
-        plot: file name of the plot, beside the page.
-    """
-    from io import StringIO
-
-    from rich import box
-    from rich.console import Console
-
-    text = StringIO()
-    console = Console(file=text, width=1000)
-    console.print(f"# Sweep of {record.model}\n\n{verdict(record)}", highlight=False)
-    if plot:
-        console.print(f"\n![accuracy against the number of visual tokens]({plot})", markup=False)
-    for table in tables(record):
-        title, table.title, table.box = table.title, None, box.MARKDOWN
-        console.print(*([f"\n{title}"] if title else []), table, sep="\n")
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-def _row(cell: Cell, answers: Answers, visual_tokens: int) -> Row:
-    accuracy = metrics.accuracy(answers.ious, comparator=">=", threshold=THRESHOLD)
+def _row(point: SweepPoint, answers: Answers, visual_tokens: int) -> Row:
+    accuracy = metrics.accuracy(answers.ious, comparator=">=")
     low, high = accuracy.interval()
     return Row(
-        **cell.model_dump(),
+        **point.model_dump(),
         visual_tokens=visual_tokens,
         accuracy=accuracy.value,
         standard_error=accuracy.standard_error,
@@ -304,12 +226,12 @@ def _row(cell: Cell, answers: Answers, visual_tokens: int) -> Row:
     )
 
 
-def _comparison(cell: Cell, gap: Answers, shifted: Answers) -> Comparison:
+def _comparison(point: SweepPoint, gap: Answers, shifted: Answers) -> Comparison:
     paired = metrics.paired_difference(gap.hits, shifted.hits)
     return Comparison(
-        pruner=cell.pruner,
-        keep=cell.keep,
-        kept=cell.kept,
+        pruner=point.pruner,
+        keep=point.keep,
+        kept=point.kept,
         difference=paired.value,
         low=paired.low,
         high=paired.high,
@@ -317,9 +239,3 @@ def _comparison(cell: Cell, gap: Answers, shifted: Answers) -> Comparison:
         lost=paired.lost,
         beats=paired.low > 0,
     )
-
-
-def _compared(each: Comparison | None) -> tuple[str, str]:
-    if each is None:
-        return "-", "-"
-    return f"{each.difference:+.3f} ({each.low:+.3f} to {each.high:+.3f})", "yes" if each.beats else "no"

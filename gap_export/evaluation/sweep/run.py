@@ -1,8 +1,8 @@
-"""Every strategy at every count under every position policy: accuracy of the exported graphs on held-out scenes.
+"""Every pruner at every count under every position policy: accuracy of the exported graphs on held-out scenes.
 
-A cell is one bundle, built and answered like any other: no number comes from anything but its graphs in the runtime. What
+A point is one bundle, built and answered like any other: no number comes from anything but its graphs in the runtime. What
 makes a sweep quick is that equal components are traced once per process (`graph.trace.TracedOnce`): the decoder does not
-depend on the strategy, nor the vision graph on how the kept tokens are numbered, so that most cells trace one graph or two.
+depend on the pruner, nor the vision graph on how the kept tokens are numbered, so that most points trace one graph or two.
 """
 
 from __future__ import annotations
@@ -15,80 +15,146 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from gap_export import prune
 from gap_export.boxes import metrics, scenes
-from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.environment import BUILD_PACKAGES, versions
-from gap_export.errors import GapExportError, InputError, RecipeError
-from gap_export.evaluation import runner
+from gap_export.errors import BundleError, GapExportError
+from gap_export.evaluation import plotting, runner
+from gap_export.evaluation.result_folder import open_result_folder
 from gap_export.evaluation.sweep import plot as sweep_plot
 from gap_export.evaluation.sweep.record import (
-    FULL,
     Answers,
-    Cell,
     Settings,
     Skipped,
+    SweepPoint,
     SweepRecord,
-    page,
     record_from_answers,
 )
-from gap_export.evaluation.sweep.store import PAGE, PLOT, RECORD, Store, open_store
+from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
+from gap_export.evaluation.sweep.show import page
 from gap_export.files import record_of, scratch_folder, write_atomically
-from gap_export.inputs.prompt import TextTower
 from gap_export.parallel.local import Notify, Step, results_of
 from gap_export.parallel.ray import Cluster, results_on
 from gap_export.pipeline import build
 from gap_export.pipeline.opened import open_model
-from gap_export.plan import plan_for
 from gap_export.positions import PositionPolicy
 from gap_export.progress import Stages
 from gap_export.recipe.recipe import Recipe
-from gap_export.runtime.backends import open_session, target_of
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.grounder import Grounded, Grounder
 
-Entry = TypeVar("Entry")
-
-UNPRUNED = "none"
-"""The strategy of the reference cell, which every sweep has once."""
+RECORD, PAGE, PLOT = "sweep.json", "sweep.md", "sweep.png"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a sweep is asked for.
+def sweep(
+    recipe: Recipe,
+    out: Path,
+    *,
+    pruners: Sequence[str] | None = None,
+    keeps: Sequence[float] = KEEPS,
+    positions: Sequence[PositionPolicy] = tuple(PositionPolicy),
+    backend: str = "onnxruntime",
+    limit: int = 500,
+    batch: int = 16,
+    threads: int = 1,
+    workers: int = 1,
+    cluster: Cluster | None = None,
+    plot: bool = True,
+    replace: bool = False,
+    notify: Notify = lambda step: None,
+) -> SweepRecord:
+    """Accuracy of many pruners at many keep ratios under every position policy. Can be interrupted; the same call resumes.
 
-    Attributes:
+    Args:
         recipe: all that is not swept.
-        pruners: strategies.
+        out: folder of the sweep; finished points in it are kept.
+        pruners: names; all but `none` when left out, which is the reference of every sweep.
         keeps: fractions of visual tokens kept.
         positions: policies.
         backend: name of a runtime that runs bundles.
-        cases: scenes per cell.
-        batch: images per call, at most what the recipe allows.
+        limit: held-out scenes per point.
+        batch: images per call.
         threads: of ONNX Runtime, in every process; 0 lets it choose.
+        workers: processes that points are dealt to; results do not depend on it.
+        cluster: of Ray, to deal them to instead.
+        plot: draw it (needs matplotlib).
+        replace: throw a sweep of other settings in that folder away.
+        notify: told of every stage, and of answers as they are made.
+
+    Returns:
+        The record, which is also stored in the folder.
+
+    Raises:
+        GapExportError: the request, the checkpoint or the folder cannot be used, or a point could not be built or answered.
+    """
+    request = SweepRequest(
+        recipe=recipe,
+        pruners=all_pruners() if pruners is None else tuple(pruners),
+        keeps=tuple(keeps),
+        positions=tuple(positions),
+        backend=backend,
+        limit=limit,
+        batch=batch,
+        threads=threads,
+    )
+    prepared = prepare(request, out, replace=replace, plot=plot)
+    return run(prepared, workers=workers, cluster=cluster, plot=plot, notify=notify)
+
+
+class Store:
+    """The opened folder of a sweep.
+
+    Args:
+        folder: made or checked by `open_store`.
+        settings: of all its points.
     """
 
-    recipe: Recipe
-    pruners: tuple[str, ...]
-    keeps: tuple[float, ...]
-    positions: tuple[PositionPolicy, ...] = tuple(PositionPolicy)
-    backend: str = "onnxruntime"
-    cases: int = 500
-    batch: int = 16
-    threads: int = 1
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
 
-    def recipe_of(self, cell: Cell) -> Recipe:
-        """The recipe of one cell's bundle."""
-        # A capacity that is just enough for one count is too small for another; by default it is enough for each.
-        return self.recipe.model_copy(update={"capacity": None}).replaced(
-            pruner=cell.pruner,
-            keep=cell.keep,
-            positions=PositionPolicy.GAP if cell.positions == FULL else cell.positions,
-            targets=(target_of(self.backend),),
+    def __contains__(self, point: SweepPoint) -> bool:
+        """Whether a point is finished.
+
+        Raises:
+            BundleError: its file is damaged.
+        """
+        return self._path(point).is_file() and bool(self.answers(point))
+
+    def answers(self, point: SweepPoint) -> Answers:
+        """Of a finished point.
+
+        Raises:
+            BundleError: its file is missing or damaged.
+        """
+        path = self._path(point)
+        hint = (
+            "it is missing or damaged: delete it, and run the same command again: that point is computed anew"
         )
+        answers = Answers.read(path, hint=hint, error=BundleError)
+        if len(answers.ious) != self.settings.cases:
+            raise BundleError(f"holds answers to {len(answers.ious)} scenes", subject=str(path), hint=hint)
+        return answers
+
+    def save(self, point: SweepPoint, answers: Answers) -> None:
+        """Keep a finished point.
+
+        Raises:
+            BundleError: it cannot be written.
+        """
+        write_atomically(self._path(point), answers.model_dump_json() + "\n")
+
+    def _path(self, point: SweepPoint) -> Path:
+        return self.folder / "points" / f"{point.name}.json"
+
+
+def open_store(folder: Path, settings: Settings, *, replace: bool) -> Store:
+    """Make the folder of a sweep, or go on with it; see `open_result_folder`."""
+    open_result_folder(folder, settings, holds="sweep", replace=replace)
+    return Store(folder, settings)
 
 
 @dataclass(frozen=True)
@@ -99,246 +165,148 @@ class Sweep:
         request: what was asked for.
         store: its folder.
         visual_tokens: before pruning.
-        cells: in the order of the table, the unpruned one first.
-        skipped: cells that cannot be.
+        points: in the order of the table, the unpruned one first.
+        skipped: points that cannot be.
     """
 
-    request: Request
+    request: SweepRequest
     store: Store
     visual_tokens: int
-    cells: tuple[Cell, ...]
+    points: tuple[SweepPoint, ...]
     skipped: tuple[Skipped, ...]
 
-    def remaining(self) -> list[Cell]:
-        """Cells that are not finished."""
-        return [cell for cell in self.cells if cell not in self.store]
+    def remaining(self) -> list[SweepPoint]:
+        """Points that are not finished."""
+        return [point for point in self.points if point not in self.store]
 
 
-def pruners_from(text: str) -> tuple[str, ...]:
-    """Strategies in a list with commas; `all` is every one but `none`, which is the reference of every sweep.
-
-    Raises:
-        RecipeError: an unknown name, `none`, an empty list, a name twice.
-    """
-    if text.strip() == "all":
-        return tuple(name for name in prune.names() if name != UNPRUNED)
-    names = _entries(text, "pruners")
-    for name in names:
-        if prune.strategy(name).name == UNPRUNED:
-            raise RecipeError(
-                "is the reference of every sweep and always measured",
-                subject="pruners: none",
-                hint="leave it out",
-            )
-    return _distinct(names, "pruners")
-
-
-def keeps_from(text: str) -> tuple[float, ...]:
-    """Fractions in a list with commas.
-
-    Raises:
-        RecipeError: not a number, outside (0, 1], an empty list, a fraction twice.
-    """
-    keeps = []
-    for entry in _entries(text, "keep"):
-        try:
-            keeps.append(float(entry))
-        except ValueError as error:
-            raise RecipeError(
-                "is not a number", subject=f"keep {entry!r}", hint="a list looks like 0.5,0.25,0.11"
-            ) from error
-        prune.check_fraction(keeps[-1])
-    return _distinct(keeps, "keep")
-
-
-def positions_from(text: str) -> tuple[PositionPolicy, ...]:
-    """Policies in a list with commas.
-
-    Raises:
-        RecipeError: an unknown name, an empty list, a name twice.
-    """
-    known = {str(policy): policy for policy in PositionPolicy}
-    entries = _entries(text, "positions")
-    for entry in entries:
-        if entry not in known:
-            raise RecipeError(
-                "is not a position policy",
-                subject=repr(entry),
-                hint=f"choose from {', '.join(known)}; unpruned (full) is always measured",
-            )
-    return _distinct([known[entry] for entry in entries], "positions")
-
-
-def prepare(request: Request, out: Path, *, replace: bool = False, plot: bool = True) -> Sweep:
+def prepare(request: SweepRequest, out: Path, *, replace: bool = False, plot: bool = True) -> Sweep:
     """Check everything that can be checked before the long part, and open the folder.
 
     Args:
         request: what is wanted.
-        out: folder of the sweep; finished cells in it are kept.
+        out: folder of the sweep; finished points in it are kept.
         replace: throw a sweep of other settings away.
         plot: whether a plot will be drawn.
 
     Raises:
         GapExportError: the request, the checkpoint or the folder cannot be used, or what the plot needs is not there.
     """
-    if request.cases < 1 or request.batch < 1:
-        raise InputError(
-            "must be at least 1",
-            subject=f"cases {request.cases}, batch {request.batch}",
-            hint="500 scenes give a standard error of at most 0.022",
-        )
     if plot:
-        sweep_plot.require()
+        plotting.check_matplotlib("pip install 'gap-export[report]', or pass --no-plot")
     reads_text = any(prune.strategy(name).needs_text for name in request.pruners)
     model = open_model(request.recipe, reads_text=reads_text)
-    cells, skipped = plan_cells(request, model.spec, model.text_tower)
+    points, skipped = plan_points(request, model.spec, model.text_tower)
     store = open_store(out, _settings(request, model.checkpoint), replace=replace)
-    return Sweep(request, store, model.spec.visual_tokens, tuple(cells), tuple(skipped))
+    return Sweep(request, store, model.spec.visual_tokens, tuple(points), tuple(skipped))
 
 
 def run(
     sweep: Sweep,
     *,
-    jobs: int = 1,
+    workers: int = 1,
     cluster: Cluster | None = None,
     plot: bool = True,
     notify: Notify = lambda step: None,
-    finished: Callable[[Cell, Answers], None] = lambda cell, answers: None,
+    finished: Callable[[SweepPoint, Answers], None] = lambda point, answers: None,
 ) -> SweepRecord:
-    """Answer the cells that are not finished, then write record, page and plot into the folder.
+    """Answer the points that are not finished, then write record, page and plot into the folder.
 
     Args:
         sweep: prepared.
-        jobs: processes to deal cells to; what comes out does not depend on it.
+        workers: processes to deal points to; what comes out does not depend on it.
         cluster: of Ray, to deal them to instead; checkpoints must be there under the same paths.
         plot: draw it.
-        notify: told of every stage, and of answers as they are made: `cases` per remaining cell.
-        finished: told of every cell that was finished now.
+        notify: told of every stage, and of answers as they are made: `limit` per remaining point.
+        finished: told of every point that was finished now.
 
     Raises:
-        GapExportError: a cell could not be built or answered. Cells finished before are kept.
+        GapExportError: a point could not be built or answered. Points finished before are kept.
     """
     store, request = sweep.store, sweep.request
     with scratch_folder(beside=store.folder, purpose="sweeping") as scratch:
-        make_worker = partial(_Answering, request, scratch)
+        make_worker = partial(_PointWorker, request, scratch)
         tasks = _grouped(sweep.remaining(), request.keeps)
         dealt = (
-            results_of(make_worker, tasks, jobs=jobs, notify=notify)
+            results_of(make_worker, tasks, jobs=workers, notify=notify)
             if cluster is None
             else _results_on(cluster, make_worker, tasks, notify)
         )
         with closing(dealt) as results:
-            for cell, answers in results:
-                store.save(cell, answers)
-                finished(cell, answers)
+            for point, answers in results:
+                store.save(point, answers)
+                finished(point, answers)
     record = record_from_answers(
         request.recipe.name,
         sweep.visual_tokens,
-        [(cell, store.answers(cell)) for cell in sweep.cells],
+        [(point, store.answers(point)) for point in sweep.points],
         sweep.skipped,
         store.settings,
     )
     record.write(store.folder / RECORD)
     write_atomically(store.folder / PAGE, page(record, PLOT if plot else None))
     if plot:
-        write_atomically(store.folder / PLOT, sweep_plot.png(record))
+        write_atomically(store.folder / PLOT, plotting.png(sweep_plot.figure(record)))
     return record
 
 
 def _results_on(
-    cluster: Cluster, make_worker: Callable[[], _Answering], tasks: Sequence[Sequence[Cell]], notify: Notify
-) -> Generator[tuple[Cell, Answers]]:
-    """Cells of a group arrive together: what a worker does between is not told across the cluster."""
-    worker, named = partial(_whole_groups, make_worker), lambda cells: cells[0].label
+    cluster: Cluster,
+    make_worker: Callable[[], _PointWorker],
+    tasks: Sequence[Sequence[SweepPoint]],
+    notify: Notify,
+) -> Generator[tuple[SweepPoint, Answers]]:
+    """Points of a group arrive together: what a worker does between is not told across the cluster."""
+    worker, named = partial(_whole_groups, make_worker), lambda points: points[0].label
     with closing(results_on(cluster, worker, tasks, name_of=named)) as groups:
         for group in groups:
-            for cell, answers in group:
-                notify(Step(cell.label, len(answers.ious)))
-                yield cell, answers
+            for point, answers in group:
+                notify(Step(point.label, len(answers.ious)))
+                yield point, answers
 
 
 def _whole_groups(
-    make_worker: Callable[[], _Answering],
-) -> Callable[[Sequence[Cell]], list[tuple[Cell, Answers]]]:
-    """A worker that gives all cells of a group at once."""
+    make_worker: Callable[[], _PointWorker],
+) -> Callable[[Sequence[SweepPoint]], list[tuple[SweepPoint, Answers]]]:
+    """A worker that gives all points of a group at once."""
     worker = make_worker()
-    return lambda cells: list(worker(cells, lambda step: None))
+    return lambda points: list(worker(points, lambda step: None))
 
 
-def plan_cells(
-    request: Request, facts: ModelSpec, text_tower: TextTower | None = None
-) -> tuple[list[Cell], list[Skipped]]:
-    """Which cells there are, and which cannot be.
-
-    Args:
-        request: of the sweep.
-        facts: sizes of the model.
-        text_tower: for strategies that look at the expression, where the recipe has one.
-
-    Raises:
-        RecipeError: an unknown strategy, two fractions that keep the same count, or a recipe that does not work unpruned either.
-    """
-    # A name that nobody knows is a mistake, not a strategy to be skipped.
-    strategies = [prune.strategy(name) for name in request.pruners]
-    counts: dict[int, float] = {}
-    for keep in request.keeps:
-        kept = prune.kept_count(keep, facts.visual_tokens)
-        if kept in counts:
-            raise RecipeError(
-                f"keep the same {kept} of {facts.visual_tokens} tokens",
-                subject=f"keep {counts[kept]:g} and {keep:g}",
-                hint="leave one of them out",
-            )
-        counts[kept] = keep
-    full = Cell(pruner=UNPRUNED, keep=1.0, kept=facts.visual_tokens, positions=FULL)
-    plan_for(request.recipe_of(full), facts)
-    cells, skipped = [full], []
-    for strategy in strategies:
-        for kept, keep in counts.items():
-            for policy in request.positions:
-                cell = Cell(pruner=strategy.name, keep=keep, kept=kept, positions=policy)
-                try:
-                    plan_for(request.recipe_of(cell), facts, text_tower if strategy.needs_text else None)
-                    cells.append(cell)
-                except RecipeError as error:
-                    skipped.append(Skipped(**cell.model_dump(), reason=error.message))
-    return cells, skipped
-
-
-class _Answering:
-    """A worker: builds the bundles of some cells and answers the scenes with each.
+class _PointWorker:
+    """A worker: builds the bundles of some points and answers the scenes with each.
 
     Args:
         request: of the sweep.
         scratch: where bundles lie until they have answered.
     """
 
-    def __init__(self, request: Request, scratch: Path) -> None:
+    def __init__(self, request: SweepRequest, scratch: Path) -> None:
         from gap_export.graph.trace import TracedOnce
 
         # On another machine of a cluster the caller's folder need not be there.
         self._request, self._scratch = request, scratch if scratch.is_dir() else Path(tempfile.mkdtemp())
-        self._questions = list(scenes.cases(request.cases))
+        self._questions = list(scenes.cases(request.limit))
         self._tracer = TracedOnce()
 
-    def __call__(self, cells: Sequence[Cell], notify: Notify) -> Iterator[tuple[Cell, Answers]]:
-        """One bundle per cell: always right. Where one bundle can serve several cells, this is the place."""
-        for cell in cells:
+    def __call__(self, points: Sequence[SweepPoint], notify: Notify) -> Iterator[tuple[SweepPoint, Answers]]:
+        """One bundle per point: always right. Where one bundle can serve several points, this is the place."""
+        for point in points:
             try:
-                answers = self._answers(cell, notify)
+                answers = self._answers(point, notify)
             except GapExportError as error:
-                error.subject = f"{cell.label}: {error.subject}"
+                error.subject = f"{point.label}: {error.subject}"
                 raise
-            yield cell, answers
+            yield point, answers
 
-    def _answers(self, cell: Cell, notify: Notify) -> Answers:
+    def _answers(self, point: SweepPoint, notify: Notify) -> Answers:
         request = self._request
 
         def progress(words: str) -> None:
-            notify(Step(f"{cell.label}: {words}"))
+            notify(Step(f"{point.label}: {words}"))
 
-        recipe = request.recipe_of(cell)
-        folder = self._scratch / cell.name
+        recipe = request.recipe_of(point)
+        folder = self._scratch / point.name
         bundle = build.build(recipe, folder, tracer=self._tracer, progress=Stages(progress)).bundle
         progress("answering")
         with open_session(bundle, request.backend, threads=request.threads) as session:
@@ -371,16 +339,16 @@ def answers_of(runs: Sequence[Grounded], cases: Sequence[scenes.Case], backend: 
     )
 
 
-def _grouped(cells: Sequence[Cell], keeps: Sequence[float]) -> list[list[Cell]]:
-    """Cells of one strategy and count together, groups of one count in a row: they have most graphs in common."""
-    groups: dict[tuple[str, float], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.pruner, cell.keep), []).append(cell)
+def _grouped(points: Sequence[SweepPoint], keeps: Sequence[float]) -> list[list[SweepPoint]]:
+    """Points of one pruner and count together, groups of one count in a row: they have most graphs in common."""
+    groups: dict[tuple[str, float], list[SweepPoint]] = {}
+    for point in points:
+        groups.setdefault((point.pruner, point.keep), []).append(point)
     order = {keep: place for place, keep in enumerate(keeps)}
     return sorted(groups.values(), key=lambda group: order.get(group[0].keep, -1))
 
 
-def _settings(request: Request, checkpoint: Checkpoint) -> Settings:
+def _settings(request: SweepRequest, checkpoint: Checkpoint) -> Settings:
     text_tower = checkpoint.companions.get("text_tower")
     swept = {"pruner", "keep", "positions", "capacity", "targets"}
     return Settings(
@@ -388,7 +356,7 @@ def _settings(request: Request, checkpoint: Checkpoint) -> Settings:
         checkpoint_sha256=_hash_of(checkpoint),
         text_tower_sha256=None if text_tower is None else _hash_of(text_tower),
         backend=request.backend,
-        cases=request.cases,
+        cases=request.limit,
         scenes_seed=scenes.HELD_OUT_SEED,
         batch=min(request.batch, request.recipe.max_batch),
         threads=request.threads,
@@ -403,19 +371,3 @@ def _hash_of(checkpoint: Checkpoint) -> str:
         if path.suffix in (".json", ".safetensors")
     }
     return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-def _entries(text: str, option: str) -> list[str]:
-    entries = [entry.strip() for entry in text.split(",")]
-    if not all(entries):
-        raise RecipeError(
-            "has an empty entry", subject=f"{option} {text!r}", hint="separate entries with single commas"
-        )
-    return entries
-
-
-def _distinct(entries: list[Entry], option: str) -> tuple[Entry, ...]:
-    twice = next((entry for place, entry in enumerate(entries) if entry in entries[:place]), None)
-    if twice is not None:
-        raise RecipeError("is listed twice", subject=f"{option} {twice}", hint="leave one of them out")
-    return tuple(entries)

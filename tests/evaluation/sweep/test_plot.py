@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gap_export.errors import MissingRequirementError
+from gap_export.evaluation.plotting import check_matplotlib, png
 from gap_export.evaluation.sweep import plot as sweep_plot
 from gap_export.evaluation.sweep.record import FULL, Row, Settings, SweepRecord
 from gap_export.positions import PositionPolicy
@@ -24,12 +25,12 @@ def row(pruner: str, kept: int, positions: str, accuracy: float) -> Row:
     )  # fmt: skip
 
 
-def record(strategies: int) -> SweepRecord:
-    """Every cell has an accuracy of its own."""
-    draws = np.random.default_rng(strategies).uniform(0, 0.9, (strategies, 3, len(COUNTS)))
+def record(pruners: int) -> SweepRecord:
+    """Every point has an accuracy of its own."""
+    draws = np.random.default_rng(pruners).uniform(0, 0.9, (pruners, 3, len(COUNTS)))
     rows = [
         row(f"strategy_{number}", kept, policy, float(draws[number, p, k]))
-        for number in range(strategies)
+        for number in range(pruners)
         for k, kept in enumerate(COUNTS)
         for p, policy in enumerate(PositionPolicy)
     ]
@@ -42,11 +43,11 @@ def record(strategies: int) -> SweepRecord:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategies", [1, 4, 18])
-def test_every_number_of_the_record_is_drawn(strategies: int) -> None:
-    wanted = record(strategies)
+@pytest.mark.parametrize("pruners", [1, 4, 18])
+def test_every_number_of_the_record_is_drawn(pruners: int) -> None:
+    wanted = record(pruners)
     panels = sweep_plot.figure(wanted).axes
-    assert [panel.get_title() for panel in panels] == [f"strategy_{n}" for n in range(strategies)]
+    assert [panel.get_title() for panel in panels] == [f"strategy_{n}" for n in range(pruners)]
     drawn: dict[tuple[str, str, float], tuple[float, ...]] = {}
     for panel in panels:
         (reference,) = [line for line in panel.lines if line.get_linestyle() == "--"]
@@ -89,9 +90,9 @@ def test_the_lowest_panel_of_every_column_has_its_counts() -> None:
     assert named == [False] * 4 + [True] * 5
 
 
-@pytest.mark.parametrize("strategies", [1, 18])
-def test_the_file_is_an_image_that_fits_a_page(strategies: int) -> None:
-    with Image.open(io.BytesIO(sweep_plot.png(record(strategies)))) as image:
+@pytest.mark.parametrize("pruners", [1, 18])
+def test_the_file_is_an_image_that_fits_a_page(pruners: int) -> None:
+    with Image.open(io.BytesIO(png(sweep_plot.figure(record(pruners))))) as image:
         assert image.format == "PNG"
         width, height = image.size
         assert 800 < width < 2400
@@ -110,13 +111,12 @@ def test_a_policy_that_was_not_measured_is_not_in_the_legend() -> None:
 
 def test_a_sweep_of_nothing_but_the_unpruned_model_can_be_drawn() -> None:
     whole = record(1)
-    assert sweep_plot.png(whole.model_copy(update={"rows": whole.rows[:1]})).startswith(b"\x89PNG")
+    assert png(sweep_plot.figure(whole.model_copy(update={"rows": whole.rows[:1]}))).startswith(b"\x89PNG")
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep_plot.require()
+    check_matplotlib()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingRequirementError, match="not installed") as caught:
-        sweep_plot.require()
+        check_matplotlib()
     assert "gap-export[report]" in caught.value.hint
-    assert "--no-plot" in caught.value.hint

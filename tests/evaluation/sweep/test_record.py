@@ -11,16 +11,14 @@ from rich.console import Console
 from gap_export.evaluation.sweep.record import (
     FULL,
     Answers,
-    Cell,
     Positions,
     Settings,
     Skipped,
+    SweepPoint,
     SweepRecord,
-    page,
     record_from_answers,
-    tables,
-    verdict,
 )
+from gap_export.evaluation.sweep.show import page, tables, verdict
 from gap_export.positions import PositionPolicy
 
 GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED
@@ -39,25 +37,25 @@ def answers(hits: int, first: int = 0) -> Answers:
     )
 
 
-def cell(pruner: str, kept: int, positions: Positions) -> Cell:
-    return Cell(pruner=pruner, keep=kept / 36, kept=kept, positions=positions)
+def point(pruner: str, kept: int, positions: Positions) -> SweepPoint:
+    return SweepPoint(pruner=pruner, keep=kept / 36, kept=kept, positions=positions)
 
 
-def record(*measured: tuple[Cell, Answers], skipped: tuple[Skipped, ...] = ()) -> SweepRecord:
-    full = cell("none", 36, FULL), answers(38)
+def record(*measured: tuple[SweepPoint, Answers], skipped: tuple[Skipped, ...] = ()) -> SweepRecord:
+    full = point("none", 36, FULL), answers(38)
     return record_from_answers("tiny", 36, [full, *measured], skipped, SETTINGS)
 
 
 USUAL = record(
-    (cell("random", 18, SHIFTED), answers(2, first=30)),
-    (cell("random", 18, PERMUTED), answers(4)),
-    (cell("random", 18, GAP), answers(30)),
-    (cell("random", 4, SHIFTED), answers(2, first=3)),
-    (cell("random", 4, GAP), answers(3)),
-    (cell("spatial", 18, GAP), answers(20)),
+    (point("random", 18, SHIFTED), answers(2, first=30)),
+    (point("random", 18, PERMUTED), answers(4)),
+    (point("random", 18, GAP), answers(30)),
+    (point("random", 4, SHIFTED), answers(2, first=3)),
+    (point("random", 4, GAP), answers(3)),
+    (point("spatial", 18, GAP), answers(20)),
     skipped=(
-        Skipped(**cell("dart", 4, GAP).model_dump(), reason="keeps at least 5 tokens"),
-        Skipped(**cell("dart", 4, SHIFTED).model_dump(), reason="keeps at least 5 tokens"),
+        Skipped(**point("dart", 4, GAP).model_dump(), reason="keeps at least 5 tokens"),
+        Skipped(**point("dart", 4, SHIFTED).model_dump(), reason="keeps at least 5 tokens"),
     ),
 )  # fmt: skip
 
@@ -86,10 +84,10 @@ def test_gap_is_compared_with_shifted_scene_by_scene() -> None:
 
 def test_a_tie_and_a_loss_are_no_win() -> None:
     tie, loss = record(
-        (cell("random", 18, SHIFTED), answers(20)),
-        (cell("random", 18, GAP), answers(20)),
-        (cell("random", 9, SHIFTED), answers(30)),
-        (cell("random", 9, GAP), answers(10)),
+        (point("random", 18, SHIFTED), answers(20)),
+        (point("random", 18, GAP), answers(20)),
+        (point("random", 9, SHIFTED), answers(30)),
+        (point("random", 9, GAP), answers(10)),
     ).gap_against_shifted  # fmt: skip
     assert (tie.difference, tie.beats) == (0, False)
     assert (loss.difference, loss.beats) == (-0.5, False)
@@ -97,10 +95,10 @@ def test_a_tie_and_a_loss_are_no_win() -> None:
 
 
 def test_the_verdict_says_where_gap_does_not_win() -> None:
-    assert "1 of 2 cells" in verdict(USUAL)
+    assert "1 of 2 points" in verdict(USUAL)
     assert "random at 4 of 36 (+0.025" in verdict(USUAL)
-    won = record((cell("random", 18, SHIFTED), answers(0)), (cell("random", 18, GAP), answers(30)))
-    assert "1 of 1 cells" in verdict(won)
+    won = record((point("random", 18, SHIFTED), answers(0)), (point("random", 18, GAP), answers(30)))
+    assert "1 of 1 points" in verdict(won)
     assert "not in" not in verdict(won)
     assert "not both" in verdict(record())
 
@@ -122,17 +120,17 @@ def test_tables() -> None:
     assert any(line == "spatial 18 of 36 - - 0.500 - -" for line in lines)
     assert any(line == "dart 4 of 36 gap, shifted keeps at least 5 tokens" for line in lines)
     assert "unpruned: 0.950" in text
-    assert "gap - shifted" not in shown(record((cell("random", 18, GAP), answers(30))))
+    assert "gap - shifted" not in shown(record((point("random", 18, GAP), answers(30))))
 
 
 def test_the_page_is_markdown() -> None:
     text = page(USUAL, "sweep.png")
-    assert text.startswith("# Sweep of tiny\n\ngap beats shifted in 1 of 2 cells")
+    assert text.startswith("# Sweep of tiny\n\ngap beats shifted in 1 of 2 points")
     assert "![accuracy against the number of visual tokens](sweep.png)" in text
     blocks = [block.splitlines() for block in text.split("\n\n")]
-    cells, skipped = [[line for line in block if line.startswith("|")] for block in blocks if len(block) > 2]
-    assert [len(cells), len(skipped)] == [2 + 3, 2 + 1]
-    for table in (cells, skipped):
+    points, skipped = [[line for line in block if line.startswith("|")] for block in blocks if len(block) > 2]
+    assert [len(points), len(skipped)] == [2 + 3, 2 + 1]
+    for table in (points, skipped):
         assert len({line.count("|") for line in table}) == 1, "as many columns in every line"
         assert set(table[1]) == {"|", "-"}
     assert "sweep.png" not in page(USUAL, None)

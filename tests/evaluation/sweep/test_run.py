@@ -1,4 +1,4 @@
-"""Sweeps: which cells there are, that their numbers are those of ordinary bundles, and that a sweep can be killed."""
+"""Sweeps: which points there are, that their numbers are those of ordinary bundles, and that a sweep can be killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.errors import GapExportError, InputError, MissingRequirementError, RecipeError, SessionError
 from gap_export.evaluation import runner
 from gap_export.evaluation.sweep import run as sweep
-from gap_export.evaluation.sweep.record import Cell, SweepRecord
+from gap_export.evaluation.sweep.record import SweepPoint, SweepRecord
+from gap_export.evaluation.sweep.request import (
+    SweepRequest,
+    keeps_from,
+    plan_points,
+    positions_from,
+    pruners_from,
+)
 from gap_export.graph import trace
 from gap_export.graph.trace import TracedOnce
 from gap_export.modeling.components import Component
@@ -43,43 +50,43 @@ FACTS = ModelSpec(
 )  # fmt: skip
 
 
-def request_of(options: dict[str, Any], **changes: Any) -> sweep.Request:
-    wanted = {"pruners": ("cls_attention",), "keeps": (0.25,), "cases": CASES, "batch": 4, **changes}
-    return sweep.Request(recipe=Recipe.model_validate(options), **wanted)
+def request_of(options: dict[str, Any], **changes: Any) -> SweepRequest:
+    wanted = {"pruners": ("cls_attention",), "keeps": (0.25,), "limit": CASES, "batch": 4, **changes}
+    return SweepRequest(recipe=Recipe.model_validate(options), **wanted)
 
 
 # Lists
 
 
 def test_lists_of_the_command_line() -> None:
-    assert sweep.pruners_from(" dart, random") == ("dart", "random")
-    everything = sweep.pruners_from("all")
+    assert pruners_from(" dart, random") == ("dart", "random")
+    everything = pruners_from("all")
     assert "none" not in everything
     assert {"cls_attention", "visionzip", "random"} <= set(everything)
-    assert sweep.keeps_from("0.5,1,0.11") == (0.5, 1.0, 0.11)
-    assert sweep.positions_from("shifted,gap") == (PositionPolicy.SHIFTED, PositionPolicy.GAP)
+    assert keeps_from("0.5,1,0.11") == (0.5, 1.0, 0.11)
+    assert positions_from("shifted,gap") == (PositionPolicy.SHIFTED, PositionPolicy.GAP)
 
 
 @pytest.mark.parametrize(
     ("read", "text", "words"),
     [
-        (sweep.pruners_from, "cls_atention", "did you mean 'cls_attention'"),
-        (sweep.pruners_from, "random,dart,random", "is listed twice"),
-        (sweep.pruners_from, "", "empty entry"),
-        (sweep.pruners_from, "random,", "empty entry"),
-        (sweep.pruners_from, "random,none", "always measured"),
-        (sweep.pruners_from, "all,random", "is not a pruner"),
-        (sweep.keeps_from, "0", "above 0"),
-        (sweep.keeps_from, "0.5,1.5", "above 0"),
-        (sweep.keeps_from, "-0.5", "above 0"),
-        (sweep.keeps_from, "nan", "above 0"),
-        (sweep.keeps_from, "half", "is not a number"),
-        (sweep.keeps_from, "0.5,0.50", "is listed twice"),
-        (sweep.keeps_from, "", "empty entry"),
-        (sweep.positions_from, "gapped", "is not a position policy"),
-        (sweep.positions_from, "full", "is not a position policy"),
-        (sweep.positions_from, "gap,gap", "is listed twice"),
-        (sweep.positions_from, " ", "empty entry"),
+        (pruners_from, "cls_atention", "did you mean 'cls_attention'"),
+        (pruners_from, "random,dart,random", "is listed twice"),
+        (pruners_from, "", "empty entry"),
+        (pruners_from, "random,", "empty entry"),
+        (pruners_from, "random,none", "always measured"),
+        (pruners_from, "all,random", "is not a pruner"),
+        (keeps_from, "0", "above 0"),
+        (keeps_from, "0.5,1.5", "above 0"),
+        (keeps_from, "-0.5", "above 0"),
+        (keeps_from, "nan", "above 0"),
+        (keeps_from, "half", "is not a number"),
+        (keeps_from, "0.5,0.50", "is listed twice"),
+        (keeps_from, "", "empty entry"),
+        (positions_from, "gapped", "is not a position policy"),
+        (positions_from, "full", "is not a position policy"),
+        (positions_from, "gap,gap", "is listed twice"),
+        (positions_from, " ", "empty entry"),
     ],
 )
 def test_lists_that_cannot_work(read: Callable[[str], Any], text: str, words: str) -> None:
@@ -87,23 +94,23 @@ def test_lists_that_cannot_work(read: Callable[[str], Any], text: str, words: st
         read(text)
 
 
-# Cells
+# Points
 
 
 def test_every_strategy_at_every_count_under_every_policy(tiny_options: dict[str, Any]) -> None:
     request = request_of(tiny_options, pruners=("random", "spatial"), keeps=(0.5, 0.25))
-    cells, skipped = sweep.plan_cells(request, FACTS)
+    points, skipped = plan_points(request, FACTS)
     assert not skipped
-    assert (cells[0].pruner, cells[0].kept, cells[0].positions) == ("none", 36, "full")
-    assert {(cell.pruner, cell.kept, cell.positions) for cell in cells[1:]} == {
+    assert (points[0].pruner, points[0].kept, points[0].positions) == ("none", 36, "full")
+    assert {(point.pruner, point.kept, point.positions) for point in points[1:]} == {
         (pruner, kept, policy)
         for pruner in ("random", "spatial")
         for kept in (18, 9)
         for policy in PositionPolicy
     }
-    assert len(cells) == 1 + 2 * 2 * 3
-    assert request.recipe_of(cells[0]).pruner == "none"
-    assert request.recipe_of(cells[0]).positions == "gap"
+    assert len(points) == 1 + 2 * 2 * 3
+    assert request.recipe_of(points[0]).pruner == "none"
+    assert request.recipe_of(points[0]).positions == "gap"
 
 
 def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any]) -> None:
@@ -112,8 +119,8 @@ def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any])
         tiny_options, pruners=("prumerge", "visionzip", "random", "trim"), keeps=(0.25, 0.02)
     )
     lacking = FACTS.model_copy(update={"missing_features": ("following_layer",)})
-    cells, skipped = sweep.plan_cells(request, lacking)
-    assert {(cell.pruner, cell.kept) for cell in cells[1:]} == {
+    points, skipped = plan_points(request, lacking)
+    assert {(point.pruner, point.kept) for point in points[1:]} == {
         ("visionzip", 9),
         ("random", 9),
         ("random", 1),
@@ -126,22 +133,22 @@ def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any])
         assert "keeps at least 2 tokens" in reasons["visionzip", 1, policy]
 
 
-def test_cells_that_are_the_same_or_that_nobody_knows(tiny_options: dict[str, Any]) -> None:
+def test_points_that_are_the_same_or_that_nobody_knows(tiny_options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="keep the same 9 of 36"):
-        sweep.plan_cells(request_of(tiny_options, keeps=(0.25, 0.26)), FACTS)
+        plan_points(request_of(tiny_options, keeps=(0.25, 0.26)), FACTS)
     with pytest.raises(RecipeError, match="is not a pruner"):
-        sweep.plan_cells(request_of(tiny_options, pruners=("rando",)), FACTS)
+        plan_points(request_of(tiny_options, pruners=("rando",)), FACTS)
 
 
 def test_a_recipe_that_works_nowhere_is_refused(tiny_options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="the model knows 40"):
-        sweep.plan_cells(request_of(tiny_options), FACTS.model_copy(update={"max_positions": 40}))
+        plan_points(request_of(tiny_options), FACTS.model_copy(update={"max_positions": 40}))
 
 
-def test_the_capacity_of_a_recipe_does_not_bind_its_cells(tiny_options: dict[str, Any]) -> None:
+def test_the_capacity_of_a_recipe_does_not_bind_its_points(tiny_options: dict[str, Any]) -> None:
     """What is just enough for the pruned prompt is too little for the whole one."""
-    cells, skipped = sweep.plan_cells(request_of({**tiny_options, "capacity": 38}), FACTS)
-    assert (len(cells), len(skipped)) == (4, 0)
+    points, skipped = plan_points(request_of({**tiny_options, "capacity": 38}), FACTS)
+    assert (len(points), len(skipped)) == (4, 0)
 
 
 # Before the long part
@@ -150,13 +157,13 @@ def test_the_capacity_of_a_recipe_does_not_bind_its_cells(tiny_options: dict[str
 def test_what_is_checked_before_the_long_part(
     tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for changes in ({"cases": 0}, {"batch": 0}):
+    for changes in ({"limit": 0}, {"batch": 0}):
         with pytest.raises(InputError, match="at least 1"):
             sweep.prepare(request_of(tiny_options, **changes), tmp_path / "out")
     with pytest.raises(GapExportError, match="is not a folder"):
         sweep.prepare(request_of({**tiny_options, "checkpoint": "/not/there"}), tmp_path / "out")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingRequirementError, match="not installed"):
+    with pytest.raises(MissingRequirementError, match=r"not installed.*--no-plot"):
         sweep.prepare(request_of(tiny_options), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     assert sweep.prepare(request_of(tiny_options), tmp_path / "out", plot=False).remaining()
@@ -172,7 +179,7 @@ def test_strategies_that_look_at_the_expression_need_the_recipes_text_tower(
         request_of({**tiny_options, "text_tower": None}, pruners=("trim", "random")), tmp_path / "without"
     )
     assert {each.pruner for each in without.skipped} == {"trim"}
-    assert {cell.pruner for cell in without.remaining()} == {"none", "random"}
+    assert {point.pruner for point in without.remaining()} == {"none", "random"}
 
 
 def test_a_folder_belongs_to_one_checkpoint_and_one_set_of_scenes(
@@ -181,9 +188,9 @@ def test_a_folder_belongs_to_one_checkpoint_and_one_set_of_scenes(
     options = {**tiny_options, "checkpoint": str(checkpoint_copy)}
     sweep.prepare(request_of(options), tmp_path / "out")
     more = request_of(options, pruners=("random",), keeps=(0.5, 0.25), positions=(PositionPolicy.GAP,))
-    sweep.prepare(more, tmp_path / "out")  # other cells of the same settings
+    sweep.prepare(more, tmp_path / "out")  # other points of the same settings
     with pytest.raises(GapExportError, match="cases 6 there, 7 here"):
-        sweep.prepare(request_of(options, cases=7), tmp_path / "out")
+        sweep.prepare(request_of(options, limit=7), tmp_path / "out")
     weights = checkpoint_copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -260,7 +267,7 @@ def graphs_of(bundle: Bundle) -> dict[str, bytes]:
     return graphs
 
 
-def test_every_cell_has_the_graphs_and_the_answers_of_an_ordinary_bundle(
+def test_every_point_has_the_graphs_and_the_answers_of_an_ordinary_bundle(
     swept: Swept, tiny_bundle: BuildBundle
 ) -> None:
     """BuildResult apart, without a shared tracer, and answered by what `validate` uses."""
@@ -275,7 +282,7 @@ def test_every_cell_has_the_graphs_and_the_answers_of_an_ordinary_bundle(
             Grounder(bundle), open_session(bundle, "onnxruntime", threads=1), questions, batch=4
         )
         stored = json.loads(
-            (swept.folder / "cells" / f"{row.pruner}-{row.kept}-{row.positions}.json").read_text()
+            (swept.folder / "points" / f"{row.pruner}-{row.kept}-{row.positions}.json").read_text()
         )
         assert stored["texts"] == [answer.text for run in runs for answer in run.answers]
         assert row.accuracy == runner.accuracy_of(runs, questions)
@@ -289,7 +296,7 @@ def alone(tiny_bundle: BuildBundle, positions: str) -> Bundle:
     return tiny_bundle() if positions == "gap" else tiny_bundle(positions=positions)
 
 
-def test_what_cells_have_in_common_is_traced_once(swept: Swept) -> None:
+def test_what_points_have_in_common_is_traced_once(swept: Swept) -> None:
     """That these are the right graphs all the same, the test above says."""
     assert swept.traced == {
         ("none", "gap"): ["vision", "splice", "embed", "decoder"],
@@ -320,10 +327,10 @@ def test_answers_are_scored_against_the_true_boxes(swept: Swept) -> None:
 def test_what_lies_in_the_folder(swept: Swept) -> None:
     names = sorted(str(path.relative_to(swept.folder)) for path in swept.folder.rglob("*.*"))
     assert names == [
-        "cells/cls_attention-9-gap.json",
-        "cells/cls_attention-9-permuted.json",
-        "cells/cls_attention-9-shifted.json",
-        "cells/none-36-full.json",
+        "points/cls_attention-9-gap.json",
+        "points/cls_attention-9-permuted.json",
+        "points/cls_attention-9-shifted.json",
+        "points/none-36-full.json",
         "settings.json",
         "sweep.json",
         "sweep.md",
@@ -333,7 +340,7 @@ def test_what_lies_in_the_folder(swept: Swept) -> None:
     assert swept.answered == 4 * CASES, "progress counts every answer"
 
 
-def test_an_error_names_its_cell(
+def test_an_error_names_its_point(
     tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(*_: Any, **__: Any) -> None:
@@ -358,40 +365,40 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     """Begun with two worker processes, finished with none: what comes out does not depend on them."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(tiny_options))
-    arguments = ["sweep", "--model", str(recipe), "--pruners", "cls_attention", "--keep", "0.25", "--cases", str(CASES), "--batch", "4",
+    arguments = ["sweep", "--model", str(recipe), "--pruners", "cls_attention", "--keep", "0.25", "--limit", str(CASES), "--batch", "4",
                  "-o", str(out), "--positions", "gap,shifted,permuted"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "gap_export", *arguments, "--jobs", "2"],
+        [sys.executable, "-m", "gap_export", *arguments, "--workers", "2"],
         env=environment,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 300
-    while len(list(out.glob("cells/*.json"))) < 2:
+    while len(list(out.glob("points/*.json"))) < 2:
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (out / "sweep.json").exists()
-    finished = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("points/*.json")}
     assert 2 <= len(finished) < 4
 
     # Tracing takes seconds and is not what is tested here.
     monkeypatch.setattr(trace, "TracedOnce", lambda: swept.tracer)
-    monkeypatch.setattr(sys, "argv", ["gap-export", *arguments, "--jobs", "1", "--json"])
+    monkeypatch.setattr(sys, "argv", ["gap-export", *arguments, "--workers", "1", "--json"])
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         cli.main()
     printed, words = capfd.readouterr()
     assert stop.value.code == 0, words
-    assert f"{len(finished)} of 4 cells are finished" in words
+    assert f"{len(finished)} of 4 points are finished" in words
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "nothing was computed again"
     for name in (
         "sweep.json",
         "sweep.md",
         "sweep.png",
-        *(f"cells/{path.name}" for path in out.glob("cells/*.json")),
+        *(f"points/{path.name}" for path in out.glob("points/*.json")),
     ):
         assert (out / name).read_bytes() == (swept.folder / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.yaml"], (
@@ -412,9 +419,9 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     [
         (["--pruners", "cls_atention"], "did you mean 'cls_attention'"),
         (["--keep", "0.5,2"], "above 0"),
-        (["--cases", "0"], "--cases"),
+        (["--limit", "0"], "--limit"),
         (["--backend", "tflite"], "unknown backend"),
-        (["--jobs", "0"], "--jobs"),
+        (["--workers", "0"], "--workers"),
     ],
 )
 def test_the_command_refuses(
@@ -442,14 +449,14 @@ def test_the_command_refuses(
 def test_on_a_cluster_whose_worker_is_killed(
     swept: Swept, tiny_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The cell that was at work is done again by another; all cells are those of a sweep in one process."""
+    """The point that was at work is done again by another; all points are those of a sweep in one process."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'gap-export[ray]'")
     request = request_of(tiny_options, positions=(PositionPolicy.GAP,))
     prepared = sweep.prepare(request, tmp_path / "out", plot=False)
     killed: list[int] = []
     steps: list[Any] = []
 
-    def finished(cell: Cell, answers: Any) -> None:
+    def finished(point: SweepPoint, answers: Any) -> None:
         """One group is done, the other is at work."""
         if not killed:
             killed.extend(
@@ -464,6 +471,6 @@ def test_on_a_cluster_whose_worker_is_killed(
     assert killed
     assert len(record.rows) == 2
     assert sum(step.done for step in steps) == 2 * CASES, "nothing is counted twice"
-    for path in (tmp_path / "out" / "cells").iterdir():
-        assert path.read_bytes() == (swept.folder / "cells" / path.name).read_bytes()
+    for path in (tmp_path / "out" / "points").iterdir():
+        assert path.read_bytes() == (swept.folder / "points" / path.name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "bundles are gone"

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from gap_export.errors import BundleError
-from gap_export.evaluation.sweep.record import Answers, Cell, Settings
-from gap_export.evaluation.sweep.store import Store, open_store
+from gap_export.evaluation.sweep.record import Answers, Settings, SweepPoint
+from gap_export.evaluation.sweep.run import Store, open_store
 from gap_export.positions import PositionPolicy
 
 SETTINGS = Settings(
     recipe={"name": "tiny", "seed": 0}, checkpoint_sha256="abc", backend="onnxruntime", cases=2, scenes_seed=1, batch=4, threads=1,
     versions={"torch": "2"},
 )  # fmt: skip
-CELL = Cell(pruner="random", keep=0.25, kept=9, positions=PositionPolicy.GAP)
-OTHER = CELL.model_copy(update={"positions": PositionPolicy.SHIFTED})
+POINT = SweepPoint(pruner="random", keep=0.25, kept=9, positions=PositionPolicy.GAP)
+OTHER = POINT.model_copy(update={"positions": PositionPolicy.SHIFTED})
 ANSWERS = Answers(texts=("[0.1, 0.2]", ""), ious=(0.123456789012345, 0.0), without_box=1, cut_off=0)
 
 
@@ -26,21 +26,21 @@ def store(tmp_path: Path) -> Store:
     return open_store(tmp_path / "sweep", SETTINGS, replace=False)
 
 
-def test_cells_come_back_as_they_were(store: Store) -> None:
-    assert CELL not in store
-    store.save(CELL, ANSWERS)
-    assert CELL in store
+def test_points_come_back_as_they_were(store: Store) -> None:
+    assert POINT not in store
+    store.save(POINT, ANSWERS)
+    assert POINT in store
     assert OTHER not in store
     again = open_store(store.folder, SETTINGS, replace=False)
-    assert again.answers(CELL) == ANSWERS
+    assert again.answers(POINT) == ANSWERS
     with pytest.raises(BundleError, match="is missing"):
         again.answers(OTHER)
 
 
-def test_what_a_killed_run_was_writing_is_not_a_cell(store: Store) -> None:
-    (store.folder / "cells").mkdir()
-    (store.folder / "cells" / ".random-9-gap.json.writing").write_text('{"texts": [')
-    assert CELL not in open_store(store.folder, SETTINGS, replace=False)
+def test_what_a_killed_run_was_writing_is_not_a_point(store: Store) -> None:
+    (store.folder / "points").mkdir()
+    (store.folder / "points" / ".random-9-gap.json.writing").write_text('{"texts": [')
+    assert POINT not in open_store(store.folder, SETTINGS, replace=False)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_what_a_killed_run_was_writing_is_not_a_cell(store: Store) -> None:
         lambda text: text.replace("0.123456789012345,", ""),
     ],
 )
-def test_a_damaged_cell_is_not_taken_for_an_unfinished_one(
+def test_a_damaged_point_is_not_taken_for_an_unfinished_one(
     damage: Callable[[str], str], store: Store
 ) -> None:
-    store.save(CELL, ANSWERS)
-    (file,) = (store.folder / "cells").iterdir()
+    store.save(POINT, ANSWERS)
+    (file,) = (store.folder / "points").iterdir()
     file.write_text(damage(file.read_text()))
     with pytest.raises(BundleError, match="damaged") as caught:
-        assert CELL in store
+        assert POINT in store
     assert "delete it" in caught.value.hint
 
 
@@ -76,13 +76,13 @@ def test_a_damaged_cell_is_not_taken_for_an_unfinished_one(
 def test_a_sweep_of_other_settings_is_replaced_only_on_demand(
     changes: dict[str, object], words: str, store: Store
 ) -> None:
-    store.save(CELL, ANSWERS)
+    store.save(POINT, ANSWERS)
     other = SETTINGS.model_copy(update=changes)
     with pytest.raises(BundleError, match=words) as caught:
         open_store(store.folder, other, replace=False)
     assert "--replace" in caught.value.hint
-    assert CELL in open_store(store.folder, SETTINGS, replace=True), "same settings: nothing to replace"
-    assert CELL not in open_store(store.folder, other, replace=True)
+    assert POINT in open_store(store.folder, SETTINGS, replace=True), "same settings: nothing to replace"
+    assert POINT not in open_store(store.folder, other, replace=True)
     assert [path.name for path in store.folder.iterdir()] == ["settings.json"]
     assert [path.name for path in store.folder.parent.iterdir()] == ["sweep"]
 

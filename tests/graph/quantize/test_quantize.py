@@ -34,7 +34,7 @@ PROMPT = [1, 5, 6, 4, 7, 8, 9]
 @pytest.fixture(scope="module")
 def ranges(tiny_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranges") / "ranges.json"
-    path.write_text(calibrate(tiny_bundle().folder, samples=4, threads=1).model_dump_json())
+    path.write_text(calibrate(tiny_bundle().folder, limit=4, threads=1).model_dump_json())
     return path
 
 
@@ -236,7 +236,7 @@ def test_engines_take_floats_of_few_bits(
     from gap_export.engine.build import engine_from_graph
 
     ranges = tmp_path / "ranges.json"
-    ranges.write_text(calibrate(deep_bundle().folder, samples=1, threads=1).model_dump_json())
+    ranges.write_text(calibrate(deep_bundle().folder, limit=1, threads=1).model_dump_json())
     bundle = deep_bundle(precision=precision, ranges=str(ranges), capacity=80)
     engine_from_graph(
         bundle.graph_path("decoder"),
