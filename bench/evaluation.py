@@ -30,7 +30,7 @@ def main() -> int:
     from gap_export.evaluation.refer.answering import Answerer
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.evaluation.refer.run import work_of
-    from gap_export.pipeline import build
+    from gap_export.pipeline.build import build
     from gap_export.recipe.recipe import load_recipe
     from gap_export.runtime.backends import open_session
 
@@ -43,7 +43,7 @@ def main() -> int:
         if len(group) == PER_IMAGE
     ][: options.images]
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = build.build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
+        bundle = build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
         session = open_session(bundle, "onnxruntime")
         ways = {
             name: Answerer(bundle, session, share=share)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from standin import LLAVA_7B, LLAVA_13B, ensure_checkpoint
 
-from gap_export.progress import Stages
+from gap_export.progress import Progress, Stages
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ def measured_build(name: str, checkpoint: Path, out: Path) -> dict[str, Any]:
 
     stages: list[tuple[str, float]] = []
 
-    def progress(words: str) -> None:
+    def began(words: str) -> None:
         stages.append((words, time.perf_counter()))
         print(f"  {words}", file=sys.stderr)
 
-    (build_decoder if name == "decoder" else build_bundle)(checkpoint, out, progress)
+    (build_decoder if name == "decoder" else build_bundle)(checkpoint, out, Stages(began))
     ends = [moment for _, moment in stages[1:]] + [time.perf_counter()]
     peak = peak_rss_bytes()
     if peak is None:
@@ -140,42 +140,20 @@ def recipe_for(checkpoint: Path) -> Any:
     return load_recipe("llava").replaced(checkpoint=str(checkpoint))
 
 
-def build_bundle(checkpoint: Path, out: Path, progress: Any) -> None:
+def build_bundle(checkpoint: Path, out: Path, progress: Progress) -> None:
     """What `gap-export build --model llava` does."""
-    from gap_export.pipeline import build as pipeline
+    from gap_export.pipeline.build import build
 
-    pipeline.build(recipe_for(checkpoint), out, progress=Stages(progress))
+    build(recipe_for(checkpoint), out, progress=progress)
 
 
-def build_decoder(checkpoint: Path, out: Path, progress: Any) -> None:
-    """The pipeline's stages for the decoder graph alone: no other graph, no tokenizer, no hashes."""
-    progress("importing")
-    from gap_export import linter
-    from gap_export.checkpoint import open_checkpoint
-    from gap_export.families import open_family
-    from gap_export.graph import passes, trace, weights
-    from gap_export.plan import plan_for
+def build_decoder(checkpoint: Path, out: Path, progress: Progress) -> None:
+    """The same for the decoder graph alone: no other graph, no tokenizer, no hashes."""
+    progress.stage("importing")
+    from gap_export.pipeline.graphs import export_graphs
 
-    progress("reading the checkpoint")
-    recipe, source = recipe_for(checkpoint), open_checkpoint(checkpoint)
-    family = open_family(source)
-    sizes = family.spec(recipe)
-    plan = plan_for(recipe, sizes)
-    parts = family.components(sizes, plan)
-    decoder = next(part for part in parts if part.spec.name == "decoder")
-    progress("tracing decoder")
-    model = trace.graph_from_component(decoder)
-    progress("placing the weights")
     out.mkdir(parents=True)
-    store = weights.WeightStore(source, plan.activations, out)
-    store.prepare([decoder.weight_key(name) for name in weights.parameters_of(model)])
-    weights.attach_weights(model, store, decoder.weight_key)
-    progress("simplifying decoder.onnx")
-    passes.simplify(model)
-    progress("writing decoder.onnx")
-    passes.write_graph(model, decoder.spec, out / "decoder.onnx")
-    progress("linting decoder.onnx")
-    linter.lint_graph(out / "decoder.onnx", profile="decoder", strict=True, policy=recipe.positions).require()
+    export_graphs(recipe_for(checkpoint), out, only={"decoder"}, progress=progress)
 
 
 def table(builds: dict[str, dict[str, Any]]) -> Table:

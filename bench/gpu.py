@@ -33,7 +33,7 @@ from gap_export.engine.library import load_library
 from gap_export.errors import GapExportError
 from gap_export.evaluation.latency.measure import Contender, contender, measure
 from gap_export.evaluation.latency.record import BenchRecord, Device
-from gap_export.pipeline import build
+from gap_export.pipeline.build import build
 from gap_export.recipe.recipe import load_recipe
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
@@ -189,7 +189,7 @@ def validated_on(backend: str, options: argparse.Namespace) -> dict[str, Any]:
         targets=("onnx",) if onnx_only else ("onnx", backend),
         compute_capabilities=("current",),
     )
-    build.build(recipe, folder, replace=True)
+    build(recipe, folder, replace=True)
     if onnx_only:
         return parity_of_cuda(folder, options.cases)
     found = validate.validate(folder, limit=options.cases, backend=backend)
@@ -298,7 +298,7 @@ def built(
     }
     if checkpoint is not None:
         changes |= {"checkpoint": str(checkpoint), "max_new_tokens": max(64, options.new_tokens)}
-    return build.build(
+    return build(
         recipe.replaced(**changes), options.scratch / f"gpu-{options.model}-{target}", replace=True
     ).bundle
 

@@ -56,7 +56,7 @@ def main() -> int:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
             for name, folder in folders.items():
                 console.print(f"building {name}")
-                builder.submit(build, folder, BUNDLES[name]).result()
+                builder.submit(build_bundle, folder, BUNDLES[name]).result()
         bundles = {name: open_bundle(folder) for name, folder in folders.items()}
         contenders = [
             contender(name, bundle, open_session(bundle, "onnxruntime", threads=options.threads))
@@ -109,11 +109,11 @@ def moved(before: list[dict[str, Any]], now: Any) -> list[str]:
     return lines or ["no ratio has moved since the last record"]
 
 
-def build(folder: Path, changes: dict[str, Any]) -> None:
-    from gap_export.pipeline import build as pipeline
+def build_bundle(folder: Path, changes: dict[str, Any]) -> None:
+    from gap_export.pipeline.build import build
     from gap_export.recipe.recipe import load_recipe
 
-    pipeline.build(load_recipe("shapes").replaced(**changes), folder)
+    build(load_recipe("shapes").replaced(**changes), folder)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 import tempfile
 import time
@@ -158,12 +159,11 @@ def measured_in_vision(
     table = Table("pruner", "vision, s", "vision with random, s", "added", "nodes")
     rows = []
     with tempfile.TemporaryDirectory(prefix="vision-", dir=scratch) as folder:
-        nodes = vision_graphs(checkpoint, ["random", *names], Path(folder))
         pixels = np.random.default_rng(1).standard_normal((1, 3, 336, 336)).astype(np.float32)
         expression = np.array([[0, *range(5, 3 + TEXT_IDS), 1]])
-        baseline = session(Path(folder) / "random.onnx")
+        baseline, _ = vision_graph("random", checkpoint, Path(folder) / "random")
         for name in names:
-            graph = session(Path(folder) / f"{name}.onnx")
+            graph, nodes = vision_graph(name, checkpoint, Path(folder) / name)
             times: dict[str, list[float]] = {"own": [], "baseline": []}
             for turn in range(rounds + 1):
                 for who, runner in (("own", graph), ("baseline", baseline)):
@@ -176,46 +176,34 @@ def measured_in_vision(
             own, other = (float(np.median(times[who])) for who in ("own", "baseline"))
             ratio = float(np.median(np.array(times["own"]) / np.array(times["baseline"])))
             rows.append(
-                {"pruner": name, "seconds": own, "seconds_random": other, "added": round(ratio - 1, 4), "nodes": nodes[name]}
+                {"pruner": name, "seconds": own, "seconds_random": other, "added": round(ratio - 1, 4), "nodes": nodes}
             )  # fmt: skip
             console.print(f"{name}: {own:.2f} s, with random {other:.2f} s, added {100 * (ratio - 1):.1f} %")
-            table.add_row(name, f"{own:.2f}", f"{other:.2f}", f"{100 * (ratio - 1):.1f} %", str(nodes[name]))
+            table.add_row(name, f"{own:.2f}", f"{other:.2f}", f"{100 * (ratio - 1):.1f} %", str(nodes))
+            shutil.rmtree(Path(folder) / name)  # every graph has converted weights of its own
     console.print(table)
     return rows
 
 
-def vision_graphs(checkpoint: Path, names: list[str], folder: Path) -> dict[str, int]:
-    """`{name}.onnx` for each strategy, fp32, over the same weights; how many nodes each has."""
-    from gap_export.checkpoint import open_checkpoint
-    from gap_export.families import open_family
-    from gap_export.graph import passes, trace, weights
-    from gap_export.plan import plan_for
+def vision_graph(name: str, checkpoint: Path, folder: Path) -> tuple[Any, int]:
+    """A session on the vision graph with a pruner, fp32, and how many nodes the graph has."""
+    from gap_export.pipeline.graphs import export_graphs
     from gap_export.recipe.recipe import load_recipe
 
-    opened = open_checkpoint(checkpoint)
-    text = open_checkpoint(ensure_text_tower(checkpoint.parent / "clip-l-text"))
-    joined = opened.with_companion("text_tower", text)
-    traced = []
-    for name in names:
-        recipe = load_recipe("llava").replaced(checkpoint=str(checkpoint), pruner=name, precision="fp32")
-        reads_text = prune.strategy(name).needs_text
-        family = open_family(joined if reads_text else opened)
-        sizes = family.spec(recipe)
-        plan = plan_for(recipe, sizes, family.text_tower(text) if reads_text else None)
-        component = family.components(sizes, plan)[0]
-        traced.append((name, component, trace.graph_from_component(component)))
-    store = weights.WeightStore(joined, "fp32", folder)
-    store.prepare([c.weight_key(p) for _, c, model in traced for p in weights.parameters_of(model)])
-    for name, component, model in traced:
-        weights.attach_weights(model, store, component.weight_key)
-        passes.simplify(model)
-        passes.write_graph(model, component.spec, folder / f"{name}.onnx")
-    return {name: len(model.graph) for name, _, model in traced}
+    text_tower = ensure_text_tower(checkpoint.parent / "clip-l-text")
+    recipe = load_recipe("llava").replaced(
+        checkpoint=str(checkpoint), pruner=name, precision="fp32", text_tower=str(text_tower)
+    )
+    folder.mkdir()
+    graph = export_graphs(recipe, folder, only={"vision"}).graphs["vision"]
+    return session(folder / graph.file), sum(graph.operators.values())
 
 
 def ensure_text_tower(folder: Path) -> Path:
-    """A CLIP checkpoint with the text tower and projections of ViT-L/14, random weights, and one layer of its vision tower."""
-    if not (folder / "config.json").exists():
+    """A CLIP checkpoint with the text tower and projections of ViT-L/14, random weights, and one layer of its vision tower; its
+    tokenizer knows no word."""
+    if not (folder / "tokenizer.json").exists():
+        from tokenizers import Tokenizer, models, processors
         from transformers import CLIPConfig, CLIPModel
 
         text = {
@@ -234,6 +222,12 @@ def ensure_text_tower(folder: Path) -> Path:
         }
         config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=ALIGNED)
         CLIPModel(config).save_pretrained(folder)
+        ends = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+        tokenizer = Tokenizer(models.WordLevel({**ends, "<unk>": 2}, unk_token="<unk>"))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|startoftext|> $A <|endoftext|>", special_tokens=list(ends.items())
+        )
+        tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

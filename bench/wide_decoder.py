@@ -86,34 +86,27 @@ def run_step(step: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     from gap_export.environment import peak_rss_bytes
 
     if step == "build":
-        from gap_export.pipeline import build
+        from gap_export.pipeline.build import build
         from gap_export.recipe.recipe import load_recipe
 
         recipe = load_recipe("llava").replaced(checkpoint=str(checkpoint), precision="fp32")
-        facts: dict[str, Any] = {"written_mb": round(build.build(recipe, folder).written_bytes / 1e6, 1)}
+        facts: dict[str, Any] = {"written_mb": round(build(recipe, folder).written_bytes / 1e6, 1)}
     else:
         facts = {}
-        answer(step, checkpoint, folder, open_bundle(folder))
+        answer(step, folder, open_bundle(folder))
     peak = peak_rss_bytes()
     return {**facts, "peak_rss_gb": round(peak / 1e9, 2) if peak else None}
 
 
-def answer(backend: str, checkpoint: Path, folder: Path, bundle: Any) -> None:
+def answer(backend: str, folder: Path, bundle: Any) -> None:
     """Two rows of different length, greedily, every logit kept."""
     from gap_export import positions
     from gap_export.inputs.batch import of_one_size
     from gap_export.inputs.prompt import PAD
+    from gap_export.runtime.backends import open_session
     from gap_export.runtime.generate import generate
 
-    session: Any
-    if backend == "torch":
-        from gap_export.runtime.torch.staged import open_reference
-
-        session = open_reference("llava", checkpoint, bundle.manifest.pruning)
-    else:
-        from gap_export.runtime.ort import OnnxRuntimeSession
-
-        session = OnnxRuntimeSession(bundle)
+    session = open_session(bundle, backend)
     random = np.random.default_rng(1)
     pixels = random.standard_normal((2, 3, 336, 336), np.float32)
     input_ids_BT = np.full((2, TEXT_BEFORE + 1 + TEXT_AFTER), PAD, np.int64)

@@ -15,9 +15,9 @@ from typing import Any
 from request import now, peak_rss_bytes, request, serve
 
 
-def build(checkpoint: str, folder: str, keep: float, positions: str, precision: str) -> dict[str, Any]:
+def export(checkpoint: str, folder: str, keep: float, positions: str, precision: str) -> dict[str, Any]:
     """In a process of its own: PyTorch is neither in memory nor in the way of what is measured."""
-    from gap_export.pipeline import build as pipeline
+    from gap_export.pipeline.build import build
     from gap_export.recipe.recipe import load_recipe
 
     pruned: dict[str, Any] = {"pruner": "cls_attention", "keep": keep, "positions": positions}
@@ -30,7 +30,7 @@ def build(checkpoint: str, folder: str, keep: float, positions: str, precision: 
     )
     if not small:
         recipe = recipe.replaced(checkpoint=checkpoint)
-    built = pipeline.build(recipe, Path(folder), replace=True)
+    built = build(recipe, Path(folder), replace=True)
     return {
         "export_s": now() - began,
         "export_peak_rss_bytes": peak_rss_bytes(),
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path(checkpoint).parent) as scratch:
         folder = f"{scratch}/bundle"
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
-            facts = builder.submit(build, checkpoint, folder, float(keep), positions, precision).result()
+            facts = builder.submit(export, checkpoint, folder, float(keep), positions, precision).result()
 
         import numpy as np
 

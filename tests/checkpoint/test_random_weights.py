@@ -14,7 +14,7 @@ from gap_export.checkpoint import open_checkpoint, random_weights
 from gap_export.checkpoint.random_weights import CONFIGS, published, random_checkpoint
 from gap_export.errors import BundleError, CheckpointError, MissingRequirementError
 from gap_export.evaluation import validate
-from gap_export.pipeline import build
+from gap_export.pipeline.build import build
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 
 Usage = namedtuple("Usage", "total used free")
@@ -49,7 +49,7 @@ def recipe(checkpoint: str, **changes: Any) -> Recipe:
 
 
 def test_a_stand_in_is_built_like_a_checkpoint(tiny: str, tmp_path: Path) -> None:
-    bundle = build.build(recipe(tiny), tmp_path / "out").bundle
+    bundle = build(recipe(tiny), tmp_path / "out").bundle
     assert bundle.manifest.checkpoint == "random"
     folder = tmp_path / "cache" / "gap-export" / "random" / "owner--tiny"
     shards = sorted(folder.glob("*.safetensors"))

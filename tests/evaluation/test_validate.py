@@ -12,7 +12,7 @@ import pytest
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation import validate
 from gap_export.evaluation.parity import ParityReport
-from gap_export.pipeline import build as pipeline
+from gap_export.pipeline.build import BuildResult, build
 from gap_export.recipe.recipe import Recipe
 
 BuildBundle = Callable[..., Bundle]
@@ -28,7 +28,7 @@ def report_of(folder: Path, **options: Any) -> tuple[ParityReport, list[int]]:
 def test_a_bundle_with_no_slot_to_spare_is_validated(tiny_options: dict[str, Any], tmp_path: Path) -> None:
     """Its companion that keeps every token needs more slots than were asked for."""
     tight = Recipe.model_validate({**tiny_options, "capacity": 24 - 1 + 9 + 5 + 1})
-    folder = pipeline.build(tight, tmp_path / "tight").bundle.folder
+    folder = build(tight, tmp_path / "tight").bundle.folder
     report, ticks = report_of(folder, limit=3, batch=2)
     assert report.ok, report
     assert sum(ticks) == validate.validation_work(3)
@@ -89,7 +89,7 @@ def test_companions_leave_out_what_only_the_pruner_knows(
 
     def build(recipe: Recipe, out: Path, **_: Any) -> Any:
         asked.append(recipe)
-        return pipeline.BuildResult(bundle, 0)
+        return BuildResult(bundle, 0)
 
     monkeypatch.setattr(validate, "build", build)
     report_of(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")), limit=2)
@@ -124,7 +124,7 @@ def test_companions_take_the_ranges_that_the_bundle_brings(
     file = tmp_path / "ranges.json"
     file.write_text(calibrate(tiny_bundle().folder, limit=1, threads=1).model_dump_json())
     recipe = Recipe.model_validate({**tiny_options, "precision": "fp8", "ranges": str(file)})
-    bundle = pipeline.build(recipe, tmp_path / "bundle").bundle
+    bundle = build(recipe, tmp_path / "bundle").bundle
     asked: list[Recipe] = []
 
     def companion(_bundle: Bundle, changed: Recipe, *_: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from gap_export.linter import lint_graph
-from gap_export.pipeline import build
+from gap_export.pipeline.build import build
 from gap_export.recipe.recipe import load_recipe
 
 LAYERS, HIDDEN, HEAD = 2, 32, 8
@@ -119,7 +119,7 @@ def test_ways_of_exporting_llama(way: str, opset: int, attention: str, survives:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("lint") / "bundle"
-    build.build(load_recipe("shapes"), out)
+    build(load_recipe("shapes"), out)
     return out
 
 

@@ -19,7 +19,7 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.errors import CheckpointError, InputError, RecipeError
 from gap_export.inputs.prompt import TextTower
 from gap_export.modeling.clip_text import published_tower, read_text_tower
-from gap_export.pipeline import build
+from gap_export.pipeline.build import build
 from gap_export.positions import Ids
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
@@ -82,7 +82,7 @@ def test_published_towers_are_known_by_their_sizes() -> None:
 def test_the_checkpoint_to_add_is_named(tiny_options: dict[str, Any], tmp_path: Path) -> None:
     recipe = Recipe.model_validate({**tiny_options, "pruner": "trim", "text_tower": None})
     with pytest.raises(RecipeError, match="no text tower to read it with") as caught:
-        build.build(recipe, tmp_path / "out")
+        build(recipe, tmp_path / "out")
     assert "--text-tower" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_does_not_end_expressions(
     (tower_copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
     recipe = Recipe.model_validate({**tiny_options, "pruner": "trim", "text_tower": str(tower_copy)})
     with pytest.raises(CheckpointError, match="does not end every expression"):
-        build.build(recipe, tmp_path / "out")
+        build(recipe, tmp_path / "out")
 
 
 def test_files_of_the_same_name_do_not_meet(tiny_bundle: Callable[..., Bundle]) -> None:

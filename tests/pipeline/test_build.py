@@ -14,7 +14,7 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import BundleError, CheckpointError, GapExportError
 from gap_export.families import open_family
-from gap_export.pipeline import build
+from gap_export.pipeline.build import build
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from tests.recorded import Recorded
@@ -97,31 +97,31 @@ def test_the_same_recipe_may_be_built_over_its_own_bundle(
 
     out = tmp_path / "out"
     recipe = Recipe.model_validate({**tiny_options, "pruner": "random"})
-    build.build(recipe, out, self_contained=True)
+    build(recipe, out, self_contained=True)
     assert not os.path.samefile(out / "model.safetensors", Path(recipe.checkpoint) / "model.safetensors")
     before = (out / "manifest.json").read_text()
-    monkeypatch.setattr(build, "open_model", stop)
+    monkeypatch.setattr("gap_export.pipeline.build.open_model", stop)
     with pytest.raises(Reached):
-        build.build(recipe, out)
+        build(recipe, out)
     other = recipe.replaced(keep=0.5)
     with pytest.raises(BundleError, match="another bundle"):
-        build.build(other, out)
+        build(other, out)
     with pytest.raises(Reached):
-        build.build(other, out, replace=True)
+        build(other, out, replace=True)
     (out / "splice.onnx").write_bytes(b"damaged")
     with pytest.raises(BundleError, match="another bundle"):
-        build.build(recipe, out)
+        build(recipe, out)
     with pytest.raises(Reached):
-        build.build(recipe, out, replace=True)
+        build(recipe, out, replace=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(Reached):
-        build.build(recipe, tmp_path / "empty")
+        build(recipe, tmp_path / "empty")
     assert (out / "manifest.json").read_text() == before
 
 
 def test_a_recipe_of_another_family_is_refused(tiny_options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the recipe says 'qwen'"):
-        build.build(Recipe.model_validate({**tiny_options, "family": "qwen"}), tmp_path / "out")
+        build(Recipe.model_validate({**tiny_options, "family": "qwen"}), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -145,7 +145,7 @@ def test_whatever_happens_in_a_stage_nothing_is_left(
             raise error
 
     with pytest.raises(error):
-        build.build(Recipe.model_validate(tiny_options), tmp_path / "out", progress=Recorded(stop))
+        build(Recipe.model_validate(tiny_options), tmp_path / "out", progress=Recorded(stop))
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,8 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Derived, WeightLocation
 from gap_export.errors import MissingRequirementError
-from gap_export.pipeline import build, preflight
+from gap_export.pipeline import preflight
+from gap_export.pipeline.build import build
 from gap_export.pipeline.preflight import Needs, available_memory, check_needs, existing_parent, needs_of
 from gap_export.recipe.recipe import Recipe
 
@@ -102,5 +103,5 @@ def test_a_build_without_room_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
     with pytest.raises(MissingRequirementError, match="free, and the build writes about"):
-        build.build(Recipe.model_validate({**tiny_options, "precision": "fp16"}), tmp_path / "out")
+        build(Recipe.model_validate({**tiny_options, "precision": "fp16"}), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ from gap_export.evaluation.sweep.show import page
 from gap_export.files import record_of, scratch_folder, write_atomically
 from gap_export.parallel.local import Notify, Step, results_of
 from gap_export.parallel.ray import Cluster, results_on
-from gap_export.pipeline import build
+from gap_export.pipeline.build import build
 from gap_export.pipeline.opened import open_model
 from gap_export.positions import PositionPolicy
 from gap_export.progress import Stages
@@ -307,7 +307,7 @@ class _PointWorker:
 
         recipe = request.recipe_of(point)
         folder = self._scratch / point.name
-        bundle = build.build(recipe, folder, tracer=self._tracer, progress=Stages(progress)).bundle
+        bundle = build(recipe, folder, tracer=self._tracer, progress=Stages(progress)).bundle
         progress("answering")
         with open_session(bundle, request.backend, threads=request.threads) as session:
             runs = runner.run_cases(

@@ -37,7 +37,7 @@ from gap_export.graph import trace
 from gap_export.graph.trace import TracedOnce
 from gap_export.modeling.components import Component
 from gap_export.parallel.ray import Cluster
-from gap_export.pipeline import build as pipeline
+from gap_export.pipeline.build import BuildResult, build
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
@@ -220,13 +220,13 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     graphs: dict[tuple[str, str], dict[str, bytes]] = {}
     traced: dict[tuple[str, str], list[str]] = {}
     new: list[str] = []
-    build, trace_one, tracer, steps = pipeline.build, trace.graph_from_component, TracedOnce(), []
+    trace_one, tracer, steps = trace.graph_from_component, TracedOnce(), []
 
     def traced_component(component: Component) -> Any:
         new.append(component.spec.name)
         return trace_one(component)
 
-    def recorded(recipe: Recipe, *args: Any, **options: Any) -> pipeline.BuildResult:
+    def recorded(recipe: Recipe, *args: Any, **options: Any) -> BuildResult:
         new.clear()
         built = build(recipe, *args, **options)
         graphs[recipe.pruner, recipe.positions] = graphs_of(built.bundle)
@@ -234,7 +234,7 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
         return built
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "build", recorded)
+        patch.setattr(sweep, "build", recorded)
         patch.setattr(trace, "graph_from_component", traced_component)
         patch.setattr(trace, "TracedOnce", lambda: tracer)
         record = sweep.run(sweep.prepare(request_of(tiny_options), folder), notify=steps.append)
@@ -346,7 +346,7 @@ def test_an_error_names_its_point(
     def refuses(*_: Any, **__: Any) -> None:
         raise SessionError("was refused", subject="vision.onnx", hint="mend it")
 
-    monkeypatch.setattr(pipeline, "build", refuses)
+    monkeypatch.setattr(sweep, "build", refuses)
     with pytest.raises(SessionError) as caught:
         sweep.run(sweep.prepare(request_of(tiny_options), tmp_path / "out"))
     assert caught.value.subject == "none, keep 36, full: vision.onnx"
