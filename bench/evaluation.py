@@ -8,12 +8,11 @@ prompts whole, one by one. The last line printed is the record, also stored in b
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
+import harness
 import numpy as np
-import record
 from rich.console import Console
 from rich.progress import track
 
@@ -22,9 +21,8 @@ TARGET = 3.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
 
     from gap_export.evaluation.refer.answering import Answerer
@@ -76,7 +74,7 @@ def main() -> int:
         f"shared prompts are {median} times as fast (10th to 90th percentile {low} to {high}); {different} of "
         f"{PER_IMAGE * len(groups)} answers differ"
     )
-    return record.finish("evaluation", measured, label=options.label, ok=median >= TARGET and not different)
+    return harness.finish("evaluation", measured, label=options.label, ok=median >= TARGET and not different)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import record
+import harness
+from harness import LLAVA_7B, LLAVA_13B, ensure_checkpoint
 from rich.console import Console
 from rich.table import Table
-from standin import LLAVA_7B, LLAVA_13B, ensure_checkpoint
 
 from gap_export.progress import Progress, Stages
 
@@ -57,10 +55,8 @@ UNITS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__, scratch=True)
     parser.add_argument("--builds", default=",".join(BUILDS), help="which, separated by commas")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
-    parser.add_argument("--label", default="", help="words stored with the record")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in the scratch folder")
     parser.add_argument("--build", choices=BUILDS, help=argparse.SUPPRESS)  # how this script calls itself
     options = parser.parse_args()
@@ -77,7 +73,8 @@ def main() -> int:
         folder, sizes[model] = ensure_checkpoint(options.scratch / model, CONFIGS[model])
         for name in (name for name, build in wanted.items() if build.model == model):
             console.print(f"building {name} in a process of its own")
-            builds[name] = in_fresh_process(name, options.scratch)
+            command = [sys.executable, __file__, "--scratch", str(options.scratch), "--build", name]
+            builds[name] = harness.in_fresh_process(command)
             shutil.rmtree(options.scratch / "bundle", ignore_errors=True)
         if not options.keep:
             shutil.rmtree(folder)
@@ -88,22 +85,12 @@ def main() -> int:
     }
     console.print(table(builds))
     targets = {name: build.targets for name, build in wanted.items()}
-    return record.finish(
+    return harness.finish(
         "export",
         {"weight_bytes": sizes, "builds": builds, "targets": targets, "met": met},
         label=options.label,
         ok=all(all(each.values()) for each in met.values()),
     )
-
-
-def in_fresh_process(name: str, scratch: Path) -> dict[str, Any]:
-    """Build in a child; its wall time includes the start of Python and every import."""
-    command = [sys.executable, __file__, "--scratch", str(scratch), "--build", name]
-    began = time.perf_counter()
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds = time.perf_counter() - began
-    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return {"seconds": round(seconds, 2), **measured}
 
 
 def measured_build(name: str, checkpoint: Path, out: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -20,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-import record
 import torch
+from harness import LLAVA_7B, LLAVA_135M, ensure_checkpoint
 from rich.console import Console
 from rich.table import Table
-from standin import LLAVA_7B, LLAVA_135M, ensure_checkpoint
 
 from gap_export.bundle.folder import Bundle
 from gap_export.engine.build import supported_compute_capabilities
@@ -75,7 +74,7 @@ class Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__, scratch=True)
     parser.add_argument("--model", choices=("7b", "135m", "shapes"), default="7b")
     parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16")
     parser.add_argument("--keeps", default="1.0,0.5,0.25,0.1")
@@ -85,14 +84,12 @@ def main() -> int:
     parser.add_argument(
         "--cases", type=int, default=256, help="held-out cases that every backend answers beside PyTorch"
     )
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
-    parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
     report = Report(Console(width=130))
     surroundings = gpu_of_this_machine(report)
     if surroundings is None:
         report.console.print("There is no NVIDIA GPU that PyTorch sees: nothing to measure.")
-        return record.finish(
+        return harness.finish(
             "gpu", {"gpu": None, "missing": report.missing}, label=options.label, ok=False, store=False
         )
     targets = [name for name in ENGINES if report.attempt(name, lambda name=name: usable(name))]
@@ -119,7 +116,7 @@ def main() -> int:
         "missing": report.missing,
     }
     ok = bool(rows) and all(found is None or found["passed"] for found in validated.values())
-    return record.finish("gpu", measured, label=options.label, ok=ok)
+    return harness.finish("gpu", measured, label=options.label, ok=ok)
 
 
 # What is there

@@ -8,7 +8,6 @@ at a quarter of the visual tokens, and nothing pruned. The last line printed is 
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -17,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import record
+import harness
 from rich.console import Console
 from rich.progress import track
 
@@ -32,10 +31,9 @@ WARMUP = 20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=300, help="measured, per bundle")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
-    parser.add_argument("--label", default="", help="words stored with the record")
     parser.add_argument(
         "--smoke",
         action="store_true",
@@ -84,9 +82,9 @@ def main() -> int:
         f"{'within' if free else 'OUTSIDE'} 1 ± {TOLERANCE:g}"
     )
     console.print(f"keep 0.25 / keep 1.0: {pruning.ratio:.3f} ({pruning.low:.3f} to {pruning.high:.3f})")
-    for words in moved(json.loads((record.RESULTS / "latency.json").read_text())["ratios"], measured.ratios):
+    for words in moved(json.loads((harness.RESULTS / "latency.json").read_text())["ratios"], measured.ratios):
         console.print(words, highlight=False)
-    return record.finish(
+    return harness.finish(
         "latency",
         {"threads": options.threads, **measured.model_dump(mode="json")},
         label=options.label,

@@ -10,15 +10,14 @@ also stored in bench/results/.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import onnx_ir as ir
-import record
 from rich.console import Console
 
 from gap_export.bundle.folder import Bundle
@@ -33,13 +32,12 @@ from gap_export.runtime.ort import OnnxRuntimeSession
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__)
     parser.add_argument("--ranges", type=Path, required=True, help="file of `gap-export calibrate`")
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--label", default="", help="words stored with the record")
     parser.add_argument("--smoke", action="store_true", help="48 cases, nothing stored")
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -58,7 +56,7 @@ def main() -> int:
         )
     print_parity(report, Console())
     measured = report.model_dump(mode="json", include={"measurement", "gates", "controls", "grounding"})
-    return record.finish("nvfp4", measured, label=options.label, ok=report.ok, store=not options.smoke)
+    return harness.finish("nvfp4", measured, label=options.label, ok=report.ok, store=not options.smoke)
 
 
 def in_standard_operators(bundle: Bundle, backend: str, *, threads: int) -> OnnxRuntimeSession:

@@ -12,7 +12,6 @@ line printed is the record, also stored in bench/results/.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 import sys
@@ -23,13 +22,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import pruner_sets
-import record
+from harness import LLAVA_7B, ensure_checkpoint, truncated
 from pruner_sets import ALIGNED
 from rich.console import Console
 from rich.table import Table
-from standin import LLAVA_7B, ensure_checkpoint, truncated
 
 from gap_export import prune
 
@@ -45,12 +44,10 @@ TEXT_IDS = 16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__, scratch=True)
     parser.add_argument("--sets", type=int, default=200, help="random feature sets per strategy and size")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each vision graph")
     parser.add_argument("--pruners", default="all", help="names, with commas between them")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
-    parser.add_argument("--label", default="", help="words stored with the record")
     parser.add_argument("--smoke", action="store_true", help="5 sets, no vision graph, nothing stored")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -93,7 +90,7 @@ def main() -> int:
         ]
         cost = measured_in_vision(looking, options.rounds, options.scratch, console)
         ok = ok and all(row["added"] <= MOST_OF_VISION for row in cost)
-    return record.finish(
+    return harness.finish(
         "pruners",
         {"sets": sets, "agreement": agreement, "limit": MOST_OF_VISION, "cost": cost},
         label=options.label,

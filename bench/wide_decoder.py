@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-import record
+from harness import IMAGE_TOKEN, LLAVA_7B, ensure_checkpoint, truncated
 from rich.console import Console
-from standin import IMAGE_TOKEN, LLAVA_7B, ensure_checkpoint, truncated
 
 STEPS = ("build", "onnxruntime", "torch")
 MAX_DIFFERENCE = 1e-4
@@ -31,9 +29,7 @@ TEXT_BEFORE, TEXT_AFTER = 35, 24  # as in LLaVA-1.5's grounding prompt
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
-    parser.add_argument("--label", default="", help="words stored with the record")
+    parser = harness.parser_of(__doc__, scratch=True)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # how this script calls itself
     options = parser.parse_args()
     checkpoint, bundle = options.scratch / "llava-7b-2-layers", options.scratch / "bundle-2-layers"
@@ -47,8 +43,7 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     for step in STEPS:
         command = [sys.executable, __file__, "--scratch", str(options.scratch), "--step", step]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results[step] = json.loads(child.stdout.splitlines()[-1])
+        results[step] = harness.in_fresh_process(command)
         console.print(f"{step}: peak RSS {results[step]['peak_rss_gb']:.2f} GB")
 
     ours, theirs = (np.load(bundle / f"{name}.npz") for name in ("onnxruntime", "torch"))
@@ -73,7 +68,7 @@ def main() -> int:
         and measured["position_ids_equal"]
         and measured["tokens_equal"]
     )
-    return record.finish(
+    return harness.finish(
         "wide_decoder",
         {**measured, "limit": MAX_DIFFERENCE, "largest_logit": largest, "steps": results},
         label=options.label,

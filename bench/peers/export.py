@@ -9,13 +9,9 @@ the weights anew. The last line printed is the record, also stored in bench/resu
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +21,16 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import environment  # noqa: E402
-import record  # noqa: E402
-from standin import LLAVA_7B, ensure_checkpoint  # noqa: E402
+import harness  # noqa: E402
+from harness import LLAVA_7B, ensure_checkpoint  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__, scratch=True)
     parser.add_argument("--repeats", type=int, default=3, help="exports with each")
-    parser.add_argument("--scratch", type=Path, default=environment.SCRATCH)
-    parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
     console, python = Console(), environment.python_of(options.scratch)
     if not python.exists():
         raise SystemExit("mobius needs an environment of its own: run `python bench/peers/environment.py`")
@@ -53,7 +49,7 @@ def main() -> int:
         for name, (command, out) in commands.items():
             console.print(f"exporting with {name}, {repeat + 1} of {options.repeats}")
             shutil.rmtree(out, ignore_errors=True)
-            runs[name].append(timed(command))
+            runs[name].append(harness.in_fresh_process(command))
             shutil.rmtree(out, ignore_errors=True)
     exports = {}
     table = Table("decoder of 7B", "seconds (least to most)", "peak RSS, GB", "written, MB")
@@ -67,7 +63,7 @@ def main() -> int:
             f"{median['written_mb']:.1f}",
         )
     console.print(table)
-    return record.finish(
+    return harness.finish(
         "peers_export", {"weight_bytes": size, "exports": exports}, label=options.label, ok=True
     )
 
@@ -77,14 +73,6 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
         figure: statistics.median(run[figure] for run in runs)
         for figure in ("seconds", "peak_rss_gb", "written_mb")
     }
-
-
-def timed(command: list[str]) -> dict[str, Any]:
-    """What a process says about itself in its last line, and how long it took from start to end."""
-    began = time.perf_counter()
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return {"seconds": round(time.perf_counter() - began, 2), **measured}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import environment  # noqa: E402
+import harness  # noqa: E402
 import ours  # noqa: E402
-import record  # noqa: E402
-from standin import LLAVA_135M, ensure_checkpoint  # noqa: E402
+from harness import LLAVA_135M, ensure_checkpoint  # noqa: E402
 
 from gap_export.evaluation.latency.measure import ratio  # noqa: E402
 
@@ -88,7 +87,7 @@ class Peer:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser_of(__doc__, scratch=True)
     parser.add_argument(
         "--peers", default=",".join(PEERS), help=f"names, separated by commas; also {', '.join(BY_CHOICE)}"
     )
@@ -96,8 +95,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "gap-export-bench")
-    parser.add_argument("--label", default="", help="words stored with the record")
     options = parser.parse_args()
     console = Console(stderr=True)
     names = options.peers.split(",")
@@ -147,7 +144,7 @@ def main() -> int:
         "ratios": ratios,
         "same_tokens_as_ours": {name: made == tokens.get(BASE) for name, made in tokens.items()},
     }
-    return record.finish(
+    return harness.finish(
         "peers" if options.model == "135m" else "peers_shapes", measured, label=options.label, ok=True
     )
 
