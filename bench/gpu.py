@@ -30,7 +30,8 @@ from gap_export.bundle.folder import Bundle
 from gap_export.engine.build import supported_compute_capabilities
 from gap_export.engine.library import load_library
 from gap_export.errors import GapExportError
-from gap_export.evaluation.latency.measure import Contender, contender, measure
+from gap_export.evaluation.latency.candidate import Candidate, candidate
+from gap_export.evaluation.latency.measure import measure
 from gap_export.evaluation.latency.record import BenchRecord, Device
 from gap_export.pipeline.build import build
 from gap_export.recipe.recipe import load_recipe
@@ -259,7 +260,7 @@ def speed(
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     for batch in batches:
-        asked: list[Contender] = []
+        asked: list[Candidate] = []
         for name, (bundle, session) in sessions.items():
             shares = [1.0] if isinstance(session, TransformersSession) else keeps
             for keep in shares:
@@ -438,12 +439,12 @@ class TransformersSession:
         return out.logits[:, -1].float().cpu().numpy()
 
 
-def warmed_up(name: str, bundle: Bundle, session: Any, keep: float, batch: int) -> Contender:
-    """A contender that has answered twice: kernels are chosen, graphs captured, code compiled."""
+def warmed_up(name: str, bundle: Bundle, session: Any, keep: float, batch: int) -> Candidate:
+    """A candidate that has answered twice: kernels are chosen, graphs captured, code compiled."""
     from gap_export.evaluation.latency.measure import time_request
 
     shares = bundle.manifest.pruning.keep_mode == "dynamic"
-    each = contender(
+    each = candidate(
         f"{name}, keep {keep:g}, batch {batch}", bundle, session, batch=batch, keep=keep if shares else None
     )
     for _ in range(2):
@@ -451,10 +452,10 @@ def warmed_up(name: str, bundle: Bundle, session: Any, keep: float, batch: int) 
     return each
 
 
-def in_turn(contenders: list[Contender], device: Device, options: argparse.Namespace) -> BenchRecord:
-    """The request of `gap-export bench`, contender after contender."""
+def in_turn(candidates: list[Candidate], device: Device, options: argparse.Namespace) -> BenchRecord:
+    """The request of `gap-export bench`, candidate after candidate."""
     return measure(
-        contenders,
+        candidates,
         requests=options.rounds,
         new_tokens=options.new_tokens,
         warmup=3,
@@ -465,7 +466,7 @@ def in_turn(contenders: list[Contender], device: Device, options: argparse.Names
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """One table."""
-    table = Table("contender", "prompt", "TTFT ms (p90)", "TPOT ms (p90)", "of roofline", "its tokens")
+    table = Table("candidate", "prompt", "TTFT ms (p90)", "TPOT ms (p90)", "of roofline", "its tokens")
     for row in rows:
         spans = [f"{row[q]['p50']:.2f} ({row[q]['p90']:.2f})" for q in ("ttft_ms", "tpot_ms")]
         shares = [

@@ -18,7 +18,6 @@ from typing import Any
 
 import harness
 from rich.console import Console
-from rich.progress import track
 
 BUNDLES: dict[str, dict[str, Any]] = {
     "gap@0.25": {"positions": "gap", "keep": 0.25},
@@ -43,8 +42,10 @@ def main() -> int:
     requests = 40 if options.smoke else options.requests
 
     from gap_export.bundle.folder import open_bundle
-    from gap_export.evaluation.latency.measure import contender, measure
-    from gap_export.evaluation.latency.record import tables
+    from gap_export.cli.progress import progress_shown
+    from gap_export.evaluation.latency.candidate import candidate
+    from gap_export.evaluation.latency.measure import measure
+    from gap_export.evaluation.latency.show import tables
     from gap_export.runtime.backends import open_session
 
     console = Console()
@@ -56,18 +57,18 @@ def main() -> int:
                 console.print(f"building {name}")
                 builder.submit(build_bundle, folder, BUNDLES[name]).result()
         bundles = {name: open_bundle(folder) for name, folder in folders.items()}
-        contenders = [
-            contender(name, bundle, open_session(bundle, "onnxruntime", threads=options.threads))
+        candidates = [
+            candidate(name, bundle, open_session(bundle, "onnxruntime", threads=options.threads))
             for name, bundle in bundles.items()
         ]
-        rounds = iter(track(range(WARMUP + requests), "measuring", console=console, transient=True))
-        measured = measure(
-            contenders,
-            requests=requests,
-            warmup=WARMUP,
-            new_tokens=bundles["gap@0.25"].manifest.max_new_tokens,
-            tick=lambda: next(rounds, None),
-        )
+        with progress_shown() as progress:
+            measured = measure(
+                candidates,
+                requests=requests,
+                warmup=WARMUP,
+                new_tokens=bundles["gap@0.25"].manifest.max_new_tokens,
+                progress=progress,
+            )
     for table in tables(measured):
         console.print(table)
 

@@ -49,7 +49,7 @@ def main() -> None:
 
         from gap_export.bundle.folder import open_bundle
         from gap_export.environment import versions
-        from gap_export.evaluation.latency.measure import Contender
+        from gap_export.evaluation.latency.candidate import Candidate
         from gap_export.inputs.batch import of_one_size
         from gap_export.positions import advance
         from gap_export.runtime.backends import open_session
@@ -61,7 +61,7 @@ def main() -> None:
         load_s = now() - began
         asked = request(checkpoint)
         visual = bundle.manifest.spec.visual_tokens
-        each = Contender("ours", bundle, session, of_one_size(asked.pixels, visual), asked.input_ids[None])
+        each = Candidate("ours", bundle, session, of_one_size(asked.pixels, visual), asked.input_ids[None])
 
         def answer() -> tuple[float, list[float], list[int]]:
             began = now()

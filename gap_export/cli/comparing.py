@@ -120,7 +120,8 @@ def recommend(
     from gap_export.bundle.folder import open_bundle
     from gap_export.cli.evaluating import Asked, evaluate_bundle, store
     from gap_export.errors import InputError
-    from gap_export.evaluation.latency.measure import contender, measure
+    from gap_export.evaluation.latency.candidate import candidate
+    from gap_export.evaluation.latency.measure import measure
     from gap_export.evaluation.refer import tables
     from gap_export.evaluation.refer.compare import open_run
     from gap_export.evaluation.refer.dataset import open_dataset
@@ -151,9 +152,9 @@ def recommend(
         runs[share] = open_run(folder, protocol)
     opened = open_bundle(bundle)
     session = open_session(opened, backend, threads=threads)
-    contenders = [contender(f"{share:g}", opened, session, keep=share) for share in shares]
+    candidates = [candidate(f"{share:g}", opened, session, keep=share) for share in shares]
     with console.status("measuring"):
-        measured = measure(contenders, requests=requests, new_tokens=1, warmup=_WARMUP)
+        measured = measure(candidates, requests=requests, new_tokens=1, warmup=_WARMUP)
     times = {float(row.name): row.ttft_ms.p50 for row in measured.rows}
     result = recommended(runs, max_accuracy_drop, ttft_ms=times)
     result.write(opened.reports / RECORD)

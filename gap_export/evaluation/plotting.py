@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,11 @@ MARKS = ("o", "s", "^", "D", "v", "P")
 """Marks that can be told apart in print without colour."""
 
 _DOTS_PER_INCH = 160
+
+
+def available() -> bool:
+    """Whether plots can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def check_matplotlib(hint: str = "pip install 'gap-export[report]'") -> None:

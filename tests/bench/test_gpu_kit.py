@@ -18,8 +18,8 @@ from rich.console import Console
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import EngineError
+from gap_export.evaluation.latency.candidate import candidate
 from gap_export.evaluation.latency.cost import measure_device
-from gap_export.evaluation.latency.measure import contender
 from gap_export.positions import advance
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import encode
@@ -37,7 +37,7 @@ def kit(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def logits_of(session: Any, bundle: Bundle, keep: float | None, steps: int) -> list[Any]:
-    each = contender("any", bundle, session, batch=2, keep=keep)
+    each = candidate("any", bundle, session, batch=2, keep=keep)
     spliced = session.splice(each.input_ids_BT, encode(session, each.images, keep_counts=each.keep_counts))
     turn, found = spliced.placement, []
     found.append(session.prefill(spliced.embeds, turn, room=steps + 1).logits.copy())

@@ -1,2 +1,5 @@
-"""Latency of bundles and what it could be: `measure.py` times requests, `cost.py` says what they cost and what the machine could do,
-`memory.py` how much memory one takes, `record.py` is what is stored and shown."""
+"""Latency of bundles, and what it could be.
+
+`bench.py` is the whole of it as one call. `candidate.py` makes a request, `measure.py` times it, `cost.py` says what it costs and what the
+machine could do, `record.py` is what is stored, `show.py` what is shown.
+"""

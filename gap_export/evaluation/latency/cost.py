@@ -12,18 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from gap_export.bundle.manifest import FlopTerm, Graph
 from gap_export.bundle.spec import Dim, GraphSpec
+from gap_export.evaluation.latency.candidate import Candidate
 from gap_export.evaluation.latency.record import Cost, Device, PhaseCost
 from gap_export.precision import precision
-
-if TYPE_CHECKING:
-    from gap_export.evaluation.latency.measure import Contender
 
 _SIDE = 2048
 _COPY_BYTES = 2**28
@@ -58,8 +56,8 @@ def measure_device(threads: int = 0) -> Device:
     )
 
 
-def cost_of(each: Contender, prompt_slots: int, capacities: Sequence[int], device: Device) -> Cost:
-    """What one request of a contender costs.
+def cost_of(each: Candidate, prompt_slots: int, capacities: Sequence[int], device: Device) -> Cost:
+    """What one request of a candidate costs.
 
     Args:
         each: with its request.
@@ -117,7 +115,7 @@ def dims_of(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def cache_bytes(each: Contender, batch: int, capacities: Sequence[int]) -> int:
+def cache_bytes(each: Candidate, batch: int, capacities: Sequence[int]) -> int:
     """Of keys and values of all layers."""
     manifest = each.bundle.manifest
     elements = 2 * manifest.spec.kv_heads * manifest.spec.head_dim * manifest.cache_slots(capacities) * batch

@@ -1,9 +1,9 @@
 """Latency of bundles, measured against each other in one run: time to first token, time per output token, the parts.
 
-Machines drift (clocks, neighbours, caches), so figures from two runs do not compare. Here all contenders answer the same
+Machines drift (clocks, neighbours, caches), so figures from two runs do not compare. Here all candidates answer the same
 request in turn, round after round, and every ratio compares requests that lie milliseconds apart.
 
-Every request generates the same number of tokens, end tokens ignored: all contenders do the same work. Clocks start with
+Every request generates the same number of tokens, end tokens ignored: all candidates do the same work. Clocks start with
 finished pixel values and token ids; reading and resizing an image is not part of any figure.
 """
 
@@ -11,112 +11,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from gap_export.bundle.folder import Bundle
 from gap_export.environment import cpu_name, peak_rss_bytes, versions
 from gap_export.errors import InputError
+from gap_export.evaluation.latency.candidate import Candidate
 from gap_export.evaluation.latency.cost import cache_bytes, cost_of
 from gap_export.evaluation.latency.record import QUANTITIES, BenchRecord, Device, Percentiles, Ratio, Row
-from gap_export.inputs.batch import ImageBatch
-from gap_export.inputs.prompt import encode_prompts, encode_text, load_tokenizer
-from gap_export.positions import Ids, advance
+from gap_export.positions import advance
+from gap_export.progress import SILENT, Progress
 from gap_export.runtime.generate import encode
-from gap_export.runtime.grounder import keep_counts
-from gap_export.runtime.session import Session
 
-EXPRESSION = "the small red circle on the left"
 Clock = Callable[[], float]
 """Seconds from an arbitrary start, never going back."""
 
 _DIGITS = 4
 _RESAMPLES = 2000
 _INTERVAL = (2.5, 97.5)
-IMAGE = (480, 640)
-"""Height and width of the noise that stands in for an image: those of most in RefCOCO."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A loaded bundle and the request it answers.
-
-    Attributes:
-        name: unique among the contenders of a run.
-        bundle: opened.
-        session: the bundle, loaded.
-        images: B of them.
-        input_ids_BT: [B, T] int64, one placeholder per row.
-        text_ids_BL: [B, L] int64, for pruners that look at the expression.
-        keep_counts: what every call of the vision graph is told, where it is.
-        keep: fraction that was asked for; the bundle's own when left out.
-    """
-
-    name: str
-    bundle: Bundle
-    session: Session
-    images: ImageBatch
-    input_ids_BT: Ids
-    text_ids_BL: Ids | None = None
-    keep_counts: Sequence[int | None] | None = None
-    keep: float | None = None
-
-    @property
-    def kept(self) -> int:
-        """Visual tokens of the longest image as they enter the decoder."""
-        told = [count for count in self.keep_counts or () if count is not None]
-        return max(told, default=self.bundle.manifest.pruning.kept)
-
-
-def contender(
-    name: str, bundle: Bundle, session: Session, *, batch: int = 1, keep: float | None = None
-) -> Contender:
-    """A contender with a stand-in request: the bundle's own prompt around a short expression, noise for an image.
-
-    What a dense model costs depends on shapes, not on values.
-
-    Args:
-        name: unique among the contenders of a run.
-        bundle: opened.
-        session: the bundle, loaded.
-        batch: images per request.
-        keep: fraction of the visual tokens to keep, in bundles that let requests choose.
-
-    Raises:
-        InputError: a fraction that cannot be chosen, or the prompt and the bundle's longest answer do not fit into the cache.
-    """
-    manifest = bundle.manifest
-    prompts = encode_prompts(
-        load_tokenizer(bundle.tokenizer_path),
-        manifest.prompt,
-        [EXPRESSION] * batch,
-        kept=manifest.pruning.kept,
-        capacity=manifest.capacity,
-        max_new_tokens=manifest.max_new_tokens,
-    )
-    noise = np.random.default_rng(0).integers(0, 256, (*IMAGE, 3), np.uint8)
-    per_prompt = manifest.prompt.images
-    images = manifest.layout.prepare(
-        [Image.fromarray(noise)] * batch * per_prompt,
-        visual_tokens=manifest.spec.visual_tokens,
-        per_prompt=per_prompt,
-    )
-    text_ids = None
-    if manifest.text_tower is not None:
-        text_ids = encode_text(
-            load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
-        )
-    counts = keep_counts(manifest.pruning, manifest.spec, images, keep)
-    return Contender(name, bundle, session, images, prompts.input_ids, text_ids, counts, keep)
 
 
 def measure(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     *,
     requests: int,
     new_tokens: int,
@@ -124,27 +43,27 @@ def measure(
     device: str = "",
     roofline: Device | None = None,
     clock: Clock = time.perf_counter,
-    tick: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> BenchRecord:
-    """Let all contenders answer in turn, round after round.
+    """Let all candidates answer in turn, round after round.
 
     The order is drawn anew for every round (the same draws in every run): a request finds the processor's caches as the one
     before left them, so nobody may always follow the same other.
 
     Args:
-        contenders: at least one, names distinct.
+        candidates: at least one, names distinct.
         requests: rounds to measure.
         new_tokens: generated per image.
         warmup: rounds before the first measured one.
         device: what it runs on; the CPU's name by default.
         roofline: what that can do at best, for the cost card.
         clock: for tests.
-        tick: called after every round, warm-up included.
+        progress: told of every round, warm-up included.
 
     Raises:
-        InputError: nothing to measure, two contenders of one name, or more tokens than a cache has slots for.
+        InputError: nothing to measure, two candidates of one name, or more tokens than a cache has slots for.
     """
-    names = [each.name for each in contenders]
+    names = [each.name for each in candidates]
     if requests < 1 or new_tokens < 1 or warmup < 0 or not names:
         raise InputError(
             "needs at least one bundle, one request and one token",
@@ -153,23 +72,24 @@ def measure(
         )
     if len(set(names)) != len(names):
         raise InputError("are not distinct", subject=f"names {', '.join(names)}", hint="rename one of them")
-    for each in contenders:
+    for each in candidates:
         # The last token generated is never fed back, so it needs no slot.
-        needed = _prompt_slots(each) + new_tokens - 1
+        needed = each.prompt_slots + new_tokens - 1
         if needed > each.bundle.manifest.capacity:
             raise InputError(
                 f"needs {needed} cache slots, the bundle has {each.bundle.manifest.capacity}",
                 subject=f"{each.name} with {new_tokens} new tokens",
                 hint="ask for fewer new tokens, or build with a larger --capacity",
             )
+    progress.stage("measuring", total=warmup + requests)
     rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     order = np.random.default_rng(0)
     for number in range(-warmup, requests):
-        for each in (contenders[index] for index in order.permutation(len(contenders))):
+        for each in (candidates[index] for index in order.permutation(len(candidates))):
             columns = _columns(time_request(each, new_tokens, clock))
             if number >= 0:
                 rounds[each.name].append(columns)
-        tick()
+        progress.advance()
     table = {name: np.array(columns) * 1e3 for name, columns in rounds.items()}
     return BenchRecord(
         device=device or cpu_name(),
@@ -178,7 +98,7 @@ def measure(
         warmup=warmup,
         peak_rss_bytes=peak_rss_bytes(),
         roofline=roofline,
-        rows=tuple(_row(each, table[each.name], new_tokens, roofline) for each in contenders),
+        rows=tuple(_row(each, table[each.name], new_tokens, roofline) for each in candidates),
         ratios=tuple(
             ratio(one, other, quantity, table[one][:, column], table[other][:, column])
             for one, other in combinations(names, 2)
@@ -188,7 +108,7 @@ def measure(
     )
 
 
-def time_request(each: Contender, new_tokens: int, clock: Clock = time.perf_counter) -> list[float]:
+def time_request(each: Candidate, new_tokens: int, clock: Clock = time.perf_counter) -> list[float]:
     """Answer one request greedily, end tokens ignored.
 
     Returns:
@@ -226,7 +146,7 @@ def ratio(
 ) -> Ratio:
     """Ratio of medians with its 95% interval.
 
-    Rounds are resampled in pairs, one draw for both contenders: what slowed a whole round down cancels out. The draws are
+    Rounds are resampled in pairs, one draw for both candidates: what slowed a whole round down cancels out. The draws are
     the same in every run (Efron's percentile bootstrap with a fixed seed).
 
     Args:
@@ -264,24 +184,12 @@ def _columns(readings: list[float]) -> tuple[float, ...]:
     )
 
 
-def _prompt_slots(each: Contender) -> int:
-    """Text tokens and visual tokens of the longest row as it enters the decoder; the placeholder itself takes no slot."""
-    images = each.bundle.manifest.prompt.images
-    return int(each.input_ids_BT.shape[1]) - images + images * each.kept
-
-
-def _capacities(each: Contender, new_tokens: int) -> tuple[int, ...]:
-    """Cache slots of every stage that the session lays out for the request."""
-    manifest = each.bundle.manifest
-    return manifest.slots_for(manifest.lengths_of_stages(_prompt_slots(each) + new_tokens))
-
-
-def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, device: Device | None) -> Row:
+def _row(each: Candidate, samples_RQ: NDArray[np.float64], new_tokens: int, device: Device | None) -> Row:
     manifest = each.bundle.manifest
     model, pruning = manifest.spec, manifest.pruning
     batch = len(each.input_ids_BT)
-    capacities = _capacities(each, new_tokens)
-    cost = None if device is None else cost_of(each, _prompt_slots(each), capacities, device)
+    capacities = each.capacities(new_tokens)
+    cost = None if device is None else cost_of(each, each.prompt_slots, capacities, device)
     spans: dict[str, Any] = {
         quantity: percentiles(samples_RQ[:, column]) for column, quantity in enumerate(QUANTITIES)
     }
@@ -295,7 +203,7 @@ def _row(each: Contender, samples_RQ: NDArray[np.float64], new_tokens: int, devi
         kept=pruning.kept_after_last_stage if each.keep is None else each.kept,
         visual_tokens=model.visual_tokens,
         batch=batch,
-        prompt_slots=_prompt_slots(each),
+        prompt_slots=each.prompt_slots,
         capacity=capacities[0],
         cache_bytes=cache_bytes(each, batch, capacities),
         new_tokens=new_tokens,

@@ -1,15 +1,8 @@
-"""The record of a latency measurement: what is stored, and its tables for the screen."""
+"""The record of a latency measurement."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import combinations
-from typing import TYPE_CHECKING
-
 from gap_export.records import Record
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 QUANTITIES = {
     "encode_ms": "encode",
@@ -53,7 +46,7 @@ class PhaseCost(Record):
 
 
 class Cost(Record):
-    """The cost card of a contender's request; `decode` is one token of every row."""
+    """The cost card of a candidate's request; `decode` is one token of every row."""
 
     vision: PhaseCost
     prefill: PhaseCost
@@ -74,7 +67,7 @@ class Cost(Record):
 
 
 class Row(Record):
-    """One contender.
+    """One candidate.
 
     Attributes:
         name: as the caller called it.
@@ -99,7 +92,7 @@ class Row(Record):
         cost: of one request; None where no device was measured.
         roofline_fraction: least time to the first token that the device allows, over its median.
         tpot_roofline_fraction: the same of a token.
-        peak_rss_bytes: of a process that holds this contender alone; None where it was not measured.
+        peak_rss_bytes: of a process that holds this candidate alone; None where it was not measured.
     """
 
     name: str
@@ -128,7 +121,7 @@ class Row(Record):
 
 
 class Ratio(Record):
-    """Median of one contender over median of another, same rounds.
+    """Median of one candidate over median of another, same rounds.
 
     Attributes:
         numerator: name of a row.
@@ -153,11 +146,11 @@ class BenchRecord(Record):
     Attributes:
         device: what it ran on.
         versions: package -> version.
-        requests: rounds measured; every contender answered one request per round.
+        requests: rounds measured; every candidate answered one request per round.
         warmup: rounds before them that were not measured.
         roofline: what the device can do; None where it was not measured.
-        peak_rss_bytes: of the process with all contenders loaded; None where the system does not tell.
-        rows: contenders, in the caller's order.
+        peak_rss_bytes: of the process with all candidates loaded; None where the system does not tell.
+        rows: candidates, in the caller's order.
         ratios: every pair of rows, every quantity.
     """
 
@@ -169,66 +162,3 @@ class BenchRecord(Record):
     peak_rss_bytes: int | None
     rows: tuple[Row, ...]
     ratios: tuple[Ratio, ...]
-
-
-def tables(record: BenchRecord) -> list[Table]:
-    """The record for the screen: the cost card, one column per contender, then one per pair of them."""
-    from rich.table import Table
-
-    cards = [] if record.roofline is None else [_card(record, record.roofline)]
-
-    rows = Table("", *(row.name for row in record.rows))
-    rows.title = f"median over {record.requests} requests, ms (90th percentile in brackets)"
-    rows.add_row("visual tokens", *(f"keep {row.kept} of {row.visual_tokens}" for row in record.rows))
-    rows.add_row("cache slots", *(f"prompt {row.prompt_slots} of {row.capacity}" for row in record.rows))
-    for quantity, words in QUANTITIES.items():
-        spans = [getattr(row, quantity) for row in record.rows]
-        rows.add_row(words, *(f"{span.p50:.3f} ({span.p90:.3f})" for span in spans))
-    if len(record.rows) == 1:
-        return [*cards, rows]
-    pairs = list(combinations([row.name for row in record.rows], 2))
-    found = {(each.numerator, each.denominator, each.quantity): each for each in record.ratios}
-    ratios = Table("", *(f"{one} / {other}" for one, other in pairs))
-    ratios.title = "ratio of medians, same rounds (95% interval)"
-    for quantity, words in QUANTITIES.items():
-        cells = [found.get((*pair, quantity)) for pair in pairs]
-        ratios.add_row(
-            words,
-            *(f"{each.ratio:.3f} ({each.low:.3f} to {each.high:.3f})" if each else "" for each in cells),
-        )
-    return [*cards, rows, ratios]
-
-
-def _card(record: BenchRecord, device: Device) -> Table:
-    from rich.table import Table
-
-    card = Table("cost", *(row.name for row in record.rows))
-    card.title = f"this machine at its best: {device.flops_per_second / 1e9:.0f} GFLOP/s, {device.bytes_per_second / 1e9:.1f} GB/s"
-
-    def line(words: str, cells: Iterable[str]) -> None:
-        card.add_row(words, *cells)
-
-    costs = [row.cost for row in record.rows]
-    for phase in ("vision", "prefill", "decode"):
-        parts = [None if cost is None else getattr(cost, phase) for cost in costs]
-        line(f"{phase}, GFLOP", (_number(part and part.flops, 1e9) for part in parts))
-        line(f"{phase}, MB", (_number(part and part.bytes, 1e6) for part in parts))
-    line("cache, MB", (_number(None if cost is None else cost.cache_bytes, 1e6) for cost in costs))
-    line("roofline / time to first token", (_share(row.roofline_fraction) for row in record.rows))
-    line("roofline / time per token", (_share(row.tpot_roofline_fraction) for row in record.rows))
-    line("peak memory alone, MB", (_number(row.peak_rss_bytes, 1e6) for row in record.rows))
-    first = costs[0] and costs[0].first_token_flops
-    if first and len(costs) > 1:
-        shares = ((cost and cost.first_token_flops) for cost in costs)
-        line(
-            "operations to the first token / first column", (_share(n / first if n else None) for n in shares)
-        )
-    return card
-
-
-def _number(value: float | None, unit: float) -> str:
-    return "-" if value is None else f"{value / unit:,.2f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -12,13 +12,14 @@ import pytest
 
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import FlopTerm, Graph
-from gap_export.cli.bench import Wanted, alone
 from gap_export.errors import InputError
+from gap_export.evaluation.latency.bench import CandidateSpec, open_candidate, peak_of
+from gap_export.evaluation.latency.candidate import candidate
 from gap_export.evaluation.latency.cost import cost_of, dims_of, flops, measure_device
-from gap_export.evaluation.latency.measure import contender, measure
-from gap_export.evaluation.latency.memory import peak_of
-from gap_export.evaluation.latency.plot import png
-from gap_export.evaluation.latency.record import BenchRecord, Device, tables
+from gap_export.evaluation.latency.measure import measure
+from gap_export.evaluation.latency.record import BenchRecord, Device
+from gap_export.evaluation.latency.show import figure, tables
+from gap_export.evaluation.plotting import png
 from gap_export.runtime.backends import open_session
 
 SLOW = Device(flops_per_second=1e6, bytes_per_second=1e6, threads=1)
@@ -27,7 +28,7 @@ SLOW = Device(flops_per_second=1e6, bytes_per_second=1e6, threads=1)
 @pytest.fixture(scope="module")
 def asked(tiny_bundle: Callable[..., Bundle]) -> Any:
     bundle = tiny_bundle()
-    return contender("tiny", bundle, open_session(bundle, "onnxruntime", threads=1), batch=2)
+    return candidate("tiny", bundle, open_session(bundle, "onnxruntime", threads=1), batch=2)
 
 
 def test_phases(asked: Any) -> None:
@@ -85,7 +86,7 @@ def test_the_record_has_a_card(asked: Any) -> None:
     assert BenchRecord.model_validate_json(record.model_dump_json()) == record
     titles = [str(table.title) for table in tables(record)]
     assert titles[0].startswith("this machine at its best")
-    assert png(record).startswith(b"\x89PNG")
+    assert png(figure(record)).startswith(b"\x89PNG")
     plain = measure([asked], requests=1, warmup=0, new_tokens=1)
     assert plain.rows[0].cost is None
     assert len(tables(plain)) == 1
@@ -94,11 +95,11 @@ def test_the_record_has_a_card(asked: Any) -> None:
 def test_memory_is_that_of_a_process_of_its_own(tiny_bundle: Callable[..., Bundle]) -> None:
     bundle = tiny_bundle()
     ballast = np.ones(2**26)  # 512 MB that are not its own
-    peak = peak_of(partial(alone, Wanted("x", bundle.folder, "onnxruntime", None, 1), 1))
+    peak = peak_of(partial(open_candidate, CandidateSpec("x", bundle.folder, "onnxruntime", None, 1), 1))
     assert peak is not None
     assert 2e7 < peak < ballast.nbytes
     with pytest.raises(InputError, match="cannot be chosen"):
-        peak_of(partial(alone, Wanted("x", bundle.folder, "onnxruntime", 0.9, 1), 1))
+        peak_of(partial(open_candidate, CandidateSpec("x", bundle.folder, "onnxruntime", 0.9, 1), 1))
 
 
 def test_images_are_all_encoded(tiny_bundle: Callable[..., Bundle]) -> None:
@@ -106,7 +107,7 @@ def test_images_are_all_encoded(tiny_bundle: Callable[..., Bundle]) -> None:
     bundle = tiny_bundle()
     one, two = (
         cost_of(
-            contender("t", bundle, open_session(bundle, "onnxruntime", threads=1), batch=batch),
+            candidate("t", bundle, open_session(bundle, "onnxruntime", threads=1), batch=batch),
             20,
             (48,),
             SLOW,

@@ -16,18 +16,19 @@ from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.environment import RUNTIME_PACKAGES, cpu_name, peak_rss_bytes, versions
 from gap_export.errors import InputError
+from gap_export.evaluation.latency.candidate import Candidate, candidate
 from gap_export.evaluation.latency.measure import (
-    Contender,
-    contender,
     measure,
     percentiles,
     ratio,
     time_request,
 )
-from gap_export.evaluation.latency.record import QUANTITIES, BenchRecord, Ratio, tables
+from gap_export.evaluation.latency.record import QUANTITIES, BenchRecord, Ratio
+from gap_export.evaluation.latency.show import tables
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Placement, PositionPolicy
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
+from tests.recorded import Recorded
 
 TEXT, KEPT, VISUAL, VOCABULARY = 10, 9, 36, 64
 LENGTH = TEXT - 1 + KEPT
@@ -93,7 +94,7 @@ class FakeSession:
         return logits
 
 
-def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> Contender:
+def fake_candidate(session: FakeSession, name: str = "fake", batch: int = 1) -> Candidate:
     session.name = name
     manifest = SimpleNamespace(
         prompt=SimpleNamespace(images=1),
@@ -117,7 +118,7 @@ def fake_contender(session: FakeSession, name: str = "fake", batch: int = 1) -> 
         pruning=Pruning(pruner="cls_attention", keep=0.25, kept=KEPT, positions=PositionPolicy.GAP, seed=0),
     )
     bundle = Bundle(Path("nowhere"), cast(Any, manifest))
-    return Contender(
+    return Candidate(
         name,
         bundle,
         session,
@@ -135,13 +136,13 @@ def ratio_of(record: BenchRecord, numerator: str, denominator: str, quantity: st
 class TestOneRequest:
     def test_readings_follow_the_stages(self) -> None:
         clock = FakeClock()
-        readings = time_request(fake_contender(FakeSession(clock)), 4, clock)
+        readings = time_request(fake_candidate(FakeSession(clock)), 4, clock)
         assert np.diff(readings) == pytest.approx([0.010, 0.001, 0.020, 0.002, 0.002, 0.002])
 
     def test_tokens_are_fed_back_at_the_position_after_the_unpruned_prompt(self) -> None:
         clock = FakeClock()
         session = FakeSession(clock)
-        time_request(fake_contender(session), 4, clock)
+        time_request(fake_candidate(session), 4, clock)
         assert session.fed == [
             (0, NEXT_POSITION, LENGTH),
             (1, NEXT_POSITION + 1, LENGTH + 1),
@@ -151,7 +152,7 @@ class TestOneRequest:
     def test_one_token_needs_no_step(self) -> None:
         clock = FakeClock()
         session = FakeSession(clock)
-        assert len(time_request(fake_contender(session), 1, clock)) == 4
+        assert len(time_request(fake_candidate(session), 1, clock)) == 4
         assert session.fed == []
 
 
@@ -159,7 +160,7 @@ class TestRow:
     def test_parts_and_sums(self) -> None:
         clock = FakeClock()
         record = measure(
-            [fake_contender(FakeSession(clock))], requests=5, new_tokens=6, device="test bench", clock=clock
+            [fake_candidate(FakeSession(clock))], requests=5, new_tokens=6, device="test bench", clock=clock
         )
         (row,) = record.rows
         assert row.encode_ms.p50 == 10
@@ -174,19 +175,19 @@ class TestRow:
     def test_time_per_token_leaves_the_first_out(self) -> None:
         clock = FakeClock()
         session = FakeSession(clock, prefill_s=9.0)
-        (row,) = measure([fake_contender(session)], requests=2, new_tokens=3, clock=clock).rows
+        (row,) = measure([fake_candidate(session)], requests=2, new_tokens=3, clock=clock).rows
         assert row.tpot_ms.p50 == 2
 
     def test_one_token_has_no_time_per_token(self) -> None:
         clock = FakeClock()
-        pair = [fake_contender(FakeSession(clock), name) for name in "AB"]
+        pair = [fake_candidate(FakeSession(clock), name) for name in "AB"]
         record = measure(pair, requests=2, new_tokens=1, clock=clock)
         assert record.rows[0].tpot_ms.p50 == 0
         assert "tpot_ms" not in {each.quantity for each in record.ratios}
 
     def test_sizes(self) -> None:
         clock = FakeClock()
-        each = fake_contender(FakeSession(clock, capacity=40), batch=3)
+        each = fake_candidate(FakeSession(clock, capacity=40), batch=3)
         (row,) = measure([each], requests=1, new_tokens=2, clock=clock).rows
         assert (row.batch, row.kept, row.visual_tokens, row.positions) == (3, KEPT, VISUAL, "gap")
         assert (row.prompt_slots, row.capacity) == (LENGTH, 40)
@@ -198,7 +199,7 @@ class TestRow:
         clock = FakeClock()
         slow_start = iter([50.0] * 4 + [1.0] * 6)
         session = FakeSession(clock, slowness=lambda: next(slow_start))
-        (row,) = measure([fake_contender(session)], requests=6, warmup=4, new_tokens=2, clock=clock).rows
+        (row,) = measure([fake_candidate(session)], requests=6, warmup=4, new_tokens=2, clock=clock).rows
         assert row.ttft_ms.p99 == 31
 
 
@@ -211,12 +212,12 @@ class TestRounds:
             session.journal = journal
         ticks: list[int] = []
         measure(
-            [fake_contender(session, name) for session, name in zip(sessions, "ABC", strict=True)],
+            [fake_candidate(session, name) for session, name in zip(sessions, "ABC", strict=True)],
             requests=40,
             warmup=2,
             new_tokens=1,
             clock=clock,
-            tick=lambda: ticks.append(len(journal)),
+            progress=Recorded(lambda recorded: ticks.append(len(journal)) if recorded.counts else None),
         )
         rounds = [tuple(journal[start : start + 3]) for start in range(0, len(journal), 3)]
         assert ticks == list(range(3, 3 * 42 + 1, 3))
@@ -230,7 +231,7 @@ class TestRounds:
             journals.append([])
             pair = [FakeSession(clock, journal=journals[-1]) for _ in range(2)]
             measure(
-                [fake_contender(session, name) for session, name in zip(pair, "AB", strict=True)],
+                [fake_candidate(session, name) for session, name in zip(pair, "AB", strict=True)],
                 requests=20,
                 new_tokens=1,
                 clock=clock,
@@ -250,7 +251,7 @@ class TestRounds:
             clock, encode_s=0.011, splice_s=0.0011, prefill_s=0.022, step_s=0.0022, slowness=drift
         )
         record = measure(
-            [fake_contender(slow, "slow"), fake_contender(fast, "fast")],
+            [fake_candidate(slow, "slow"), fake_candidate(fast, "fast")],
             requests=60,
             new_tokens=4,
             clock=clock,
@@ -260,7 +261,7 @@ class TestRounds:
 
     def test_record_survives_json_and_prints(self) -> None:
         clock = FakeClock()
-        pair = [fake_contender(FakeSession(clock), "A"), fake_contender(FakeSession(clock), "B")]
+        pair = [fake_candidate(FakeSession(clock), "A"), fake_candidate(FakeSession(clock), "B")]
         record = measure(pair, requests=3, new_tokens=2, clock=clock)
         assert BenchRecord.model_validate_json(record.model_dump_json()) == record
         assert [len(table.rows) for table in tables(record)] == [2 + len(QUANTITIES), len(QUANTITIES)]
@@ -274,25 +275,25 @@ class TestRefusals:
     def test_nothing_to_measure(self, requests: int, new_tokens: int, warmup: int) -> None:
         with pytest.raises(InputError):
             measure(
-                [fake_contender(FakeSession(FakeClock()))],
+                [fake_candidate(FakeSession(FakeClock()))],
                 requests=requests,
                 new_tokens=new_tokens,
                 warmup=warmup,
             )
 
-    def test_no_contender(self) -> None:
+    def test_no_candidate(self) -> None:
         with pytest.raises(InputError):
             measure([], requests=1, new_tokens=1)
 
     def test_one_name_twice(self) -> None:
         clock = FakeClock()
-        twins = [fake_contender(FakeSession(clock), "A"), fake_contender(FakeSession(clock), "A")]
+        twins = [fake_candidate(FakeSession(clock), "A"), fake_candidate(FakeSession(clock), "A")]
         with pytest.raises(InputError, match="not distinct"):
             measure(twins, requests=1, new_tokens=1, clock=clock)
 
     def test_cache_is_filled_to_the_last_slot_and_no_further(self) -> None:
         clock = FakeClock()
-        each = fake_contender(FakeSession(clock, capacity=40))
+        each = fake_candidate(FakeSession(clock, capacity=40))
         fitting = 40 - LENGTH + 1  # the last token generated takes no slot
         measure([each], requests=1, new_tokens=fitting, warmup=0, clock=clock)
         with pytest.raises(InputError, match="needs 41 cache slots"):
@@ -358,7 +359,7 @@ def test_real_bundle_answers(tiny_bundle: Any) -> None:
     from gap_export.runtime.ort import OnnxRuntimeSession
 
     bundle = tiny_bundle()
-    each = contender("tiny", bundle, OnnxRuntimeSession(bundle, threads=1), batch=2)
+    each = candidate("tiny", bundle, OnnxRuntimeSession(bundle, threads=1), batch=2)
     assert each.input_ids_BT.shape[0] == len(each.images.visual_tokens) == 2
     record = measure([each], requests=2, warmup=1, new_tokens=bundle.manifest.max_new_tokens)
     assert record.rows[0].kept == bundle.manifest.pruning.kept
