@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gap_export import prune
 from gap_export.graph import passes
 from gap_export.modeling.attention import OPSET
-from gap_export.positions import MergedId, PositionPolicy
+from gap_export.positions import PAD, MergedId, PositionPolicy
 from gap_export.prune import order, reference
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -104,7 +104,7 @@ class Selection(nn.Module):
 
 def source_of(pruner: str) -> str:
     """The features that a strategy chooses from, where it does not make its own."""
-    return "projected_BNH" if prune.strategy(pruner).reads_projected else "patches_BNE"
+    return "projected_BNH" if prune.row(pruner).reads_projected else "patches_BNE"
 
 
 class _Watched(prune.VisionFeatures):
@@ -170,7 +170,7 @@ def graph(
     if kept is None:
         names.append("keep_ranks")
         tensors.append(torch.arange(7))
-        fewest, visual = prune.strategy(pruner).min_tokens, grid[0] * grid[1]
+        fewest, visual = prune.row(pruner).min_tokens, grid[0] * grid[1]
         shapes.append({0: torch.export.Dim("kept", min=fewest, max=visual)})
     exported = torch.export.export(
         Selection(made).eval(), tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
@@ -225,7 +225,7 @@ def agrees(graph: Graph, arrays: Arrays, kept: int | None = None) -> list[str]:
             choice = reference.choose(graph.pruner, image, extent, seed=0, merged_id=graph.merged_id)
             same_count = True
         sort = np.argsort(choice.indices_K, kind="stable")
-        padding = np.full(extent - len(sort), prune.NO_TOKEN)
+        padding = np.full(extent - len(sort), PAD)
         if not same_count or not np.array_equal(indices_K, [*choice.indices_K[sort], *padding]):
             verdicts.append("tie" if choice.margin < TIE else f"other tokens, margin {choice.margin:.1e}")
             continue

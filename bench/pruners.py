@@ -52,9 +52,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    pruners = (
-        prune.names("before the decoder") if options.pruners == "all" else tuple(options.pruners.split(","))
-    )
+    pruners = prune.names(in_decoder=False) if options.pruners == "all" else tuple(options.pruners.split(","))
     sets = 5 if options.smoke else options.sets
     console = Console()
 
@@ -62,7 +60,7 @@ def main() -> int:
         "pruner", "tokens", "kept", "sets", "equal", "ties", "different", "graph alone, ms", "nodes"
     )
     agreement = []
-    for row in [row for row in prune.STRATEGIES if row.name in pruners]:
+    for row in [row for row in prune.PRUNERS.values() if row.name in pruners]:
         for grid in GRIDS:
             found = [
                 *compared(row, grid, sets),
@@ -85,7 +83,7 @@ def main() -> int:
     if not options.smoke:
         looking = [
             row.name
-            for row in prune.STRATEGIES
+            for row in prune.PRUNERS.values()
             if row.name in pruners and (row.needs or row.needs_text or row.reads_projected)
         ]
         cost = measured_in_vision(looking, options.rounds, options.scratch, console)
@@ -99,7 +97,7 @@ def main() -> int:
     )
 
 
-def compared(row: prune.Strategy, grid: tuple[int, int], sets: int) -> list[dict[str, Any]]:
+def compared(row: prune.Pruner, grid: tuple[int, int], sets: int) -> list[dict[str, Any]]:
     """One strategy on random sets of one size, at several counts."""
     tokens = grid[0] * grid[1]
     quarter = tokens // 4
@@ -116,7 +114,7 @@ def compared(row: prune.Strategy, grid: tuple[int, int], sets: int) -> list[dict
     return [agreement_of(graph, kept, max(some, 1)) for kept, some in counts.items()]
 
 
-def compared_adaptive(row: prune.Strategy, grid: tuple[int, int], sets: int) -> list[dict[str, Any]]:
+def compared_adaptive(row: prune.Pruner, grid: tuple[int, int], sets: int) -> list[dict[str, Any]]:
     """The same where the image finds the count."""
     graph = pruner_sets.graph(row.name, grid[0] * grid[1], grid, adaptive=True)
     return [{**agreement_of(graph, None, sets), "kept": "adaptive"}]

@@ -97,7 +97,7 @@ def answer(backend: str, folder: Path, bundle: Any) -> None:
     """Two rows of different length, greedily, every logit kept."""
     from gap_export import positions
     from gap_export.inputs.batch import of_one_size
-    from gap_export.inputs.prompt import PAD
+    from gap_export.positions import PAD
     from gap_export.runtime.backends import open_session
     from gap_export.runtime.generate import generate
 

@@ -9,7 +9,10 @@ import ast
 import importlib.util
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from gap_export import prune
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gap_export"
@@ -33,8 +36,28 @@ def layers() -> str:
     return "\n".join(rows)
 
 
+def pruners(*, in_decoder: bool) -> str:
+    """The pruners that work before the decoder, or inside it, from their rows."""
+    rows = ["| pruner | keeps | needs | count | prunes | merges |", "|---|---|---|---|---|---|"]
+    for row in prune.PRUNERS.values():
+        if row.in_decoder == in_decoder:
+            count = "static or adaptive" if row.adaptive else "static"
+            cells = (
+                f"`{row.name}`",
+                row.summary,
+                prune.needs(row),
+                count,
+                prune.where(row),
+                prune.merging(row),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "layers": (ROOT / "docs" / "architecture.md", layers),
+    "pruners": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=False)),
+    "pruners inside the decoder": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=True)),
 }
 """Name -> (document, what stands in it)."""
 

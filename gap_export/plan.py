@@ -121,7 +121,7 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
     """
     _check_engines(recipe)
     _check_ranges(recipe)
-    pruner = prune.strategy(recipe.pruner)
+    pruner = prune.row(recipe.pruner)
     prune.check_tower(pruner, spec.missing_features, differ=spec.token_range is not None)
     prune.check_text(pruner, has_text_tower=text_tower is not None, published=spec.published_tower)
     counts = (
@@ -218,7 +218,7 @@ def _check_several(recipe: Recipe, spec: ModelSpec) -> None:
         )
 
 
-def _counts(recipe: Recipe, pruner: prune.Strategy, visual_tokens: int) -> _Counts:
+def _counts(recipe: Recipe, pruner: prune.Pruner, visual_tokens: int) -> _Counts:
     """Where all images have the same number of visual tokens."""
     if recipe.keep == "adaptive":
         prune.check_adaptive(pruner)
@@ -227,12 +227,12 @@ def _counts(recipe: Recipe, pruner: prune.Strategy, visual_tokens: int) -> _Coun
         return _Counts("adaptive", recipe.keep_bound, pruner.min_tokens, bound, bound)
     if isinstance(recipe.keep, float | int):
         # What is dropped inside the decoder enters it.
-        inside = pruner.where == "inside the decoder"
+        inside = pruner.in_decoder
         kept = visual_tokens if inside else prune.kept_count(recipe.keep, visual_tokens)
         prune.check_count(pruner, kept, visual_tokens)
         return _Counts("fixed", recipe.keep, kept, kept, kept)
     smallest, default, largest = recipe.keep
-    if pruner.where == "inside the decoder":
+    if pruner.in_decoder:
         raise RecipeError(
             "drops tokens inside the decoder, whose graphs and caches are laid out for one share",
             subject=f"pruner {pruner.name}, keep {smallest:g}:{largest:g}",
@@ -250,10 +250,10 @@ def _counts(recipe: Recipe, pruner: prune.Strategy, visual_tokens: int) -> _Coun
     return _Counts("dynamic", default, fewest, kept, most)
 
 
-def _counts_of_range(recipe: Recipe, pruner: prune.Strategy, tokens: TokenRange) -> _Counts:
+def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -> _Counts:
     """Where images differ in how many visual tokens they have: every image keeps the same share."""
-    if pruner.where == "inside the decoder" or recipe.keep == "adaptive":
-        able = (row.name for row in prune.STRATEGIES if row.where == "before the decoder")
+    if pruner.in_decoder or recipe.keep == "adaptive":
+        able = (row.name for row in prune.PRUNERS.values() if not row.in_decoder)
         what = "keep adaptive" if recipe.keep == "adaptive" else "dropping tokens inside the decoder"
         raise RecipeError(
             f"{what} needs images that all have the same number of visual tokens, and this model's differ",

@@ -31,6 +31,9 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
+PAD = -1
+"""Fills up short rows, of token ids and of raster indices: no token and no patch has it, so a graph can count the real ones."""
+
 
 class PositionPolicy(StrEnum):
     """How the tokens of a pruned prompt are numbered."""
@@ -137,38 +140,6 @@ def kept_position_ids(kept_K: Ids, text_before: int, policy: PositionPolicy) -> 
     return text_before + np.arange(len(kept_K), dtype=np.int64)
 
 
-def sequence_position_ids(
-    kept_K: Ids,
-    *,
-    text_before: int,
-    text_after: int,
-    visual_tokens: int,
-    policy: PositionPolicy,
-    merged: int = 0,
-) -> Ids:
-    """Position ids of one spliced prompt with one image: text before, kept visual tokens, text after.
-
-    Args:
-        kept_K: [K] raster indices in 0..N-1, in the order in which the tokens enter the decoder.
-        text_before: T_pre.
-        text_after: T_post.
-        visual_tokens: N, the number before pruning.
-        policy: how to number them.
-        merged: how many of the K were merged from many patches and stand for an index (`MergedId`) that a kept patch may
-            have too. All others must be distinct.
-
-    Returns:
-        [T_pre + K + T_post] int64.
-
-    Raises:
-        ValueError: kept indices out of range or repeated.
-    """
-    text = (text_before, text_after)
-    return prompt_position_ids(
-        [kept_K], text=text, visual_tokens=[visual_tokens], policy=policy, merged=merged
-    )[0]
-
-
 def prompt_position_ids(
     kept: Sequence[Ids],
     *,
@@ -184,11 +155,12 @@ def prompt_position_ids(
     after the largest of them.
 
     Args:
-        kept: of every image, [K] raster indices as in `sequence_position_ids`.
+        kept: of every image, [K] raster indices in 0..N-1, in the order in which the tokens enter the decoder.
         text: how many tokens before, between and after the images.
         visual_tokens: N of every image.
         policy: how to number.
-        merged: see `sequence_position_ids`.
+        merged: how many of the K were merged from many patches and stand for an index (`MergedId`) that a kept patch may
+            have too. All others must be distinct.
         grids: rows and columns of every image's N tokens, for M-RoPE.
 
     Returns:
@@ -241,7 +213,7 @@ def place(
         text_after: [B] tokens after the last one (T_post).
         visual_tokens: N, of all images or [B], [B, I] of each.
         policy: how to number.
-        merged: see `sequence_position_ids`.
+        merged: see `prompt_position_ids`.
         stages: visual tokens that every later stage has.
         grids: [B, 2], [B, I, 2] rows and columns of each image's visual tokens, for M-RoPE.
         between: [B, I - 1] tokens between one image and the next; None where there is one.
@@ -325,16 +297,3 @@ def extended(placement: Placement, text_lengths: Ids, longest: int) -> Placement
         next_position=first + text_lengths,
         next_slot=slot + text_lengths,
     )
-
-
-def gather_mrope_ids(position_ids_RS: Ids, surviving_P: Ids) -> tuple[Ids, int]:
-    """GAP for M-RoPE: keep the columns of the surviving tokens, go on from the unpruned maximum.
-
-    Args:
-        position_ids_RS: [R, S] ids of the unpruned prompt (R = 3: time, height, width).
-        surviving_P: [P] ascending indices into S of all surviving tokens, text included.
-
-    Returns:
-        ([R, P] ids of the survivors, position id of the first generated token).
-    """
-    return position_ids_RS[:, surviving_P], int(position_ids_RS.max()) + 1

@@ -250,7 +250,7 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
         key = pruning.model_dump_json()
         if key not in sessions:
             text_tower = None
-            if prune.strategy(pruning.pruner).needs_text:
+            if prune.row(pruning.pruner).needs_text:
                 facts = TextTower(checkpoint="tiny", context=12, width=16, aligned_inversely=True)
                 text_tower = TextReference(tiny_text_tower, facts)
             sessions[key] = open_reference("llava", tiny_checkpoint, pruning, text_tower=text_tower)

@@ -23,12 +23,12 @@ from gap_export.positions import (
     Placement,
     PositionPolicy,
     advance,
-    gather_mrope_ids,
     kept_position_ids,
     place,
     placement_from_splice,
-    sequence_position_ids,
+    prompt_position_ids,
 )
+from tests.unpruned import gather_ids
 
 GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED
 
@@ -92,11 +92,10 @@ def placed(batch: list[Prompt], policy: PositionPolicy) -> Placement:
 @pytest.mark.parametrize("policy", PositionPolicy)
 @given(prompt=prompts())
 def test_ids_of_one_prompt(policy: PositionPolicy, prompt: Prompt) -> None:
-    ids = sequence_position_ids(
-        np.array(prompt.kept, np.int64),
-        text_before=prompt.before,
-        text_after=prompt.after,
-        visual_tokens=prompt.visual,
+    ids, _ = prompt_position_ids(
+        [np.array(prompt.kept, np.int64)],
+        text=(prompt.before, prompt.after),
+        visual_tokens=[prompt.visual],
         policy=policy,
     )
     assert ids.dtype == np.int64
@@ -167,9 +166,7 @@ def test_advancing_moves_both_counters_by_one(
 @pytest.mark.parametrize("kept", [(0, 0), (3, 1, 3), (-1, 2), (2, 6)])
 def test_repeated_or_foreign_indices_are_refused(kept: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"distinct and within 0\.\.5"):
-        sequence_position_ids(
-            np.array(kept), text_before=1, text_after=1, visual_tokens=6, policy=PositionPolicy.GAP
-        )
+        prompt_position_ids([np.array(kept)], text=(1, 1), visual_tokens=[6], policy=PositionPolicy.GAP)
 
 
 def test_which_policies_sort() -> None:
@@ -197,7 +194,7 @@ def test_mrope_gathers_three_rows_and_goes_on_from_the_unpruned_maximum(data: st
     kept = sorted(data.draw(st.sets(st.sampled_from(list(visual)), min_size=1)))
     surviving = [*range(before), *kept, *range(before + rows * columns, len(ids))]
 
-    gathered, next_position = gather_mrope_ids(np.array(ids, np.int64).T, np.array(surviving))
+    gathered, next_position = gather_ids(np.array(ids, np.int64).T, np.array(surviving))
 
     assert gathered.T.tolist() == [ids[index] for index in surviving]
     assert next_position == before + max(rows, columns) + after
@@ -205,7 +202,7 @@ def test_mrope_gathers_three_rows_and_goes_on_from_the_unpruned_maximum(data: st
 
 def test_mrope_maximum_may_belong_to_a_pruned_token() -> None:
     ids = np.array([[0, 1, 1, 1], [0, 1, 1, 2], [0, 1, 2, 5]])
-    gathered, next_position = gather_mrope_ids(ids, np.array([0, 1]))
+    gathered, next_position = gather_ids(ids, np.array([0, 1]))
     assert gathered.tolist() == [[0, 1], [0, 1], [0, 1]]
     assert next_position == 6
 

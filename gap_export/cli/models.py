@@ -45,7 +45,7 @@ def models(as_json: JsonOption = False) -> None:
                     }
                     for r in recipes
                 ],
-                "pruners": [asdict(row) for row in prune.STRATEGIES],
+                "pruners": [asdict(row) for row in prune.PRUNERS.values()],
             }
         )
         return
@@ -64,8 +64,8 @@ def models(as_json: JsonOption = False) -> None:
         )
     out.print(table)
     pruners = Table("pruner", "keeps", "needs", "prunes", "merges")
-    for row in prune.STRATEGIES:
-        pruners.add_row(row.name, row.summary, prune.needs(row), row.where, prune.merging(row))
+    for row in prune.PRUNERS.values():
+        pruners.add_row(row.name, row.summary, prune.needs(row), prune.where(row), prune.merging(row))
     out.print(pruners)
 
 

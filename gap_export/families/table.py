@@ -60,10 +60,10 @@ class FamilyRow:
         """Names of the pruners that work."""
         return tuple(
             row.name
-            for row in prune.STRATEGIES
+            for row in prune.PRUNERS.values()
             if not set(row.needs) & set(self.missing_features)
             and (self.reads_text or not row.needs_text)
-            and not (self.dynamic and row.where == "inside the decoder")
+            and not (self.dynamic and row.in_decoder)
         )
 
     def load(self) -> type[Family]:

@@ -30,14 +30,11 @@ from gap_export.inputs.batch import (
     of_many_sizes,
 )
 from gap_export.inputs.images import FILTERS, normalised, rgb
-from gap_export.positions import Ids
+from gap_export.positions import PAD, Ids
 
 PATCH_POSITIONS = "patch_positions"
 WINDOW_TOKENS, TOKEN_SLOTS = "window_tokens", "token_slots"
 """Names of the vision graph's inputs."""
-
-NO_TOKEN = -1
-"""Fills windows at the edge, which hold fewer tokens."""
 
 MOST_ASPECT = 200
 """The longest side may be so many times the shortest, as in transformers."""
@@ -176,7 +173,7 @@ def _windows(rows: int, columns: int, side: int | None) -> dict[str, Ids]:
     if side is None:
         return {}
     down, across = -(-rows // side), -(-columns // side)
-    padded = np.full((down * side, across * side), NO_TOKEN, np.int64)
+    padded = np.full((down * side, across * side), PAD, np.int64)
     padded[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
     tokens_WM = padded.reshape(down, side, across, side).transpose(0, 2, 1, 3).reshape(down * across, side**2)
     slots_N = np.empty(rows * columns, np.int64)

@@ -21,13 +21,10 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from gap_export.errors import BundleError, CheckpointError, InputError
-from gap_export.positions import Ids
+from gap_export.positions import PAD, Ids
 from gap_export.records import Record
 
 SLOT = "{expression}"
-
-PAD = -1
-"""Fills short rows of `input_ids`; no tokenizer has it, so the graph can count the real tokens."""
 
 
 class TextTower(Record):

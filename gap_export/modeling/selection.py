@@ -22,7 +22,7 @@ def pruner_of(plan: Plan) -> str:
 
 def tower_attention(plan: Plan) -> str:
     """Which attention the vision tower is built with."""
-    varies = plan.pruning.count_is_given and prune.strategy(pruner_of(plan)).sequential
+    varies = plan.pruning.count_is_given and prune.row(pruner_of(plan)).sequential
     return DECOMPOSED if varies else IMPLEMENTATION
 
 
@@ -57,7 +57,7 @@ def project(
     survivors_BKE = selected.patches_BKE
     # Padding repeats the first patch: any token will do where nobody looks.
     indices_BK = selected.indices_BK.clamp(min=0)
-    reads_projected = prune.strategy(pruner_of(plan)).reads_projected
+    reads_projected = prune.row(pruner_of(plan)).reads_projected
     if survivors_BKE is None and reads_projected and features.projected_BNH is not None:
         return order.take(features.projected_BNH, indices_BK)
     if survivors_BKE is None:

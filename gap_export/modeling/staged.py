@@ -10,7 +10,7 @@ the cache of all later layers shorter; so it has its own slot counter, and its o
 The layers of transformers are traced unchanged, one by one. Nobody computes an attention map: the queries of the few rows that
 decide are held against the keys, once per cut.
 
-Shape letters: B batch, S tokens of a stage, N visual tokens of the stage before, K of this one, R raters, H decoder width.
+Shape letters: B batch, S tokens of a stage, N visual tokens of the stage before, K of this one, R scoring queries, H decoder width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
 from gap_export.prune import order
 from gap_export.prune.in_decoder import stages
-from gap_export.prune.in_decoder.stages import Prompt, Raters, attention_paid
+from gap_export.prune.in_decoder.stages import Prompt, QueryRows, attention_paid
 from gap_export.prune.order import take
 
 
@@ -145,12 +145,12 @@ class Prefill(_StagedDecoder):
         first_slot = torch.zeros_like(last_index)
         cache, probe, kept = SlotCache(past, first_slot), AttentionProbe(), []
         visual = self._stages[0].kept
-        raters = self._pruner.raters(Prompt(inputs_embeds, image_start, last_index, visual))
+        queries = self._pruner.scoring_queries(Prompt(inputs_embeds, image_start, last_index, visual))
         raster_BN = torch.arange(visual).expand(inputs_embeds.shape[0], -1)
         tokens = _Tokens(inputs_embeds, position_ids, raster_BN)
         for stage in self._stages:
             if stage.first_layer:
-                scores_BN = self._scores(tokens, raters, image_start, stage.first_layer, probe)
+                scores_BN = self._scores(tokens, queries, image_start, stage.first_layer, probe)
                 tokens = self._cut(tokens, stage, image_start, scores_BN)
                 kept.append(tokens.raster_BK)
             probe = AttentionProbe()
@@ -160,19 +160,19 @@ class Prefill(_StagedDecoder):
         return (self._logits(take(tokens.hidden_BSH, last_B1)[:, 0]), *kept, *cache.present)
 
     def _scores(
-        self, tokens: _Tokens, raters: Raters, image_start: Tensor, ahead: int, probe: AttentionProbe
+        self, tokens: _Tokens, queries: QueryRows, image_start: Tensor, ahead: int, probe: AttentionProbe
     ) -> Tensor:
-        """[B, N] float32: attention that the raters pay to every visual token.
+        """[B, N] float32: attention that the scoring queries pay to every visual token.
 
         Args:
             tokens: of the stage that ends.
-            raters: who decides.
+            queries: who decides.
             image_start: [B] int64.
             ahead: the first layer of the stage that begins.
             probe: on the layer that just ran.
         """
-        rows_BR = raters.rows_BR - tokens.dropped  # they stand behind the image
-        if self._pruner.uses_next_layer_attention:
+        rows_BR = queries.rows_BR - tokens.dropped  # they stand behind the image
+        if self._pruner.USES_NEXT_LAYER_ATTENTION:
             probe = self._compared_by(ahead, tokens.hidden_BSH, tokens.ids_BS)
             own = self._compared_by(ahead, take(tokens.hidden_BSH, rows_BR), tokens.ids_BS.gather(1, rows_BR))
             query_BHRD = own.query_BHSD
@@ -185,7 +185,7 @@ class Prefill(_StagedDecoder):
         assert query_BHRD is not None
         assert probe.key_BGCD is not None
         paid_BRC = attention_paid(query_BHRD, probe.key_BGCD, rows_BR, probe.scale)
-        scores_BC = (raters.weights_BR[:, :, None] * paid_BRC).sum(dim=1)
+        scores_BC = (queries.weights_BR[:, :, None] * paid_BRC).sum(dim=1)
         return scores_BC.gather(1, image_start[:, None] + torch.arange(tokens.raster_BK.shape[1]))
 
     def _compared_by(self, number: int, hidden_BSH: Tensor, ids_BS: Tensor) -> AttentionProbe:

@@ -95,7 +95,7 @@ def open_model(
             hint="use a recipe of the checkpoint's family",
         )
     if reads_text is None:
-        reads_text = prune.strategy(recipe.pruner).needs_text
+        reads_text = prune.row(recipe.pruner).needs_text
     kind = row.load()
     family = kind(row, _with_companions(checkpoint, kind, recipe, reads_text=reads_text))
     layout = family.layout(recipe)

@@ -1,8 +1,8 @@
-"""Visual-token pruners: their one contract. The strategies there are stand in `table.py`, what they refuse in `refusals.py`.
+"""Visual-token pruners: their one contract. Which there are stands in `table.py`, what each cannot do in `compatibility.py`.
 
-A pruner chooses which K of N visual tokens enter the decoder. It is tensor code, traced into the vision graph, and gives
-raster indices best first; putting them into order (or not) is the position policy's business, done in one place for all
-(`order.py`). Every choice is made per image, never over the batch.
+A pruner chooses which K of N visual tokens enter the decoder. It is a module with a function `select`, tensor code that is traced
+into the vision graph, and gives raster indices best first; putting them into order (or not) is the position policy's business,
+done in one place for all (`order.py`). Every choice is made per image, never over the batch.
 
 Shape letters: B batch, A attention heads, N visual tokens, K kept, T = 1 + N, D head width, E tower width, H decoder width,
 P width of the space that a CLIP tower shares with its text tower.
@@ -10,9 +10,8 @@ P width of the space that a CLIP tower shares with its text tower.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from gap_export.positions import MergedId
 from gap_export.prune.compatibility import (
@@ -24,39 +23,35 @@ from gap_export.prune.compatibility import (
     kept_count,
     share_of,
 )
-from gap_export.prune.table import STRATEGIES, Strategy, Where, merging, names, needs, strategy
+from gap_export.prune.table import PRUNERS, Pruner, merging, names, needs, register, row, where
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "NO_TOKEN",
-    "STRATEGIES",
-    "AdaptivePruner",
+    "PRUNERS",
+    "AdaptiveModule",
     "Pruner",
+    "PrunerModule",
     "Selected",
-    "Strategy",
     "VisionFeatures",
-    "Where",
     "check_adaptive",
     "check_count",
     "check_fraction",
     "check_text",
     "check_tower",
     "class_attention",
-    "implementation",
     "kept_count",
     "load",
     "load_adaptive",
     "merging",
     "names",
     "needs",
+    "register",
+    "row",
     "share_of",
-    "strategy",
+    "where",
 ]
-
-NO_TOKEN = -1
-"""Index of the padding after the tokens of an image that needs fewer than others."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +146,11 @@ class Selected:
 
     Attributes:
         indices_BK: raster indices, int64, best first. Distinct within a row, except that tokens without an index of their
-            own (`Strategy.merged`) may share that of another.
+            own (`Pruner.merged`) may share that of another.
         patches_BKE: features of the chosen tokens in the same order, before the projector, where they are not simply the
             patches at the indices.
-        counts_B: int64, how many tokens each image needs, where the strategy adapts to the image. Up to that many (at most
-            K) stand first in a row; the indices after them are `NO_TOKEN`, their features arbitrary but finite. A count
+        counts_B: int64, how many tokens each image needs, where the pruner adapts to the image. Up to that many (at most
+            K) stand first in a row; the indices after them are `positions.PAD`, their features arbitrary but finite. A count
             above K says that the bound was too low for that image.
     """
 
@@ -164,8 +159,8 @@ class Selected:
     counts_B: Tensor | None = None
 
 
-class Pruner(Protocol):
-    """One strategy."""
+class PrunerModule(Protocol):
+    """A pruner that works before the decoder: what its module has."""
 
     def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
         """Choose.
@@ -174,17 +169,17 @@ class Pruner(Protocol):
             features: of the batch.
             kept: K, all tokens that enter the decoder, merged ones included. A plain number, or symbolic while a graph is
                 traced in which K is an input.
-            seed: for strategies that draw at random.
+            seed: for pruners that draw at random.
             merged_id: which index tokens get that were merged from many.
 
         Raises:
-            ValueError: the features lack something that the strategy reads.
+            ValueError: the features lack something that the pruner reads.
         """
         ...
 
 
-class AdaptivePruner(Protocol):
-    """A strategy that can also find the count by itself, image by image."""
+class AdaptiveModule(PrunerModule, Protocol):
+    """A pruner that can also find the count by itself, image by image: what its module has."""
 
     def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
         """Choose as many tokens as the rule of the original asks for.
@@ -192,7 +187,7 @@ class AdaptivePruner(Protocol):
         Args:
             features: of the batch; every image is judged by itself.
             bound: K, the most tokens that an image may keep.
-            merged_id: see `Pruner.select`.
+            merged_id: see `PrunerModule.select`.
 
         Returns:
             Selected with `counts_B`.
@@ -200,28 +195,20 @@ class AdaptivePruner(Protocol):
         ...
 
 
-def load(name: str) -> Pruner:
-    """The strategy of that name, which prunes before the decoder, ready to select.
+def load(name: str) -> PrunerModule:
+    """The module of the pruner of that name, which works before the decoder.
 
     Raises:
         RecipeError: unknown name, with the nearest known one.
     """
-    pruner: Pruner = implementation(strategy(name))
-    return pruner
+    return cast(PrunerModule, row(name).load())
 
 
-def load_adaptive(name: str) -> AdaptivePruner:
-    """The strategy of that name, to find the count by itself.
+def load_adaptive(name: str) -> AdaptiveModule:
+    """The module of the pruner of that name, to find the count by itself.
 
     Raises:
-        RecipeError: unknown name, or a strategy that takes a count.
+        RecipeError: unknown name, or a pruner that takes a count.
     """
-    check_adaptive(strategy(name))
-    pruner: AdaptivePruner = implementation(strategy(name))
-    return pruner
-
-
-def implementation(row: Strategy) -> Any:
-    """The object behind a row: a `Pruner`, or for those inside the decoder a `stages.DecoderPruner`."""
-    module, _, kind = row.implementation.partition(":")
-    return getattr(importlib.import_module(f"gap_export.prune.{module}"), kind)()
+    check_adaptive(row(name))
+    return cast(AdaptiveModule, row(name).load())

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gap_export.positions import MergedId
-from gap_export.prune import NO_TOKEN
+from gap_export.positions import PAD, MergedId
 from gap_export.prune.order import merged_index
 
 
@@ -33,7 +32,7 @@ class Layout:
 
     def indices(self, merged_id: MergedId, weights_BN: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """[B, K] int64; `weights_BN` are the shares of the patches in the appended token."""
-        own_BK = torch.where(self.is_own_BK, self.ranked_BK, NO_TOKEN)
+        own_BK = torch.where(self.is_own_BK, self.ranked_BK, PAD)
         appended_B1 = merged_index(merged_id, kept_BM=own_BK, weights_BN=weights_BN, grid=grid)
         return torch.where(self.is_appended_BK, appended_B1, own_BK)
 

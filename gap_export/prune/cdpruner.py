@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
-from gap_export.prune import Selected, VisionFeatures
+from gap_export.prune import Selected, VisionFeatures, text_similarity
 from gap_export.prune.order import take
 from gap_export.prune.scan import sequential
-from gap_export.prune.text_similarity import TextSimilarity
 
 SPANNED = 1e-5
 """A token of which no more is left lies in the span of the chosen ones."""
@@ -28,35 +27,33 @@ _SMALLEST = 1e-6
 _CHOSEN = -1.0
 
 
-class CDPruner:
-    """Greedy choice from a determinantal point process that the expression conditions."""
+def relevance(features: VisionFeatures) -> Tensor:
+    """[B, N] float32: the match with the expression, scaled to 0..1 within the image; never quite 0."""
+    scores_BN = text_similarity.scores(features)
+    least_B1, most_B1 = scores_BN.amin(dim=-1, keepdim=True), scores_BN.amax(dim=-1, keepdim=True)
+    return (scores_BN - least_B1 + _SMALLEST) / (most_B1 - least_B1).clamp(min=_SMALLEST)
 
-    def relevance(self, features: VisionFeatures) -> Tensor:
-        """[B, N] float32: the match with the expression, scaled to 0..1 within the image; never quite 0."""
-        scores_BN = TextSimilarity().scores(features)
-        least_B1, most_B1 = scores_BN.amin(dim=-1, keepdim=True), scores_BN.amax(dim=-1, keepdim=True)
-        return (scores_BN - least_B1 + _SMALLEST) / (most_B1 - least_B1).clamp(min=_SMALLEST)
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`; best first is the order of the choice."""
-        if features.projected_BNH is None:
-            raise ValueError("cdpruner needs projected tokens")
-        weight_BN = self.relevance(features).square()
-        tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
-        tokens_N = torch.arange(features.visual_tokens)
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`; best first is the order of the choice."""
+    if features.projected_BNH is None:
+        raise ValueError("cdpruner needs projected tokens")
+    weight_BN = relevance(features).square()
+    tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
+    tokens_N = torch.arange(features.visual_tokens)
 
-        def step(state: tuple[Tensor, ...], _: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-            """Choose, and take away from all tokens what the chosen one spans."""
-            cosine_BNN, left_BN = state
-            gain_BN = torch.where(left_BN == _CHOSEN, _CHOSEN, weight_BN * left_BN.clamp(min=SPANNED))
-            chosen_B1 = gain_BN.argmax(dim=-1, keepdim=True)
-            row_BN = take(cosine_BNN, chosen_B1)[:, 0]
-            pivot_B1 = row_BN.gather(1, chosen_B1)
-            share_BN = torch.where(pivot_B1 > SPANNED, row_BN / pivot_B1.clamp(min=SPANNED), 0.0)
-            is_out_BN = (left_BN == _CHOSEN) | (tokens_N == chosen_B1)
-            left_BN = torch.where(is_out_BN, _CHOSEN, (left_BN - row_BN * share_BN).clamp(min=0.0))
-            return (cosine_BNN - row_BN[:, :, None] * share_BN[:, None], left_BN), chosen_B1[:, 0].clone()
+    def step(state: tuple[Tensor, ...], _: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Choose, and take away from all tokens what the chosen one spans."""
+        cosine_BNN, left_BN = state
+        gain_BN = torch.where(left_BN == _CHOSEN, _CHOSEN, weight_BN * left_BN.clamp(min=SPANNED))
+        chosen_B1 = gain_BN.argmax(dim=-1, keepdim=True)
+        row_BN = take(cosine_BNN, chosen_B1)[:, 0]
+        pivot_B1 = row_BN.gather(1, chosen_B1)
+        share_BN = torch.where(pivot_B1 > SPANNED, row_BN / pivot_B1.clamp(min=SPANNED), 0.0)
+        is_out_BN = (left_BN == _CHOSEN) | (tokens_N == chosen_B1)
+        left_BN = torch.where(is_out_BN, _CHOSEN, (left_BN - row_BN * share_BN).clamp(min=0.0))
+        return (cosine_BNN - row_BN[:, :, None] * share_BN[:, None], left_BN), chosen_B1[:, 0].clone()
 
-        cosine_BNN = torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
-        _, chosen_KB = sequential(step, (cosine_BNN, torch.ones_like(weight_BN)), kept)
-        return Selected(chosen_KB.transpose(0, 1))
+    cosine_BNN = torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
+    _, chosen_KB = sequential(step, (cosine_BNN, torch.ones_like(weight_BN)), kept)
+    return Selected(chosen_KB.transpose(0, 1))

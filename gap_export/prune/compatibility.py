@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from gap_export.bundle.manifest import VisionFeature
 from gap_export.errors import RecipeError
-from gap_export.prune.table import STRATEGIES, Strategy
+from gap_export.prune.table import PRUNERS, Pruner
 
 
-def check_tower(wanted: Strategy, lacking: tuple[VisionFeature, ...], *, differ: bool = False) -> None:
+def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: bool = False) -> None:
     """Refuse a strategy that cannot work on a tower.
 
     Args:
@@ -22,10 +22,8 @@ def check_tower(wanted: Strategy, lacking: tuple[VisionFeature, ...], *, differ:
     if missing:
         able = [
             row.name
-            for row in STRATEGIES
-            if not row.needs_text
-            and not set(row.needs) & set(lacking)
-            and not (differ and row.where == "inside the decoder")
+            for row in PRUNERS.values()
+            if not row.needs_text and not set(row.needs) & set(lacking) and not (differ and row.in_decoder)
         ]
         raise RecipeError(
             f"needs a {' and a '.join(missing)}, which this vision tower does not have",
@@ -34,14 +32,14 @@ def check_tower(wanted: Strategy, lacking: tuple[VisionFeature, ...], *, differ:
         )
 
 
-def check_adaptive(wanted: Strategy) -> None:
+def check_adaptive(wanted: Pruner) -> None:
     """Refuse `keep: adaptive` for a strategy that has no rule for it.
 
     Raises:
         RecipeError: with the list of those that have.
     """
     if not wanted.adaptive:
-        able = ", ".join(row.name for row in STRATEGIES if row.adaptive)
+        able = ", ".join(row.name for row in PRUNERS.values() if row.adaptive)
         raise RecipeError(
             "has no rule of its own for how many tokens an image needs",
             subject=f"pruner {wanted.name}, keep adaptive",
@@ -49,7 +47,7 @@ def check_adaptive(wanted: Strategy) -> None:
         )
 
 
-def check_text(wanted: Strategy, *, has_text_tower: bool, published: str | None) -> None:
+def check_text(wanted: Pruner, *, has_text_tower: bool, published: str | None) -> None:
     """Refuse a strategy that looks at the expression where nothing can read it.
 
     Args:
@@ -61,7 +59,7 @@ def check_text(wanted: Strategy, *, has_text_tower: bool, published: str | None)
         RecipeError: with the checkpoint to add, and the strategies that do without.
     """
     if wanted.needs_text and not has_text_tower:
-        able = ", ".join(row.name for row in STRATEGIES if not row.needs_text)
+        able = ", ".join(row.name for row in PRUNERS.values() if not row.needs_text)
         raise RecipeError(
             "looks at the expression, and the checkpoint has no text tower to read it with",
             subject=f"pruner {wanted.name}",
@@ -69,7 +67,7 @@ def check_text(wanted: Strategy, *, has_text_tower: bool, published: str | None)
         )
 
 
-def check_count(wanted: Strategy, kept: int, visual_tokens: int) -> None:
+def check_count(wanted: Pruner, kept: int, visual_tokens: int) -> None:
     """Refuse a count that a strategy cannot give.
 
     Raises:

@@ -29,24 +29,21 @@ def shares(kept: int) -> tuple[int, ...]:
     return tuple((others + PIVOTS - 1 - pivot) // PIVOTS for pivot in range(PIVOTS))
 
 
-class Dart:
-    """Pivots by L1 norm, others by least similarity to a pivot."""
-
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`: pivots, then what each of them took, least alike first."""
-        if features.projected_BNH is None:
-            raise ValueError("dart needs projected tokens")
-        tokens_BNH = features.projected_BNH.float()
-        pivots_BP = tokens_BNH.abs().sum(dim=-1).topk(PIVOTS, dim=-1).indices
-        directions_BNH = normalize(tokens_BNH, dim=-1)
-        alike_BPN = torch.matmul(take(directions_BNH, pivots_BP), directions_BNH.transpose(1, 2))
-        # A token's place in the order of the choice; N where nobody has taken it.
-        visual = features.visual_tokens
-        place_BN = torch.full_like(alike_BPN[:, 0], visual, dtype=torch.int64)
-        place_BN = place_BN.scatter(1, pivots_BP, torch.arange(PIVOTS).expand_as(pivots_BP))
-        taken = PIVOTS
-        for pivot, share in enumerate(shares(kept)):
-            rank_BN = ranks(-alike_BPN[:, pivot].masked_fill(place_BN < visual, _BEYOND_ANY))
-            place_BN = torch.where(rank_BN < share, taken + rank_BN, place_BN)
-            taken = taken + share
-        return Selected(place_BN.topk(kept, dim=-1, largest=False).indices)
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`: pivots, then what each of them took, least alike first."""
+    if features.projected_BNH is None:
+        raise ValueError("dart needs projected tokens")
+    tokens_BNH = features.projected_BNH.float()
+    pivots_BP = tokens_BNH.abs().sum(dim=-1).topk(PIVOTS, dim=-1).indices
+    directions_BNH = normalize(tokens_BNH, dim=-1)
+    alike_BPN = torch.matmul(take(directions_BNH, pivots_BP), directions_BNH.transpose(1, 2))
+    # A token's place in the order of the choice; N where nobody has taken it.
+    visual = features.visual_tokens
+    place_BN = torch.full_like(alike_BPN[:, 0], visual, dtype=torch.int64)
+    place_BN = place_BN.scatter(1, pivots_BP, torch.arange(PIVOTS).expand_as(pivots_BP))
+    taken = PIVOTS
+    for pivot, share in enumerate(shares(kept)):
+        rank_BN = ranks(-alike_BPN[:, pivot].masked_fill(place_BN < visual, _BEYOND_ANY))
+        place_BN = torch.where(rank_BN < share, taken + rank_BN, place_BN)
+        taken = taken + share
+    return Selected(place_BN.topk(kept, dim=-1, largest=False).indices)

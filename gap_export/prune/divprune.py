@@ -22,27 +22,24 @@ _FARTHER_THAN_ANY = 3.0
 _NEARER_THAN_ANY = -1.0
 
 
-class DivPrune:
-    """Greedy max-min diversity."""
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`; best first is the order of the choice."""
+    if features.projected_BNH is None:
+        raise ValueError("divprune needs projected tokens")
+    visual = features.visual_tokens
+    tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
+    distance_BNN = 1.0 - torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
+    # (torch.eye would be traced with unsigned integers, which TensorRT does not read.)
+    itself_NN = torch.arange(visual)[:, None] == torch.arange(visual)
+    isolation_BN = distance_BNN.masked_fill(itself_NN, _FARTHER_THAN_ANY).amin(dim=-1)
+    # A chosen token is nearer to itself than anything, and so is never chosen again.
+    distance_BNN = distance_BNN.masked_fill(itself_NN, _NEARER_THAN_ANY)
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`; best first is the order of the choice."""
-        if features.projected_BNH is None:
-            raise ValueError("divprune needs projected tokens")
-        visual = features.visual_tokens
-        tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
-        distance_BNN = 1.0 - torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
-        # (torch.eye would be traced with unsigned integers, which TensorRT does not read.)
-        itself_NN = torch.arange(visual)[:, None] == torch.arange(visual)
-        isolation_BN = distance_BNN.masked_fill(itself_NN, _FARTHER_THAN_ANY).amin(dim=-1)
-        # A chosen token is nearer to itself than anything, and so is never chosen again.
-        distance_BNN = distance_BNN.masked_fill(itself_NN, _NEARER_THAN_ANY)
+    def step(worth_BN: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose; the worth of a token is its distance to the nearest chosen one, before the first its isolation."""
+        chosen_B1 = worth_BN.argmax(dim=-1, keepdim=True)
+        nearest_BN = torch.where(number == 0, _FARTHER_THAN_ANY, worth_BN)
+        return torch.minimum(nearest_BN, take(distance_BNN, chosen_B1)[:, 0]), chosen_B1[:, 0].clone()
 
-        def step(worth_BN: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-            """Choose; the worth of a token is its distance to the nearest chosen one, before the first its isolation."""
-            chosen_B1 = worth_BN.argmax(dim=-1, keepdim=True)
-            nearest_BN = torch.where(number == 0, _FARTHER_THAN_ANY, worth_BN)
-            return torch.minimum(nearest_BN, take(distance_BNN, chosen_B1)[:, 0]), chosen_B1[:, 0].clone()
-
-        _, chosen_KB = sequential(step, isolation_BN, kept)
-        return Selected(chosen_KB.transpose(0, 1))
+    _, chosen_KB = sequential(step, isolation_BN, kept)
+    return Selected(chosen_KB.transpose(0, 1))

@@ -8,11 +8,8 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 
 
-class KeepAll:
-    """All N tokens in raster order."""
-
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`; `kept` must be N, which every call tells where images differ."""
-        if features.grid is not None and kept != features.visual_tokens:
-            raise ValueError(f"none keeps all {features.visual_tokens} tokens, not {kept}")
-        return Selected(torch.arange(kept).expand(features.patches_BNE.shape[0], -1))
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`; `kept` must be N, which every call tells where images differ."""
+    if features.grid is not None and kept != features.visual_tokens:
+        raise ValueError(f"none keeps all {features.visual_tokens} tokens, not {kept}")
+    return Selected(torch.arange(kept).expand(features.patches_BNE.shape[0], -1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gap_export.positions import MergedId, PositionPolicy
+from gap_export.positions import PAD, MergedId, PositionPolicy
 from gap_export.prune import Selected
 
 _AFTER_ALL = 1 << 16
@@ -36,10 +36,13 @@ def in_decoder_order(selected: Selected, policy: PositionPolicy) -> Selected:
     if not policy.keeps_raster_order:
         return selected
     indices_BK, patches_BKE, counts_B = selected.indices_BK, selected.patches_BKE, selected.counts_B
-    if patches_BKE is None:
-        return Selected(indices_BK.sort(dim=-1).values)
-    # One sort of (index, place) packed into one integer is stable on every runtime, and tells the places as well.
     keys_BK = indices_BK if counts_B is None else torch.where(indices_BK < 0, _AFTER_ALL, indices_BK)
+    if patches_BKE is None:
+        sorted_BK = keys_BK.sort(dim=-1).values
+        if counts_B is not None:
+            sorted_BK = torch.where(sorted_BK == _AFTER_ALL, PAD, sorted_BK)
+        return Selected(sorted_BK, None, counts_B)
+    # One sort of (index, place) packed into one integer is stable on every runtime, and tells the places as well.
     kept = indices_BK.shape[1]
     base_1 = torch.full((1,), kept)  # (the exporter knows no remainder by a symbolic number)
     places_BK = (keys_BK * base_1 + torch.arange(kept)).sort(dim=-1).values % base_1
@@ -53,7 +56,7 @@ def merged_index(
 
     Args:
         merged_id: the rule.
-        kept_BM: raster indices of the patches that were kept; `NO_TOKEN` among them counts for nothing.
+        kept_BM: raster indices of the patches that were kept; `PAD` among them counts for nothing.
         weights_BN: share of each patch in the merged token, not negative; need not sum to one.
         grid: (rows, columns); None where images differ.
 

@@ -25,20 +25,18 @@ from gap_export.prune.outliers import outlier_count
 NEIGHBOURS = 32
 
 
-class PruMerge:
-    """Top-k by full-width class-token attention, with merging."""
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`."""
+    scores_BN = full_width_scores(features)
+    return merged_into(features, scores_BN, layout(scores_BN, kept), merged_id)
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`."""
-        scores_BN = full_width_scores(features)
-        return merged_into(features, scores_BN, layout(scores_BN, kept), merged_id)
 
-    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
-        """See `AdaptivePruner.select_adaptive`."""
-        scores_BN = full_width_scores(features)
-        own_B1 = outlier_count(scores_BN)
-        selected = merged_into(features, scores_BN, layout(scores_BN, bound, own_B1), merged_id)
-        return replace(selected, counts_B=own_B1[:, 0] + 1)
+def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+    """See `AdaptiveModule.select_adaptive`."""
+    scores_BN = full_width_scores(features)
+    own_B1 = outlier_count(scores_BN)
+    selected = merged_into(features, scores_BN, layout(scores_BN, bound, own_B1), merged_id)
+    return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
 def full_width_scores(features: VisionFeatures) -> Tensor:

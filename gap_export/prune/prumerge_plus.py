@@ -40,33 +40,31 @@ def by_score(kept: int) -> int:
     return best
 
 
-class PruMergePlus:
-    """A quarter by full-width class-token attention, three quarters by an even sequence, with merging."""
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`; tokens kept by score come first."""
+    scores_BN = full_width_scores(features)
+    best = by_score(kept)
+    is_spread_N = in_sequence(features.visual_tokens, kept - 1 - best)
+    # (Scores lie in 0..1.)
+    is_best_BN = ranks(scores_BN - is_spread_N.float()) < best
+    preference_BN = joined(scores_BN, is_best_BN, is_spread_N)
+    return merged_into(features, scores_BN, layout(preference_BN, kept), merged_id)
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`; tokens kept by score come first."""
-        scores_BN = full_width_scores(features)
-        best = by_score(kept)
-        is_spread_N = in_sequence(features.visual_tokens, kept - 1 - best)
-        # (Scores lie in 0..1.)
-        is_best_BN = ranks(scores_BN - is_spread_N.float()) < best
-        preference_BN = joined(scores_BN, is_best_BN, is_spread_N)
-        return merged_into(features, scores_BN, layout(preference_BN, kept), merged_id)
 
-    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
-        """See `AdaptivePruner.select_adaptive`; tokens kept by score come first."""
-        visual, scores_BN = features.visual_tokens, full_width_scores(features)
-        best_B1, tokens_N = outlier_count(scores_BN), torch.arange(features.visual_tokens)
-        is_best_BN = ranks(scores_BN) < best_B1
-        # No more than a quarter can be outliers, so that a step is at least one. (TensorRT-RTX does not build this division
-        # in integers. With the half no rounding can reach the next one.)
-        step_B1 = ((visual + 0.5) / (3 * best_B1).float()).floor().to(torch.int64)
-        is_spread_BN = (tokens_N % step_B1 == 0) & (tokens_N < visual - 1)
-        own_B1 = (is_best_BN | is_spread_BN).float().sum(dim=-1, keepdim=True).to(torch.int64)
-        own_B1 = own_B1.clamp(max=visual - 1)
-        preference_BN = joined(scores_BN, is_best_BN, is_spread_BN)
-        selected = merged_into(features, scores_BN, layout(preference_BN, bound, own_B1), merged_id)
-        return replace(selected, counts_B=own_B1[:, 0] + 1)
+def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+    """See `AdaptiveModule.select_adaptive`; tokens kept by score come first."""
+    visual, scores_BN = features.visual_tokens, full_width_scores(features)
+    best_B1, tokens_N = outlier_count(scores_BN), torch.arange(features.visual_tokens)
+    is_best_BN = ranks(scores_BN) < best_B1
+    # No more than a quarter can be outliers, so that a step is at least one. (TensorRT-RTX does not build this division
+    # in integers. With the half no rounding can reach the next one.)
+    step_B1 = ((visual + 0.5) / (3 * best_B1).float()).floor().to(torch.int64)
+    is_spread_BN = (tokens_N % step_B1 == 0) & (tokens_N < visual - 1)
+    own_B1 = (is_best_BN | is_spread_BN).float().sum(dim=-1, keepdim=True).to(torch.int64)
+    own_B1 = own_B1.clamp(max=visual - 1)
+    preference_BN = joined(scores_BN, is_best_BN, is_spread_BN)
+    selected = merged_into(features, scores_BN, layout(preference_BN, bound, own_B1), merged_id)
+    return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
 def joined(scores_BN: Tensor, is_best_BN: Tensor, is_spread: Tensor) -> Tensor:

@@ -22,14 +22,11 @@ def drawn_indices(visual_tokens: int, seed: int) -> list[int]:
     return [int(index) for index in np.argsort(lots(seed)[:visual_tokens])]
 
 
-class Random:
-    """K tokens drawn without looking."""
-
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`; the order of the draw stands in for a score."""
-        images = features.patches_BNE.shape[0]
-        if features.grid is not None:
-            drawn_N = torch.tensor(drawn_indices(features.visual_tokens, seed), dtype=torch.int64)
-            return Selected(drawn_N[:kept].expand(images, -1))
-        lots_N = torch.tensor(lots(seed), dtype=torch.float32)[: features.visual_tokens]
-        return Selected(lots_N.topk(kept, largest=False).indices.expand(images, -1))
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`; the order of the draw stands in for a score."""
+    images = features.patches_BNE.shape[0]
+    if features.grid is not None:
+        drawn_N = torch.tensor(drawn_indices(features.visual_tokens, seed), dtype=torch.int64)
+        return Selected(drawn_N[:kept].expand(images, -1))
+    lots_N = torch.tensor(lots(seed), dtype=torch.float32)[: features.visual_tokens]
+    return Selected(lots_N.topk(kept, largest=False).indices.expand(images, -1))

@@ -21,20 +21,17 @@ def used_rows(grid: tuple[int, int], kept: int) -> int:
     return min(max(round(math.sqrt(kept * rows / columns)), fewest, 1), rows, kept)
 
 
-class Spatial:
-    """K tokens on a uniform grid, in raster order."""
-
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`."""
-        if features.grid is None:
-            raise ValueError("spatial needs patches that lie on one grid")
-        rows, columns = features.grid
-        # The rows in use are rounded to taste, so a table of them is baked in; all else is integer arithmetic with K.
-        table_N = torch.tensor([used_rows(features.grid, count + 1) for count in range(rows * columns)])
-        used_1 = table_N[torch.full((1,), kept - 1)]
-        points_K = torch.arange(kept)
-        stripe_K = ((points_K + 1) * used_1 - 1) // kept
-        first_K, end_K = stripe_K * kept // used_1, (stripe_K + 1) * kept // used_1
-        row_K = (2 * stripe_K + 1) * rows // (2 * used_1)
-        column_K = (2 * (points_K - first_K) + 1) * columns // (2 * (end_K - first_K))
-        return Selected((row_K * columns + column_K).expand(features.patches_BNE.shape[0], -1))
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`."""
+    if features.grid is None:
+        raise ValueError("spatial needs patches that lie on one grid")
+    rows, columns = features.grid
+    # The rows in use are rounded to taste, so a table of them is baked in; all else is integer arithmetic with K.
+    table_N = torch.tensor([used_rows(features.grid, count + 1) for count in range(rows * columns)])
+    used_1 = table_N[torch.full((1,), kept - 1)]
+    points_K = torch.arange(kept)
+    stripe_K = ((points_K + 1) * used_1 - 1) // kept
+    first_K, end_K = stripe_K * kept // used_1, (stripe_K + 1) * kept // used_1
+    row_K = (2 * stripe_K + 1) * rows // (2 * used_1)
+    column_K = (2 * (points_K - first_K) + 1) * columns // (2 * (end_K - first_K))
+    return Selected((row_K * columns + column_K).expand(features.patches_BNE.shape[0], -1))

@@ -1,40 +1,45 @@
-"""The table of strategies: what each needs, what it does to the tokens, and where it works."""
+"""The table of pruners: what each needs, what it does to the tokens, and where it works.
+
+A pruner is a row here, a module with its tensor code (see `prune/__init__.py`) and a function with the same choice in float64
+NumPy. All three may come from outside the package: see `register`.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from dataclasses import dataclass
-from typing import Literal
+from types import ModuleType
 
 from gap_export.bundle.manifest import VisionFeature
 from gap_export.errors import RecipeError
 
-Where = Literal["before the decoder", "inside the decoder"]
-
 
 @dataclass(frozen=True)
-class Strategy:
-    """One row of the table: what a strategy needs, and what it does to the tokens.
+class Pruner:
+    """One pruner: what it needs, and what it does to the tokens.
 
     Attributes:
         name: what `--pruner` takes.
-        implementation: `module:class` within this package.
         summary: one line for people.
+        reference: module with the same choice in float64 NumPy; see `prune/reference/__init__.py`.
+        module: with the tensor code; by default the one of the pruner's name in this package.
         needs: what the tower must have.
         needs_text: whether the choice depends on the prompt.
         needs_seed: whether it draws at random.
-        adaptive: whether it can find K by itself (`AdaptivePruner`).
+        adaptive: whether it can find K by itself (`select_adaptive`).
         reads_projected: whether it looks at tokens after the projector, all N of which are then projected.
         merges: whether features of dropped tokens go into those of kept ones.
         merged: how many of the K tokens have no raster index of their own.
         sequential: whether it chooses one token (or round) after the other, which is a loop in the graph.
         min_tokens: smallest K that it can give.
-        where: the point in the model at which tokens are dropped.
+        in_decoder: whether tokens are dropped inside the decoder, and not before it.
     """
 
     name: str
-    implementation: str
     summary: str
+    reference: str
+    module: str = ""
     needs: tuple[VisionFeature, ...] = ()
     needs_text: bool = False
     needs_seed: bool = False
@@ -44,135 +49,70 @@ class Strategy:
     merged: int = 0
     sequential: bool = False
     min_tokens: int = 1
-    where: Where = "before the decoder"
+    in_decoder: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"a pruner's name is an identifier, and {self.name!r} is not")
+        if not 0 <= self.merged < self.min_tokens:
+            raise ValueError(
+                f"{self.name} keeps at least {self.min_tokens} tokens, and {self.merged} of them are merged: one must be a patch"
+            )
+        if self.merged and not self.merges:
+            raise ValueError(f"{self.name} has merged tokens and does not merge")
+        if self.in_decoder and self.adaptive:
+            raise ValueError(
+                f"{self.name} drops tokens inside the decoder, whose graphs are laid out for one count"
+            )
+
+    def load_reference(self) -> ModuleType:
+        """The module with the same in float64."""
+        return importlib.import_module(self.reference)
+
+    def load(self) -> ModuleType:
+        """The module with the tensor code; imports torch.
+
+        Raises:
+            ValueError: it has no function to select with.
+        """
+        package = f"{__package__}.in_decoder" if self.in_decoder else __package__
+        module = importlib.import_module(self.module or f"{package}.{self.name}")
+        for function in ("select", "select_adaptive") if self.adaptive else ("select",):
+            if not callable(getattr(module, function, None)):
+                raise ValueError(
+                    f"{module.__name__}, the module of pruner {self.name}, has no function {function!r}"
+                )
+        return module
 
 
-STRATEGIES: tuple[Strategy, ...] = (
-    Strategy(
-        "cls_attention",
-        "cls_attention:ClsAttention",
-        "what the class token attends to most",
-        needs=("class_token",),
-    ),
-    Strategy(
-        "tile_attention",
-        "tile_attention:TileAttention",
-        "the same, by an equal share of every tile",
-        needs=("class_token",),
-    ),
-    Strategy(
-        "text_similarity",
-        "text_similarity:TextSimilarity",
-        "what matches the expression best",
-        needs_text=True,
-    ),
-    Strategy(
-        "prumerge",
-        "prumerge:PruMerge",
-        "class-token attention; neighbours are added in, the rest becomes one token",
-        needs=("class_token", "following_layer"),
-        adaptive=True,
-        merges=True,
-        merged=1,
-        min_tokens=2,
-    ),
-    Strategy(
-        "prumerge_plus",
-        "prumerge_plus:PruMergePlus",
-        "a quarter as prumerge, three quarters evenly spread",
-        needs=("class_token", "following_layer"),
-        adaptive=True,
-        merges=True,
-        merged=1,
-        min_tokens=2,
-    ),
-    Strategy(
-        "trim",
-        "trim:Trim",
-        "what matches the expression best; the rest becomes one token",
-        needs_text=True,
-        adaptive=True,
-        merges=True,
-        merged=1,
-        min_tokens=2,
-    ),
-    Strategy(
-        "visionzip",
-        "visionzip:VisionZip",
-        "class token, what it attends to most, and tokens that sum up the rest",
-        needs=("class_token", "projected_class_token"),
-        merges=True,
-        merged=1,
-        min_tokens=2,
-    ),
-    Strategy(
-        "divprune",
-        "divprune:DivPrune",
-        "greedily the token farthest from all chosen ones",
-        reads_projected=True,
-        sequential=True,
-    ),
-    Strategy(
-        "vispruner",
-        "vispruner:VisPruner",
-        "half by class-token attention, half by weeding out what is alike",
-        needs=("class_token",),
-        sequential=True,
-    ),
-    Strategy(
-        "cdpruner",
-        "cdpruner:CDPruner",
-        "greedily what the chosen ones do not span, weighted by how it matches the expression",
-        needs_text=True,
-        reads_projected=True,
-        sequential=True,
-    ),
-    Strategy(
-        "dart",
-        "dart:Dart",
-        "a few tokens of high norm, and what is least alike to them",
-        reads_projected=True,
-    ),
-    Strategy("random", "random:Random", "a seeded draw", needs_seed=True),
-    Strategy("spatial", "spatial:Spatial", "a uniform grid", needs=("grid",)),
-    Strategy("none", "none:KeepAll", "nothing is pruned"),
-    Strategy(
-        "fastv",
-        "in_decoder.fastv:FastV",
-        "what the last token of the prompt attends to most in an early layer",
-        where="inside the decoder",
-    ),
-    Strategy(
-        "pyramiddrop",
-        "in_decoder.pyramiddrop:PyramidDrop",
-        "the same in three steps, each by the next layer's attention",
-        where="inside the decoder",
-    ),
-    Strategy(
-        "sparsevlm",
-        "in_decoder.sparsevlm:SparseVlm",
-        "what the telling words attend to most, in three steps; the best of the rest as cluster means",
-        merges=True,
-        where="inside the decoder",
-    ),
-)
-"""Every strategy there is, in the order in which they are listed."""
+PRUNERS: dict[str, Pruner] = {}
+"""Name -> row, in the order in which they are listed. `register` adds to it."""
 
 
-def names(where: Where | None = None) -> tuple[str, ...]:
-    """Names of all strategies, or of those that prune at one point."""
-    return tuple(row.name for row in STRATEGIES if where in (None, row.where))
+def register(new: Pruner) -> None:
+    """Add a pruner to the table.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if new.name in PRUNERS:
+        raise ValueError(f"a pruner named {new.name!r} is in the table already")
+    PRUNERS[new.name] = new
 
 
-def strategy(name: str) -> Strategy:
+def names(*, in_decoder: bool | None = None) -> tuple[str, ...]:
+    """Names of all pruners, or of those that drop tokens inside the decoder (True) or before it (False)."""
+    return tuple(row.name for row in PRUNERS.values() if in_decoder in (None, row.in_decoder))
+
+
+def row(name: str) -> Pruner:
     """The row of that name.
 
     Raises:
         RecipeError: unknown name, with the nearest known one.
     """
-    for row in STRATEGIES:
-        if row.name == name:
-            return row
+    if name in PRUNERS:
+        return PRUNERS[name]
     near = difflib.get_close_matches(name, names(), n=1)
     raise RecipeError(
         "is not a pruner" + (f"; did you mean {near[0]!r}?" if near else ""),
@@ -181,17 +121,136 @@ def strategy(name: str) -> Strategy:
     )
 
 
-def needs(row: Strategy) -> str:
-    """What a strategy needs, in words."""
-    parts = [part.replace("_", " ") for part in row.needs]
-    parts += ["text"] if row.needs_text else []
-    parts += ["seed"] if row.needs_seed else []
-    parts += ["prompt"] if row.where == "inside the decoder" else []
+def needs(pruner: Pruner) -> str:
+    """What a pruner needs, in words."""
+    parts = [part.replace("_", " ") for part in pruner.needs]
+    parts += ["text"] if pruner.needs_text else []
+    parts += ["seed"] if pruner.needs_seed else []
+    parts += ["prompt"] if pruner.in_decoder else []
     return ", ".join(parts) or "-"
 
 
-def merging(row: Strategy) -> str:
-    """What a strategy does with the features of dropped tokens, in words."""
-    if not row.merges:
+def where(pruner: Pruner) -> str:
+    """The point in the model at which a pruner drops tokens, in words."""
+    return "inside the decoder" if pruner.in_decoder else "before the decoder"
+
+
+def merging(pruner: Pruner) -> str:
+    """What a pruner does with the features of dropped tokens, in words."""
+    if not pruner.merges:
         return "no"
-    return f"yes, {row.merged} of K without a place of its own" if row.merged else "yes"
+    return f"yes, {pruner.merged} of K without a place of its own" if pruner.merged else "yes"
+
+
+_SCORES, _MERGING, _DIVERSE = (f"{__package__}.reference.{name}" for name in ("scores", "merging", "diverse"))
+
+for _row in (
+    Pruner(
+        "cls_attention",
+        "what the class token attends to most",
+        reference=_SCORES,
+        needs=("class_token",),
+    ),
+    Pruner(
+        "tile_attention",
+        "the same, by an equal share of every tile",
+        reference=_SCORES,
+        needs=("class_token",),
+    ),
+    Pruner(
+        "text_similarity",
+        "what matches the expression best",
+        reference=_SCORES,
+        needs_text=True,
+    ),
+    Pruner(
+        "prumerge",
+        "class-token attention; neighbours are added in, the rest becomes one token",
+        reference=_MERGING,
+        needs=("class_token", "following_layer"),
+        adaptive=True,
+        merges=True,
+        merged=1,
+        min_tokens=2,
+    ),
+    Pruner(
+        "prumerge_plus",
+        "a quarter as prumerge, three quarters evenly spread",
+        reference=_MERGING,
+        needs=("class_token", "following_layer"),
+        adaptive=True,
+        merges=True,
+        merged=1,
+        min_tokens=2,
+    ),
+    Pruner(
+        "trim",
+        "what matches the expression best; the rest becomes one token",
+        reference=_MERGING,
+        needs_text=True,
+        adaptive=True,
+        merges=True,
+        merged=1,
+        min_tokens=2,
+    ),
+    Pruner(
+        "visionzip",
+        "class token, what it attends to most, and tokens that sum up the rest",
+        reference=_MERGING,
+        needs=("class_token", "projected_class_token"),
+        merges=True,
+        merged=1,
+        min_tokens=2,
+    ),
+    Pruner(
+        "divprune",
+        "greedily the token farthest from all chosen ones",
+        reference=_DIVERSE,
+        reads_projected=True,
+        sequential=True,
+    ),
+    Pruner(
+        "vispruner",
+        "half by class-token attention, half by weeding out what is alike",
+        reference=_DIVERSE,
+        needs=("class_token",),
+        sequential=True,
+    ),
+    Pruner(
+        "cdpruner",
+        "greedily what the chosen ones do not span, weighted by how it matches the expression",
+        reference=_DIVERSE,
+        needs_text=True,
+        reads_projected=True,
+        sequential=True,
+    ),
+    Pruner(
+        "dart",
+        "a few tokens of high norm, and what is least alike to them",
+        reference=_DIVERSE,
+        reads_projected=True,
+    ),
+    Pruner("random", "a seeded draw", reference=_SCORES, needs_seed=True),
+    Pruner("spatial", "a uniform grid", reference=_SCORES, needs=("grid",)),
+    Pruner("none", "nothing is pruned", reference=_SCORES),
+    Pruner(
+        "fastv",
+        "what the last token of the prompt attends to most in an early layer",
+        reference="gap_export.prune.in_decoder.reference",
+        in_decoder=True,
+    ),
+    Pruner(
+        "pyramiddrop",
+        "the same in three steps, each by the next layer's attention",
+        reference="gap_export.prune.in_decoder.reference",
+        in_decoder=True,
+    ),
+    Pruner(
+        "sparsevlm",
+        "what the relevant text tokens attend to most, in three steps; the best of the rest as cluster means",
+        reference="gap_export.prune.in_decoder.reference",
+        merges=True,
+        in_decoder=True,
+    ),
+):
+    register(_row)

@@ -18,22 +18,20 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 
 
-class TextSimilarity:
-    """Top-k by cosine with the expression."""
+def scores(features: VisionFeatures) -> Tensor:
+    """Score of every patch.
 
-    def scores(self, features: VisionFeatures) -> Tensor:
-        """Score of every patch.
+    Returns:
+        [B, N] float32: cosine with the text, its sign such that patches which match have more.
+    """
+    aligned_BNP, text_BP = aligned_pair(features)
+    cosine_BN = torch.matmul(normalize(aligned_BNP, dim=-1), normalize(text_BP, dim=-1)[..., None])
+    return matching(features, cosine_BN[..., 0])
 
-        Returns:
-            [B, N] float32: cosine with the text, its sign such that patches which match have more.
-        """
-        aligned_BNP, text_BP = aligned_pair(features)
-        cosine_BN = torch.matmul(normalize(aligned_BNP, dim=-1), normalize(text_BP, dim=-1)[..., None])
-        return matching(features, cosine_BN[..., 0])
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`."""
-        return Selected(self.scores(features).topk(kept, dim=-1).indices)
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`."""
+    return Selected(scores(features).topk(kept, dim=-1).indices)
 
 
 def aligned_pair(features: VisionFeatures) -> tuple[Tensor, Tensor]:

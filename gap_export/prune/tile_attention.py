@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from gap_export.positions import MergedId
-from gap_export.prune import Selected, VisionFeatures
-from gap_export.prune.cls_attention import ClsAttention
+from gap_export.prune import Selected, VisionFeatures, cls_attention
 
 SHARES = 2**19
 """Steps of a share: fine enough for tiles of up to 700 patches, and all products stay below 2**31."""
@@ -19,16 +18,13 @@ SHARES = 2**19
 MOST_TILES = 64
 
 
-class TileAttention:
-    """Top-k by rank within the tile."""
-
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`; of patches at the same place in their tiles, that of the first tile is better."""
-        scores_BN, places_N = ClsAttention().scores(features), torch.arange(features.visual_tokens)
-        tile_N = torch.zeros_like(places_N) if features.tile_N is None else features.tile_N
-        beside_NN = tile_N[:, None] == tile_N
-        mine_BN1, theirs_B1N = scores_BN[:, :, None], scores_BN[:, None]
-        is_better_BNN = (theirs_B1N > mine_BN1) | ((theirs_B1N == mine_BN1) & (places_N < places_N[:, None]))
-        rank_BN = (is_better_BNN & beside_NN).to(torch.int64).sum(dim=-1)
-        share_BN = (2 * rank_BN + 1) * SHARES // beside_NN.to(torch.int64).sum(dim=-1)
-        return Selected((share_BN * MOST_TILES + tile_N).topk(kept, dim=-1, largest=False).indices)
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`; of patches at the same place in their tiles, that of the first tile is better."""
+    scores_BN, places_N = cls_attention.scores(features), torch.arange(features.visual_tokens)
+    tile_N = torch.zeros_like(places_N) if features.tile_N is None else features.tile_N
+    beside_NN = tile_N[:, None] == tile_N
+    mine_BN1, theirs_B1N = scores_BN[:, :, None], scores_BN[:, None]
+    is_better_BNN = (theirs_B1N > mine_BN1) | ((theirs_B1N == mine_BN1) & (places_N < places_N[:, None]))
+    rank_BN = (is_better_BNN & beside_NN).to(torch.int64).sum(dim=-1)
+    share_BN = (2 * rank_BN + 1) * SHARES // beside_NN.to(torch.int64).sum(dim=-1)
+    return Selected((share_BN * MOST_TILES + tile_N).topk(kept, dim=-1, largest=False).indices)

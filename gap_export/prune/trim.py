@@ -26,19 +26,17 @@ _FAR_ABOVE = 60.0
 """Logarithm of a score that is an outlier whatever the others are; its exponential is finite in float32."""
 
 
-class Trim:
-    """Top-k by raw product with the expression, and the mean of the rest."""
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`."""
+    return _with_mean(features, layout(_logits(features), kept), merged_id)
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`."""
-        return _with_mean(features, layout(_logits(features), kept), merged_id)
 
-    def select_adaptive(self, features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
-        """See `AdaptivePruner.select_adaptive`."""
-        logits_BN = _logits(features)
-        own_B1 = outlier_count(_relative_scores(logits_BN))
-        selected = _with_mean(features, layout(logits_BN, bound, own_B1), merged_id)
-        return replace(selected, counts_B=own_B1[:, 0] + 1)
+def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+    """See `AdaptiveModule.select_adaptive`."""
+    logits_BN = _logits(features)
+    own_B1 = outlier_count(_relative_scores(logits_BN))
+    selected = _with_mean(features, layout(logits_BN, bound, own_B1), merged_id)
+    return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
 def _logits(features: VisionFeatures) -> Tensor:

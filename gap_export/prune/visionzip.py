@@ -15,8 +15,7 @@ import torch
 from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
-from gap_export.prune import Selected, VisionFeatures
-from gap_export.prune.cls_attention import ClsAttention
+from gap_export.prune import Selected, VisionFeatures, cls_attention
 from gap_export.prune.order import merged_index, take
 
 _LESS_THAN_ANY = -2.0
@@ -27,41 +26,36 @@ def contextual_count(kept: int) -> int:
     return (kept * 10 + 32) // 64
 
 
-class VisionZip:
-    """Class token, dominant patches, contextual tokens."""
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`: class token, dominant patches by score, contextual tokens in raster order."""
+    if features.class_token_BE is None or features.mean_keys_BND is None:
+        raise ValueError("visionzip needs a vision tower with a class token")
+    visual, patches_BNE = features.visual_tokens, features.patches_BNE
+    contextual = contextual_count(kept)
+    dominant = kept - contextual - 1
+    step = torch.sym_max(1, (visual - dominant) // torch.sym_max(1, contextual))
+    rows_K = torch.arange(kept)
+    is_class_K, is_target_K = rows_K == 0, rows_K > dominant
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`: class token, dominant patches by score, contextual tokens in raster order."""
-        if features.class_token_BE is None or features.mean_keys_BND is None:
-            raise ValueError("visionzip needs a vision tower with a class token")
-        visual, patches_BNE = features.visual_tokens, features.patches_BNE
-        contextual = contextual_count(kept)
-        dominant = kept - contextual - 1
-        step = torch.sym_max(1, (visual - dominant) // torch.sym_max(1, contextual))
-        rows_K = torch.arange(kept)
-        is_class_K, is_target_K = rows_K == 0, rows_K > dominant
+    scores_BN = cls_attention.scores(features)
+    ranked_BN = scores_BN.topk(visual, dim=-1).indices
+    # In raster order, dominant patches behind all others.
+    behind_N = torch.where(torch.arange(visual) < dominant, visual, 0)
+    rest_BN = (ranked_BN + behind_N).sort(dim=-1).values
+    # (The row of the class token stands in for that of the first dominant patch until the end.)
+    dominant_BK = ranked_BN[:, (rows_K - 1).clamp(min=0)]
+    target_BK = rest_BN[:, (rows_K - dominant - 1).clamp(min=0) * step]
+    chosen_BK = torch.where(is_target_K, target_BK, dominant_BK)
+    class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
 
-        scores_BN = ClsAttention().scores(features)
-        ranked_BN = scores_BN.topk(visual, dim=-1).indices
-        # In raster order, dominant patches behind all others.
-        behind_N = torch.where(torch.arange(visual) < dominant, visual, 0)
-        rest_BN = (ranked_BN + behind_N).sort(dim=-1).values
-        # (The row of the class token stands in for that of the first dominant patch until the end.)
-        dominant_BK = ranked_BN[:, (rows_K - 1).clamp(min=0)]
-        target_BK = rest_BN[:, (rows_K - dominant - 1).clamp(min=0) * step]
-        chosen_BK = torch.where(is_target_K, target_BK, dominant_BK)
-        class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
-
-        keys_BND = normalize(features.mean_keys_BND, dim=-1)
-        alike_BKN = torch.matmul(take(keys_BND, chosen_BK), keys_BND.transpose(1, 2))
-        nearest_BN = alike_BKN.masked_fill(~is_target_K[:, None], _LESS_THAN_ANY).argmax(dim=1)
-        is_other_BN = torch.ones_like(scores_BN).scatter(1, chosen_BK, 0.0)
-        goes_BKN = (nearest_BN[:, None] == rows_K[:, None]) * is_target_K[:, None] * is_other_BN[:, None]
-        mean_BKN = goes_BKN / goes_BKN.sum(dim=-1, keepdim=True).clamp(min=1.0)
-        tokens_BKE = take(patches_BNE, chosen_BK).float() + torch.matmul(mean_BKN, patches_BNE.float())
-        return Selected(
-            torch.where(is_class_K, class_B1, chosen_BK),
-            torch.where(
-                is_class_K[:, None], features.class_token_BE[:, None], tokens_BKE.to(patches_BNE.dtype)
-            ),
-        )
+    keys_BND = normalize(features.mean_keys_BND, dim=-1)
+    alike_BKN = torch.matmul(take(keys_BND, chosen_BK), keys_BND.transpose(1, 2))
+    nearest_BN = alike_BKN.masked_fill(~is_target_K[:, None], _LESS_THAN_ANY).argmax(dim=1)
+    is_other_BN = torch.ones_like(scores_BN).scatter(1, chosen_BK, 0.0)
+    goes_BKN = (nearest_BN[:, None] == rows_K[:, None]) * is_target_K[:, None] * is_other_BN[:, None]
+    mean_BKN = goes_BKN / goes_BKN.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    tokens_BKE = take(patches_BNE, chosen_BK).float() + torch.matmul(mean_BKN, patches_BNE.float())
+    return Selected(
+        torch.where(is_class_K, class_B1, chosen_BK),
+        torch.where(is_class_K[:, None], features.class_token_BE[:, None], tokens_BKE.to(patches_BNE.dtype)),
+    )

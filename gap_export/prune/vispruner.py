@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
-from gap_export.prune import Selected, VisionFeatures
-from gap_export.prune.cls_attention import ClsAttention
+from gap_export.prune import Selected, VisionFeatures, cls_attention
 from gap_export.prune.order import ranks, take
 from gap_export.prune.scan import sequential
 
@@ -31,36 +30,33 @@ def rounds(visual_tokens: int, kept: int) -> int:
     return (visual_tokens - kept + DROPPED_PER_ROUND - 1) // DROPPED_PER_ROUND + 2
 
 
-class VisPruner:
-    """Important tokens by attention, diverse ones by elimination."""
+def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+    """See `PrunerModule.select`; important tokens come first."""
+    visual, important = features.visual_tokens, kept // 2
+    wanted = kept - important
+    ranked_BN = cls_attention.scores(features).topk(visual, dim=-1).indices
+    tokens_BNE = take(normalize(features.patches_BNE.float(), dim=-1), ranked_BN)
+    alike_BNN = torch.matmul(tokens_BNE, tokens_BNE.transpose(1, 2))
 
-    def select(self, features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-        """See `Pruner.select`; important tokens come first."""
-        visual, important = features.visual_tokens, kept // 2
-        wanted = kept - important
-        ranked_BN = ClsAttention().scores(features).topk(visual, dim=-1).indices
-        tokens_BNE = take(normalize(features.patches_BNE.float(), dim=-1), ranked_BN)
-        alike_BNN = torch.matmul(tokens_BNE, tokens_BNE.transpose(1, 2))
+    def thin(place_BN: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        """One round; with as many left as wanted, none is dropped and nothing moves."""
+        left_B1 = place_BN.amax(dim=-1, keepdim=True) + 1
+        evens_B1 = (left_B1 + 1) // 2
+        drops_B1 = torch.minimum((left_B1 - wanted).clamp(max=DROPPED_PER_ROUND), evens_B1)
+        is_left_BN = place_BN >= 0
+        is_odd_BN, is_even_BN = is_left_BN & (place_BN % 2 == 1), is_left_BN & (place_BN % 2 == 0)
+        closest_BN = alike_BNN.masked_fill(~is_odd_BN[:, None], _LESS_THAN_ANY).amax(dim=-1)
+        rank_BN = ranks(closest_BN.masked_fill(~is_even_BN, 2 * _LESS_THAN_ANY))
+        even_place_BN = torch.where(rank_BN < drops_B1, _DROPPED, rank_BN - drops_B1)
+        odd_place_BN = evens_B1 - drops_B1 + place_BN // 2
+        moved_BN = torch.where(is_even_BN, even_place_BN, torch.where(is_odd_BN, odd_place_BN, _DROPPED))
+        return torch.where(drops_B1 > 0, moved_BN, place_BN), left_B1
 
-        def thin(place_BN: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            """One round; with as many left as wanted, none is dropped and nothing moves."""
-            left_B1 = place_BN.amax(dim=-1, keepdim=True) + 1
-            evens_B1 = (left_B1 + 1) // 2
-            drops_B1 = torch.minimum((left_B1 - wanted).clamp(max=DROPPED_PER_ROUND), evens_B1)
-            is_left_BN = place_BN >= 0
-            is_odd_BN, is_even_BN = is_left_BN & (place_BN % 2 == 1), is_left_BN & (place_BN % 2 == 0)
-            closest_BN = alike_BNN.masked_fill(~is_odd_BN[:, None], _LESS_THAN_ANY).amax(dim=-1)
-            rank_BN = ranks(closest_BN.masked_fill(~is_even_BN, 2 * _LESS_THAN_ANY))
-            even_place_BN = torch.where(rank_BN < drops_B1, _DROPPED, rank_BN - drops_B1)
-            odd_place_BN = evens_B1 - drops_B1 + place_BN // 2
-            moved_BN = torch.where(is_even_BN, even_place_BN, torch.where(is_odd_BN, odd_place_BN, _DROPPED))
-            return torch.where(drops_B1 > 0, moved_BN, place_BN), left_B1
-
-        # Important tokens take no part in the rounds: to these they look as if dropped.
-        ranks_N = torch.arange(visual)
-        first_N = torch.where(ranks_N < important, _DROPPED, ranks_N - important)
-        first_BN = torch.zeros_like(ranked_BN) + first_N
-        place_BN, _ = sequential(thin, first_BN, rounds(visual, kept))
-        rest_BN = torch.where(place_BN < 0, visual, place_BN) + important
-        order_BN = torch.where(ranks_N < important, ranks_N, rest_BN)
-        return Selected(ranked_BN.gather(1, order_BN.topk(kept, dim=-1, largest=False).indices))
+    # Important tokens take no part in the rounds: to these they look as if dropped.
+    ranks_N = torch.arange(visual)
+    first_N = torch.where(ranks_N < important, _DROPPED, ranks_N - important)
+    first_BN = torch.zeros_like(ranked_BN) + first_N
+    place_BN, _ = sequential(thin, first_BN, rounds(visual, kept))
+    rest_BN = torch.where(place_BN < 0, visual, place_BN) + important
+    order_BN = torch.where(ranks_N < important, ranks_N, rest_BN)
+    return Selected(ranked_BN.gather(1, order_BN.topk(kept, dim=-1, largest=False).indices))

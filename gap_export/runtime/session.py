@@ -19,7 +19,7 @@ from gap_export.bundle.manifest import Pruning
 from gap_export.bundle.spec import GraphSpec
 from gap_export.errors import InputError, SessionError
 from gap_export.inputs.batch import ImageBatch, PixelInputs
-from gap_export.positions import Ids, Placement
+from gap_export.positions import PAD, Ids, Placement
 
 Buffer = Any
 """A tensor in the session's own form (NumPy array, OrtValue, torch tensor, device pointer)."""
@@ -27,9 +27,6 @@ Buffer = Any
 TEXT_IDS, KEEP_COUNT, KEPT_COUNTS = "text_ids", "keep_count", "kept_counts"
 VISUAL_COUNTS, IMAGE_GRID = "visual_counts", "image_grid"
 """Names of inputs and outputs that graphs have only where they are needed."""
-
-NO_INDEX = -1
-"""Fills short rows of `kept_indices`."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +289,7 @@ def together(session: Session, parts: Sequence[VisualTokens], batch: ImageBatch)
     rows = [parts[first : first + step] for first in range(0, len(parts), step)]
     kept_rows = [np.concatenate([part.kept_indices[0] for part in row]) for row in rows]
     longest = max(map(len, kept_rows))
-    kept_BK = np.full((len(rows), longest), NO_INDEX, np.int64)
+    kept_BK = np.full((len(rows), longest), PAD, np.int64)
     for number, kept_K in enumerate(kept_rows):
         kept_BK[number, : len(kept_K)] = kept_K
     counts = np.array([part.kept_indices.shape[1] for part in parts], np.int64)

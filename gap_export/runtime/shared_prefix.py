@@ -18,8 +18,7 @@ import numpy as np
 
 from gap_export.bundle.manifest import Manifest
 from gap_export.inputs.batch import ImageBatch
-from gap_export.inputs.prompt import PAD
-from gap_export.positions import Ids, Placement, extended
+from gap_export.positions import PAD, Ids, Placement, extended
 from gap_export.runtime.generate import Decoded, decode, encode
 from gap_export.runtime.session import Session
 

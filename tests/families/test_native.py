@@ -12,10 +12,10 @@ import torch
 
 from gap_export.errors import RecipeError
 from gap_export.evaluation.controls import controls
-from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
 from gap_export.runtime.grounder import keep_counts
+from tests.unpruned import gather_ids
 
 from .answers import (
     PROMPTS,
@@ -109,7 +109,7 @@ def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) 
         )
         kept = run.kept_indices[row][run.kept_indices[row] >= 0]
         text = np.flatnonzero(ids[0].numpy() != IMAGE_TOKEN)
-        expected, following = gather_mrope_ids(
+        expected, following = gather_ids(
             everything[:, 0].numpy(), np.sort(np.concatenate([text, before + kept]))
         )
         assert expected.shape[1] < ids.shape[1]

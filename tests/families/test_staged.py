@@ -28,7 +28,7 @@ DeepBundle = Callable[..., Bundle]
 DeepReference = Callable[[Pruning], Any]
 Pixels = NDArray[np.float32]
 
-INSIDE = prune.names("inside the decoder")
+INSIDE = prune.names(in_decoder=True)
 GAP = PositionPolicy.GAP
 VISUAL, NEW = 36, 5
 

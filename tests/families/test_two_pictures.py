@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from gap_export.errors import InputError, RecipeError
-from gap_export.evaluation.parity import controls
+from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import ImageBatch
-from gap_export.positions import gather_mrope_ids
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.grounder import Grounder, keep_counts
 from gap_export.runtime.torch.staged import open_reference
+from tests.unpruned import gather_ids
 
 from .answers import NEW_TOKENS, Families, assert_equal, moved_by, whole_model
 from .conftest import IMAGE_TOKEN
@@ -148,7 +148,7 @@ def test_ids_are_those_of_the_unpruned_prompt(tiny_family: Families, name: str) 
                 [np.flatnonzero(ids[0].numpy() != IMAGE_TOKEN), visual[first], visual[tokens[0] + second]]
             )
         )
-        expected, following = gather_mrope_ids(whole, surviving)
+        expected, following = gather_ids(whole, surviving)
         mine = run.placement.position_ids[..., row, : len(surviving)]
         np.testing.assert_array_equal(mine, expected if "qwen" in name else expected[0])
         assert run.placement.next_position[row] == following

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from gap_export import prune
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import InputError
 from gap_export.modeling.splice import Splice
-from gap_export.positions import Ids, PositionPolicy, place
+from gap_export.positions import PAD, Ids, PositionPolicy, place
 from gap_export.runtime.ort import OnnxRuntimeSession
 
 TOTAL, IMAGE, HIDDEN = 36, 4, 4
@@ -101,7 +100,7 @@ def test_splice_places_text_after_the_last_real_token_of_its_row(data: st.DataOb
     after = np.array(data.draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)))
     longest = int(counts.max()) + data.draw(st.integers(0, 2))
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
-    kept = np.full((rows, longest), prune.NO_TOKEN)
+    kept = np.full((rows, longest), PAD)
     ids = np.full((rows, int((before + after).max()) + 1), -1)
     for row in range(rows):
         kept[row, : counts[row]] = np.sort(random.choice(visual, counts[row], replace=False))

@@ -14,7 +14,6 @@ from tokenizers.models import BPE, WordLevel
 
 from gap_export.errors import BundleError, CheckpointError, InputError
 from gap_export.inputs.prompt import (
-    PAD,
     PromptTemplate,
     clean_expression,
     decode_answer,
@@ -22,6 +21,7 @@ from gap_export.inputs.prompt import (
     load_tokenizer,
     unknown_words,
 )
+from gap_export.positions import PAD
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 WORDS = ["user", "assistant", ":", "where", "is", "the", "small", "red", "mug", "on", "left", "?"]

@@ -53,7 +53,7 @@ def gathers_of_ids(model: ir.Model) -> list[ir.Node]:
 
 
 @pytest.mark.parametrize("policy", PositionPolicy)
-@pytest.mark.parametrize("pruner", prune.names("inside the decoder"))
+@pytest.mark.parametrize("pruner", prune.names(in_decoder=True))
 def test_both_graphs_carry_what_their_policy_says(
     pruner: str, policy: PositionPolicy, deep_bundle: DeepBundle
 ) -> None:

@@ -14,7 +14,8 @@ from gap_export import linter
 from gap_export.bundle.spec import GraphSpec
 from gap_export.modeling.fake import fake_mode
 from gap_export.modeling.splice import Splice
-from gap_export.positions import PositionPolicy, gather_mrope_ids, place
+from gap_export.positions import PositionPolicy, place
+from tests.unpruned import gather_ids
 
 from .exporting import splice_spec, write_splice
 
@@ -77,7 +78,7 @@ def ids_by_crossing_out(row: int, policy: PositionPolicy, *, mrope: bool) -> tup
     whole = [[j] * 3 for j in range(before)]
     whole += [[before, before + r, before + c] for r in range(rows) for c in range(columns)]
     whole += [[before + max(rows, columns) + j] * 3 for j in range(after)]
-    return gather_mrope_ids(np.array(whole).T, np.array(surviving))
+    return gather_ids(np.array(whole).T, np.array(surviving))
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2], [1, 0]], ids=str)

@@ -14,7 +14,8 @@ from gap_export import linter
 from gap_export.bundle.spec import GraphSpec
 from gap_export.modeling.fake import fake_mode
 from gap_export.modeling.splice_several import SpliceSeveral
-from gap_export.positions import PositionPolicy, gather_mrope_ids, place
+from gap_export.positions import PositionPolicy, place
+from tests.unpruned import gather_ids
 
 from .exporting import splice_spec, write_splice
 
@@ -97,7 +98,7 @@ def ids_by_crossing_out(row: int, policy: PositionPolicy, *, mrope: bool) -> tup
     if policy is not PositionPolicy.GAP:
         ids = np.arange(len(surviving))
         return (np.stack([ids] * 3) if mrope else ids), len(surviving)
-    gathered, following = gather_mrope_ids(np.array(whole).T, np.array(surviving))
+    gathered, following = gather_ids(np.array(whole).T, np.array(surviving))
     assert position >= following  # (equal, unless the prompt ends with an image)
     return (gathered if mrope else gathered[0]), position
 

@@ -82,7 +82,7 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
 
     def every_count(pruner: str, merged_id: MergedId = MergedId.LAST_VISUAL) -> None:
         """As torch code, from the fewest to all of 20 tokens, three images each: order, range, reference."""
-        row, visual = prune.strategy(pruner), SMALL[0] * SMALL[1]
+        row, visual = prune.row(pruner), SMALL[0] * SMALL[1]
         arrays = sets.random_features(np.random.default_rng(6), SMALL, batch=3, width=48)
         features = VisionFeatures(grid=SMALL, **{n: torch.from_numpy(a.copy()) for n, a in arrays.items()})
         for kept in range(row.min_tokens, visual + 1):
@@ -107,7 +107,7 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
     def one_graph_for_every_count(pruner: str, **options: Any) -> None:
         """As a graph in which K is an input, from the fewest to all of 20 tokens, three images each."""
         graph, generator = exported(pruner, None, SMALL, width=48, **options), np.random.default_rng(8)
-        for kept in range(prune.strategy(pruner).min_tokens, SMALL[0] * SMALL[1] + 1):
+        for kept in range(prune.row(pruner).min_tokens, SMALL[0] * SMALL[1] + 1):
             arrays = sets.random_features(generator, SMALL, batch=3, width=48)
             assert set(sets.agrees(graph, arrays, kept)) == {"equal"}, kept
 
@@ -129,7 +129,7 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         folder.mkdir()
         recipe = Recipe.model_validate({"keep": 0.34, **tiny_options, **changes})
         checkpoint = open_checkpoint(Path(recipe.checkpoint))
-        reads_text = prune.strategy(recipe.pruner).needs_text and recipe.text_tower
+        reads_text = prune.row(recipe.pruner).needs_text and recipe.text_tower
         if reads_text:
             checkpoint = checkpoint.with_companion("text_tower", open_checkpoint(Path(recipe.text_tower)))
         family = open_family(checkpoint)
@@ -182,7 +182,7 @@ def selection_builds_in_tensorrt() -> Callable[..., None]:
         config, profile = builder.create_builder_config(), builder.create_optimization_profile()
         for tensor in (network.get_input(place) for place in range(network.num_inputs)):
             if tensor.is_shape_tensor:
-                fewest, visual = prune.strategy(graph.pruner).min_tokens, graph.grid[0] * graph.grid[1]
+                fewest, visual = prune.row(graph.pruner).min_tokens, graph.grid[0] * graph.grid[1]
                 profile.set_shape_input(tensor.name, [fewest], [visual // 4], [visual])
             else:
                 batches = [[batch, *tensor.shape[1:]] for batch in (1, 1, 2)]

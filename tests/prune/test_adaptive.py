@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from gap_export import prune
 from gap_export.errors import RecipeError
-from gap_export.positions import MergedId, PositionPolicy
-from gap_export.prune import NO_TOKEN, Selected, VisionFeatures, order
+from gap_export.positions import PAD, MergedId, PositionPolicy
+from gap_export.prune import Selected, VisionFeatures, order
 from gap_export.prune.outliers import outlier_count
 
-ADAPTIVE = [row.name for row in prune.STRATEGIES if row.adaptive]
+ADAPTIVE = [row.name for row in prune.PRUNERS.values() if row.adaptive]
 GRID = (4, 5)
 
 
@@ -112,7 +112,7 @@ def test_padding_comes_last_in_every_order(sets: Any, name: str, merged_id: Merg
                 filled = min(count, bound)
                 assert min(indices[:filled]) >= 0
                 assert max(indices[:filled]) < 20
-                assert indices[filled:] == [NO_TOKEN] * (bound - filled)
+                assert indices[filled:] == [PAD] * (bound - filled)
                 assert len(set(indices[:filled])) >= filled - 1
                 assert policy is PositionPolicy.PERMUTED or indices[:filled] == sorted(indices[:filled])
 
@@ -134,21 +134,25 @@ def test_a_count_found_equals_that_count_asked_for(sets: Any, name: str) -> None
 def test_features_follow_and_padding_stays_behind(counts: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     indices = torch.stack([torch.randperm(20, generator=generator)[:6] for _ in counts])
-    indices[torch.arange(6) >= torch.tensor(counts)[:, None]] = NO_TOKEN
+    indices[torch.arange(6) >= torch.tensor(counts)[:, None]] = PAD
     features = torch.arange(indices.numel()).reshape(*indices.shape, 1).float()
     selected = Selected(indices, features, torch.tensor(counts))
     ordered = order.in_decoder_order(selected, PositionPolicy.GAP)
+    bare = order.in_decoder_order(Selected(indices, None, torch.tensor(counts)), PositionPolicy.GAP)
+    assert bare.counts_B is not None
+    assert bare.counts_B.tolist() == counts
+    assert bare.indices_BK.tolist() == ordered.indices_BK.tolist()
     assert ordered.patches_BKE is not None
     for row, count in enumerate(counts):
         places = indices[row, :count].argsort()
-        assert ordered.indices_BK[row].tolist() == indices[row, :count].sort().values.tolist() + [
-            NO_TOKEN
-        ] * (6 - count)
+        assert ordered.indices_BK[row].tolist() == indices[row, :count].sort().values.tolist() + [PAD] * (
+            6 - count
+        )
         assert ordered.patches_BKE[row, :count, 0].tolist() == features[row, places, 0].tolist()
 
 
 def test_only_strategies_that_say_so_find_a_count() -> None:
-    for row in prune.STRATEGIES:
+    for row in prune.PRUNERS.values():
         if row.adaptive:
             assert callable(prune.load_adaptive(row.name).select_adaptive)
         else:

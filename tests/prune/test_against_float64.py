@@ -12,8 +12,8 @@ from gap_export import prune
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId
 
-STRATEGIES = tuple(name for name in prune.names("before the decoder") if name != "none")
-MERGING = tuple(row.name for row in prune.STRATEGIES if row.merged)
+STRATEGIES = tuple(name for name in prune.names(in_decoder=False) if name != "none")
+MERGING = tuple(row.name for row in prune.PRUNERS.values() if row.merged)
 LARGE, MEDIUM = ((24, 24), 144), ((16, 16), 64)
 SETS = [*((name, *MEDIUM) for name in STRATEGIES), *((name, *LARGE) for name in ("divprune", "cdpruner"))]
 """All 576 tokens only where an error could grow from step to step; bench/pruners.py has them for every strategy."""
@@ -66,4 +66,4 @@ def test_every_place_of_the_merged_token(check: SimpleNamespace, name: str, merg
 @pytest.mark.parametrize("name", MERGING)
 def test_one_token_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="keeps at least 2 tokens"):
-        prune.check_count(prune.strategy(name), 1, 576)
+        prune.check_count(prune.row(name), 1, 576)

@@ -17,10 +17,9 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 from gap_export import prune
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.prune import Selected, VisionFeatures, order
-from gap_export.prune.cls_attention import ClsAttention
+from gap_export.prune import Selected, VisionFeatures, cls_attention, order
 from gap_export.prune.random import drawn_indices
-from gap_export.prune.reference import grid_indices
+from gap_export.prune.reference.scores import grid_indices
 
 GRID, HEADS, WIDTH = (4, 5), 3, 8
 VISUAL = GRID[0] * GRID[1]
@@ -55,15 +54,15 @@ def features(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> Vis
 
 
 def counts_of(name: str) -> list[int]:
-    return [VISUAL] if name == "none" else list(range(prune.strategy(name).min_tokens, VISUAL + 1))
+    return [VISUAL] if name == "none" else list(range(prune.row(name).min_tokens, VISUAL + 1))
 
 
 # The contract
 
 
-@pytest.mark.parametrize("name", prune.names("before the decoder"))
+@pytest.mark.parametrize("name", prune.names(in_decoder=False))
 def test_survivors_are_distinct_and_in_range_at_every_count(name: str) -> None:
-    merged = prune.strategy(name).merged
+    merged = prune.row(name).merged
     for kept in counts_of(name):
         selected = select(name, features(), kept)
         assert selected.dtype == torch.int64
@@ -73,7 +72,7 @@ def test_survivors_are_distinct_and_in_range_at_every_count(name: str) -> None:
             assert set(row) <= set(range(VISUAL))
 
 
-@pytest.mark.parametrize("name", prune.names("before the decoder"))
+@pytest.mark.parametrize("name", prune.names(in_decoder=False))
 def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     kept = counts_of(name)[len(counts_of(name)) // 2]
     whole = tensors()
@@ -85,7 +84,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     assert select(name, features(), kept, 3).tolist() == expected
 
 
-@pytest.mark.parametrize("name", prune.names("before the decoder"))
+@pytest.mark.parametrize("name", prune.names(in_decoder=False))
 def test_decoder_order_is_ascending_unless_permuted(name: str) -> None:
     selected = select(name, features(), VISUAL if name == "none" else 7)
     for policy in PositionPolicy:
@@ -96,15 +95,15 @@ def test_decoder_order_is_ascending_unless_permuted(name: str) -> None:
             assert ordered.tolist() == [sorted(row) for row in selected.tolist()]
 
 
-@pytest.mark.parametrize("name", prune.names("before the decoder"))
+@pytest.mark.parametrize("name", prune.names(in_decoder=False))
 def test_only_strategies_that_say_so_depend_on_the_seed(name: str) -> None:
     kept = VISUAL if name == "none" else 7
     first, second = (select(name, features(), kept, seed).tolist() for seed in (0, 1))
-    assert (first != second) == prune.strategy(name).needs_seed
+    assert (first != second) == prune.row(name).needs_seed
     assert first == select(name, features(), kept, 0).tolist()
 
 
-@pytest.mark.parametrize("name", prune.names("before the decoder"))
+@pytest.mark.parametrize("name", prune.names(in_decoder=False))
 def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None:
     bare = replace(
         features(),
@@ -113,7 +112,7 @@ def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None
         ),
     )
     kept = counts_of(name)[-1]
-    if "class_token" in prune.strategy(name).needs:
+    if "class_token" in prune.row(name).needs:
         with pytest.raises(ValueError, match="class token"):
             select(name, bare, kept)
     else:
@@ -195,7 +194,7 @@ def test_class_attention_equals_float64(seed: int) -> None:
     whole = features(batch=2, seed=seed)
     assert whole.class_query_BAD is not None
     assert whole.keys_BATD is not None
-    scores = ClsAttention().scores(whole).numpy()
+    scores = cls_attention.scores(whole).numpy()
     for row in range(2):
         expected = scores_in_float64(whole.class_query_BAD[row].numpy(), whole.keys_BATD[row].numpy())
         assert np.abs(scores[row] - expected).max() < 1e-6
@@ -222,7 +221,7 @@ def test_class_attention_equals_the_eager_attention_map_of_transformers(tiny_che
         )
         expected = seen.attentions[-2].mean(dim=1)[:, 0, 1:]
     assert seen.attentions[-2] is seen.attentions[layer]
-    scores = ClsAttention().scores(own)
+    scores = cls_attention.scores(own)
     assert (scores - expected).abs().max() < 1e-6
     assert (scores.sum(dim=1) < 1).all(), "what the class token gives itself is dropped, not shared out"
 

@@ -14,7 +14,7 @@ from gap_export import prune
 from gap_export.positions import Ids
 
 TOTAL = 36
-NAMES = [row.name for row in prune.STRATEGIES if row.where == "before the decoder" and row.name != "none"]
+NAMES = [row.name for row in prune.PRUNERS.values() if not row.in_decoder and row.name != "none"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,7 +22,7 @@ def test_every_strategy_takes_the_count_as_an_input(
     name: str, vision_graph: Callable[..., Any], pixels: NDArray[np.float32], text_ids: Ids
 ) -> None:
     """The same tokens and embeddings as a graph with that count built in, from the fewest to all."""
-    row = prune.strategy(name)
+    row = prune.row(name)
     path, _, _ = vision_graph(pruner=name, keep=f"{row.min_tokens / TOTAL}:1.0")
     session = ort.InferenceSession(str(path))
     feeds = {"pixel_values": pixels, **({"text_ids": text_ids} if row.needs_text else {})}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from gap_export.positions import MergedId
-from gap_export.prune import VisionFeatures
-from gap_export.prune.divprune import DivPrune
+from gap_export.prune import VisionFeatures, divprune
 
 
 def test_more_tokens_keep_the_fewer() -> None:
@@ -14,9 +13,9 @@ def test_more_tokens_keep_the_fewer() -> None:
     features = VisionFeatures(
         torch.empty(2, 20, 8), (4, 5), projected_BNH=torch.randn(2, 20, 8, generator=generator)
     )
-    whole = DivPrune().select(features, 20, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK
+    whole = divprune.select(features, 20, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK
     for kept in range(1, 20):
-        fewer = DivPrune().select(features, kept, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK
+        fewer = divprune.select(features, kept, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK
         assert torch.equal(fewer, whole[:, :kept])
 
 
@@ -24,6 +23,6 @@ def test_copies_are_chosen_last_and_never_twice() -> None:
     generator = torch.Generator().manual_seed(4)
     originals = torch.randn(1, 5, 8, generator=generator)
     features = VisionFeatures(torch.empty(1, 20, 8), (4, 5), projected_BNH=originals.repeat(1, 4, 1))
-    chosen = DivPrune().select(features, 20, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK[0].tolist()
+    chosen = divprune.select(features, 20, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK[0].tolist()
     assert sorted(chosen) == list(range(20))
     assert {index % 5 for index in chosen[:5]} == set(range(5))

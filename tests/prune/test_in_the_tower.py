@@ -18,7 +18,7 @@ from gap_export.errors import RecipeError
 from gap_export.positions import Ids, MergedId, PositionPolicy
 
 TOTAL, KEPT = 36, 12
-OTHERS = [name for name in prune.names("before the decoder") if name != "none"]
+OTHERS = [name for name in prune.names(in_decoder=False) if name != "none"]
 VARIANTS = [
     *((name, MergedId.LAST_VISUAL, PositionPolicy.GAP) for name in OTHERS),
     ("prumerge", MergedId.CENTROID, PositionPolicy.GAP),
@@ -40,7 +40,7 @@ def test_exported_tower_equals_transformers(
     pixels: NDArray[np.float32],
     text_ids: Ids,
 ) -> None:
-    row = prune.strategy(name)
+    row = prune.row(name)
     path, _, keys = vision_graph(pruner=name, merged_id=merged_id, positions=policy)
     expression = {"text_ids": text_ids} if row.needs_text else {}
     embeds, kept = ort.InferenceSession(str(path)).run(None, {"pixel_values": pixels, **expression})
@@ -72,7 +72,7 @@ def test_a_tower_that_ends_at_the_feature_layer(
 
 
 def test_a_tower_without_a_class_token_is_told_what_works() -> None:
-    for row in prune.STRATEGIES:
+    for row in prune.PRUNERS.values():
         if "class_token" in row.needs:
             with pytest.raises(RecipeError, match="needs a class token") as caught:
                 prune.check_tower(row, ("class_token",))
@@ -84,14 +84,14 @@ def test_a_tower_without_a_class_token_is_told_what_works() -> None:
 
 
 def test_no_count_is_refused_that_can_be_given() -> None:
-    for row in prune.STRATEGIES:
+    for row in prune.PRUNERS.values():
         for kept in range(row.min_tokens, TOTAL + 1) if row.name != "none" else [TOTAL]:
             prune.check_count(row, kept, TOTAL)
     with pytest.raises(RecipeError, match="keeps all 36 tokens"):
-        prune.check_count(prune.strategy("none"), 35, TOTAL)
+        prune.check_count(prune.row("none"), 35, TOTAL)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("visonzip", "visionzip"), ("prumerge+", "prumerge"), ("divprun", "divprune")])  # fmt: skip
 def test_did_you_mean(typed: str, meant: str) -> None:
     with pytest.raises(RecipeError, match=f"did you mean '{meant}'"):
-        prune.strategy(typed)
+        prune.row(typed)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gap_export.positions import MergedId, PositionPolicy, sequence_position_ids
+from gap_export.positions import MergedId, PositionPolicy, prompt_position_ids
 from gap_export.prune import Selected, order
 
 GRID = (4, 5)
@@ -46,9 +46,10 @@ def test_places_of_a_merged_token(rule: MergedId, index: int) -> None:
 @pytest.mark.parametrize("policy", list(PositionPolicy))
 def test_only_merged_tokens_may_share_an_index(policy: PositionPolicy) -> None:
     def ids(kept: list[int], merged: int) -> list[int]:
-        return sequence_position_ids(
-            np.array(kept), text_before=2, text_after=1, visual_tokens=6, policy=policy, merged=merged
-        ).tolist()
+        found, _ = prompt_position_ids(
+            [np.array(kept)], text=(2, 1), visual_tokens=[6], policy=policy, merged=merged
+        )
+        return [int(each) for each in found]
 
     with pytest.raises(ValueError, match="distinct"):
         ids([1, 4, 4], 0)

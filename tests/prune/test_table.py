@@ -18,8 +18,8 @@ def test_the_page_shows_the_table() -> None:
     shown = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     expected = [
         f"| `{row.name}` | {row.summary} | {prune.needs(row)} | {'static or adaptive' if row.adaptive else 'static'} "
-        f"| {row.where} | {prune.merging(row)} |"
-        for row in prune.STRATEGIES
+        f"| {'inside' if row.in_decoder else 'before'} the decoder | {prune.merging(row)} |"
+        for row in prune.PRUNERS.values()
     ]
     assert [line for line in shown if line in expected] == expected
     assert len([line for line in shown if line.count("|") == 7]) == len(expected)
@@ -34,8 +34,12 @@ def test_models_shows_every_strategy() -> None:
     assert all(name in CliRunner().invoke(app, ["models"]).stdout for name in prune.names())
 
 
-@pytest.mark.parametrize("row", prune.STRATEGIES, ids=lambda row: row.name)
-def test_every_row_leads_to_a_strategy(row: prune.Strategy) -> None:
-    assert callable(prune.implementation(row).select)
+@pytest.mark.parametrize("row", prune.PRUNERS.values(), ids=lambda row: row.name)
+def test_every_row_leads_to_a_pruner_and_its_twin(row: prune.Pruner) -> None:
+    assert callable(row.load().select)
+    assert row.load().__name__.rpartition(".")[2] == row.name
+    twins = ("scoring_queries", "choose") if row.in_decoder else (row.name,)
+    twins += (f"{row.name}_adaptive",) if row.adaptive else ()
+    assert all(callable(getattr(row.load_reference(), twin)) for twin in twins)
     assert row.merged < row.min_tokens
     assert row.merges or not row.merged

@@ -10,12 +10,9 @@ import torch
 
 from gap_export import prune
 from gap_export.positions import MergedId
-from gap_export.prune import VisionFeatures, reference
-from gap_export.prune.cdpruner import CDPruner
-from gap_export.prune.text_similarity import TextSimilarity
-from gap_export.prune.trim import Trim
+from gap_export.prune import VisionFeatures, cdpruner, reference, text_similarity, trim
 
-READERS = [row.name for row in prune.STRATEGIES if row.needs_text]
+READERS = [row.name for row in prune.PRUNERS.values() if row.needs_text]
 GRID, VISUAL = (4, 5), 20
 
 
@@ -72,14 +69,14 @@ def test_only_trim_follows_the_length_of_a_patch() -> None:
     assert seen.aligned_BNP is not None
     longer = replace(seen, aligned_BNP=seen.aligned_BNP * torch.linspace(1.0, 9.0, VISUAL)[:, None])
     assert chosen("trim", longer, 9) != chosen("trim", seen, 9)
-    torch.testing.assert_close(TextSimilarity().scores(longer), TextSimilarity().scores(seen))
+    torch.testing.assert_close(text_similarity.scores(longer), text_similarity.scores(seen))
     assert chosen("cdpruner", longer, 9) == chosen("cdpruner", seen, 9)
 
 
 @pytest.mark.parametrize("kept", [2, 9, 20])
 def test_the_last_token_of_trim_is_the_mean_of_what_was_dropped(kept: int) -> None:
     seen = features()
-    selected = Trim().select(seen, kept, seed=0, merged_id=MergedId.LAST_VISUAL)
+    selected = trim.select(seen, kept, seed=0, merged_id=MergedId.LAST_VISUAL)
     assert selected.patches_BKE is not None
     for row, indices in enumerate(selected.indices_BK.tolist()):
         own = indices[:-1]
@@ -92,10 +89,10 @@ def test_the_last_token_of_trim_is_the_mean_of_what_was_dropped(kept: int) -> No
 def test_relevance_is_scaled_within_each_image() -> None:
     seen = features()
     assert seen.aligned_BNP is not None
-    relevance = CDPruner().relevance(seen)
+    relevance = cdpruner.relevance(seen)
     assert relevance.amin(dim=1).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
     assert relevance.amax(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
-    flat = CDPruner().relevance(replace(seen, aligned_BNP=torch.ones_like(seen.aligned_BNP)))
+    flat = cdpruner.relevance(replace(seen, aligned_BNP=torch.ones_like(seen.aligned_BNP)))
     assert flat.isfinite().all()
     assert (flat == flat[:, :1]).all()
 
@@ -104,7 +101,7 @@ def test_cdpruner_takes_what_makes_the_determinant_largest() -> None:
     """The kernel written out, and every candidate tried at every step."""
     seen = features(batch=1)
     assert seen.projected_BNH is not None
-    relevance = CDPruner().relevance(seen)[0].double().numpy()
+    relevance = cdpruner.relevance(seen)[0].double().numpy()
     tokens = seen.projected_BNH[0].double().numpy()
     tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
     kernel = relevance[:, None] * (tokens @ tokens.T) * relevance
@@ -122,7 +119,7 @@ def test_cdpruner_takes_what_makes_the_determinant_largest() -> None:
 def test_what_the_chosen_ones_span_goes_by_relevance() -> None:
     """Four dimensions hold four tokens; after that nothing is new, and rounding must not decide."""
     seen = features(projected=4)
-    relevance = CDPruner().relevance(seen)
+    relevance = cdpruner.relevance(seen)
     for row, indices in enumerate(chosen("cdpruner", seen, VISUAL)):
         assert sorted(indices) == list(range(VISUAL))
         rest = relevance[row, indices[4:]]

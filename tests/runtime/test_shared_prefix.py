@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from gap_export.bundle.folder import Bundle
 from gap_export.inputs.batch import of_one_size
-from gap_export.inputs.prompt import PAD
-from gap_export.positions import PositionPolicy, extended, place
+from gap_export.positions import PAD, PositionPolicy, extended, place
 from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.shared_prefix import answer_rest, common_length, prefill_shared, sharable

@@ -130,7 +130,7 @@ def test_strategies_without_scores_keep_what_the_graph_keeps(
     pruner: str, tiny_reference: Callable[[Pruning], Any], pixels: NDArray[np.float32]
 ) -> None:
     from gap_export.prune.random import drawn_indices
-    from gap_export.prune.reference import grid_indices
+    from gap_export.prune.reference.scores import grid_indices
 
     visual = tiny_reference(pruning(pruner)).encode({"pixel_values": pixels})
     expected = sorted(drawn_indices(VISUAL, 3)[:9]) if pruner == "random" else grid_indices((6, 6), 9)

@@ -26,8 +26,7 @@ from gap_export.engine.profiles import profiles_from_spec
 from gap_export.errors import EngineError, MissingRequirementError, SessionError
 from gap_export.files import record_of
 from gap_export.inputs.batch import of_one_size
-from gap_export.inputs.prompt import PAD
-from gap_export.positions import PositionPolicy, advance
+from gap_export.positions import PAD, PositionPolicy, advance
 from gap_export.runtime import trt
 from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession

@@ -11,8 +11,7 @@ from PIL import Image
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
-from gap_export.inputs.prompt import PAD
-from gap_export.positions import Ids
+from gap_export.positions import PAD, Ids
 from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.grounder import Grounder, keep_counts
 from gap_export.runtime.session import Session

@@ -82,11 +82,11 @@ def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence
     text, text_ids, refused = _text(bundle, expressions)
     session = TorchSession(model, bundle.manifest.pruning, text_tower=text)
     found = []
-    for strategy in prune.STRATEGIES:
+    for strategy in prune.PRUNERS.values():
         if strategy.name == "none":
             continue
         try:
-            if strategy.where == "inside the decoder":
+            if strategy.in_decoder:
                 raise _Refusal("chooses between the decoder's layers, for every prompt anew")
             if strategy.needs_text and text is None:
                 raise _Refusal(refused)
@@ -130,7 +130,7 @@ def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | N
 
 
 def _map(
-    session: TorchSession, bundle: Bundle, strategy: prune.Strategy, image: Image.Image, text_ids: Ids | None
+    session: TorchSession, bundle: Bundle, strategy: prune.Pruner, image: Image.Image, text_ids: Ids | None
 ) -> Map:
     manifest = bundle.manifest
     grid = token_grid(image.width, image.height, manifest)

@@ -144,7 +144,7 @@ def plan_points(
         RecipeError: an unknown pruner, two fractions that keep the same count, or a recipe that does not work unpruned either.
     """
     # A name that nobody knows is a mistake, not a pruner to be skipped.
-    pruners = [prune.strategy(name) for name in request.pruners]
+    pruners = [prune.row(name) for name in request.pruners]
     counts: dict[int, float] = {}
     for keep in request.keeps:
         kept = prune.kept_count(keep, spec.visual_tokens)
@@ -181,7 +181,7 @@ def _entries(text: str, option: str) -> list[str]:
 
 def _check_pruners(names: Sequence[str]) -> None:
     for name in names:
-        if prune.strategy(name).name == UNPRUNED:
+        if prune.row(name).name == UNPRUNED:
             raise RecipeError(
                 "is the reference of every sweep and always measured",
                 subject="pruners: none",

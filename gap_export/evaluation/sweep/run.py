@@ -194,7 +194,7 @@ def prepare(request: SweepRequest, out: Path, *, replace: bool = False, plot: bo
     """
     if plot:
         plotting.check_matplotlib("pip install 'gap-export[report]', or pass --no-plot")
-    reads_text = any(prune.strategy(name).needs_text for name in request.pruners)
+    reads_text = any(prune.row(name).needs_text for name in request.pruners)
     model = open_model(request.recipe, reads_text=reads_text)
     points, skipped = plan_points(request, model.spec, model.text_tower)
     store = open_store(out, _settings(request, model.checkpoint), replace=replace)

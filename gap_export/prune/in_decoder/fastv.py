@@ -11,27 +11,27 @@ from torch import Tensor
 
 from gap_export import prune
 from gap_export.prune import Selected
-from gap_export.prune.in_decoder.stages import Cut, Prompt, Raters, best, last_token, spread
+from gap_export.prune.in_decoder.stages import Cut, Prompt, QueryRows, best, last_token, spread
+
+STAGES = 1
+USES_NEXT_LAYER_ATTENTION = False
 
 
-class FastV:
-    """One cut, by the layer that just ran."""
+def first_layers(layers: int) -> tuple[int, ...]:
+    """See `DecoderModule.first_layers`."""
+    return spread((2,), layers)
 
-    stages = 1
-    uses_next_layer_attention = False
 
-    def first_layers(self, layers: int) -> tuple[int, ...]:
-        """See `DecoderPruner.first_layers`."""
-        return spread((2,), layers)
+def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
+    """See `DecoderModule.cuts`."""
+    return (Cut(first_layers[0], prune.kept_count(keep, visual_tokens)),)
 
-    def cuts(self, keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-        """See `DecoderPruner.cuts`."""
-        return (Cut(first_layers[0], prune.kept_count(keep, visual_tokens)),)
 
-    def raters(self, prompt: Prompt) -> Raters:
-        """See `DecoderPruner.raters`: the last token."""
-        return last_token(prompt)
+def scoring_queries(prompt: Prompt) -> QueryRows:
+    """See `DecoderModule.scoring_queries`: the last token."""
+    return last_token(prompt)
 
-    def select(self, scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-        """See `DecoderPruner.select`."""
-        return best(scores_BN, kept)
+
+def select(scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
+    """See `DecoderModule.select`."""
+    return best(scores_BN, kept)

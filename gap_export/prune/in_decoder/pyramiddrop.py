@@ -14,30 +14,30 @@ from torch import Tensor
 
 from gap_export import prune
 from gap_export.prune import Selected
-from gap_export.prune.in_decoder.stages import Cut, Prompt, Raters, best, last_token, spread
+from gap_export.prune.in_decoder.stages import Cut, Prompt, QueryRows, best, last_token, spread
+
+STAGES = 3
+USES_NEXT_LAYER_ATTENTION = True
 
 
-class PyramidDrop:
-    """Three cuts, by the layer that comes next."""
+def first_layers(layers: int) -> tuple[int, ...]:
+    """See `DecoderModule.first_layers`."""
+    return spread((layers / 4, layers / 2, layers * 3 / 4), layers)
 
-    stages = 3
-    uses_next_layer_attention = True
 
-    def first_layers(self, layers: int) -> tuple[int, ...]:
-        """See `DecoderPruner.first_layers`."""
-        return spread((layers / 4, layers / 2, layers * 3 / 4), layers)
+def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
+    """See `DecoderModule.cuts`."""
+    return tuple(
+        Cut(layer, prune.kept_count(keep ** (stage / STAGES), visual_tokens))
+        for stage, layer in enumerate(first_layers, start=1)
+    )
 
-    def cuts(self, keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-        """See `DecoderPruner.cuts`."""
-        return tuple(
-            Cut(layer, prune.kept_count(keep ** (stage / self.stages), visual_tokens))
-            for stage, layer in enumerate(first_layers, start=1)
-        )
 
-    def raters(self, prompt: Prompt) -> Raters:
-        """See `DecoderPruner.raters`: the last token."""
-        return last_token(prompt)
+def scoring_queries(prompt: Prompt) -> QueryRows:
+    """See `DecoderModule.scoring_queries`: the last token."""
+    return last_token(prompt)
 
-    def select(self, scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-        """See `DecoderPruner.select`."""
-        return best(scores_BN, kept)
+
+def select(scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
+    """See `DecoderModule.select`."""
+    return best(scores_BN, kept)

@@ -1,6 +1,7 @@
-"""The strategies inside the decoder again, in float64 NumPy, one prompt at a time, from full attention maps.
+"""The pruners inside the decoder again, in float64 NumPy, one prompt at a time, from full attention maps.
 
-Written from their descriptions and not from the tensor code; see `reference.py`. Rows of the prompt are counted from its end,
+Written from their descriptions and not from the tensor code; see `prune/reference/`. The module that a row of the table names as its
+reference has these two functions, `scoring_queries` and `choose`. Rows of the prompt are counted from its end,
 because they keep that distance when tokens of the image go.
 
 Shape letters: S tokens of the stage that ends, N its visual tokens, T text tokens after the image, H decoder width, A heads,
@@ -16,7 +17,7 @@ import numpy as np
 from gap_export.prune.reference import Choice, Floats, Ids
 
 
-def raters(pruner: str, image_NH: Floats, text_TH: Floats) -> tuple[list[int], float]:
+def scoring_queries(pruner: str, image_NH: Floats, text_TH: Floats) -> tuple[list[int], float]:
     """The rows that decide, counted from the end (-1 is the last).
 
     Args:
@@ -25,7 +26,7 @@ def raters(pruner: str, image_NH: Floats, text_TH: Floats) -> tuple[list[int], f
         text_TH: of the text after it.
 
     Returns:
-        (rows, by how little, relative, a text token became a rater or not).
+        (rows, by how little, relative, a text token became a scoring query or not).
     """
     if pruner != "sparsevlm" or len(text_TH) == 1:
         return [-1], np.inf
@@ -33,8 +34,8 @@ def raters(pruner: str, image_NH: Floats, text_TH: Floats) -> tuple[list[int], f
     shares = np.exp(alike - alike.max(axis=1, keepdims=True))
     relevance_T = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
     mean = relevance_T.mean()
-    rates = (relevance_T > mean) | (relevance_T == relevance_T.max())
-    return [int(row) - len(text_TH) for row in np.flatnonzero(rates)], float(
+    decides = (relevance_T > mean) | (relevance_T == relevance_T.max())
+    return [int(row) - len(text_TH) for row in np.flatnonzero(decides)], float(
         np.abs(relevance_T / mean - 1).min()
     )
 
@@ -56,7 +57,7 @@ def choose(
         attention_ASS: the whole map of the layer that the strategy goes by.
         visual_NH: hidden states of the visual tokens.
         image_start: text tokens before the image.
-        rows: see `raters`.
+        rows: see `scoring_queries`.
         kept: K, merged tokens included.
         merged: how many of them.
 

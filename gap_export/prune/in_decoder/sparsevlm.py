@@ -2,9 +2,9 @@
 
 Source: SparseVLM (arXiv 2410.04417), version 1.5 of its published code.
 
-- Raters: of the text after the image, the tokens whose relevance is above the mean. Relevance: softmax over that text of the
+- Scoring queries: of the text after the image, the tokens whose relevance is above the mean. Relevance: softmax over that text of the
   dot products of image and text embeddings, mean over the image, before layer 0.
-- Score of a visual token: attention of the raters to it in the layer that just ran, mean over heads and raters.
+- Score of a visual token: attention of these to it in the layer that just ran, mean over heads and queries.
 - Of r dropped tokens the best int(0.3 r) + 1 are recycled: clustered into a tenth as many (rounded down, plus one) by DPC-kNN
   (density peaks; Du et al. 2016) on their hidden states, each cluster becoming its mean. A merged token stands where the
   centre of its cluster stood, and is a visual token like any other at the next cut.
@@ -18,7 +18,7 @@ Known differences to the published code. It adds noise to the densities so that 
 score counts as the denser of two, and a lone cluster has its best token for a centre. Densities are compared as logarithms,
 because their exponentials vanish where hidden states are large. It appends merged tokens behind the chosen ones and renumbers
 all (policy `shifted`); here they stand in raster order, by the place of their centres. A text token whose relevance equals the
-mean is a rater, so that there always is one.
+mean is a scoring query, so that there always is one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from gap_export import prune
 from gap_export.errors import RecipeError
 from gap_export.prune import Selected
-from gap_export.prune.in_decoder.stages import Cut, Prompt, Raters, best, spread
+from gap_export.prune.in_decoder.stages import Cut, Prompt, QueryRows, best, spread
 from gap_export.prune.order import take
 
 # Shares of the visual tokens that the stages 3, 1 and 2 have.
@@ -50,71 +50,70 @@ def cluster_count(dropped: int) -> int:
     return recycled_count(dropped) // 10 + 1 if dropped else 0
 
 
-class SparseVlm:
-    """Three cuts, by raters in the text; recycling."""
+STAGES = 3
+USES_NEXT_LAYER_ATTENTION = False
 
-    stages = 3
-    uses_next_layer_attention = False
 
-    def first_layers(self, layers: int) -> tuple[int, ...]:
-        """See `DecoderPruner.first_layers`."""
-        return spread((layers * 3 / 32, layers * 7 / 32, layers / 2), layers)
+def first_layers(layers: int) -> tuple[int, ...]:
+    """See `DecoderModule.first_layers`."""
+    return spread((layers * 3 / 32, layers * 7 / 32, layers / 2), layers)
 
-    def cuts(self, keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-        """See `DecoderPruner.cuts`."""
-        cuts: list[Cut] = []
-        before = visual_tokens
-        for layer, share in zip(first_layers, _shares(keep), strict=True):
-            kept = prune.kept_count(share, visual_tokens)
-            # One chosen token more is one cluster less or none, so the sum passes through every count from the smallest on.
-            chosen = next((n for n in range(kept, 0, -1) if n + cluster_count(before - n) == kept), None)
-            if chosen is None:
-                raise RecipeError(
-                    f"leaves {kept} of {before} tokens at layer {layer}: cluster means alone, and no token of the image",
-                    subject=f"pruner sparsevlm, keep {keep:g}",
-                    hint="use a larger --keep",
-                )
-            cuts.append(Cut(layer, kept, merged=kept - chosen))
-            before = kept
-        return tuple(cuts)
 
-    def raters(self, prompt: Prompt) -> Raters:
-        """See `DecoderPruner.raters`: the text after the image that is most like the image."""
-        embeds_BSH, visual = prompt.embeds_BSH, prompt.visual_tokens
-        length = embeds_BSH.shape[1]
-        image_BN = prompt.image_start_B[:, None] + torch.arange(visual)
-        # From the last visual token on, so that there are two rows or more: torch specialises graphs to a single one. There are
-        # as many too many as there is text before the image, and where a short row is filled up.
-        rows_BR = image_BN[:, -1:] + torch.arange(length - visual + 1)
-        own_BR = (rows_BR > image_BN[:, -1:]) & (rows_BR <= prompt.last_index_B[:, None])
-        rows_BR = rows_BR.clamp(max=length - 1)
-        image_BNH, text_BRH = take(embeds_BSH, image_BN).float(), take(embeds_BSH, rows_BR).float()
-        alike_BNR = torch.matmul(image_BNH, text_BRH.transpose(1, 2))
-        relevance_BR = torch.where(own_BR[:, None], alike_BNR, _NEVER).softmax(dim=-1).mean(dim=1) * own_BR
-        mean_B1 = relevance_BR.sum(dim=1, keepdim=True) / own_BR.float().sum(dim=1, keepdim=True).clamp(
-            min=1.0
-        )
-        # Equal relevances may lie below their rounded mean.
-        threshold_B1 = torch.minimum(mean_B1, relevance_BR.amax(dim=1, keepdim=True))
-        rates_BR = (own_BR & (relevance_BR >= threshold_B1)).float()
-        return Raters(rows_BR, rates_BR / rates_BR.sum(dim=1, keepdim=True).clamp(min=1.0))
+def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
+    """See `DecoderModule.cuts`."""
+    found: list[Cut] = []
+    before = visual_tokens
+    for layer, share in zip(first_layers, _shares(keep), strict=True):
+        kept = prune.kept_count(share, visual_tokens)
+        # One chosen token more is one cluster less or none, so the sum passes through every count from the smallest on.
+        chosen = next((n for n in range(kept, 0, -1) if n + cluster_count(before - n) == kept), None)
+        if chosen is None:
+            raise RecipeError(
+                f"leaves {kept} of {before} tokens at layer {layer}: cluster means alone, and no token of the image",
+                subject=f"pruner sparsevlm, keep {keep:g}",
+                hint="use a larger --keep",
+            )
+        found.append(Cut(layer, kept, merged=kept - chosen))
+        before = kept
+    return tuple(found)
 
-    def select(self, scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-        """See `DecoderPruner.select`: chosen ones by score, then clusters, the most prominent centre first."""
-        if not merged:
-            return best(scores_BN, kept)
-        chosen = kept - merged
-        recycled = recycled_count(tokens_BNH.shape[1] - chosen)
-        ranked_BM = scores_BN.topk(chosen + recycled, dim=-1).indices
-        chosen_BK, recycled_BR = ranked_BM[:, :chosen], ranked_BM[:, chosen:]
-        recycled_BRH = take(tokens_BNH, recycled_BR).float()
-        centres_BC, nearest_BR = clusters(recycled_BRH, merged)
-        goes_BCR = (nearest_BR[:, None] == torch.arange(merged)[:, None]).float()
-        merged_BCH = torch.matmul(goes_BCR / goes_BCR.sum(dim=-1, keepdim=True), recycled_BRH)
-        return Selected(
-            torch.cat([chosen_BK, recycled_BR.gather(1, centres_BC)], dim=1),
-            torch.cat([take(tokens_BNH, chosen_BK), merged_BCH.to(tokens_BNH.dtype)], dim=1),
-        )
+
+def scoring_queries(prompt: Prompt) -> QueryRows:
+    """See `DecoderModule.scoring_queries`: the text after the image that is most like the image."""
+    embeds_BSH, visual = prompt.embeds_BSH, prompt.visual_tokens
+    length = embeds_BSH.shape[1]
+    image_BN = prompt.image_start_B[:, None] + torch.arange(visual)
+    # From the last visual token on, so that there are two rows or more: torch specialises graphs to a single one. There are
+    # as many too many as there is text before the image, and where a short row is filled up.
+    rows_BR = image_BN[:, -1:] + torch.arange(length - visual + 1)
+    own_BR = (rows_BR > image_BN[:, -1:]) & (rows_BR <= prompt.last_index_B[:, None])
+    rows_BR = rows_BR.clamp(max=length - 1)
+    image_BNH, text_BRH = take(embeds_BSH, image_BN).float(), take(embeds_BSH, rows_BR).float()
+    alike_BNR = torch.matmul(image_BNH, text_BRH.transpose(1, 2))
+    relevance_BR = torch.where(own_BR[:, None], alike_BNR, _NEVER).softmax(dim=-1).mean(dim=1) * own_BR
+    mean_B1 = relevance_BR.sum(dim=1, keepdim=True) / own_BR.float().sum(dim=1, keepdim=True).clamp(min=1.0)
+    # Equal relevances may lie below their rounded mean.
+    threshold_B1 = torch.minimum(mean_B1, relevance_BR.amax(dim=1, keepdim=True))
+    decides_BR = (own_BR & (relevance_BR >= threshold_B1)).float()
+    return QueryRows(rows_BR, decides_BR / decides_BR.sum(dim=1, keepdim=True).clamp(min=1.0))
+
+
+def select(scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
+    """See `DecoderModule.select`: chosen ones by score, then clusters, the most prominent centre first."""
+    if not merged:
+        return best(scores_BN, kept)
+    chosen = kept - merged
+    recycled = recycled_count(tokens_BNH.shape[1] - chosen)
+    ranked_BM = scores_BN.topk(chosen + recycled, dim=-1).indices
+    chosen_BK, recycled_BR = ranked_BM[:, :chosen], ranked_BM[:, chosen:]
+    recycled_BRH = take(tokens_BNH, recycled_BR).float()
+    centres_BC, nearest_BR = clusters(recycled_BRH, merged)
+    goes_BCR = (nearest_BR[:, None] == torch.arange(merged)[:, None]).float()
+    merged_BCH = torch.matmul(goes_BCR / goes_BCR.sum(dim=-1, keepdim=True), recycled_BRH)
+    return Selected(
+        torch.cat([chosen_BK, recycled_BR.gather(1, centres_BC)], dim=1),
+        torch.cat([take(tokens_BNH, chosen_BK), merged_BCH.to(tokens_BNH.dtype)], dim=1),
+    )
 
 
 def clusters(tokens_BRH: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,20 @@
 """Pruners that drop visual tokens inside the decoder, between the layers of the prefill: their contract and their schedules.
 
-Such a strategy cuts the decoder into stages. Stage 0 has all N visual tokens; before the first layer of each later stage some
-are dropped, by the attention that rows of the prompt (*raters*) pay to the image. The text is never touched.
+Such a pruner cuts the decoder into stages. Stage 0 has all N visual tokens; before the first layer of each later stage some
+are dropped, by the attention that some rows of the prompt (its *scoring queries*) pay to the image. The text is never touched.
 
 `keep` is the share of visual tokens left after the last cut. Papers about these strategies compare by the mean over the
 decoder's layers instead, which is larger: `Pruning.mean_kept` tells it.
 
 Shape letters: B batch, S tokens of the stage that ends, N its visual tokens, K visual tokens of the stage that begins,
-R raters, H decoder width and query heads, G key heads, A query heads per key head, D head width, C slots of keys.
+R scoring queries, H decoder width and query heads, G key heads, A query heads per key head, D head width, C slots of keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Raters:
+class QueryRows:
     """The rows of the prompt whose attention decides.
 
     Attributes:
@@ -69,17 +69,17 @@ class Raters:
     weights_BR: Tensor
 
 
-class DecoderPruner(Protocol):
-    """One strategy.
+class DecoderModule(Protocol):
+    """A pruner that works inside the decoder: what its module has.
 
     Attributes:
-        stages: how many stages it begins, the first not counted.
-        uses_next_layer_attention: whether it goes by the attention of the layer that comes next, on what is about to enter it, and not by
+        STAGES: how many stages it begins, the first not counted.
+        USES_NEXT_LAYER_ATTENTION: whether it goes by the attention of the layer that comes next, on what is about to enter it, and not by
             that of the layer that just ran.
     """
 
-    stages: int
-    uses_next_layer_attention: bool
+    STAGES: int
+    USES_NEXT_LAYER_ATTENTION: bool
 
     def first_layers(self, layers: int) -> tuple[int, ...]:
         """The layers before which the original drops tokens, scaled to a decoder of `layers` layers."""
@@ -93,7 +93,7 @@ class DecoderPruner(Protocol):
         """
         ...
 
-    def raters(self, prompt: Prompt) -> Raters:
+    def scoring_queries(self, prompt: Prompt) -> QueryRows:
         """Who decides; asked once, before layer 0."""
         ...
 
@@ -101,7 +101,7 @@ class DecoderPruner(Protocol):
         """Choose.
 
         Args:
-            scores_BN: float32, attention paid to every visual token by the raters, mean over heads.
+            scores_BN: float32, attention paid to every visual token by the scoring queries, mean over heads.
             tokens_BNH: hidden states of the visual tokens.
             kept: K.
             merged: how many of them to merge from several.
@@ -112,10 +112,9 @@ class DecoderPruner(Protocol):
         ...
 
 
-def load(name: str) -> DecoderPruner:
-    """The strategy of that name, which drops tokens inside the decoder."""
-    pruner: DecoderPruner = prune.implementation(prune.strategy(name))
-    return pruner
+def load(name: str) -> DecoderModule:
+    """The module of the pruner of that name, which drops tokens inside the decoder."""
+    return cast(DecoderModule, prune.row(name).load())
 
 
 def cuts_for(
@@ -133,25 +132,25 @@ def cuts_for(
     Raises:
         RecipeError: layers that the decoder does not have or that are out of order, too few layers, or too little left.
     """
-    if prune.strategy(name).where != "inside the decoder":
+    if not prune.row(name).in_decoder:
         if prune_layers:
             raise RecipeError(
                 "drops no tokens inside the decoder, so there is no layer to choose",
                 subject=f"pruner {name}",
-                hint=f"leave out --prune-layers, or use {', '.join(prune.names('inside the decoder'))}",
+                hint=f"leave out --prune-layers, or use {', '.join(prune.names(in_decoder=True))}",
             )
         return ()
     pruner = load(name)
-    if layers <= pruner.stages:
+    if layers <= pruner.STAGES:
         raise RecipeError(
-            f"needs a decoder of more than {pruner.stages} layers, this one has {layers}",
+            f"needs a decoder of more than {pruner.STAGES} layers, this one has {layers}",
             subject=f"pruner {name}",
             hint="use another pruner",
         )
     first_layers = prune_layers or pruner.first_layers(layers)
     ascending = all(one < other for one, other in pairwise((0, *first_layers, layers)))
-    if not ascending or len(first_layers) != pruner.stages:
-        count = "one layer" if pruner.stages == 1 else f"{pruner.stages} layers in ascending order"
+    if not ascending or len(first_layers) != pruner.STAGES:
+        count = "one layer" if pruner.STAGES == 1 else f"{pruner.STAGES} layers in ascending order"
         raise RecipeError(
             f"takes {count} from 1 to {layers - 1}",
             subject=f"pruner {name}, prune_layers {', '.join(map(str, first_layers))}",
@@ -171,10 +170,10 @@ def spread(wanted: tuple[float, ...], layers: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def last_token(prompt: Prompt) -> Raters:
+def last_token(prompt: Prompt) -> QueryRows:
     """The last token of the prompt decides alone."""
     rows_B1 = prompt.last_index_B[:, None]
-    return Raters(rows_B1, torch.ones_like(rows_B1, dtype=torch.float32))
+    return QueryRows(rows_B1, torch.ones_like(rows_B1, dtype=torch.float32))
 
 
 def best(scores_BN: Tensor, kept: int) -> Selected:

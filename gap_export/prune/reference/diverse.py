@@ -1,4 +1,4 @@
-"""Strategies that keep what is unlike the rest."""
+"""Pruners that keep what is unlike the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gap_export.positions import MergedId
 from gap_export.prune.reference.features import Choice, Gap, Seen, descending, text_cosine, unit
 
 
-def divprune(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def divprune(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """The most isolated token, then always the one farthest from all chosen."""
     directions_NH = unit(seen.projected_NH)
     distance = 1.0 - directions_NH @ directions_NH.T
@@ -25,7 +25,7 @@ def divprune(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     return Choice(np.array(chosen, np.int64), margin=gap.smallest)
 
 
-def vispruner(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def vispruner(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """Half by attention; of the rest, rounds drop what is most alike."""
     ranked, directions_NE, gap = descending(seen.attention_N), unit(seen.patches_NE), Gap()
     important = int(kept * 0.5)
@@ -41,7 +41,7 @@ def vispruner(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     return Choice(np.array([*ranked[:important], *left], np.int64), margin=gap.smallest)
 
 
-def dart(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def dart(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """Tokens of high norm, and those least alike to them."""
     norms, directions_NH, gap = np.abs(seen.projected_NH).sum(axis=1), unit(seen.projected_NH), Gap()
     ranked = descending(norms)
@@ -59,7 +59,7 @@ def dart(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     return Choice(np.array(chosen, np.int64), margin=gap.smallest)
 
 
-def cdpruner(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def cdpruner(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """By Gram-Schmidt: what the chosen ones do not span of a token is what is left of its vector."""
     match = text_cosine(seen)
     relevance = (match - match.min() + 1e-6) / max(match.max() - match.min(), 1e-6)

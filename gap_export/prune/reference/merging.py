@@ -1,4 +1,4 @@
-"""Strategies that put features of dropped tokens into those of kept ones, with a given count and with one of the image's own."""
+"""Pruners that put features of dropped tokens into those of kept ones, with a given count and with one of the image's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gap_export.positions import MergedId
 from gap_export.prune.reference.features import Choice, Floats, Gap, Seen, descending, matching, softmax, unit
 
 
-def prumerge(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def prumerge(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """K - 1 by score, and one for the rest."""
     scores = _full_width_attention(seen)
     gap, ranked = Gap(), descending(scores)
@@ -18,15 +18,15 @@ def prumerge(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     return _merge_neighbours(seen, scores, list(ranked[: kept - 1]), merged_id, gap)
 
 
-def prumerge_adaptive(seen: Seen, bound: int, merged_id: MergedId) -> Choice:
+def prumerge_adaptive(seen: Seen, bound: int, *, merged_id: MergedId) -> Choice:
     """As many by score as are outliers."""
     gap, scores = Gap(), _full_width_attention(seen)
     outliers = _outliers(scores, gap)
-    choice = prumerge(seen, min(outliers + 1, bound), merged_id)
+    choice = prumerge(seen, min(outliers + 1, bound), seed=0, merged_id=merged_id)
     return replace(choice, margin=min(choice.margin, gap.smallest), needed=outliers + 1)
 
 
-def prumerge_plus(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def prumerge_plus(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """A quarter of K - 1 by score, the rest evenly spaced, and one for the rest."""
     scores, others = _full_width_attention(seen), kept - 1
     visual = len(scores)
@@ -38,7 +38,7 @@ def prumerge_plus(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     return _merge_neighbours(seen, scores, [*ranked[:best], *spread], merged_id, gap)
 
 
-def prumerge_plus_adaptive(seen: Seen, bound: int, merged_id: MergedId) -> Choice:
+def prumerge_plus_adaptive(seen: Seen, bound: int, *, merged_id: MergedId) -> Choice:
     """As many by score as are outliers, and a sequence of three times as many."""
     gap, scores = Gap(), _full_width_attention(seen)
     outliers, ranked, visual = _outliers(scores, gap), descending(scores), len(scores)
@@ -50,7 +50,7 @@ def prumerge_plus_adaptive(seen: Seen, bound: int, merged_id: MergedId) -> Choic
     return replace(choice, needed=len(own) + 1)
 
 
-def trim(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def trim(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """K - 1 by raw product with the text, and the mean of the rest."""
     logits, gap = matching(seen, seen.aligned_NP @ seen.text_P), Gap()
     ranked = descending(logits)
@@ -63,11 +63,11 @@ def trim(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
     return Choice(np.array([*own, index], np.int64), features_KE, gap.smallest)
 
 
-def trim_adaptive(seen: Seen, bound: int, merged_id: MergedId) -> Choice:
+def trim_adaptive(seen: Seen, bound: int, *, merged_id: MergedId) -> Choice:
     """As many as are outliers."""
     gap, logits = Gap(), matching(seen, seen.aligned_NP @ seen.text_P)
     outliers = _outliers(softmax(logits), gap)
-    choice = trim(seen, min(outliers + 1, bound), merged_id)
+    choice = trim(seen, min(outliers + 1, bound), seed=0, merged_id=merged_id)
     fence_margin = gap.smallest / np.abs(logits).max()
     return replace(choice, margin=min(choice.margin, fence_margin), needed=outliers + 1)
 
@@ -124,7 +124,7 @@ def _merged_index(
     return row * grid[1] + column
 
 
-def visionzip(seen: Seen, kept: int, merged_id: MergedId) -> Choice:
+def visionzip(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """The class token, what it attends to most, and targets with what is most alike to them."""
     scores, visual = seen.attention_N, len(seen.attention_N)
     contextual = int(np.floor(kept * 10 / 64 + 0.5))

@@ -20,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, DynamicCache
 
-from gap_export import prune
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import CheckpointError, first_line
 from gap_export.families.reference import ReferenceModel, Shown, quiet_loading
 from gap_export.inputs.batch import PixelInputs
-from gap_export.inputs.prompt import PAD, TextTower, text_lengths
-from gap_export.positions import Ids, Placement, place
+from gap_export.inputs.prompt import TextTower, text_lengths
+from gap_export.positions import PAD, Ids, Placement, place
 from gap_export.prune import reference
 from gap_export.runtime.session import (
     Buffer,
@@ -142,7 +141,7 @@ class TorchSession(Lifetime):
             check_within_bound(np.array([choice.needed for choice in choices]), pruning)
         embeds, places = zip(*map(self._model.tokens, batch, choices), strict=True)
         counts_B = np.array([len(kept_K) for kept_K in places], np.int64)
-        kept_BK = np.full((len(places), counts_B.max()), prune.NO_TOKEN, np.int64)
+        kept_BK = np.full((len(places), counts_B.max()), PAD, np.int64)
         for row, kept_K in enumerate(places):
             kept_BK[row, : counts_B[row]] = kept_K
         # One score decides, and is as long for every image: what differs can be told to be a tie token by token.

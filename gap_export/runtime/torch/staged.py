@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from gap_export import prune
 from gap_export.bundle.manifest import Pruning, Stage
 from gap_export.families.reference import ReferenceModel, open_model
 from gap_export.positions import Ids, Placement, PositionPolicy
-from gap_export.prune.in_decoder import reference
 from gap_export.prune.in_decoder.stages import load
 from gap_export.runtime.session import Buffer, Prefilled
 from gap_export.runtime.torch.session import TextReference, TorchSession
@@ -62,7 +62,8 @@ class StagedTorchSession(TorchSession):
     ) -> None:
         super().__init__(model, pruning, text_tower=text_tower)
         self._decoder: Any = model.language_model
-        self._looks_ahead = load(pruning.pruner).uses_next_layer_attention
+        self._looks_ahead = load(pruning.pruner).USES_NEXT_LAYER_ATTENTION
+        self._twin: Any = prune.row(pruning.pruner).load_reference()
         self._rows: list[_Row] = []
         self._maps: dict[int, Tensor] = {}
         self._hooks = [
@@ -117,14 +118,14 @@ class StagedTorchSession(TorchSession):
         visual = len(row.raster_N)
         image_NH = row.hidden_SH[row.image_start : row.image_start + visual].double().numpy()
         text_TH = row.hidden_SH[row.image_start + visual :].double().numpy()
-        raters, row.margin = reference.raters(self._pruning.pruner, image_NH, text_TH)
+        queries, row.margin = self._twin.scoring_queries(self._pruning.pruner, image_NH, text_TH)
         for stage in self._pruning.stages:
             if stage.first_layer:
-                self._cut(row, stage, raters)
+                self._cut(row, stage, queries)
             row.hidden_SH = self._layers(stage, row.hidden_SH, row.ids_S, row.cache)
         return self._logits(row.hidden_SH)
 
-    def _cut(self, row: _Row, stage: Stage, raters: list[int]) -> None:
+    def _cut(self, row: _Row, stage: Stage, queries: list[int]) -> None:
         if (
             self._looks_ahead
         ):  # the attention of the next layer on all that is there, and nothing else of that layer
@@ -136,12 +137,12 @@ class StagedTorchSession(TorchSession):
             )
         attention_ASS = self._maps[stage.first_layer if self._looks_ahead else stage.first_layer - 1][0]
         start, visual = row.image_start, len(row.raster_N)
-        choice = reference.choose(
+        choice = self._twin.choose(
             self._pruning.pruner,
             attention_ASS.double().numpy(),
             row.hidden_SH[start : start + visual].double().numpy(),
             image_start=start,
-            rows=raters,
+            rows=queries,
             kept=stage.kept,
             merged=stage.merged,
         )

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from gap_export import prune
 from gap_export.errors import RecipeError
-from gap_export.prune.in_decoder import reference as reference
-from gap_export.prune.in_decoder import sparsevlm, stages
+from gap_export.prune.in_decoder import reference, sparsevlm, stages
 from gap_export.prune.in_decoder.stages import Cut, Prompt, attention_paid, cuts_for
 
-INSIDE = prune.names("inside the decoder")
+INSIDE = prune.names(in_decoder=True)
 
 
 def cuts(
@@ -47,7 +46,7 @@ def test_published_schedules() -> None:
     layers=st.integers(1, 80),
 )
 def test_every_schedule_is_one(name: str, keep: float, visual: int, layers: int) -> None:
-    wanted = stages.load(name).stages
+    wanted = stages.load(name).STAGES
     if layers <= wanted:
         with pytest.raises(RecipeError, match=f"more than {wanted} layers, this one has {layers}"):
             cuts(name, keep, visual=visual, layers=layers)
@@ -131,7 +130,7 @@ def test_rows_pay_attention_as_the_whole_map_says(heads: int, key_heads: int) ->
             np.testing.assert_allclose(paid[batch, place].numpy(), shares.mean(axis=0), atol=1e-6)
 
 
-# Raters
+# Scoring queries
 
 
 def prompt_of(
@@ -145,11 +144,11 @@ def prompt_of(
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_raters_of_ragged_prompts(name: str) -> None:
+def test_scoring_queries_of_ragged_prompts(name: str) -> None:
     visual, texts = 9, [(3, 7), (0, 1), (5, 4), (2, 2)]
     for seed in range(20):
         prompt, embeds = prompt_of(np.random.default_rng(seed), visual, texts)
-        found = stages.load(name).raters(prompt)
+        found = stages.load(name).scoring_queries(prompt)
         assert found.weights_BR.dtype == torch.float32
         torch.testing.assert_close(found.weights_BR.sum(dim=1), torch.ones(4))
         for row, (before, after) in enumerate(texts):
@@ -157,7 +156,7 @@ def test_raters_of_ragged_prompts(name: str) -> None:
                 embeds[row, before : before + visual],
                 embeds[row, before + visual : before + visual + after],
             )
-            expected, _ = reference.raters(name, image, text)
+            expected, _ = reference.scoring_queries(name, image, text)
             weights = found.weights_BR[row].numpy()
             rows = [int(r) - (before + visual + after) for r in found.rows_BR[row].numpy()[weights > 0]]
             assert rows == expected
@@ -168,7 +167,7 @@ def test_words_that_are_all_alike_all_rate() -> None:
     """Relevances equal to their mean, which rounding may put above them."""
     for after in range(1, 12):
         embeds = torch.ones(1, 4 + after, 6) * 0.1
-        found = sparsevlm.SparseVlm().raters(Prompt(embeds, torch.tensor([0]), torch.tensor([3 + after]), 4))
+        found = sparsevlm.scoring_queries(Prompt(embeds, torch.tensor([0]), torch.tensor([3 + after]), 4))
         assert int((found.weights_BR > 0).sum()) == after
 
 
@@ -176,7 +175,7 @@ def test_words_that_are_all_alike_all_rate() -> None:
 
 
 def check_choice(name: str, visual: int, cut: Cut, seed: int) -> None:
-    """Torch code against the reference, which is given a map of one head and one rater."""
+    """Torch code against the reference, which is given a map of one head and one scoring query."""
     draw = np.random.default_rng(seed)
     hidden = draw.normal(size=(3, visual, 24)) * 3
     paid = draw.dirichlet(np.ones(visual), size=3)
@@ -224,7 +223,7 @@ def test_tokens_that_are_all_the_same_still_make_clusters() -> None:
     centres, nearest = sparsevlm.clusters(tokens, 3)
     assert len(set(centres[0].tolist())) == 3
     assert {int(nearest[0, centre]) for centre in centres[0]} == {0, 1, 2}
-    selected = sparsevlm.SparseVlm().select(torch.rand(1, 80), torch.ones(1, 80, 4), kept=10, merged=3)
+    selected = sparsevlm.select(torch.rand(1, 80), torch.ones(1, 80, 4), kept=10, merged=3)
     assert selected.patches_BKE is not None
     torch.testing.assert_close(selected.patches_BKE, torch.ones(1, 10, 4))
 

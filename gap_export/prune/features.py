@@ -1,0 +1,107 @@
+"""What a vision tower shows a pruner: one list of fields, for tensor code and for its twin in float64 NumPy.
+
+Shape letters: N visual tokens, T = 1 + N, A attention heads, D head width, E tower width, H decoder width, P width of the space that a
+CLIP tower shares with its text tower. Tensors of the vision graph have a batch B before these, arrays of the twin are of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array")
+
+
+class OnDemand(Generic[Array]):
+    """A field that may be given as a function, which is called when the field is first read.
+
+    So a graph holds only what its pruner reads, at the place where it is read.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type | None = None) -> Array | None:
+        if instance is None:
+            return None  # the default of the field
+        value: Any = instance.__dict__[self._name]
+        if callable(value):
+            value = instance.__dict__[self._name] = value()
+        found: Array | None = value
+        return found
+
+    def __set__(self, instance: object, value: Array | Callable[[], Array | None] | None) -> None:
+        instance.__dict__[self._name] = value
+
+
+@dataclass(frozen=True)
+class VisionFeatures(Generic[Array]):
+    """What a vision tower shows a pruner. A family fills in what it has; the rest is None.
+
+    The feature layer is the one whose output the decoder gets; the following layer is the next one up, which the decoder
+    never sees.
+
+    Attributes:
+        patches: [N, E] output of the feature layer, before the projector, class token dropped.
+        grid: (rows, columns) with rows * columns = N; None where images differ in how many patches they have.
+        class_attention: [N] float32, attention of the class token to every patch in the feature layer, mean over heads; softmax
+            over class token and patches, class column dropped without renormalising.
+        class_token: [E] output of the feature layer at the class token.
+        mean_keys: [N, D] float32, keys of the patches in the feature layer, mean over heads.
+        following_attention: [N] as `class_attention`, in the following layer, heads not split (PruMerge, arXiv 2403.15388).
+        following_keys: [N, E] float32, keys of the patches in the following layer, full width.
+        projected: [N, H] the patches after the projector.
+        aligned: [N, P] the patches in the space shared with text: CLIP's `visual_projection(post_layernorm(patches))`, not
+            normalised; None without a text tower.
+        text: [P] the expression in that space: CLIP's `text_embeds` before normalisation; None without a text tower.
+        tile: [N] int64, the same for all images of a batch: which tile saw each patch; None where one saw all.
+        aligned_inversely: whether a patch is *less* similar to the text that describes it than other patches are. So it is
+            in OpenAI's CLIP, which was trained on whole images (CLIP Surgery, arXiv 2304.05653).
+    """
+
+    patches: Array
+    grid: tuple[int, int] | None
+    class_attention: OnDemand[Array] = OnDemand()
+    class_token: OnDemand[Array] = OnDemand()
+    mean_keys: OnDemand[Array] = OnDemand()
+    following_attention: OnDemand[Array] = OnDemand()
+    following_keys: OnDemand[Array] = OnDemand()
+    projected: OnDemand[Array] = OnDemand()
+    aligned: OnDemand[Array] = OnDemand()
+    text: OnDemand[Array] = OnDemand()
+    tile: OnDemand[Array] = OnDemand()
+    aligned_inversely: bool = True
+
+    @property
+    def visual_tokens(self) -> int:
+        """N. A plain number, or symbolic while a graph is traced in which images differ."""
+        if self.grid is not None:
+            return self.grid[0] * self.grid[1]
+        patches: Any = self.patches
+        visual: int = patches.shape[-2]
+        return visual
+
+
+def class_attention(query_BAD: Tensor, keys_BATD: Tensor) -> Tensor:
+    """One row of an attention map, and no other: the class token's, without its own column, mean over heads.
+
+    Args:
+        query_BAD: of the class token.
+        keys_BATD: class token first.
+
+    Returns:
+        [B, N] float32.
+    """
+    scale = query_BAD.shape[-1] ** -0.5
+    logits_BAT = (keys_BATD.float() @ query_BAD.float()[..., None])[..., 0] * scale
+    scores_BN: Tensor = logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
+    return scores_BN
+
+
+def mean_keys(keys_BATD: Tensor) -> Tensor:
+    """[B, N, D] float32: keys of the patches, mean over heads; class token first in `keys_BATD`."""
+    return keys_BATD[:, :, 1:].float().mean(dim=1)

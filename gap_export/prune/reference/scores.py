@@ -1,0 +1,76 @@
+"""Pruners that keep what scores highest, and those that do not look at the image."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+from gap_export.positions import MergedId
+from gap_export.prune.random import drawn_indices
+from gap_export.prune.reference.features import Choice, Floats, Gap, Seen, descending, text_cosine
+from gap_export.prune.spatial import used_rows
+
+
+def cls_attention(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+    """What the class token attends to most."""
+    return _best(seen.attention_N, kept, relative=True)
+
+
+def text_similarity(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+    """What is most like the expression."""
+    return _best(text_cosine(seen), kept, relative=False)
+
+
+def tile_attention(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+    """Each tile's tokens in their own order; all by how far they stand from the front of their tile."""
+    scores = seen.attention_N
+    tiles = seen.tile_N if len(seen.tile_N) else np.zeros(len(scores))
+    gap, queue, lines = Gap(), [], {}
+    for tile in np.unique(tiles):
+        own = np.flatnonzero(tiles == tile)
+        lines[tile] = own[descending(scores[own])]
+        queue += [(Fraction(2 * rank + 1, len(own)), tile, token) for rank, token in enumerate(lines[tile])]
+    chosen = [token for *_, token in sorted(queue)[:kept]]
+    for line in lines.values():
+        gap.cut(scores[line], int(np.isin(line, chosen).sum()), relative=True)
+    return Choice(np.array(chosen, np.int64), margin=gap.smallest)
+
+
+def random(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+    """A draw."""
+    return Choice(np.array(drawn_indices(len(seen.patches_NE), seed)[:kept], np.int64))
+
+
+def spatial(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+    """A uniform grid."""
+    assert seen.grid is not None
+    return Choice(np.array(grid_indices(seen.grid, kept), np.int64))
+
+
+def none(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+    """Everything."""
+    return Choice(np.arange(len(seen.patches_NE), dtype=np.int64))
+
+
+def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
+    """Raster indices of K points spread evenly over the grid.
+
+    Args:
+        grid: (rows, columns).
+        kept: K, 1..rows * columns.
+    """
+    rows, columns = grid
+    stripes = used_rows(grid, kept)
+    indices: list[int] = []
+    for stripe in range(stripes):
+        row = (2 * stripe + 1) * rows // (2 * stripes)
+        points = (stripe + 1) * kept // stripes - stripe * kept // stripes
+        indices += [row * columns + (2 * point + 1) * columns // (2 * points) for point in range(points)]
+    return indices
+
+
+def _best(scores_N: Floats, kept: int, *, relative: bool) -> Choice:
+    gap, ranked = Gap(), descending(scores_N)
+    gap.cut(scores_N[ranked], kept, relative=relative)
+    return Choice(ranked[:kept], margin=gap.smallest)
