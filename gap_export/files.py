@@ -68,6 +68,16 @@ def verify(folder: Path, files: dict[str, FileRecord], *, every_hash: bool) -> N
             )
 
 
+def readable_size(count: int) -> str:
+    """Bytes in the largest unit of which there is one, for people: `1.5 MB`."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
 @contextmanager
 def writing(
     path: Path,

@@ -11,7 +11,15 @@ import pytest
 
 from gap_export import files as artifact
 from gap_export.errors import BundleError
-from gap_export.files import FileRecord, atomic_folder, place_file, record_of, verify, write_atomically
+from gap_export.files import (
+    FileRecord,
+    atomic_folder,
+    place_file,
+    readable_size,
+    record_of,
+    verify,
+    write_atomically,
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -200,3 +208,8 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "source").touch()
     with pytest.raises(BundleError, match="No space left on device"):
         place_file(tmp_path / "source", tmp_path / "placed", copy=True)
+
+
+def test_sizes_are_readable() -> None:
+    sizes = (7, 1500, 999_999, 2_500_000_000, 14_000_000_000_000)
+    assert [readable_size(size) for size in sizes] == ["7.0 B", "1.5 kB", "1000.0 kB", "2.5 GB", "14000.0 GB"]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import CheckpointError, MissingRequirementError
+from gap_export.files import readable_size
 from gap_export.progress import SILENT, Progress
 
 Shapes = dict[str, tuple[int, ...]]
@@ -121,7 +122,7 @@ def _write(folder: Path, content: Published, progress: Progress) -> None:
     needed, free = sum(map(_bytes_of, shards)), shutil.disk_usage(folder).free
     if needed > free:
         raise MissingRequirementError(
-            f"has {free / 1e9:.1f} GB free, and random weights take {needed / 1e9:.1f} GB",
+            f"has {readable_size(free)} free, and random weights take {readable_size(needed)}",
             subject=str(folder.parent),
             hint="free some, or set XDG_CACHE_HOME to a folder on another disk",
         )

@@ -121,6 +121,7 @@ def build(
             progress=progress,
         )
     from gap_export.evaluation.report.terminal import cache_length, keeping
+    from gap_export.files import readable_size
 
     manifest = built.bundle.manifest
     pruning = manifest.pruning
@@ -154,13 +155,4 @@ def build(
     )
     for name, engines in manifest.engines.items():
         out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
-    out.print(f"  {_size(built.written_bytes)} written besides linked weights", highlight=False)
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
+    out.print(f"  {readable_size(built.written_bytes)} written besides linked weights", highlight=False)

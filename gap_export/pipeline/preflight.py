@@ -18,6 +18,7 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
 from gap_export.errors import BundleError, MissingRequirementError, RecipeError
+from gap_export.files import readable_size
 from gap_export.inputs.prompt import encode_prompts
 from gap_export.pipeline.opened import OpenedModel
 from gap_export.plan import Plan
@@ -174,14 +175,14 @@ def check_needs(needs: Needs, out: Path, recipe: Recipe) -> None:
         if len(recipe.targets) > 1:
             advice.append("or fewer --target")
         raise MissingRequirementError(
-            f"has {_size(free)} free, and the build writes about {_size(needs.disk)}",
+            f"has {readable_size(free)} free, and the build writes about {readable_size(needs.disk)}",
             subject=str(out),
             hint=", ".join(advice),
         )
     memory = available_memory()
     if memory is not None and needs.memory > memory:
         raise MissingRequirementError(
-            f"of {_size(memory)} is free, and the build takes about {_size(needs.memory)} at its peak",
+            f"of {readable_size(memory)} is free, and the build takes about {readable_size(needs.memory)} at its peak",
             subject="memory",
             hint="close other programs, build engines (--target) on a larger machine, or set GAP_EXPORT_ANY_MEMORY=1 to try anyway",
         )
@@ -217,7 +218,3 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
         if words != "max":
             found.append(int(words) - int(used.read_text()))
     return min(found, default=None)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
