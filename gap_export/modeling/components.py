@@ -20,8 +20,7 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Dim, GraphName, GraphSpec, TensorSpec, float_spec, int64_spec
 from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder
-from gap_export.modeling.splice import Embed, Splice
-from gap_export.modeling.splice_several import SpliceSeveral
+from gap_export.modeling.splice import Embed, Splice, SpliceSeveral
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
 

@@ -13,7 +13,7 @@ from torch import nn
 from gap_export import linter
 from gap_export.bundle.spec import GraphSpec
 from gap_export.modeling.fake import fake_mode
-from gap_export.modeling.splice_several import SpliceSeveral
+from gap_export.modeling.splice import SpliceSeveral
 from gap_export.positions import PositionPolicy, place
 from tests.unpruned import gather_ids
 
