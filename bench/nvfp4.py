@@ -27,6 +27,7 @@ from gap_export.graph.quantize import DECODERS
 from gap_export.graph.quantize.nvfp4 import BLOCK, E2M1_MAX, ENGINE_DOMAIN
 from gap_export.graph.quantize.rounding import E4M3_MAX
 from gap_export.pipeline.build import build
+from gap_export.progress import Stages
 from gap_export.recipe.recipe import load_recipe
 from gap_export.runtime.ort import OnnxRuntimeSession
 
@@ -51,7 +52,7 @@ def main() -> int:
             folder,
             limit=48 if options.smoke else options.cases,
             threads=options.threads,
-            progress=status.update,
+            progress=Stages(status.update),
             opened=in_standard_operators,
         )
     print_parity(report, Console())

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,8 +12,6 @@ from rich.console import Console
 from gap_export.errors import GapExportError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from gap_export.parallel.ray import Cluster
 
 app = typer.Typer(
@@ -40,35 +35,6 @@ def plain(text: str) -> str:
 def print_json(record: dict[str, Any]) -> None:
     """The record alone, as one line."""
     print(json.dumps(record, allow_nan=False))
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Ctrl-C ends what runs inside, even where a library catches it and goes on: then when the function given is next called."""
-    came = False
-
-    def interrupt(*_: Any) -> None:
-        nonlocal came
-        came = True
-        raise KeyboardInterrupt
-
-    def go_on() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield go_on
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def progress_bar() -> Progress:
-    """What is being done, how much of it is, and when it will be; gone when it is."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 def cluster_of(ray: bool, workers: int, ray_address: str | None) -> Cluster | None:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import import_pipeline, out, plain, print_json, progress_bar
+from gap_export.cli.app import import_pipeline, out, plain, print_json
 from gap_export.cli.options import BundleArgument, JsonOption, ThreadsOption
+from gap_export.cli.progress import progress_shown
 
 
 def calibrate(
@@ -38,14 +39,13 @@ def calibrate(
             hint="name one with --data, or leave it out to measure on generated scenes",
         )
     dataset = None if data is None else open_dataset(data, split=split, images=images)
-    with progress_bar() as bar:
-        task = bar.add_task("answering", total=limit)
+    with progress_shown() as progress:
         found = calibrate.calibrate(
             bundle,
             limit=limit,
             dataset=dataset,
             threads=threads,
-            tick=lambda count: bar.advance(task, count),
+            progress=progress,
         )
     found.write(output)
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import cluster_of, console, interruptible, out, print_json, progress_bar
+from gap_export.cli.app import cluster_of, console, out, print_json
 from gap_export.cli.options import (
     AnyBackendOption,
     JsonOption,
@@ -18,6 +18,7 @@ from gap_export.cli.options import (
     RayOption,
     ThreadsOption,
 )
+from gap_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
     from gap_export.evaluation.refer.answering import Answerer
@@ -200,22 +201,9 @@ def evaluate_bundle(
     )
     target = output or opened.reports / "eval" / asked.name(dataset.name)
     journal = open_journal(target, settings, replace=replace)
-    with interruptible() as go_on, progress_bar() as bar:
-        task = bar.add_task(f"answering with {asked.backend}", total=len(work.expressions))
-
-        def tick(count: int) -> None:
-            go_on()
-            bar.advance(task, count)
-
+    with progress_shown() as progress:
         make = partial(make_answerer, folder, asked)
-        if all(expression.id in journal.known for expression in work.expressions):
-            tick(len(work.expressions))
-        elif asked.cluster is None:
-            answer_all(make(), work, dataset.source, journal, tick=tick)
-        else:
-            from gap_export.evaluation.refer.on_ray import answer_on_ray
-
-            answer_on_ray(make, work, dataset.source, journal, asked.cluster, tick=tick)
+        answer_all(make, work, dataset.source, journal, cluster=asked.cluster, progress=progress)
     scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.layout)
     record = record_of(scored, scoring, split=asked.split, backend=asked.backend, work=work)
     return record, scored, target

@@ -9,6 +9,7 @@ import typer
 
 from gap_export.cli.app import cluster_of, console, import_pipeline, out, plain, print_json
 from gap_export.cli.options import BackendOption, JsonOption, LimitOption, RayAddressOption, RayOption
+from gap_export.cli.progress import progress_shown
 
 
 def sweep(
@@ -32,7 +33,7 @@ def sweep(
         int, typer.Option(min=0, help="ONNX Runtime threads of every process; 0 lets it choose.")
     ] = 1,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes that points are dealt to; results do not depend on it.")
+        int, typer.Option(min=1, help="Processes that points are dispatched to; results do not depend on it.")
     ] = 2,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
@@ -43,8 +44,6 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy of many pruners at many keep ratios. Can be interrupted; rerun the same command to resume."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     cluster = cluster_of(ray, workers, ray_address)
     import_pipeline()
     from gap_export.evaluation.sweep.request import SweepRequest, keeps_from, positions_from, pruners_from
@@ -66,25 +65,16 @@ def sweep(
     left = len(prepared.remaining())
     if left < len(prepared.points):
         console.print(f"{len(prepared.points) - left} of {len(prepared.points)} points are finished already")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        work = bar.add_task("starting", total=left * limit, left="")
-
-        def notify(step: Any) -> None:
-            bar.update(work, advance=step.done, description=step.words or None)
-            bar.update(work, left=_time_left(bar.tasks[0]))
+    with progress_shown() as progress:
 
         def finished(point: Any, answers: Any) -> None:
             if not console.is_terminal:  # no bar is shown there
                 accuracy = sum(answers.hits) / limit
-                console.print(f"{point.label}: {accuracy:.3f}; {_time_left(bar.tasks[0])}", highlight=False)
+                console.print(f"{point.label}: {accuracy:.3f}; {progress.time_left()}", highlight=False)
 
-        record = run(prepared, workers=workers, cluster=cluster, plot=plot, notify=notify, finished=finished)
+        record = run(
+            prepared, workers=workers, cluster=cluster, plot=plot, progress=progress, finished=finished
+        )
     if as_json:
         print_json(record.model_dump(mode="json"))
         return
@@ -92,11 +82,3 @@ def sweep(
         out.print(table)
     out.print(verdict(record), highlight=False, soft_wrap=True)
     out.print(f"  stored in {plain(str(output))}", highlight=False, soft_wrap=True)
-
-
-def _time_left(task: Any) -> str:
-    """From the mean over the whole time: points are traced, then answered, and the pace of the moment says nothing."""
-    if not task.completed:
-        return "time left unknown"
-    seconds = task.elapsed * (task.total - task.completed) / task.completed
-    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"

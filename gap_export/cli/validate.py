@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import import_pipeline, out, print_json, progress_bar
+from gap_export.cli.app import import_pipeline, out, print_json
 from gap_export.cli.options import (
     BackendOption,
     BundleArgument,
@@ -17,6 +17,7 @@ from gap_export.cli.options import (
     LimitOption,
     ThreadsOption,
 )
+from gap_export.cli.progress import progress_shown
 
 
 def validate(
@@ -31,14 +32,10 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
-    from gap_export.bundle.folder import open_bundle
-
     import_pipeline()
     from gap_export.evaluation import validate
 
-    staged = bool(open_bundle(bundle).manifest.pruning.stages)
-    with progress_bar() as bar:
-        task = bar.add_task("starting", total=validate.validation_work(limit, staged=staged))
+    with progress_shown() as progress:
         report = validate.validate(
             bundle,
             limit=limit,
@@ -48,8 +45,7 @@ def validate(
             text_tower=text_tower,
             batch=batch,
             threads=threads,
-            progress=lambda words: bar.update(task, description=words),
-            tick=lambda count: bar.advance(task, count),
+            progress=progress,
         )
     if as_json:
         print_json(json.loads(report.model_dump_json()))  # as stored: what is not a number is null

@@ -23,6 +23,7 @@ from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.graph.quantize import DECODERS
 from gap_export.graph.quantize.linear_layers import probed
 from gap_export.precision import one_of, precision
+from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import Ranges
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.ort import OnnxRuntimeSession
@@ -37,7 +38,7 @@ def calibrate(
     limit: int = 128,
     dataset: Dataset | None = None,
     threads: int = 0,
-    tick: runner.Tick = lambda count: None,
+    progress: Progress = SILENT,
 ) -> Ranges:
     """Bundle to ranges.
 
@@ -46,7 +47,7 @@ def calibrate(
         limit: how many questions; the first of the data set.
         dataset: questions and images; generated scenes when left out.
         threads: of ONNX Runtime; 0 lets it choose.
-        tick: told how many answers were finished since the last call.
+        progress: told of every question that is answered.
 
     Raises:
         BundleError: the bundle is not in floats.
@@ -66,7 +67,8 @@ def calibrate(
     questions = list(cases(limit, DEV_SEED)) if dataset is None else _first(dataset, limit)
     session = _Watched(bundle, threads)
     # One by one: what fills short rows of a batch is not to be measured.
-    runner.run_cases(Grounder(bundle), session, questions, batch=1, tick=tick)
+    progress.stage("answering", total=len(questions))
+    runner.run_cases(Grounder(bundle), session, questions, batch=1, progress=progress)
     return Ranges(
         gap_export=__version__,
         bundle=manifest.name,

@@ -14,15 +14,13 @@ from gap_export.boxes import metrics
 from gap_export.boxes.codecs import Box
 from gap_export.boxes.scenes import Case
 from gap_export.positions import Ids, Placement
+from gap_export.progress import SILENT, Progress
 from gap_export.runtime.generate import Adjust
 from gap_export.runtime.grounder import Grounded, Grounder
 from gap_export.runtime.session import Session
 
 Wrong = Callable[[Placement, Ids, Ids], Placement]
 """(placement, text tokens before the image [B], kept visual tokens [B]) -> a placement that is wrong on purpose."""
-
-Tick = Callable[[int], None]
-"""Called with the number of cases finished since the last call."""
 
 
 def run_cases(
@@ -31,7 +29,7 @@ def run_cases(
     cases: Sequence[Case],
     *,
     batch: int,
-    tick: Tick = lambda count: None,
+    progress: Progress = SILENT,
     keep: float | None = None,
     adjust: Wrong | None = None,
     keep_logits: bool = False,
@@ -43,7 +41,7 @@ def run_cases(
         session: whose answers are wanted.
         cases: in order.
         batch: rows per call.
-        tick: for progress.
+        progress: told of every case that is answered.
         keep: fraction of the visual tokens to keep, where the bundle lets requests choose.
         adjust: for negative controls.
         keep_logits: needed to measure parity, not to measure accuracy.
@@ -56,7 +54,7 @@ def run_cases(
         results.append(
             grounder.ground(session, images, expressions, keep=keep, adjust=change, keep_logits=keep_logits)
         )
-        tick(len(part))
+        progress.advance(len(part))
     return results
 
 

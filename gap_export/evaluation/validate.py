@@ -7,7 +7,7 @@ What is measured and what is demanded stands in `parity.py`; this is the order i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from gap_export.evaluation.controls import applies, check_control, controls
 from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, build
 from gap_export.positions import PositionPolicy
-from gap_export.progress import Stages
+from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session, target_of
@@ -65,8 +65,7 @@ def validate(
     text_tower: Path | None = None,
     batch: int = 16,
     threads: int = 0,
-    progress: Callable[[str], None] = lambda words: None,
-    tick: runner.Tick = lambda count: None,
+    progress: Progress = SILENT,
     opened: Opener = open_session,
 ) -> parity.ParityReport:
     """Bundle to parity report, which is also stored in the bundle.
@@ -83,8 +82,7 @@ def validate(
         text_tower: the same for the text tower, where there is one.
         batch: rows per call, at most what the bundle was built for.
         threads: of ONNX Runtime; 0 lets it choose.
-        progress: told when a stage begins.
-        tick: told how many answers were finished since the last call; `validation_work` says how many there will be.
+        progress: told of every stage, and of every answer.
         opened: how a bundle becomes a session.
 
     Raises:
@@ -113,12 +111,13 @@ def validate(
     batch = min(batch, recipe.max_batch)
     questions = list(scenes.cases(limit))
     grounder = Grounder(bundle)
-    answer = partial(runner.run_cases, batch=batch, tick=tick)
+    answer = partial(runner.run_cases, batch=batch, progress=progress)
     with opened(bundle, backend, threads=threads) as session:
-        progress("answering with PyTorch")
+        work = validation_work(limit, staged=bool(pruning.stages))
+        progress.stage("answering with PyTorch", total=work)
         with open_torch(bundle, checkpoint=source, text_tower=text_tower) as original:
             reference = answer(grounder, original, questions, keep=keep, keep_logits=True)
-        progress(f"answering with {backend}")
+        progress.stage(f"answering with {backend}")
         runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
         measured = parity.measure(runs, reference, questions, manifest)
         gates = parity.judge(measured, manifest.gates)
@@ -130,7 +129,7 @@ def validate(
             if not applies(adjust, runs[0]):
                 inapplicable.append(name)
                 continue
-            progress(f"negative control: {name}")
+            progress.stage(f"negative control: {name}")
             wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
             seen = parity.measure(wrong, reference[:few_batches], few, manifest)
             caught.append(check_control(name, seen, manifest.gates))
@@ -142,7 +141,7 @@ def validate(
         if name not in accuracy:
             changed = recipe.replaced(checkpoint=str(source), **changes)
             with _companion(bundle, changed, backend, tracer, progress) as companion:
-                progress(f"answering with {name}")
+                progress.stage(f"answering with {name}")
                 with opened(companion, backend, threads=threads) as other:
                     answers = answer(Grounder(companion), other, questions)
                 accuracy[name] = runner.accuracy_of(answers, questions)
@@ -182,7 +181,7 @@ def validation_work(limit: int, *, staged: bool = False) -> int:
 
 @contextmanager
 def _companion(
-    bundle: Bundle, recipe: Recipe, backend: str, tracer: TracedOnce, progress: Callable[[str], None]
+    bundle: Bundle, recipe: Recipe, backend: str, tracer: TracedOnce, progress: Progress
 ) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
     # A capacity that is just enough for the pruned prompt is too small for the whole one.
@@ -192,6 +191,6 @@ def _companion(
             recipe.replaced(targets=(target_of(backend),)),
             scratch / "bundle",
             tracer=tracer,
-            progress=Stages(progress),
+            progress=progress,
         )
         yield built.bundle

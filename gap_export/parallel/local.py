@@ -1,4 +1,4 @@
-"""Tasks dealt to worker processes, results as they come; with one worker, in this process.
+"""Tasks dispatched to worker processes, results as they come; with one worker, in this process.
 
 A worker is made once per process and may keep what tasks have in common. Workers start afresh (`spawn`), touch no file of the
 caller's and end with it, however it ends: only the caller stores results, so a killed run leaves no writer behind.
@@ -11,44 +11,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 from gap_export.errors import GapExportError, InputError, MissingRequirementError
+from gap_export.parallel.worker import Result, Task, Worker
+from gap_export.progress import SILENT, Progress
 
-Task = TypeVar("Task", contravariant=True)
-Result = TypeVar("Result", covariant=True)
-
-
-_PATIENCE_SECONDS = 5
+_SHUTDOWN_TIMEOUT_S = 5
 """How long a worker that was told to end may take to do so in order."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """How far the work is.
-
-    Attributes:
-        words: what is being done.
-        done: units of work finished since the last step.
-    """
-
-    words: str
-    done: int = 0
-
-
-Notify = Callable[[Step], None]
-
-
-class Worker(Protocol[Task, Result]):
-    """Does one task after the other."""
-
-    def __call__(self, task: Task, notify: Notify, /) -> Iterator[Result]:
-        """Results of one task, each as soon as it is finished."""
-        ...
+# What a worker process sends, besides errors of ours:
 
 
 @dataclass(frozen=True)
@@ -58,68 +35,96 @@ class _Finished(Generic[Result]):
 
 @dataclass(frozen=True)
 class _Ready:
-    pass
+    """For a task."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    message: str
+    total: int | None
+
+
+@dataclass(frozen=True)
+class _Advance:
+    count: int
+
+
+class _Sent:
+    """Progress in a worker process: sent to the caller, who tells its own."""
+
+    def __init__(self, send: Callable[[Any], None]) -> None:
+        self._send = send
+
+    def stage(self, message: str, total: int | None = None) -> None:
+        self._send(_Stage(message, total))
+
+    def advance(self, count: int = 1) -> None:
+        self._send(_Advance(count))
 
 
 def results_of(
     make_worker: Callable[[], Worker[Task, Result]],
     tasks: Sequence[Task],
     *,
-    jobs: int,
-    notify: Notify = lambda step: None,
+    workers: int,
+    progress: Progress = SILENT,
 ) -> Generator[Result]:
     """Do all tasks.
 
     Args:
         make_worker: called once in every process; can be pickled, as can tasks and results.
         tasks: begun in this order.
-        jobs: how many processes.
-        notify: called in this process.
+        workers: how many processes.
+        progress: told in this process.
 
     Yields:
         Results in the order in which they are finished.
 
     Raises:
-        InputError: fewer than one job.
+        InputError: fewer than one worker.
         GapExportError: a worker's own.
         MissingRequirementError: a worker was killed, or broke down with a traceback of its own.
     """
-    if jobs < 1:
-        raise InputError("must be at least 1", subject=f"jobs {jobs}", hint="1 works in this process alone")
-    jobs = min(jobs, len(tasks))
-    if jobs <= 1:
+    if workers < 1:
+        raise InputError(
+            "must be at least 1", subject=f"workers {workers}", hint="1 works in this process alone"
+        )
+    workers = min(workers, len(tasks))
+    if workers <= 1:
         worker = make_worker() if tasks else None
         for task in tasks:
             assert worker is not None
-            yield from worker(task, notify)
+            yield from worker(task, progress)
         return
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(tasks))
-    workers = dict(_started(context, make_worker) for _ in range(jobs))
+    processes = dict(_started(context, make_worker) for _ in range(workers))
     try:
-        while workers:
-            for connection in wait(list(workers)):
+        while processes:
+            for connection in wait(list(processes)):
                 assert isinstance(connection, Connection)
                 try:
                     message = connection.recv()
                 except (EOFError, ConnectionError) as error:
-                    raise _broken(workers[connection]) from error
+                    raise _broken(processes[connection]) from error
                 if isinstance(message, _Finished):
                     yield message.result
-                elif isinstance(message, Step):
-                    notify(message)
+                elif isinstance(message, _Stage):
+                    progress.stage(message.message, message.total)
+                elif isinstance(message, _Advance):
+                    progress.advance(message.count)
                 elif isinstance(message, GapExportError):
                     raise message
                 elif waiting:
                     connection.send(waiting.pop())
                 else:
                     connection.close()
-                    workers.pop(connection).join()
+                    processes.pop(connection).join()
     finally:
-        for process in workers.values():
+        for process in processes.values():
             process.terminate()
-        for process in workers.values():
-            process.join(_PATIENCE_SECONDS)
+        for process in processes.values():
+            process.join(_SHUTDOWN_TIMEOUT_S)
             process.kill()
             process.join()
 
@@ -153,10 +158,10 @@ def _serve(connection: Connection, make_worker: Callable[[], Worker[Task, Result
     )  # in order: what libraries have to clear away, they do
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     try:
-        worker = make_worker()
+        worker, progress = make_worker(), _Sent(connection.send)
         while True:
             connection.send(_Ready())
-            for result in worker(connection.recv(), connection.send):
+            for result in worker(connection.recv(), progress):
                 connection.send(_Finished(result))
     except EOFError:  # no task is left
         return

@@ -1,26 +1,25 @@
-"""Tasks dealt to the workers of a Ray cluster, results as they come.
+"""Tasks dispatched to the workers of a Ray cluster, results as they come.
 
-The caller alone stores results. So a worker that is killed loses nothing but the task that it was at, which another does; and nothing can
-be counted twice, whoever does it. (On one machine without Ray: `workers.py`.)
+The caller alone stores results. So a worker that is killed loses nothing but the task that it was at, which another does; and nothing is
+counted twice: results of a task arrive together, when all of it is done. (On one machine without Ray: `local.py`.)
 """
 
 from __future__ import annotations
 
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from gap_export.errors import GapExportError, MissingRequirementError, first_line
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+from gap_export.parallel.worker import Result, Task, Worker
+from gap_export.progress import SILENT, Progress
 
 ATTEMPTS = 3
 """How often a task may bring its worker down before all work is given up."""
 
-_PATIENCE_SECONDS = 5
+_REACHABLE_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True)
@@ -39,33 +38,65 @@ class Cluster:
 class _Worker:
     """Lives in a process of the cluster."""
 
-    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+    def __init__(self, make: Callable[[], Worker[Any, Any]]) -> None:
         self._make = make
-        self._do: Callable[[Any], Any] | None = None
+        self._worker: Worker[Any, Any] | None = None
 
-    def do(self, task: Any) -> Any:
-        """A result; an error of ours as a value, so that it arrives as what it is."""
+    def do(self, task: Any) -> _Done | GapExportError:
+        """What came of a task; an error of ours as a value, so that it arrives as what it is."""
+        counted = _Counted()
         try:
-            self._do = self._do or self._make()
-            return self._do(task)
+            self._worker = self._worker or self._make()
+            return _Done(tuple(self._worker(task, counted)), counted.message, counted.count)
         except GapExportError as error:
             return error
 
 
+@dataclass(frozen=True)
+class _Done:
+    """A finished task.
+
+    Attributes:
+        results: of the task.
+        message: of its last stage.
+        count: units of work that it was.
+    """
+
+    results: tuple[Any, ...]
+    message: str | None
+    count: int
+
+
+class _Counted:
+    """Progress in a worker of the cluster: kept until the task is done."""
+
+    def __init__(self) -> None:
+        self.message: str | None = None
+        self.count = 0
+
+    def stage(self, message: str, total: int | None = None) -> None:
+        self.message = message
+
+    def advance(self, count: int = 1) -> None:
+        self.count += count
+
+
 def results_on(
     cluster: Cluster,
-    make_worker: Callable[[], Callable[[Task], Result]],
-    tasks: Iterable[Task],
+    make_worker: Callable[[], Worker[Task, Result]],
+    tasks: Sequence[Task],
     *,
     name_of: Callable[[Task], str],
+    progress: Progress = SILENT,
 ) -> Generator[Result]:
     """Do all tasks.
 
     Args:
         cluster: where.
-        make_worker: called once in every worker, in whose process it finds the same files under the same paths; gives what does a task.
-        tasks: begun in this order; asked for once all workers are known to be there.
+        make_worker: called once in every worker, in whose process it finds the same files under the same paths.
+        tasks: begun in this order.
         name_of: a task, for messages; different for each.
+        progress: told of every task that is finished.
 
     Yields:
         Results in the order in which they are finished. Who stops early closes the generator, which ends the workers.
@@ -74,24 +105,26 @@ def results_on(
         GapExportError: a worker's own.
         MissingRequirementError: Ray is not installed or no cluster is there; or one task brought down several workers.
     """
+    if not tasks:
+        return
     ray = _ray()
     started = _connected(ray, cluster)
-    everyone: list[Any] = []
+    hired: list[Any] = []
     try:
         shared = ray.put(make_worker)
         remote = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
 
-        def hired() -> Any:
-            everyone.append(remote.remote(shared))
-            return everyone[-1]
+        def hire() -> Any:
+            hired.append(remote.remote(shared))
+            return hired[-1]
 
-        left = deque(tasks)
-        idle = [hired() for _ in range(min(cluster.workers, len(left)))]
+        waiting = deque(tasks)
+        idle = [hire() for _ in range(min(cluster.workers, len(waiting)))]
         running: dict[Any, tuple[Any, Task]] = {}
         attempts: Counter[str] = Counter()
-        while left or running:
-            while left and idle:
-                worker, task = idle.pop(), left.popleft()
+        while waiting or running:
+            while waiting and idle:
+                worker, task = idle.pop(), waiting.popleft()
                 running[worker.do.remote(task)] = (worker, task)
             (finished, *_), _ = ray.wait(list(running), num_returns=1)
             worker, task = running.pop(finished)
@@ -106,16 +139,19 @@ def results_on(
                         subject=f"workers at {name}",
                         hint="what is finished is kept; see Ray's logs of the workers, and run the same command again",
                     ) from error
-                left.appendleft(task)
-                idle.append(hired())
+                waiting.appendleft(task)
+                idle.append(hire())
                 continue
             if isinstance(outcome, GapExportError):
                 raise outcome
             idle.append(worker)
-            yield outcome
+            if outcome.message is not None:
+                progress.stage(outcome.message)
+            yield from outcome.results
+            progress.advance(outcome.count)
     finally:
         # Now, and not when the last reference is gone: the cluster's places are others' from here on.
-        for worker in everyone:
+        for worker in hired:
             ray.kill(worker)
         if started:
             ray.shutdown()
@@ -142,7 +178,7 @@ def _connected(ray: Any, cluster: Cluster) -> bool:
                 num_cpus=cluster.workers, include_dashboard=False, log_to_driver=False, logging_level="error"
             )
         else:
-            _knock(cluster.address)
+            _check_reachable(cluster.address)
             ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
         raise MissingRequirementError(
@@ -155,12 +191,12 @@ def _connected(ray: Any, cluster: Cluster) -> bool:
     return True
 
 
-def _knock(address: str) -> None:
-    """Fail at once where nobody listens; Ray would wait for minutes.
+def _check_reachable(address: str) -> None:
+    """Fail at once where nothing listens; Ray would wait for minutes.
 
     Raises:
-        OSError: nobody does.
+        OSError: nothing listens at the address.
     """
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "//" not in address:
-        socket.create_connection((host, int(port)), timeout=_PATIENCE_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=_REACHABLE_TIMEOUT_S).close()

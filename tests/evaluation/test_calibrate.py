@@ -19,6 +19,7 @@ from gap_export.evaluation.calibrate import calibrate
 from gap_export.evaluation.refer.dataset import Dataset, open_dataset
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.reference import open_torch
+from tests.recorded import Recorded
 
 SAMPLES = 3
 
@@ -73,9 +74,9 @@ def test_ranges_are_what_pytorch_sees(
 
 
 def test_what_is_recorded(tiny_bundle: Callable[..., Bundle]) -> None:
-    ticks: list[int] = []
-    found = calibrate(tiny_bundle().folder, limit=2, threads=1, tick=ticks.append)
-    assert (found.samples, found.source, found.family, sum(ticks)) == (2, "scenes", "llava", 2)
+    recorded = Recorded()
+    found = calibrate(tiny_bundle().folder, limit=2, threads=1, progress=recorded)
+    assert (found.samples, found.source, found.family, sum(recorded.counts)) == (2, "scenes", "llava", 2)
 
 
 def test_a_data_set_of_ones_own(tiny_bundle: Callable[..., Bundle]) -> None:

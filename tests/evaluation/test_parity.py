@@ -24,6 +24,7 @@ from gap_export.precision import Thresholds
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation
 from gap_export.runtime.grounder import Answer, Grounded, Grounder
+from tests.recorded import Recorded
 
 BOX = (1.0, 2.0, 11.0, 12.0)
 FAR = (50.0, 50.0, 60.0, 60.0)
@@ -334,20 +335,20 @@ def test_every_control_is_caught_by_what_the_model_computes(name: str, tiny_runs
 
 def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
     bundle, questions, grounder, session, reference = tiny_runs
-    ticks: list[int] = []
+    recorded = Recorded()
     right = runner.run_cases(
         grounder,
         session,
         questions,
         batch=3,
-        tick=ticks.append,
+        progress=recorded,
         adjust=lambda placement, before, kept: placement,
         keep_logits=True,
     )
     measured = parity.measure(right, reference, questions, bundle.manifest)
     assert not check_control("none", measured, Thresholds()).caught
     assert measured.position_ids_equal == 1.0
-    assert ticks == [3, 1]
+    assert recorded.counts == [3, 1]
 
 
 def test_controls_apply_where_they_change_something() -> None:

@@ -14,15 +14,16 @@ from gap_export.evaluation import validate
 from gap_export.evaluation.parity import ParityReport
 from gap_export.pipeline.build import BuildResult, build
 from gap_export.recipe.recipe import Recipe
+from tests.recorded import Recorded
 
 BuildBundle = Callable[..., Bundle]
 
 
 def report_of(folder: Path, **options: Any) -> tuple[ParityReport, list[int]]:
-    ticks: list[int] = []
-    report = validate.validate(folder, threads=1, tick=ticks.append, **options)
+    recorded = Recorded()
+    report = validate.validate(folder, threads=1, progress=recorded, **options)
     assert report == ParityReport.model_validate_json((folder / "reports" / "parity.json").read_text())
-    return report, ticks
+    return report, recorded.counts
 
 
 def test_a_bundle_with_no_slot_to_spare_is_validated(tiny_options: dict[str, Any], tmp_path: Path) -> None:

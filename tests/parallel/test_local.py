@@ -15,20 +15,20 @@ import pytest
 
 from gap_export import errors
 from gap_export.errors import GapExportError, InputError, LintError, MissingRequirementError
-from gap_export.parallel.local import Step, results_of
+from gap_export.parallel.local import results_of
+from tests.recorded import Recorded
 
 # Workers start afresh and import what they are made of by name, so it must lie where they look.
 MODULE = """
 import os
 import time
 from gap_export.errors import LintError
-from gap_export.parallel.local import Step
 
 class Doubling:
     def __init__(self):
         self.tasks_done = 0
 
-    def __call__(self, task, notify):
+    def __call__(self, task, progress):
         if task == "killed":
             os.kill(os.getpid(), 9)
         if task == "sleeps":
@@ -39,7 +39,8 @@ class Doubling:
         if task == "bug":
             raise ZeroDivisionError
         self.tasks_done += 1
-        notify(Step(f"doubling {task}", task))
+        progress.stage(f"doubling {task}")
+        progress.advance(task)
         yield task, 2 * task
         yield os.getpid(), self.tasks_done
 
@@ -57,30 +58,30 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return doubling_for_tests
 
 
-@pytest.mark.parametrize("jobs", [1, 2, 9])
-def test_results_do_not_depend_on_the_number_of_jobs(jobs: int, room: Any) -> None:
-    steps: list[Step] = []
-    results = list(results_of(room.Doubling, [1, 2, 3], jobs=jobs, notify=steps.append))
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_results_do_not_depend_on_the_number_of_workers(workers: int, room: Any) -> None:
+    recorded = Recorded()
+    results = list(results_of(room.Doubling, [1, 2, 3], workers=workers, progress=recorded))
     assert sorted(pair for pair in results if pair[0] in (1, 2, 3)) == [(1, 2), (2, 4), (3, 6)]
-    assert sorted(step.done for step in steps) == [1, 2, 3]
-    assert {step.words for step in steps} == {"doubling 1", "doubling 2", "doubling 3"}
+    assert sorted(recorded.counts) == [1, 2, 3]
+    assert sorted(recorded.messages) == ["doubling 1", "doubling 2", "doubling 3"]
     counts = dict(pair for pair in results if pair[0] not in (1, 2, 3))
     assert sum(counts.values()) == 3, "a worker is made once per process and keeps what it knows"
-    assert 1 <= len(counts) <= min(jobs, 3)
-    assert (os.getpid() in counts) == (jobs == 1)
+    assert 1 <= len(counts) <= min(workers, 3)
+    assert (os.getpid() in counts) == (workers == 1)
 
 
 def test_nothing_to_do(room: Any) -> None:
-    assert list(results_of(room.Doubling, [], jobs=2)) == []
+    assert list(results_of(room.Doubling, [], workers=2)) == []
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_errors_of_ours_come_across_whole(jobs: int, room: Any) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_of_ours_come_across_whole(workers: int, room: Any) -> None:
     with pytest.raises(LintError, match="does not survive") as caught:
-        list(results_of(room.Doubling, ["refuses", "refuses"], jobs=jobs))
+        list(results_of(room.Doubling, ["refuses", "refuses"], workers=workers))
     assert (caught.value.subject, caught.value.hint) == ("a [graph]", "mend it")
     with pytest.raises(LintError, match="cannot start"):
-        list(results_of(room.refused, [1, 2], jobs=jobs))
+        list(results_of(room.refused, [1, 2], workers=workers))
     assert not multiprocessing.active_children()
 
 
@@ -91,14 +92,14 @@ def test_a_worker_that_breaks_down_is_noticed(
     task: str, words: str, room: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(MissingRequirementError, match=words) as caught:
-        list(results_of(room.Doubling, [task, task], jobs=2))
+        list(results_of(room.Doubling, [task, task], workers=2))
     assert "--workers 1" in caught.value.hint
     assert not multiprocessing.active_children()
     assert ("ZeroDivisionError" in capfd.readouterr().err) == (task == "bug")
 
 
 def test_a_caller_that_stops_early_ends_the_workers(room: Any) -> None:
-    results = results_of(room.Doubling, [1, "sleeps", "sleeps"], jobs=2)
+    results = results_of(room.Doubling, [1, "sleeps", "sleeps"], workers=2)
     assert next(results) == (1, 2)
     results.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
@@ -109,7 +110,7 @@ def test_a_caller_that_is_killed_leaves_no_worker_behind(room: Any, tmp_path: Pa
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "if __name__ == '__main__':\n"
         "    import doubling_for_tests; from gap_export.parallel.local import results_of\n"
-        "    list(results_of(doubling_for_tests.Doubling, ['sleeps', 'sleeps'], jobs=2))\n"
+        "    list(results_of(doubling_for_tests.Doubling, ['sleeps', 'sleeps'], workers=2))\n"
     )
     (tmp_path / "program.py").write_text(program)
     caller = subprocess.Popen(
@@ -123,9 +124,9 @@ def test_a_caller_that_is_killed_leaves_no_worker_behind(room: Any, tmp_path: Pa
     assert caller.communicate(timeout=60)[0] == ""
 
 
-def test_no_jobs_at_all(room: Any) -> None:
+def test_no_workers_at_all(room: Any) -> None:
     with pytest.raises(InputError, match="at least 1"):
-        list(results_of(room.Doubling, [1], jobs=0))
+        list(results_of(room.Doubling, [1], workers=0))
 
 
 @pytest.mark.parametrize(

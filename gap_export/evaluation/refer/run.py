@@ -6,7 +6,9 @@ Answering knows nothing of protocols, and scoring nothing of models: the same an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,10 +21,13 @@ from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow, Journal
 from gap_export.evaluation.refer.protocols import Protocol, Score, score
 from gap_export.inputs.batch import ImageLayout
+from gap_export.parallel import dispatch
+from gap_export.parallel.ray import Cluster
+from gap_export.progress import SILENT, Progress
 from gap_export.records import Record
 
-Tick = Callable[[int], None]
-"""Called with the number of expressions finished since the last call."""
+Group = tuple[Expression, ...]
+"""Expressions about one image."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,19 @@ class Work:
     """What there is to do.
 
     Attributes:
-        images: name -> expressions about it, in the order of the annotations.
+        groups: name of an image -> expressions about it, in the order of the annotations.
         missing: names of images that are not there; their expressions are not asked and not scored.
         not_asked: expressions about those.
     """
 
-    batch: dict[str, tuple[Expression, ...]]
+    groups: dict[str, Group]
     missing: tuple[str, ...]
     not_asked: tuple[str, ...]
 
     @property
     def expressions(self) -> list[Expression]:
         """All that are asked."""
-        return [expression for group in self.batch.values() for expression in group]
+        return [expression for group in self.groups.values() for expression in group]
 
 
 def work_of(expressions: Sequence[Expression], source: Source, *, limit: int | None = None) -> Work:
@@ -67,31 +72,61 @@ def work_of(expressions: Sequence[Expression], source: Source, *, limit: int | N
             hint="give the folder that holds them (--images)",
         )
     not_asked = tuple(expression.id for name in missing for expression in groups[name])
-    batch = {name: tuple(group) for name, group in groups.items() if name not in set(missing)}
-    return Work(batch, missing, not_asked)
+    there = {name: tuple(group) for name, group in groups.items() if name not in set(missing)}
+    return Work(there, missing, not_asked)
 
 
 def answer_all(
-    answerer: Answerer, work: Work, source: Source, journal: Journal, *, tick: Tick = lambda count: None
+    make_answerer: Callable[[], Answerer],
+    work: Work,
+    source: Source,
+    journal: Journal,
+    *,
+    cluster: Cluster | None = None,
+    progress: Progress = SILENT,
 ) -> None:
     """Answer what the journal does not hold yet.
 
+    Args:
+        make_answerer: called when there is something to answer, once in every worker; on a cluster the bundle must be there
+            under the same path.
+        work: to be done.
+        source: of images; sent to every worker.
+        journal: kept by the caller alone.
+        cluster: of Ray, to dispatch images to; this process works when left out.
+        progress: told of every expression, also of those that the journal holds already.
+
     Raises:
-        GapExportError: an image cannot be read, or the runtime failed. What was answered stays.
+        GapExportError: an image cannot be read, or the runtime or the cluster failed. What was answered stays.
     """
-    for group in groups_left(work, journal, tick):
-        journal.add(rows_about(answerer, source, group))
-        tick(len(group))
+    progress.stage("answering", total=len(work.expressions))
+    groups = [_unanswered(group, journal) for group in work.groups.values()]
+    progress.advance(len(work.expressions) - sum(map(len, groups)))
+    dispatched = dispatch(
+        partial(_GroupWorker, make_answerer, source),
+        [group for group in groups if group],
+        cluster=cluster,
+        name_of=lambda group: group[0].image,
+        progress=progress,
+    )
+    with closing(dispatched) as results:
+        for rows in results:
+            journal.add(rows)
 
 
-def groups_left(work: Work, journal: Journal, tick: Tick) -> Iterator[tuple[Expression, ...]]:
-    """Expressions about one image each, without those that the journal holds; of those `tick` is told."""
-    for group in work.batch.values():
-        left = tuple(expression for expression in group if expression.id not in journal.known)
-        if len(left) < len(group):
-            tick(len(group) - len(left))
-        if left:
-            yield left
+def _unanswered(group: Sequence[Expression], journal: Journal) -> Group:
+    return tuple(expression for expression in group if expression.id not in journal.known)
+
+
+class _GroupWorker:
+    """A worker: answers the expressions about one image."""
+
+    def __init__(self, make_answerer: Callable[[], Answerer], source: Source) -> None:
+        self._answerer, self._source = make_answerer(), source
+
+    def __call__(self, group: Group, progress: Progress) -> Iterator[list[AnswerRow]]:
+        yield rows_about(self._answerer, self._source, group)
+        progress.advance(len(group))
 
 
 def rows_about(answerer: Answerer, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -35,12 +35,12 @@ from gap_export.evaluation.sweep.record import (
 from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
 from gap_export.evaluation.sweep.show import page
 from gap_export.files import record_of, scratch_folder, write_atomically
-from gap_export.parallel.local import Notify, Step, results_of
-from gap_export.parallel.ray import Cluster, results_on
+from gap_export.parallel import dispatch
+from gap_export.parallel.ray import Cluster
 from gap_export.pipeline.build import build
 from gap_export.pipeline.opened import open_model
 from gap_export.positions import PositionPolicy
-from gap_export.progress import Stages
+from gap_export.progress import SILENT, Prefixed, Progress
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import check_overflow
@@ -64,7 +64,7 @@ def sweep(
     cluster: Cluster | None = None,
     plot: bool = True,
     replace: bool = False,
-    notify: Notify = lambda step: None,
+    progress: Progress = SILENT,
 ) -> SweepRecord:
     """Accuracy of many pruners at many keep ratios under every position policy. Can be interrupted; the same call resumes.
 
@@ -78,11 +78,11 @@ def sweep(
         limit: held-out scenes per point.
         batch: images per call.
         threads: of ONNX Runtime, in every process; 0 lets it choose.
-        workers: processes that points are dealt to; results do not depend on it.
-        cluster: of Ray, to deal them to instead.
+        workers: processes that points are dispatched to; results do not depend on it.
+        cluster: of Ray, to dispatch them to instead.
         plot: draw it (needs matplotlib).
         replace: throw a sweep of other settings in that folder away.
-        notify: told of every stage, and of answers as they are made.
+        progress: told of every stage, and of every answer.
 
     Returns:
         The record, which is also stored in the folder.
@@ -101,7 +101,7 @@ def sweep(
         threads=threads,
     )
     prepared = prepare(request, out, replace=replace, plot=plot)
-    return run(prepared, workers=workers, cluster=cluster, plot=plot, notify=notify)
+    return run(prepared, workers=workers, cluster=cluster, plot=plot, progress=progress)
 
 
 class Store:
@@ -207,17 +207,17 @@ def run(
     workers: int = 1,
     cluster: Cluster | None = None,
     plot: bool = True,
-    notify: Notify = lambda step: None,
+    progress: Progress = SILENT,
     finished: Callable[[SweepPoint, Answers], None] = lambda point, answers: None,
 ) -> SweepRecord:
     """Answer the points that are not finished, then write record, page and plot into the folder.
 
     Args:
         sweep: prepared.
-        workers: processes to deal points to; what comes out does not depend on it.
-        cluster: of Ray, to deal them to instead; checkpoints must be there under the same paths.
+        workers: processes that points are dispatched to; what comes out does not depend on it.
+        cluster: of Ray, to dispatch them to instead; checkpoints must be there under the same paths.
         plot: draw it.
-        notify: told of every stage, and of answers as they are made: `limit` per remaining point.
+        progress: told of every stage, and of every answer: `limit` per remaining point.
         finished: told of every point that was finished now.
 
     Raises:
@@ -227,12 +227,16 @@ def run(
     with scratch_folder(beside=store.folder, purpose="sweeping") as scratch:
         make_worker = partial(_PointWorker, request, scratch)
         tasks = _grouped(sweep.remaining(), request.keeps)
-        dealt = (
-            results_of(make_worker, tasks, jobs=workers, notify=notify)
-            if cluster is None
-            else _results_on(cluster, make_worker, tasks, notify)
+        progress.stage("starting", total=request.limit * sum(map(len, tasks)))
+        dispatched = dispatch(
+            make_worker,
+            tasks,
+            workers=workers,
+            cluster=cluster,
+            name_of=lambda points: points[0].label,
+            progress=progress,
         )
-        with closing(dealt) as results:
+        with closing(dispatched) as results:
             for point, answers in results:
                 store.save(point, answers)
                 finished(point, answers)
@@ -248,29 +252,6 @@ def run(
     if plot:
         write_atomically(store.folder / PLOT, plotting.png(sweep_plot.figure(record)))
     return record
-
-
-def _results_on(
-    cluster: Cluster,
-    make_worker: Callable[[], _PointWorker],
-    tasks: Sequence[Sequence[SweepPoint]],
-    notify: Notify,
-) -> Generator[tuple[SweepPoint, Answers]]:
-    """Points of a group arrive together: what a worker does between is not told across the cluster."""
-    worker, named = partial(_whole_groups, make_worker), lambda points: points[0].label
-    with closing(results_on(cluster, worker, tasks, name_of=named)) as groups:
-        for group in groups:
-            for point, answers in group:
-                notify(Step(point.label, len(answers.ious)))
-                yield point, answers
-
-
-def _whole_groups(
-    make_worker: Callable[[], _PointWorker],
-) -> Callable[[Sequence[SweepPoint]], list[tuple[SweepPoint, Answers]]]:
-    """A worker that gives all points of a group at once."""
-    worker = make_worker()
-    return lambda points: list(worker(points, lambda step: None))
 
 
 class _PointWorker:
@@ -289,33 +270,32 @@ class _PointWorker:
         self._questions = list(scenes.cases(request.limit))
         self._tracer = TracedOnce()
 
-    def __call__(self, points: Sequence[SweepPoint], notify: Notify) -> Iterator[tuple[SweepPoint, Answers]]:
+    def __call__(
+        self, points: Sequence[SweepPoint], progress: Progress
+    ) -> Iterator[tuple[SweepPoint, Answers]]:
         """One bundle per point: always right. Where one bundle can serve several points, this is the place."""
         for point in points:
             try:
-                answers = self._answers(point, notify)
+                answers = self._answers(point, Prefixed(progress, point.label))
             except GapExportError as error:
                 error.subject = f"{point.label}: {error.subject}"
                 raise
             yield point, answers
 
-    def _answers(self, point: SweepPoint, notify: Notify) -> Answers:
+    def _answers(self, point: SweepPoint, progress: Progress) -> Answers:
         request = self._request
-
-        def progress(words: str) -> None:
-            notify(Step(f"{point.label}: {words}"))
 
         recipe = request.recipe_of(point)
         folder = self._scratch / point.name
-        bundle = build(recipe, folder, tracer=self._tracer, progress=Stages(progress)).bundle
-        progress("answering")
+        bundle = build(recipe, folder, tracer=self._tracer, progress=progress).bundle
+        progress.stage("answering")
         with open_session(bundle, request.backend, threads=request.threads) as session:
             runs = runner.run_cases(
                 Grounder(bundle),
                 session,
                 self._questions,
                 batch=min(request.batch, recipe.max_batch),
-                tick=lambda count: notify(Step("", count)),
+                progress=progress,
             )
         shutil.rmtree(folder)
         return answers_of(runs, self._questions, request.backend)

@@ -211,16 +211,18 @@ class TestRounds:
         for session in sessions:
             session.journal = journal
         ticks: list[int] = []
+        recorded = Recorded(lambda told: ticks.append(len(journal)) if told.counts else None)
         measure(
             [fake_candidate(session, name) for session, name in zip(sessions, "ABC", strict=True)],
             requests=40,
             warmup=2,
             new_tokens=1,
             clock=clock,
-            progress=Recorded(lambda recorded: ticks.append(len(journal)) if recorded.counts else None),
+            progress=recorded,
         )
         rounds = [tuple(journal[start : start + 3]) for start in range(0, len(journal), 3)]
         assert ticks == list(range(3, 3 * 42 + 1, 3))
+        assert recorded.totals == [len(ticks)]
         assert all(sorted(each) == ["A", "B", "C"] for each in rounds)
         assert len(set(rounds)) == 6, "every order occurs, so that nobody always follows the same other"
 

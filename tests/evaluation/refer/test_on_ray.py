@@ -18,6 +18,7 @@ from gap_export.evaluation.refer.answering import Answered, Answerer
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
 from gap_export.evaluation.refer.run import Work, answer_all, work_of
+from tests.recorded import Recorded
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'gap-export[ray]'")
 
@@ -88,7 +89,7 @@ def expected(
     tiny_bundle: Callable[..., Bundle], work: tuple[Work, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     journal = open_journal(tmp_path_factory.mktemp("here") / "run", SETTINGS)
-    answer_all(make(tiny_bundle().folder), *work, journal)
+    answer_all(partial(make, tiny_bundle().folder), *work, journal)
     return {row.id: row.answer for row in journal.rows}
 
 
@@ -99,25 +100,23 @@ def answers(journal: Journal) -> dict[str, str]:
 
 
 def on_ray(maker: Any, work: tuple[Work, Any], folder: Path, address: str | None, **options: Any) -> Journal:
-    from gap_export.evaluation.refer.on_ray import answer_on_ray
     from gap_export.parallel.ray import Cluster
 
     journal = open_journal(folder, SETTINGS)
-    answer_on_ray(maker, *work, journal, Cluster(2, address), **options)
+    answer_all(maker, *work, journal, cluster=Cluster(2, address), **options)
     return journal
 
 
 def test_the_same_answers(
     cluster: str, tiny_bundle: Callable[..., Bundle], work: Any, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    counts: list[int] = []
+    recorded, again = Recorded(), Recorded()
     maker = partial(make, tiny_bundle().folder)
-    journal = on_ray(maker, work, tmp_path / "run", cluster, tick=counts.append)
+    journal = on_ray(maker, work, tmp_path / "run", cluster, progress=recorded)
     assert answers(journal) == expected
-    assert sum(counts) == len(expected) == 3 * IMAGES
-    again: list[int] = []
-    on_ray(maker, work, tmp_path / "run", cluster, tick=again.append)
-    assert sum(again) == len(expected), "what is there is told, and not answered again"
+    assert sum(recorded.counts) == len(expected) == 3 * IMAGES
+    on_ray(maker, work, tmp_path / "run", cluster, progress=again)
+    assert sum(again.counts) == len(expected), "what is there is told, and not answered again"
     assert answers(journal) == expected
 
 

@@ -20,6 +20,7 @@ from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.run import Work, answer_all, record_of, score_all, work_of
 from gap_export.evaluation.refer.tables import read_predictions, write_results
 from gap_export.runtime.backends import open_session
+from tests.recorded import Recorded
 
 SETTINGS = Settings(bundle="b", annotations="a", split="val", backend="onnxruntime", keep=None, share=True)
 TEXTS = ["the red mug", "cat", "the blue cat on the left", "mug below the cat", "the green circle", "dog"]
@@ -47,7 +48,7 @@ def source() -> InMemory:
 
 def answered(answerer: Answerer, work: Work, source: Any, folder: Path) -> dict[str, tuple[str, int, int]]:
     journal = open_journal(folder, SETTINGS)
-    answer_all(answerer, work, source, journal)
+    answer_all(lambda: answerer, work, source, journal)
     assert len(journal.rows) == len(journal.known) == len(work.expressions)
     return {row.id: (row.answer, row.tokens, row.kept_indices) for row in journal.rows}
 
@@ -94,16 +95,13 @@ def test_a_run_that_stopped_goes_on(
     class Stop(Exception):
         pass
 
-    counts: list[int] = []
-
-    def stop(count: int) -> None:
-        counts.append(count)
-        if sum(counts) >= 6:
+    def stop(recorded: Recorded) -> None:
+        if sum(recorded.counts) >= 6:
             raise Stop
 
     journal = open_journal(tmp_path / "stopped", SETTINGS)
     with pytest.raises(Stop):
-        answer_all(Answerer(bundle, session), work, source, journal, tick=stop)
+        answer_all(lambda: Answerer(bundle, session), work, source, journal, progress=Recorded(stop))
     assert len(journal.rows) == 6
     asked: list[list[str]] = []
 
@@ -124,7 +122,8 @@ def test_missing_images_are_counted_and_not_scored(
     work = work_of([*extra, *expressions], source)
     assert (work.missing, work.not_asked) == (("lost.png",), tuple(each.id for each in extra))
     journal = open_journal(tmp_path, SETTINGS)
-    answer_all(Answerer(bundle, open_session(bundle, "onnxruntime", threads=1)), work, source, journal)
+    session = open_session(bundle, "onnxruntime", threads=1)
+    answer_all(lambda: Answerer(bundle, session), work, source, journal)
     protocol = protocol_of("unc", bundle.manifest.box)
     scored = score_all(work.expressions, journal.rows, protocol, bundle.manifest.layout)
     record = record_of(scored, protocol, split="val", backend="onnxruntime", work=work)
@@ -153,7 +152,8 @@ def test_results_are_a_table(
     bundle = tiny_bundle()
     work = work_of(expressions, source, limit=7)
     journal = open_journal(tmp_path / "run", SETTINGS)
-    answer_all(Answerer(bundle, open_session(bundle, "onnxruntime", threads=1)), work, source, journal)
+    session = open_session(bundle, "onnxruntime", threads=1)
+    answer_all(lambda: Answerer(bundle, session), work, source, journal)
     scored = score_all(work.expressions, journal.rows, protocol_of("unc", bundle.manifest.box))
     write_results(scored, tmp_path / "results.parquet")
     rows = parquet.read_table(tmp_path / "results.parquet").to_pylist()

@@ -42,6 +42,7 @@ from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.grounder import Grounder
+from tests.recorded import Recorded
 
 BuildBundle = Callable[..., Bundle]
 CASES = 6
@@ -220,7 +221,7 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     graphs: dict[tuple[str, str], dict[str, bytes]] = {}
     traced: dict[tuple[str, str], list[str]] = {}
     new: list[str] = []
-    trace_one, tracer, steps = trace.graph_from_component, TracedOnce(), []
+    trace_one, tracer, recording = trace.graph_from_component, TracedOnce(), Recorded()
 
     def traced_component(component: Component) -> Any:
         new.append(component.spec.name)
@@ -237,9 +238,9 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
         patch.setattr(sweep, "build", recorded)
         patch.setattr(trace, "graph_from_component", traced_component)
         patch.setattr(trace, "TracedOnce", lambda: tracer)
-        record = sweep.run(sweep.prepare(request_of(tiny_options), folder), notify=steps.append)
+        record = sweep.run(sweep.prepare(request_of(tiny_options), folder), progress=recording)
     assert [path.name for path in folder.parent.iterdir()] == ["undisturbed"], "bundles are gone"
-    return Swept(folder, record, graphs, traced, tracer, sum(step.done for step in steps))
+    return Swept(folder, record, graphs, traced, tracer, sum(recording.counts))
 
 
 def graphs_of(bundle: Bundle) -> dict[str, bytes]:
@@ -454,7 +455,7 @@ def test_on_a_cluster_whose_worker_is_killed(
     request = request_of(tiny_options, positions=(PositionPolicy.GAP,))
     prepared = sweep.prepare(request, tmp_path / "out", plot=False)
     killed: list[int] = []
-    steps: list[Any] = []
+    recorded = Recorded()
 
     def finished(point: SweepPoint, answers: Any) -> None:
         """One group is done, the other is at work."""
@@ -467,10 +468,10 @@ def test_on_a_cluster_whose_worker_is_killed(
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
-    record = sweep.run(prepared, cluster=Cluster(2), plot=False, notify=steps.append, finished=finished)
+    record = sweep.run(prepared, cluster=Cluster(2), plot=False, progress=recorded, finished=finished)
     assert killed
     assert len(record.rows) == 2
-    assert sum(step.done for step in steps) == 2 * CASES, "nothing is counted twice"
+    assert sum(recorded.counts) == 2 * CASES, "nothing is counted twice"
     for path in (tmp_path / "out" / "points").iterdir():
         assert path.read_bytes() == (swept.folder / "points" / path.name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "bundles are gone"
