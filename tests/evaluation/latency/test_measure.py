@@ -104,7 +104,7 @@ def fake_candidate(session: FakeSession, name: str = "fake", batch: int = 1) -> 
         lengths_of_stages=lambda length: [length],
         slots_for=lambda needed: (session.capacity,),
         cache_slots=lambda capacities: 2 * capacities[0],
-        model=ModelSpec(
+        spec=ModelSpec(
             hidden_size=32,
             layers=2,
             attention_heads=4,
