@@ -7,10 +7,11 @@ work on copies.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from PIL import Image
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Pruning
 from gap_export.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gap_export.graph.trace_cache import Tracer
 
 GRID = (6, 6)
 IMAGE_TOKEN, EOS, VOCABULARY = 4, 2, 64
@@ -35,6 +39,11 @@ settings.register_profile("gap-export", deadline=None)
 settings.load_profile("gap-export")
 
 BuildBundle = Callable[..., Bundle]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Graphs that were traced in an earlier run are taken from there, by all processes; those of the user are left alone."""
+    os.environ.setdefault("GAP_EXPORT_TRACE_CACHE", str(config.rootpath / ".pytest_cache" / "traces"))
 
 
 def _save_tokenizer(folder: Path) -> None:
@@ -209,13 +218,20 @@ def tiny_options(tiny_checkpoint: Path, tiny_text_tower: Path) -> dict[str, Any]
 
 
 @pytest.fixture(scope="session")
+def tracer() -> Tracer:
+    """Traces whatever is built, each graph once per version of the sources: see `pytest_configure`."""
+    from gap_export.graph.trace_cache import Tracer
+    from gap_export.graph.trace_folder import user_folder
+
+    return Tracer(user_folder(), remembered=64)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(
-    tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, tracer: Tracer
 ) -> Callable[..., Bundle]:
     """`tiny_bundle(precision=..., keep=..., positions=..., pruner=...)`: a bundle, built on first use. Not to be changed."""
-    from gap_export.graph.trace import TracedOnce
-
-    folder, tracer = tmp_path_factory.mktemp("bundles"), TracedOnce(remembered=64)
+    folder = tmp_path_factory.mktemp("bundles")
     built: dict[str, Bundle] = {}
 
     def bundle(**changes: Any) -> Bundle:
@@ -261,13 +277,15 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
 
 @pytest.fixture(scope="session")
 def deep_bundle(
-    deep_checkpoint: Path, tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    deep_checkpoint: Path,
+    tiny_options: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    tracer: Tracer,
 ) -> Callable[..., Bundle]:
     """`deep_bundle(pruner=..., positions=..., ...)`: a bundle of the deep checkpoint that keeps a quarter, built on first use."""
-    from gap_export.graph.trace import TracedOnce
     from gap_export.pipeline import build
 
-    folder, tracer = tmp_path_factory.mktemp("deep-bundles"), TracedOnce(remembered=64)
+    folder = tmp_path_factory.mktemp("deep-bundles")
     built: dict[str, Bundle] = {}
 
     def bundle(**changes: Any) -> Bundle:

@@ -369,6 +369,9 @@ def test_build_reports_what_it_made(command: Command, recipe_file: Path, tmp_pat
     )
     assert record["written_bytes"] == written
 
+    spoken = command("build", "--model", recipe_file, "-o", tmp_path / "again", "--pruner", "spatial", "--keep", "0.5")  # fmt: skip
+    assert "from the trace cache: vision, splice, embed, decoder" in spoken.out
+
 
 def test_measured_ranges_make_a_bundle_in_fp8(
     command: Command, tiny_bundle: BuildBundle, recipe_file: Path, tmp_path: Path
@@ -397,7 +400,9 @@ def test_ctrl_c_in_the_middle_of_a_build_leaves_nothing_and_the_same_command_fin
 ) -> None:
     arguments = [sys.executable, "-m", "gap_export", "build", "--model", str(recipe_file), "-o", str(tmp_path / "out")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    # Without graphs that were traced before, so that there is a middle.
+    slow = {**environment, "GAP_EXPORT_TRACE_CACHE": "off"}
+    child = subprocess.Popen(arguments, env=slow, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob(".out.building-*/*")):
         assert child.poll() is None, child.communicate()

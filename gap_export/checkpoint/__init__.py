@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,28 @@ class Checkpoint:
             weights={**self.weights, **added},
             companions={**self.companions, name: companion},
         )
+
+    def fingerprint(self, *, without: Collection[str] = ()) -> str:
+        """What tells this checkpoint's graphs from those of others.
+
+        Args:
+            without: companions that the graphs have nothing of.
+
+        Returns:
+            SHA-256 in hexadecimal of every JSON file of the folder, of the names, shapes and element types of the weights, and
+            of the same of the companions. Where the checkpoint lies and what its weights are makes no difference.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted(self.folder.glob("*.json")):
+            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        for key, weight in sorted(self.weights.items()):
+            if key.partition("/")[0] not in self.companions:
+                dtype = weight.dtype if isinstance(weight, WeightLocation) else "derived"
+                digest.update(f"{key} {weight.shape} {dtype}\n".encode())
+        for name, companion in sorted(self.companions.items()):
+            if name not in without:
+                digest.update(f"{name} {companion.fingerprint()}\n".encode())
+        return digest.hexdigest()
 
     @property
     def model_type(self) -> str:

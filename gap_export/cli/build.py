@@ -88,7 +88,11 @@ def build(
     replace: Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Checkpoint to bundle: graphs, then engines for every --target."""
+    """Checkpoint to bundle: graphs, then engines for every --target.
+
+    Graphs that were traced before are taken from a cache, ~/.cache/gap-export/traces. The environment variable
+    GAP_EXPORT_TRACE_CACHE names another folder, or switches it off with the value off.
+    """
     from gap_export.recipe import recipe as recipes
 
     recipe = recipes.load_recipe(model).replaced(
@@ -142,6 +146,7 @@ def build(
                 "positions": pruning.positions,
                 "capacity": manifest.capacity,
                 "graphs": sorted(manifest.graphs),
+                "graphs_from_cache": sorted(built.cached),
                 "engines": {target: sorted(engines) for target, engines in manifest.engines.items()},
                 "written_bytes": built.written_bytes,
             }
@@ -155,4 +160,6 @@ def build(
     )
     for name, engines in manifest.engines.items():
         out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
+    if built.cached:
+        out.print(f"  from the trace cache: {', '.join(built.cached)}", highlight=False)
     out.print(f"  {readable_size(built.written_bytes)} written besides linked weights", highlight=False)

@@ -32,7 +32,7 @@ from gap_export.runtime.backends import open_session, target_of
 from gap_export.runtime.grounder import Grounded, Grounder
 
 if TYPE_CHECKING:
-    from gap_export.graph.trace import TracedOnce
+    from gap_export.graph.trace_cache import Tracer
     from gap_export.runtime.session import Session
 
 CONTROL_CASES = 48
@@ -88,7 +88,8 @@ def validate(
     Raises:
         GapExportError: something could not be run. Gates that are not met are in the report.
     """
-    from gap_export.graph.trace import TracedOnce
+    from gap_export.graph.trace_cache import Tracer
+    from gap_export.graph.trace_folder import user_folder
     from gap_export.runtime.torch.reference import open_torch
 
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
@@ -136,7 +137,7 @@ def validate(
 
     if pruning.keep_mode == "dynamic":  # companions differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)
-    accuracy, tracer = {str(pruning.positions): measured.accuracy}, TracedOnce()
+    accuracy, tracer = {str(pruning.positions): measured.accuracy}, Tracer(user_folder())
     for name, changes in _COMPANIONS.items():
         if name not in accuracy:
             changed = recipe.replaced(checkpoint=str(source), **changes)
@@ -181,7 +182,7 @@ def validation_work(limit: int, *, staged: bool = False) -> int:
 
 @contextmanager
 def _companion(
-    bundle: Bundle, recipe: Recipe, backend: str, tracer: TracedOnce, progress: Progress
+    bundle: Bundle, recipe: Recipe, backend: str, tracer: Tracer, progress: Progress
 ) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
     # A capacity that is just enough for the pruned prompt is too small for the whole one.

@@ -202,7 +202,7 @@ class Family(ABC):
             CheckpointError: weights that the model has no place for.
         """
         return build_components(
-            self.checkpoint.folder,
+            self.checkpoint,
             spec,
             plan,
             self.model_parts(spec, plan),

@@ -10,7 +10,7 @@ import gc
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -18,12 +18,16 @@ from unittest import mock
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch._subclasses import FakeTensor
 
 from gap_export.bundle.spec import Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
 from gap_export.modeling.attention import OPSET
 from gap_export.modeling.components import Component
+
+FAKE = "fake"
+"""Stands for the file of a weight that is yet to be attached."""
 
 
 def graph_from_component(component: Component) -> ir.Model:
@@ -34,7 +38,8 @@ def graph_from_component(component: Component) -> ir.Model:
 
     Returns:
         An ONNX model (opset 24) whose inputs and outputs carry the names, and whose shapes carry the symbols, of the
-        spec. Initializers that are parameters still hold fake tensors.
+        spec. Initializers that are parameters have shape and type, and refer to no file (`is_fake`). Nothing in it says
+        where it was made, so that equal components have equal graphs.
 
     Raises:
         TraceError: the module does not export; with torch's own reason.
@@ -69,37 +74,14 @@ def graph_from_component(component: Component) -> ir.Model:
     model: ir.Model = program.model
     _name_symbols(model, spec.inputs)
     _count_from_scalars(model, spec.inputs)
+    _leave_weights_out(model)
+    ClearMetadataAndDocStringPass()(model)  # stack traces, with paths
     return model
 
 
-class TracedOnce:
-    """`graph_from_component` with a memory: components that have the same graph (`Component.settings`) are traced once.
-
-    Tracing takes most of the time of a build, and builds that differ in one option have most graphs in common.
-
-    Args:
-        remembered: how many graphs; the one that was not asked for longest is forgotten first.
-    """
-
-    def __init__(self, remembered: int = 16) -> None:
-        self._graphs: dict[Hashable, ir.Model] = {}
-        self._remembered = remembered
-
-    def __call__(self, component: Component) -> ir.Model:
-        """See `graph_from_component`. The model is the caller's own, to be changed at will."""
-        key = (component.spec.model_dump_json(), component.settings)
-        graph = self._graphs.pop(key, None)
-        if graph is None:
-            graph = graph_from_component(component)
-        self._graphs[key] = graph  # most recently used last
-        if len(self._graphs) > self._remembered:
-            del self._graphs[next(iter(self._graphs))]
-        return graph.clone()
-
-
 def is_fake(tensor: ir.TensorProtocol | None) -> bool:
-    """Whether an initializer's value is a fake tensor, that is, a parameter still to be attached."""
-    return isinstance(getattr(tensor, "raw", None), FakeTensor)
+    """Whether an initializer's value is a parameter without storage, still to be attached."""
+    return isinstance(tensor, ir.ExternalTensor) and tensor.location == FAKE
 
 
 def _arguments(component: Component) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor], Any]:
@@ -195,6 +177,22 @@ def _name_symbols(model: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
                 output.shape = ir.Shape(
                     [d if isinstance(d, int) else names.get(str(d), str(d)) for d in output.shape]
                 )
+
+
+def _leave_weights_out(model: ir.Model) -> None:
+    """Put something that can be written to a file in the place of every fake tensor."""
+    for name, value in model.graph.initializers.items():
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            tensor = value.const_value
+            assert tensor is not None
+            value.const_value = ir.ExternalTensor(
+                location=FAKE,
+                offset=0,
+                length=0,
+                dtype=tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+            )
 
 
 @contextmanager

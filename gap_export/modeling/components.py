@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Dim, GraphName, GraphSpec, TensorSpec, float_spec, int64_spec
+from gap_export.checkpoint import Checkpoint
 from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder
 from gap_export.modeling.splice import Embed, Splice, SpliceSeveral
@@ -35,8 +35,9 @@ class Component:
             and types without storage), its buffers real.
         spec: inputs and outputs.
         weight_key: name of a parameter of the module -> key in the checkpoint.
-        settings: all that the graph depends on besides the spec: components of equal spec and equal settings have the same
-            graph, and it need not be traced again. By default, equal to nobody else's.
+        settings: all that the graph depends on besides the spec and the code: components of equal spec and equal settings
+            have the same graph, and it need not be traced again. Plain values (numbers, text, and tuples and dataclasses of
+            such), so that they can be told apart in other processes too. By default, equal to nobody else's.
     """
 
     module: nn.Module
@@ -76,7 +77,7 @@ def square_images(plan: Plan, size: int) -> TensorSpec:
 
 
 def build_components(
-    folder: Path,
+    checkpoint: Checkpoint,
     spec: ModelSpec,
     plan: Plan,
     parts: ModelParts,
@@ -87,7 +88,7 @@ def build_components(
     """The components of a model.
 
     Args:
-        folder: of the checkpoint, to tell its graphs from those of others.
+        checkpoint: to tell its graphs from those of others.
         spec: sizes of the model.
         plan: of the build.
         parts: of the model.
@@ -114,12 +115,18 @@ def build_components(
     else:
         decoder = Decoder(parts.language_model, parts.lm_head, deepstack_levels=spec.deepstack_levels)
         graphs.append((specs.decoder, decoder))
+    seeing, reading = checkpoint.fingerprint(), checkpoint.fingerprint(without=("text_tower",))
     return [
         Component(
             module=module.eval(),
             spec=graph,
             weight_key=weight_key,
-            settings=(folder, _settings(graph.name, plan)),
+            settings=(
+                seeing if graph.name == "vision" else reading,
+                spec,
+                image_token_id,
+                _settings(graph.name, plan),
+            ),
         )
         for graph, module in graphs
     ]
@@ -308,6 +315,8 @@ class _Specs:
 
 def _settings(graph: GraphName, plan: Plan) -> Hashable:
     """What of the plan a graph depends on, besides the shapes in its spec. The whole plan is always right."""
+    if plan.text_tower is not None:  # where it lies is no matter
+        plan = replace(plan, text_tower=plan.text_tower.model_copy(update={"checkpoint": ""}))
     if graph in ("embed", "decoder"):
         return None
     if graph == "splice":

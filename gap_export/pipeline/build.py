@@ -24,7 +24,7 @@ from gap_export.progress import SILENT, Prefixed, Progress
 from gap_export.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from gap_export.pipeline.graphs import Tracer
+    from gap_export.graph.trace_cache import Tracer
 
 RANDOM = "random"
 """Stands for the checkpoint of a bundle with random weights."""
@@ -39,10 +39,12 @@ class BuildResult:
     Attributes:
         bundle: opened.
         written_bytes: what the build added to the disk; linked weights cost nothing.
+        cached: names of the graphs that were traced before, and were taken from the trace cache.
     """
 
     bundle: Bundle
     written_bytes: int
+    cached: tuple[str, ...]
 
 
 def build(
@@ -61,7 +63,7 @@ def build(
         out: the bundle folder; appears when it is complete, or not at all.
         replace: replace another bundle that is already there.
         self_contained: copy the weights instead of linking them.
-        tracer: `graph.trace.graph_from_component` by default; a `TracedOnce` where several bundles are built.
+        tracer: of the components; where several bundles are built, one for all of them. By default one with the user's cache.
         progress: told when a stage begins.
 
     Raises:
@@ -83,7 +85,8 @@ def build(
         progress.stage("writing the manifest")
         write_manifest(folder, manifest_of(model, plan, written.graphs, engines, folder))
         written_bytes = written.weight_bytes + _bytes_besides_weights(folder)
-    return BuildResult(bundle=open_bundle(out), written_bytes=written_bytes)
+    cached = tuple(graph.name for graph in traced if graph.cached)
+    return BuildResult(bundle=open_bundle(out), written_bytes=written_bytes, cached=cached)
 
 
 def build_engines(

@@ -8,7 +8,7 @@ Both work on any subset of a model's graphs; `export_graphs` is for those who wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from gap_export import linter
 from gap_export.bundle.manifest import Graph
 from gap_export.bundle.spec import GraphName
 from gap_export.errors import InputError
-from gap_export.graph import cost, passes, quantize, trace, weights
+from gap_export.graph import cost, passes, quantize, weights
 from gap_export.graph.quantize.scheme import Scheme
 from gap_export.graph.quantize.store import QuantizedStore
+from gap_export.graph.trace_cache import Tracer
+from gap_export.graph.trace_folder import user_folder
 from gap_export.graph.weights import WeightStore
 from gap_export.modeling.components import Component
 from gap_export.pipeline.opened import OpenedModel, open_model
@@ -30,9 +32,6 @@ from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 
-Tracer = Callable[[Component], ir.Model]
-"""Makes a graph of a component, for its caller to change at will; see `trace.graph_from_component`."""
-
 
 @dataclass(frozen=True)
 class TracedGraph:
@@ -41,12 +40,14 @@ class TracedGraph:
     Attributes:
         component: that was traced.
         model: its graph, changed in place by what follows.
+        cached: whether it was traced before, and taken from the trace cache.
         parameters: names of the weights that it has, in its own order.
         schemes: of those, the ones that are quantised, and how.
     """
 
     component: Component
     model: ir.Model
+    cached: bool
     parameters: tuple[str, ...]
     schemes: dict[str, Scheme]
 
@@ -119,7 +120,7 @@ def trace_graphs(
         model: opened.
         plan: for it.
         only: names of the graphs; all of them by default.
-        tracer: `trace.graph_from_component` by default; a `TracedOnce` where several recipes are built.
+        tracer: of the components; where several recipes are built, one for all of them. By default one with the user's cache.
         progress: told of every component.
 
     Raises:
@@ -135,15 +136,15 @@ def trace_graphs(
             subject=model.recipe.name,
             hint=f"it has {', '.join(sorted(names))}",
         )
+    tracer = tracer or Tracer(user_folder())
     traced = []
     for component in components:
         if only is not None and component.spec.name not in only:
             continue
-        progress.stage(f"tracing {component.spec.name}")
-        graph = (tracer or trace.graph_from_component)(component)
-        parameters = tuple(weights.parameters_of(graph))
+        graph = tracer(component, progress)
+        parameters = tuple(weights.parameters_of(graph.model))
         schemes = quantize.schemes_of(component, precision(model.recipe.precision), parameters)
-        traced.append(TracedGraph(component, graph, parameters, schemes))
+        traced.append(TracedGraph(component, graph.model, graph.cached, parameters, schemes))
     return traced
 
 

@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gap_export.bundle.folder import Bundle
 from gap_export.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gap_export.graph.trace_cache import Tracer
 
 IMAGE_TOKEN, EOS, VOCABULARY, WIDTH = 4, 2, 64, 64
 TILE = 36
@@ -176,7 +179,9 @@ def save_checkpoint(folder: Path, name: str, tokenizer: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_family(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+def tiny_family(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, tracer: Tracer
+) -> Callable[[str], Tiny]:
     """`tiny_family(name)`: a checkpoint of `CONFIGS`, made on first use."""
     made: dict[str, Tiny] = {}
 
@@ -184,18 +189,16 @@ def tiny_family(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             checkpoint = save_checkpoint(folder / "checkpoint", name, tiny_checkpoint / "tokenizer.json")
-            made[name] = Tiny(name, checkpoint, _builder(name, checkpoint, folder))
+            made[name] = Tiny(name, checkpoint, _builder(name, checkpoint, folder, tracer))
         return made[name]
 
     return make
 
 
-def _builder(name: str, checkpoint: Path, folder: Path) -> Callable[..., Bundle]:
-    from gap_export.graph.trace import TracedOnce
+def _builder(name: str, checkpoint: Path, folder: Path, tracer: Tracer) -> Callable[..., Bundle]:
     from gap_export.pipeline import build
 
     built: dict[str, Bundle] = {}
-    tracer = TracedOnce(remembered=64)
 
     def bundle(**changes: Any) -> Bundle:
         key = (

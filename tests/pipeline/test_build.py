@@ -52,33 +52,6 @@ def test_weights_are_linked_and_graphs_are_small(tiny_bundle: BuildBundle, tiny_
         assert (bundle.folder / graph.file).stat().st_size < 60_000
 
 
-def test_a_tracer_forgets_what_was_not_asked_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnx_ir as ir
-
-    from gap_export.bundle.spec import GraphSpec
-    from gap_export.graph import trace
-    from gap_export.modeling.components import Component
-
-    traced: list[Any] = []
-
-    def graph(component: Component) -> ir.Model:
-        traced.append(component.settings)
-        return ir.Model(ir.Graph((), (), nodes=(), opset_imports={"": 24}), ir_version=11)
-
-    monkeypatch.setattr(trace, "graph_from_component", graph)
-    spec = GraphSpec(name="embed", inputs=(), outputs=())
-    tracer = trace.TracedOnce(remembered=2)
-    models = [
-        tracer(Component(module=None, spec=spec, weight_key=str, settings=settings))  # type: ignore[arg-type]
-        for settings in "abacab"
-    ]
-    assert traced == ["a", "b", "c", "b"]
-    assert len({id(model) for model in models}) == len(models), "everyone gets a model of its own"
-    for _ in range(2):  # nothing said: never taken for the same
-        tracer(Component(module=None, spec=spec, weight_key=str))  # type: ignore[arg-type]
-    assert len(traced) == 6
-
-
 def test_stretched_images_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
     recipe = Recipe.model_validate({**tiny_options, "fit": "stretch"})
     assert open_family(open_checkpoint(Path(recipe.checkpoint))).box(recipe).frame == "image"
@@ -137,6 +110,7 @@ def test_whatever_happens_in_a_stage_nothing_is_left(
     from gap_export import linter
     from gap_export.graph import trace
 
+    monkeypatch.setenv("GAP_EXPORT_TRACE_CACHE", "off")
     monkeypatch.setattr(trace, "graph_from_component", _traced_once(trace))
     monkeypatch.setattr(linter, "lint_graph", lambda *_, **__: _Fine())
 

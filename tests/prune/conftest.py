@@ -18,7 +18,8 @@ import torch
 from gap_export import linter, prune
 from gap_export.checkpoint import open_checkpoint
 from gap_export.families import open_family
-from gap_export.graph import passes, trace, weights
+from gap_export.graph import passes, weights
+from gap_export.graph.trace_cache import Tracer
 from gap_export.plan import plan_for
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import VisionFeatures, order, reference
@@ -120,7 +121,7 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
 
 
 @pytest.fixture
-def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
+def vision_graph(tiny_options: dict[str, Any], tmp_path: Path, tracer: Tracer) -> Callable[..., Any]:
     """`vision_graph(pruner=..., precision=..., keep=...)` -> (path, spec, weight keys) of the tiny tower, linted."""
     numbers = itertools.count()
 
@@ -137,7 +138,7 @@ def vision_graph(tiny_options: dict[str, Any], tmp_path: Path) -> Callable[..., 
         sizes = family.spec(recipe)
         plan = plan_for(recipe, sizes, text_tower)
         component = family.components(sizes, plan)[0]
-        model = trace.graph_from_component(component)
+        model = tracer(component).model
         keys = [component.weight_key(name) for name in weights.parameters_of(model)]
         store = weights.WeightStore(checkpoint, plan.activations, folder)
         store.prepare(keys)

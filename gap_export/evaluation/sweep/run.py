@@ -1,7 +1,7 @@
 """Every pruner at every count under every position policy: accuracy of the exported graphs on held-out scenes.
 
 A point is one bundle, built and answered like any other: no number comes from anything but its graphs in the runtime. What
-makes a sweep quick is that equal components are traced once per process (`graph.trace.TracedOnce`): the decoder does not
+makes a sweep quick is that equal components are traced once per process (`graph.trace_cache.Tracer`): the decoder does not
 depend on the pruner, nor the vision graph on how the kept tokens are numbered, so that most points trace one graph or two.
 """
 
@@ -263,12 +263,13 @@ class _PointWorker:
     """
 
     def __init__(self, request: SweepRequest, scratch: Path) -> None:
-        from gap_export.graph.trace import TracedOnce
+        from gap_export.graph.trace_cache import Tracer
+        from gap_export.graph.trace_folder import user_folder
 
         # On another machine of a cluster the caller's folder need not be there.
         self._request, self._scratch = request, scratch if scratch.is_dir() else Path(tempfile.mkdtemp())
         self._questions = list(scenes.cases(request.limit))
-        self._tracer = TracedOnce()
+        self._tracer = Tracer(user_folder())
 
     def __call__(
         self, points: Sequence[SweepPoint], progress: Progress

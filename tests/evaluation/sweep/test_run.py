@@ -34,7 +34,7 @@ from gap_export.evaluation.sweep.request import (
     pruners_from,
 )
 from gap_export.graph import trace
-from gap_export.graph.trace import TracedOnce
+from gap_export.graph.trace_cache import Tracer
 from gap_export.modeling.components import Component
 from gap_export.parallel.ray import Cluster
 from gap_export.pipeline.build import BuildResult, build
@@ -211,21 +211,22 @@ class Swept:
     record: SweepRecord
     graphs: dict[tuple[str, str], dict[str, bytes]]
     traced: dict[tuple[str, str], list[str]]
-    tracer: TracedOnce
     answered: int
 
 
 @pytest.fixture(scope="module")
-def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Swept:
+def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, tracer: Tracer) -> Swept:
     folder = tmp_path_factory.mktemp("sweeps") / "undisturbed"
     graphs: dict[tuple[str, str], dict[str, bytes]] = {}
     traced: dict[tuple[str, str], list[str]] = {}
     new: list[str] = []
-    trace_one, tracer, recording = trace.graph_from_component, TracedOnce(), Recorded()
+    trace_one, recording = trace.graph_from_component, Recorded()
 
     def traced_component(component: Component) -> Any:
         new.append(component.spec.name)
-        return trace_one(component)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trace, "graph_from_component", trace_one)
+            return tracer(component).model
 
     def recorded(recipe: Recipe, *args: Any, **options: Any) -> BuildResult:
         new.clear()
@@ -237,10 +238,10 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "build", recorded)
         patch.setattr(trace, "graph_from_component", traced_component)
-        patch.setattr(trace, "TracedOnce", lambda: tracer)
+        patch.setenv("GAP_EXPORT_TRACE_CACHE", "off")  # what others traced before is not counted
         record = sweep.run(sweep.prepare(request_of(tiny_options), folder), progress=recording)
     assert [path.name for path in folder.parent.iterdir()] == ["undisturbed"], "bundles are gone"
-    return Swept(folder, record, graphs, traced, tracer, sum(recording.counts))
+    return Swept(folder, record, graphs, traced, sum(recording.counts))
 
 
 def graphs_of(bundle: Bundle) -> dict[str, bytes]:
@@ -368,7 +369,8 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     recipe.write_text(yaml.safe_dump(tiny_options))
     arguments = ["sweep", "--model", str(recipe), "--pruners", "cls_attention", "--keep", "0.25", "--limit", str(CASES), "--batch", "4",
                  "-o", str(out), "--positions", "gap,shifted,permuted"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without graphs that were traced before, cells take as long as they do: the last is not done when the second is.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GAP_EXPORT_TRACE_CACHE": "off"}
     child = subprocess.Popen(
         [sys.executable, "-m", "gap_export", *arguments, "--workers", "2"],
         env=environment,
@@ -385,8 +387,6 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     finished = {path: path.stat().st_mtime_ns for path in out.glob("points/*.json")}
     assert 2 <= len(finished) < 4
 
-    # Tracing takes seconds and is not what is tested here.
-    monkeypatch.setattr(trace, "TracedOnce", lambda: swept.tracer)
     monkeypatch.setattr(sys, "argv", ["gap-export", *arguments, "--workers", "1", "--json"])
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
