@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gap_export.cli.app import console, out, plain, print_json
 from gap_export.cli.options import AnyBackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def run(
@@ -28,64 +31,50 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Find what an expression refers to in an image (the last one, of several)."""
-    from gap_export.bundle.folder import open_bundle
     from gap_export.inputs.images import load_image
-    from gap_export.runtime.backends import open_session
-    from gap_export.runtime.generate import check_overflow
-    from gap_export.runtime.grounder import Grounder
+    from gap_export.runtime.model import load
 
-    opened = open_bundle(bundle)
-    manifest = opened.manifest
     images = [load_image(path) for path in image]
-    last = images[-1]
-    grounder = Grounder(opened)
-    unknown = grounder.unknown_words(refer)
-    with open_session(opened, backend, threads=threads) as session:
-        grounded = grounder.ground(session, images, [refer], keep=keep, max_new_tokens=max_new_tokens)
-    check_overflow(grounded.generation, session.backend)
-    answer = grounded.answers[0]
+    with load(bundle, backend=backend, threads=threads) as model:
+        unknown = model.unknown_words(refer)
+        prompt = images[0] if len(images) == 1 else tuple(images)
+        answer = model.ground(prompt, refer, keep=keep, max_new_tokens=max_new_tokens)
+    last, ended = images[-1], answer.finish_reason == "stop"
     if draw is not None:
-        _draw(draw, last, answer, manifest, refer, grounded.batch)
+        _save(model.draw(last, answer, caption=refer), draw)
     box = None if answer.box is None else [round(float(edge), 2) for edge in answer.box]
     if as_json:
         print_json(
             {
                 "box": box,
                 "answer": answer.text,
-                "ended": grounded.generation.ended[0],
+                "ended": ended,
                 "kept": len(answer.kept_indices),
-                "kept_indices": [int(index) for index in answer.kept_indices],
+                "kept_indices": answer.kept_indices.tolist(),
                 "image_size": list(last.size),
                 "unknown_words": list(unknown),
-                "backend": session.backend,
+                "backend": backend,
             }
         )
         return
-    if not grounded.generation.ended[0]:
-        console.print(f"[yellow]the answer was cut off[/] after {len(grounded.generation.tokens[0])} tokens")
+    if not ended:
+        console.print(f"[yellow]the answer was cut off[/] after {answer.new_tokens} tokens")
     if unknown:
         console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)
     size = f"{last.width} x {last.height}"
     shown = f"no box on the image ({size})" if box is None else f"box {box} in pixels of {size}"
     out.print(f"{plain(shown)}", highlight=False)
-    out.print(f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {int(grounded.batch.visual_tokens[-1])}", highlight=False)  # fmt: skip
+    out.print(
+        f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {answer.visual_tokens}",
+        highlight=False,
+    )
     if draw is not None:
         out.print(f"  drawn to {draw}", highlight=False)
 
 
-def _draw(target: Path, last: Any, answer: Any, manifest: Any, expression: str, images: Any) -> None:
-    from gap_export.boxes.draw import draw
+def _save(image: Image.Image, target: Path) -> None:
     from gap_export.errors import InputError
 
-    image = draw(
-        last,
-        answer.box,
-        answer.kept_indices,
-        manifest.spec.grid if images.grids is None else tuple(images.grids[-1].tolist()),
-        manifest.layout,
-        visual_tokens=int(images.visual_tokens[-1]),
-        caption=expression,
-    )
     try:
         image.save(target)
     except (OSError, ValueError) as error:

@@ -77,8 +77,8 @@ def counts_of(kept_BK: Ids) -> Ids:
 
 
 def boxes_of(runs: Sequence[Grounded]) -> list[Box | None]:
-    """One box per case."""
-    return [answer.box for run in runs for answer in run.answers]
+    """One box per case; see `Grounded.boxes`."""
+    return [box for run in runs for box in run.boxes]
 
 
 def accuracy_of(runs: Sequence[Grounded], cases: Sequence[Case]) -> float:

@@ -5,6 +5,7 @@ Shape letters: B batch, T text tokens, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,28 @@ from gap_export.runtime.session import Session, VisualTokens, together
 
 Adjust = Callable[[Placement, VisualTokens], Placement]
 """Changes a placement before it is used, knowing which visual tokens it is about."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds that a batch of answers took, phase by phase.
+
+    Attributes:
+        preprocess: images to pixels, expressions to token ids.
+        vision: tower, pruner and projector.
+        prefill: the prompts, with their visual tokens, up to the first token of the answers.
+        decode: all further tokens.
+    """
+
+    preprocess: float = 0.0
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of all phases."""
+        return self.preprocess + self.vision + self.prefill + self.decode
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,7 @@ class Generation:
         ended: per row, whether the answer ended by itself and was not cut off at the longest length.
         stage_kept_indices: of every later stage [B, K] int64, where tokens are dropped inside the decoder.
         kept_counts: [B] ([B, I] of several images) int64, how many tokens each image keeps, where images differ.
+        timings: of the batch.
     """
 
     tokens: list[list[int]]
@@ -47,6 +71,7 @@ class Generation:
     ended: tuple[bool, ...] = ()
     stage_kept_indices: tuple[Ids, ...] = ()
     kept_counts: Ids | None = None
+    timings: Timings = Timings()
 
     @property
     def every_kept_indices(self) -> tuple[Ids, ...]:
@@ -78,7 +103,7 @@ def generate(
 
     Args:
         session: a loaded bundle or checkpoint.
-        images: one per row.
+        batch: images of every prompt.
         input_ids_BT: one prompt per row, right-padded with `PAD`.
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
@@ -90,7 +115,9 @@ def generate(
     Raises:
         InputError: prompt and answer do not fit into the cache.
     """
+    began = time.perf_counter()
     visual = encode(session, batch, text_ids_BL=text_ids_BL, keep_counts=keep_counts)
+    encoded = time.perf_counter()
     spliced = session.splice(input_ids_BT, visual)
     placement = adjust(spliced.placement, visual) if adjust else spliced.placement
     # The last token generated is never fed back, so it needs no slot.
@@ -103,6 +130,7 @@ def generate(
                 hint="shorten the expression, ask for fewer new tokens, or build with a larger --capacity",
             )
     prefilled = session.prefill(spliced.embeds, placement, room=max_new_tokens)
+    filled = time.perf_counter()
     decoded = decode(
         session,
         prefilled.logits,
@@ -122,6 +150,9 @@ def generate(
         ended=decoded.ended,
         stage_kept_indices=prefilled.kept_indices,
         kept_counts=visual.kept_counts,
+        timings=Timings(
+            vision=encoded - began, prefill=filled - encoded, decode=time.perf_counter() - filled
+        ),
     )
 
 
@@ -133,6 +164,7 @@ class Decoded:
     logits: list[NDArray[np.float32]]
     finite: bool
     ended: tuple[bool, ...]
+    timings: Timings = Timings()
 
 
 def decode(
@@ -150,9 +182,9 @@ def decode(
         session: with the prompts in its cache.
         logits: [B, V] that the prompts gave.
         placement: of the prompts.
-        max_new_tokens: see `generate`.
-        eos_token_ids: the same.
-        keep_logits: the same.
+        max_new_tokens: longest answer.
+        eos_token_ids: end an answer.
+        keep_logits: keep those of every step, not of the first alone.
     """
     kept_logits = [logits.copy()]
     ended = np.zeros(len(logits), bool)

@@ -1,10 +1,16 @@
-"""Images and expressions in, boxes out: what `run`, `validate` and `eval` share."""
+"""Images and expressions in, answers out: preprocessing, prompts and box codec around a session, as the manifest says.
+
+`Model` is what most callers want; this is what it, validation and evaluations share.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from gap_export import prune
@@ -21,9 +27,10 @@ from gap_export.inputs.prompt import (
     load_tokenizer,
     unknown_words,
 )
-from gap_export.positions import Ids
-from gap_export.runtime.generate import Adjust, Generation, generate
+from gap_export.positions import PAD, Ids
+from gap_export.runtime.generate import Adjust, Generation, Timings, check_overflow, generate
 from gap_export.runtime.session import Session
+from gap_export.runtime.shared_prefix import answer_rest, common_length, prefill_shared, sharable
 
 
 @dataclass(frozen=True)
@@ -32,27 +39,56 @@ class Answer:
 
     Attributes:
         text: as generated.
-        box: in pixels of the prompt's last image, clamped to it; None when the text holds no box, or one that lies in the padding.
-        kept_indices: [K] int64 raster indices of the surviving visual tokens of that image.
+        boxes: every box in the text, in its order: (x1, y1, x2, y2) in pixels of the image as displayed (of the prompt's last
+            one, where it has several), cut at its edges; boxes that lie beside it are left out.
+        kept_indices: [K] int64 raster indices of the visual tokens of that image that are left at the end of the decoder.
+        visual_tokens: of that image, before pruning.
+        new_tokens: generated, the end token left out.
+        finish_reason: `stop` where the model ended the answer, `length` where it was cut off at the longest length.
+        timings: of the batch that the answer was made in.
     """
 
     text: str
-    box: Box | None
+    boxes: tuple[Box, ...]
     kept_indices: Ids
+    visual_tokens: int
+    new_tokens: int
+    finish_reason: Literal["stop", "length"]
+    timings: Timings
+
+    @property
+    def box(self) -> Box | None:
+        """The first box; None where there is none."""
+        return self.boxes[0] if self.boxes else None
+
+    @property
+    def keep(self) -> float:
+        """Share of the image's visual tokens that were kept."""
+        return len(self.kept_indices) / self.visual_tokens
 
 
 @dataclass(frozen=True)
 class Grounded:
-    """A batch of answers and what they were made from."""
+    """A batch of answers and what they were made from.
+
+    Attributes:
+        answers: one per expression.
+        boxes: the box that each answer refers to by the rule of the model's family, in pixels of the image; None where there is
+            none on the image, or several and the rule takes but one.
+        generation: of the batch.
+        prompts: of the batch.
+        batch: the images as the vision graph took them.
+    """
 
     answers: list[Answer]
+    boxes: list[Box | None]
     generation: Generation
     prompts: Prompts
     batch: ImageBatch
 
 
 class Grounder:
-    """Everything around a session: preprocessing, prompt, box codec, as the manifest says.
+    """Everything around a session.
 
     Args:
         bundle: opened.
@@ -92,13 +128,7 @@ class Grounder:
                 another number of images.
         """
         manifest = self._manifest
-        longest = max_new_tokens if max_new_tokens is not None else manifest.max_new_tokens
-        if not 1 <= longest <= manifest.max_new_tokens:
-            raise InputError(
-                f"must be between 1 and {manifest.max_new_tokens}, which this bundle was built for",
-                subject=f"max_new_tokens {longest}",
-                hint="ask for fewer, or build with a larger --max-new-tokens and the capacity for it",
-            )
+        longest = self._longest(max_new_tokens)
         per_prompt = manifest.prompt.images
         if len(images) != per_prompt * len(expressions):
             raise InputError(
@@ -106,31 +136,118 @@ class Grounder:
                 subject=f"{len(images)} image{'' if len(images) == 1 else 's'} for {len(expressions)} expressions",
                 hint="give every image of the prompt, in its order",
             )
+        began = time.perf_counter()
         prompts = self.prompts(expressions, longest)
         batch = self.prepare(images)
+        text_ids = self.text_ids(expressions)
+        preprocess = time.perf_counter() - began
         generation = generate(
             session,
             batch,
             prompts.input_ids,
             max_new_tokens=longest,
             eos_token_ids=manifest.prompt.eos_token_ids,
-            text_ids_BL=self.text_ids(expressions),
+            text_ids_BL=text_ids,
             keep_counts=keep_counts(manifest.pruning, manifest.spec, batch, keep),
             adjust=adjust,
             keep_logits=keep_logits,
         )
+        generation = replace(generation, timings=replace(generation.timings, preprocess=preprocess))
+        last = images[per_prompt - 1 :: per_prompt]
         answers = [
-            self._answer(tokens, image, kept)
-            for tokens, image, kept in zip(
-                generation.tokens, images[per_prompt - 1 :: per_prompt], generation.kept_of_last, strict=True
+            self._answer(tokens, ended, image, kept, int(count), generation.timings)
+            for tokens, ended, image, kept, count in zip(
+                generation.tokens,
+                generation.ended,
+                last,
+                generation.kept_of_last,
+                batch.visual_tokens[per_prompt - 1 :: per_prompt],
+                strict=True,
             )
         ]
-        return Grounded(answers=answers, generation=generation, prompts=prompts, batch=batch)
+        boxes = [self._referred(answer.text, image) for answer, image in zip(answers, last, strict=True)]
+        return Grounded(answers, boxes, generation, prompts, batch)
+
+    def about(
+        self,
+        session: Session,
+        images: Sequence[Image.Image],
+        expressions: Sequence[str],
+        *,
+        keep: float | None = None,
+        max_new_tokens: int | None = None,
+        rows: int | None = None,
+        share: bool = True,
+    ) -> list[Answer]:
+        """Answer expressions about the same image; the beginning of their prompts, image included, goes through the model once
+        where it can be shared.
+
+        Args:
+            session: of this bundle, or the reference of its checkpoint.
+            images: RGB images of one prompt.
+            expressions: at least one.
+            keep: fraction of the visual tokens to keep, in bundles that let requests choose.
+            max_new_tokens: longest answer; the manifest's by default.
+            rows: most expressions per call; as many as the bundle takes when left out.
+            share: whether prompts may share their beginning.
+
+        Raises:
+            InputError: an expression, an image or a fraction that cannot be used.
+            SessionError: the runtime failed, or gave logits that are not numbers.
+        """
+        manifest, longest = self._manifest, self._longest(max_new_tokens)
+        rows = min(rows or self.max_batch, self.max_batch)
+        parts = [expressions[first : first + rows] for first in range(0, len(expressions), rows)]
+        began = time.perf_counter()
+        input_ids = self.prompts(expressions, longest).input_ids
+        common = (
+            common_length(input_ids, manifest.prompt.image_token_id) if share and sharable(manifest) else 0
+        )
+        answers: list[Answer] = []
+        if not common:
+            for part in parts:
+                run = self.ground(
+                    session, [*images] * len(part), part, keep=keep, max_new_tokens=max_new_tokens
+                )
+                check_overflow(run.generation, session.backend)
+                answers += run.answers
+            return answers
+        batch = self.prepare(images)
+        preprocess = time.perf_counter() - began
+        prefix = prefill_shared(
+            session,
+            batch,
+            input_ids[0, :common],
+            keep_counts=keep_counts(manifest.pruning, manifest.spec, batch, keep),
+            room=input_ids.shape[1] - common + longest,
+        )
+        for number, part in enumerate(parts):
+            decoded = answer_rest(
+                session,
+                prefix,
+                _trimmed(input_ids[number * rows : number * rows + len(part), common:]),
+                max_new_tokens=longest,
+                eos_token_ids=manifest.prompt.eos_token_ids,
+            )
+            check_overflow(decoded, session.backend)
+            timings = replace(decoded.timings, preprocess=preprocess)
+            answers += [
+                self._answer(
+                    tokens, ended, images[-1], prefix.kept_indices, int(batch.visual_tokens[-1]), timings
+                )
+                for tokens, ended in zip(decoded.tokens, decoded.ended, strict=True)
+            ]
+        return answers
 
     @property
     def images_per_prompt(self) -> int:
         """I."""
         return self._manifest.prompt.images
+
+    @property
+    def max_batch(self) -> int:
+        """Most expressions per call."""
+        return self._manifest.graphs["embed"].spec.inputs[0].extents("maximum")[0]
 
     def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
         """See `ImageLayout.prepare`."""
@@ -164,19 +281,50 @@ class Grounder:
             max_new_tokens=self._manifest.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
 
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """The answer that generated tokens spell."""
-        return decode_answer(self._tokenizer, tokens)
+    def _longest(self, max_new_tokens: int | None) -> int:
+        """Longest answer, in tokens."""
+        most = self._manifest.max_new_tokens
+        longest = most if max_new_tokens is None else max_new_tokens
+        if not 1 <= longest <= most:
+            raise InputError(
+                f"must be between 1 and {most}, which this bundle was built for",
+                subject=f"max_new_tokens {longest}",
+                hint="ask for fewer, or build with a larger --max-new-tokens and the capacity for it",
+            )
+        return longest
 
-    def _answer(self, tokens: list[int], image: Image.Image, kept: Ids) -> Answer:
+    def _answer(
+        self,
+        tokens: list[int],
+        ended: bool,
+        image: Image.Image,
+        kept: Ids,
+        visual_tokens: int,
+        timings: Timings,
+    ) -> Answer:
         text = decode_answer(self._tokenizer, tokens)
+        decoded = self._codec.decode(text, self._manifest.layout.resized(image.size))
+        found = () if isinstance(decoded, Unparsable) else decoded
+        boxes = (self._on_image(box, image) for box in found)
+        return Answer(
+            text=text,
+            boxes=tuple(box for box in boxes if box is not None),
+            kept_indices=kept,
+            visual_tokens=visual_tokens,
+            new_tokens=len(tokens),
+            finish_reason="stop" if ended else "length",
+            timings=timings,
+        )
+
+    def _referred(self, text: str, image: Image.Image) -> Box | None:
+        """See `Grounded.boxes`."""
         box = self._codec.decode_one(text, self._manifest.layout.resized(image.size))
-        if isinstance(box, Unparsable):
-            return Answer(text=text, box=None, kept_indices=kept)
+        return None if isinstance(box, Unparsable) else self._on_image(box, image)
+
+    def _on_image(self, box: Box, image: Image.Image) -> Box | None:
+        """A normalised box in pixels of the image, cut at its edges; None where it lies beside it."""
         pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)
-        if pixels[0] == pixels[2] or pixels[1] == pixels[3]:
-            return Answer(text=text, box=None, kept_indices=kept)
-        return Answer(text=text, box=pixels, kept_indices=kept)
+        return None if pixels[0] == pixels[2] or pixels[1] == pixels[3] else pixels
 
 
 def keep_counts(
@@ -186,8 +334,8 @@ def keep_counts(
 
     Args:
         pruning: of the bundle.
-        model: the same.
-        images: of the batch.
+        model: sizes of the bundle's model.
+        batch: of images.
         keep: fraction that the request asks for, or None for the bundle's own.
 
     Raises:
@@ -216,3 +364,9 @@ def keep_counts(
         )
     share, at_least = pruning.keep if keep is None else keep, pruning.pruner_min_tokens
     return [prune.share_of(share, int(tokens), at_least) for tokens in batch.prunable]
+
+
+def _trimmed(ids_BT: Ids) -> Ids:
+    """Without columns that are padding in every row."""
+    longest = int((ids_BT != PAD).sum(axis=1).max())
+    return np.ascontiguousarray(ids_BT[:, :longest])

@@ -11,15 +11,16 @@ Shape letters: B rows, T text tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gap_export.bundle.manifest import Manifest
 from gap_export.inputs.batch import ImageBatch
 from gap_export.positions import PAD, Ids, Placement, extended
-from gap_export.runtime.generate import Decoded, decode, encode
+from gap_export.runtime.generate import Decoded, Timings, decode, encode
 from gap_export.runtime.session import Session
 
 
@@ -31,11 +32,13 @@ class SharedPrefix:
         placement: of it.
         text_tokens: of its text, placeholders included.
         kept_indices: [K] int64 raster indices of the visual tokens that were kept of the last image.
+        timings: of the image and the beginning.
     """
 
     placement: Placement
     text_tokens: int
     kept_indices: Ids
+    timings: Timings
 
 
 def sharable(manifest: Manifest) -> bool:
@@ -68,19 +71,22 @@ def prefill_shared(
 
     Args:
         session: of a bundle whose prompts are `sharable`.
-        images: of one prompt.
+        batch: images of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
         keep_counts: see `generate.encode`.
         room: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
     """
+    began = time.perf_counter()
     visual = encode(session, batch, keep_counts=keep_counts)
+    encoded = time.perf_counter()
     spliced = session.splice(prefix_ids_T[None], visual)
     session.prefill(spliced.embeds, spliced.placement, room=room)
     kept = visual.kept_indices[0]
     kept = kept[kept >= 0]
     if visual.kept_counts is not None and visual.kept_counts.ndim == 2:
         kept = kept[-visual.kept_counts[0, -1] :]
-    return SharedPrefix(spliced.placement, len(prefix_ids_T), kept)
+    timings = Timings(vision=encoded - began, prefill=time.perf_counter() - encoded)
+    return SharedPrefix(spliced.placement, len(prefix_ids_T), kept, timings)
 
 
 def answer_rest(
@@ -99,9 +105,17 @@ def answer_rest(
         rest_ids_BT: the rest of every prompt, at least one token, short rows padded with `PAD`.
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
+
+    Returns:
+        The answers; their timings include those of the beginning.
     """
+    began = time.perf_counter()
     session.fork(len(rest_ids_BT))
     lengths_B = (rest_ids_BT != PAD).sum(axis=1).astype(np.int64)
     placement = extended(prefix.placement, lengths_B, rest_ids_BT.shape[1])
     logits = session.extend(rest_ids_BT, placement)
-    return decode(session, logits, placement, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
+    filled = time.perf_counter()
+    decoded = decode(session, logits, placement, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
+    spent = prefix.timings
+    prefill = spent.prefill + filled - began
+    return replace(decoded, timings=replace(spent, prefill=prefill, decode=time.perf_counter() - filled))

@@ -22,7 +22,7 @@ from gap_export.inputs.prompt import Prompts
 from gap_export.positions import Ids, Placement, PositionPolicy, place
 from gap_export.precision import Thresholds
 from gap_export.runtime.backends import open_session
-from gap_export.runtime.generate import Generation
+from gap_export.runtime.generate import Generation, Timings
 from gap_export.runtime.grounder import Answer, Grounded, Grounder
 from tests.recorded import Recorded
 
@@ -57,10 +57,13 @@ def grounded(
         placement = place(
             kept, text_before=BEFORE, text_after=AFTER, visual_tokens=VISUAL, policy=PositionPolicy.GAP
         )
-    answers = [Answer("", box, row) for box, row in zip(boxes, kept, strict=True)]
+    answers = [
+        Answer("", () if box is None else (box,), row, VISUAL, len(ids), "stop", Timings())
+        for box, row, ids in zip(boxes, kept, tokens, strict=True)
+    ]
     generation = Generation([list(row) for row in tokens], logits, kept, placement, scores)
     batch = of_one_size(np.zeros((2, 3, 36, 36), np.float32), VISUAL)
-    return Grounded(answers=answers, generation=generation, prompts=prompts(), batch=batch)
+    return Grounded(answers=answers, boxes=list(boxes), generation=generation, prompts=prompts(), batch=batch)
 
 
 CASES = [Case(str(i), Image.new("RGB", (96, 96)), "x", BOX) for i in range(2)]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from gap_export.bundle.folder import Bundle
-from gap_export.evaluation.parity import controls
+from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import ImageBatch
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate

@@ -16,6 +16,7 @@ from gap_export.inputs.batch import ImageBatch
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.grounder import Grounder, keep_counts
+from gap_export.runtime.model import Model
 from gap_export.runtime.torch.staged import open_reference
 from tests.unpruned import gather_ids
 
@@ -171,14 +172,25 @@ def test_boxes_are_those_of_the_last_image(tiny_family: Families) -> None:
     last = int(grounded.batch.visual_tokens[-1])
     assert grounded.generation.kept_counts is not None
     assert len(grounded.answers[0].kept_indices) == grounded.generation.kept_counts[0, 1] == round(0.3 * last)
+    model, prompt = Model(bundle, session), tuple(images)
+    alone = model.ground(prompt, "the mug")
+    assert (alone.text, alone.visual_tokens) == (grounded.answers[0].text, last)
+    pairs = model.ground([prompt, prompt[::-1]], ["the mug", "the mug"])
+    about = model.ground(prompt, ["the mug", "a cat"])
+    assert [pairs[0].text, about[0].text] == [alone.text] * 2
+    assert pairs[1].visual_tokens != alone.visual_tokens
 
 
-@pytest.mark.parametrize("images", [1, 3])
-def test_another_number_of_images_is_refused(tiny_family: Families, batch: int) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_images_is_refused(tiny_family: Families, count: int) -> None:
     _, bundle = bundle_of(tiny_family, "qwen2_vl")
     session = open_session(bundle, "onnxruntime", threads=1)
     with pytest.raises(InputError, match="not 2 for every expression"):
-        Grounder(bundle).ground(session, [noise(40, 30)] * batch, ["the mug"])
+        Grounder(bundle).ground(session, [noise(40, 30)] * count, ["the mug"])
+    with pytest.raises(InputError, match="give a tuple of 2"):
+        Model(bundle, session).ground(tuple([noise(40, 30)] * count), "the mug")
+    with pytest.raises(InputError, match="give a tuple of 2"):
+        Model(bundle, session).ground(noise(40, 30), ["the mug"])
 
 
 @pytest.mark.parametrize(

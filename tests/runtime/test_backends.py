@@ -21,6 +21,7 @@ from gap_export.runtime import backends
 from gap_export.runtime.backends import Backend, open_session
 from gap_export.runtime.generate import generate
 from gap_export.runtime.grounder import Grounder
+from gap_export.runtime.model import load
 from gap_export.runtime.session import Session
 from tests.runtime import reference_runtime
 
@@ -50,6 +51,10 @@ def test_a_runtime_registered_from_outside_answers_like_ours(bundle_copy: Path, 
     assert np.array_equal(ours.generation.kept_indices, theirs.generation.kept_indices)
     assert [answer.box for answer in ours.answers] == [answer.box for answer in theirs.answers]
     np.testing.assert_allclose(ours.generation.logits[0], theirs.generation.logits[0], atol=1e-3)
+    expressions = ["the red mug", "a cat on the left"]
+    with load(bundle, threads=1) as our, load(bundle, backend="onnx-reference") as their:
+        for mine, other in zip(*(each.ground(image_file, expressions) for each in (our, their)), strict=True):
+            assert mine.text == other.text
 
 
 @pytest.mark.usefixtures("table")

@@ -1,4 +1,4 @@
-"""Every expression about one image, answered together: the beginning of their prompts goes through the model once, where it can be shared."""
+"""The expressions of a data set about one image, answered together; those that the model cannot be asked are said to be refused."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
-from gap_export.positions import PAD, Ids
-from gap_export.runtime.generate import check_overflow
-from gap_export.runtime.grounder import Grounder, keep_counts
+from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.session import Session
-from gap_export.runtime.shared_prefix import answer_rest, common_length, prefill_shared, sharable
 
 
 @dataclass(frozen=True)
@@ -57,12 +53,8 @@ class Answerer:
         share: bool = True,
         rows: int = 8,
     ) -> None:
-        manifest = bundle.manifest
-        batch = manifest.graphs["embed"].spec.inputs[0].extents("maximum")[0]
-        self._grounder, self._session, self._manifest = Grounder(bundle), session, manifest
-        self._keep = keep
-        self._share = share and sharable(manifest)
-        self._rows = min(rows, batch) if share else 1
+        self._grounder, self._session, self._keep = Grounder(bundle), session, keep
+        self._share, self._rows = share, rows if share else 1
 
     def about(self, image: Image.Image, expressions: Sequence[str]) -> list[Answered]:
         """Answer expressions about one image.
@@ -78,13 +70,26 @@ class Answerer:
         began = time.perf_counter()
         refused = self._refusals(list(dict.fromkeys(expressions)))
         askable = [expression for expression in refused if refused[expression] is None]
-        answers = self._answers(image, askable) if askable else {}
+        answers = (
+            self._grounder.about(
+                self._session,
+                [image] * self._grounder.images_per_prompt,
+                askable,
+                keep=self._keep,
+                rows=self._rows,
+                share=self._share,
+            )
+            if askable
+            else []
+        )
+        found = dict(zip(askable, answers, strict=True))
         seconds = (time.perf_counter() - began) / len(expressions)
-        answered = []
-        for expression in expressions:
-            text, tokens, kept = answers.get(expression, ("", 0, ()))
-            answered.append(Answered(text, refused[expression], tokens, kept, seconds))
-        return answered
+        return [
+            Answered(answer.text, None, answer.new_tokens, tuple(answer.kept_indices.tolist()), seconds)
+            if (answer := found.get(expression)) is not None
+            else Answered("", refused[expression], 0, (), seconds)
+            for expression in expressions
+        ]
 
     def _refusals(self, expressions: list[str]) -> dict[str, str | None]:
         """Why each expression cannot be asked; seldom is one, so they are looked at one by one only then."""
@@ -95,48 +100,3 @@ class Answerer:
                 return {expressions[0]: error.message}
             return {each: why for one in expressions for each, why in self._refusals([one]).items()}
         return dict.fromkeys(expressions)
-
-    def _answers(
-        self, image: Image.Image, expressions: Sequence[str]
-    ) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-        """Expression -> (answer, generated tokens, visual tokens kept)."""
-        images = [image] * self._grounder.images_per_prompt
-        prompts = self._grounder.prompts(expressions).input_ids
-        common = common_length(prompts, self._manifest.prompt.image_token_id) if self._share else 0
-        found: dict[str, tuple[str, int, tuple[int, ...]]] = {}
-        if not common:
-            for first in range(0, len(expressions), self._rows):
-                part = expressions[first : first + self._rows]
-                run = self._grounder.ground(self._session, images * len(part), part, keep=self._keep)
-                check_overflow(run.generation, self._session.backend)
-                for expression, answer, tokens in zip(part, run.answers, run.generation.tokens, strict=True):
-                    found[expression] = (
-                        answer.text,
-                        len(tokens),
-                        tuple(answer.kept_indices.tolist()),
-                    )
-            return found
-        batch = self._grounder.prepare(images)
-        counts = keep_counts(self._manifest.pruning, self._manifest.spec, batch, self._keep)
-        room = prompts.shape[1] - common + self._manifest.max_new_tokens
-        prefix = prefill_shared(self._session, batch, prompts[0, :common], keep_counts=counts, room=room)
-        kept = tuple(prefix.kept_indices.tolist())
-        for first in range(0, len(expressions), self._rows):
-            part = expressions[first : first + self._rows]
-            decoded = answer_rest(
-                self._session,
-                prefix,
-                _trimmed(prompts[first : first + self._rows, common:]),
-                max_new_tokens=self._manifest.max_new_tokens,
-                eos_token_ids=self._manifest.prompt.eos_token_ids,
-            )
-            check_overflow(decoded, self._session.backend)
-            for expression, ids in zip(part, decoded.tokens, strict=True):
-                found[expression] = (self._grounder.text_of(ids), len(ids), kept)
-        return found
-
-
-def _trimmed(ids_BT: Ids) -> Ids:
-    """Without columns that are padding in every row."""
-    longest = int((ids_BT != PAD).sum(axis=1).max())
-    return np.ascontiguousarray(ids_BT[:, :longest])
