@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,10 +126,14 @@ def scratch_folder(*, beside: Path, purpose: str) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, kept: Sequence[str] = ()) -> Iterator[Path]:
     """Give a scratch folder; put it in place of `target` on success, remove it on any failure.
 
     An existing `target` is replaced by rename, so that it is never seen half-written, and is put back when that fails.
+
+    Args:
+        target: the folder.
+        kept: names of folders in an existing `target` that the new one takes over.
 
     Raises:
         BundleError: the parent cannot be written to.
@@ -142,6 +146,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         if not target.exists():
             os.rename(fresh, target)
             return
+        for name in kept:
+            if (target / name).is_dir():
+                with writing(target):
+                    shutil.copytree(target / name, fresh / name)
         os.rename(target, retired)
         try:
             os.rename(fresh, target)
@@ -150,7 +158,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise
 
 
-def check_output(folder: Path, *, mark: str, holds: str) -> bool:
+def check_folder(folder: Path, *, mark: str, holds: str) -> bool:
     """Refuse an output folder in which something else lies: nothing of others' is ever overwritten.
 
     Args:

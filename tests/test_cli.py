@@ -621,11 +621,11 @@ def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(
 
 
 @pytest.fixture
-def ready_companions(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def ready_baselines(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Companions of the session's making instead of freshly built ones; building them is tested in test_validation."""
 
     @contextmanager
-    def companion(_bundle: Bundle, recipe: Any, *_: Any) -> Iterator[Bundle]:
+    def baseline(_bundle: Bundle, recipe: Any, *_: Any) -> Iterator[Bundle]:
         if recipe.pruner == "none":
             yield tiny_bundle(pruner="none", keep=1.0)
         elif recipe.positions == "gap":
@@ -633,10 +633,10 @@ def ready_companions(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) 
         else:
             yield tiny_bundle(positions=str(recipe.positions))
 
-    monkeypatch.setattr(validate, "_companion", companion)
+    monkeypatch.setattr(validate, "_baseline", baseline)
 
 
-@pytest.mark.usefixtures("ready_companions")
+@pytest.mark.usefixtures("ready_baselines")
 def test_validate_passes_a_right_bundle(command: Command, tiny_bundle: BuildBundle) -> None:
     folder = tiny_bundle().folder
     result = command("validate", folder, "--limit", "6", "--json", "--threads", "1")
@@ -667,7 +667,7 @@ def with_graph_of(folder: Path, name: str, other: Bundle) -> None:
     write_manifest(folder, manifest.model_copy(update={"files": files, "graphs": graphs}))
 
 
-@pytest.mark.usefixtures("ready_companions")
+@pytest.mark.usefixtures("ready_baselines")
 def test_validate_fails_a_bundle_with_a_foreign_splice(
     command: Command, bundle_copy: Path, tiny_bundle: BuildBundle
 ) -> None:
@@ -685,7 +685,7 @@ def test_validate_fails_a_bundle_with_a_foreign_splice(
     assert "a gate was not met" in shown.out
 
 
-@pytest.mark.usefixtures("ready_companions")
+@pytest.mark.usefixtures("ready_baselines")
 def test_validate_reports_logits_that_are_not_numbers(
     command: Command, tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from pydantic import ConfigDict
 
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError
-from gap_export.files import verify
+from gap_export.files import record_of, verify
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 from gap_export.records import Record
 
-MANIFEST = "manifest.json"
+MANIFEST, REPORTS = "manifest.json", "reports"
 
 _IN_FILES_ALONE = {
     "name",
@@ -59,20 +60,34 @@ class Bundle:
 
     @property
     def reports(self) -> Path:
-        """Folder of the records of measurements, which are no part of the bundle: no manifest or hash covers them."""
-        return self.folder / "reports"
+        """Folder of the records of measurements, which are no part of the bundle: no manifest or hash covers them.
+
+        A rebuild leaves them there. Each names the build that it was taken on, by `manifest_sha256`.
+        """
+        return self.folder / REPORTS
+
+    @property
+    def runs(self) -> Path:
+        """Folder beside the bundle that its evaluations go to by default."""
+        return self.folder.with_name(f"{self.folder.name}.runs")
+
+    @cached_property
+    def manifest_sha256(self) -> str:
+        """Hash of the manifest, which holds the hashes of all other files: it tells one build from another."""
+        return record_of(self.folder / MANIFEST).sha256
 
 
-def open_bundle(folder: Path, *, every_hash: bool = False) -> Bundle:
+def open_bundle(bundle: Bundle | Path | str, *, every_hash: bool = False) -> Bundle:
     """Read and verify a bundle.
 
     Args:
-        folder: the bundle.
+        bundle: its folder; one that was opened before is read and verified again.
         every_hash: verify the hashes of large files too.
 
     Raises:
         BundleError: no bundle there, another schema, a damaged manifest, a file that does not match.
     """
+    folder = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(

@@ -40,13 +40,7 @@ def calibrate(
         )
     dataset = None if data is None else open_dataset(data, split=split, images=images)
     with progress_shown() as progress:
-        found = calibrate.calibrate(
-            bundle,
-            limit=limit,
-            dataset=dataset,
-            threads=threads,
-            progress=progress,
-        )
+        found = calibrate.calibrate(bundle, limit=limit, dataset=dataset, threads=threads, progress=progress)
     found.write(output)
     if as_json:
         print_json(found.model_dump())

@@ -120,13 +120,13 @@ def recommend(
     from gap_export.bundle.folder import open_bundle
     from gap_export.cli.evaluating import Asked, evaluate_bundle, store
     from gap_export.errors import InputError
+    from gap_export.evaluation.bundle_reports import RECOMMENDATION
     from gap_export.evaluation.latency.candidate import candidate
     from gap_export.evaluation.latency.measure import measure
     from gap_export.evaluation.refer import tables
     from gap_export.evaluation.refer.compare import open_run
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.evaluation.refer.provenance import provenance_of
-    from gap_export.evaluation.refer.recommend import RECORD
     from gap_export.evaluation.refer.recommend import recommend as recommended
     from gap_export.runtime.backends import open_session
 
@@ -156,8 +156,8 @@ def recommend(
     with console.status("measuring"):
         measured = measure(candidates, requests=requests, new_tokens=1, warmup=_WARMUP)
     times = {float(row.name): row.ttft_ms.p50 for row in measured.rows}
-    result = recommended(runs, max_accuracy_drop, ttft_ms=times)
-    result.write(opened.reports / RECORD)
+    result = recommended(runs, max_accuracy_drop, manifest_sha256=opened.manifest_sha256, ttft_ms=times)
+    result.write(opened.reports / RECOMMENDATION)
     if as_json:
         print_json(result.model_dump())
     else:

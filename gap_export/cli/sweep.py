@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gap_export.cli.app import cluster_of, console, import_pipeline, out, plain, print_json
 from gap_export.cli.options import BackendOption, JsonOption, LimitOption, RayAddressOption, RayOption
 from gap_export.cli.progress import progress_shown
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.sweep.record import Answers, SweepPoint
 
 
 def sweep(
@@ -67,7 +70,7 @@ def sweep(
         console.print(f"{len(prepared.points) - left} of {len(prepared.points)} points are finished already")
     with progress_shown() as progress:
 
-        def finished(point: Any, answers: Any) -> None:
+        def finished(point: SweepPoint, answers: Answers) -> None:
             if not console.is_terminal:  # no bar is shown there
                 accuracy = sum(answers.hits) / limit
                 console.print(f"{point.label}: {accuracy:.3f}; {progress.time_left()}", highlight=False)

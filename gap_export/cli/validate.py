@@ -33,10 +33,10 @@ def validate(
 ) -> None:
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
     import_pipeline()
-    from gap_export.evaluation import validate
+    from gap_export.evaluation.validate import validate as validated
 
     with progress_shown() as progress:
-        report = validate.validate(
+        report = validated(
             bundle,
             limit=limit,
             keep=keep,
@@ -50,7 +50,7 @@ def validate(
     if as_json:
         print_json(json.loads(report.model_dump_json()))  # as stored: what is not a number is null
     else:
-        from gap_export.evaluation.report import terminal as page
+        from gap_export.evaluation.report.terminal import print_parity
 
-        page.print_parity(report, out)
+        print_parity(report, out)
     raise typer.Exit(0 if report.ok else 1)

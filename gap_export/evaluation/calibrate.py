@@ -33,7 +33,7 @@ SCENES = "scenes"
 
 
 def calibrate(
-    folder: Path,
+    bundle: Bundle | Path,
     *,
     limit: int = 128,
     dataset: Dataset | None = None,
@@ -43,7 +43,7 @@ def calibrate(
     """Bundle to ranges.
 
     Args:
-        folder: a bundle in fp32 or fp16; its pruner and share are those that are measured.
+        bundle: in fp32 or fp16; its pruner and share are those that are measured.
         limit: how many questions; the first of the data set.
         dataset: questions and images; generated scenes when left out.
         threads: of ONNX Runtime; 0 lets it choose.
@@ -54,13 +54,13 @@ def calibrate(
         InputError: the data set has no images.
         SessionError: a graph does not run.
     """
-    bundle = open_bundle(folder)
+    bundle = open_bundle(bundle)
     manifest = bundle.manifest
     row = precision(manifest.precision)
     if row.quantizes or not row.cpu:
         raise BundleError(
             f"is in {manifest.precision}",
-            subject=str(folder),
+            subject=str(bundle.folder),
             hint="ranges are measured on a bundle built with --precision "
             + one_of(lambda each: each.cpu and not each.quantizes),
         )

@@ -102,9 +102,24 @@ class Grounding(Record):
 
 
 class ParityReport(Record):
-    """The record `validate` leaves in `reports/parity.json`."""
+    """The record that `validate` leaves among the reports of the bundle.
+
+    Attributes:
+        ok: every gate was met and every control caught.
+        manifest_sha256: of the build that was measured.
+        bundle: name of its recipe.
+        backend: runtime that it was put through.
+        precision: of weights and activations.
+        measurement: against PyTorch.
+        gates: the measurement, judged.
+        controls: wrong placements, and whether they were noticed.
+        inapplicable_controls: those that change nothing in this bundle.
+        grounding: accuracy under each position policy.
+        versions: package -> version.
+    """
 
     ok: bool
+    manifest_sha256: str
     bundle: str
     backend: str
     precision: str

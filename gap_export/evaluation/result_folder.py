@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gap_export.errors import BundleError
-from gap_export.files import atomic_folder, check_output
+from gap_export.files import atomic_folder, check_folder
 from gap_export.records import Record
 
 SETTINGS = "settings.json"
@@ -32,7 +32,7 @@ def open_result_folder(folder: Path, settings: Record, *, holds: str, replace: b
     Raises:
         BundleError: something else is there, or a run of other settings.
     """
-    there = check_output(folder, mark=SETTINGS, holds=holds)
+    there = check_folder(folder, mark=SETTINGS, holds=holds)
     if there:
         difference = _difference(folder / SETTINGS, settings)
         if difference is None:

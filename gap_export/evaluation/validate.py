@@ -1,4 +1,4 @@
-"""Validation: a bundle against PyTorch, and against bundles that are wrong in one thing on purpose.
+"""Validation: a bundle against PyTorch, and against baselines that differ from it in one thing.
 
     Bundle -> Session -> ParityReport
 
@@ -7,8 +7,8 @@ What is measured and what is demanded stands in `parity.py`; this is the order i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,7 @@ from gap_export.checkpoint.hub import resolve
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError
 from gap_export.evaluation import parity, runner
+from gap_export.evaluation.bundle_reports import PARITY
 from gap_export.evaluation.controls import applies, check_control, controls
 from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, build
@@ -47,16 +48,17 @@ class Opener(Protocol):
         ...
 
 
-_COMPANIONS: dict[str, dict[str, Any]] = {
+_BASELINES: dict[str, dict[str, Any]] = {
     "full": {"pruner": "none", "keep": 1.0, "prune_layers": ()},
     "shifted": {"positions": PositionPolicy.SHIFTED},
     "permuted": {"positions": PositionPolicy.PERMUTED},
     "gap": {"positions": PositionPolicy.GAP},
 }
+"""Name in the grounding table -> what a bundle of that name has otherwise."""
 
 
 def validate(
-    folder: Path,
+    bundle: Bundle | Path,
     *,
     limit: int = 500,
     keep: float | None = None,
@@ -68,55 +70,42 @@ def validate(
     progress: Progress = SILENT,
     opened: Opener = open_session,
 ) -> parity.ParityReport:
-    """Bundle to parity report, which is also stored in the bundle.
+    """Bundle to parity report, which is also stored among the reports of the bundle.
 
-    The bundle is compared with PyTorch on held-out scenes; then it and companions that differ in one thing each (nothing
-    pruned, ids shifted, ids permuted) are scored; then placements that are wrong on purpose must be noticed.
+    The bundle is compared with PyTorch on held-out scenes; then placements that are wrong on purpose must be noticed; then the
+    bundle and baselines that differ from it in one thing each (nothing pruned, ids shifted, ids permuted) are scored.
 
     Args:
-        folder: the bundle.
+        bundle: opened, or its folder; every file is verified.
         limit: how many scenes.
         keep: fraction of visual tokens to keep, in bundles that let requests choose; their default when left out.
         backend: name of a runtime that runs bundles.
         checkpoint: where the weights lie; by default where the bundle was built from.
-        text_tower: the same for the text tower, where there is one.
+        text_tower: where the weights of the text tower lie, if there is one; by default where the bundle was built from.
         batch: rows per call, at most what the bundle was built for.
         threads: of ONNX Runtime; 0 lets it choose.
-        progress: told of every stage, and of every answer.
+        progress: told of every stage and every answer.
         opened: how a bundle becomes a session.
 
+    Returns:
+        What was measured. Gates that are not met are in it; its `raise_for_gates` raises for them.
+
     Raises:
-        GapExportError: something could not be run. Gates that are not met are in the report.
+        GapExportError: something could not be run.
     """
-    from gap_export.graph.trace_cache import Tracer
-    from gap_export.graph.trace_folder import user_folder
     from gap_export.runtime.torch.reference import open_torch
 
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
-    bundle = open_bundle(folder, every_hash=True)
+    bundle = open_bundle(bundle, every_hash=True)
     manifest = bundle.manifest
-    pruning, visual_tokens = manifest.pruning, manifest.spec.visual_tokens
-    recipe = manifest.recipe
-    if manifest.checkpoint == RANDOM and checkpoint is None:
-        raise BundleError(
-            "holds random weights, which ground nothing",
-            subject=str(folder),
-            hint="measure it with `gap-export bench`; to compare it with PyTorch all the same, pass the folder of its weights: "
-            "--checkpoint FOLDER",
-        )
-    if recipe.ranges is not None:
-        recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
-    source = checkpoint or resolve(manifest.checkpoint)
-    if manifest.text_tower is not None:
-        recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
+    recipe = _recipe_here(bundle, checkpoint, text_tower)
     batch = min(batch, recipe.max_batch)
-    questions = list(scenes.cases(limit))
-    grounder = Grounder(bundle)
+    questions, grounder = list(scenes.cases(limit)), Grounder(bundle)
     answer = partial(runner.run_cases, batch=batch, progress=progress)
+    work = validation_work(limit, staged=bool(manifest.pruning.stages))
     with opened(bundle, backend, threads=threads) as session:
-        work = validation_work(limit, staged=bool(pruning.stages))
         progress.stage("answering with PyTorch", total=work)
-        with open_torch(bundle, checkpoint=source, text_tower=text_tower) as original:
+        with open_torch(bundle, checkpoint=Path(recipe.checkpoint), text_tower=text_tower) as original:
             reference = answer(grounder, original, questions, keep=keep, keep_logits=True)
         progress.stage(f"answering with {backend}")
         runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
@@ -126,7 +115,7 @@ def validate(
         few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
         few = questions[: few_batches * batch]
         caught, inapplicable = [], []
-        for name, adjust in controls(staged=bool(pruning.stages)).items():
+        for name, adjust in controls(staged=bool(manifest.pruning.stages)).items():
             if not applies(adjust, runs[0]):
                 inapplicable.append(name)
                 continue
@@ -135,20 +124,19 @@ def validate(
             seen = parity.measure(wrong, reference[:few_batches], few, manifest)
             caught.append(check_control(name, seen, manifest.gates))
 
-    if pruning.keep_mode == "dynamic":  # companions differ in one thing, and the count is not it
-        recipe = recipe.replaced(keep=pruning.keep if keep is None else keep)
-    accuracy, tracer = {str(pruning.positions): measured.accuracy}, Tracer(user_folder())
-    for name, changes in _COMPANIONS.items():
-        if name not in accuracy:
-            changed = recipe.replaced(checkpoint=str(source), **changes)
-            with _companion(bundle, changed, backend, tracer, progress) as companion:
-                progress.stage(f"answering with {name}")
-                with opened(companion, backend, threads=threads) as other:
-                    answers = answer(Grounder(companion), other, questions)
-                accuracy[name] = runner.accuracy_of(answers, questions)
+    if manifest.pruning.keep_mode == "dynamic":  # baselines differ in one thing, and the count is not it
+        recipe = recipe.replaced(keep=manifest.pruning.keep if keep is None else keep)
+    accuracy = {str(manifest.pruning.positions): measured.accuracy}
+    with closing(_baselines(bundle, recipe, tuple(accuracy), backend, progress)) as baselines:
+        for name, baseline in baselines:
+            progress.stage(f"answering with {name}")
+            with opened(baseline, backend, threads=threads) as other:
+                answers = answer(Grounder(baseline), other, questions)
+            accuracy[name] = runner.accuracy_of(answers, questions)
 
     report = parity.ParityReport(
         ok=all(gate.passed for gate in gates) and all(control.caught for control in caught),
+        manifest_sha256=bundle.manifest_sha256,
         bundle=manifest.name,
         backend=backend,
         precision=manifest.precision,
@@ -160,34 +148,70 @@ def validate(
             **accuracy,
             cases=limit,
             kept=_mean_kept(runs),
-            visual_tokens=visual_tokens,
+            visual_tokens=manifest.spec.visual_tokens,
         ),
         versions=versions(BUILD_PACKAGES),
     )
-    report.write(bundle.reports / "parity.json")
+    report.write(bundle.reports / PARITY)
     return report
-
-
-def _mean_kept(runs: list[Grounded]) -> float:
-    """Visual tokens that are left of an image, on average; the count itself where all keep the same."""
-    counts = np.concatenate([runner.counts_of(run.generation.every_kept_indices[-1]) for run in runs])
-    return round(float(counts.mean()), 2)
 
 
 def validation_work(limit: int, *, staged: bool = False) -> int:
     """About how many answers `validate` makes."""
     wrong = len(controls(staged=staged))
-    return limit * (2 + len(_COMPANIONS) - 1) + min(limit, CONTROL_CASES) * wrong
+    return limit * (2 + len(_BASELINES) - 1) + min(limit, CONTROL_CASES) * wrong
+
+
+def _recipe_here(bundle: Bundle, checkpoint: Path | None, text_tower: Path | None) -> Recipe:
+    """The recipe of a bundle, by which it could be built again: weights and ranges where they lie now.
+
+    Raises:
+        BundleError: the weights are random.
+        CheckpointError: they are not there any more.
+    """
+    manifest, recipe = bundle.manifest, bundle.manifest.recipe
+    if manifest.checkpoint == RANDOM and checkpoint is None:
+        raise BundleError(
+            "holds random weights, which ground nothing",
+            subject=str(bundle.folder),
+            hint="measure it with `gap-export bench`; to compare it with PyTorch all the same, pass the folder of its weights: "
+            "--checkpoint FOLDER",
+        )
+    if recipe.ranges is not None:
+        recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
+    if manifest.text_tower is not None:
+        recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
+    return recipe.replaced(checkpoint=str(checkpoint or resolve(manifest.checkpoint)))
+
+
+def _mean_kept(runs: Sequence[Grounded]) -> float:
+    """Visual tokens that are left of an image, on average; the count itself where all keep the same."""
+    counts = np.concatenate([runner.counts_of(run.generation.every_kept_indices[-1]) for run in runs])
+    return round(float(counts.mean()), 2)
+
+
+def _baselines(
+    bundle: Bundle, recipe: Recipe, known: Container[str], backend: str, progress: Progress
+) -> Generator[tuple[str, Bundle]]:
+    """Every baseline whose accuracy is not known, by name; each is gone when the next one is asked for."""
+    from gap_export.graph.trace_cache import Tracer
+    from gap_export.graph.trace_folder import user_folder
+
+    tracer = Tracer(user_folder())
+    for name, changes in _BASELINES.items():
+        if name not in known:
+            with _baseline(bundle, recipe.replaced(**changes), backend, tracer, progress) as baseline:
+                yield name, baseline
 
 
 @contextmanager
-def _companion(
+def _baseline(
     bundle: Bundle, recipe: Recipe, backend: str, tracer: Tracer, progress: Progress
 ) -> Iterator[Bundle]:
     """A bundle like the given one but for one thing, in a scratch folder beside it (so that weights can be linked)."""
     # A capacity that is just enough for the pruned prompt is too small for the whole one.
     recipe = recipe.model_copy(update={"capacity": None})
-    with scratch_folder(beside=bundle.folder, purpose="companion") as scratch:
+    with scratch_folder(beside=bundle.folder, purpose="baseline") as scratch:
         built = build(
             recipe.replaced(targets=(target_of(backend),)),
             scratch / "bundle",

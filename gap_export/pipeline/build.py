@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gap_export import __version__
-from gap_export.bundle.folder import MANIFEST, Bundle, open_bundle, write_manifest
+from gap_export.bundle.folder import MANIFEST, REPORTS, Bundle, open_bundle, write_manifest
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
 from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.files import atomic_folder, record_of
@@ -61,7 +61,7 @@ def build(
     Args:
         recipe: what to build.
         out: the bundle folder; appears when it is complete, or not at all.
-        replace: replace another bundle that is already there.
+        replace: replace another bundle that is already there; its reports stay.
         self_contained: copy the weights instead of linking them.
         tracer: of the components; where several bundles are built, one for all of them. By default one with the user's cache.
         progress: told when a stage begins.
@@ -77,7 +77,7 @@ def build(
 
     from gap_export.pipeline.graphs import trace_graphs, write_graphs  # torch is not needed to come so far
 
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, kept=(REPORTS,)) as folder:
         traced = trace_graphs(model, plan, tracer=tracer, progress=progress)
         written = write_graphs(traced, model, plan, folder, self_contained=self_contained, progress=progress)
         _write_tokenizers(model, folder)

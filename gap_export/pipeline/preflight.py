@@ -18,7 +18,7 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
 from gap_export.errors import BundleError, MissingRequirementError, RecipeError
-from gap_export.files import readable_size
+from gap_export.files import check_folder, readable_size
 from gap_export.inputs.prompt import encode_prompts
 from gap_export.pipeline.opened import OpenedModel
 from gap_export.plan import Plan
@@ -55,16 +55,8 @@ def check_output(out: Path, recipe: Recipe, replace: bool) -> None:
     Raises:
         BundleError: the folder holds something else.
     """
-    if not out.exists():
+    if not check_folder(out, mark=MANIFEST, holds="bundle") or replace:
         return
-    if not out.is_dir():
-        raise BundleError("is a file", subject=str(out), hint="choose another output folder")
-    if not any(out.iterdir()) or (replace and (out / MANIFEST).is_file()):
-        return
-    if not (out / MANIFEST).is_file():
-        raise BundleError(
-            "is not empty and holds no bundle", subject=str(out), hint="choose another output folder"
-        )
     try:
         same = open_bundle(out).manifest.recipe == recipe
     except BundleError:

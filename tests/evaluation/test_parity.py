@@ -14,8 +14,10 @@ from PIL import Image
 from gap_export.boxes.scenes import Case
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Manifest
+from gap_export.errors import GateError
 from gap_export.evaluation import parity, runner
 from gap_export.evaluation.controls import applies, check_control, controls
+from gap_export.evaluation.gates import check_gates
 from gap_export.evaluation.parity import Measurement
 from gap_export.inputs.batch import of_one_size
 from gap_export.inputs.prompt import Prompts
@@ -296,6 +298,13 @@ def test_every_gate_fails_beyond_its_limit_and_not_before(
     assert gate in [entry.name for entry in parity.judge(unknown, Thresholds()) if not entry.passed]
 
 
+def test_gates_that_are_not_met_can_be_raised() -> None:
+    gates = parity.judge(FINE.model_copy(update={"accuracy": 0.5, "mean_box_iou": 0.2}), Thresholds())
+    with pytest.raises(GateError, match=r"does not meet box_iou 0\.2, not >= 0\.99; accuracy_drop 0\.4"):
+        check_gates(gates, subject="tiny")
+    check_gates(parity.judge(FINE, Thresholds()), subject="tiny")
+
+
 def test_a_better_accuracy_than_the_reference_passes() -> None:
     assert all(gate.passed for gate in parity.judge(FINE.model_copy(update={"accuracy": 1.0}), Thresholds()))
 
@@ -338,20 +347,20 @@ def test_every_control_is_caught_by_what_the_model_computes(name: str, tiny_runs
 
 def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
     bundle, questions, grounder, session, reference = tiny_runs
-    recorded = Recorded()
+    told = Recorded()
     right = runner.run_cases(
         grounder,
         session,
         questions,
         batch=3,
-        progress=recorded,
+        progress=told,
         adjust=lambda placement, before, kept: placement,
         keep_logits=True,
     )
     measured = parity.measure(right, reference, questions, bundle.manifest)
     assert not check_control("none", measured, Thresholds()).caught
     assert measured.position_ids_equal == 1.0
-    assert recorded.counts == [3, 1]
+    assert told.counts == [3, 1]
 
 
 def test_controls_apply_where_they_change_something() -> None:

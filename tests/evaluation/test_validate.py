@@ -1,4 +1,4 @@
-"""Validation of bundles that are not the usual ones, companions really built."""
+"""Validation of bundles that are not the usual ones, baselines really built."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation import validate
 from gap_export.evaluation.parity import ParityReport
+from gap_export.files import record_of
 from gap_export.pipeline.build import BuildResult, build
 from gap_export.recipe.recipe import Recipe
 from tests.recorded import Recorded
@@ -19,33 +20,35 @@ from tests.recorded import Recorded
 BuildBundle = Callable[..., Bundle]
 
 
-def report_of(folder: Path, **options: Any) -> tuple[ParityReport, list[int]]:
-    recorded = Recorded()
-    report = validate.validate(folder, threads=1, progress=recorded, **options)
+def report_of(folder: Path, **options: Any) -> tuple[ParityReport, Recorded]:
+    told = Recorded()
+    report = validate.validate(folder, threads=1, progress=told, **options)
     assert report == ParityReport.model_validate_json((folder / "reports" / "parity.json").read_text())
-    return report, recorded.counts
+    return report, told
 
 
 def test_a_bundle_with_no_slot_to_spare_is_validated(tiny_options: dict[str, Any], tmp_path: Path) -> None:
-    """Its companion that keeps every token needs more slots than were asked for."""
+    """Its baseline that keeps every token needs more slots than were asked for."""
     tight = Recipe.model_validate({**tiny_options, "capacity": 24 - 1 + 9 + 5 + 1})
     folder = build(tight, tmp_path / "tight").bundle.folder
-    report, ticks = report_of(folder, limit=3, batch=2)
+    report, told = report_of(folder, limit=3, batch=2)
     assert report.ok, report
-    assert sum(ticks) == validate.validation_work(3)
+    assert [sum(told.counts)] == told.totals == [validate.validation_work(3)]
+    report.raise_for_gates()
+    assert report.manifest_sha256 == record_of(folder / "manifest.json").sha256
     assert len(report.controls) == 5
     assert report.grounding.kept == 9
-    assert [path.name for path in tmp_path.iterdir()] == ["tight"], "companions are gone"
+    assert [path.name for path in tmp_path.iterdir()] == ["tight"], "baselines are gone"
 
 
 @pytest.fixture
-def no_companions(monkeypatch: pytest.MonkeyPatch, tiny_bundle: BuildBundle) -> None:
+def no_baselines(monkeypatch: pytest.MonkeyPatch, tiny_bundle: BuildBundle) -> None:
     from contextlib import nullcontext
 
-    monkeypatch.setattr(validate, "_companion", lambda *_: nullcontext(tiny_bundle()))
+    monkeypatch.setattr(validate, "_baseline", lambda *_: nullcontext(tiny_bundle()))
 
 
-@pytest.mark.usefixtures("no_companions")
+@pytest.mark.usefixtures("no_baselines")
 @pytest.mark.parametrize(
     ("changes", "controls"),
     [
@@ -65,7 +68,7 @@ def test_controls_that_would_change_nothing_are_not_held_against_a_bundle(
     assert report.ok, report
 
 
-@pytest.mark.usefixtures("no_companions")
+@pytest.mark.usefixtures("no_baselines")
 @pytest.mark.parametrize("pruner", ["fastv", "pyramiddrop", "sparsevlm"])
 def test_decoders_that_drop_tokens_are_validated(
     pruner: str, deep_bundle: BuildBundle, tmp_path: Path
@@ -81,7 +84,7 @@ def test_decoders_that_drop_tokens_are_validated(
     assert report.grounding.kept == 9
 
 
-def test_companions_leave_out_what_only_the_pruner_knows(
+def test_baselines_leave_out_what_only_the_pruner_knows(
     deep_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The whole decoder has no layer to prune before."""
@@ -99,7 +102,7 @@ def test_companions_leave_out_what_only_the_pruner_knows(
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("no_companions")
+@pytest.mark.usefixtures("no_baselines")
 def test_batches_that_do_not_divide_the_control_cases(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +113,7 @@ def test_batches_that_do_not_divide_the_control_cases(
     assert report_of(bundle_copy, limit=5, batch=4)[0].ok
 
 
-def test_companions_take_the_ranges_that_the_bundle_brings(
+def test_baselines_take_the_ranges_that_the_bundle_brings(
     tiny_options: dict[str, Any],
     tiny_bundle: BuildBundle,
     tmp_path: Path,
@@ -128,11 +131,11 @@ def test_companions_take_the_ranges_that_the_bundle_brings(
     bundle = build(recipe, tmp_path / "bundle").bundle
     asked: list[Recipe] = []
 
-    def companion(_bundle: Bundle, changed: Recipe, *_: Any) -> Any:
+    def baseline(_bundle: Bundle, changed: Recipe, *_: Any) -> Any:
         asked.append(changed)
         return nullcontext(bundle)
 
-    monkeypatch.setattr(validate, "_companion", companion)
+    monkeypatch.setattr(validate, "_baseline", baseline)
     expected = read_ranges(file)
     file.unlink()
     report_of(bundle.folder, limit=2)

@@ -15,6 +15,7 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.environment import peak_rss_bytes
 from gap_export.errors import MissingRequirementError
 from gap_export.evaluation import plotting
+from gap_export.evaluation.bundle_reports import BENCH, BENCH_PLOT
 from gap_export.evaluation.latency.candidate import Candidate, candidate
 from gap_export.evaluation.latency.cost import measure_device
 from gap_export.evaluation.latency.measure import measure, time_request
@@ -24,9 +25,6 @@ from gap_export.files import write_atomically
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.session import Session
-
-RECORD, PLOT = "bench.json", "bench.png"
-"""Files among the reports of a bundle."""
 
 _WARMUP = 10
 _MEMORY_TOKENS = 4
@@ -104,8 +102,7 @@ def bench(
             )
             progress.advance()
         record = record.model_copy(update={"rows": tuple(rows)})
-    _store(record, opened)
-    return record
+    return _store(record, opened)
 
 
 def candidate_specs(
@@ -180,9 +177,12 @@ def _peak(make_candidate: Callable[[], Candidate]) -> int | None:
     return peak_rss_bytes()
 
 
-def _store(record: BenchRecord, bundles: Sequence[Bundle]) -> None:
+def _store(record: BenchRecord, bundles: Sequence[Bundle]) -> BenchRecord:
+    """Every bundle gets a copy that names it; the first one's is given back."""
     plot = plotting.png(figure(record)) if plotting.available() else None
-    for bundle in bundles:
-        record.write(bundle.reports / RECORD)
+    copies = [record.model_copy(update={"manifest_sha256": bundle.manifest_sha256}) for bundle in bundles]
+    for bundle, copy in zip(bundles, copies, strict=True):
+        copy.write(bundle.reports / BENCH)
         if plot is not None:
-            write_atomically(bundle.reports / PLOT, plot)
+            write_atomically(bundle.reports / BENCH_PLOT, plot)
+    return copies[0]

@@ -144,6 +144,7 @@ class BenchRecord(Record):
     """One run.
 
     Attributes:
+        manifest_sha256: of the bundle among whose reports it lies; None before it is stored.
         device: what it ran on.
         versions: package -> version.
         requests: rounds measured; every candidate answered one request per round.
@@ -154,6 +155,7 @@ class BenchRecord(Record):
         ratios: every pair of rows, every quantity.
     """
 
+    manifest_sha256: str | None = None
     device: str
     versions: dict[str, str]
     requests: int

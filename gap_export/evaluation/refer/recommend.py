@@ -8,9 +8,6 @@ from gap_export.evaluation.refer.compare import Run, compare
 from gap_export.precision import Thresholds
 from gap_export.records import Record
 
-RECORD = "recommend.json"
-"""Where the record lies among a bundle's reports."""
-
 _NO_DEMANDS = Thresholds(max_accuracy_drop=1.0, min_prediction_agreement=0.0, min_box_iou=0.0)
 
 
@@ -44,6 +41,7 @@ class Recommendation(Record):
     """What was tried, and which of it to take.
 
     Attributes:
+        manifest_sha256: of the build that was asked.
         protocol: of all evaluations.
         max_accuracy_drop: that was allowed.
         expressions: that all shares answered.
@@ -51,6 +49,7 @@ class Recommendation(Record):
         chosen: the smallest share inside; None where only the largest is.
     """
 
+    manifest_sha256: str
     protocol: str
     max_accuracy_drop: float
     expressions: int
@@ -59,13 +58,18 @@ class Recommendation(Record):
 
 
 def recommend(
-    runs: Mapping[float, Run], max_accuracy_drop: float, *, ttft_ms: Mapping[float, float] | None = None
+    runs: Mapping[float, Run],
+    max_accuracy_drop: float,
+    *,
+    manifest_sha256: str,
+    ttft_ms: Mapping[float, float] | None = None,
 ) -> Recommendation:
     """Choose.
 
     Args:
         runs: share -> evaluation, at least two.
         max_accuracy_drop: loss against the largest share that is allowed, with all of its interval.
+        manifest_sha256: of the build that was asked.
         ttft_ms: share -> median time to the first token in one interleaved run, where it was measured.
 
     Raises:
@@ -90,6 +94,7 @@ def recommend(
         )
     inside = [point.keep for point in points[1:] if point.inside]
     return Recommendation(
+        manifest_sha256=manifest_sha256,
         protocol=first.record["protocol"],
         max_accuracy_drop=max_accuracy_drop,
         expressions=len(first.ids),

@@ -13,14 +13,19 @@ import numpy as np
 from gap_export.boxes.codecs import Box
 from gap_export.bundle.folder import MANIFEST, Bundle, open_bundle
 from gap_export.errors import GapExportError, InputError
+from gap_export.evaluation.bundle_reports import (
+    PARITY,
+    RECOMMENDATION,
+    STALE,
+    read_report,
+    states,
+)
 from gap_export.evaluation.parity import ParityReport
 from gap_export.evaluation.refer.compare import Run, open_run
 from gap_export.evaluation.refer.journal import Settings, read_settings
 from gap_export.evaluation.refer.provenance import Provenance, read_provenance
-from gap_export.evaluation.refer.recommend import RECORD, Recommendation
+from gap_export.evaluation.refer.recommend import Recommendation
 from gap_export.files import record_of
-
-_AGAIN = "it is damaged or was written by another version: run gap-export {} again"
 
 
 @dataclass(frozen=True)
@@ -118,19 +123,27 @@ class Evaluated:
 
     @property
     def parity(self) -> ParityReport | None:
-        """What `validate` left in the bundle."""
-        path = None if self.bundle is None else self.bundle.reports / "parity.json"
-        if path is None or not path.is_file():
-            return None
-        return ParityReport.read(path, hint=_AGAIN.format("validate"))
+        """What `validate` left in the bundle, if that was this build of it."""
+        return (
+            None
+            if self.bundle is None
+            else read_report(self.bundle, PARITY, ParityReport, command="validate")
+        )
+
+    @property
+    def stale_reports(self) -> list[str]:
+        """Names of records in the bundle that were taken on another build of it, and are not used."""
+        found = {} if self.bundle is None else states(self.bundle)
+        return [name for name, state in found.items() if state == STALE]
 
     @property
     def recommendation(self) -> Recommendation | None:
-        """What `recommend` left in the bundle, if it is about the same expressions."""
-        path = None if self.bundle is None else self.bundle.reports / RECORD
-        if path is None or not path.is_file():
+        """What `recommend` left in the bundle, if that was this build of it, about the same expressions."""
+        if self.bundle is None:
             return None
-        found = Recommendation.read(path, hint=_AGAIN.format("recommend"))
+        found = read_report(self.bundle, RECOMMENDATION, Recommendation, command="recommend")
+        if found is None:
+            return None
         same = (found.protocol, found.expressions) == (self.run.record["protocol"], len(self.run.ids))
         return found if same else None
 

@@ -11,6 +11,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Manifest, Pruning
 from gap_export.bundle.spec import TensorSpec
 from gap_export.engine.inspect import engine_facts
+from gap_export.evaluation import bundle_reports
 from gap_export.evaluation.parity import ParityReport
 
 
@@ -98,6 +99,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             for target, engines in manifest.engines.items()
         },
         "files": {name: record.bytes for name, record in manifest.files.items()},
+        "reports": bundle_reports.states(bundle),
         "versions": manifest.versions,
     }
 
@@ -223,6 +225,8 @@ def print_bundle(facts: dict[str, Any], console: Console) -> None:
     for name, size in facts["files"].items():
         files.add_row(name, f"{size:,}")
     console.print(files)
+    for name, state in facts["reports"].items():
+        console.print(f"reports/{name}: {state}", highlight=False)
 
 
 def _shown(tensor: TensorSpec) -> str:

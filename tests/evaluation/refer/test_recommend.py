@@ -34,7 +34,7 @@ def runs_of(**accuracies: float) -> dict[float, Run]:
 
 def test_the_smallest_inside_is_chosen() -> None:
     runs = runs_of(k100=0.9, k50=0.9, k25=0.895, k10=0.8)
-    result = recommend(runs, 0.02, ttft_ms={1.0: 50.0, 0.25: 20.0})
+    result = recommend(runs, 0.02, manifest_sha256="m", ttft_ms={1.0: 50.0, 0.25: 20.0})
     assert result.chosen == 0.25
     assert [point.inside for point in result.points] == [True, True, True, False]
     assert [point.keep for point in result.points] == [1.0, 0.5, 0.25, 0.1]
@@ -44,7 +44,7 @@ def test_the_smallest_inside_is_chosen() -> None:
 
 def test_a_loss_that_may_be_larger_is_not_inside() -> None:
     """The loss itself is small enough, its interval is not."""
-    result = recommend(runs_of(k100=0.9, k25=0.885), 0.02)
+    result = recommend(runs_of(k100=0.9, k25=0.885), 0.02, manifest_sha256="m")
     assert result.points[1].difference > -0.02 > result.points[1].low
     assert result.chosen is None
 
@@ -53,5 +53,5 @@ def test_a_loss_that_may_be_larger_is_not_inside() -> None:
 @given(st.lists(st.integers(300, 400), min_size=2, max_size=5), st.floats(0, 0.1), st.floats(0, 0.1))
 def test_who_allows_more_keeps_no_more(hits: list[int], one: float, other: float) -> None:
     runs = {1 / (number + 1): run_of(hit / COUNT, number) for number, hit in enumerate(hits)}
-    less, more = (recommend(runs, drop).chosen for drop in sorted((one, other)))
+    less, more = (recommend(runs, drop, manifest_sha256="m").chosen for drop in sorted((one, other)))
     assert less is None or (more is not None and more <= less)
