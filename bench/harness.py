@@ -116,7 +116,7 @@ def ensure_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Path, int]:
         (folder, bytes of its weights).
 
     Raises:
-        SystemExit: something else is in the way, or the disk has no room.
+        SystemExit: something else is in the way, or no space on the disk.
     """
     if folder.exists() and json.loads((folder / "config.json").read_text()) != config:
         raise SystemExit(f"{folder} holds another checkpoint; remove it or choose another --scratch")

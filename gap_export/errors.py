@@ -12,7 +12,7 @@
     ├── GateError          a run does not do what was demanded of it
     └── MissingRequirementError   an optional dependency, memory, disk or device that is not there
 
-The command line prints these without a traceback and exits with 2. Any other exception is a bug of ours.
+The command line prints these without a traceback and exits with 2. Any other exception is a bug; please report it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GapExportError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library said, for a message of ours: the first line of it, or the error's type where it said nothing."""
+    """What a library said, for a message: the first line of it, or the error's type where it said nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

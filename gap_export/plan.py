@@ -212,7 +212,7 @@ def _check_several(recipe: Recipe, spec: ModelSpec) -> None:
         )
     if recipe.images >= recipe.max_text:
         raise RecipeError(
-            f"leaves no room for text: max_text is {recipe.max_text}, and a placeholder counts as one",
+            f"leaves no space for text: max_text is {recipe.max_text}, and a placeholder counts as one",
             subject=subject,
             hint="raise max_text",
         )

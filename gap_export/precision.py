@@ -139,7 +139,7 @@ _HALF = Thresholds(
     min_box_iou=0.95,
     max_accuracy_drop=0.01,
 )
-"""Leaves room for rounding."""
+"""Leaves a margin for rounding."""
 _INT8 = Thresholds(
     min_kept_sets_equal=0.0,
     max_logit_difference=10.0,

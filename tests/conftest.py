@@ -1,4 +1,4 @@
-"""Shared by all rooms: a tiny LLaVA with random weights in Hugging Face layout, bundles built from it, its reference.
+"""Shared by all tests: a tiny LLaVA with random weights in Hugging Face layout, bundles built from it, its reference.
 
 Building a bundle takes seconds, so each variant is built once per test session. Tests that damage a bundle or a checkpoint
 work on copies.
@@ -34,7 +34,7 @@ WORDS = """
     at top bottom [ ] , . 0 1 2 3 4 5 6 7 8 9 in a picture mug cat
 """
 
-# A first example may import a room, and machines differ: how long an example takes says nothing.
+# A first example may import a package, and machines differ: how long an example takes says nothing.
 settings.register_profile("gap-export", deadline=None)
 settings.load_profile("gap-export")
 

@@ -113,7 +113,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
 
 def layer_of(module: str) -> str:
     """The layer of a module."""
-    fitting = [room for room in LAYERS if module == room or module.startswith(f"{room}.")]
+    fitting = [layer for layer in LAYERS if module == layer or module.startswith(f"{layer}.")]
     assert fitting, f"{module} has no place among the layers"
     return max(fitting, key=len)
 

@@ -204,13 +204,14 @@ def _with_caption(shown: Image.Image, expression: str, facts: str) -> Image.Imag
     unit = max(18, round(max(width, min(shown.size)) / 36))
     margin = unit
     large, small = ImageFont.load_default(unit), ImageFont.load_default(max(13, round(unit * 0.72)))
-    room = width - 2 * margin
+    available = width - 2 * margin
     words = "".join(character if character.isprintable() else " " for character in expression).split()
     lines = [
-        _Line(text, large, _TEXT, round(unit * 1.35)) for text in _wrapped(words, large, room, at_most=3)
+        _Line(text, large, _TEXT, round(unit * 1.35)) for text in _wrapped(words, large, available, at_most=3)
     ]
     lines += [
-        _Line(text, small, _FAINT, round(unit * 1.05)) for text in _wrapped(facts.split(" "), small, room, 2)
+        _Line(text, small, _FAINT, round(unit * 1.05))
+        for text in _wrapped(facts.split(" "), small, available, 2)
     ]
     band = sum(line.height for line in lines) + round(unit * 1.3)
     canvas = Image.new("RGB", (width, shown.height + band), _BAND)
@@ -224,34 +225,34 @@ def _with_caption(shown: Image.Image, expression: str, facts: str) -> Image.Imag
 
 
 def _wrapped(
-    words: list[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int, at_most: int
+    words: list[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, at_most: int
 ) -> list[str]:
-    """Words in lines no wider than `room` pixels; what does not fit into `at_most` lines ends in an
+    """Words in lines no wider than `width` pixels; what does not fit into `at_most` lines ends in an
     ellipsis."""
     lines: list[str] = []
     rest = list(words)
     while rest:
         taken = 1
-        while taken < len(rest) and font.getlength(" ".join(rest[: taken + 1])) <= room:
+        while taken < len(rest) and font.getlength(" ".join(rest[: taken + 1])) <= width:
             taken += 1
         line, rest = " ".join(rest[:taken]), rest[taken:]
         cut_short = bool(rest) and len(lines) + 1 == at_most
-        lines.append(_shortened(line, font, room, cut_short))
+        lines.append(_shortened(line, font, width, cut_short))
         if cut_short:
             break
     return lines
 
 
 def _shortened(
-    line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int, cut_short: bool
+    line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, cut_short: bool
 ) -> str:
     """A line that fits, with an ellipsis if anything was cut from it or after it."""
-    if not cut_short and font.getlength(line) <= room:
+    if not cut_short and font.getlength(line) <= width:
         return line
     fits, too_long = 0, len(line) + 1  # bisection: a single word may have thousands of letters
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if font.getlength(line[:middle] + "...") <= room:
+        if font.getlength(line[:middle] + "...") <= width:
             fits = middle
         else:
             too_long = middle

@@ -114,7 +114,7 @@ class Pruning(Record):
         kept: how many enter the decoder: the count that `keep` gives, or all of them, where tokens are dropped inside it.
         keep_mode: who says how many.
         min_tokens: smallest count.
-        max_tokens: largest count; what cache and engines have room for.
+        max_tokens: largest count; the capacity of cache and engines.
         keep_range: (smallest, largest) fraction that requests may choose; None where they have no choice.
         pruner_min_tokens: fewest tokens that the pruner can keep of an image.
         positions: numbering policy.

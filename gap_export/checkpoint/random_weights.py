@@ -88,7 +88,7 @@ def random_checkpoint(repository: str, progress: Progress = SILENT) -> Path:
 
     Raises:
         CheckpointError: its sizes are not known.
-        MissingRequirementError: the disk has no room.
+        MissingRequirementError: no space on the disk.
     """
     content = published(repository)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gap-export" / "random"
@@ -102,7 +102,7 @@ def write_checkpoint(folder: Path, content: Published, progress: Progress = SILE
     """Write a stand-in. Everything lands under another name first: a folder of the right name is always complete.
 
     Raises:
-        MissingRequirementError: the disk has no room.
+        MissingRequirementError: no space on the disk.
     """
     scratch = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The table of commands, the words on the screen, the exit codes.
+"""The commands, what `gap-export` prints about errors, and its exit codes.
 
 0: fine. 1: a gate was not met. 2: the user can do something about it (message and hint, no traceback). Anything that shows
-a traceback is a bug of ours. Heavy imports happen inside the commands, so that `--help` is instant.
+a traceback is a bug. Heavy imports happen inside the commands, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _INTERRUPTED = 130
 
 
 def main() -> NoReturn:
-    """Entry point: run a command, turn errors of ours into a message and exit code 2."""
+    """Entry point: run a command, turn a `GapExportError` into a message and exit code 2."""
     try:
         # Outside standalone mode, typer gives the code of a raised Exit back, and for Ctrl-C the shell's.
         result = app(standalone_mode=False)
@@ -69,9 +69,7 @@ def main() -> NoReturn:
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.print(
-            "[yellow]interrupted[/]: nothing half-written was left behind; run the same command again"
-        )
+        console.print("[yellow]interrupted[/]: no partial output was left; rerun the same command")
         code = _INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # a click usage error knows how to show itself

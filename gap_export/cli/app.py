@@ -1,4 +1,4 @@
-"""The application that commands belong to, the two places they write to, and what several of them share."""
+"""The application that commands belong to, the two streams they write to, and what several of them share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 console = Console(stderr=True)
-"""Words for people go to standard error; standard output carries results."""
+"""Messages go to standard error; standard output carries results."""
 out = Console(width=None if sys.stdout.isatty() else 140)
 
 

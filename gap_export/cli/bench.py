@@ -1,4 +1,4 @@
-"""The command that measures latency."""
+"""`gap-export bench`: latency."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def bench(
     backend: Annotated[
         str, typer.Option(help=f"One or several, separated by commas: {', '.join(names())}.")
     ] = "onnxruntime",
-    against: Annotated[
-        str, typer.Option(help="Further backends to take turns with, for example torch.")
-    ] = "",
+    against: Annotated[str, typer.Option(help="Further backends to compare with, for example torch.")] = "",
     keep: Annotated[
         str,
         typer.Option(help="Fractions of visual tokens, separated by commas, in bundles built with a range."),
@@ -31,15 +29,16 @@ def bench(
     batch: Annotated[str, typer.Option(help="Images per request; several, separated by commas.")] = "1",
     requests: Annotated[int, typer.Option(min=1, help="Requests measured, per candidate.")] = 100,
     new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Generated per request; the shortest limit by default.")
+        int | None,
+        typer.Option(min=1, help="Tokens generated per request; by default the bundles' lowest limit."),
     ] = None,
     memory: Annotated[
-        bool, typer.Option(help="Measure the memory of each candidate in a process of its own.")
+        bool, typer.Option(help="Measure peak memory, each candidate in an isolated process.")
     ] = True,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """What a request costs and how long it takes, part by part; all candidates take turns, so that their ratios hold."""
+    """Latency and cost of a request, stage by stage; candidates are measured in interleaved rounds."""
     from gap_export.evaluation import plotting
     from gap_export.evaluation.latency.bench import bench as measured
 

@@ -25,9 +25,10 @@ def build(
         ),
     ] = None,
     keep_bound: Annotated[
-        float | None, typer.Option(help="Most that --keep adaptive may keep of an image, as a fraction.")
+        float | None,
+        typer.Option(help="Upper bound on the fraction of an image's tokens that --keep adaptive keeps."),
     ] = None,
-    pruner: Annotated[str | None, typer.Option(help="Pruning strategy; see `gap-export models`.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="Pruner; see `gap-export models`.")] = None,
     prune_layers: Annotated[
         list[int] | None,
         typer.Option(
@@ -37,7 +38,9 @@ def build(
     positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
     merged_id: Annotated[
         str | None,
-        typer.Option(help="Place of tokens merged from many: last_visual (default), max_kept or centroid."),
+        typer.Option(
+            help="Position of tokens merged from several: last_visual (default), max_kept or centroid."
+        ),
     ] = None,
     text_tower: Annotated[
         str | None,
@@ -46,7 +49,7 @@ def build(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="checkpoint (default), or random: of the published sizes, for latency work without a download."
+            help="checkpoint (default), or random: published sizes with random weights, for latency work without a download."
         ),
     ] = None,
     base: Annotated[
@@ -73,17 +76,19 @@ def build(
     capacity: Annotated[
         int | None,
         typer.Option(
-            help="Make the cache static, with so many slots; by default as many as a request needs."
+            help="Make the cache static, with this number of slots; by default it has as many as a request needs."
         ),
     ] = None,
     max_pixels: Annotated[
         int | None,
         typer.Option(
-            help="Scale larger images down, in models that take them at their own size; sets the cache too."
+            help="Scale larger images down, in models that take them at their own size; bounds the cache too."
         ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of strategies that draw at random.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum length of an answer, in tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of pruners that choose at random.")] = None,
     self_contained: Annotated[bool, typer.Option(help="Copy weights instead of linking them.")] = False,
     replace: Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")] = False,
     as_json: JsonOption = False,
@@ -93,9 +98,9 @@ def build(
     Graphs that were traced before are taken from a cache, ~/.cache/gap-export/traces. The environment variable
     GAP_EXPORT_TRACE_CACHE names another folder, or switches it off with the value off.
     """
-    from gap_export.recipe import recipe as recipes
+    from gap_export.recipe.recipe import load_recipe
 
-    recipe = recipes.load_recipe(model).replaced(
+    recipe = load_recipe(model).replaced(
         keep=keep,
         keep_bound=keep_bound,
         pruner=pruner,

@@ -15,7 +15,7 @@ from gap_export.cli.progress import progress_shown
 def calibrate(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, for `build --ranges`.")],
-    limit: Annotated[int, typer.Option(min=1, help="Only so many questions.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 128,
     data: Annotated[
         str | None,
         typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),

@@ -1,4 +1,4 @@
-"""Commands that weigh evaluations against each other."""
+"""Commands that compare evaluations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ AccuracyDropOption = Annotated[
 ]
 AgreementOption = Annotated[
     float | None,
-    typer.Option(help="Smallest share of expressions whose two boxes overlap by half; 0.95 by default."),
+    typer.Option(
+        help="Smallest fraction of expressions whose two boxes have an IoU of at least 0.5; 0.95 by default."
+    ),
 ]
 BoxIouOption = Annotated[
     float | None,
@@ -32,15 +34,15 @@ BoxIouOption = Annotated[
 
 
 def compare(
-    first: Annotated[
-        Path, typer.Argument(help="Folder of an evaluation: the one that is right by definition.")
+    first: Annotated[Path, typer.Argument(help="Folder of the reference run.")],
+    second: Annotated[
+        Path, typer.Argument(help="Folder of the run to compare with it, over the same expressions.")
     ],
-    second: Annotated[Path, typer.Argument(help="Folder of another over the same expressions.")],
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
     max_accuracy_drop: AccuracyDropOption = None,
     min_prediction_agreement: AgreementOption = None,
     min_box_iou: BoxIouOption = None,
-    worst: Annotated[int, typer.Option(min=0, help="How many disagreements to name.")] = 20,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst disagreements to list.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Two evaluations expression by expression; exit 1 when a gate is not met."""
@@ -99,24 +101,25 @@ def _print_comparison(result: Comparison) -> None:
 
 def recommend(
     bundle: BundleArgument,
-    data: Annotated[str, typer.Option(help="As of gap-export eval.")] = "scenes:7",
+    data: Annotated[str, typer.Option(help="As for `gap-export eval`.")] = "scenes:7",
     max_accuracy_drop: Annotated[
-        float, typer.Option(help="Loss that is allowed, with all of its 95 % interval.")
+        float,
+        typer.Option(help="Accuracy tolerance: the whole 95 % interval of the loss must lie within it."),
     ] = 0.02,
     keeps: Annotated[
         str,
-        typer.Option(help="Fractions to try, separated by commas; the largest is what losses are against."),
+        typer.Option(help="Fractions to try, separated by commas; losses are relative to the largest."),
     ] = "1.0,0.5,0.35,0.25,0.15,0.1",
-    split: Annotated[str | None, typer.Option(help="As of gap-export eval.")] = None,
+    split: Annotated[str | None, typer.Option(help="As for `gap-export eval`.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many expressions.")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests per fraction whose time is measured.")] = 30,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N expressions.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests measured per fraction.")] = 30,
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """The smallest share of visual tokens that loses little enough, and how much faster it is; exit 1 when none is."""
+    """The smallest keep ratio within the accuracy tolerance, and its speedup; exit 1 when there is none."""
     from gap_export.bundle.folder import open_bundle
     from gap_export.cli.evaluating import Asked, evaluate_bundle, store
     from gap_export.errors import InputError
@@ -141,7 +144,7 @@ def recommend(
         raise InputError(
             "is one fraction",
             subject=f"--keeps {keeps}",
-            hint="give at least two: losses are against the largest",
+            hint="give at least two: losses are relative to the largest",
         )
     dataset = open_dataset(data, split=split, images=images)
     runs = {}

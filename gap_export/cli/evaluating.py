@@ -1,4 +1,4 @@
-"""Commands about data sets of referring expressions."""
+"""`gap-export eval`: referring expression comprehension on a data set."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval: how answers are scored.")] = "unc",
     backend: AnyBackendOption = "onnxruntime",
     keep: KeepOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many expressions.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Most expressions per call.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N expressions.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Maximum number of expressions per call.")] = 8,
     one_by_one: Annotated[
-        bool, typer.Option(help="Every prompt by itself and whole; for comparison.")
+        bool, typer.Option(help="Run every prompt separately and in full; for comparison.")
     ] = False,
     predictions: Annotated[
         Path | None,
@@ -57,19 +57,23 @@ def evaluate(
     ] = None,
     family: Annotated[
         str | None,
-        typer.Option(help="With --predictions: whose way to write boxes; see `gap-export models`."),
+        typer.Option(
+            help="With --predictions: family whose box format the answers have; see `gap-export models`."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the results; in the bundle by default.")
     ] = None,
-    replace: Annotated[bool, typer.Option(help="Throw an evaluation of other settings away.")] = False,
+    replace: Annotated[
+        bool, typer.Option(help="Discard an evaluation with other settings in the output folder.")
+    ] = False,
     ray: RayOption = False,
     workers: Annotated[int, typer.Option(min=1, help="With --ray: workers of the cluster.")] = 2,
     ray_address: RayAddressOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Referring expression comprehension on a data set. May be killed: the same command goes on."""
+    """Referring expression comprehension on a data set. Can be interrupted; rerun the same command to resume."""
     from gap_export.errors import InputError
     from gap_export.evaluation.refer import tables
     from gap_export.evaluation.refer.dataset import open_dataset
@@ -126,9 +130,9 @@ def _of_predictions(
 
     if family not in families.names():
         raise InputError(
-            "is not a family",
+            "is not a known family",
             subject=f"--family {family}",
-            hint=f"say whose way to write boxes the answers have: {', '.join(families.names())}",
+            hint=f"name the family whose box format the answers have: {', '.join(families.names())}",
         )
     scoring = protocol_of(protocol, families.row(family).box)
     expressions = dataset.expressions[:limit]

@@ -12,15 +12,15 @@ from gap_export.cli.options import BundleArgument, JsonOption
 
 def inspect(
     bundle: BundleArgument,
-    verify: Annotated[bool, typer.Option(help="Hash large files too.")] = False,
+    verify: Annotated[bool, typer.Option(help="Check the hashes of large files too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """What is inside a bundle: ids, slots, ops, engines, sizes."""
     from gap_export.bundle.folder import open_bundle
-    from gap_export.evaluation.report import terminal as page
+    from gap_export.evaluation.report.terminal import bundle_facts, print_bundle
 
-    facts = page.bundle_facts(open_bundle(bundle, every_hash=verify))
+    facts = bundle_facts(open_bundle(bundle, every_hash=verify))
     if as_json:
         print_json(facts)
     else:
-        page.print_bundle(facts, out)
+        print_bundle(facts, out)

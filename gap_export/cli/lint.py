@@ -12,10 +12,8 @@ from gap_export.cli.options import JsonOption
 
 
 def lint(
-    graph: Annotated[Path, typer.Argument(help="An ONNX file, ours or another exporter's.")],
-    strict: Annotated[
-        bool, typer.Option(help="Hold it to the contract of this project's bundles too.")
-    ] = False,
+    graph: Annotated[Path, typer.Argument(help="An ONNX file of any exporter.")],
+    strict: Annotated[bool, typer.Option(help="Also check the contract of this project's bundles.")] = False,
     kind: Annotated[str, typer.Option(help="decoder, vision, splice, embed or auto.")] = "auto",
     ids_input: Annotated[str, typer.Option(help="Name of the input with position ids.")] = "position_ids",
     as_json: JsonOption = False,

@@ -23,13 +23,13 @@ AnyBackendOption = Annotated[
 KeepOption = Annotated[
     float | None,
     typer.Option(
-        help="Fraction of visual tokens to keep, in bundles built with a range; their default when left out."
+        help="Fraction of visual tokens to keep, in bundles built with a range; by default the bundle's own."
     ),
 ]
-LimitOption = Annotated[int, typer.Option(min=1, help="Held-out scenes to ask about.")]
-RayOption = Annotated[bool, typer.Option("--ray", help="Deal the work to the workers of a Ray cluster.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="Number of held-out scenes.")]
+RayOption = Annotated[bool, typer.Option("--ray", help="Dispatch the work to the workers of a Ray cluster.")]
 RayAddressOption = Annotated[
     str | None,
-    typer.Option(help="With --ray: of a running cluster; one is started here when left out."),
+    typer.Option(help="With --ray: address of a running cluster; by default one is started on this machine."),
 ]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]

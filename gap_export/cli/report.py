@@ -1,4 +1,4 @@
-"""The command that writes a page."""
+"""`gap-export report`: evaluations as one HTML page."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def report(
     subjects: Annotated[
         list[Path],
         typer.Argument(
-            help="A bundle that was evaluated; or evaluations, the one that is right by definition first, the judged one last."
+            help="An evaluated bundle; or folders of evaluations, the reference run first, the run under test last."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     protocol: Annotated[str, typer.Option(help="unc or lmms-eval.")] = "unc",
     images: Annotated[Path | None, typer.Option(help="Folder of the images, if they moved.")] = None,
-    worst: Annotated[int, typer.Option(min=0, help="How many of the worst expressions to show.")] = 12,
-    drawn: Annotated[int, typer.Option(min=0, help="How many drawn at random.")] = 12,
+    worst: Annotated[
+        int, typer.Option(min=0, help="How many of the expressions with the largest differences to show.")
+    ] = 12,
+    drawn: Annotated[int, typer.Option(min=0, help="How many randomly chosen expressions to show.")] = 12,
     strategies: Annotated[
         bool, typer.Option(help="Show what every pruner would keep; loads the PyTorch model.")
     ] = True,
@@ -64,7 +66,7 @@ def report(
 
 
 def _source(subject: Subject, images: Path | None) -> Source | None:
-    """Images of the data set, or None with a word on the screen."""
+    """Images of the data set, or None, after a message."""
     from gap_export.errors import GapExportError
     from gap_export.evaluation.refer.dataset import open_dataset
 

@@ -26,7 +26,9 @@ def run(
     ] = None,
     keep: KeepOption = None,
     backend: AnyBackendOption = "onnxruntime",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum length of an answer, in tokens.")
+    ] = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:

@@ -42,7 +42,7 @@ def sweep(
     ray_address: RayAddressOption = None,
     plot: Annotated[bool, typer.Option(help="Draw sweep.png (needs matplotlib).")] = True,
     replace: Annotated[
-        bool, typer.Option(help="Throw away a sweep of other settings in the output folder.")
+        bool, typer.Option(help="Discard a sweep with other settings in the output folder.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -55,7 +55,7 @@ class WeightStore:
 
         Raises:
             CheckpointError: a tensor that cannot be represented (overflow, or not a floating-point type).
-            MissingRequirementError: no room on the disk.
+            MissingRequirementError: no space on the disk.
         """
         wanted = self.activations.safetensors
         weights = self.checkpoint.weights

@@ -25,7 +25,7 @@ _SHUTDOWN_TIMEOUT_S = 5
 """How long a worker that was told to end may take to do so in order."""
 
 
-# What a worker process sends, besides errors of ours:
+# What a worker process sends, besides a `GapExportError`:
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class _Worker:
         self._worker: Worker[Any, Any] | None = None
 
     def do(self, task: Any) -> _Done | GapExportError:
-        """What came of a task; an error of ours as a value, so that it arrives as what it is."""
+        """What came of a task; a `GapExportError` as a value, so that it arrives with its own type."""
         counted = _Counted()
         try:
             self._worker = self._worker or self._make()

@@ -271,7 +271,7 @@ class Grounder:
         return self.prompts(expressions).text_before
 
     def prompts(self, expressions: Sequence[str], max_new_tokens: int | None = None) -> Prompts:
-        """Tokenized prompts, with room for answers of that length (by default the longest); see `encode_prompts`."""
+        """Tokenized prompts, with capacity for answers of that length (by default the longest); see `encode_prompts`."""
         return encode_prompts(
             self._tokenizer,
             self._manifest.prompt,
@@ -343,7 +343,7 @@ def keep_counts(
         RecipeError: no fraction.
     """
     if model.token_range is None:
-        # (`vision_inputs` refuses counts that the bundle has no room for.)
+        # (`vision_inputs` refuses counts that exceed the bundle's capacity.)
         count = None if keep is None else prune.kept_count(keep, model.visual_tokens)
         return [count] * len(batch.calls)
     if keep is not None and pruning.keep_range is None and keep != pruning.keep:

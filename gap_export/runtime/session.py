@@ -105,7 +105,7 @@ class Session(Protocol):
 
         Raises:
             InputError: an expression is missing, a count cannot be chosen or is out of range, or an image needs more tokens
-                than an adaptive bundle has room for.
+                than an adaptive bundle has capacity for.
         """
         ...
 
@@ -320,14 +320,14 @@ def padded_together(rows: Sequence[Sequence[NDArray[Any]]], longest: int) -> NDA
 
 
 def check_within_bound(counts_B: Ids, pruning: Pruning) -> None:
-    """Refuse images that need more tokens than an adaptive bundle has room for: dropping the rest would be a silent change.
+    """Refuse images that need more tokens than an adaptive bundle has capacity for: dropping the rest would be a silent change.
 
     Raises:
         InputError: with the largest count.
     """
     if counts_B.max() > pruning.max_tokens:
         raise InputError(
-            f"needs {counts_B.max()} visual tokens by the rule of {pruning.pruner}, this bundle has room for {pruning.max_tokens}",
+            f"needs {counts_B.max()} visual tokens by the rule of {pruning.pruner}, this bundle has capacity for {pruning.max_tokens}",
             subject=f"image {int(counts_B.argmax()) + 1} of {len(counts_B)}",
             hint="build with a larger --keep-bound, or with a fixed --keep",
         )

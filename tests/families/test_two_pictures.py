@@ -195,7 +195,7 @@ def test_another_number_of_images_is_refused(tiny_family: Families, count: int) 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"prompt": None, "seed": 1}, "placeholder for every image"), ({"max_text": 2}, "no room for text")],
+    [({"prompt": None, "seed": 1}, "placeholder for every image"), ({"max_text": 2}, "no space for text")],
     ids=str,
 )
 def test_recipes_that_cannot_work(tiny_family: Families, changes: dict[str, Any], message: str) -> None:

@@ -50,7 +50,7 @@ def refused():
 
 
 @pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "doubling_for_tests.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     import doubling_for_tests  # type: ignore[import-not-found]
@@ -59,9 +59,9 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 9])
-def test_results_do_not_depend_on_the_number_of_workers(workers: int, room: Any) -> None:
+def test_results_do_not_depend_on_the_number_of_workers(workers: int, module: Any) -> None:
     recorded = Recorded()
-    results = list(results_of(room.Doubling, [1, 2, 3], workers=workers, progress=recorded))
+    results = list(results_of(module.Doubling, [1, 2, 3], workers=workers, progress=recorded))
     assert sorted(pair for pair in results if pair[0] in (1, 2, 3)) == [(1, 2), (2, 4), (3, 6)]
     assert sorted(recorded.counts) == [1, 2, 3]
     assert sorted(recorded.messages) == ["doubling 1", "doubling 2", "doubling 3"]
@@ -71,17 +71,17 @@ def test_results_do_not_depend_on_the_number_of_workers(workers: int, room: Any)
     assert (os.getpid() in counts) == (workers == 1)
 
 
-def test_nothing_to_do(room: Any) -> None:
-    assert list(results_of(room.Doubling, [], workers=2)) == []
+def test_nothing_to_do(module: Any) -> None:
+    assert list(results_of(module.Doubling, [], workers=2)) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_errors_of_ours_come_across_whole(workers: int, room: Any) -> None:
+def test_errors_of_ours_come_across_whole(workers: int, module: Any) -> None:
     with pytest.raises(LintError, match="does not survive") as caught:
-        list(results_of(room.Doubling, ["refuses", "refuses"], workers=workers))
+        list(results_of(module.Doubling, ["refuses", "refuses"], workers=workers))
     assert (caught.value.subject, caught.value.hint) == ("a [graph]", "mend it")
     with pytest.raises(LintError, match="cannot start"):
-        list(results_of(room.refused, [1, 2], workers=workers))
+        list(results_of(module.refused, [1, 2], workers=workers))
     assert not multiprocessing.active_children()
 
 
@@ -89,23 +89,23 @@ def test_errors_of_ours_come_across_whole(workers: int, room: Any) -> None:
     ("task", "words"), [("killed", "was killed .SIGKILL."), ("bug", "ended with exit code 1")]
 )
 def test_a_worker_that_breaks_down_is_noticed(
-    task: str, words: str, room: Any, capfd: pytest.CaptureFixture[str]
+    task: str, words: str, module: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(MissingRequirementError, match=words) as caught:
-        list(results_of(room.Doubling, [task, task], workers=2))
+        list(results_of(module.Doubling, [task, task], workers=2))
     assert "--workers 1" in caught.value.hint
     assert not multiprocessing.active_children()
     assert ("ZeroDivisionError" in capfd.readouterr().err) == (task == "bug")
 
 
-def test_a_caller_that_stops_early_ends_the_workers(room: Any) -> None:
-    results = results_of(room.Doubling, [1, "sleeps", "sleeps"], workers=2)
+def test_a_caller_that_stops_early_ends_the_workers(module: Any) -> None:
+    results = results_of(module.Doubling, [1, "sleeps", "sleeps"], workers=2)
     assert next(results) == (1, 2)
     results.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
 
 
-def test_a_caller_that_is_killed_leaves_no_worker_behind(room: Any, tmp_path: Path) -> None:
+def test_a_caller_that_is_killed_leaves_no_worker_behind(module: Any, tmp_path: Path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "if __name__ == '__main__':\n"
@@ -124,9 +124,9 @@ def test_a_caller_that_is_killed_leaves_no_worker_behind(room: Any, tmp_path: Pa
     assert caller.communicate(timeout=60)[0] == ""
 
 
-def test_no_workers_at_all(room: Any) -> None:
+def test_no_workers_at_all(module: Any) -> None:
     with pytest.raises(InputError, match="at least 1"):
-        list(results_of(room.Doubling, [1], workers=0))
+        list(results_of(module.Doubling, [1], workers=0))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class QuantizedStore:
             wanted: checkpoint key -> scheme.
 
         Raises:
-            MissingRequirementError: no room on the disk.
+            MissingRequirementError: no space on the disk.
         """
         if not wanted:
             return
