@@ -165,7 +165,9 @@ class Rewriter:
         activations = activations_of(product)
         if (activations, quantize) not in self._quantized:
             nodes, outputs = quantize(activations, self)
-            self.graph.insert_before(product, nodes)
+            # Products are replaced in the order of their weights, which need not be that of the graph.
+            first = next(node for node in self.graph if _multiplies(node, activations))
+            self.graph.insert_before(first, nodes)
             self._quantized[activations, quantize] = outputs
         return self._quantized[activations, quantize]
 
@@ -178,6 +180,10 @@ class Rewriter:
         if out in self._ranges:  # another linear layer reads this one as it is
             self._ranges[made] = self._ranges[out]
         ir.convenience.replace_nodes_and_values(self.graph, product, [product], nodes, [out], [made])
+
+
+def _multiplies(node: ir.Node, activations: ir.Value) -> bool:
+    return node.op_type in ("MatMul", "Gemm") and node.inputs[0] is activations
 
 
 def activations_of(product: ir.Node) -> ir.Value:
