@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from gap_export import prune
+from gap_export.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gap_export"
@@ -54,8 +55,31 @@ def pruners(*, in_decoder: bool) -> str:
     return "\n".join(rows)
 
 
+def precisions() -> str:
+    """The precisions, from their rows."""
+    rows = [
+        "| `--precision` | weights and products | everything else | bytes per weight | `--ranges` | ONNX Runtime | TensorRT, TensorRT-RTX |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in PRECISIONS.values():
+        capability = row.min_compute_capability
+        engines = "yes" if capability is None else f"compute capability {capability} and later"
+        cells = (
+            f"`{row.name}`",
+            row.summary,
+            row.activations.name,
+            f"{row.bytes_per_weight:g}",
+            "needed" if row.needs_ranges else "-",
+            "yes" if row.cpu else "no",
+            engines if row.engines else "no",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "layers": (ROOT / "docs" / "architecture.md", layers),
+    "precisions": (ROOT / "docs" / "precision.md", precisions),
     "pruners": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=False)),
     "pruners inside the decoder": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=True)),
 }

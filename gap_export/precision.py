@@ -186,7 +186,7 @@ _ROWS = (
     ),
     Precision(
         "int4",
-        "linear layers of the decoder: 4 bits, one scale per block of 32; its head and the head's activations: 8 bits",
+        "linear layers of the decoder: 4 bits, one scale per block of 32; its head: 8 bits; their activations: 8 bits",
         FP32,
         bytes_per_weight=0.63,
         decoder="int4",
