@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=100)
     options = parser.parse_args()
 
-    from gap_export.evaluation.refer.answering import Answerer
+    from gap_export.evaluation.refer.answering import Evaluator
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.evaluation.refer.run import work_of
     from gap_export.pipeline.build import build
@@ -44,7 +44,7 @@ def main() -> int:
         bundle = build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
         session = open_session(bundle, "onnxruntime")
         ways = {
-            name: Answerer(bundle, session, share=share)
+            name: Evaluator(bundle, session, share=share)
             for name, share in (("shared", True), ("whole", False))
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -54,7 +54,7 @@ def main() -> int:
             answers = {}
             # Each way goes first every other time.
             for name in sorted(ways, reverse=bool(number % 2)):
-                answered = ways[name].about(image, texts)
+                answered = ways[name].answer_image(image, texts)
                 answers[name] = [(each.text, each.tokens, each.kept_indices) for each in answered]
                 seconds[name].append(sum(each.seconds for each in answered))
             different += sum(a != b for a, b in zip(answers["shared"], answers["whole"], strict=True))

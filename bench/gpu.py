@@ -406,14 +406,14 @@ class TransformersSession:
         return Spliced(embeds=(np.stack(rows), visual.embeds), placement=placement)
 
     @torch.inference_mode()
-    def prefill(self, embeds: Any, placement: Any, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Any, placement: Any, *, reserve: int | None = None) -> Prefilled:
         """Tower, projector and decoder."""
         from transformers import DynamicCache, StaticCache
 
         ids, pixels = embeds
         if self._compiled:
             self._cache = StaticCache(
-                config=self._model.config.text_config, max_cache_len=ids.shape[1] + (room or 0)
+                config=self._model.config.text_config, max_cache_len=ids.shape[1] + (reserve or 0)
             )
         else:
             self._cache = DynamicCache()

@@ -696,7 +696,7 @@ def test_validate_reports_logits_that_are_not_numbers(
     monkeypatch.setattr(
         OnnxRuntimeSession,
         "prefill",
-        lambda *args, **room: Prefilled(prefill(*args, **room).logits * float("nan")),
+        lambda *args, **options: Prefilled(prefill(*args, **options).logits * float("nan")),
     )
     result = command("validate", tiny_bundle().folder, "--limit", "2", "--json", "--threads", "1")
     assert result.code == 1, result

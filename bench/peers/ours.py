@@ -68,7 +68,7 @@ def main() -> None:
             spliced = session.splice(each.input_ids_BT, encode(session, each.batch))
             turn, logits = (
                 spliced.placement,
-                session.prefill(spliced.embeds, spliced.placement, room=int(new_tokens)).logits,
+                session.prefill(spliced.embeds, spliced.placement, reserve=int(new_tokens)).logits,
             )
             tokens, readings = [int(logits.argmax())], [now()]
             for _ in range(int(new_tokens) - 1):

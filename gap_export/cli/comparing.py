@@ -121,7 +121,7 @@ def recommend(
 ) -> None:
     """The smallest keep ratio within the accuracy tolerance, and its speedup; exit 1 when there is none."""
     from gap_export.bundle.folder import open_bundle
-    from gap_export.cli.evaluating import Asked, evaluate_bundle, store
+    from gap_export.cli.evaluating import EvalOptions, evaluate_bundle, store
     from gap_export.errors import InputError
     from gap_export.evaluation.bundle_reports import RECOMMENDATION
     from gap_export.evaluation.latency.candidate import candidate
@@ -149,8 +149,8 @@ def recommend(
     dataset = open_dataset(data, split=split, images=images)
     runs = {}
     for share in shares:
-        asked = Asked(split or "all", protocol, backend, share, limit, 8, True, threads)
-        record, scored, folder = evaluate_bundle(bundle, dataset, asked, None, False)
+        options = EvalOptions(split or "all", protocol, backend, share, limit, 8, True, threads)
+        record, scored, folder = evaluate_bundle(bundle, dataset, options, None, False)
         store(record, scored, provenance_of(bundle, data, split, images), folder)
         runs[share] = open_run(folder, protocol)
     opened = open_bundle(bundle)

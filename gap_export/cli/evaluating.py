@@ -21,7 +21,7 @@ from gap_export.cli.options import (
 from gap_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.refer.answering import Answerer
+    from gap_export.evaluation.refer.answering import Evaluator
     from gap_export.evaluation.refer.dataset import Dataset
     from gap_export.evaluation.refer.provenance import Provenance
     from gap_export.evaluation.refer.run import EvalRecord, Scored, Work
@@ -93,8 +93,10 @@ def evaluate(
     else:
         assert bundle is not None
         cluster = cluster_of(ray, workers, ray_address)
-        asked = Asked(split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads, cluster)
-        record, scored, folder = evaluate_bundle(bundle, dataset, asked, output, replace)
+        options = EvalOptions(
+            split or "all", protocol, backend, keep, limit, rows, not one_by_one, threads, cluster
+        )
+        record, scored, folder = evaluate_bundle(bundle, dataset, options, output, replace)
     if folder is not None:
         store(record, scored, provenance_of(bundle, data, split, images), folder)
     if as_json:
@@ -142,7 +144,7 @@ def _of_predictions(
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalOptions:
     """How a bundle is to answer: the command's options of the same names."""
 
     split: str
@@ -164,14 +166,14 @@ class Asked:
 
 
 def evaluate_bundle(
-    folder: Path, dataset: Dataset, asked: Asked, output: Path | None, replace: bool
+    folder: Path, dataset: Dataset, options: EvalOptions, output: Path | None, replace: bool
 ) -> tuple[EvalRecord, list[Scored], Path]:
     """Answer what is not answered yet, and score.
 
     Args:
         folder: the bundle.
         dataset: opened.
-        asked: how.
+        options: how the bundle is to answer.
         output: folder of the results; in the bundle by default.
         replace: throw an evaluation of other settings away.
 
@@ -186,42 +188,42 @@ def evaluate_bundle(
     from gap_export.files import record_of as file_record
     from gap_export.runtime.backends import row
 
-    row(asked.backend)  # before anything is written
+    row(options.backend)  # before anything is written
     opened = open_bundle(folder)
-    scoring = protocol_of(asked.protocol, opened.manifest.box)
+    scoring = protocol_of(options.protocol, opened.manifest.box)
     if dataset.source is None:
         raise InputError(
             "brings no images", subject=dataset.name, hint="give the folder that holds them (--images)"
         )
-    work = work_of(dataset.expressions, dataset.source, limit=asked.limit)
+    work = work_of(dataset.expressions, dataset.source, limit=options.limit)
     _warn_of_missing(work)
     settings = Settings(
         bundle=file_record(folder / MANIFEST).sha256,
         annotations=dataset.identity,
-        split=asked.split,
-        backend=asked.backend,
-        keep=asked.keep,
-        share=asked.share,
+        split=options.split,
+        backend=options.backend,
+        keep=options.keep,
+        share=options.share,
     )
-    target = output or opened.reports / "eval" / asked.name(dataset.name)
+    target = output or opened.reports / "eval" / options.name(dataset.name)
     journal = open_journal(target, settings, replace=replace)
     with progress_shown() as progress:
-        make = partial(make_answerer, folder, asked)
-        answer_all(make, work, dataset.source, journal, cluster=asked.cluster, progress=progress)
+        make = partial(make_evaluator, folder, options)
+        answer_all(make, work, dataset.source, journal, cluster=options.cluster, progress=progress)
     scored = score_all(work.expressions, journal.rows, scoring, opened.manifest.layout)
-    record = record_of(scored, scoring, split=asked.split, backend=asked.backend, work=work)
+    record = record_of(scored, scoring, split=options.split, backend=options.backend, work=work)
     return record, scored, target
 
 
-def make_answerer(folder: Path, asked: Asked) -> Answerer:
+def make_evaluator(folder: Path, options: EvalOptions) -> Evaluator:
     """Open a bundle to be asked, in this process or in a worker's."""
     from gap_export.bundle.folder import open_bundle
-    from gap_export.evaluation.refer.answering import Answerer
+    from gap_export.evaluation.refer.answering import Evaluator
     from gap_export.runtime.backends import open_session
 
     bundle = open_bundle(folder)
-    session = open_session(bundle, asked.backend, threads=asked.threads)
-    return Answerer(bundle, session, keep=asked.keep, share=asked.share, rows=asked.rows)
+    session = open_session(bundle, options.backend, threads=options.threads)
+    return Evaluator(bundle, session, keep=options.keep, share=options.share, rows=options.rows)
 
 
 def _warn_of_missing(work: Work) -> None:

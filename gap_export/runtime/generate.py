@@ -129,7 +129,7 @@ def generate(
                 subject="prompt",
                 hint="shorten the expression, ask for fewer new tokens, or build with a larger --capacity",
             )
-    prefilled = session.prefill(spliced.embeds, placement, room=max_new_tokens)
+    prefilled = session.prefill(spliced.embeds, placement, reserve=max_new_tokens)
     filled = time.perf_counter()
     decoded = decode(
         session,

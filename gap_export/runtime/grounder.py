@@ -30,7 +30,7 @@ from gap_export.inputs.prompt import (
 from gap_export.positions import PAD, Ids
 from gap_export.runtime.generate import Adjust, Generation, Timings, check_overflow, generate
 from gap_export.runtime.session import Session
-from gap_export.runtime.shared_prefix import answer_rest, common_length, prefill_shared, sharable
+from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared, sharable
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Grounder:
         boxes = [self._referred(answer.text, image) for answer, image in zip(answers, last, strict=True)]
         return Grounded(answers, boxes, generation, prompts, batch)
 
-    def about(
+    def answer_image(
         self,
         session: Session,
         images: Sequence[Image.Image],
@@ -219,10 +219,10 @@ class Grounder:
             batch,
             input_ids[0, :common],
             keep_counts=keep_counts(manifest.pruning, manifest.spec, batch, keep),
-            room=input_ids.shape[1] - common + longest,
+            reserve=input_ids.shape[1] - common + longest,
         )
         for number, part in enumerate(parts):
-            decoded = answer_rest(
+            decoded = continue_answers(
                 session,
                 prefix,
                 _trimmed(input_ids[number * rows : number * rows + len(part), common:]),

@@ -129,7 +129,7 @@ class Model:
         images = self._loaded(image)
         if not expression:
             return []
-        return self._grounder.about(
+        return self._grounder.answer_image(
             self.session, images, expression, keep=keep, max_new_tokens=max_new_tokens
         )
 

@@ -145,11 +145,11 @@ class OnnxRuntimeSession(Lifetime):
         )
         return Spliced(embeds=embeds, placement=placement)
 
-    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """See `Session.prefill`."""
         self._check_open()
         batch = placement.position_ids.shape[-2]
-        self._lay_out(_Layout(batch, self._bundle.manifest.slots_for(self._slots_needed(placement, room))))
+        self._lay_out(_Layout(batch, self._bundle.manifest.slots_for(self._slots_needed(placement, reserve))))
         logits = np.empty((batch, self._model.vocabulary), np.float32)
         kept = {
             tensor.name: np.empty((batch, *tensor.extents("maximum")[1:]), np.int64)
@@ -247,13 +247,13 @@ class OnnxRuntimeSession(Lifetime):
                 hint="the inputs do not fit the shapes in the manifest; see `gap-export inspect`",
             ) from error
 
-    def _slots_needed(self, placement: Placement, room: int | None) -> list[int] | None:
-        """Of every stage: what the prompt writes, padding included, or where its tokens end, and the room after that."""
-        if room is None:
+    def _slots_needed(self, placement: Placement, reserve: int | None) -> list[int] | None:
+        """Of every stage: what the prompt writes, padding included, or where its tokens end, and the slots reserved after that."""
+        if reserve is None:
             return None
         written = self._bundle.manifest.lengths_of_stages(placement.position_ids.shape[-1])
         return [
-            max(int(slots.max()), own) + room
+            max(int(slots.max()), own) + reserve
             for slots, own in zip(placement.slots_of_stages, written, strict=True)
         ]
 

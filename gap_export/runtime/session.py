@@ -117,13 +117,13 @@ class Session(Protocol):
         """Put the kept visual tokens in place of the placeholder; short rows are padded with `PAD`."""
         ...
 
-    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on.
 
         Args:
             embeds: [B, S, H] of the prompts.
             placement: of the prompts.
-            room: how many tokens of a row will follow at most. A cache that may vary in length gets no more slots than that takes,
+            reserve: how many tokens of a row will follow at most. A cache that may vary in length gets no more slots than that takes,
                 and attention runs over no more; None for all that the bundle allows.
         """
         ...

@@ -65,7 +65,7 @@ def prefill_shared(
     prefix_ids_T: Ids,
     *,
     keep_counts: Sequence[int | None] | None = None,
-    room: int | None = None,
+    reserve: int | None = None,
 ) -> SharedPrefix:
     """Encode the image and put the common beginning into the session's cache.
 
@@ -74,13 +74,13 @@ def prefill_shared(
         batch: images of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
         keep_counts: see `generate.encode`.
-        room: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
+        reserve: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
     """
     began = time.perf_counter()
     visual = encode(session, batch, keep_counts=keep_counts)
     encoded = time.perf_counter()
     spliced = session.splice(prefix_ids_T[None], visual)
-    session.prefill(spliced.embeds, spliced.placement, room=room)
+    session.prefill(spliced.embeds, spliced.placement, reserve=reserve)
     kept = visual.kept_indices[0]
     kept = kept[kept >= 0]
     if visual.kept_counts is not None and visual.kept_counts.ndim == 2:
@@ -89,7 +89,7 @@ def prefill_shared(
     return SharedPrefix(spliced.placement, len(prefix_ids_T), kept, timings)
 
 
-def answer_rest(
+def continue_answers(
     session: Session,
     prefix: SharedPrefix,
     rest_ids_BT: Ids,

@@ -412,7 +412,7 @@ class TensorRTSession(Lifetime):
         placement = placement_from_splice({name: splice.download(name) for name in counters})
         return Spliced(embeds=embeds, placement=placement)
 
-    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """See `Session.prefill`.
 
         Raises:

@@ -40,7 +40,7 @@ def logits_of(session: Any, bundle: Bundle, keep: float | None, steps: int) -> l
     each = candidate("any", bundle, session, batch=2, keep=keep)
     spliced = session.splice(each.input_ids_BT, encode(session, each.images, keep_counts=each.keep_counts))
     turn, found = spliced.placement, []
-    found.append(session.prefill(spliced.embeds, turn, room=steps + 1).logits.copy())
+    found.append(session.prefill(spliced.embeds, turn, reserve=steps + 1).logits.copy())
     for _ in range(steps):
         turn = advance(turn)
         found.append(session.step(found[-1].argmax(-1).astype(np.int64), turn).copy())

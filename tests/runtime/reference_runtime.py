@@ -64,7 +64,7 @@ class ReferenceSession(Lifetime):
         embeds = outputs.pop("inputs_embeds")
         return Spliced(embeds, placement_from_splice(outputs))
 
-    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         for tensor in self._manifest.graphs["decoder"].spec.inputs:
             if tensor.name.startswith("past"):
                 _, heads, _, width = tensor.extents("maximum")

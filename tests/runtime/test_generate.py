@@ -72,7 +72,7 @@ class FakeSession:
         )
         return Spliced(embeds="spliced", placement=placement)
 
-    def prefill(self, embeds: Any, placement: Placement, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Any, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         assert embeds == "spliced"
         self.prefilled = placement
         return Prefilled(self._say(), tuple(KEPT[:, :left] for left in self.stages))

@@ -16,7 +16,7 @@ from gap_export.inputs.batch import of_one_size
 from gap_export.positions import PAD, PositionPolicy, extended, place
 from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
-from gap_export.runtime.shared_prefix import answer_rest, common_length, prefill_shared, sharable
+from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared, sharable
 
 IMAGE, NEW = 4, 5
 BEGINNING = [1, 5, IMAGE, 6, 7]
@@ -56,7 +56,7 @@ def test_answers_are_those_of_whole_prompts(session: Any, pixels: Any) -> None:
     prefix = prefill_shared(session, batch, np.array(BEGINNING))
     # One row and several in turn: what a fork wrote must not be left in the beginning.
     for rows in ([0], [0, 1, 2, 3], [2], [3, 1]):
-        shared = answer_rest(
+        shared = continue_answers(
             session, prefix, padded([RESTS[row] for row in rows]), max_new_tokens=NEW, eos_token_ids=()
         )
         assert shared.tokens == [whole[row].tokens[0] for row in rows]
@@ -72,7 +72,7 @@ def test_another_image_starts_afresh(session: Any, pixels: Any) -> None:
     answers = []
     for image in (0, 1, 0):
         prefix = prefill_shared(session, of_one_size(pixels[image : image + 1], 36), np.array(BEGINNING))
-        shared = answer_rest(session, prefix, padded(RESTS[:2]), max_new_tokens=NEW, eos_token_ids=())
+        shared = continue_answers(session, prefix, padded(RESTS[:2]), max_new_tokens=NEW, eos_token_ids=())
         answers.append(shared.logits[0].copy())
     np.testing.assert_array_equal(answers[0], answers[2])
     assert np.abs(answers[0] - answers[1]).max() > 1e-3
@@ -80,9 +80,9 @@ def test_another_image_starts_afresh(session: Any, pixels: Any) -> None:
 
 def test_a_rest_in_the_wrong_place_shows(session: Any, pixels: Any) -> None:
     prefix = prefill_shared(session, of_one_size(pixels[:1], 36), np.array(BEGINNING))
-    right = answer_rest(session, prefix, padded(RESTS[:2]), max_new_tokens=1, eos_token_ids=()).logits[0]
+    right = continue_answers(session, prefix, padded(RESTS[:2]), max_new_tokens=1, eos_token_ids=()).logits[0]
     moved = replace(prefix.placement, next_position=prefix.placement.next_slot)
-    wrong = answer_rest(
+    wrong = continue_answers(
         session, replace(prefix, placement=moved), padded(RESTS[:2]), max_new_tokens=1, eos_token_ids=()
     ).logits[0]
     assert np.abs(right - wrong).max() > 1e-3

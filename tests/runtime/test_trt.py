@@ -292,14 +292,14 @@ def test_the_session_agrees_with_onnx_runtime(opened: Any, small: Bundle, rows: 
 
 
 def test_prompts_that_share_their_beginning(opened: Any, small: Bundle) -> None:
-    from gap_export.runtime.shared_prefix import answer_rest, prefill_shared
+    from gap_export.runtime.shared_prefix import continue_answers, prefill_shared
 
     rests = np.array([[3, 5], [6, PAD]])
     shared = []
     for session in (opened[0], OnnxRuntimeSession(small)):
         prefix = prefill_shared(session, of_one_size(PIXELS[:1], 36), PROMPTS[0, :2])
         for rows in (rests[:1], rests):
-            shared.append(answer_rest(session, prefix, rows, max_new_tokens=3, eos_token_ids=()))
+            shared.append(continue_answers(session, prefix, rows, max_new_tokens=3, eos_token_ids=()))
     for mine, theirs in zip(shared[:2], shared[2:], strict=True):
         assert mine.tokens == theirs.tokens
         np.testing.assert_allclose(mine.logits[0], theirs.logits[0], rtol=1e-5, atol=1e-5)

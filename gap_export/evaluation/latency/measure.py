@@ -121,7 +121,7 @@ def time_request(each: Candidate, new_tokens: int, clock: Clock = time.perf_coun
     readings.append(clock())
     spliced = session.splice(each.input_ids_BT, visual)
     readings.append(clock())
-    logits = session.prefill(spliced.embeds, spliced.placement, room=new_tokens).logits
+    logits = session.prefill(spliced.embeds, spliced.placement, reserve=new_tokens).logits
     readings.append(clock())
     turn = spliced.placement
     for _ in range(new_tokens - 1):

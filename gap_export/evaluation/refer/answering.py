@@ -33,7 +33,7 @@ class Answered:
     seconds: float
 
 
-class Answerer:
+class Evaluator:
     """Asks a session about one image after the other.
 
     Args:
@@ -56,7 +56,7 @@ class Answerer:
         self._grounder, self._session, self._keep = Grounder(bundle), session, keep
         self._share, self._rows = share, rows if share else 1
 
-    def about(self, image: Image.Image, expressions: Sequence[str]) -> list[Answered]:
+    def answer_image(self, image: Image.Image, expressions: Sequence[str]) -> list[Answered]:
         """Answer expressions about one image.
 
         Args:
@@ -71,7 +71,7 @@ class Answerer:
         refused = self._refusals(list(dict.fromkeys(expressions)))
         askable = [expression for expression in refused if refused[expression] is None]
         answers = (
-            self._grounder.about(
+            self._grounder.answer_image(
                 self._session,
                 [image] * self._grounder.images_per_prompt,
                 askable,

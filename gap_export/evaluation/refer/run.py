@@ -16,7 +16,7 @@ from gap_export.boxes import metrics
 from gap_export.boxes.codecs import CODECS
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
-from gap_export.evaluation.refer.answering import Answerer
+from gap_export.evaluation.refer.answering import Evaluator
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow, Journal
 from gap_export.evaluation.refer.protocols import Protocol, Score, score
@@ -77,7 +77,7 @@ def work_of(expressions: Sequence[Expression], source: Source, *, limit: int | N
 
 
 def answer_all(
-    make_answerer: Callable[[], Answerer],
+    make_evaluator: Callable[[], Evaluator],
     work: Work,
     source: Source,
     journal: Journal,
@@ -88,7 +88,7 @@ def answer_all(
     """Answer what the journal does not hold yet.
 
     Args:
-        make_answerer: called when there is something to answer, once in every worker; on a cluster the bundle must be there
+        make_evaluator: called when there is something to answer, once in every worker; on a cluster the bundle must be there
             under the same path.
         work: to be done.
         source: of images; sent to every worker.
@@ -103,7 +103,7 @@ def answer_all(
     groups = [_unanswered(group, journal) for group in work.groups.values()]
     progress.advance(len(work.expressions) - sum(map(len, groups)))
     dispatched = dispatch(
-        partial(_GroupWorker, make_answerer, source),
+        partial(_GroupWorker, make_evaluator, source),
         [group for group in groups if group],
         cluster=cluster,
         name_of=lambda group: group[0].image,
@@ -121,22 +121,22 @@ def _unanswered(group: Sequence[Expression], journal: Journal) -> Group:
 class _GroupWorker:
     """A worker: answers the expressions about one image."""
 
-    def __init__(self, make_answerer: Callable[[], Answerer], source: Source) -> None:
-        self._answerer, self._source = make_answerer(), source
+    def __init__(self, make_evaluator: Callable[[], Evaluator], source: Source) -> None:
+        self._evaluator, self._source = make_evaluator(), source
 
     def __call__(self, group: Group, progress: Progress) -> Iterator[list[AnswerRow]]:
-        yield rows_about(self._answerer, self._source, group)
+        yield rows_about(self._evaluator, self._source, group)
         progress.advance(len(group))
 
 
-def rows_about(answerer: Answerer, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
+def rows_about(evaluator: Evaluator, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
     """Answer expressions about one image.
 
     Raises:
         GapExportError: the image cannot be read, or the runtime failed.
     """
     image = source.open(group[0].image)
-    answers = answerer.about(image, [expression.text for expression in group])
+    answers = evaluator.answer_image(image, [expression.text for expression in group])
     return [
         AnswerRow(
             id=expression.id,

@@ -235,7 +235,7 @@ class TorchSession(Lifetime):
         return self._model.grid[0] * self._model.grid[1]
 
     @torch.inference_mode()
-    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """See `Session.prefill`."""
         self._check_open()
         by_length: dict[int, list[int]] = {}

@@ -74,7 +74,7 @@ class StagedTorchSession(TorchSession):
         ]
 
     @torch.inference_mode()
-    def prefill(self, embeds: Buffer, placement: Placement, *, room: int | None = None) -> Prefilled:
+    def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """See `Session.prefill`; `kept_indices` and `margins` are filled in."""
         self._check_open()
         assert placement.image_start is not None

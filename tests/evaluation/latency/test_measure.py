@@ -77,7 +77,7 @@ class FakeSession:
         ids = np.tile(np.arange(LENGTH), (batch, 1))
         return Spliced(None, Placement(ids, slots * 0, slots - 1, np.full(batch, NEXT_POSITION), slots))
 
-    def prefill(self, embeds: Any, placement: Placement, *, room: int | None = None) -> Any:
+    def prefill(self, embeds: Any, placement: Placement, *, reserve: int | None = None) -> Any:
         self.clock.now += self.prefill_s * self.factor
         return Prefilled(self._logits(len(placement.position_ids), 0))
 

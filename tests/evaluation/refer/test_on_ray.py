@@ -14,7 +14,7 @@ import pytest
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError, MissingRequirementError
-from gap_export.evaluation.refer.answering import Answered, Answerer
+from gap_export.evaluation.refer.answering import Answered, Evaluator
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
 from gap_export.evaluation.refer.run import Work, answer_all, work_of
@@ -26,39 +26,39 @@ SETTINGS = Settings(bundle="b", annotations="a", split="all", backend="onnxrunti
 IMAGES = 8
 
 
-def make(folder: Path) -> Answerer:
+def make(folder: Path) -> Evaluator:
     from gap_export.bundle.folder import open_bundle
     from gap_export.runtime.backends import open_session
 
     bundle = open_bundle(folder)
-    return Answerer(bundle, open_session(bundle, "onnxruntime", threads=1))
+    return Evaluator(bundle, open_session(bundle, "onnxruntime", threads=1))
 
 
 class Mortal:
     """Ends its process at the third image, as often as there are lives."""
 
     def __init__(self, folder: Path, marks: Path, lives: int) -> None:
-        self.answerer, self.marks, self.lives, self.asked = make(folder), marks, lives, 0
+        self.evaluator, self.marks, self.lives, self.asked = make(folder), marks, lives, 0
 
-    def about(self, image: Any, expressions: Any) -> list[Answered]:
+    def answer_image(self, image: Any, expressions: Any) -> list[Answered]:
         self.asked += 1
         deaths = len(list(self.marks.iterdir()))
         if self.asked == 3 and deaths < self.lives:
             (self.marks / f"{os.getpid()}").write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.answerer.about(image, expressions)
+        return self.evaluator.answer_image(image, expressions)
 
 
 class Doomed:
     """Nobody survives its first image."""
 
-    def about(self, image: Any, expressions: Any) -> list[Answered]:
+    def answer_image(self, image: Any, expressions: Any) -> list[Answered]:
         os.kill(os.getpid(), signal.SIGKILL)
         return []
 
 
 class Refusing:
-    def about(self, image: Any, expressions: Any) -> list[Answered]:
+    def answer_image(self, image: Any, expressions: Any) -> list[Answered]:
         raise InputError("cannot be taken", subject="the image", hint="take another")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
-from gap_export.evaluation.refer.answering import Answerer
+from gap_export.evaluation.refer.answering import Evaluator
 from gap_export.evaluation.refer.image_source import Folder, InMemory
 from gap_export.evaluation.refer.journal import Settings, open_journal
 from gap_export.evaluation.refer.protocols import protocol_of
@@ -46,9 +46,9 @@ def source() -> InMemory:
     return InMemory({f"{image}.png": noise(image) for image in range(3)})
 
 
-def answered(answerer: Answerer, work: Work, source: Any, folder: Path) -> dict[str, tuple[str, int, int]]:
+def answered(evaluator: Evaluator, work: Work, source: Any, folder: Path) -> dict[str, tuple[str, int, int]]:
     journal = open_journal(folder, SETTINGS)
-    answer_all(lambda: answerer, work, source, journal)
+    answer_all(lambda: evaluator, work, source, journal)
     assert len(journal.rows) == len(journal.known) == len(work.expressions)
     return {row.id: (row.answer, row.tokens, row.kept_indices) for row in journal.rows}
 
@@ -68,8 +68,8 @@ def test_shared_prompts_answer_as_whole_ones(
 ) -> None:
     bundle = tiny_bundle(**options)
     session, work = open_session(bundle, "onnxruntime", threads=1), work_of(expressions, source)
-    shared = answered(Answerer(bundle, session), work, source, tmp_path / "shared")
-    whole = answered(Answerer(bundle, session, share=False), work, source, tmp_path / "whole")
+    shared = answered(Evaluator(bundle, session), work, source, tmp_path / "shared")
+    whole = answered(Evaluator(bundle, session, share=False), work, source, tmp_path / "whole")
     assert shared == whole
     assert len({answer for answer, *_ in shared.values()}) > 3, "all answers equal: nothing is tested"
 
@@ -90,7 +90,7 @@ def test_a_run_that_stopped_goes_on(
 ) -> None:
     bundle = tiny_bundle()
     session, work = open_session(bundle, "onnxruntime", threads=1), work_of(expressions, source)
-    undisturbed = answered(Answerer(bundle, session), work, source, tmp_path / "undisturbed")
+    undisturbed = answered(Evaluator(bundle, session), work, source, tmp_path / "undisturbed")
 
     class Stop(Exception):
         pass
@@ -101,14 +101,14 @@ def test_a_run_that_stopped_goes_on(
 
     journal = open_journal(tmp_path / "stopped", SETTINGS)
     with pytest.raises(Stop):
-        answer_all(lambda: Answerer(bundle, session), work, source, journal, progress=Recorded(stop))
+        answer_all(lambda: Evaluator(bundle, session), work, source, journal, progress=Recorded(stop))
     assert len(journal.rows) == 6
     asked: list[list[str]] = []
 
-    class Watching(Answerer):
-        def about(self, image: Any, texts: Any) -> Any:
+    class Watching(Evaluator):
+        def answer_image(self, image: Any, texts: Any) -> Any:
             asked.append(list(texts))
-            return super().about(image, texts)
+            return super().answer_image(image, texts)
 
     assert answered(Watching(bundle, session), work, source, tmp_path / "stopped") == undisturbed
     assert sum(map(len, asked)) == len(expressions) - 6
@@ -123,7 +123,7 @@ def test_missing_images_are_counted_and_not_scored(
     assert (work.missing, work.not_asked) == (("lost.png",), tuple(each.id for each in extra))
     journal = open_journal(tmp_path, SETTINGS)
     session = open_session(bundle, "onnxruntime", threads=1)
-    answer_all(lambda: Answerer(bundle, session), work, source, journal)
+    answer_all(lambda: Evaluator(bundle, session), work, source, journal)
     protocol = protocol_of("unc", bundle.manifest.box)
     scored = score_all(work.expressions, journal.rows, protocol, bundle.manifest.layout)
     record = record_of(scored, protocol, split="val", backend="onnxruntime", work=work)
@@ -137,8 +137,8 @@ def test_expressions_that_cannot_be_asked_are_misses_with_a_reason(
     tiny_bundle: Callable[..., Bundle], source: Any
 ) -> None:
     bundle = tiny_bundle()
-    answerer = Answerer(bundle, open_session(bundle, "onnxruntime", threads=1))
-    answers = answerer.about(source.open("0.png"), ["cat", "cat " * 200, "<image>", "cat"])
+    evaluator = Evaluator(bundle, open_session(bundle, "onnxruntime", threads=1))
+    answers = evaluator.answer_image(source.open("0.png"), ["cat", "cat " * 200, "<image>", "cat"])
     assert [each.refused is None for each in answers] == [True, False, False, True]
     assert answers[0].text == answers[3].text
     assert answers[1].text == ""
@@ -153,7 +153,7 @@ def test_results_are_a_table(
     work = work_of(expressions, source, limit=7)
     journal = open_journal(tmp_path / "run", SETTINGS)
     session = open_session(bundle, "onnxruntime", threads=1)
-    answer_all(lambda: Answerer(bundle, session), work, source, journal)
+    answer_all(lambda: Evaluator(bundle, session), work, source, journal)
     scored = score_all(work.expressions, journal.rows, protocol_of("unc", bundle.manifest.box))
     write_results(scored, tmp_path / "results.parquet")
     rows = parquet.read_table(tmp_path / "results.parquet").to_pylist()
