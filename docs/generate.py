@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from gap_export import prune
+from gap_export.evaluation.refer.annotations import FORMATS
 from gap_export.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,9 +78,17 @@ def precisions() -> str:
     return "\n".join(rows)
 
 
+def formats() -> str:
+    """The formats of annotations, from their rows."""
+    rows = ["| `--data` | published by | images |", "|---|---|---|"]
+    rows += [f"| {row.files} | {row.published_by} | {row.images} |" for row in FORMATS.values()]
+    return "\n".join(rows)
+
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),
+    "formats": (ROOT / "docs" / "evaluation.md", formats),
     "pruners": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=False)),
     "pruners inside the decoder": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=True)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from gap_export.boxes import scenes
-from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations import Expression, read_annotations
+from gap_export.evaluation.refer.annotations import FORMATS, Expression, read_annotations
 from gap_export.evaluation.refer.image_source import Embedded, Folder, InMemory, Source
 
 SCENES = 2000
@@ -64,7 +63,8 @@ def open_dataset(data: str, *, split: str | None = None, images: Path | None = N
     if source is None and annotations.images is not None:
         source = Embedded(annotations.images)
     name = f"{path.name} ({annotations.format})"
-    return Dataset(name, _sha256(path), annotations.expressions, source)
+    identity = _sha256(path, FORMATS[annotations.format].suffixes)
+    return Dataset(name, identity, annotations.expressions, source)
 
 
 def _scenes(per_scene: int) -> Iterator[tuple[list[Expression], tuple[str, Image.Image]]]:
@@ -86,15 +86,9 @@ def _scenes(per_scene: int) -> Iterator[tuple[list[Expression], tuple[str, Image
         yield group, (name, image)
 
 
-def _sha256(path: Path) -> str:
-    """Of a file, or of all files of a folder that are no images."""
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.rglob("*") if p.suffix in (".p", ".json", ".parquet"))
-    )
-    if not files:
-        raise InputError("holds no annotations", subject=str(path), hint="see docs/evaluation.md")
+def _sha256(path: Path, suffixes: Sequence[str]) -> str:
+    """Of a file, or of all files of a folder with these suffixes, in the order of their names."""
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in suffixes)
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:

@@ -1,73 +1,52 @@
-"""Annotations of referring expressions, in the formats that data sets are published in. The contract, and which format a file has.
+"""Annotations of referring expressions, in the formats that data sets are published in.
 
-    format      file                                                        boxes
-    minigpt4    JSON list of {img_id, sents, bbox, height, width}           x, y, width, height
-    shikra      JSON lines of {img_path, expression, bbox}                  x1, y1, x2, y2
-    internvl    JSON lines of {image, sent, bbox, width, height}            x1, y1, x2, y2 (Qwen's are the same)
-    refer       folder with refs(unc).p and instances.json                  x, y, width, height
-    parquet     files with columns question_id, image, answer, bbox         x, y, width, height; images inside (lmms-lab's)
-
-All boxes are pixels of the original image. A format is told by what a file holds, never by its name alone.
+The table `FORMATS` has a row per format, and `register` adds one. A format is told by what a file holds, never by its name alone. All
+boxes are pixels of the original image.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from gap_export.boxes.codecs import Box
 from gap_export.errors import InputError
+from gap_export.evaluation.refer.annotations import json_formats, parquet, refer
+from gap_export.evaluation.refer.annotations.format import (
+    AnnotationFile,
+    AnnotationFormat,
+    Annotations,
+    EmbeddedImages,
+    Expression,
+    shown,
+)
+
+__all__ = [
+    "FORMATS",
+    "AnnotationFile",
+    "AnnotationFormat",
+    "Annotations",
+    "EmbeddedImages",
+    "Expression",
+    "read_annotations",
+    "register",
+]
+
+FORMATS: dict[str, AnnotationFormat] = {}
+"""By name; files are offered to them in this order."""
 
 
-@dataclass(frozen=True)
-class Expression:
-    """One referring expression.
+def register(row: AnnotationFormat) -> None:
+    """Add a format to the table.
 
-    Attributes:
-        id: unique in its data set.
-        image: the image's name.
-        text: what to find.
-        box: the true one, (x1, y1, x2, y2) in pixels.
-        width: of the image, where the annotations tell.
-        height: the same.
+    Raises:
+        ValueError: there is one of that name.
     """
-
-    id: str
-    image: str
-    text: str
-    box: Box
-    width: int | None = None
-    height: int | None = None
+    if row.name in FORMATS:
+        raise ValueError(f"a format named {row.name!r} is in the table already")
+    FORMATS[row.name] = row
 
 
-class EmbeddedImages(Protocol):
-    """Images that lie in the data set."""
-
-    def names(self) -> Sequence[str]:
-        """Of all there are."""
-        ...
-
-    def read(self, image: str) -> bytes:
-        """One image, encoded."""
-        ...
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """A data set, or one split of it.
-
-    Attributes:
-        format: name in the table above.
-        expressions: in the order of the file, ids unique.
-        images: where the data set brings them.
-    """
-
-    format: str
-    expressions: tuple[Expression, ...]
-    images: EmbeddedImages | None = None
+for _row in (refer.FORMAT, parquet.FORMAT, json_formats.MINIGPT4, json_formats.SHIKRA, json_formats.INTERNVL):
+    register(_row)
 
 
 def read_annotations(path: Path, *, split: str | None = None) -> Annotations:
@@ -84,53 +63,11 @@ def read_annotations(path: Path, *, split: str | None = None) -> Annotations:
     """
     if not path.exists():
         raise InputError("does not exist", subject=str(path), hint="give the annotation file (--data)")
-    if path.is_dir():
-        return _of_folder(path, split)
-    with path.open("rb") as file:
-        head = file.read(4096)
-    if head[:4] == b"PAR1":
-        from gap_export.evaluation.refer.annotations.parquet import read_parquet
-
-        return _checked(read_parquet([path]), path)
-    if path.suffix == ".p" or head[:1] == b"\x80" or head[:2] in (b"(l", b"]q"):
-        from gap_export.evaluation.refer.annotations.refer import read_refer
-
-        return _checked(read_refer(path, split), path)
-    from gap_export.evaluation.refer.annotations.json_formats import read_json
-
-    return _checked(read_json(path), path)
-
-
-def _of_folder(folder: Path, split: str | None) -> Annotations:
-    tables, pickles = sorted(folder.rglob("*.parquet")), sorted(folder.glob("refs*.p"))
-    if pickles:
-        from gap_export.evaluation.refer.annotations.refer import read_refer
-
-        if len(pickles) > 1:
-            raise InputError(
-                f"holds annotations by several: {', '.join(each.name for each in pickles)}",
-                subject=str(folder),
-                hint="give the path of one of them",
-            )
-        return _checked(read_refer(pickles[0], split), folder)
-    if tables:
-        from gap_export.evaluation.refer.annotations.parquet import read_parquet
-
-        wanted = [each for each in tables if split is None or each.name.partition("-")[0] == split]
-        if not wanted:
-            there = sorted({each.name.partition("-")[0] for each in tables})
-            raise InputError(
-                f"is not there; there are {', '.join(there)}",
-                subject=f"split {split} of {folder}",
-                hint="choose one of them (--split)",
-            )
-        return _checked(read_parquet(wanted), folder)
-    found = sorted(each.name for each in folder.iterdir())[:5]
-    raise InputError(
-        f"holds neither refs(...).p nor .parquet files, but {', '.join(found) or 'nothing'}",
-        subject=str(folder),
-        hint="give the annotation file itself (--data)",
-    )
+    file = AnnotationFile(path)
+    for row in FORMATS.values():
+        if row.recognizes(file):
+            return _checked(row.read(file, split), path)
+    raise _unknown(file)
 
 
 def _checked(annotations: Annotations, path: Path) -> Annotations:
@@ -148,7 +85,37 @@ def _checked(annotations: Annotations, path: Path) -> Annotations:
     return annotations
 
 
-def shown(value: object) -> str:
-    """What was found, short, for messages."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _unknown(file: AnnotationFile) -> InputError:
+    """What to say of a file or folder that is of none of the formats.
+
+    Raises:
+        InputError: it is not even JSON.
+    """
+    if file.path.is_dir():
+        found = sorted(each.name for each in file.path.iterdir())[:5]
+        return InputError(
+            f"holds annotations of no known format, but {', '.join(found) or 'nothing'}",
+            subject=str(file.path),
+            hint="give the annotation file itself (--data)",
+        )
+    if not file.rows:
+        return InputError(
+            "holds no expressions", subject=str(file.path), hint="the file is empty: get it again"
+        )
+    for fields, what in _MISTAKEN.items():
+        if fields <= file.fields:
+            return InputError(f"looks like {what}", subject=str(file.path), hint="see docs/evaluation.md")
+    return InputError(
+        f"is of no known format: its first row has {shown(sorted(file.fields) or file.rows[0])}",
+        subject=str(file.path),
+        hint="known: " + "; ".join(f"{row.name} ({row.files})" for row in FORMATS.values()),
+    )
+
+
+_MISTAKEN = {
+    frozenset(
+        {"images", "annotations"}
+    ): "COCO's instances, which know no expressions: give refs(...).p beside it",
+    frozenset({"id", "answer"}): "a file of answers: give it as --predictions",
+}
+"""Fields of files that are often given in the place of annotations -> what such a file is."""

@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection
 
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations import Annotations, Expression, shown
+from gap_export.evaluation.refer.annotations.format import (
+    AnnotationFile,
+    AnnotationFormat,
+    Annotations,
+    Expression,
+    shown,
+)
 from gap_export.evaluation.refer.annotations.rows import RowReader
+
+RowToExpression = Callable[[RowReader, Callable[[str], int]], Expression]
+"""Reads a row; the second argument counts how often it was called with a key before, to make ids unique."""
+
+
+def json_format(
+    name: str, *, files: str, published_by: str, fields: Collection[str], read_row: RowToExpression
+) -> AnnotationFormat:
+    """A format of JSON lists or JSON lines with one expression per row.
+
+    Args:
+        name: of the format.
+        files: what its files hold, for people.
+        published_by: whose format it is.
+        fields: that tell it from other formats.
+        read_row: makes an expression of a row.
+    """
+
+    def read(file: AnnotationFile, split: str | None) -> Annotations:
+        counted = Counter[str]()
+
+        def count(key: str) -> int:
+            counted[key] += 1
+            return counted[key] - 1
+
+        expressions = []
+        for number, row in enumerate(file.rows, 1):
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"is {shown(row)}, not an object",
+                    subject=f"{file.path}, row {number}",
+                    hint="mend that row",
+                )
+            expressions.append(read_row(RowReader(file.path, number, row), count))
+        return Annotations(name, tuple(expressions))
+
+    return AnnotationFormat(
+        name=name,
+        files=files,
+        published_by=published_by,
+        images="`--images`",
+        suffixes=(".json", ".jsonl"),
+        recognizes=lambda file: frozenset(fields) <= file.fields,
+        read=read,
+    )
 
 
 def _minigpt4(row: RowReader, count: Callable[[str], int]) -> Expression:
@@ -30,88 +78,24 @@ def _internvl(row: RowReader, count: Callable[[str], int]) -> Expression:
     return row.expression(f"{image}.{count(image)}", image, row.text("sent"), row.corners("bbox"))
 
 
-FORMATS: dict[str, tuple[frozenset[str], Callable[[RowReader, Callable[[str], int]], Expression]]] = {
-    "minigpt4": (frozenset({"img_id", "sents", "bbox"}), _minigpt4),
-    "shikra": (frozenset({"img_path", "expression", "bbox"}), _shikra),
-    "internvl": (frozenset({"image", "sent", "bbox"}), _internvl),
-}
-"""Name -> (fields that tell it, reader of a row)."""
-
-
-def read_json(path: Path) -> Annotations:
-    """Read either.
-
-    Raises:
-        InputError: see `read_annotations`.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            "is not a text in UTF-8", subject=str(path), hint="known formats: see docs/evaluation.md"
-        ) from error
-    rows = _rows(text, path)
-    if not rows:
-        return Annotations("empty", ())
-    name = _format_of(rows[0], path)
-    read, counted = FORMATS[name][1], Counter[str]()
-
-    def count(key: str) -> int:
-        counted[key] += 1
-        return counted[key] - 1
-
-    expressions = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise InputError(
-                f"is {shown(row)}, not an object", subject=f"{path}, row {number}", hint="mend that row"
-            )
-        expressions.append(read(RowReader(path, number, row), count))
-    return Annotations(name, tuple(expressions))
-
-
-def _rows(text: str, path: Path) -> list[Any]:
-    """Of a JSON list, or of JSON lines."""
-    if text.lstrip()[:1] == "[":
-        try:
-            return list(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"is not JSON: {error.msg} in line {error.lineno}",
-                subject=str(path),
-                hint="get the file again",
-            ) from error
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"is not JSON: {error.msg}", subject=f"{path}, line {number}", hint="get the file again"
-            ) from error
-    return rows
-
-
-def _format_of(row: Any, path: Path) -> str:
-    if isinstance(row, dict):
-        for name, (fields, _) in FORMATS.items():
-            if fields <= row.keys():
-                return name
-        looks = {
-            frozenset(
-                {"images", "annotations"}
-            ): "COCO's instances, which know no expressions: give refs(...).p beside it",
-            frozenset({"id", "answer"}): "a file of answers: give it as --predictions",
-        }
-        for fields, what in looks.items():
-            if fields <= row.keys():
-                raise InputError(f"looks like {what}", subject=str(path), hint="see docs/evaluation.md")
-    found = sorted(row) if isinstance(row, dict) else row
-    raise InputError(
-        f"is of no known format: its first row has {shown(found)}",
-        subject=str(path),
-        hint="known: "
-        + "; ".join(f"{name} ({', '.join(sorted(fields))})" for name, (fields, _) in FORMATS.items()),
-    )
+MINIGPT4 = json_format(
+    "minigpt4",
+    files="a JSON list of `{img_id, sents, bbox, height, width}`; boxes are x, y, width, height",
+    published_by="MiniGPT-4",
+    fields=("img_id", "sents", "bbox"),
+    read_row=_minigpt4,
+)
+SHIKRA = json_format(
+    "shikra",
+    files="JSON lines of `{img_path, expression, bbox}`; boxes are x1, y1, x2, y2",
+    published_by="Shikra",
+    fields=("img_path", "expression", "bbox"),
+    read_row=_shikra,
+)
+INTERNVL = json_format(
+    "internvl",
+    files="JSON lines of `{image, sent, bbox, width, height}`; boxes are x1, y1, x2, y2",
+    published_by="InternVL and Qwen",
+    fields=("image", "sent", "bbox"),
+    read_row=_internvl,
+)

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import InputError, MissingRequirementError, first_line
-from gap_export.evaluation.refer.annotations import Annotations, Expression, shown
+from gap_export.evaluation.refer.annotations.format import (
+    AnnotationFile,
+    AnnotationFormat,
+    Annotations,
+    Expression,
+    shown,
+)
 from gap_export.evaluation.refer.annotations.rows import RowReader
 
 COLUMNS = ("question_id", "answer", "bbox")
-_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,27 @@ class TableImages:
         return content
 
 
-def read_parquet(files: Sequence[Path]) -> Annotations:
-    """Read one split, in one or several files.
+def _recognizes(file: AnnotationFile) -> bool:
+    return any(file.path.rglob("*.parquet")) if file.path.is_dir() else file.head[:4] == b"PAR1"
 
-    Raises:
-        InputError: see `read_annotations`.
-        MissingRequirementError: pyarrow is not installed.
-    """
+
+def _read(file: AnnotationFile, split: str | None) -> Annotations:
+    """A split is all files whose names begin with it, up to the first hyphen."""
+    if not file.path.is_dir():
+        return _read_tables([file.path])
+    tables = sorted(file.path.rglob("*.parquet"))
+    wanted = [each for each in tables if split is None or each.name.partition("-")[0] == split]
+    if not wanted:
+        there = sorted({each.name.partition("-")[0] for each in tables})
+        raise InputError(
+            f"is not there; there are {', '.join(there)}",
+            subject=f"split {split} of {file.path}",
+            hint="choose one of them (--split)",
+        )
+    return _read_tables(wanted)
+
+
+def _read_tables(files: Sequence[Path]) -> Annotations:
     expressions: list[Expression] = []
     places: dict[str, _Place] = {}
     embedded = True
@@ -99,3 +118,14 @@ def _opened(path: Path) -> Any:
         raise InputError(
             f"cannot be read: {first_line(error)}", subject=str(path), hint="get the file again"
         ) from error
+
+
+FORMAT = AnnotationFormat(
+    name="parquet",
+    files="`.parquet` files with `question_id`, `image`, `answer`, `bbox`; boxes are x, y, width, height",
+    published_by="lmms-lab, on the hub",
+    images="inside",
+    suffixes=(".parquet",),
+    recognizes=_recognizes,
+    read=_read,
+)

@@ -7,23 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations import Annotations, Expression, shown
+from gap_export.evaluation.refer.annotations.format import (
+    AnnotationFile,
+    AnnotationFormat,
+    Annotations,
+    Expression,
+    shown,
+)
 from gap_export.evaluation.refer.annotations.restricted_pickle import read_pickle
 from gap_export.evaluation.refer.annotations.rows import RowReader
 
 INSTANCES = "instances.json"
 
 
-def read_refer(path: Path, split: str | None) -> Annotations:
-    """Read one split.
+def _recognizes(file: AnnotationFile) -> bool:
+    if file.path.is_dir():
+        return any(file.path.glob("refs*.p"))
+    return file.path.suffix == ".p" or file.head[:1] == b"\x80" or file.head[:2] in (b"(l", b"]q")
 
-    Args:
-        path: of the pickle.
-        split: train, val, test, testA or testB; all of them when left out.
+
+def _read(file: AnnotationFile, split: str | None) -> Annotations:
+    """Read one split: train, val, test, testA or testB; all of them when left out.
 
     Raises:
-        InputError: see `read_annotations`; or no instances.json beside it.
+        InputError: several pickles, or no instances.json beside it.
     """
+    path = file.path
+    if path.is_dir():
+        pickles = sorted(path.glob("refs*.p"))
+        if len(pickles) > 1:
+            raise InputError(
+                f"holds annotations by several: {', '.join(each.name for each in pickles)}",
+                subject=str(path),
+                hint="give the path of one of them",
+            )
+        path = pickles[0]
     references = read_pickle(path)
     if not isinstance(references, list) or not all(isinstance(each, dict) for each in references):
         raise InputError(
@@ -80,3 +98,14 @@ def _of_reference(
         text = RowReader(path, number, sentence).text("sent")
         found.append(whole.expression(str(sentence.get("sent_id")), image, text, box))
     return found
+
+
+FORMAT = AnnotationFormat(
+    name="refer",
+    files="a folder with `refs(unc).p` (or `google`, `umd`) and `instances.json`; boxes are x, y, width, height",
+    published_by="REFER: RefCOCO, RefCOCO+, RefCOCOg",
+    images="`--images`",
+    suffixes=(".p", ".json"),
+    recognizes=_recognizes,
+    read=_read,
+)

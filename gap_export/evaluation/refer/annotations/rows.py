@@ -9,7 +9,7 @@ from typing import Any
 
 from gap_export.boxes.codecs import Box
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations import Expression, shown
+from gap_export.evaluation.refer.annotations.format import Expression, shown
 
 
 class RowReader:
