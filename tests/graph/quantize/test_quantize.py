@@ -14,15 +14,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gap_export.bundle.folder import Bundle
+from gap_export.bundle.manifest import Graph
 from gap_export.errors import RecipeError, SessionError
 from gap_export.evaluation.calibrate import calibrate
-from gap_export.graph.quantize import int4, nvfp4
+from gap_export.graph.quantize import int4, int8, nvfp4
 from gap_export.graph.quantize.rounding import E4M3_MAX
+from gap_export.graph.quantize.scheme import Weight
 from gap_export.graph.quantize.store import FILE
 from gap_export.inputs.batch import of_one_size
-from gap_export.pipeline.build import build
+from gap_export.pipeline.graphs import export_graphs
 from gap_export.plan import plan_for
-from gap_export.recipe.ranges import read_ranges
+from gap_export.precision import FP32, PRECISIONS
+from gap_export.recipe.ranges import Ranges, read_ranges
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
@@ -41,10 +44,39 @@ def ranges(tiny_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def low(tiny_bundle: Callable[..., Bundle], ranges: Path) -> Callable[[str], Bundle]:
     def bundle(precision: str) -> Bundle:
-        fixed = {"ranges": str(ranges)} if precision in ("fp8", "nvfp4") else {}
+        fixed = {"ranges": str(ranges)} if PRECISIONS[precision].needs_ranges else {}
         return tiny_bundle(precision=precision, **fixed)
 
     return bundle
+
+
+@pytest.fixture
+def decoder(
+    tiny_options: dict[str, Any], deep_checkpoint: Path, tracer: Any, tmp_path: Path
+) -> Callable[..., tuple[Path, Graph]]:
+    """`decoder(precision)` -> (file, what the manifest would say of it): the decoder alone, of heads that engines have kernels for."""
+    layers = [
+        f"language_model.layers.{layer}.{part}_proj.weight"
+        for layer in range(4)
+        for part in (
+            *(f"self_attn.{each}" for each in "qkvo"),
+            *(f"mlp.{each}" for each in ("gate", "up", "down")),
+        )
+    ]
+    measured = Ranges(
+        gap_export="0", bundle="deep", family="llava", checkpoint="deep", samples=1, source="made up", largest=dict.fromkeys(layers, 8.0)
+    )  # fmt: skip
+
+    def exported(precision: str) -> tuple[Path, Graph]:
+        options = {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25, "capacity": 80}
+        if PRECISIONS[precision].needs_ranges:
+            (tmp_path / "measured.json").write_text(measured.model_dump_json())
+            options["ranges"] = str(tmp_path / "measured.json")
+        recipe = Recipe.model_validate({**options, "precision": precision})
+        graph = export_graphs(recipe, tmp_path, only={"decoder"}, tracer=tracer).graphs["decoder"]
+        return tmp_path / graph.file, graph
+
+    return exported
 
 
 def answered(bundle: Bundle, session: Any, **options: Any) -> Generation:
@@ -172,13 +204,14 @@ def test_no_engines(tiny_options: dict[str, Any], tiny_bundle: Callable[..., Bun
         plan_for(recipe, tiny_bundle().manifest.spec)
 
 
-def test_engines_take_four_bits_in_half_precision(deep_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_engines_take_four_bits_in_half_precision(
+    decoder: Callable[..., tuple[Path, Graph]], tmp_path: Path
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
     from gap_export.engine.build import engine_from_graph
 
-    bundle = deep_bundle(precision="int4-fp16", capacity=80)
-    graph = bundle.manifest.graphs["decoder"]
-    model = onnx.load(bundle.graph_path("decoder"), load_external_data=False)
+    path, graph = decoder("int4-fp16")
+    model = onnx.load(path, load_external_data=False)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     scales = {kind for name, kind in kinds.items() if name.endswith(".scale")}
     assert scales == {onnx.TensorProto.FLOAT16}
@@ -186,7 +219,7 @@ def test_engines_take_four_bits_in_half_precision(deep_bundle: Callable[..., Bun
     assert kinds["lm_head.weight"] == onnx.TensorProto.FLOAT16
     assert not {"MatMulInteger", "DynamicQuantizeLinear"} & {node.op_type for node in model.graph.node}
     engine_from_graph(
-        bundle.graph_path("decoder"),
+        path,
         graph.spec,
         target="tensorrt-rtx",
         compute_capabilities=("8.6",),
@@ -222,8 +255,12 @@ def test_eight_bit_floats_are_scaled_by_what_was_measured(low: Callable[[str], B
     assert "QuantizeLinear" not in bundle.manifest.graphs["vision"].operators
 
 
-def test_four_bit_floats_have_two_scales(low: Callable[[str], Bundle], ranges: Path) -> None:
-    graph = ir.load(low("nvfp4").graph_path("decoder")).graph
+def test_four_bit_floats_have_two_scales(
+    tiny_options: dict[str, Any], ranges: Path, tracer: Any, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate({**tiny_options, "precision": "nvfp4", "ranges": str(ranges)})
+    export_graphs(recipe, tmp_path, only={"decoder"}, tracer=tracer)
+    graph = ir.load(tmp_path / "decoder.onnx").graph
     largest = read_ranges(ranges).largest
     kinds = {name: value.dtype for name, value in graph.initializers.items()}
     weights = [name for name, kind in kinds.items() if kind == ir.DataType.FLOAT4E2M1]
@@ -241,26 +278,26 @@ def test_four_bit_floats_have_two_scales(low: Callable[[str], Bundle], ranges: P
 
 @pytest.mark.parametrize(("precision", "capability"), [("fp8", "8.9"), ("nvfp4", "12.0")])
 def test_engines_take_floats_of_few_bits(
-    deep_bundle: Callable[..., Bundle], tmp_path: Path, precision: str, capability: str
+    decoder: Callable[..., tuple[Path, Graph]], tmp_path: Path, precision: str, capability: str
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
     from gap_export.engine.build import engine_from_graph
 
-    ranges = tmp_path / "ranges.json"
-    ranges.write_text(calibrate(deep_bundle().folder, limit=1, threads=1).model_dump_json())
-    bundle = deep_bundle(precision=precision, ranges=str(ranges), capacity=80)
+    path, graph = decoder(precision)
     engine_from_graph(
-        bundle.graph_path("decoder"),
-        bundle.manifest.graphs["decoder"].spec,
+        path,
+        graph.spec,
         target="tensorrt-rtx",
         compute_capabilities=(capability,),
         folder=tmp_path,
     )
 
 
-def test_four_bit_floats_run_on_no_cpu(low: Callable[[str], Bundle]) -> None:
+def test_four_bit_floats_run_on_no_cpu(tiny_bundle: Callable[..., Bundle]) -> None:
+    bundle = tiny_bundle()
+    four_bits = Bundle(bundle.folder, bundle.manifest.model_copy(update={"precision": "nvfp4"}))
     with pytest.raises(SessionError, match="nvfp4 graphs have no CPU kernels"):
-        open_session(low("nvfp4"), "onnxruntime", threads=1)
+        open_session(four_bits, "onnxruntime", threads=1)
 
 
 @pytest.mark.parametrize(("precision", "old"), [("fp8", ("8.6",)), ("nvfp4", ("8.9",))])
@@ -284,14 +321,23 @@ def test_gpus_that_do_not_know_such_numbers(
 
 
 def test_half_precision_checkpoints_are_read_as_they_are(
-    tiny_options: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+    tiny_options: dict[str, Any], tiny_checkpoint: Path, tracer: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "half"
     shutil.copytree(tiny_checkpoint, folder)
     file = folder / "model.safetensors"
-    save_file({k: v.astype(np.float16) for k, v in load_file(file).items()}, file, {"format": "pt"})
+    half = {key: value.astype(np.float16) for key, value in load_file(file).items()}
+    save_file(half, file, {"format": "pt"})
     recipe = Recipe.model_validate({**tiny_options, "checkpoint": str(folder), "precision": "int8"})
-    built = build(recipe, tmp_path / "out")
-    assert (built.bundle.folder / "weights-fp32.safetensors").is_file()
-    assert built.written_bytes > (built.bundle.folder / FILE).stat().st_size
-    assert answered(built.bundle, open_session(built.bundle, "onnxruntime", threads=1)).finite
+    (tmp_path / "out").mkdir()
+    written = export_graphs(recipe, tmp_path / "out", only={"decoder"}, tracer=tracer)
+    assert (tmp_path / "out" / "weights-fp32.safetensors").is_file()
+    assert written.weight_bytes > (tmp_path / "out" / FILE).stat().st_size
+    stored = load_file(tmp_path / "out" / FILE)
+    found = [key.removesuffix(".int8") for key in stored if key.endswith(".int8")]
+    assert len(found) == 2 * 7 + 1
+    for key in found:
+        rows = half[key].astype(np.float32)
+        numbers, scales = int8.encode(rows, Weight(*rows.shape, FP32, lambda: 0.0))
+        np.testing.assert_array_equal(stored[f"{key}.int8"].T, numbers)
+        np.testing.assert_array_equal(stored[f"{key}.scale"], scales)
