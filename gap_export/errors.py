@@ -9,7 +9,7 @@
     ├── BundleError        a bundle folder: damaged, foreign, or in the way
     ├── InputError         an image, an expression or a data file from the user
     ├── SessionError       a runtime refused to load or run a bundle
-    ├── GateError          a run does not do what was demanded of it
+    ├── GateError          a run does not do what was required of it
     └── MissingRequirementError   an optional dependency, memory, disk or device that is not there
 
 The command line prints these without a traceback and exits with 2. Any other exception is a bug; please report it.

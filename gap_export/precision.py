@@ -1,4 +1,4 @@
-"""The table of precisions: what each does to weights and activations, where it runs, and what `validate` demands of it.
+"""The table of precisions: what each does to weights and activations, where it runs, and what `validate` requires of it.
 
 A row is all that the package knows of a precision, besides the schemes that its weights are quantised with
 (`graph/quantize/`). Nothing heavy is imported here: rows name their element types and schemes, and modules that have torch,
@@ -107,7 +107,7 @@ class Precision:
             that comes out otherwise, and everything that follows from it, is a tie. What a tower rounds differently grows
             with the element type; in half precision long chains of choices nearly always hold one such, and accuracy is
             the gate that decides.
-        gates: what `validate` demands where the recipe says nothing.
+        gates: what `validate` requires where the recipe says nothing.
     """
 
     name: str

@@ -242,7 +242,7 @@ class Manifest(Record):
     engines: dict[EngineTarget, dict[str, Engine]] = Field(default_factory=dict)
     """target -> graph name -> engine."""
     gates: Thresholds = Field(default_factory=Thresholds)
-    """What `validate` demands: those of the recipe, or those of its precision."""
+    """What `validate` requires: those of the recipe, or those of its precision."""
     files: dict[str, FileRecord] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     recipe: Recipe

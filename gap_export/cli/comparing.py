@@ -78,12 +78,12 @@ def _print_comparison(result: Comparison) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    gates = Table("gate", "measured", "demand", "")
+    gates = Table("gate", "measured", "required", "")
     for gate in result.gates:
         gates.add_row(
             gate.name,
             f"{gate.measured:.4f}",
-            f"{gate.demand} {gate.limit:g}",
+            f"{gate.comparison} {gate.limit:g}",
             "ok" if gate.passed else "[red]no[/]",
         )
     out.print(gates)

@@ -12,7 +12,7 @@ from gap_export.cli.comparing import AccuracyDropOption, AgreementOption, BoxIou
 
 if TYPE_CHECKING:
     from gap_export.evaluation.refer.image_source import Source
-    from gap_export.evaluation.report.page import AskStrategies
+    from gap_export.evaluation.report.page import AskPruners
     from gap_export.evaluation.report.runs import Subject
 
 
@@ -30,7 +30,7 @@ def report(
         int, typer.Option(min=0, help="How many of the expressions with the largest differences to show.")
     ] = 12,
     drawn: Annotated[int, typer.Option(min=0, help="How many randomly chosen expressions to show.")] = 12,
-    strategies: Annotated[
+    pruners: Annotated[
         bool, typer.Option(help="Show what every pruner would keep; loads the PyTorch model.")
     ] = True,
     max_accuracy_drop: AccuracyDropOption = None,
@@ -50,16 +50,16 @@ def report(
             subject,
             thresholds_on(
                 subject.first.run,
-                subject.judged.run,
+                subject.candidate.run,
                 max_accuracy_drop=max_accuracy_drop,
                 min_prediction_agreement=min_prediction_agreement,
                 min_box_iou=min_box_iou,
             ),
             _source(subject, images),
-            title=f"Grounding of {subject.judged.name}",
+            title=f"Grounding of {subject.candidate.name}",
             worst=worst,
             drawn=drawn,
-            strategies=_ask(subject) if strategies else "left out (--no-strategies)",
+            pruners=_ask(subject) if pruners else "left out (--no-pruners)",
         )
     write_atomically(output, text)
     out.print(f"{output}: {len(text.encode()) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
@@ -84,19 +84,19 @@ def _source(subject: Subject, images: Path | None) -> Source | None:
     return source
 
 
-def _ask(subject: Subject) -> AskStrategies | str:
-    """Ask every strategy, or why that cannot be done."""
+def _ask(subject: Subject) -> AskPruners | str:
+    """Ask every pruner, or why that cannot be done."""
     from functools import partial
 
     from gap_export.pipeline.build import RANDOM
 
-    bundle = subject.judged.bundle
+    bundle = subject.candidate.bundle
     if bundle is None:
-        return subject.judged.bundle_lacks
+        return subject.candidate.bundle_lacks
     if bundle.manifest.checkpoint == RANDOM:
         return "the bundle holds random weights"
     try:
-        from gap_export.evaluation.report.strategies import choices
+        from gap_export.evaluation.report.choices import choices
     except ImportError as error:
         lacking = needs_build_extra(error)
         return f"{lacking.subject} {lacking.message} ({lacking.hint})"

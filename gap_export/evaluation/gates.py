@@ -1,4 +1,4 @@
-"""Gates: what was measured against what is demanded. Measuring knows nothing of thresholds; judging measures nothing."""
+"""Gates: what was measured against what is required. Measuring knows nothing of thresholds; judging measures nothing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ GROUNDING = Thresholds(max_accuracy_drop=0.05, min_box_iou=0.90, min_prediction_
 
 
 class Gate(Record):
-    """One demand and whether it was met.
+    """One bound and whether it was met.
 
     Attributes:
         name: of what was measured.
-        demand: how it must compare with the limit.
+        comparison: how it must compare with the limit.
         limit: the threshold.
         measured: the value.
         passed: whether it does; a value that is not a number never does.
     """
 
     name: str
-    demand: Literal["<=", ">="]
+    comparison: Literal["<=", ">="]
     limit: float
     measured: float
     passed: bool
@@ -33,26 +33,26 @@ class Gate(Record):
 
 def at_most(name: str, measured: float, limit: float) -> Gate:
     """A gate that larger values do not pass."""
-    return Gate(name=name, demand="<=", limit=limit, measured=measured, passed=measured <= limit)
+    return Gate(name=name, comparison="<=", limit=limit, measured=measured, passed=measured <= limit)
 
 
 def at_least(name: str, measured: float, limit: float) -> Gate:
     """A gate that smaller values do not pass."""
-    return Gate(name=name, demand=">=", limit=limit, measured=measured, passed=measured >= limit)
+    return Gate(name=name, comparison=">=", limit=limit, measured=measured, passed=measured >= limit)
 
 
 def check_gates(gates: Iterable[Gate], *, subject: str) -> None:
     """Go on only where every gate was met.
 
     Args:
-        gates: judged.
-        subject: what was judged.
+        gates: checked.
+        subject: what was checked.
 
     Raises:
         GateError: one was not, with all of those.
     """
     failed = [
-        f"{gate.name} {gate.measured:.6g}, not {gate.demand} {gate.limit:g}"
+        f"{gate.name} {gate.measured:.6g}, not {gate.comparison} {gate.limit:g}"
         for gate in gates
         if not gate.passed
     ]

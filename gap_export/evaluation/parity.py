@@ -111,7 +111,7 @@ class ParityReport(Record):
         backend: runtime that it was put through.
         precision: of weights and activations.
         measurement: against PyTorch.
-        gates: the measurement, judged.
+        gates: the measurement, checked.
         controls: wrong placements, and whether they were noticed.
         inapplicable_controls: those that change nothing in this bundle.
         grounding: accuracy under each position policy.

@@ -3,7 +3,7 @@
     settings.json      what the run was asked; results of other settings never mix
     ...                results, each of which appears whole or not at all
 
-So a run may be killed at any moment: whatever lies in its folder is finished, and the same command goes on.
+So a run can be interrupted at any moment: whatever lies in its folder is finished, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def open_result_folder(folder: Path, settings: Record, *, holds: str, replace: b
 
 
 def _difference(path: Path, wanted: Record) -> str | None:
-    """The first setting in which a stored run differs, in words."""
+    """The first setting in which a stored run differs, as a message."""
     try:
         there = type(wanted).read(path, hint="", error=BundleError)
     except BundleError:

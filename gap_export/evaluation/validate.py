@@ -2,7 +2,7 @@
 
     Bundle -> Session -> ParityReport
 
-What is measured and what is demanded stands in `parity.py`; this is the order in which it is done.
+What is measured and what is required stands in `parity.py`; this is the order in which it is done.
 """
 
 from __future__ import annotations

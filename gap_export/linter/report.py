@@ -16,7 +16,7 @@ class Finding(Record):
 
     Attributes:
         rule: the stable id of the rule.
-        severity: `error` stops an export of ours; `warning` is worth knowing.
+        severity: `error` stops a build; `warning` is worth knowing.
         breaks_ids: gapped position ids do not survive because of this.
         node: name of the first node (or graph input or output) that shows it.
         count: how many nodes show it.

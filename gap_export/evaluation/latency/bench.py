@@ -1,4 +1,4 @@
-"""Latency of bundles as one call: candidates are opened, take turns, and are looked at one by one for their memory."""
+"""Latency of bundles as one call: candidates are opened, measured in interleaved rounds, and measured for memory in isolated processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def bench(
     threads: int = 0,
     progress: Progress = SILENT,
 ) -> BenchRecord:
-    """What a request costs and how long it takes, part by part. All candidates take turns, so that their ratios hold.
+    """Latency and cost of a request, stage by stage. Candidates are measured in interleaved rounds, so that their ratios hold.
 
     Args:
         bundles: one, or several to compare in one run.
@@ -151,7 +151,7 @@ def open_candidate(spec: CandidateSpec, threads: int) -> Candidate:
 
 
 def peak_of(make_candidate: Callable[[], Candidate]) -> int | None:
-    """Largest resident memory of a process that opens a bundle and answers one request, bytes; None where nobody tells.
+    """Largest resident memory of a process that opens a bundle and answers one request, bytes; None where that is not known.
 
     Args:
         make_candidate: can be pickled.

@@ -48,7 +48,7 @@ def measure(
     """Let all candidates answer in turn, round after round.
 
     The order is drawn anew for every round (the same draws in every run): a request finds the processor's caches as the one
-    before left them, so nobody may always follow the same other.
+    before left them, so no candidate may always follow the same other.
 
     Args:
         candidates: at least one, names distinct.

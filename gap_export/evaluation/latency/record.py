@@ -74,7 +74,7 @@ class Row(Record):
         backend: runtime.
         precision: of weights and activations.
         positions: numbering policy.
-        pruner: strategy.
+        pruner: name.
         keep: fraction of visual tokens kept.
         kept: the count.
         visual_tokens: before pruning.

@@ -78,7 +78,7 @@ class Comparison(Record):
         agreement: share of expressions whose two boxes overlap by half, or that have none in either run.
         mean_box_iou: of the two boxes.
         identical: share of expressions with exactly the same box.
-        gates: what was demanded.
+        gates: what was required.
         worst: expressions whose boxes overlap least.
     """
 
@@ -118,7 +118,7 @@ def open_run(folder: Path, protocol: str) -> Run:
         raise InputError(
             f"holds no finished evaluation under {protocol}",
             subject=str(folder),
-            hint="run gap-export eval with this --protocol and -o; it goes on where it was stopped",
+            hint="run gap-export eval with this --protocol and -o; it continues where it was stopped",
         )
     try:
         rows = parquet.read_table(path, columns=["id", "image", "hit", "box"]).to_pylist()
@@ -143,7 +143,7 @@ def compare(first: Run, second: Run, thresholds: Thresholds, *, worst: int = 20,
     """Hold the second run against the first.
 
     Args:
-        first: the one that is right by definition, say PyTorch, or the unpruned model.
+        first: the reference run, such as PyTorch, or the unpruned model.
         second: over the same expressions.
         thresholds: that the second must meet.
         worst: how many disagreements to name.

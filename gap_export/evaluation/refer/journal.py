@@ -1,6 +1,6 @@
 """The folder of an evaluation while it runs: what was asked, and one line per answer, in the order in which they came.
 
-Lines of one image are written and flushed to the disk together. A run that was killed goes on after the last whole line; what a torn
+Lines of one image are written and flushed to the disk together. A run that was killed resumes after the last whole line; what a torn
 write left is cut off. So no expression is answered twice, and none is lost.
 """
 

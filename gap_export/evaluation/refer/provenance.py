@@ -1,4 +1,4 @@
-"""Where an evaluation came from, for those who read its results later: nothing is decided by it, so it may differ when a run goes on."""
+"""Where an evaluation came from, for those who read its results later: nothing is decided by it, so it may differ when a run is resumed."""
 
 from __future__ import annotations
 

@@ -52,14 +52,14 @@ class Case:
     Attributes:
         image: that it is about.
         first: answer of the run that others are held against.
-        judged: answer of the run that the page is about.
+        candidate: answer of the run that the page is about.
         between: IoU of both boxes; None on pages about one run.
-        pruned: SVG path of what the judged run did not see of the image; empty where that is not known.
+        pruned: SVG path of what the candidate run did not see of the image; empty where that is not known.
     """
 
     image: ShownImage
     first: Answer
-    judged: Answer
+    candidate: Answer
     between: float | None
     pruned: str
 
@@ -120,26 +120,26 @@ def worst_cases(subject: Subject, album: Album, worst: Sequence[Disagreement], c
     """Where both runs differ most; on pages about one run, where it is farthest from the truth."""
     if len(subject.runs) > 1:
         return [_case(subject, album, each.id) for each in worst[:count]]
-    answers = sorted(subject.judged.answers.values(), key=lambda answer: answer.iou)
+    answers = sorted(subject.candidate.answers.values(), key=lambda answer: answer.iou)
     return [_case(subject, album, answer.id) for answer in answers[:count]]
 
 
 def random_cases(subject: Subject, album: Album, count: int) -> list[Case]:
-    """Drawn by a fixed seed, so that nobody can have chosen them."""
+    """Drawn by a fixed seed, so that they cannot have been chosen by hand."""
     ids = subject.first.run.ids
     drawn = np.random.default_rng(_SEED).permutation(len(ids))[:count]
     return [_case(subject, album, ids[place]) for place in sorted(drawn)]
 
 
 def _case(subject: Subject, album: Album, identity: str) -> Case:
-    first, judged = subject.first.answers[identity], subject.judged.answers[identity]
-    image = album.shown(judged)
-    between = None if len(subject.runs) == 1 else float(box_overlaps([first.box], [judged.box])[0])
-    bundle = subject.judged.bundle
+    first, candidate = subject.first.answers[identity], subject.candidate.answers[identity]
+    image = album.shown(candidate)
+    between = None if len(subject.runs) == 1 else float(box_overlaps([first.box], [candidate.box])[0])
+    bundle = subject.candidate.bundle
     pruned = ""
-    if bundle is not None and judged.kept_indices and not image.lacks:
-        pruned = pruned_path(judged.kept_indices, int(image.width), int(image.height), bundle.manifest)
-    return Case(image, first, judged, between, pruned)
+    if bundle is not None and candidate.kept_indices and not image.lacks:
+        pruned = pruned_path(candidate.kept_indices, int(image.width), int(image.height), bundle.manifest)
+    return Case(image, first, candidate, between, pruned)
 
 
 def token_grid(width: int, height: int, manifest: Manifest) -> tuple[int, int] | None:

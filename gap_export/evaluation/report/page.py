@@ -18,7 +18,7 @@ from gap_export.evaluation.report.runs import Answer, Evaluated, Subject, proven
 from gap_export.precision import Thresholds
 
 MOST_MAPS = 3
-"""Images that strategies are shown on."""
+"""Images that pruners are shown on."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Strategies:
-    """What every strategy would keep.
+class PrunerChoices:
+    """What every pruner would keep.
 
     Attributes:
         images: that they were asked about.
         expressions: one per image, for those that look at it.
-        choices: `strategies.Choices` of each.
+        choices: `choices.Choices` of each.
         lacks: why there are none.
     """
 
@@ -46,8 +46,8 @@ class Strategies:
     lacks: str = ""
 
 
-AskStrategies = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Any]]
-"""Images and expressions -> `strategies.Choices`; raises `GapExportError` where the model cannot be opened."""
+AskPruners = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Any]]
+"""Images and expressions -> `choices.Choices`; raises `GapExportError` where the model cannot be opened."""
 
 
 def require() -> None:
@@ -74,18 +74,18 @@ def page(
     title: str,
     worst: int = 12,
     drawn: int = 12,
-    strategies: AskStrategies | str,
+    pruners: AskPruners | str,
 ) -> str:
     """The page.
 
     Args:
         subject: what it is about.
-        thresholds: that the judged run must meet against the first.
+        thresholds: that the candidate run must meet against the first.
         source: of images; where one is not at hand, its place says so.
         title: of the page.
         worst: how many of the worst expressions to show.
         drawn: how many drawn at random.
-        strategies: asks every strategy, or says why that cannot be done.
+        pruners: asks every pruner, or says why that cannot be done.
 
     Raises:
         InputError: runs over different expressions.
@@ -123,19 +123,19 @@ def page(
         latency_plot=latency,
         latency_words=latency_words,
         cases=cases,
-        strategies=_strategies(subject, album, strategies),
+        pruners=_choices_of(subject, album, pruners),
         images=album.images,
         provenance=[(run.name, provenance_facts(run)) for run in subject.runs],
     )
 
 
-def _strategies(subject: Subject, album: Album, ask: AskStrategies | str) -> Strategies:
+def _choices_of(subject: Subject, album: Album, ask: AskPruners | str) -> PrunerChoices:
     if isinstance(ask, str):
-        return Strategies((), (), (), ask)
+        return PrunerChoices((), (), (), ask)
     shown: list[Answer] = []
     images: list[Image.Image] = []
     for identity in subject.first.run.ids:
-        answer = subject.judged.answers[identity]
+        answer = subject.candidate.answers[identity]
         image = album.original(answer.image)
         if image is not None and answer.image not in [each.image for each in shown]:
             shown.append(answer)
@@ -143,10 +143,10 @@ def _strategies(subject: Subject, album: Album, ask: AskStrategies | str) -> Str
         if len(shown) == MOST_MAPS:
             break
     if not images:
-        return Strategies((), (), (), "no image is at hand")
+        return PrunerChoices((), (), (), "no image is at hand")
     expressions = [answer.expression for answer in shown]
     try:
         found = ask(images, expressions)
     except GapExportError as error:
-        return Strategies((), (), (), str(error))
-    return Strategies([album.shown(answer) for answer in shown], expressions, found)
+        return PrunerChoices((), (), (), str(error))
+    return PrunerChoices([album.shown(answer) for answer in shown], expressions, found)

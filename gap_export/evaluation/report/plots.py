@@ -28,7 +28,7 @@ class _Point:
 
 
 def accuracy_plot(subject: Subject) -> str:
-    """Accuracy of every run with its 95 % interval (Wilson's), the judged one ringed."""
+    """Accuracy of every run with its 95 % interval (Wilson's), that of the candidate ringed."""
 
     def point(run: Evaluated) -> _Point:
         record = run.run.record
@@ -70,7 +70,7 @@ def latency_plot(subject: Subject) -> tuple[str, str]:
     axes.set_ylim(bottom=0)
     return (
         _svg(figure),
-        "Median time per expression of each evaluation, which did not take turns: compare with care.",
+        "Median time per expression of each evaluation, which were not interleaved: compare with care.",
     )
 
 
@@ -103,8 +103,8 @@ def _draw(axes: Axes, subject: Subject, point_of: Callable[[Evaluated], _Point])
             capsize=3,
         )
     axes.legend(frameon=False, fontsize=8)
-    judged = point_of(subject.judged)
-    _ring(axes, judged.tokens, judged.value)
+    candidate = point_of(subject.candidate)
+    _ring(axes, candidate.tokens, candidate.value)
     axes.set_xlim(left=0)
 
 

@@ -153,7 +153,7 @@ class Subject:
     """All that a page is about.
 
     Attributes:
-        runs: that answered the same expressions, the one that is right by definition first.
+        runs: that answered the same expressions, the reference run first.
         chosen: place of the one that the page judges.
         left_out: name of an evaluation of the bundle -> why it is not on the page.
     """
@@ -168,7 +168,7 @@ class Subject:
         return self.runs[0]
 
     @property
-    def judged(self) -> Evaluated:
+    def candidate(self) -> Evaluated:
         """The one that the page is about."""
         return self.runs[self.chosen]
 
@@ -177,8 +177,8 @@ def open_subject(folders: Sequence[Path], protocol: str) -> Subject:
     """What a page is to be about.
 
     Args:
-        folders: evaluations, of which the first is right by definition and the last is judged; or one bundle, whose evaluations are
-            then taken, from the one with most tokens on, and the share that `recommend` chose is judged.
+        folders: evaluations, the reference run first and the candidate last; or one bundle, whose evaluations are then taken, from
+            the one with most tokens on, and the candidate is the one at the share that `recommend` chose.
         protocol: of all.
 
     Raises:

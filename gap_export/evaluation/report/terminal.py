@@ -18,10 +18,12 @@ from gap_export.evaluation.parity import ParityReport
 def print_parity(report: ParityReport, console: Console) -> None:
     """Gates, controls and the grounding table."""
     gates = Table(
-        "gate", "measured", "demand", "", title=f"{report.bundle} in {report.backend} against PyTorch"
+        "gate", "measured", "required", "", title=f"{report.bundle} in {report.backend} against PyTorch"
     )
     for gate in report.gates:
-        gates.add_row(gate.name, f"{gate.measured:.6g}", f"{gate.demand} {gate.limit:g}", _mark(gate.passed))
+        gates.add_row(
+            gate.name, f"{gate.measured:.6g}", f"{gate.comparison} {gate.limit:g}", _mark(gate.passed)
+        )
     console.print(gates)
     controls = Table("negative control", "caught by", "")
     for control in report.controls:

@@ -143,7 +143,7 @@ def plan_points(
     Raises:
         RecipeError: an unknown pruner, two fractions that keep the same count, or a recipe that does not work unpruned either.
     """
-    # A name that nobody knows is a mistake, not a pruner to be skipped.
+    # An unknown name is a mistake, not a pruner to be skipped.
     pruners = [prune.row(name) for name in request.pruners]
     counts: dict[int, float] = {}
     for keep in request.keeps:

@@ -159,7 +159,7 @@ def open_store(folder: Path, settings: Settings, *, replace: bool) -> Store:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that can be run, or gone on with.
+    """A sweep that can be run, or resumed.
 
     Attributes:
         request: what was asked for.

@@ -118,19 +118,19 @@ def test_cases(evaluated: Path) -> None:
     first = subject.first.run.ids[3]
     worst = [Disagreement(id=first, image="x", iou=0.25, first_hits=True, second_hits=False)]
     (case,) = worst_cases(subject, album, worst, 5)
-    assert case.judged.id == case.first.id == first
+    assert case.candidate.id == case.first.id == first
     assert case.image.uri.startswith("data:image/png")
     assert case.pruned
     drawn = random_cases(subject, album, 5)
-    assert len({case.judged.id for case in drawn}) == 5
-    assert [case.judged.id for case in random_cases(subject, album, 5)] == [c.judged.id for c in drawn]
+    assert len({case.candidate.id for case in drawn}) == 5
+    assert [case.candidate.id for case in random_cases(subject, album, 5)] == [c.candidate.id for c in drawn]
     assert len({image.key for image in album.images}) == len(album.images) <= 4
 
 
 def test_a_run_by_itself_shows_what_is_farthest_from_the_truth(evaluated: Path) -> None:
     subject = open_subject([evaluated / "ort"], "unc")
     cases = worst_cases(subject, Album(None), (), 12)
-    ious = [case.judged.iou for case in cases]
+    ious = [case.candidate.iou for case in cases]
     assert ious == sorted(ious)
     assert all(case.between is None and case.image.lacks for case in cases)
 
@@ -139,7 +139,7 @@ def test_a_run_by_itself_shows_what_is_farthest_from_the_truth(evaluated: Path) 
 def test_an_image_that_is_not_there_has_a_place_all_the_same(evaluated: Path, missing: bool) -> None:
     subject = open_subject([evaluated / "ort"], "unc")
     album = Album(None if missing else open_dataset("scenes:3").source)
-    answer = next(iter(subject.judged.answers.values()))
+    answer = next(iter(subject.candidate.answers.values()))
     image = album.shown(answer)
     assert bool(image.lacks) == missing == (image.uri == "")
     assert image.width >= answer.truth[2]

@@ -17,13 +17,13 @@ from .conftest import LIMIT, gap_export
 def test_evaluations_in_the_order_given(evaluated: Path) -> None:
     subject = open_subject([evaluated / "torch", evaluated / "ort"], "unc")
     assert [run.backend for run in subject.runs] == ["torch", "onnxruntime"]
-    assert (subject.first.name, subject.judged.name) == ("torch", "ort")
-    assert subject.judged.positions == "gap"
-    assert subject.judged.bundle is not None
-    answer = subject.judged.answers[subject.judged.run.ids[0]]
-    assert len(answer.kept_indices) == subject.judged.bundle.manifest.pruning.kept
-    assert subject.judged.median_seconds > 0
-    facts = provenance_facts(subject.judged)
+    assert (subject.first.name, subject.candidate.name) == ("torch", "ort")
+    assert subject.candidate.positions == "gap"
+    assert subject.candidate.bundle is not None
+    answer = subject.candidate.answers[subject.candidate.run.ids[0]]
+    assert len(answer.kept_indices) == subject.candidate.bundle.manifest.pruning.kept
+    assert subject.candidate.median_seconds > 0
+    facts = provenance_facts(subject.candidate)
     assert {"manifest sha256", "versions", "protocol", "annotations", "processor"} <= facts.keys()
 
 
@@ -32,8 +32,8 @@ def test_a_bundle_brings_its_evaluations(recommended: Path) -> None:
     kept = [run.run.record["mean_kept"] for run in subject.runs]
     assert kept == sorted(kept, reverse=True)
     assert len(kept) == 3
-    assert subject.judged.settings is not None
-    assert subject.judged.settings.keep == 0.3, "the share that was recommended"
+    assert subject.candidate.settings is not None
+    assert subject.candidate.settings.keep == 0.3, "the share that was recommended"
     assert subject.first.recommendation is not None
     assert subject.runs[0].positions == "gap"
 
@@ -71,14 +71,14 @@ def test_a_bundle_that_was_built_anew_is_not_taken_for_the_old_one(evaluated: Pa
         shutil.copytree(evaluated / name, tmp_path / name)
     path = tmp_path / "ort" / "provenance.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bundle": str(tmp_path / "bundle")}))
-    assert open_subject([tmp_path / "ort"], "unc").judged.bundle is not None
+    assert open_subject([tmp_path / "ort"], "unc").candidate.bundle is not None
     manifest = tmp_path / "bundle" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"name"', '"name" '))
-    judged = open_subject([tmp_path / "ort"], "unc").judged
-    assert judged.bundle is None
-    assert "was built anew since" in judged.bundle_lacks
+    candidate = open_subject([tmp_path / "ort"], "unc").candidate
+    assert candidate.bundle is None
+    assert "was built anew since" in candidate.bundle_lacks
     shutil.rmtree(tmp_path / "bundle")
-    assert "is not at" in open_subject([tmp_path / "ort"], "unc").judged.bundle_lacks
+    assert "is not at" in open_subject([tmp_path / "ort"], "unc").candidate.bundle_lacks
 
 
 def test_damaged_provenance_is_an_error_with_advice(evaluated: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every strategy would keep, held against sessions that really prune by it."""
+"""What every pruner would keep, held against sessions that really prune by it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from gap_export import prune
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle
-from gap_export.evaluation.report.strategies import Choices, choices
+from gap_export.evaluation.report.choices import Choices, choices
 from gap_export.runtime.torch.reference import open_torch
 
 
@@ -27,7 +27,7 @@ def found(tiny_bundle: Callable[..., Bundle], batch: list[Image.Image]) -> dict[
     return {each.name: each for each in choices(tiny_bundle(), batch, ["the mug", "the cat"])}
 
 
-def test_every_strategy_is_drawn_or_says_why_not(found: dict[str, Choices]) -> None:
+def test_every_pruner_is_drawn_or_says_why_not(found: dict[str, Choices]) -> None:
     assert found.keys() == set(prune.names()) - {"none"}
     for each in found.values():
         assert len(each.maps) == 2 or each.refused
@@ -44,7 +44,7 @@ def test_without_a_text_tower(tiny_bundle: Callable[..., Bundle], batch: list[Im
     assert found["divprune"].maps
 
 
-def test_strategies_that_read_follow_the_expression(
+def test_pruners_that_read_follow_the_expression(
     tiny_bundle: Callable[..., Bundle], batch: list[Image.Image], found: dict[str, Choices]
 ) -> None:
     other = {each.name: each for each in choices(tiny_bundle(), batch, ["the small red circle"] * 2)}

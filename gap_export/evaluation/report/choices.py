@@ -1,7 +1,7 @@
-"""What every strategy would keep of the same image, and in which order: the scores behind a choice, made visible.
+"""What every pruner would keep of the same image, and in which order: the scores behind a choice, made visible.
 
-Strategies score in units of their own, and some have no score but an order (those that choose one token after the other). So what is
-compared is the place of each token in that order: brightest is what a strategy would keep if it could keep one token only.
+Pruners score in units of their own, and some have no score but an order (those that choose one token after the other). So what is
+compared is the place of each token in that order: brightest is what a pruner would keep if it could keep one token only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPACITY = 185
 
 @dataclass(frozen=True)
 class Map:
-    """One strategy on one image.
+    """One pruner on one image.
 
     Attributes:
         x: where the tokens' grid begins on the image, pixels; outside it, where the image was padded.
@@ -52,12 +52,12 @@ class Map:
 
 @dataclass(frozen=True)
 class Choices:
-    """One strategy on all images.
+    """One pruner on all images.
 
     Attributes:
-        name: of the strategy.
+        name: of the pruner.
         summary: what it goes by.
-        maps: one per image; none where the strategy cannot be asked.
+        maps: one per image; none where the pruner cannot be asked.
         refused: why not.
     """
 
@@ -68,12 +68,12 @@ class Choices:
 
 
 def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence[str]) -> list[Choices]:
-    """Ask every strategy.
+    """Ask every pruner.
 
     Args:
-        bundle: whose checkpoint and whose share of tokens are taken; its own strategy is one among the others.
+        bundle: whose checkpoint and whose share of tokens are taken; its own pruner is one among the others.
         images: RGB.
-        expressions: one per image, for strategies that look at it.
+        expressions: one per image, for pruners that look at it.
 
     Raises:
         GapExportError: the checkpoint is not there any more.
@@ -82,35 +82,35 @@ def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence
     text, text_ids, refused = _text(bundle, expressions)
     session = TorchSession(model, bundle.manifest.pruning, text_tower=text)
     found = []
-    for strategy in prune.PRUNERS.values():
-        if strategy.name == "none":
+    for pruner in prune.PRUNERS.values():
+        if pruner.name == "none":
             continue
         try:
-            if strategy.in_decoder:
+            if pruner.in_decoder:
                 raise _Refusal("chooses between the decoder's layers, for every prompt anew")
-            if strategy.needs_text and text is None:
+            if pruner.needs_text and text is None:
                 raise _Refusal(refused)
-            prune.check_tower(strategy, bundle.manifest.spec.missing_features)
+            prune.check_tower(pruner, bundle.manifest.spec.missing_features)
             maps = tuple(
                 _map(
                     session,
                     bundle,
-                    strategy,
+                    pruner,
                     image,
-                    text_ids[[row]] if text_ids is not None and strategy.needs_text else None,
+                    text_ids[[row]] if text_ids is not None and pruner.needs_text else None,
                 )
                 for row, image in enumerate(images)
             )
-            found.append(Choices(strategy.name, strategy.summary, maps))
+            found.append(Choices(pruner.name, pruner.summary, maps))
         except _Refusal as why:
-            found.append(Choices(strategy.name, strategy.summary, (), str(why)))
+            found.append(Choices(pruner.name, pruner.summary, (), str(why)))
         except GapExportError as error:
-            found.append(Choices(strategy.name, strategy.summary, (), error.message))
+            found.append(Choices(pruner.name, pruner.summary, (), error.message))
     return found
 
 
 class _Refusal(Exception):
-    """Why a strategy is not on the page, in words."""
+    """Why a pruner is not on the page."""
 
 
 def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | None, Ids | None, str]:
@@ -130,7 +130,7 @@ def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | N
 
 
 def _map(
-    session: TorchSession, bundle: Bundle, strategy: prune.Pruner, image: Image.Image, text_ids: Ids | None
+    session: TorchSession, bundle: Bundle, pruner: prune.Pruner, image: Image.Image, text_ids: Ids | None
 ) -> Map:
     manifest = bundle.manifest
     grid = token_grid(image.width, image.height, manifest)
@@ -139,8 +139,8 @@ def _map(
     batch = manifest.layout.prepare([image], visual_tokens=manifest.spec.visual_tokens)
     tokens = int(batch.prunable[0])
     (count,) = keep_counts(manifest.pruning, manifest.spec, batch, None)
-    kept = max(strategy.min_tokens, min(tokens, manifest.pruning.kept if count is None else count))
-    order = session.order_of(strategy.name, batch.calls[0], kept, grid=grid, text_ids_BL=text_ids)
+    kept = max(pruner.min_tokens, min(tokens, manifest.pruning.kept if count is None else count))
+    order = session.order_of(pruner.name, batch.calls[0], kept, grid=grid, text_ids_BL=text_ids)
     columns_x, rows_y = patch_edges(image.width, image.height, grid, manifest.layout)
     return Map(
         x=float(columns_x[0]),
