@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,85 +12,106 @@ from gap_export.cli.options import JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
 
+if TYPE_CHECKING:
+    from gap_export.pipeline.build import BuildResult
+
 _WITH_RANGES = one_of(lambda row: row.needs_ranges)
 
 
+ModelOption = Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to make.")]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Fraction of visual tokens kept, in (0, 1]; a range such as 0.1:1.0, in which every request chooses; or adaptive."
+    ),
+]
+KeepBoundOption = Annotated[
+    float | None,
+    typer.Option(help="Upper bound on the fraction of an image's tokens that --keep adaptive keeps."),
+]
+PrunerOption = Annotated[str | None, typer.Option(help="Pruner; see `gap-export models`.")]
+PruneLayersOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Decoder layer before which tokens are dropped, for pruners that do so inside the decoder; repeatable."
+    ),
+]
+PositionsOption = Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")]
+MergedIdOption = Annotated[
+    str | None,
+    typer.Option(help="Position of tokens merged from several: last_visual (default), max_kept or centroid."),
+]
+TextTowerOption = Annotated[
+    str | None,
+    typer.Option(help="CLIP checkpoint (folder or hub id) for pruners that look at the expression."),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="checkpoint (default), or random: published sizes with random weights, for latency work without a download."
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that the checkpoint is a delta over, or low-rank updates of (folder or hub id)."
+    ),
+]
+VisionTowerOption = Annotated[
+    str | None,
+    typer.Option(help="Vision tower of models published without theirs (folder, .pth file or hub id)."),
+]
+PrecisionOption = Annotated[str | None, typer.Option(help=f"{one_of()}.")]
+RangesOption = Annotated[
+    Path | None,
+    typer.Option(help=f"Activation ranges (amax), for {_WITH_RANGES}; see `gap-export calibrate`."),
+]
+TargetOption = Annotated[list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")]
+CheckpointOption = Annotated[
+    str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")
+]
+CapacityOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Make the cache static, with this number of slots; by default it has as many as a request needs."
+    ),
+]
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Scale larger images down, in models that take them at their own size; bounds the cache too."
+    ),
+]
+MaxNewTokensOption = Annotated[int | None, typer.Option(help="Maximum length of an answer, in tokens.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of pruners that choose at random.")]
+SelfContainedOption = Annotated[bool, typer.Option(help="Copy weights instead of linking them.")]
+ReplaceOption = Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")]
+
+
 def build(
-    model: Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to make.")],
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="Fraction of visual tokens kept, in (0, 1]; a range such as 0.1:1.0, in which every request chooses; or adaptive."
-        ),
-    ] = None,
-    keep_bound: Annotated[
-        float | None,
-        typer.Option(help="Upper bound on the fraction of an image's tokens that --keep adaptive keeps."),
-    ] = None,
-    pruner: Annotated[str | None, typer.Option(help="Pruner; see `gap-export models`.")] = None,
-    prune_layers: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Decoder layer before which tokens are dropped, for pruners that do so inside the decoder; repeatable."
-        ),
-    ] = None,
-    positions: Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")] = None,
-    merged_id: Annotated[
-        str | None,
-        typer.Option(
-            help="Position of tokens merged from several: last_visual (default), max_kept or centroid."
-        ),
-    ] = None,
-    text_tower: Annotated[
-        str | None,
-        typer.Option(help="CLIP checkpoint (folder or hub id) for pruners that look at the expression."),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="checkpoint (default), or random: published sizes with random weights, for latency work without a download."
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Model that the checkpoint is a delta over, or low-rank updates of (folder or hub id)."
-        ),
-    ] = None,
-    vision_tower: Annotated[
-        str | None,
-        typer.Option(help="Vision tower of models published without theirs (folder, .pth file or hub id)."),
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help=f"{one_of()}.")] = None,
-    ranges: Annotated[
-        Path | None,
-        typer.Option(help=f"Activation ranges (amax), for {_WITH_RANGES}; see `gap-export calibrate`."),
-    ] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")
-    ] = None,
-    capacity: Annotated[
-        int | None,
-        typer.Option(
-            help="Make the cache static, with this number of slots; by default it has as many as a request needs."
-        ),
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(
-            help="Scale larger images down, in models that take them at their own size; bounds the cache too."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum length of an answer, in tokens.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of pruners that choose at random.")] = None,
-    self_contained: Annotated[bool, typer.Option(help="Copy weights instead of linking them.")] = False,
-    replace: Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")] = False,
+    model: ModelOption,
+    output: OutputOption,
+    keep: KeepOption = None,
+    keep_bound: KeepBoundOption = None,
+    pruner: PrunerOption = None,
+    prune_layers: PruneLayersOption = None,
+    positions: PositionsOption = None,
+    merged_id: MergedIdOption = None,
+    text_tower: TextTowerOption = None,
+    weights: WeightsOption = None,
+    base: BaseOption = None,
+    vision_tower: VisionTowerOption = None,
+    precision: PrecisionOption = None,
+    ranges: RangesOption = None,
+    target: TargetOption = None,
+    checkpoint: CheckpointOption = None,
+    capacity: CapacityOption = None,
+    max_pixels: MaxPixelsOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    seed: SeedOption = None,
+    self_contained: SelfContainedOption = False,
+    replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Checkpoint to bundle: graphs, then engines for every --target.
@@ -129,34 +150,42 @@ def build(
             self_contained=self_contained,
             progress=progress,
         )
+    if as_json:
+        print_json(_facts(output, built))
+    else:
+        _print(output, built)
+
+
+def _facts(output: Path, built: BuildResult) -> dict[str, Any]:
+    manifest = built.bundle.manifest
+    pruning = manifest.pruning
+    return {
+        "bundle": str(output),
+        "name": manifest.name,
+        "family": manifest.family,
+        "precision": manifest.precision,
+        "pruner": pruning.pruner,
+        "kept": pruning.kept_after_last_stage,
+        "mean_kept": pruning.mean_kept,
+        "keep_mode": pruning.keep_mode,
+        "min_tokens": pruning.min_tokens,
+        "max_tokens": pruning.max_tokens,
+        "visual_tokens": manifest.spec.visual_tokens,
+        "positions": pruning.positions,
+        "capacity": manifest.capacity,
+        "graphs": sorted(manifest.graphs),
+        "graphs_from_cache": sorted(built.cached),
+        "engines": {target: sorted(engines) for target, engines in manifest.engines.items()},
+        "written_bytes": built.written_bytes,
+    }
+
+
+def _print(output: Path, built: BuildResult) -> None:
     from gap_export.evaluation.report.terminal import cache_length, keeping
     from gap_export.files import readable_size
 
     manifest = built.bundle.manifest
     pruning = manifest.pruning
-    if as_json:
-        print_json(
-            {
-                "bundle": str(output),
-                "name": manifest.name,
-                "family": manifest.family,
-                "precision": manifest.precision,
-                "pruner": pruning.pruner,
-                "kept": pruning.kept_after_last_stage,
-                "mean_kept": pruning.mean_kept,
-                "keep_mode": pruning.keep_mode,
-                "min_tokens": pruning.min_tokens,
-                "max_tokens": pruning.max_tokens,
-                "visual_tokens": manifest.spec.visual_tokens,
-                "positions": pruning.positions,
-                "capacity": manifest.capacity,
-                "graphs": sorted(manifest.graphs),
-                "graphs_from_cache": sorted(built.cached),
-                "engines": {target: sorted(engines) for target, engines in manifest.engines.items()},
-                "written_bytes": built.written_bytes,
-            }
-        )
-        return
     out.print(
         f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, {keeping(pruning, manifest.spec.visual_tokens)} ({pruning.pruner}), "
         f"positions {pruning.positions}, {cache_length(manifest)}",
