@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -139,6 +140,14 @@ def test_no_import_points_upward() -> None:
         if LAYERS.index(layer_of(name)) > LAYERS.index(layer_of(module))
     ]
     assert not upward
+
+
+def test_no_imports_form_a_circle() -> None:
+    """Imports inside functions count too; a package stands for the names in its `__init__`."""
+    try:
+        tuple(graphlib.TopologicalSorter(IMPORTS).static_order())
+    except graphlib.CycleError as circle:
+        pytest.fail(f"imports form a circle: {' -> '.join(circle.args[1])}")
 
 
 def test_every_layer_is_there() -> None:

@@ -292,7 +292,18 @@ class TestRefused:
             (5, "of type int"),
             (None, "of type NoneType"),
         ],
-        ids=str,
+        ids=[
+            "floats",
+            "channels first",
+            "two axes",
+            "no rows",
+            "PIL of no width",
+            "PIL of floats",
+            "empty",
+            "text",
+            "number",
+            "nothing",
+        ],
     )
     def test_what_is_no_image_is_told_what_would_be(self, source: object, message: str) -> None:
         with pytest.raises(InputError, match=message):
