@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +33,7 @@ TIE = 1e-6
 def random_features(
     generator: np.random.Generator, grid: tuple[int, int], *, batch: int = 1, width: int = 1024
 ) -> Arrays:
-    """One feature set as tensors of `prune.VisionFeatures`: spread like a tower's, with tokens that resemble each other."""
+    """What a tower's layers give, from which `features_of` computes: spread like a tower's, with tokens that resemble each other."""
     visual, heads, aligned = grid[0] * grid[1], min(HEADS, width // 4), min(ALIGNED, width)
 
     def normal(*shape: int) -> NDArray[np.float32]:
@@ -54,22 +56,69 @@ def random_features(
     }
 
 
-def seen(
-    arrays: Arrays, row: int, grid: tuple[int, int], *, aligned_inversely: bool = True
-) -> reference.Seen:
-    """One row as the reference wants it."""
-    exact = {name: array[row].astype(np.float64) for name, array in arrays.items()}
-    return reference.Seen(
-        patches_NE=exact["patches_BNE"],
+SOURCES = {
+    "patches": ("patches_BNE",),
+    "class_attention": ("class_query_BAD", "keys_BATD"),
+    "class_token": ("class_token_BE",),
+    "mean_keys": ("keys_BATD",),
+    "following_attention": ("following_query_BE", "following_keys_BTE"),
+    "following_keys": ("following_keys_BTE",),
+    "projected": ("projected_BNH",),
+    "aligned": ("aligned_BNP",),
+    "text": ("text_BP",),
+}
+"""Field of `prune.VisionFeatures` -> what it is computed from."""
+
+
+def features_of(
+    given: Mapping[str, Tensor],
+    grid: tuple[int, int],
+    *,
+    aligned_inversely: bool = True,
+    kind: type[prune.VisionFeatures[Tensor]] = prune.VisionFeatures,
+) -> prune.VisionFeatures[Tensor]:
+    """The features of a batch, as far as what they are computed from is given."""
+
+    def field(name: str, compute: Callable[..., Tensor] = lambda tensor: tensor) -> partial[Tensor] | None:
+        sources = [given[source] for source in SOURCES[name] if source in given]
+        return partial(compute, *sources) if len(sources) == len(SOURCES[name]) else None
+
+    return kind(
+        patches=given["patches_BNE"],
         grid=grid,
-        attention_N=reference.class_attention(exact["class_query_BAD"], exact["keys_BATD"]),
-        class_token_E=exact["class_token_BE"],
-        keys_ND=exact["keys_BATD"].mean(axis=0)[1:],
-        following_query_E=exact["following_query_BE"],
-        following_keys_TE=exact["following_keys_BTE"],
-        projected_NH=exact["projected_BNH"],
-        aligned_NP=exact["aligned_BNP"],
-        text_P=exact["text_BP"],
+        class_attention=field("class_attention", prune.class_attention),
+        class_token=field("class_token"),
+        mean_keys=field("mean_keys", prune.mean_keys),
+        following_attention=field(
+            "following_attention",
+            lambda query_BE, keys_BTE: prune.class_attention(query_BE[:, None], keys_BTE[:, None]),
+        ),
+        following_keys=field("following_keys", lambda keys_BTE: keys_BTE[:, 1:].float()),
+        projected=field("projected"),
+        aligned=field("aligned"),
+        text=field("text"),
+        aligned_inversely=aligned_inversely,
+    )
+
+
+def features_in_float64(
+    arrays: Arrays, row: int, grid: tuple[int, int], *, aligned_inversely: bool = True
+) -> prune.VisionFeatures[reference.Floats]:
+    """Those of one row as the twins of the pruners take them."""
+    exact = {name: array[row].astype(np.float64) for name, array in arrays.items()}
+    return prune.VisionFeatures(
+        patches=exact["patches_BNE"],
+        grid=grid,
+        class_attention=reference.class_attention(exact["class_query_BAD"], exact["keys_BATD"]),
+        class_token=exact["class_token_BE"],
+        mean_keys=exact["keys_BATD"].mean(axis=0)[1:],
+        following_attention=reference.class_attention(
+            exact["following_query_BE"][None], exact["following_keys_BTE"][None]
+        ),
+        following_keys=exact["following_keys_BTE"][1:],
+        projected=exact["projected_BNH"],
+        aligned=exact["aligned_BNP"],
+        text=exact["text_BP"],
         aligned_inversely=aligned_inversely,
     )
 
@@ -87,7 +136,7 @@ class Selection(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph = self._graph
         given = {"patches_BNE": tensors[0], **dict(zip(graph.reads, tensors, strict=False))}
-        features = prune.VisionFeatures(grid=graph.grid, aligned_inversely=graph.aligned_inversely, **given)
+        features = features_of(given, graph.grid, aligned_inversely=graph.aligned_inversely)
         kept = tensors[-1].shape[0] if graph.kept is None else graph.kept
         if graph.adaptive:
             adaptive = prune.load_adaptive(graph.pruner)
@@ -107,8 +156,8 @@ def source_of(pruner: str) -> str:
     return "projected_BNH" if prune.row(pruner).reads_projected else "patches_BNE"
 
 
-class _Watched(prune.VisionFeatures):
-    """Features that remember which of them were looked at, what they compute from others included."""
+class _Watched(prune.VisionFeatures[Tensor]):
+    """Features that remember which of them were looked at."""
 
     looked_at: ClassVar[set[str]] = set()
 
@@ -122,10 +171,11 @@ def reads(pruner: str) -> tuple[str, ...]:
     """The features that a strategy reads or chooses from."""
     arrays = random_features(np.random.default_rng(0), (3, 4), width=16)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    watched = _Watched(grid=(3, 4), **tensors)  # type: ignore[arg-type]
+    watched = features_of(tensors, (3, 4), kind=_Watched)
     _Watched.looked_at.clear()
     prune.load(pruner).select(watched, 12, seed=0, merged_id=MergedId.LAST_VISUAL)
-    return tuple(name for name in arrays if name in _Watched.looked_at | {source_of(pruner)})
+    read = {source for field in _Watched.looked_at & SOURCES.keys() for source in SOURCES[field]}
+    return tuple(name for name in arrays if name in read | {source_of(pruner)})
 
 
 @dataclass
@@ -217,7 +267,7 @@ def agrees(graph: Graph, arrays: Arrays, kept: int | None = None) -> list[str]:
     assert extent is not None
     verdicts = []
     for row, (embeds_KE, indices_K) in enumerate(zip(*outputs[:2], strict=True)):
-        image = seen(arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely)
+        image = features_in_float64(arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely)
         if graph.adaptive:
             choice = reference.choose_adaptive(graph.pruner, image, extent, merged_id=graph.merged_id)
             same_count = outputs[2][row] == choice.needed

@@ -10,7 +10,6 @@ The class token is a quarter as wide as what the projector takes: it can score, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -39,19 +38,6 @@ _DEFAULT_TILES = (1, 12)
 """Fewest and most tiles of a grid where the processor's settings leave it open."""
 
 
-@dataclass(frozen=True)
-class SquareFeatures(prune.VisionFeatures):
-    """Features of tokens that stand for a square of patches each.
-
-    Attributes:
-        class_attention_BN: mean over the patches of a token.
-        mean_keys_BND: the same.
-    """
-
-    class_attention_BN: Tensor | None = None
-    mean_keys_BND: Tensor | None = None
-
-
 class InternVLVision(nn.Module):
     """Tiles of one image through InternViT; pruner over the whole image; projector."""
 
@@ -72,14 +58,14 @@ class InternVLVision(nn.Module):
             visual_embeds [1, K, H], kept_indices [1, K] int64.
         """
         every: Gather = lambda tokens_tCE: tokens_tCE.flatten(0, 1)[None]  # noqa: E731
-        features = features_of_image(self._seen(pixel_values), every, whole=-1)
+        features = features_of_image(self._extract_features(pixel_values), every, whole=-1)
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
         return embeds_BKH, selected.indices_BK
 
-    def _seen(self, pixel_values: Tensor) -> prune.VisionFeatures:
-        """Features of the tiles, in which a token stands for four patches."""
+    def _extract_features(self, pixel_values: Tensor) -> prune.VisionFeatures[Tensor]:
+        """Features of the tiles. A token stands for a square of four patches: its scores and keys are means over them."""
         hidden_tTE = self.vision_tower.embeddings(pixel_values)
         *layers, last = self.vision_tower.encoder.layer
         for layer in layers:
@@ -100,12 +86,12 @@ class InternVLVision(nn.Module):
             scale_factor=self._shrink,
         )
         tokens_tCE = shuffled.flatten(1, 2)
-        return SquareFeatures(
-            patches_BNE=tokens_tCE,
+        return prune.VisionFeatures(
+            patches=tokens_tCE,
             grid=None,
-            projected_BNH=self.multi_modal_projector(tokens_tCE),
-            class_attention_BN=self._means(scores_tC[..., None], side)[..., 0],
-            mean_keys_BND=self._means(keys_tATD[:, :, 1:].float().mean(dim=1), side),
+            projected=self.multi_modal_projector(tokens_tCE),
+            class_attention=self._means(scores_tC[..., None], side)[..., 0],
+            mean_keys=self._means(prune.mean_keys(keys_tATD), side),
         )
 
     def _means(self, patches_tCE: Tensor, side: int) -> Tensor:

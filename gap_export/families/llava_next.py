@@ -74,7 +74,9 @@ class LlavaNextVision(ClipVision):
         Returns:
             visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
         """
-        features = features_of_image(self.seen(pixel_values, text_ids), cells_gather(cells), WHOLE)
+        features = features_of_image(
+            self.extract_features(pixel_values, text_ids), cells_gather(cells), WHOLE
+        )
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
         return with_newlines(

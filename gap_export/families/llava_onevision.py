@@ -71,7 +71,7 @@ class LlavaOnevisionVision(nn.Module):
         for layer in self.vision_tower.encoder.layers:
             hidden_tCE = layer(hidden_tCE, None)
         tokens_BPH = corners_gather(corners, corner_weights)(self.multi_modal_projector(hidden_tCE))
-        features = prune.VisionFeatures(patches_BNE=tokens_BPH, grid=None, projected_BNH=tokens_BPH)
+        features = prune.VisionFeatures(patches=tokens_BPH, grid=None, projected=tokens_BPH)
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = take(tokens_BPH, selected.indices_BK)
         return with_newlines(

@@ -10,7 +10,7 @@ tokenizer adds.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -226,29 +226,6 @@ def spread(table_1TE: NDArray[Any], side: int) -> NDArray[np.float32]:
     return spread_1TE
 
 
-@dataclass(frozen=True)
-class GroupedFeatures(prune.VisionFeatures):
-    """Features of tokens that are four patches each.
-
-    Attributes:
-        patches: features of the patches themselves.
-    """
-
-    patches: prune.VisionFeatures = field(kw_only=True)
-
-    @property
-    def class_attention_BN(self) -> Tensor | None:
-        """See `VisionFeatures`; mean over a token's patches."""
-        scores = self.patches.class_attention_BN
-        return None if scores is None else scores.unflatten(1, (-1, GROUP)).mean(dim=2)
-
-    @property
-    def mean_keys_BND(self) -> Tensor | None:
-        """See `VisionFeatures`; mean over a token's patches."""
-        keys = self.patches.mean_keys_BND
-        return None if keys is None else keys.unflatten(1, (-1, GROUP)).mean(dim=2)
-
-
 class MiniGptVision(nn.Module):
     """Tower, norm, groups of four, pruner, projector.
 
@@ -280,13 +257,19 @@ class MiniGptVision(nn.Module):
         tokens_BNE = normed_BTE[:, 1:].unflatten(1, (-1, GROUP)).flatten(2)
         last = tower.blocks[-1]
         query_BATD, keys_BATD, _ = last.attn.split(last.norm1(into_BTE))
-        features = GroupedFeatures(
-            patches_BNE=tokens_BNE,
+        projected_BNH, query_BAD = self.multi_modal_projector(tokens_BNE), query_BATD[:, :, 0]
+
+        def mean_of_group(patches: Tensor) -> Tensor:
+            """A token is four patches."""
+            means: Tensor = patches.unflatten(1, (-1, GROUP)).mean(dim=2)
+            return means
+
+        features = prune.VisionFeatures(
+            patches=tokens_BNE,
             grid=self._grid,
-            projected_BNH=self.multi_modal_projector(tokens_BNE),
-            patches=prune.VisionFeatures(
-                normed_BTE[:, 1:], None, class_query_BAD=query_BATD[:, :, 0], keys_BATD=keys_BATD
-            ),
+            class_attention=lambda: mean_of_group(prune.class_attention(query_BAD, keys_BATD)),
+            mean_keys=lambda: mean_of_group(prune.mean_keys(keys_BATD)),
+            projected=projected_BNH,
         )
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector

@@ -72,7 +72,7 @@ class ClipVision(nn.Module):
             visual_embeds [B, K, H], kept_indices [B, K] int64; where images differ in how many they keep, kept_counts [B]
             int64, rows being padded to the bound.
         """
-        features = self.seen(pixel_values, text_ids)
+        features = self.extract_features(pixel_values, text_ids)
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
@@ -80,7 +80,9 @@ class ClipVision(nn.Module):
             return embeds_BKH, selected.indices_BK, selected.counts_B
         return embeds_BKH, selected.indices_BK
 
-    def seen(self, pixel_values: Tensor, text_ids: Tensor | None = None) -> prune.VisionFeatures:
+    def extract_features(
+        self, pixel_values: Tensor, text_ids: Tensor | None = None
+    ) -> prune.VisionFeatures[Tensor]:
         """What the tower shows of images or tiles; arguments as of `forward`."""
         hidden_BTE = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
         layers = self.vision_tower.encoder.layers
@@ -90,7 +92,7 @@ class ClipVision(nn.Module):
 
     def _features(
         self, hidden_BTE: Tensor, feature: Any, following: Any, text_ids: Tensor | None
-    ) -> prune.VisionFeatures:
+    ) -> prune.VisionFeatures[Tensor]:
         """Everything any pruner reads; what this one does not read is dead code and leaves the graph.
 
         Args:
@@ -103,25 +105,37 @@ class ClipVision(nn.Module):
         heads = (attention.num_heads, attention.head_dim)
         normed_BTE = feature.layer_norm1(hidden_BTE)
         out_BTE = feature(hidden_BTE, None)
-        query_BE = keys_BTE = aligned_BNP = text_BP = None
+        query_above_BE = keys_above_BTE = aligned_BNP = text_BP = None
         for layer in following:
             normed_above_BTE = layer.layer_norm1(out_BTE)
-            query_BE = layer.self_attn.q_proj(normed_above_BTE[:, 0])
-            keys_BTE = layer.self_attn.k_proj(normed_above_BTE)
+            query_above_BE = layer.self_attn.q_proj(normed_above_BTE[:, 0])
+            keys_above_BTE = layer.self_attn.k_proj(normed_above_BTE)
         if self.text_tower is not None and text_ids is not None:
             aligned_BNP = self.text_tower.visual_projection(self.vision_tower.post_layernorm(out_BTE[:, 1:]))
             text_BP = self.text_tower(text_ids)
+        patches_BNE = out_BTE[:, 1:]
+        query_BAD = attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads)
+        keys_BATD = attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2)
+
+        def following_attention() -> Tensor | None:
+            if query_above_BE is None or keys_above_BTE is None:
+                return None
+            return prune.class_attention(query_above_BE[:, None], keys_above_BTE[:, None])
+
+        def following_keys() -> Tensor | None:
+            return None if keys_above_BTE is None else keys_above_BTE[:, 1:].float()
+
         return prune.VisionFeatures(
-            patches_BNE=out_BTE[:, 1:],
+            patches=patches_BNE,
             grid=self._grid,
-            class_query_BAD=attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads),
-            keys_BATD=attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2),
-            class_token_BE=out_BTE[:, 0],
-            following_query_BE=query_BE,
-            following_keys_BTE=keys_BTE,
-            projected_BNH=self.multi_modal_projector(out_BTE[:, 1:]),
-            aligned_BNP=aligned_BNP,
-            text_BP=text_BP,
+            class_attention=lambda: prune.class_attention(query_BAD, keys_BATD),
+            class_token=out_BTE[:, 0],
+            mean_keys=lambda: prune.mean_keys(keys_BATD),
+            following_attention=following_attention,
+            following_keys=following_keys,
+            projected=self.multi_modal_projector(patches_BNE),
+            aligned=aligned_BNP,
+            text=text_BP,
             aligned_inversely=self._plan.text_tower is None or self._plan.text_tower.aligned_inversely,
         )
 

@@ -67,7 +67,7 @@ def merged(
         visual_embeds [1, K, H], kept_indices [1, K] int64.
     """
     patches_BNE = merger.ln_q(hidden_PE).unflatten(0, tokens).flatten(1)[None]
-    features = prune.VisionFeatures(patches_BNE=patches_BNE, grid=None, projected_BNH=merger.mlp(patches_BNE))
+    features = prune.VisionFeatures(patches=patches_BNE, grid=None, projected=merger.mlp(patches_BNE))
     embeds_BKH, selected = selection.select_and_project(plan, features, keep_count, merger.mlp)
     return embeds_BKH, selected.indices_BK
 
@@ -143,9 +143,7 @@ class Qwen3VLVision(nn.Module):
 
         tokens, project = pixel_values.shape[:2], partial(_projected, tower.merger)
         patches_BNE = tower.merger.norm(hidden_PE).unflatten(0, tokens).flatten(1)[None]
-        features = prune.VisionFeatures(
-            patches_BNE=patches_BNE, grid=None, projected_BNH=project(patches_BNE)
-        )
+        features = prune.VisionFeatures(patches=patches_BNE, grid=None, projected=project(patches_BNE))
         embeds_BKH, selected = selection.select_and_project(self._plan, features, keep_count, project)
         deepstack_levels = [
             merger(order.take(plane_PE.unflatten(0, tokens).flatten(1)[None], selected.indices_BK)[0])[None]

@@ -26,7 +26,7 @@ def tower_attention(plan: Plan) -> str:
     return DECOMPOSED if varies else IMPLEMENTATION
 
 
-def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None) -> prune.Selected:
+def select(plan: Plan, features: prune.VisionFeatures[Tensor], keep_count: Tensor | None) -> prune.Selected:
     """What the strategy chooses, in its own order.
 
     Args:
@@ -45,7 +45,7 @@ def select(plan: Plan, features: prune.VisionFeatures, keep_count: Tensor | None
 
 def project(
     plan: Plan,
-    features: prune.VisionFeatures,
+    features: prune.VisionFeatures[Tensor],
     selected: prune.Selected,
     projector: Callable[[Tensor], Tensor],
 ) -> Tensor:
@@ -58,17 +58,17 @@ def project(
     # Padding repeats the first patch: any token will do where nobody looks.
     indices_BK = selected.indices_BK.clamp(min=0)
     reads_projected = prune.row(pruner_of(plan)).reads_projected
-    if survivors_BKE is None and reads_projected and features.projected_BNH is not None:
-        return order.take(features.projected_BNH, indices_BK)
+    if survivors_BKE is None and reads_projected and features.projected is not None:
+        return order.take(features.projected, indices_BK)
     if survivors_BKE is None:
-        survivors_BKE = order.take(features.patches_BNE, indices_BK)
+        survivors_BKE = order.take(features.patches, indices_BK)
     projected_BKH: Tensor = projector(survivors_BKE)
     return projected_BKH
 
 
 def select_and_project(
     plan: Plan,
-    features: prune.VisionFeatures,
+    features: prune.VisionFeatures[Tensor],
     keep_count: Tensor | None,
     projector: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, prune.Selected]:

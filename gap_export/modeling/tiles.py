@@ -1,19 +1,18 @@
 """Images of many tiles in the vision graph: one image per call, whose tiles the tower takes as a batch.
 
-A strategy looks at the image as a whole. Its visual tokens are gathered from the tiles that saw them, in the order of the
+A pruner looks at the image as a whole. Its visual tokens are gathered from the tiles that saw them, in the order of the
 unpruned prompt; attention of a class token is that of the token's own tile. Which cells of the tiles are tokens of the image,
 and where they stand in the prompt, comes with the pixels (`runtime/tiles.py`).
 
 Ends of lines are no features: they are never pruned and come between the kept tokens at the end.
 
-Shape letters: as in `prune/__init__.py`; t tiles, C tokens of a tile, P visual tokens that may be pruned (the N of strategies), R ends of
+Shape letters: as in `prune/__init__.py`; t tiles, C tokens of a tile, P visual tokens that may be pruned (the N of pruners), R ends of
 lines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,47 +53,10 @@ def corners_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
     return gather
 
 
-@dataclass(frozen=True)
-class TiledFeatures(prune.VisionFeatures):
-    """Features of one image, whose scores and keys are those of its tiles.
-
-    Attributes:
-        tiles: features of the tiles as a batch.
-        gather: picks the image's tokens.
-    """
-
-    tiles: prune.VisionFeatures = field(kw_only=True)
-    gather: Gather = field(kw_only=True)
-
-    @property
-    def class_attention_BN(self) -> Tensor | None:
-        """See `VisionFeatures`; of the class token of each patch's own tile."""
-        return self._scores(self.tiles.class_attention_BN)
-
-    @property
-    def mean_keys_BND(self) -> Tensor | None:
-        """See `VisionFeatures`."""
-        return self._gathered(self.tiles.mean_keys_BND)
-
-    @property
-    def following_attention_BN(self) -> Tensor | None:
-        """See `VisionFeatures`; of the class token of each patch's own tile."""
-        return self._scores(self.tiles.following_attention_BN)
-
-    @property
-    def following_patch_keys_BNE(self) -> Tensor | None:
-        """See `VisionFeatures`."""
-        return self._gathered(self.tiles.following_patch_keys_BNE)
-
-    def _scores(self, scores_tC: Tensor | None) -> Tensor | None:
-        return None if scores_tC is None else self.gather(scores_tC[..., None])[..., 0]
-
-    def _gathered(self, keys_tCE: Tensor | None) -> Tensor | None:
-        return None if keys_tCE is None else self.gather(keys_tCE)
-
-
-def features_of_image(tiles: prune.VisionFeatures, gather: Gather, whole: int) -> TiledFeatures:
-    """Features of one image from those of its tiles.
+def features_of_image(
+    tiles: prune.VisionFeatures[Tensor], gather: Gather, whole: int
+) -> prune.VisionFeatures[Tensor]:
+    """Features of one image from those of its tiles: scores and keys of a patch are those of its own tile.
 
     Args:
         tiles: as a batch.
@@ -105,19 +67,24 @@ def features_of_image(tiles: prune.VisionFeatures, gather: Gather, whole: int) -
     def gathered(tokens_tCE: Tensor | None) -> Tensor | None:
         return None if tokens_tCE is None else gather(tokens_tCE)
 
-    class_token_tE, patches_tCE = tiles.class_token_BE, tiles.patches_BNE
+    def scores(scores_tC: Tensor | None) -> Tensor | None:
+        return None if scores_tC is None else gather(scores_tC[..., None])[..., 0]
+
+    class_token_tE, patches_tCE = tiles.class_token, tiles.patches
     numbers_tC1 = torch.arange(patches_tCE.shape[0])[:, None, None].expand(-1, patches_tCE.shape[1], -1)
-    return TiledFeatures(
-        patches_BNE=gather(tiles.patches_BNE),
+    return prune.VisionFeatures(
+        patches=gather(patches_tCE),
         grid=None,
-        class_token_BE=None if class_token_tE is None else class_token_tE[whole][None],
-        projected_BNH=gathered(tiles.projected_BNH),
-        aligned_BNP=gathered(tiles.aligned_BNP),
-        text_BP=tiles.text_BP,
-        tile_N=gather(numbers_tC1).flatten(),
+        class_attention=lambda: scores(tiles.class_attention),
+        class_token=None if class_token_tE is None else class_token_tE[whole][None],
+        mean_keys=lambda: gathered(tiles.mean_keys),
+        following_attention=lambda: scores(tiles.following_attention),
+        following_keys=lambda: gathered(tiles.following_keys),
+        projected=gathered(tiles.projected),
+        aligned=gathered(tiles.aligned),
+        text=tiles.text,
+        tile=gather(numbers_tC1).flatten(),
         aligned_inversely=tiles.aligned_inversely,
-        tiles=tiles,
-        gather=gather,
     )
 
 

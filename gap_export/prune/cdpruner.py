@@ -27,19 +27,19 @@ _SMALLEST = 1e-6
 _CHOSEN = -1.0
 
 
-def relevance(features: VisionFeatures) -> Tensor:
+def relevance(features: VisionFeatures[Tensor]) -> Tensor:
     """[B, N] float32: the match with the expression, scaled to 0..1 within the image; never quite 0."""
     scores_BN = text_similarity.scores(features)
     least_B1, most_B1 = scores_BN.amin(dim=-1, keepdim=True), scores_BN.amax(dim=-1, keepdim=True)
     return (scores_BN - least_B1 + _SMALLEST) / (most_B1 - least_B1).clamp(min=_SMALLEST)
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`; best first is the order of the choice."""
-    if features.projected_BNH is None:
+    if features.projected is None:
         raise ValueError("cdpruner needs projected tokens")
     weight_BN = relevance(features).square()
-    tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
+    tokens_BNH = normalize(features.projected.float(), dim=-1)
     tokens_N = torch.arange(features.visual_tokens)
 
     def step(state: tuple[Tensor, ...], _: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

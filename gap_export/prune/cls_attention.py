@@ -12,18 +12,18 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 
 
-def scores(features: VisionFeatures) -> Tensor:
+def scores(features: VisionFeatures[Tensor]) -> Tensor:
     """Score of every patch.
 
     Returns:
         [B, N] float32: softmax over class token and patches, class column dropped without renormalising.
     """
-    scores_BN = features.class_attention_BN
+    scores_BN = features.class_attention
     if scores_BN is None:
         raise ValueError("cls_attention needs a vision tower with a class token")
     return scores_BN
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`."""
     return Selected(scores(features).topk(kept, dim=-1).indices)

@@ -13,6 +13,7 @@ K splits into 4 pivots and K - 4 others, dealt evenly, the first pivots taking o
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
@@ -29,11 +30,11 @@ def shares(kept: int) -> tuple[int, ...]:
     return tuple((others + PIVOTS - 1 - pivot) // PIVOTS for pivot in range(PIVOTS))
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`: pivots, then what each of them took, least alike first."""
-    if features.projected_BNH is None:
+    if features.projected is None:
         raise ValueError("dart needs projected tokens")
-    tokens_BNH = features.projected_BNH.float()
+    tokens_BNH = features.projected.float()
     pivots_BP = tokens_BNH.abs().sum(dim=-1).topk(PIVOTS, dim=-1).indices
     directions_BNH = normalize(tokens_BNH, dim=-1)
     alike_BPN = torch.matmul(take(directions_BNH, pivots_BP), directions_BNH.transpose(1, 2))

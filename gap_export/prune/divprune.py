@@ -22,12 +22,12 @@ _FARTHER_THAN_ANY = 3.0
 _NEARER_THAN_ANY = -1.0
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`; best first is the order of the choice."""
-    if features.projected_BNH is None:
+    if features.projected is None:
         raise ValueError("divprune needs projected tokens")
     visual = features.visual_tokens
-    tokens_BNH = normalize(features.projected_BNH.float(), dim=-1)
+    tokens_BNH = normalize(features.projected.float(), dim=-1)
     distance_BNN = 1.0 - torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
     # (torch.eye would be traced with unsigned integers, which TensorRT does not read.)
     itself_NN = torch.arange(visual)[:, None] == torch.arange(visual)

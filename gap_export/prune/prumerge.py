@@ -25,13 +25,13 @@ from gap_export.prune.outliers import outlier_count
 NEIGHBOURS = 32
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`."""
     scores_BN = full_width_scores(features)
     return merged_into(features, scores_BN, layout(scores_BN, kept), merged_id)
 
 
-def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+def select_adaptive(features: VisionFeatures[Tensor], bound: int, *, merged_id: MergedId) -> Selected:
     """See `AdaptiveModule.select_adaptive`."""
     scores_BN = full_width_scores(features)
     own_B1 = outlier_count(scores_BN)
@@ -39,9 +39,9 @@ def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId
     return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
-def full_width_scores(features: VisionFeatures) -> Tensor:
+def full_width_scores(features: VisionFeatures[Tensor]) -> Tensor:
     """[B, N] float32: softmax over class token and patches in the following layer, class column dropped."""
-    scores_BN = features.following_attention_BN
+    scores_BN = features.following_attention
     if scores_BN is None:
         raise ValueError(
             "prumerge needs a vision tower with a class token and a layer after the feature layer"
@@ -49,7 +49,9 @@ def full_width_scores(features: VisionFeatures) -> Tensor:
     return scores_BN
 
 
-def merged_into(features: VisionFeatures, scores_BN: Tensor, layout: Layout, merged_id: MergedId) -> Selected:
+def merged_into(
+    features: VisionFeatures[Tensor], scores_BN: Tensor, layout: Layout, merged_id: MergedId
+) -> Selected:
     """Features of the kept tokens with their neighbours added, and the token that stands for all others.
 
     Args:
@@ -58,13 +60,9 @@ def merged_into(features: VisionFeatures, scores_BN: Tensor, layout: Layout, mer
         layout: what is kept in which row.
         merged_id: index of the appended token.
     """
-    visual, patches_BNE, keys_BNE = (
-        features.visual_tokens,
-        features.patches_BNE,
-        features.following_patch_keys_BNE,
-    )
-    assert keys_BNE is not None
-    keys_BNE = normalize(keys_BNE, dim=-1)
+    visual, patches_BNE = features.visual_tokens, features.patches
+    assert features.following_keys is not None
+    keys_BNE = normalize(features.following_keys, dim=-1)
     is_itself_BKN = layout.ranked_BK[:, :, None] == torch.arange(visual)
     alike_BKN = torch.matmul(take(keys_BNE, layout.ranked_BK), keys_BNE.transpose(1, 2))
     nearest_BKJ = (

@@ -40,7 +40,7 @@ def by_score(kept: int) -> int:
     return best
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`; tokens kept by score come first."""
     scores_BN = full_width_scores(features)
     best = by_score(kept)
@@ -51,7 +51,7 @@ def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedI
     return merged_into(features, scores_BN, layout(preference_BN, kept), merged_id)
 
 
-def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+def select_adaptive(features: VisionFeatures[Tensor], bound: int, *, merged_id: MergedId) -> Selected:
     """See `AdaptiveModule.select_adaptive`; tokens kept by score come first."""
     visual, scores_BN = features.visual_tokens, full_width_scores(features)
     best_B1, tokens_N = outlier_count(scores_BN), torch.arange(features.visual_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gap_export.positions import Ids, MergedId
 from gap_export.prune import Selected, VisionFeatures
@@ -22,9 +23,9 @@ def drawn_indices(visual_tokens: int, seed: int) -> list[int]:
     return [int(index) for index in np.argsort(lots(seed)[:visual_tokens])]
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`; the order of the draw stands in for a score."""
-    images = features.patches_BNE.shape[0]
+    images = features.patches.shape[0]
     if features.grid is not None:
         drawn_N = torch.tensor(drawn_indices(features.visual_tokens, seed), dtype=torch.int64)
         return Selected(drawn_N[:kept].expand(images, -1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
@@ -21,7 +22,7 @@ def used_rows(grid: tuple[int, int], kept: int) -> int:
     return min(max(round(math.sqrt(kept * rows / columns)), fewest, 1), rows, kept)
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`."""
     if features.grid is None:
         raise ValueError("spatial needs patches that lie on one grid")
@@ -34,4 +35,4 @@ def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedI
     first_K, end_K = stripe_K * kept // used_1, (stripe_K + 1) * kept // used_1
     row_K = (2 * stripe_K + 1) * rows // (2 * used_1)
     column_K = (2 * (points_K - first_K) + 1) * columns // (2 * (end_K - first_K))
-    return Selected((row_K * columns + column_K).expand(features.patches_BNE.shape[0], -1))
+    return Selected((row_K * columns + column_K).expand(features.patches.shape[0], -1))

@@ -18,7 +18,7 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
 
 
-def scores(features: VisionFeatures) -> Tensor:
+def scores(features: VisionFeatures[Tensor]) -> Tensor:
     """Score of every patch.
 
     Returns:
@@ -29,18 +29,18 @@ def scores(features: VisionFeatures) -> Tensor:
     return matching(features, cosine_BN[..., 0])
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`."""
     return Selected(scores(features).topk(kept, dim=-1).indices)
 
 
-def aligned_pair(features: VisionFeatures) -> tuple[Tensor, Tensor]:
+def aligned_pair(features: VisionFeatures[Tensor]) -> tuple[Tensor, Tensor]:
     """[B, N, P] and [B, P] float32: patches and expression in the space they share."""
-    if features.aligned_BNP is None or features.text_BP is None:
+    if features.aligned is None or features.text is None:
         raise ValueError("strategies that look at the expression need a text tower")
-    return features.aligned_BNP.float(), features.text_BP.float()
+    return features.aligned.float(), features.text.float()
 
 
-def matching(features: VisionFeatures, similarity_BN: Tensor) -> Tensor:
+def matching(features: VisionFeatures[Tensor], similarity_BN: Tensor) -> Tensor:
     """The similarity, its sign turned where patches that match are less similar than others."""
     return -similarity_BN if features.aligned_inversely else similarity_BN

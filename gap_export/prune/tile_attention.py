@@ -8,6 +8,7 @@ tile it is `cls_attention`.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures, cls_attention
@@ -18,10 +19,10 @@ SHARES = 2**19
 MOST_TILES = 64
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`; of patches at the same place in their tiles, that of the first tile is better."""
     scores_BN, places_N = cls_attention.scores(features), torch.arange(features.visual_tokens)
-    tile_N = torch.zeros_like(places_N) if features.tile_N is None else features.tile_N
+    tile_N = torch.zeros_like(places_N) if features.tile is None else features.tile
     beside_NN = tile_N[:, None] == tile_N
     mine_BN1, theirs_B1N = scores_BN[:, :, None], scores_BN[:, None]
     is_better_BNN = (theirs_B1N > mine_BN1) | ((theirs_B1N == mine_BN1) & (places_N < places_N[:, None]))

@@ -26,12 +26,12 @@ _FAR_ABOVE = 60.0
 """Logarithm of a score that is an outlier whatever the others are; its exponential is finite in float32."""
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`."""
     return _with_mean(features, layout(_logits(features), kept), merged_id)
 
 
-def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId) -> Selected:
+def select_adaptive(features: VisionFeatures[Tensor], bound: int, *, merged_id: MergedId) -> Selected:
     """See `AdaptiveModule.select_adaptive`."""
     logits_BN = _logits(features)
     own_B1 = outlier_count(_relative_scores(logits_BN))
@@ -39,7 +39,7 @@ def select_adaptive(features: VisionFeatures, bound: int, *, merged_id: MergedId
     return replace(selected, counts_B=own_B1[:, 0] + 1)
 
 
-def _logits(features: VisionFeatures) -> Tensor:
+def _logits(features: VisionFeatures[Tensor]) -> Tensor:
     """[B, N] float32; ranked as the scores are, but apart where the softmax of far ones is 0."""
     aligned_BNP, text_BP = aligned_pair(features)
     return matching(features, torch.matmul(aligned_BNP, text_BP[..., None])[..., 0])
@@ -56,8 +56,8 @@ def _relative_scores(logits_BN: Tensor) -> Tensor:
     return (logits_BN - quartile_B1).clamp(max=_FAR_ABOVE).exp()
 
 
-def _with_mean(features: VisionFeatures, layout: Layout, merged_id: MergedId) -> Selected:
-    patches_BNE = features.patches_BNE
+def _with_mean(features: VisionFeatures[Tensor], layout: Layout, merged_id: MergedId) -> Selected:
+    patches_BNE = features.patches
     shares_BN = layout.is_rest_BN / layout.is_rest_BN.sum(dim=-1, keepdim=True)
     mean_B1E = torch.matmul(shares_BN[:, None], patches_BNE.float()).to(patches_BNE.dtype)
     return Selected(

@@ -12,6 +12,7 @@ stand; the class token stands nowhere and is given an index by `merged_id`, its 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from gap_export.positions import MergedId
@@ -26,11 +27,11 @@ def contextual_count(kept: int) -> int:
     return (kept * 10 + 32) // 64
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`: class token, dominant patches by score, contextual tokens in raster order."""
-    if features.class_token_BE is None or features.mean_keys_BND is None:
+    if features.class_token is None or features.mean_keys is None:
         raise ValueError("visionzip needs a vision tower with a class token")
-    visual, patches_BNE = features.visual_tokens, features.patches_BNE
+    visual, patches_BNE = features.visual_tokens, features.patches
     contextual = contextual_count(kept)
     dominant = kept - contextual - 1
     step = torch.sym_max(1, (visual - dominant) // torch.sym_max(1, contextual))
@@ -48,7 +49,7 @@ def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedI
     chosen_BK = torch.where(is_target_K, target_BK, dominant_BK)
     class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
 
-    keys_BND = normalize(features.mean_keys_BND, dim=-1)
+    keys_BND = normalize(features.mean_keys, dim=-1)
     alike_BKN = torch.matmul(take(keys_BND, chosen_BK), keys_BND.transpose(1, 2))
     nearest_BN = alike_BKN.masked_fill(~is_target_K[:, None], _LESS_THAN_ANY).argmax(dim=1)
     is_other_BN = torch.ones_like(scores_BN).scatter(1, chosen_BK, 0.0)
@@ -57,5 +58,5 @@ def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedI
     tokens_BKE = take(patches_BNE, chosen_BK).float() + torch.matmul(mean_BKN, patches_BNE.float())
     return Selected(
         torch.where(is_class_K, class_B1, chosen_BK),
-        torch.where(is_class_K[:, None], features.class_token_BE[:, None], tokens_BKE.to(patches_BNE.dtype)),
+        torch.where(is_class_K[:, None], features.class_token[:, None], tokens_BKE.to(patches_BNE.dtype)),
     )

@@ -30,12 +30,12 @@ def rounds(visual_tokens: int, kept: int) -> int:
     return (visual_tokens - kept + DROPPED_PER_ROUND - 1) // DROPPED_PER_ROUND + 2
 
 
-def select(features: VisionFeatures, kept: int, *, seed: int, merged_id: MergedId) -> Selected:
+def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`; important tokens come first."""
     visual, important = features.visual_tokens, kept // 2
     wanted = kept - important
     ranked_BN = cls_attention.scores(features).topk(visual, dim=-1).indices
-    tokens_BNE = take(normalize(features.patches_BNE.float(), dim=-1), ranked_BN)
+    tokens_BNE = take(normalize(features.patches.float(), dim=-1), ranked_BN)
     alike_BNN = torch.matmul(tokens_BNE, tokens_BNE.transpose(1, 2))
 
     def thin(place_BN: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:

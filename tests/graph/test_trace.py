@@ -321,7 +321,7 @@ class Chooses(nn.Module):
         from gap_export.positions import MergedId
 
         patches_BNE = tokens * self.scale
-        features = prune.VisionFeatures(patches_BNE=patches_BNE, grid=None, projected_BNH=patches_BNE)
+        features = prune.VisionFeatures(patches=patches_BNE, grid=None, projected=patches_BNE)
         kept = self.kept if keep_count is None else keep_count.shape[0]
         assert kept is not None
         pruner = prune.load("divprune")

@@ -22,7 +22,7 @@ from gap_export.graph import passes, weights
 from gap_export.graph.trace_cache import Tracer
 from gap_export.plan import plan_for
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.prune import VisionFeatures, order, reference
+from gap_export.prune import order, reference
 from gap_export.recipe.recipe import Recipe
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -85,7 +85,7 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
         """As torch code, from the fewest to all of 20 tokens, three images each: order, range, reference."""
         row, visual = prune.row(pruner), SMALL[0] * SMALL[1]
         arrays = sets.random_features(np.random.default_rng(6), SMALL, batch=3, width=48)
-        features = VisionFeatures(grid=SMALL, **{n: torch.from_numpy(a.copy()) for n, a in arrays.items()})
+        features = sets.features_of({n: torch.from_numpy(a.copy()) for n, a in arrays.items()}, SMALL)
         for kept in range(row.min_tokens, visual + 1):
             selected = prune.load(pruner).select(features, kept, seed=0, merged_id=merged_id)
             selected = order.in_decoder_order(selected, PositionPolicy.GAP)
@@ -96,8 +96,8 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
             assert (np.diff(indices, axis=1) >= (0 if row.merged else 1)).all()
             for image in range(3):
                 assert len(set(indices[image])) >= kept - row.merged
-                seen = sets.seen(arrays, image, SMALL)
-                choice = reference.choose(pruner, seen, kept, seed=0, merged_id=merged_id)
+                alone = sets.features_in_float64(arrays, image, SMALL)
+                choice = reference.choose(pruner, alone, kept, seed=0, merged_id=merged_id)
                 places = np.argsort(choice.indices_K, kind="stable")
                 assert np.array_equal(indices[image], choice.indices_K[places]), kept
                 if selected.patches_BKE is not None:

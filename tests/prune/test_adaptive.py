@@ -44,10 +44,10 @@ def test_large_products_do_not_hide_the_quartiles(spread: float) -> None:
     for _ in range(20):
         aligned, text = np.eye(144, dtype=np.float32), generator.normal(0.0, spread, 144).astype(np.float32)
         features = VisionFeatures(
-            patches_BNE=torch.zeros(1, 144, 2),
+            patches=torch.zeros(1, 144, 2),
             grid=(12, 12),
-            aligned_BNP=torch.from_numpy(aligned)[None],
-            text_BP=torch.from_numpy(text)[None],
+            aligned=torch.from_numpy(aligned)[None],
+            text=torch.from_numpy(text)[None],
             aligned_inversely=False,
         )
         selected = prune.load_adaptive("trim").select_adaptive(features, 144, merged_id=MergedId.LAST_VISUAL)
@@ -98,7 +98,7 @@ def test_tensorrt_builds_the_selection(
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_padding_comes_last_in_every_order(sets: Any, name: str, merged_id: MergedId) -> None:
     arrays = sets.random_features(np.random.default_rng(4), GRID, batch=6, width=48)
-    features = VisionFeatures(grid=GRID, **{key: torch.from_numpy(a.copy()) for key, a in arrays.items()})
+    features = sets.features_of({key: torch.from_numpy(a.copy()) for key, a in arrays.items()}, GRID)
     for bound in (2, 9, 20):
         selected = prune.load_adaptive(name).select_adaptive(features, bound, merged_id=merged_id)
         assert selected.counts_B is not None
@@ -121,7 +121,7 @@ def test_padding_comes_last_in_every_order(sets: Any, name: str, merged_id: Merg
 def test_a_count_found_equals_that_count_asked_for(sets: Any, name: str) -> None:
     """A strategy's two counts differ in how they split only where it says so: PruMerge+."""
     arrays = sets.random_features(np.random.default_rng(5), GRID, batch=1, width=48)
-    features = VisionFeatures(grid=GRID, **{key: torch.from_numpy(a.copy()) for key, a in arrays.items()})
+    features = sets.features_of({key: torch.from_numpy(a.copy()) for key, a in arrays.items()}, GRID)
     last = {"merged_id": MergedId.LAST_VISUAL}
     found = prune.load_adaptive(name).select_adaptive(features, 20, **last)  # type: ignore[arg-type]
     assert found.counts_B is not None

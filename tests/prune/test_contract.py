@@ -25,7 +25,7 @@ GRID, HEADS, WIDTH = (4, 5), 3, 8
 VISUAL = GRID[0] * GRID[1]
 
 
-def select(name: str, whole: VisionFeatures, kept: int, seed: int = 0) -> torch.Tensor:
+def select(name: str, whole: VisionFeatures[torch.Tensor], kept: int, seed: int = 0) -> torch.Tensor:
     return prune.load(name).select(whole, kept, seed=seed, merged_id=MergedId.LAST_VISUAL).indices_BK
 
 
@@ -49,8 +49,25 @@ def tensors(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> dict
     }
 
 
-def features(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> VisionFeatures:
-    return VisionFeatures(grid=grid, **tensors(batch, grid, seed))  # type: ignore[arg-type]
+def features_of(given: dict[str, torch.Tensor], grid: tuple[int, int] = GRID) -> VisionFeatures[torch.Tensor]:
+    return VisionFeatures(
+        patches=given["patches_BNE"],
+        grid=grid,
+        class_attention=prune.class_attention(given["class_query_BAD"], given["keys_BATD"]),
+        class_token=given["class_token_BE"],
+        mean_keys=prune.mean_keys(given["keys_BATD"]),
+        following_attention=prune.class_attention(
+            given["following_query_BE"][:, None], given["following_keys_BTE"][:, None]
+        ),
+        following_keys=given["following_keys_BTE"][:, 1:],
+        projected=given["projected_BNH"],
+        aligned=given["aligned_BNP"],
+        text=given["text_BP"],
+    )
+
+
+def features(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> VisionFeatures[torch.Tensor]:
+    return features_of(tensors(batch, grid, seed), grid)
 
 
 def counts_of(name: str) -> list[int]:
@@ -76,10 +93,7 @@ def test_survivors_are_distinct_and_in_range_at_every_count(name: str) -> None:
 def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     kept = counts_of(name)[len(counts_of(name)) // 2]
     whole = tensors()
-    alone = [
-        VisionFeatures(grid=GRID, **{name: tensor[row : row + 1] for name, tensor in whole.items()})  # type: ignore[arg-type]
-        for row in range(4)
-    ]
+    alone = [features_of({name: tensor[row : row + 1] for name, tensor in whole.items()}) for row in range(4)]
     expected = [select(name, image, kept, 3)[0].tolist() for image in alone]
     assert select(name, features(), kept, 3).tolist() == expected
 
@@ -108,7 +122,7 @@ def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None
     bare = replace(
         features(),
         **dict.fromkeys(
-            ("class_query_BAD", "keys_BATD", "class_token_BE", "following_query_BE", "following_keys_BTE")
+            ("class_attention", "class_token", "mean_keys", "following_attention", "following_keys")
         ),
     )
     kept = counts_of(name)[-1]
@@ -191,12 +205,12 @@ def scores_in_float64(query_AD: NDArray[Any], keys_ATD: NDArray[Any]) -> NDArray
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=30)
 def test_class_attention_equals_float64(seed: int) -> None:
-    whole = features(batch=2, seed=seed)
-    assert whole.class_query_BAD is not None
-    assert whole.keys_BATD is not None
+    given_by_layers = tensors(batch=2, seed=seed)
+    whole = features_of(given_by_layers)
     scores = cls_attention.scores(whole).numpy()
     for row in range(2):
-        expected = scores_in_float64(whole.class_query_BAD[row].numpy(), whole.keys_BATD[row].numpy())
+        query, keys = (given_by_layers[name][row].numpy() for name in ("class_query_BAD", "keys_BATD"))
+        expected = scores_in_float64(query, keys)
         assert np.abs(scores[row] - expected).max() < 1e-6
         kept = select("cls_attention", whole, 6)[row].tolist()
         assert kept == np.argsort(-expected)[:6].tolist()
@@ -214,10 +228,12 @@ def test_class_attention_equals_the_eager_attention_map_of_transformers(tiny_che
         normed = tower.encoder.layers[layer].layer_norm1(seen.hidden_states[layer])
         heads = (attention.num_heads, attention.head_dim)
         own = VisionFeatures(
-            patches_BNE=seen.hidden_states[-2][:, 1:],
+            patches=seen.hidden_states[-2][:, 1:],
             grid=(6, 6),
-            class_query_BAD=attention.q_proj(normed[:, 0]).unflatten(-1, heads),
-            keys_BATD=attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2),
+            class_attention=prune.class_attention(
+                attention.q_proj(normed[:, 0]).unflatten(-1, heads),
+                attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2),
+            ),
         )
         expected = seen.attentions[-2].mean(dim=1)[:, 0, 1:]
     assert seen.attentions[-2] is seen.attentions[layer]

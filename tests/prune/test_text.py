@@ -16,93 +16,93 @@ READERS = [row.name for row in prune.PRUNERS.values() if row.needs_text]
 GRID, VISUAL = (4, 5), 20
 
 
-def features(seed: int = 0, batch: int = 2, projected: int = 32) -> VisionFeatures:
+def features(seed: int = 0, batch: int = 2, projected: int = 32) -> VisionFeatures[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(batch, *shape, generator=generator)
 
     return VisionFeatures(
-        patches_BNE=normal(VISUAL, 8),
+        patches=normal(VISUAL, 8),
         grid=GRID,
-        projected_BNH=normal(VISUAL, projected),
-        aligned_BNP=normal(VISUAL, 16),
-        text_BP=normal(16),
+        projected=normal(VISUAL, projected),
+        aligned=normal(VISUAL, 16),
+        text=normal(16),
     )
 
 
-def chosen(name: str, seen: VisionFeatures, kept: int) -> list[list[int]]:
+def chosen(name: str, shown: VisionFeatures[torch.Tensor], kept: int) -> list[list[int]]:
     indices: list[list[int]] = (
-        prune.load(name).select(seen, kept, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK.tolist()
+        prune.load(name).select(shown, kept, seed=0, merged_id=MergedId.LAST_VISUAL).indices_BK.tolist()
     )
     return indices
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_the_patch_that_matches_comes_first_under_both_signs(name: str) -> None:
-    seen = features()
-    assert seen.aligned_BNP is not None
-    assert seen.text_BP is not None
-    seen.aligned_BNP[:, 7] = 3 * seen.text_BP
-    seen.aligned_BNP[:, 11] = -3 * seen.text_BP
-    assert [row[0] for row in chosen(name, replace(seen, aligned_inversely=False), 5)] == [7, 7]
-    assert [row[0] for row in chosen(name, replace(seen, aligned_inversely=True), 5)] == [11, 11]
+    shown = features()
+    assert shown.aligned is not None
+    assert shown.text is not None
+    shown.aligned[:, 7] = 3 * shown.text
+    shown.aligned[:, 11] = -3 * shown.text
+    assert [row[0] for row in chosen(name, replace(shown, aligned_inversely=False), 5)] == [7, 7]
+    assert [row[0] for row in chosen(name, replace(shown, aligned_inversely=True), 5)] == [11, 11]
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_another_expression_gives_another_choice(name: str) -> None:
-    seen = features()
-    assert seen.text_BP is not None
-    assert chosen(name, seen, 9) != chosen(name, replace(seen, text_BP=seen.text_BP.flip(1)), 9)
+    shown = features()
+    assert shown.text is not None
+    assert chosen(name, shown, 9) != chosen(name, replace(shown, text=shown.text.flip(1)), 9)
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_tower_without_text_is_refused(name: str) -> None:
-    for lacking in ("text_BP", "aligned_BNP"):
+    for lacking in ("text", "aligned"):
         with pytest.raises(ValueError, match="need a text tower"):
             chosen(name, replace(features(), **{lacking: None}), 5)  # type: ignore[arg-type]
 
 
 def test_only_trim_follows_the_length_of_a_patch() -> None:
     """Raw products there, cosines elsewhere."""
-    seen = replace(features(), aligned_inversely=False)
-    assert seen.aligned_BNP is not None
-    longer = replace(seen, aligned_BNP=seen.aligned_BNP * torch.linspace(1.0, 9.0, VISUAL)[:, None])
-    assert chosen("trim", longer, 9) != chosen("trim", seen, 9)
-    torch.testing.assert_close(text_similarity.scores(longer), text_similarity.scores(seen))
-    assert chosen("cdpruner", longer, 9) == chosen("cdpruner", seen, 9)
+    shown = replace(features(), aligned_inversely=False)
+    assert shown.aligned is not None
+    longer = replace(shown, aligned=shown.aligned * torch.linspace(1.0, 9.0, VISUAL)[:, None])
+    assert chosen("trim", longer, 9) != chosen("trim", shown, 9)
+    torch.testing.assert_close(text_similarity.scores(longer), text_similarity.scores(shown))
+    assert chosen("cdpruner", longer, 9) == chosen("cdpruner", shown, 9)
 
 
 @pytest.mark.parametrize("kept", [2, 9, 20])
 def test_the_last_token_of_trim_is_the_mean_of_what_was_dropped(kept: int) -> None:
-    seen = features()
-    selected = trim.select(seen, kept, seed=0, merged_id=MergedId.LAST_VISUAL)
+    shown = features()
+    selected = trim.select(shown, kept, seed=0, merged_id=MergedId.LAST_VISUAL)
     assert selected.patches_BKE is not None
     for row, indices in enumerate(selected.indices_BK.tolist()):
         own = indices[:-1]
         dropped = [token for token in range(VISUAL) if token not in own]
-        torch.testing.assert_close(selected.patches_BKE[row, -1], seen.patches_BNE[row, dropped].mean(dim=0))
-        assert torch.equal(selected.patches_BKE[row, :-1], seen.patches_BNE[row, own])
+        torch.testing.assert_close(selected.patches_BKE[row, -1], shown.patches[row, dropped].mean(dim=0))
+        assert torch.equal(selected.patches_BKE[row, :-1], shown.patches[row, own])
         assert indices[-1] == VISUAL - 1
 
 
 def test_relevance_is_scaled_within_each_image() -> None:
-    seen = features()
-    assert seen.aligned_BNP is not None
-    relevance = cdpruner.relevance(seen)
+    shown = features()
+    assert shown.aligned is not None
+    relevance = cdpruner.relevance(shown)
     assert relevance.amin(dim=1).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
     assert relevance.amax(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
-    flat = cdpruner.relevance(replace(seen, aligned_BNP=torch.ones_like(seen.aligned_BNP)))
+    flat = cdpruner.relevance(replace(shown, aligned=torch.ones_like(shown.aligned)))
     assert flat.isfinite().all()
     assert (flat == flat[:, :1]).all()
 
 
 def test_cdpruner_takes_what_makes_the_determinant_largest() -> None:
     """The kernel written out, and every candidate tried at every step."""
-    seen = features(batch=1)
-    assert seen.projected_BNH is not None
-    relevance = cdpruner.relevance(seen)[0].double().numpy()
-    tokens = seen.projected_BNH[0].double().numpy()
+    shown = features(batch=1)
+    assert shown.projected is not None
+    relevance = cdpruner.relevance(shown)[0].double().numpy()
+    tokens = shown.projected[0].double().numpy()
     tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
     kernel = relevance[:, None] * (tokens @ tokens.T) * relevance
     expected: list[int] = []
@@ -113,30 +113,30 @@ def test_cdpruner_takes_what_makes_the_determinant_largest() -> None:
             if token not in expected
         }
         expected.append(max(size, key=lambda token: size[token]))
-    assert chosen("cdpruner", seen, 8) == [expected]
+    assert chosen("cdpruner", shown, 8) == [expected]
 
 
 def test_what_the_chosen_ones_span_goes_by_relevance() -> None:
     """Four dimensions hold four tokens; after that nothing is new, and rounding must not decide."""
-    seen = features(projected=4)
-    relevance = cdpruner.relevance(seen)
-    for row, indices in enumerate(chosen("cdpruner", seen, VISUAL)):
+    shown = features(projected=4)
+    relevance = cdpruner.relevance(shown)
+    for row, indices in enumerate(chosen("cdpruner", shown, VISUAL)):
         assert sorted(indices) == list(range(VISUAL))
         rest = relevance[row, indices[4:]]
         assert (rest.diff() <= 0).all()
 
 
 def test_the_reference_turns_the_sign_too() -> None:
-    seen = features(batch=1)
-    assert seen.aligned_BNP is not None
-    assert seen.text_BP is not None
-    assert seen.projected_BNH is not None
-    image = reference.Seen(
-        patches_NE=seen.patches_BNE[0].double().numpy(),
+    shown = features(batch=1)
+    assert shown.aligned is not None
+    assert shown.text is not None
+    assert shown.projected is not None
+    image = VisionFeatures(
+        patches=shown.patches[0].double().numpy(),
         grid=GRID,
-        projected_NH=seen.projected_BNH[0].double().numpy(),
-        aligned_NP=seen.aligned_BNP[0].double().numpy(),
-        text_P=seen.text_BP[0].double().numpy(),
+        projected=shown.projected[0].double().numpy(),
+        aligned=shown.aligned[0].double().numpy(),
+        text=shown.text[0].double().numpy(),
     )
     for name in READERS:
         signs = [
@@ -147,4 +147,4 @@ def test_the_reference_turns_the_sign_too() -> None:
         ]
         assert signs[0].indices_K.tolist() != signs[1].indices_K.tolist()
         for sign, choice in zip((True, False), signs, strict=True):
-            assert chosen(name, replace(seen, aligned_inversely=sign), 6) == [choice.indices_K.tolist()]
+            assert chosen(name, replace(shown, aligned_inversely=sign), 6) == [choice.indices_K.tolist()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +23,21 @@ from gap_export import families
 from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
+from gap_export.prune import VisionFeatures
 from gap_export.prune.reference import Choice
 
-Shown = dict[str, Tensor | None]
-"""What a tower shows of one image: fields of `prune.reference.Seen`, besides whatever the model itself wants back."""
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a tower gives of one image.
+
+    Attributes:
+        shown: what pruners read, of this image alone.
+        beside: what else the model wants back in `ReferenceModel.tokens`, or a text tower, by name.
+    """
+
+    shown: VisionFeatures[Tensor]
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ReferenceModel(Protocol):
@@ -47,15 +59,15 @@ class ReferenceModel(Protocol):
     language_model: Any
     lm_head: nn.Module
 
-    def see(self, pixels: PixelInputs) -> list[Shown]:
-        """What the tower shows of every image of a call."""
+    def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
+        """What the tower gives of every image of a call."""
         ...
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """What enters the decoder of one image.
 
         Args:
-            shown: as `see` gave it.
+            image: as `extract_features` gave it.
             choice: what is kept, in the order in which it enters the decoder.
 
         Returns:

@@ -2,49 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gap_export.families.reference import Shown
+from gap_export.families.reference import ImageFeatures
+from gap_export.prune import VisionFeatures
+from gap_export.prune.reference import Choice
 
 
-def shown_by_clip(tower: Any, pixel_values_BCHW: Tensor, feature_layer: int) -> list[Shown]:
-    """Fields of `prune.reference.Seen` for every image, `projected_NH` and those about text left out.
+def clip_features(
+    tower: Any,
+    pixel_values_BCHW: Tensor,
+    feature_layer: int,
+    *,
+    grid: tuple[int, int] | None,
+    projector: Callable[[Tensor], Tensor] | None = None,
+) -> list[ImageFeatures]:
+    """Features of every image or tile, those about text left out; beside them `normed`, the patches as the text tower wants them.
 
     Args:
         tower: transformers' CLIP vision model, with eager attention.
         pixel_values_BCHW: images or tiles.
         feature_layer: `vision_feature_layer` of the config, counting hidden states.
+        grid: (rows, columns) of the patches, where all images have the same.
+        projector: of the patches; left out, there are no projected ones.
     """
-    seen = tower(pixel_values_BCHW, output_hidden_states=True, output_attentions=True)
+    states = tower(pixel_values_BCHW, output_hidden_states=True, output_attentions=True)
     # Hidden states are numbered from the embeddings on, so layer `run - 1` turns state `run - 1` into state `run`.
     layers = tower.encoder.layers
     run = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
-    into_BTE, out_BTE = seen.hidden_states[run - 1], seen.hidden_states[run]
+    into_BTE, out_BTE = states.hidden_states[run - 1], states.hidden_states[run]
     scoring = layers[run - 1].self_attn
     keys_BTE = scoring.k_proj(layers[run - 1].layer_norm1(into_BTE))
-    above_BTE = layers[run].layer_norm1(out_BTE) if run < len(layers) else None
-    fields: dict[str, Tensor | None] = {
-        "patches_NE": out_BTE[:, 1:],
-        "attention_N": seen.attentions[run - 1].float().mean(dim=1)[:, 0, 1:],
-        "class_token_E": out_BTE[:, 0],
-        "keys_ND": keys_BTE.float().unflatten(-1, (scoring.num_heads, -1)).mean(dim=2)[:, 1:],
-        "following_query_E": None if above_BTE is None else layers[run].self_attn.q_proj(above_BTE[:, 0]),
-        "following_keys_TE": None if above_BTE is None else layers[run].self_attn.k_proj(above_BTE),
-        "normed_NE": tower.post_layernorm(out_BTE[:, 1:]),
-    }
-    return [
-        {name: None if field is None else field[row] for name, field in fields.items()}
-        for row in range(len(out_BTE))
-    ]
+    keys_BND = keys_BTE.float().unflatten(-1, (scoring.num_heads, -1)).mean(dim=2)[:, 1:]
+    attention_BN = states.attentions[run - 1].float().mean(dim=1)[:, 0, 1:]
+    query_above_BE = keys_above_BTE = None
+    if run < len(layers):
+        above_BTE = layers[run].layer_norm1(out_BTE)
+        query_above_BE = layers[run].self_attn.q_proj(above_BTE[:, 0])
+        keys_above_BTE = layers[run].self_attn.k_proj(above_BTE)
+    normed_BNE = tower.post_layernorm(out_BTE[:, 1:])
+    images = []
+    for row, out_TE in enumerate(out_BTE):
+        following_attention = following_keys = None
+        if query_above_BE is not None and keys_above_BTE is not None:
+            following_attention = _attention(query_above_BE[row], keys_above_BTE[row])
+            following_keys = keys_above_BTE[row, 1:]
+        features = VisionFeatures(
+            patches=out_TE[1:],
+            grid=grid,
+            class_attention=attention_BN[row],
+            class_token=out_TE[0],
+            mean_keys=keys_BND[row],
+            following_attention=following_attention,
+            following_keys=following_keys,
+            projected=None if projector is None else projector(out_TE[1:]),
+        )
+        images.append(ImageFeatures(features, {"normed": normed_BNE[row]}))
+    return images
 
 
-def chosen_features(shown: Shown, indices: Any, patches_KE: Any) -> Tensor:
-    """[K, E]: the patches at the indices, or what was merged from them."""
-    patches_NE = shown["patches_NE"]
-    assert patches_NE is not None
-    if patches_KE is None:
-        return patches_NE[torch.from_numpy(indices)]
-    return torch.from_numpy(patches_KE).to(patches_NE.dtype)
+def _attention(query_E: Tensor, keys_TE: Tensor) -> Tensor:
+    """[N] float64: attention of the class token to the patches, heads not split."""
+    logits_T = keys_TE.double() @ query_E.double() / len(query_E) ** 0.5
+    attention_N: Tensor = logits_T.softmax(dim=0)[1:]
+    return attention_N
+
+
+def chosen_features(image: ImageFeatures, choice: Choice) -> Tensor:
+    """[K, E]: the patches that were chosen, or what was merged from them."""
+    patches_NE = image.shown.patches
+    if choice.patches_KE is None:
+        return patches_NE[torch.from_numpy(choice.indices_K)]
+    return torch.from_numpy(choice.patches_KE).to(patches_NE.dtype)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
-from gap_export.families.reference import Shown
+from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
+from gap_export.prune import VisionFeatures
 from gap_export.prune.reference import Choice
 
 
@@ -32,29 +33,29 @@ class InternVLReference:
         self._model, self._projector = model.model, model.model.multi_modal_projector
         self._shrink = model.config.downsample_ratio
 
-    def see(self, pixels: PixelInputs) -> list[Shown]:
-        """See `ReferenceModel.see`."""
+    def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
+        """See `ReferenceModel.extract_features`."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         tower = self._model.vision_tower
-        seen = tower(values_tCHW, output_hidden_states=True, output_attentions=True)
+        states = tower(values_tCHW, output_hidden_states=True, output_attentions=True)
         last = tower.encoder.layer[-1]
-        normed_tTE = last.layernorm_before(seen.hidden_states[-2])
+        normed_tTE = last.layernorm_before(states.hidden_states[-2])
         keys_tTE = last.attention.k_norm(last.attention.k_proj(normed_tTE))
         keys_tCD = keys_tTE.float().unflatten(-1, (last.attention.num_heads, -1)).mean(dim=2)[:, 1:]
-        attention_tC = seen.attentions[-1].float().mean(dim=1)[:, 0, 1:]
-        patches_tCE = seen.last_hidden_state[:, 1:]
+        attention_tC = states.attentions[-1].float().mean(dim=1)[:, 0, 1:]
+        patches_tCE = states.last_hidden_state[:, 1:]
         side = int(patches_tCE.shape[1] ** 0.5)
         squares = self._model.pixel_shuffle(patches_tCE.unflatten(1, (side, side)), scale_factor=self._shrink)
         patches_NE = squares.flatten(0, 2)
-        return [
-            {
-                "patches_NE": patches_NE,
-                "attention_N": self._over_squares(attention_tC[..., None], side)[..., 0],
-                "keys_ND": self._over_squares(keys_tCD, side),
-                "tile_N": torch.arange(len(squares)).repeat_interleave(len(patches_NE) // len(squares)),
-                "projected_NH": self._projector(patches_NE),
-            }
-        ]
+        features = VisionFeatures(
+            patches_NE,
+            grid=None,
+            class_attention=self._over_squares(attention_tC[..., None], side)[..., 0],
+            mean_keys=self._over_squares(keys_tCD, side),
+            tile=torch.arange(len(squares)).repeat_interleave(len(patches_NE) // len(squares)),
+            projected=self._projector(patches_NE),
+        )
+        return [ImageFeatures(features)]
 
     def _over_squares(self, patches_tCE: Tensor, side: int) -> Tensor:
         """[N, E]: means over the patches of every token, from average pooling."""
@@ -62,6 +63,6 @@ class InternVLReference:
         means_tEHW = torch.nn.functional.avg_pool2d(images_tEHW, round(1 / self._shrink))
         return means_tEHW.permute(0, 2, 3, 1).flatten(0, 2)
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
-        return self._projector(chosen_features(shown, choice.indices_K, choice.patches_KE)), choice.indices_K
+        return self._projector(chosen_features(image, choice)), choice.indices_K

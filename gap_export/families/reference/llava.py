@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from gap_export.families.reference import Shown
-from gap_export.families.reference.clip import chosen_features, shown_by_clip
+from gap_export.families.reference import ImageFeatures
+from gap_export.families.reference.clip import chosen_features, clip_features
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
 from gap_export.prune.reference import Choice
@@ -32,12 +32,13 @@ class LlavaReference:
         self._tower, self._projector = model.model.vision_tower, model.model.multi_modal_projector
         self._feature_layer = model.config.vision_feature_layer
 
-    def see(self, pixels: PixelInputs) -> list[Shown]:
-        """See `ReferenceModel.see`."""
+    def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
+        """See `ReferenceModel.extract_features`."""
         values_BCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
-        batch = shown_by_clip(self._tower, values_BCHW, self._feature_layer)
-        return [{**shown, "projected_NH": self._projector(shown["patches_NE"])} for shown in batch]
+        return clip_features(
+            self._tower, values_BCHW, self._feature_layer, grid=self.grid, projector=self._projector
+        )
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
-        return self._projector(chosen_features(shown, choice.indices_K, choice.patches_KE)), choice.indices_K
+        return self._projector(chosen_features(image, choice)), choice.indices_K

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 
-from gap_export.families.reference import Shown
-from gap_export.families.reference.clip import chosen_features, shown_by_clip
+from gap_export.families.reference import ImageFeatures
+from gap_export.families.reference.clip import chosen_features, clip_features
 from gap_export.families.reference.lines import with_lines
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
+from gap_export.prune import VisionFeatures
 from gap_export.prune.reference import Choice
 
-_OF_PATCHES = ("patches_NE", "attention_N", "keys_ND", "normed_NE", "following_attention_N")
 _WHOLE = 0
 
 
@@ -36,48 +36,39 @@ class LlavaNextReference:
         self._tower, self._projector = model.model.vision_tower, model.model.multi_modal_projector
         self._newline_H, self._feature_layer = model.model.image_newline, model.config.vision_feature_layer
 
-    def see(self, pixels: PixelInputs) -> list[Shown]:
-        """See `ReferenceModel.see`."""
+    def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
+        """See `ReferenceModel.extract_features`."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
-        tiles = shown_by_clip(self._tower, values_tCHW, self._feature_layer)
-        for tile in tiles:
-            tile["following_attention_N"] = _following_attention(tile)
+        tiles = clip_features(self._tower, values_tCHW, self._feature_layer, grid=None)
         cells = torch.from_numpy(pixels["cells"])
-        image: Shown = {name: _of_cells(tiles, name, cells) for name in _OF_PATCHES}
-        keys_NE = _of_cells(
-            [{"keys": None if (keys := tile["following_keys_TE"]) is None else keys[1:]} for tile in tiles],
-            "keys",
-            cells,
+        shown = [tile.shown for tile in tiles]
+        patches_NE = torch.cat([tile.patches for tile in shown])[cells]
+        features = VisionFeatures(
+            patches_NE,
+            grid=None,
+            class_attention=_of_cells([tile.class_attention for tile in shown], cells),
+            class_token=shown[_WHOLE].class_token,
+            mean_keys=_of_cells([tile.mean_keys for tile in shown], cells),
+            following_attention=_of_cells([tile.following_attention for tile in shown], cells),
+            following_keys=_of_cells([tile.following_keys for tile in shown], cells),
+            projected=self._projector(patches_NE),
+            tile=cells // len(shown[_WHOLE].patches),
         )
-        whole_keys_TE = tiles[_WHOLE]["following_keys_TE"]
-        if keys_NE is not None and whole_keys_TE is not None:
-            image["following_keys_TE"] = torch.cat([whole_keys_TE[:1], keys_NE])
-        image["class_token_E"] = tiles[_WHOLE]["class_token_E"]
-        image["projected_NH"] = self._projector(image["patches_NE"])
-        image["tile_N"] = cells // len(tiles[_WHOLE]["patches_NE"])  # type: ignore[arg-type]
-        image["places"] = torch.from_numpy(pixels["cell_positions"])
-        image["lines"] = torch.from_numpy(pixels["newline_positions"])
-        return [image]
+        beside = {
+            "normed": torch.cat([tile.beside["normed"] for tile in tiles])[cells],
+            "places": torch.from_numpy(pixels["cell_positions"]),
+            "lines": torch.from_numpy(pixels["newline_positions"]),
+        }
+        return [ImageFeatures(features, beside)]
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
-        places, lines = shown["places"], shown["lines"]
-        assert places is not None
-        assert lines is not None
-        kept_KH = self._projector(chosen_features(shown, choice.indices_K, choice.patches_KE))
+        places, lines = image.beside["places"], image.beside["lines"]
+        kept_KH = self._projector(chosen_features(image, choice))
         return with_lines(kept_KH, places.numpy()[choice.indices_K], self._newline_H, lines.numpy())
 
 
-def _of_cells(tiles: list[Shown], name: str, cells: Tensor) -> Tensor | None:
+def _of_cells(of_tiles: list[Tensor | None], cells: Tensor) -> Tensor | None:
     """What the tiles show, in the order of the image's tokens."""
-    fields = [field for tile in tiles if (field := tile[name]) is not None]
+    fields = [field for field in of_tiles if field is not None]
     return torch.cat(fields)[cells] if fields else None
-
-
-def _following_attention(tile: Shown) -> Tensor | None:
-    query_E, keys_TE = tile["following_query_E"], tile["following_keys_TE"]
-    if query_E is None or keys_TE is None:
-        return None
-    logits_T = keys_TE.double() @ query_E.double() / len(query_E) ** 0.5
-    attention_N: Tensor = logits_T.softmax(dim=0)[1:]
-    return attention_N

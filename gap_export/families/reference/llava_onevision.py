@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from gap_export.families.reference import Shown
+from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features
 from gap_export.families.reference.lines import with_lines
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
+from gap_export.prune import VisionFeatures
 from gap_export.prune.reference import Choice
 
 
@@ -33,27 +34,22 @@ class LlavaOnevisionReference:
         self._tower, self._projector = model.model.vision_tower, model.model.multi_modal_projector
         self._newline_H = model.model.image_newline
 
-    def see(self, pixels: PixelInputs) -> list[Shown]:
-        """See `ReferenceModel.see`."""
+    def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
+        """See `ReferenceModel.extract_features`."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         features_tCE = self._tower(values_tCHW, output_hidden_states=True).hidden_states[-1]
         tokens_H = self._projector(features_tCE).flatten(0, 1)
         corners_P4H = tokens_H[torch.from_numpy(pixels["corners"])].float()
         weights_P4 = torch.from_numpy(pixels["corner_weights"])
         projected_NH = (corners_P4H * weights_P4[..., None]).sum(dim=1).to(self.dtype)
-        return [
-            {
-                "patches_NE": projected_NH,
-                "projected_NH": projected_NH,
-                "places": torch.from_numpy(pixels["cell_positions"]),
-                "lines": torch.from_numpy(pixels["newline_positions"]),
-            }
-        ]
+        beside = {
+            "places": torch.from_numpy(pixels["cell_positions"]),
+            "lines": torch.from_numpy(pixels["newline_positions"]),
+        }
+        return [ImageFeatures(VisionFeatures(projected_NH, grid=None, projected=projected_NH), beside)]
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
-        places, lines = shown["places"], shown["lines"]
-        assert places is not None
-        assert lines is not None
-        kept_KH = chosen_features(shown, choice.indices_K, choice.patches_KE)
+        places, lines = image.beside["places"], image.beside["lines"]
+        kept_KH = chosen_features(image, choice)
         return with_lines(kept_KH, places.numpy()[choice.indices_K], self._newline_H, lines.numpy())

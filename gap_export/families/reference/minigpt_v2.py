@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, linear
 from transformers import LlamaForCausalLM
 
-from gap_export.families.reference import Shown
+from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features
 from gap_export.inputs.batch import PixelInputs
 from gap_export.inputs.prompt import load_tokenizer
 from gap_export.positions import Ids
+from gap_export.prune import VisionFeatures
 from gap_export.prune.reference import Choice
 
 HEAD_WIDTH, GROUP, EPS = 88, 4, 1e-6
@@ -49,15 +50,15 @@ class MiniGptReference:
         self._tower = {key: value.to(dtype) for key, value in self._tower.items()}
         self.grid = self._grid()
 
-    def see(self, pixels: PixelInputs) -> list[Shown]:
-        """See `ReferenceModel.see`."""
-        return [self._seen(torch.from_numpy(image).to(self.dtype)) for image in pixels["pixel_values"]]
+    def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
+        """See `ReferenceModel.extract_features`."""
+        return [self._features(torch.from_numpy(image).to(self.dtype)) for image in pixels["pixel_values"]]
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
-        return self._projected(chosen_features(shown, choice.indices_K, choice.patches_KE)), choice.indices_K
+        return self._projected(chosen_features(image, choice)), choice.indices_K
 
-    def _seen(self, pixels_CHW: Tensor) -> Shown:
+    def _features(self, pixels_CHW: Tensor) -> ImageFeatures:
         w = self._tower
         weight = w["patch_embed.proj.weight"]
         patches = conv2d(pixels_CHW[None], weight, w["patch_embed.proj.bias"], stride=weight.shape[-1])
@@ -75,12 +76,14 @@ class MiniGptReference:
         ).to(self.dtype)
         tokens_NE = normed[1:].reshape(-1, GROUP * normed.shape[-1])
         keys_ND = keys_TE[1:].float().unflatten(-1, (-1, HEAD_WIDTH)).mean(dim=1)
-        return {
-            "patches_NE": tokens_NE,
-            "attention_N": attention_T[1:].reshape(-1, GROUP).mean(dim=1),
-            "keys_ND": keys_ND.reshape(-1, GROUP, HEAD_WIDTH).mean(dim=1),
-            "projected_NH": self._projected(tokens_NE),
-        }
+        features = VisionFeatures(
+            tokens_NE,
+            grid=self.grid,
+            class_attention=attention_T[1:].reshape(-1, GROUP).mean(dim=1),
+            mean_keys=keys_ND.reshape(-1, GROUP, HEAD_WIDTH).mean(dim=1),
+            projected=self._projected(tokens_NE),
+        )
+        return ImageFeatures(features)
 
     def _block(self, number: int, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w = {

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_window_index
 
-from gap_export.families.reference import Shown
+from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
+from gap_export.prune import VisionFeatures
 from gap_export.prune.reference import Choice
 
 
@@ -34,19 +35,20 @@ class Qwen2VLReference:
         self.lm_head = model.lm_head
         self._tower = model.model.visual
 
-    def see(self, pixels: PixelInputs) -> list[Shown]:
-        """See `ReferenceModel.see`."""
+    def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
+        """See `ReferenceModel.extract_features`."""
         patches_PF = torch.from_numpy(pixels["pixel_values"]).flatten(0, 1).to(self.dtype)
         rows, columns = (int(last) + 1 for last in np.max(pixels["patch_positions"], axis=(0, 1)))
         grid_13 = torch.tensor([[1, rows, columns]])
-        seen = self._tower(patches_PF, grid_thw=grid_13)
-        normed_PE = self._normed(seen.last_hidden_state)
+        states = self._tower(patches_PF, grid_thw=grid_13)
+        normed_PE = self._normed(states.last_hidden_state)
         tokens_NE = self._in_raster_order(normed_PE.reshape(len(pixels["pixel_values"]), -1), grid_13)
-        return [{"patches_NE": tokens_NE, "projected_NH": seen.pooler_output, **self._beside(seen)}]
+        features = VisionFeatures(tokens_NE, grid=None, projected=states.pooler_output)
+        return [ImageFeatures(features, self._beside(states))]
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
-        return self._projected(chosen_features(shown, choice.indices_K, choice.patches_KE)), choice.indices_K
+        return self._projected(chosen_features(image, choice)), choice.indices_K
 
     def _normed(self, hidden_PE: Tensor) -> Tensor:
         normed_PE: Tensor = self._tower.merger.ln_q(hidden_PE)
@@ -59,7 +61,7 @@ class Qwen2VLReference:
     def _in_raster_order(self, tokens_NE: Tensor, grid_13: Tensor) -> Tensor:
         return tokens_NE
 
-    def _beside(self, seen: Any) -> Shown:
+    def _beside(self, states: Any) -> dict[str, Tensor]:
         """What else goes into the decoder."""
         return {}
 
@@ -84,11 +86,11 @@ class Qwen3VLReference(Qwen2VLReference):
         self.embedding = _WithEmptyPlanes(self.embedding, deepstack_levels)
         self.language_model = _Stacked(self.language_model, deepstack_levels)
 
-    def tokens(self, shown: Shown, choice: Choice) -> tuple[Tensor, Ids]:
+    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """See `ReferenceModel.tokens`."""
-        embeds_KH, places_K = super().tokens(shown, choice)
-        deepstack_levels = [plane for name, plane in sorted(shown.items()) if name.startswith("plane.")]
-        kept = [plane[torch.from_numpy(choice.indices_K)] for plane in deepstack_levels if plane is not None]
+        embeds_KH, places_K = super().tokens(image, choice)
+        levels = [level for name, level in sorted(image.beside.items()) if name.startswith("level.")]
+        kept = [level[torch.from_numpy(choice.indices_K)] for level in levels]
         return torch.cat([embeds_KH, *kept], dim=-1), places_K
 
     def _normed(self, hidden_PE: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ class Qwen3VLReference(Qwen2VLReference):
         projected_KH: Tensor = merger.linear_fc2(merger.act_fn(merger.linear_fc1(tokens_KE)))
         return projected_KH
 
-    def _beside(self, seen: Any) -> Shown:
-        return {f"plane.{number}": plane for number, plane in enumerate(seen.deepstack_features)}
+    def _beside(self, states: Any) -> dict[str, Tensor]:
+        return {f"level.{number}": level for number, level in enumerate(states.deepstack_features)}
 
 
 class _WithEmptyPlanes(nn.Module):

@@ -16,15 +16,18 @@ from typing import Protocol, cast
 
 from gap_export import prune
 from gap_export.positions import MergedId
-from gap_export.prune.reference.features import Choice, Floats, Ids, Seen, class_attention
+from gap_export.prune.features import VisionFeatures
+from gap_export.prune.reference.choice import Choice, Floats, Ids, class_attention
 
-__all__ = ["Choice", "Floats", "Ids", "Seen", "choose", "choose_adaptive", "class_attention"]
+__all__ = ["Choice", "Floats", "Ids", "choose", "choose_adaptive", "class_attention"]
 
 
 class Twin(Protocol):
     """A pruner in float64."""
 
-    def __call__(self, seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+    def __call__(
+        self, features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId
+    ) -> Choice:
         """What it keeps of one image; see `choose`."""
         ...
 
@@ -32,31 +35,35 @@ class Twin(Protocol):
 class AdaptiveTwin(Protocol):
     """A pruner in float64 that finds the count by itself."""
 
-    def __call__(self, seen: Seen, bound: int, *, merged_id: MergedId) -> Choice:
+    def __call__(self, features: VisionFeatures[Floats], bound: int, *, merged_id: MergedId) -> Choice:
         """What it keeps of one image; see `choose_adaptive`."""
         ...
 
 
-def choose(pruner: str, seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+def choose(
+    pruner: str, features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId
+) -> Choice:
     """What a pruner keeps of one image.
 
     Args:
         pruner: its name.
-        seen: of the image.
+        features: of the image.
         kept: K.
         seed: for pruners that draw at random.
         merged_id: which index merged tokens get.
     """
     twin = cast(Twin, getattr(prune.row(pruner).load_reference(), pruner))
-    return twin(seen, kept, seed=seed, merged_id=merged_id)
+    return twin(features, kept, seed=seed, merged_id=merged_id)
 
 
-def choose_adaptive(pruner: str, seen: Seen, bound: int, *, merged_id: MergedId) -> Choice:
+def choose_adaptive(
+    pruner: str, features: VisionFeatures[Floats], bound: int, *, merged_id: MergedId
+) -> Choice:
     """What an adaptive pruner keeps of one image.
 
     Args:
         pruner: its name.
-        seen: of the image.
+        features: of the image.
         bound: the most tokens that it may keep.
         merged_id: which index merged tokens get.
 
@@ -64,4 +71,4 @@ def choose_adaptive(pruner: str, seen: Seen, bound: int, *, merged_id: MergedId)
         At most `bound` tokens, without padding, and how many the image needs.
     """
     twin = cast(AdaptiveTwin, getattr(prune.row(pruner).load_reference(), f"{pruner}_adaptive"))
-    return twin(seen, bound, merged_id=merged_id)
+    return twin(features, bound, merged_id=merged_id)

@@ -7,50 +7,51 @@ from fractions import Fraction
 import numpy as np
 
 from gap_export.positions import MergedId
+from gap_export.prune.features import VisionFeatures
 from gap_export.prune.random import drawn_indices
-from gap_export.prune.reference.features import Choice, Floats, Gap, Seen, descending, text_cosine
+from gap_export.prune.reference.choice import Choice, Floats, Margin, descending, given, text_cosine
 from gap_export.prune.spatial import used_rows
 
 
-def cls_attention(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+def cls_attention(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """What the class token attends to most."""
-    return _best(seen.attention_N, kept, relative=True)
+    return _best(given(features.class_attention), kept, relative=True)
 
 
-def text_similarity(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+def text_similarity(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """What is most like the expression."""
-    return _best(text_cosine(seen), kept, relative=False)
+    return _best(text_cosine(features), kept, relative=False)
 
 
-def tile_attention(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+def tile_attention(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """Each tile's tokens in their own order; all by how far they stand from the front of their tile."""
-    scores = seen.attention_N
-    tiles = seen.tile_N if len(seen.tile_N) else np.zeros(len(scores))
-    gap, queue, lines = Gap(), [], {}
+    scores = given(features.class_attention)
+    tiles = np.zeros(len(scores)) if features.tile is None else features.tile
+    margin, queue, lines = Margin(), [], {}
     for tile in np.unique(tiles):
         own = np.flatnonzero(tiles == tile)
         lines[tile] = own[descending(scores[own])]
         queue += [(Fraction(2 * rank + 1, len(own)), tile, token) for rank, token in enumerate(lines[tile])]
     chosen = [token for *_, token in sorted(queue)[:kept]]
     for line in lines.values():
-        gap.cut(scores[line], int(np.isin(line, chosen).sum()), relative=True)
-    return Choice(np.array(chosen, np.int64), margin=gap.smallest)
+        margin.cut(scores[line], int(np.isin(line, chosen).sum()), relative=True)
+    return Choice(np.array(chosen, np.int64), margin=margin.smallest)
 
 
-def random(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+def random(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """A draw."""
-    return Choice(np.array(drawn_indices(len(seen.patches_NE), seed)[:kept], np.int64))
+    return Choice(np.array(drawn_indices(len(features.patches), seed)[:kept], np.int64))
 
 
-def spatial(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+def spatial(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """A uniform grid."""
-    assert seen.grid is not None
-    return Choice(np.array(grid_indices(seen.grid, kept), np.int64))
+    assert features.grid is not None
+    return Choice(np.array(grid_indices(features.grid, kept), np.int64))
 
 
-def none(seen: Seen, kept: int, *, seed: int, merged_id: MergedId) -> Choice:
+def none(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """Everything."""
-    return Choice(np.arange(len(seen.patches_NE), dtype=np.int64))
+    return Choice(np.arange(len(features.patches), dtype=np.int64))
 
 
 def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
@@ -71,6 +72,6 @@ def grid_indices(grid: tuple[int, int], kept: int) -> list[int]:
 
 
 def _best(scores_N: Floats, kept: int, *, relative: bool) -> Choice:
-    gap, ranked = Gap(), descending(scores_N)
-    gap.cut(scores_N[ranked], kept, relative=relative)
-    return Choice(ranked[:kept], margin=gap.smallest)
+    margin, ranked = Margin(), descending(scores_N)
+    margin.cut(scores_N[ranked], kept, relative=relative)
+    return Choice(ranked[:kept], margin=margin.smallest)

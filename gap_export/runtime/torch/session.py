@@ -22,11 +22,12 @@ from transformers import CLIPTextModelWithProjection, DynamicCache
 
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import CheckpointError, first_line
-from gap_export.families.reference import ReferenceModel, Shown, quiet_loading
+from gap_export.families.reference import ImageFeatures, ReferenceModel, quiet_loading
 from gap_export.inputs.batch import PixelInputs
 from gap_export.inputs.prompt import TextTower, text_lengths
 from gap_export.positions import PAD, Ids, Placement, place
-from gap_export.prune import reference
+from gap_export.prune import VisionFeatures, reference
+from gap_export.prune.reference import Floats
 from gap_export.runtime.session import (
     Buffer,
     Lifetime,
@@ -134,8 +135,8 @@ class TorchSession(Lifetime):
         vision_inputs(
             pruning, reads_text=self._text_tower is not None, text_ids_BL=text_ids_BL, keep_count=keep_count
         )
-        batch = self._see(pixels, text_ids_BL)
-        choices = [self._choose(shown, keep_count) for shown in batch]
+        batch = self._extract_features(pixels, text_ids_BL)
+        choices = [self._choose(image, keep_count) for image in batch]
         adaptive = pruning.keep_mode == "adaptive"
         if adaptive:
             check_within_bound(np.array([choice.needed for choice in choices]), pruning)
@@ -146,7 +147,7 @@ class TorchSession(Lifetime):
             kept_BK[row, : counts_B[row]] = kept_K
         # One score decides, and is as long for every image: what differs can be told to be a tie token by token.
         by_score = pruning.pruner == "cls_attention" and self._model.grid is not None
-        scores = [shown["attention_N"] for shown in batch] if by_score else []
+        scores = [image.shown.class_attention for image in batch] if by_score else []
         return VisualTokens(
             embeds=list(embeds) if adaptive else torch.stack(embeds),
             kept_indices=kept_BK,
@@ -177,19 +178,30 @@ class TorchSession(Lifetime):
         Returns:
             [K] int64 raster indices, best first.
         """
-        (shown,) = self._see(pixels, text_ids_BL)
-        seen, pruning = self._seen(shown, grid), self._pruning
-        return reference.choose(pruner, seen, kept, seed=pruning.seed, merged_id=pruning.merged_id).indices_K
+        (image,) = self._extract_features(pixels, text_ids_BL)
+        features, pruning = _in_float64(replace(image.shown, grid=grid)), self._pruning
+        return reference.choose(
+            pruner, features, kept, seed=pruning.seed, merged_id=pruning.merged_id
+        ).indices_K
 
-    def _see(self, pixels: PixelInputs, text_ids_BL: Ids | None) -> list[Shown]:
-        """What the tower shows of every image, with the expression where it is read."""
-        batch = self._model.see(pixels)
-        if self._text_tower is not None and text_ids_BL is not None:
-            for shown, text_P in zip(batch, self._text_tower.embedded(text_ids_BL), strict=True):
-                normed_NE = shown["normed_NE"]
-                assert normed_NE is not None
-                shown["aligned_NP"], shown["text_P"] = self._text_tower.aligned(normed_NE), text_P
-        return batch
+    def _extract_features(self, pixels: PixelInputs, text_ids_BL: Ids | None) -> list[ImageFeatures]:
+        """What the tower gives of every image, with the expression where it is read."""
+        batch, tower = self._model.extract_features(pixels), self._text_tower
+        if tower is None:
+            return batch
+        texts = [None] * len(batch) if text_ids_BL is None else list(tower.embedded(text_ids_BL))
+        return [
+            replace(
+                image,
+                shown=replace(
+                    image.shown,
+                    aligned=None if text_P is None else tower.aligned(image.beside["normed"]),
+                    text=text_P,
+                    aligned_inversely=tower.aligned_inversely,
+                ),
+            )
+            for image, text_P in zip(batch, texts, strict=True)
+        ]
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """See `Session.embeds_together`; rows are not padded here."""
@@ -310,19 +322,19 @@ class TorchSession(Lifetime):
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
 
-    def _choose(self, shown: Shown, keep_count: int | None) -> reference.Choice:
+    def _choose(self, image: ImageFeatures, keep_count: int | None) -> reference.Choice:
         """What is kept of one image, in the order in which it enters the decoder."""
         pruning = self._pruning
         pruner = "none" if pruning.stages else pruning.pruner
-        seen = self._seen(shown, self._model.grid)
+        features = _in_float64(image.shown)
         if pruning.keep_mode == "adaptive":
             choice = reference.choose_adaptive(
-                pruning.pruner, seen, pruning.max_tokens, merged_id=pruning.merged_id
+                pruning.pruner, features, pruning.max_tokens, merged_id=pruning.merged_id
             )
         else:
             choice = reference.choose(
                 pruner,
-                seen,
+                features,
                 pruning.kept if keep_count is None or pruning.stages else keep_count,
                 seed=pruning.seed,
                 merged_id=pruning.merged_id,
@@ -333,12 +345,11 @@ class TorchSession(Lifetime):
         patches_KE = None if choice.patches_KE is None else choice.patches_KE[order]
         return replace(choice, indices_K=choice.indices_K[order], patches_KE=patches_KE)
 
-    def _seen(self, shown: Shown, grid: tuple[int, int] | None) -> reference.Seen:
-        """The same in float64, as the strategies of the reference take it."""
-        parts = {
-            field.name: shown[field.name].double().numpy()  # type: ignore[union-attr]
-            for field in fields(reference.Seen)
-            if shown.get(field.name) is not None
-        }
-        inversely = self._text_tower is None or self._text_tower.aligned_inversely
-        return reference.Seen(grid=grid, aligned_inversely=inversely, **parts)
+
+def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:
+    """The same features as the twins of the pruners take them."""
+    values: dict[str, Any] = {field.name: getattr(features, field.name) for field in fields(features)}
+    arrays: dict[str, Any] = {
+        name: value.double().numpy() if isinstance(value, Tensor) else value for name, value in values.items()
+    }
+    return VisionFeatures(**arrays)
