@@ -133,7 +133,7 @@ class ClipVision(nn.Module):
             mean_keys=lambda: prune.mean_keys(keys_BATD),
             following_attention=following_attention,
             following_keys=following_keys,
-            projected=self.multi_modal_projector(patches_BNE),
+            projected=self.multi_modal_projector(out_BTE[:, 1:]),
             aligned=aligned_BNP,
             text=text_BP,
             aligned_inversely=self._plan.text_tower is None or self._plan.text_tower.aligned_inversely,

@@ -68,14 +68,14 @@ def moved_by(control: str, prompts: list[list[int]], ask: Callable[..., Generati
 
 def answer(session: Any, bundle: Bundle, batch: int, keep: float | None = None, **options: Any) -> Generation:
     """Twenty tokens for every row."""
-    batch = images_of(bundle, batch)
+    of_images = images_of(bundle, batch)
     return generate(
         session,
-        batch,
+        of_images,
         prompts(batch),
         max_new_tokens=NEW_TOKENS,
         eos_token_ids=(),
-        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.spec, batch, keep),
+        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.spec, of_images, keep),
         keep_logits=True,
         **options,
     )
