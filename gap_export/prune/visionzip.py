@@ -29,7 +29,7 @@ def contextual_count(kept: int) -> int:
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """See `PrunerModule.select`: class token, dominant patches by score, contextual tokens in raster order."""
-    if features.class_token is None or features.mean_keys is None:
+    if features.class_token is None:
         raise ValueError("visionzip needs a vision tower with a class token")
     visual, patches_BNE = features.visual_tokens, features.patches
     contextual = contextual_count(kept)
@@ -49,6 +49,7 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
     chosen_BK = torch.where(is_target_K, target_BK, dominant_BK)
     class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
 
+    assert features.mean_keys is not None
     keys_BND = normalize(features.mean_keys, dim=-1)
     alike_BKN = torch.matmul(take(keys_BND, chosen_BK), keys_BND.transpose(1, 2))
     nearest_BN = alike_BKN.masked_fill(~is_target_K[:, None], _LESS_THAN_ANY).argmax(dim=1)
