@@ -238,16 +238,16 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, visual_tokens: int) -> _Counts
             subject=f"pruner {pruner.name}, keep {smallest:g}:{largest:g}",
             hint="give one fraction, or use a pruner that works before the decoder",
         )
-    fewest, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
-    for count in (fewest, most):
+    least, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
+    for count in (least, most):
         prune.check_count(pruner, count, visual_tokens)
-    if fewest == most:
+    if least == most:
         raise RecipeError(
             f"is {most} of {visual_tokens} tokens at both ends",
             subject=f"keep {smallest:g}:{largest:g}",
             hint="give a wider range, or one fraction",
         )
-    return _Counts("dynamic", default, fewest, kept, most)
+    return _Counts("dynamic", default, least, kept, most)
 
 
 def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -> _Counts:
@@ -267,11 +267,11 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -
             hint="use last_visual or max_kept",
         )
     smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
-    fewest = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
+    least = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
     typical = prune.share_of(default, tokens.typical_tokens, pruner.min_tokens) + tokens.never_pruned
     most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
     keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
-    return _Counts(keep_mode, default, fewest, typical, most)
+    return _Counts(keep_mode, default, least, typical, most)
 
 
 def _stages(cuts: tuple[Cut, ...], spec: ModelSpec, capacity: int) -> tuple[Stage, ...]:

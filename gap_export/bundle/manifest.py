@@ -116,7 +116,7 @@ class Pruning(Record):
         min_tokens: smallest count.
         max_tokens: largest count; the capacity of cache and engines.
         keep_range: (smallest, largest) fraction that requests may choose; None where they have no choice.
-        pruner_min_tokens: fewest tokens that the pruner can keep of an image.
+        pruner_min_tokens: smallest number of tokens that the pruner can keep of an image.
         positions: numbering policy.
         seed: seed of pruners that draw at random.
         merged: how many of the kept tokens were merged from many and have no raster index of their own.

@@ -39,11 +39,11 @@ def report(
 ) -> None:
     """One HTML page of evaluations: tables, plots, boxes over images, what pruners keep. Works without a network."""
     from gap_export.evaluation.refer.compare import thresholds_on
-    from gap_export.evaluation.report.page import page, require
+    from gap_export.evaluation.report.page import check_packages, page
     from gap_export.evaluation.report.runs import open_subject
     from gap_export.files import write_atomically
 
-    require()
+    check_packages()
     subject = open_subject(subjects, protocol)
     with console.status("drawing the page"):
         text = page(

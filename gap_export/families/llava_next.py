@@ -98,7 +98,7 @@ class LlavaNext(Family):
         default = config.vision_feature_select_strategy == "default"
         require("vision_feature_select_strategy", default, "default")
         require("image_size", vision.image_size % vision.patch_size == 0, "a multiple of patch_size")
-        hf_config.require_whole_tiles(config, require)
+        hf_config.check_whole_tiles(config, require)
         return config
 
     @property

@@ -95,7 +95,7 @@ class LlavaOnevision(Family):
         require("vision_feature_select_strategy", config.vision_feature_select_strategy == "full", "full")
         counted = re.fullmatch(r"anyres_max_[1-9]\d*", config.vision_aspect_ratio) is not None
         require("vision_aspect_ratio", counted, "anyres_max_9 or another number")
-        hf_config.require_whole_tiles(config, require)
+        hf_config.check_whole_tiles(config, require)
         return config
 
     @cached_property

@@ -90,9 +90,9 @@ class NativeResolutionLayout(ImageLayout):
         grown = (math.sqrt(smallest * MOST_ASPECT) + 1) * (math.sqrt(smallest / MOST_ASPECT) + 1)
         narrow = math.sqrt(largest * MOST_ASPECT)
         most = math.floor(max(largest, grown, narrow))
-        fewest = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
+        least = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
         rows, columns = self.token_grid(TYPICAL_SIZE)
-        return TokenRange(min_tokens=fewest, typical_tokens=rows * columns, max_tokens=most), most
+        return TokenRange(min_tokens=least, typical_tokens=rows * columns, max_tokens=most), most
 
     def typical_windows(self, window: int) -> int:
         """Windows of a typical image.

@@ -128,10 +128,10 @@ class DynamicTilesLayout(ImageLayout):
 
     def token_range(self) -> tuple[TokenRange, int]:
         """See `ImageLayout.token_range`."""
-        fewest = min(across * down for across, down in _grids(self))
+        least = min(across * down for across, down in _grids(self))
         typical, largest = (tiles * self.tokens for tiles in self.tile_counts())
         tokens = TokenRange(
-            min_tokens=(fewest + (fewest > 1)) * self.tokens, typical_tokens=typical, max_tokens=largest
+            min_tokens=(least + (least > 1)) * self.tokens, typical_tokens=typical, max_tokens=largest
         )
         return tokens, largest
 

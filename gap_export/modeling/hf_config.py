@@ -146,7 +146,7 @@ def anyres_layout(checkpoint: Checkpoint, config: Any, require: Requirements) ->
     )
 
 
-def require_whole_tiles(config: Any, require: Requirements) -> None:
+def check_whole_tiles(config: Any, require: Requirements) -> None:
     """Refuse grids that tiles do not fill.
 
     Raises:

@@ -195,7 +195,7 @@ def linkable(checkpoint: Checkpoint, out: Path) -> bool:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that a process may still take: of the machine, or of the control group it runs in; None where nobody tells."""
+    """Bytes that a process may still take: of the machine, or of the control group it runs in; None where that is not known."""
     if os.environ.get("GAP_EXPORT_ANY_MEMORY") == "1":
         return None
     found = []

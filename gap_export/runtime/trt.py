@@ -131,7 +131,7 @@ class _LoadedGraph:
         engine: opened.
         library: that opened it.
         device: that it runs on.
-        cache_of: a graph whose cache this one goes on writing.
+        cache_of: a graph whose cache this one continues to write.
         captures: whether calls of one shape become a CUDA graph: the first is executed as it is, the second captured.
     """
 

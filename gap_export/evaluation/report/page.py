@@ -50,7 +50,7 @@ AskPruners = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Any]]
 """Images and expressions -> `choices.Choices`; raises `GapExportError` where the model cannot be opened."""
 
 
-def require() -> None:
+def check_packages() -> None:
     """Refuse before long work where a page could not be drawn.
 
     Raises:

@@ -1,4 +1,4 @@
-"""SparseVLM: three cuts by the attention of the telling words; the best of what is dropped lives on as cluster means.
+"""SparseVLM: three cuts by the attention of the relevant text tokens; the best of what is dropped lives on as cluster means.
 
 Source: SparseVLM (arXiv 2410.04417), version 1.5 of its published code.
 

@@ -166,14 +166,14 @@ class TorchSession(Lifetime):
         grid: tuple[int, int],
         text_ids_BL: Ids | None = None,
     ) -> Ids:
-        """What a strategy, this session's or another, would keep of one image.
+        """What a pruner, this session's or another, would keep of one image.
 
         Args:
             pruner: its name; one that chooses before the decoder.
             pixels: of one call with one image.
             kept: K.
             grid: (rows, columns) of the visual tokens.
-            text_ids_BL: [1, L], for strategies that look at the expression.
+            text_ids_BL: [1, L], for pruners that look at the expression.
 
         Returns:
             [K] int64 raster indices, best first.
@@ -264,7 +264,7 @@ class TorchSession(Lifetime):
         )
 
     def fork(self, rows: int) -> None:
-        """See `Session.fork`; here the prompt is kept apart, and copied by whoever goes on from it."""
+        """See `Session.fork`; here the prompt is kept apart, and copied by every row that continues from it."""
         self._check_open()
         if self._forked is None:
             self._forked = self._groups[0].cache

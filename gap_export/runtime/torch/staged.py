@@ -62,7 +62,7 @@ class StagedTorchSession(TorchSession):
     ) -> None:
         super().__init__(model, pruning, text_tower=text_tower)
         self._decoder: Any = model.language_model
-        self._looks_ahead = load(pruning.pruner).USES_NEXT_LAYER_ATTENTION
+        self._uses_next_layer_attention = load(pruning.pruner).USES_NEXT_LAYER_ATTENTION
         self._twin: Any = prune.row(pruning.pruner).load_reference()
         self._rows: list[_Row] = []
         self._maps: dict[int, Tensor] = {}
@@ -127,7 +127,7 @@ class StagedTorchSession(TorchSession):
 
     def _cut(self, row: _Row, stage: Stage, queries: list[int]) -> None:
         if (
-            self._looks_ahead
+            self._uses_next_layer_attention
         ):  # the attention of the next layer on all that is there, and nothing else of that layer
             layer = self._decoder.layers[stage.first_layer]
             layer.self_attn(
@@ -135,7 +135,9 @@ class StagedTorchSession(TorchSession):
                 position_embeddings=self._decoder.rotary_emb(row.hidden_SH, row.ids_S[None]),
                 attention_mask=self._causal(len(row.hidden_SH)),
             )
-        attention_ASS = self._maps[stage.first_layer if self._looks_ahead else stage.first_layer - 1][0]
+        attention_ASS = self._maps[
+            stage.first_layer if self._uses_next_layer_attention else stage.first_layer - 1
+        ][0]
         start, visual = row.image_start, len(row.raster_N)
         choice = self._twin.choose(
             self._pruning.pruner,

@@ -146,7 +146,9 @@ def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) ->
 def test_a_gate_that_is_not_met_is_said(evaluated: Path) -> None:
     subject = open_subject([evaluated / "torch", evaluated / "ort"], "unc")
     first, candidate = subject.runs
-    beside = replace(candidate, run=replace(candidate.run, boxes=[None] * len(candidate.run.ids)))
+    beside = replace(
+        candidate, run=replace(candidate.run, boxes=[(0.0, 0.0, 1.0, 1.0)] * len(candidate.run.ids))
+    )
     text = page(replace(subject, runs=(first, beside)), GROUNDING, None, title="t", pruners="no model")
     assert "does not ground as <b>torch</b> does" in text
     assert "not met" in text
