@@ -16,7 +16,7 @@ from gap_export.boxes import metrics
 from gap_export.boxes.codecs import CODECS
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
-from gap_export.evaluation.refer.answering import Evaluator
+from gap_export.evaluation.refer.evaluator import Evaluator
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow, Journal
 from gap_export.evaluation.refer.protocols import Protocol, Score, score
@@ -125,11 +125,11 @@ class _GroupWorker:
         self._evaluator, self._source = make_evaluator(), source
 
     def __call__(self, group: Group, progress: Progress) -> Iterator[list[AnswerRow]]:
-        yield rows_about(self._evaluator, self._source, group)
+        yield answer_rows(self._evaluator, self._source, group)
         progress.advance(len(group))
 
 
-def rows_about(evaluator: Evaluator, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
+def answer_rows(evaluator: Evaluator, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
     """Answer expressions about one image.
 
     Raises:
