@@ -146,7 +146,8 @@ def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) ->
 def test_a_gate_that_is_not_met_is_said(evaluated: Path) -> None:
     reported = open_runs([evaluated / "torch", evaluated / "ort"], "unc")
     reference, subject = reported.runs
-    beside = replace(subject, run=replace(subject.run, boxes=[None] * len(subject.run.ids)))
+    boxes: list[Any] = [(0.0, 0.0, 1.0, 1.0)] * len(subject.run.ids)
+    beside = replace(subject, run=replace(subject.run, boxes=boxes))
     text = page(replace(reported, runs=(reference, beside)), GROUNDING, None, title="t", pruners="no model")
     assert "does not ground as <b>torch</b> does" in text
     assert "not met" in text
