@@ -213,7 +213,7 @@ def place(
         text_after: [B] tokens after the last one (T_post).
         visual_tokens: N, of all images or [B], [B, I] of each.
         policy: how to number.
-        merged: see `prompt_position_ids`.
+        merged: where tokens merged from many stand, as for `prompt_position_ids`.
         stages: visual tokens that every later stage has.
         grids: [B, 2], [B, I, 2] rows and columns of each image's visual tokens, for M-RoPE.
         between: [B, I - 1] tokens between one image and the next; None where there is one.

@@ -34,7 +34,7 @@ class FamilyRow:
         published: hub ids, and in which form.
         visual_tokens: how many an image has, in words.
         position_rows: rows of position ids: 3 for M-RoPE (time, height, width).
-        missing_features: see `ModelSpec.missing_features`, of models as published.
+        missing_features: what pruners cannot read from the tower (`ModelSpec.missing_features`), of models as published.
         dynamic: whether images differ in how many visual tokens they have.
         reads_text: whether a CLIP text tower can be put beside the vision tower.
         recognises: tells its checkpoints from others of the same `model_type`; rows that have it are asked before those that have

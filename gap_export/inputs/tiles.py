@@ -68,7 +68,7 @@ class AnyResLayout(ImageLayout):
     def prepare(
         self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
     ) -> ImageBatch:
-        """See `ImageLayout.prepare`."""
+        """Preprocess a batch of images."""
         return of_many_sizes([anyres_image(image, self) for image in images], per_prompt)
 
     def tile_counts(self) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class AnyResLayout(ImageLayout):
         return count, largest
 
     def token_range(self) -> tuple[TokenRange, int]:
-        """See `ImageLayout.token_range`."""
+        """How many visual tokens images have, and N of the largest image."""
         counts = [
             shrunk_grid(rows, columns, self)
             for height, width in self.grids
@@ -116,7 +116,7 @@ class DynamicTilesLayout(ImageLayout):
     def prepare(
         self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
     ) -> ImageBatch:
-        """See `ImageLayout.prepare`."""
+        """Preprocess a batch of images."""
         return of_many_sizes([dynamic_image(image, self) for image in images], per_prompt)
 
     def tile_counts(self) -> tuple[int, int]:
@@ -127,7 +127,7 @@ class DynamicTilesLayout(ImageLayout):
         return typical, largest
 
     def token_range(self) -> tuple[TokenRange, int]:
-        """See `ImageLayout.token_range`."""
+        """How many visual tokens images have, and N of the largest image."""
         least = min(across * down for across, down in _grids(self))
         typical, largest = (tiles * self.tokens for tiles in self.tile_counts())
         tokens = TokenRange(

@@ -19,7 +19,7 @@ class Decoder(nn.Module):
     Args:
         language_model: of transformers.
         lm_head: hidden states to logits.
-        deepstack_levels: see `ModelSpec.deepstack_levels`.
+        deepstack_levels: how many features of DeepStack lie behind each embedding.
     """
 
     def __init__(

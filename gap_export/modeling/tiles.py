@@ -103,7 +103,7 @@ def with_newlines(
     Args:
         plan: of the build.
         embeds_BKH: kept tokens of one image.
-        selected: the same tokens among the P.
+        selected: the kept tokens among the P.
         places_P: places of all P tokens in the unpruned prompt.
         newline_H: embedding of the end of a line.
         newlines_R: places of the ends of lines.

@@ -31,7 +31,7 @@ def shares(kept: int) -> tuple[int, ...]:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`: pivots, then what each of them took, least alike first."""
+    """Choose K tokens of every image: pivots, then what each of them took, least alike first."""
     if features.projected is None:
         raise ValueError("dart needs projected tokens")
     tokens_BNH = features.projected.float()

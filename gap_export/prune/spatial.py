@@ -23,7 +23,7 @@ def used_rows(grid: tuple[int, int], kept: int) -> int:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`."""
+    """Choose K tokens of every image."""
     if features.grid is None:
         raise ValueError("spatial needs patches that lie on one grid")
     rows, columns = features.grid

@@ -107,7 +107,7 @@ def generate(
         input_ids_BT: one prompt per row, right-padded with `PAD`.
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
-        text_ids_BL: see `Session.encode`.
+        text_ids_BL: the expressions, for pruners that look at them.
         keep_counts: of every call of the vision graph, see `Session.encode`.
         adjust: changes the placement before it is used; negative controls are made with it.
         keep_logits: keep those of every step, not of the first alone.

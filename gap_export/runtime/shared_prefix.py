@@ -73,7 +73,7 @@ def prefill_shared(
         session: of a bundle whose prompts are `sharable`.
         batch: images of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
-        keep_counts: see `generate.encode`.
+        keep_counts: tokens to keep of every image, where requests choose.
         reserve: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
     """
     began = time.perf_counter()

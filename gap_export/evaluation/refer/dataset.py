@@ -47,11 +47,11 @@ def open_dataset(data: str | Path, *, split: str | None = None, images: Path | s
 
     Args:
         data: path of annotations; `scenes`, 2000 held-out scenes with one expression each; or `scenes:7`, with seven each.
-        split: see `read_annotations`.
+        split: name of a split, where the data set has several.
         images: folder of the images, where the data set does not bring them.
 
     Raises:
-        InputError: see `read_annotations` and `Folder`.
+        InputError: annotations that cannot be read, or no folder of images.
     """
     data, images = str(data), None if images is None else Path(images)
     built_in = _SCENES.fullmatch(data)

@@ -93,7 +93,7 @@ def evaluate(
 
     Args:
         bundle: opened, or its folder.
-        dataset: see `open_dataset`.
+        dataset: opened by `open_dataset`.
         out: folder of the evaluation; beside the bundle, in `BUNDLE.runs`, when left out.
         protocol: `unc` or `lmms-eval`.
         backend: runtime, or `torch` for the model that the bundle was built from.
@@ -174,7 +174,7 @@ def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progres
     """Answer what is not answered yet, score everything, and store it.
 
     Args:
-        prepared: see `prepare`.
+        prepared: by `prepare`.
         cluster: of Ray; the bundle must be there under the same path.
         progress: told of every answer.
 

@@ -50,7 +50,7 @@ class AnswerRow(Record):
         refused: why the model could not be asked.
         tokens: generated.
         kept_indices: raster indices of the visual tokens that were kept of the last image, in the decoder's order.
-        seconds: see `evaluator.Answered`.
+        seconds: of the image's work, in equal parts among its expressions.
     """
 
     id: str

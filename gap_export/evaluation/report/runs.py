@@ -47,7 +47,7 @@ class Answer:
         iou: of both.
         hit: under the protocol.
         kept_indices: raster indices of the visual tokens that were kept.
-        seconds: see `evaluator.Answered`.
+        seconds: of the image's work, in equal parts among its expressions.
     """
 
     id: str

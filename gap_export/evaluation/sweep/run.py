@@ -23,7 +23,7 @@ from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError, GapExportError
 from gap_export.evaluation import plotting, runner
 from gap_export.evaluation.result_folder import open_result_folder
-from gap_export.evaluation.sweep import plot as sweep_plot
+from gap_export.evaluation.sweep.plot import figure
 from gap_export.evaluation.sweep.record import (
     Answers,
     Settings,
@@ -250,7 +250,7 @@ def run(
     record.write(store.folder / RECORD)
     write_atomically(store.folder / PAGE, page(record, PLOT if plot else None))
     if plot:
-        write_atomically(store.folder / PLOT, plotting.png(sweep_plot.figure(record)))
+        write_atomically(store.folder / PLOT, plotting.png(figure(record)))
     return record
 
 

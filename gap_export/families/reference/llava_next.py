@@ -22,7 +22,7 @@ _WHOLE = 0
 
 
 class LlavaNextReference:
-    """See `ReferenceModel`."""
+    """LLaVA-NeXT in transformers, as a `ReferenceModel`."""
 
     grid = None
 
@@ -37,7 +37,7 @@ class LlavaNextReference:
         self._newline_H, self._feature_layer = model.model.image_newline, model.config.vision_feature_layer
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         tiles = clip_features(self._tower, values_tCHW, self._feature_layer, grid=None)
         cells = torch.from_numpy(pixels["cells"])
@@ -62,7 +62,7 @@ class LlavaNextReference:
         return [ImageFeatures(features, beside)]
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         places, lines = image.beside["places"], image.beside["lines"]
         kept_KH = self._projector(chosen_features(image, choice))
         return with_lines(kept_KH, places.numpy()[choice.indices_K], self._newline_H, lines.numpy())

@@ -57,7 +57,7 @@ def choose(
         attention_ASS: the whole map of the layer that the pruner goes by.
         visual_NH: hidden states of the visual tokens.
         image_start: text tokens before the image.
-        rows: see `scoring_queries`.
+        rows: of the prompt, whose attention scores the visual tokens.
         kept: K, merged tokens included.
         merged: how many of them.
 

@@ -51,7 +51,7 @@ class _Row:
 
 
 class StagedTorchSession(TorchSession):
-    """See `Session` and `TorchSession`."""
+    """A `TorchSession` of a model that drops tokens between decoder layers."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class StagedTorchSession(TorchSession):
 
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
-        """See `Session.prefill`; `kept_indices` and `margins` are filled in."""
+        """Fill the cache from slot 0 on; `kept_indices` and `margins` are filled in."""
         self._check_open()
         assert placement.image_start is not None
         self._rows, logits = [], []
@@ -94,7 +94,7 @@ class StagedTorchSession(TorchSession):
 
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.step`; slots are the lengths of the row's own caches, by construction."""
+        """Feed one token per row: logits [B, V]; slots are the lengths of the row's own caches, by construction."""
         embed = self._model.embedding
         logits = []
         for token, row, ids_1 in zip(token_ids_B, self._rows, placement.position_ids, strict=True):
@@ -204,7 +204,7 @@ def open_reference(
         family: name in the table of families.
         checkpoint: folder.
         pruning: what to prune and how to number.
-        parts: see `references.open_model`.
+        parts: folders of companion checkpoints, by name.
         text_tower: for pruners that look at the expression.
 
     Raises:

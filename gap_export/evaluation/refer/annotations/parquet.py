@@ -37,11 +37,11 @@ class TableImages:
         self._group: tuple[Path, int, Any] | None = None  # the last one read: rows of an image lie together
 
     def names(self) -> Sequence[str]:
-        """See `EmbeddedImages.names`."""
+        """Names of all images."""
         return list(self._places)
 
     def read(self, image: str) -> bytes:
-        """See `EmbeddedImages.read`."""
+        """One image, encoded."""
         place = self._places[image]
         if self._group is None or self._group[:2] != (place.file, place.group):
             column = _opened(place.file).read_row_group(place.group, columns=["image"]).column("image")
