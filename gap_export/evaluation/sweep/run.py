@@ -51,7 +51,7 @@ RECORD, PAGE, PLOT = "sweep.json", "sweep.md", "sweep.png"
 
 def sweep(
     recipe: Recipe,
-    out: Path,
+    out: Path | str,
     *,
     pruners: Sequence[str] | None = None,
     keeps: Sequence[float] = KEEPS,
@@ -100,7 +100,7 @@ def sweep(
         batch=batch,
         threads=threads,
     )
-    prepared = prepare(request, out, replace=replace, plot=plot)
+    prepared = prepare(request, Path(out), replace=replace, plot=plot)
     return run(prepared, workers=workers, cluster=cluster, plot=plot, progress=progress)
 
 
