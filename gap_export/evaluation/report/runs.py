@@ -30,7 +30,7 @@ from gap_export.evaluation.refer.results import (
     read_provenance,
     results_path,
 )
-from gap_export.files import record_of
+from gap_export.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _bundle(provenance: Provenance, settings: Settings | None) -> tuple[Bundle |
     folder = Path(provenance.bundle)
     if not (folder / MANIFEST).is_file():
         return None, f"its bundle is not at {folder} any more"
-    if record_of(folder / MANIFEST).sha256 != settings.manifest_sha256:
+    if sha256_of(folder / MANIFEST) != settings.manifest_sha256:
         return None, f"its bundle at {folder} was built anew since"
     try:
         return open_bundle(folder), ""

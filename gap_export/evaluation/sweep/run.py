@@ -34,7 +34,7 @@ from gap_export.evaluation.sweep.record import (
 )
 from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
 from gap_export.evaluation.sweep.show import page
-from gap_export.files import record_of, scratch_folder, write_atomically
+from gap_export.files import scratch_folder, sha256_of, write_atomically
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
 from gap_export.pipeline.build import build
@@ -347,7 +347,7 @@ def _settings(request: SweepRequest, checkpoint: Checkpoint) -> Settings:
 
 def _hash_of(checkpoint: Checkpoint) -> str:
     files = {
-        path.name: record_of(path).sha256
+        path.name: sha256_of(path)
         for path in sorted(checkpoint.folder.iterdir())
         if path.suffix in (".json", ".safetensors")
     }

@@ -17,7 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from gap_export.bundle.folder import Bundle
-from gap_export.files import record_of
+from gap_export.bundle.hashes import record_of
 
 COMMAND = [sys.executable, "-m", "gap_export", "eval"]
 SCENES = ["--data", "scenes:7", "--limit", "140", "--threads", "1"]
