@@ -42,7 +42,7 @@ def writing(
 
     Args:
         path: what is written inside the block.
-        what: went wrong, in words; the system's own reason is added.
+        what: went wrong, as a message; the system's own reason is added.
         hint: what to do next.
         kind: the error to raise.
 

@@ -173,8 +173,8 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
     Raises:
         RecipeError: fewer were asked for than that, or the unpruned prompt has more positions than the model knows.
     """
-    words = recipe.max_text - recipe.images + recipe.max_new_tokens
-    longest_answer = words + recipe.images * spec.visual_tokens
+    text_tokens = recipe.max_text - recipe.images + recipe.max_new_tokens
+    longest_answer = text_tokens + recipe.images * spec.visual_tokens
     if longest_answer > spec.max_positions:
         raise RecipeError(
             f"positions up to {longest_answer} are needed (unpruned), the model knows {spec.max_positions}",
@@ -182,7 +182,7 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
             hint="lower max_text or max_new_tokens",
         )
     # One slot more than the longest answer needs: `validate` writes one too far on purpose.
-    needed = words + recipe.images * max_tokens + 1
+    needed = text_tokens + recipe.images * max_tokens + 1
     if recipe.capacity is not None and recipe.capacity < needed:
         raise RecipeError(
             f"is too small: {recipe.max_text} text tokens, {recipe.images * max_tokens} visual tokens and "

@@ -122,7 +122,7 @@ def _warn_of_missing(work: Work) -> None:
 def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{dataset.name}, {record.split}: {record.words}")
+    table = Table(title=f"{dataset.name}, {record.split}: {record.description}")
     for name in (
         "accuracy",
         "95 % interval",

@@ -189,7 +189,7 @@ def decode(
     kept_logits = [logits.copy()]
     ended = np.zeros(len(logits), bool)
     tokens: list[list[int]] = [[] for _ in range(len(logits))]
-    turn, finite = placement, True
+    finite = True
     while True:
         finite &= bool(np.isfinite(logits).all())
         chosen = logits.argmax(axis=-1).astype(np.int64)
@@ -198,8 +198,8 @@ def decode(
             tokens[row].append(int(chosen[row]))
         if ended.all() or max(map(len, tokens)) == max_new_tokens:
             return Decoded(tokens, kept_logits, finite, tuple(ended.tolist()))
-        turn = advance(turn)
-        logits = session.step(chosen, turn)
+        placement = advance(placement)
+        logits = session.step(chosen, placement)
         if keep_logits:
             kept_logits.append(logits.copy())
 

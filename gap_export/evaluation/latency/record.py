@@ -12,7 +12,7 @@ QUANTITIES = {
     "tpot_ms": "time per output token",
     "total_ms": "whole request",
 }
-"""Field of a row -> words for the screen, in the order in which they are measured."""
+"""Field of a row -> label on the screen, in the order in which they are measured."""
 
 
 class Percentiles(Record):

@@ -53,8 +53,8 @@ class Protocol:
     area: Area
 
     @property
-    def words(self) -> str:
-        """For people."""
+    def description(self) -> str:
+        """Frame, threshold and area, for people."""
         measured = ", both edges counted" if self.area == "inclusive_pixels" else ""
         return f"{self.name}: boxes of the {self.frame.replace('_', ' ')}, IoU {self.comparator} {metrics.HIT_IOU}{measured}"
 

@@ -167,7 +167,7 @@ class EvalRecord(Record):
 
     Attributes:
         protocol: name.
-        words: the protocol in words.
+        description: of the protocol, for people.
         split: of the data set.
         expressions: scored.
         images: that they are about.
@@ -184,7 +184,7 @@ class EvalRecord(Record):
     """
 
     protocol: str
-    words: str
+    description: str
     split: str
     expressions: int
     images: int
@@ -264,7 +264,7 @@ def record_of(
     low, high = accuracy.interval()
     return EvalRecord(
         protocol=protocol.name,
-        words=protocol.words,
+        description=protocol.description,
         split=split,
         expressions=len(scored),
         images=len({each.row.image for each in scored}),

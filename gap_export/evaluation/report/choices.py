@@ -112,7 +112,7 @@ def pruner_choices(
 
 
 class _Refusal(Exception):
-    """Why a pruner is not on the page, in words."""
+    """Why a pruner is not on the page."""
 
 
 def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | None, Ids | None, str]:

@@ -108,7 +108,7 @@ def page(
         "worst": worst_cases(reported, album, () if verdict is None else verdict.worst, worst),
         "random": random_cases(reported, album, drawn),
     }
-    latency, latency_words = plots.latency_figure(reported)
+    latency, latency_caption = plots.latency_figure(reported)
     environment = Environment(
         loader=PackageLoader("gap_export.evaluation.report", "."),
         autoescape=True,
@@ -124,7 +124,7 @@ def page(
         verdict=verdict,
         accuracy_plot=svg(plots.accuracy_figure(reported)),
         latency_plot=svg(latency),
-        latency_words=latency_words,
+        latency_caption=latency_caption,
         cases=cases,
         pruners=_pruners(reported, album, pruners),
         images=album.images,

@@ -45,7 +45,7 @@ def accuracy_figure(reported: ReportedRuns) -> Figure:
 
 
 def latency_figure(reported: ReportedRuns) -> tuple[Figure, str]:
-    """Time against tokens, and in words what kind of time.
+    """Time against tokens, and a caption that says what kind of time.
 
     Where `recommend` measured it, time to the first token: shares were interleaved there, so that ratios hold. Otherwise the median time per
     expression of each evaluation, which ran at different moments.
@@ -60,7 +60,7 @@ def latency_figure(reported: ReportedRuns) -> tuple[Figure, str]:
             if point.keep == recommendation.chosen:
                 _ring(axes, point.mean_kept, time)
         axes.set_xlim(left=0)
-        words = "Median time to the first token; shares were interleaved in one run (gap-export recommend)."
+        caption = "Median time to the first token; shares were interleaved in one run (gap-export recommend)."
     else:
         figure, axes = _panel("per expression, ms")
         times = [1000 * run.median_seconds for run in reported.runs]
@@ -70,11 +70,11 @@ def latency_figure(reported: ReportedRuns) -> tuple[Figure, str]:
             reported,
             lambda run: _Point(run.run.record.mean_kept, 1000 * run.median_seconds),
         )
-        words = (
+        caption = (
             "Median time per expression of each evaluation, which were not interleaved: compare with care."
         )
     axes.set_ylim(0, (1 + _HEADROOM) * max(times) or 1)
-    return figure, words
+    return figure, caption
 
 
 def _panel(label: str) -> tuple[Figure, Axes]:

@@ -269,7 +269,7 @@ def provenance_facts(run: Evaluated) -> dict[str, Any]:
     """Facts that a number is worth nothing without."""
     facts: dict[str, Any] = {
         "folder": str(run.run.folder),
-        "protocol": run.run.record.words,
+        "protocol": run.run.record.description,
         "data": run.provenance.data,
         "split": run.run.record.split,
         "processor": run.provenance.processor,

@@ -64,7 +64,7 @@ class SweepPoint(Record):
 
     @property
     def label(self) -> str:
-        """What it is, in words."""
+        """What it is, for people."""
         return f"{self.pruner}, keep {self.kept}, {self.positions}"
 
 

@@ -43,7 +43,7 @@ class LlavaOnevisionReference:
         weights_P4 = torch.from_numpy(pixels["corner_weights"])
         projected_NH = (corners_P4H * weights_P4[..., None]).sum(dim=1).to(self.dtype)
         beside = {
-            "places": torch.from_numpy(pixels["cell_positions"]),
+            "places": torch.from_numpy(pixels["token_positions"]),
             "lines": torch.from_numpy(pixels["newline_positions"]),
         }
         return [ImageFeatures(VisionFeatures(projected_NH, grid=None, projected=projected_NH), beside)]

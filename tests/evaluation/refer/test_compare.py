@@ -40,7 +40,7 @@ LOOSE = Thresholds(max_accuracy_drop=1, min_prediction_agreement=0, min_box_iou=
 
 
 RECORD = EvalRecord(
-    protocol="unc", words="", split="all", expressions=1, images=1, accuracy=1, low=1, high=1, mean_iou=1,
+    protocol="unc", description="", split="all", expressions=1, images=1, accuracy=1, low=1, high=1, mean_iou=1,
     unparsable=0, refused=0, missing_images=0, not_scored=0, mean_kept=9, backend="onnxruntime",
 )  # fmt: skip
 

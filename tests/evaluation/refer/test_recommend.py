@@ -23,7 +23,7 @@ def run_of(accuracy: float, keep: float) -> EvalRun:
         folder=Path(f"keep{keep}"),
         record=EvalRecord(
             protocol="unc",
-            words="",
+            description="",
             split="all",
             expressions=COUNT,
             images=100,

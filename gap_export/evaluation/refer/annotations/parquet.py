@@ -100,8 +100,8 @@ def _read_tables(files: Sequence[Path]) -> Annotations:
                 places.setdefault(image, _Place(path, group, within))
                 answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
                 for count, text in enumerate(answers):
-                    words = RowReader(path, number, {"answer": text}).text("answer")
-                    expressions.append(reader.expression(f"{identity}.{count}", image, words, box))
+                    expression = RowReader(path, number, {"answer": text}).text("answer")
+                    expressions.append(reader.expression(f"{identity}.{count}", image, expression, box))
     return Annotations("parquet", tuple(expressions), TableImages(places) if embedded else None)
 
 
