@@ -137,6 +137,7 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
         prune_layers=recipe.prune_layers,
     )
     _check_several(recipe, spec)
+    _check_mask(pruner, spec)
     capacity = _capacity(recipe, spec, counts.max_tokens)
     pruning = Pruning(
         pruner=recipe.pruner,
@@ -173,8 +174,8 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
     Raises:
         RecipeError: fewer were asked for than that, or the unpruned prompt has more positions than the model knows.
     """
-    text_tokens = recipe.max_text - recipe.images + recipe.max_new_tokens
-    longest_answer = text_tokens + recipe.images * spec.visual_tokens
+    words = recipe.max_text - recipe.images + recipe.max_new_tokens
+    longest_answer = words + recipe.images * spec.visual_tokens
     if longest_answer > spec.max_positions:
         raise RecipeError(
             f"positions up to {longest_answer} are needed (unpruned), the model knows {spec.max_positions}",
@@ -182,7 +183,7 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
             hint="lower max_text or max_new_tokens",
         )
     # One slot more than the longest answer needs: `validate` writes one too far on purpose.
-    needed = text_tokens + recipe.images * max_tokens + 1
+    needed = words + recipe.images * max_tokens + 1
     if recipe.capacity is not None and recipe.capacity < needed:
         raise RecipeError(
             f"is too small: {recipe.max_text} text tokens, {recipe.images * max_tokens} visual tokens and "
@@ -191,6 +192,16 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
             hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
         )
     return recipe.capacity or in_slot_steps(needed)
+
+
+def _check_mask(pruner: prune.Pruner, spec: ModelSpec) -> None:
+    """Refuse to drop tokens inside a decoder whose mask would have to be laid out anew for every stage."""
+    if pruner.in_decoder and spec.attention_mask != "causal":
+        raise RecipeError(
+            f"drops tokens inside the decoder, and this one's attention mask ({spec.attention_mask}) is laid out for all of them",
+            subject=f"pruner {pruner.name}",
+            hint=f"use one that works before the decoder: {', '.join(prune.names(in_decoder=False))}",
+        )
 
 
 def _check_several(recipe: Recipe, spec: ModelSpec) -> None:
@@ -238,16 +249,16 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, visual_tokens: int) -> _Counts
             subject=f"pruner {pruner.name}, keep {smallest:g}:{largest:g}",
             hint="give one fraction, or use a pruner that works before the decoder",
         )
-    least, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
-    for count in (least, most):
+    fewest, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
+    for count in (fewest, most):
         prune.check_count(pruner, count, visual_tokens)
-    if least == most:
+    if fewest == most:
         raise RecipeError(
             f"is {most} of {visual_tokens} tokens at both ends",
             subject=f"keep {smallest:g}:{largest:g}",
             hint="give a wider range, or one fraction",
         )
-    return _Counts("dynamic", default, least, kept, most)
+    return _Counts("dynamic", default, fewest, kept, most)
 
 
 def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -> _Counts:
@@ -267,11 +278,11 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -
             hint="use last_visual or max_kept",
         )
     smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
-    least = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
+    fewest = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
     typical = prune.share_of(default, tokens.typical_tokens, pruner.min_tokens) + tokens.never_pruned
     most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
     keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
-    return _Counts(keep_mode, default, least, typical, most)
+    return _Counts(keep_mode, default, fewest, typical, most)
 
 
 def _stages(cuts: tuple[Cut, ...], spec: ModelSpec, capacity: int) -> tuple[Stage, ...]:

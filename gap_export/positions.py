@@ -14,7 +14,9 @@ with N visual tokens, K kept, raster indices i_1 .. i_K. Where tokens are droppe
 own K and so its own slots (`Placement.stage_next_slot`); ids are the same in all of them. `shifted` and `permuted` are the paper's two failure modes
 (section 3.1, figure 2), kept so that anyone can see the damage on their own model.
 
-This is NumPy, for runtimes, checks and tests. The same arithmetic inside the exported graph is `families/splice.py`,
+Who sees whom is a matter of slots alone: `visible` says it for every mask that models have.
+
+This is NumPy, for runtimes, checks and tests. The same arithmetic inside the exported graph is `modeling/splice.py`,
 written independently so that each can be held against the other.
 
 Shape letters: B batch, N visual tokens, K kept, S spliced sequence, R rotary rows (3 for M-RoPE).
@@ -25,11 +27,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+
+AttentionMask = Literal["causal", "image_blocks"]
+"""Which tokens see which: each sees itself and those before it; or, besides, all tokens of one image see each other."""
 
 PAD = -1
 """Fills up short rows, of token ids and of raster indices: no token and no patch has it, so a graph can count the real ones."""
@@ -58,7 +64,7 @@ class MergedId(StrEnum):
     """
 
     LAST_VISUAL = "last_visual"
-    """The last patch of the image, N - 1: merged tokens come after all others, as where pruners append them."""
+    """The last patch of the image, N - 1: merged tokens come after all others, as where strategies append them."""
     MAX_KEPT = "max_kept"
     """The last patch that was kept."""
     CENTROID = "centroid"
@@ -67,7 +73,7 @@ class MergedId(StrEnum):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a batch of prompts stands: ids and slots of the prompt, and the two counters decoding continues from.
+    """Where a batch of prompts stands: ids and slots of the prompt, and the two counters decoding goes on from.
 
     Attributes:
         position_ids: [B, S] int64 (M-RoPE: [3, B, S]), what RoPE reads. Padding at the end of a short row holds values never attended to.
@@ -76,6 +82,7 @@ class Placement:
         next_position: [B] int64, the position id of the first generated token.
         next_slot: [B] int64, the cache slot of the first generated token.
         image_start: [B] int64, text tokens before the image; None where the splice does not tell.
+        image_slots: [B, I, 2] int64, the first slot of every image and the one after its last; None where the splice does not tell.
         stage_write_index: of every later stage (1, 2, ...) of a decoder that drops tokens, `write_index` [B] there.
         stage_next_slot: of every later stage, `next_slot` [B] there.
     """
@@ -86,6 +93,7 @@ class Placement:
     next_position: Ids
     next_slot: Ids
     image_start: Ids | None = None
+    image_slots: Ids | None = None
     stage_write_index: tuple[Ids, ...] = ()
     stage_next_slot: tuple[Ids, ...] = ()
 
@@ -103,6 +111,8 @@ class Placement:
         }
         if self.image_start is not None:
             inputs["image_start"] = self.image_start
+        if self.image_slots is not None:
+            inputs["image_slots"] = self.image_slots
         return inputs | {f"write_index.{stage}": slot for stage, slot in enumerate(self.stage_write_index, 1)}
 
 
@@ -119,6 +129,7 @@ def placement_from_splice(outputs: Mapping[str, Ids]) -> Placement:
         next_position=outputs["next_position"],
         next_slot=next_slot,
         image_start=outputs.get("image_start"),
+        image_slots=outputs.get("image_slots"),
         stage_write_index=tuple(np.zeros_like(next_slot) for _ in later),
         stage_next_slot=tuple(outputs[name] for name in later),
     )
@@ -151,7 +162,7 @@ def prompt_position_ids(
 ) -> tuple[Ids, int]:
     """Position ids of one spliced prompt: text and images in turn, text first and last.
 
-    Source of the three rows: Qwen2-VL (arXiv 2409.12191), section 2.1: time, height, width; what follows an image continues
+    Source of the three rows: Qwen2-VL (arXiv 2409.12191), section 2.1: time, height, width; what follows an image goes on
     after the largest of them.
 
     Args:
@@ -213,7 +224,7 @@ def place(
         text_after: [B] tokens after the last one (T_post).
         visual_tokens: N, of all images or [B], [B, I] of each.
         policy: how to number.
-        merged: where tokens merged from many stand, as for `prompt_position_ids`.
+        merged: see `prompt_position_ids`.
         stages: visual tokens that every later stage has.
         grids: [B, 2], [B, I, 2] rows and columns of each image's visual tokens, for M-RoPE.
         between: [B, I - 1] tokens between one image and the next; None where there is one.
@@ -233,6 +244,8 @@ def place(
     grids_BI2 = None if grids is None else grids.reshape(batch, -1, 2)
 
     lengths = text_before + between_BG.sum(axis=1) + kept + text_after
+    texts_BI = np.concatenate([text_before[:, None], between_BG], axis=1)
+    image_ends_BI = (texts_BI + counts_BI).cumsum(axis=1)
     padding = lengths.max() - lengths
     rows = [
         prompt_position_ids(
@@ -252,6 +265,7 @@ def place(
         next_position=np.array([following for _, following in rows], np.int64) - padding,
         next_slot=lengths,
         image_start=text_before,
+        image_slots=np.stack([image_ends_BI - counts_BI, image_ends_BI], axis=-1),
         stage_write_index=tuple(np.zeros(batch, np.int64) for _ in stages),
         stage_next_slot=tuple(text_before + left + text_after for left in stages),
     )
@@ -273,13 +287,14 @@ def advance(placement: Placement) -> Placement:
         next_position=placement.next_position + 1,
         next_slot=placement.next_slot + 1,
         image_start=placement.image_start,
+        image_slots=placement.image_slots,
         stage_write_index=placement.stage_next_slot,
         stage_next_slot=tuple(slot + 1 for slot in placement.stage_next_slot),
     )
 
 
 def extended(placement: Placement, text_lengths: Ids, longest: int) -> Placement:
-    """Placement of text after a prompt of one row: every row continues from there.
+    """Placement of text after a prompt of one row: every row goes on from there.
 
     Args:
         placement: of the prompt, B = 1.
@@ -296,4 +311,33 @@ def extended(placement: Placement, text_lengths: Ids, longest: int) -> Placement
         last_index=text_lengths - 1,
         next_position=first + text_lengths,
         next_slot=slot + text_lengths,
+        image_slots=None if placement.image_slots is None else placement.image_slots.repeat(batch, axis=0),
     )
+
+
+def visible(
+    mask: AttentionMask, query_slots_BS: Ids, slots: int, image_slots_BI2: Ids | None = None
+) -> NDArray[np.bool_]:
+    """Which slots of the cache every token of a call sees.
+
+    Args:
+        mask: of the model.
+        query_slots_BS: [B, S] int64, where the tokens stand.
+        slots: C, of the cache.
+        image_slots_BI2: see `Placement.image_slots`; for masks that look at images.
+
+    Returns:
+        [B, S, C] bool.
+    """
+    keys_C = np.arange(slots)
+    sees_BSC: NDArray[np.bool_] = keys_C <= query_slots_BS[:, :, None]
+    if mask == "causal":
+        return sees_BSC
+    if image_slots_BI2 is None:
+        raise ValueError(f"the mask {mask} needs to know where the images are")
+    for first_B, end_B in np.moveaxis(image_slots_BI2, 0, -1):
+        query_BS, key_BC = (
+            (slot >= first_B[:, None]) & (slot < end_B[:, None]) for slot in (query_slots_BS, keys_C[None])
+        )
+        sees_BSC |= query_BS[:, :, None] & key_BC[:, None, :]
+    return sees_BSC

@@ -319,6 +319,7 @@ def test_a_graph_is_given_what_it_names() -> None:
         "write_index",
         "last_index",
         "image_start",
+        "image_slots",
         "write_index.1",
         "write_index.2",
     ]

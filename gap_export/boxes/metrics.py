@@ -149,7 +149,7 @@ def accuracy(ious: ArrayLike, *, comparator: Comparator, threshold: float = HIT_
         ious: [N], N >= 1; NaN is refused, because it would pass for a miss or for a hit depending on the
             comparator.
         comparator: `>` (Shikra, MiniGPT-v2) or `>=` (lmms-eval, InternVL, ConvLLaVA).
-        threshold: IoU from which on a box is a hit.
+        threshold: see `HIT_IOU`.
 
     Raises:
         ValueError: no rows, NaN, an unknown comparator.
@@ -234,7 +234,7 @@ def agreement(
 
     Args:
         first: one box per expression, None where the answer could not be read.
-        second: over the expressions of the first, in their order.
+        second: the same expressions in the same order.
         threshold: IoU from which two boxes agree (`>=`).
 
     Raises:

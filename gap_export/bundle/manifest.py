@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from gap_export.bundle.cache_layout import in_slot_steps
-from gap_export.bundle.hashes import FileRecord
 from gap_export.bundle.spec import Dim, GraphSpec
+from gap_export.files import FileRecord
 from gap_export.inputs.layouts import Layout, TokenRange
 from gap_export.inputs.prompt import PromptTemplate, TextTower
-from gap_export.positions import MergedId, PositionPolicy
+from gap_export.positions import AttentionMask, MergedId, PositionPolicy
 from gap_export.precision import Thresholds, known
 from gap_export.recipe.recipe import Recipe
 from gap_export.records import Record
@@ -64,11 +64,18 @@ class ModelSpec(Record):
     """Where images differ in how many visual tokens they have."""
     position_rows: Literal[1, 3] = 1
     """Rows of position ids: 3 for M-RoPE (time, height, width)."""
+    attention_mask: AttentionMask = "causal"
+    """Which tokens see which, by slot. Where that depends on the images, splice gives and the decoder takes `image_slots`."""
     max_positions: int
     missing_features: tuple[VisionFeature, ...] = ()
     """What a pruner may ask for and this tower does not have."""
     published_tower: str | None = None
     """Hub id of the published checkpoint whose vision tower has the same sizes, where there is one."""
+
+    @property
+    def reads_image_slots(self) -> bool:
+        """Whether the attention mask depends on where the images are."""
+        return self.attention_mask != "causal"
 
     @property
     def embedding_width(self) -> int:
@@ -116,7 +123,7 @@ class Pruning(Record):
         min_tokens: smallest count.
         max_tokens: largest count; the capacity of cache and engines.
         keep_range: (smallest, largest) fraction that requests may choose; None where they have no choice.
-        pruner_min_tokens: smallest number of tokens that the pruner can keep of an image.
+        pruner_min_tokens: fewest tokens that the pruner can keep of an image.
         positions: numbering policy.
         seed: seed of pruners that draw at random.
         merged: how many of the kept tokens were merged from many and have no raster index of their own.

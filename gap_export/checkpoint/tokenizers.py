@@ -28,7 +28,7 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def with_placeholder(tokenizer: Tokenizer, name: str, id_: int) -> Tokenizer:
-    """The tokenizer with a token for the image added.
+    """The same tokenizer, with a token for the image.
 
     Args:
         tokenizer: changed in place.

@@ -33,7 +33,7 @@ SCENES = "scenes"
 
 
 def calibrate(
-    bundle: Bundle | Path | str,
+    bundle: Bundle | Path,
     *,
     limit: int = 128,
     dataset: Dataset | None = None,

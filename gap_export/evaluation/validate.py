@@ -58,7 +58,7 @@ _BASELINES: dict[str, dict[str, Any]] = {
 
 
 def validate(
-    bundle: Bundle | Path | str,
+    bundle: Bundle | Path,
     *,
     limit: int = 500,
     keep: float | None = None,

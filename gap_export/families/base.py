@@ -39,7 +39,7 @@ class Companion:
     Attributes:
         name: field of the recipe, and name among the checkpoint's companions.
         published: hub id of the one that the model's authors used.
-        holds: what comes from it, for messages.
+        holds: what comes from it, in words.
         required: whether there is no model without it.
     """
 
@@ -206,6 +206,7 @@ class Family(ABC):
             spec,
             plan,
             self.model_parts(spec, plan),
+            family=self.row.name,
             image_token_id=self.image_token_id,
             weight_key=self.weight_key,
         )

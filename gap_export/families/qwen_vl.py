@@ -1,7 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images at their own shape, M-RoPE, one layout of checkpoint and prompt.
 
 Facts: squares of patches become one visual token each. Position ids have three rows (time, height, width); text after an image
-continues from its longer side, and so do answers, whatever was pruned. No tower has a class token. What differs:
+goes on from its longer side, and so do answers, whatever was pruned. No tower has a class token. What differs:
 
     model        patch   tower                                          boxes
     Qwen2-VL     14      rotary positions                               `(x1,y1),(x2,y2)` in 0..1000 of the image
@@ -34,8 +34,9 @@ from gap_export.families.base import Family
 from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.modeling import hf_config
 from gap_export.modeling.components import ModelParts
+from gap_export.modeling.decoder import DecoderHooks
 from gap_export.modeling.native import native_inputs
-from gap_export.modeling.qwen_vl import Qwen2VLVision, Qwen3VLVision, Qwen25VLVision
+from gap_export.modeling.qwen_vl import Qwen2VLVision, Qwen3VLVision, Qwen25VLVision, add_deepstack
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -99,6 +100,7 @@ class QwenVL(Family):
             vision_inputs=native_inputs(self._native, spec.token_range),
             language_model=model.model.language_model,
             lm_head=model.lm_head,
+            hooks=self.hooks,
         )
 
     @property
@@ -109,6 +111,11 @@ class QwenVL(Family):
     @abstractmethod
     def vision(self, model: Any, plan: Plan) -> nn.Module:
         """The module of the vision graph, from the whole model."""
+
+    @property
+    def hooks(self) -> DecoderHooks:
+        """What the decoder does otherwise than others."""
+        return DecoderHooks()
 
     @property
     def window(self) -> int | None:
@@ -138,16 +145,16 @@ class QwenVL(Family):
             "3, bicubic",
         )
         size = settings.get("size") or {}
-        least: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+        fewest: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most: Any = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
-        bounded = isinstance(least, int) and isinstance(most, int) and 0 < least <= most
+        bounded = isinstance(fewest, int) and isinstance(most, int) and 0 < fewest <= most
         require("size of the image processor", bounded, "a smallest and a largest number of pixels")
         return NativeResolutionLayout(
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             frames=vision.temporal_patch_size,
             window=self.window,
-            min_pixels=least,
+            min_pixels=fewest,
             max_pixels=most,
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
@@ -211,6 +218,11 @@ class Qwen3VL(QwenVL):
             "layers of the tower, ascending, at most as many as the decoder has",
         )
         return config
+
+    @property
+    @override
+    def hooks(self) -> DecoderHooks:
+        return DecoderHooks(between_layers=add_deepstack)
 
     @property
     @override

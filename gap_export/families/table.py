@@ -15,6 +15,7 @@ from gap_export import prune
 from gap_export.bundle.manifest import BoxFormat, VisionFeature
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, InputError
+from gap_export.positions import AttentionMask
 
 if TYPE_CHECKING:
     from gap_export.families.base import Family
@@ -32,10 +33,11 @@ class FamilyRow:
         model_types: values of `model_type` in config.json; "" stands for a checkpoint without a config.json.
         box: how boxes are written, by models as published and recipes that leave `fit` open.
         published: hub ids, and in which form.
-        visual_tokens: how many an image has, as text.
+        visual_tokens: how many an image has, in words.
         position_rows: rows of position ids: 3 for M-RoPE (time, height, width).
-        missing_features: what pruners cannot read from the tower (`ModelSpec.missing_features`), of models as published.
+        missing_features: see `ModelSpec.missing_features`, of models as published.
         dynamic: whether images differ in how many visual tokens they have.
+        attention_mask: which tokens see which in the decoder; see `ModelSpec.attention_mask`.
         reads_text: whether a CLIP text tower can be put beside the vision tower.
         recognises: tells its checkpoints from others of the same `model_type`; rows that have it are asked before those that have
             not.
@@ -52,6 +54,7 @@ class FamilyRow:
     position_rows: int = 1
     missing_features: tuple[VisionFeature, ...] = ()
     dynamic: bool = False
+    attention_mask: AttentionMask = "causal"
     reads_text: bool = True
     recognises: Callable[[Checkpoint], bool] | None = None
 
@@ -63,7 +66,7 @@ class FamilyRow:
             for row in prune.PRUNERS.values()
             if not set(row.needs) & set(self.missing_features)
             and (self.reads_text or not row.needs_text)
-            and not (self.dynamic and row.in_decoder)
+            and not (row.in_decoder and (self.dynamic or self.attention_mask != "causal"))
         )
 
     def load(self) -> type[Family]:

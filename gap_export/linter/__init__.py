@@ -4,7 +4,7 @@
     print(report.verdict.reason)
     report.require()
 
-Rules are small functions over one data-flow analysis (`dataflow`): `decoder`, `cache`, `vision`, `general`. What data flow
+Rules are small functions over one data-flow analysis (`dataflow`): `decoder`, `mask`, `cache`, `vision`, `general`. What data flow
 cannot decide, `probe` evaluates. No weight is read.
 """
 
@@ -30,16 +30,17 @@ from gap_export.linter.general import (
     check_standard_ops,
 )
 from gap_export.linter.load import load
+from gap_export.linter.mask import SEES, check_mask, declared_mask
 from gap_export.linter.report import Finding, Profile, Report, Rule, Severity, Verdict, verdict_of
 from gap_export.linter.stages import FOLLOW, check_kept_inside, is_staged
 from gap_export.linter.vision import ASCENDING, EMBEDS, KEPT, check_vision
-from gap_export.positions import PositionPolicy
+from gap_export.positions import AttentionMask, PositionPolicy
 
 __all__ = ["RULES", "Finding", "Profile", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
 
 IDS = "position_ids"
 GENERAL_RULES = (USED, STANDARD)
-RULES: tuple[Rule, ...] = (*DECODER_RULES, CACHE, FOLLOW, ASCENDING, SPLICED, *GENERAL_RULES)
+RULES: tuple[Rule, ...] = (*DECODER_RULES, SEES, CACHE, FOLLOW, ASCENDING, SPLICED, *GENERAL_RULES)
 """Every rule there is."""
 
 
@@ -49,6 +50,7 @@ def lint_graph(
     profile: Profile | Literal["auto"] = "auto",
     strict: bool = False,
     policy: PositionPolicy = PositionPolicy.GAP,
+    mask: AttentionMask | None = None,
     ids_input: str = IDS,
 ) -> Report:
     """Check a graph against the rules without which gapped position ids do not survive.
@@ -60,6 +62,7 @@ def lint_graph(
             an explicit mask. For other exporters' graphs these are warnings.
         policy: how survivors are numbered; `permuted` wants score order, only `gap` wants ids from kept indices, and in all
             stages of a decoder that drops tokens.
+        mask: which tokens see which, as the model's spec says; by default what the inputs stand for. Looked at where `strict`.
         ids_input: name of the input with position ids; without one of that name the integer input that the rotary
             angles are made of is taken, unless another name was asked for.
 
@@ -79,7 +82,7 @@ def lint_graph(
         )
     kind = _kind(subject, flow, ids_input) if profile == "auto" else profile
     if kind == "decoder":
-        checked = _check_decoder(subject, flow, strict, ids_input, policy)
+        checked = _check_decoder(subject, flow, strict, ids_input, policy, mask)
     elif kind == "vision":
         checked = _check_vision(flow, policy)
     elif kind == "splice":
@@ -118,7 +121,12 @@ class _Checked:
 
 
 def _check_decoder(
-    subject: str, flow: Flow, strict: bool, ids_input: str, policy: PositionPolicy
+    subject: str,
+    flow: Flow,
+    strict: bool,
+    ids_input: str,
+    policy: PositionPolicy,
+    mask: AttentionMask | None,
 ) -> _Checked:
     decoder = read_decoder(flow, ids_input)
     if not decoder.sites:
@@ -136,10 +144,13 @@ def _check_decoder(
         sorted_wanted=policy.keeps_raster_order,
     )
     findings += check_decoder(decoder, strict, renumbers=renumbers) + check_cache(flow, strict)
+    mask = mask or declared_mask(flow)
+    if strict and mask is not None and not is_staged(flow):
+        findings += check_mask(decoder, mask)
     good = f"later stages number tokens by slot, as the policy {policy} asks"
     return _Checked(
         findings,
-        (*DECODER_RULES, CACHE, FOLLOW),
+        (*DECODER_RULES, SEES, CACHE, FOLLOW),
         good if renumbers else _good_decoder(decoder),
         len(decoder.sites),
     )

@@ -15,7 +15,7 @@ properties do not depend on them. What cannot be evaluated (operators of other d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -52,8 +52,8 @@ UNDECIDED = Outcome(None)
 FOLLOWS = Outcome(True)
 
 
-class _CannotEvaluate(Exception):
-    """The part between ids and angles holds something the reference evaluator does not do."""
+class CannotEvaluate(Exception):
+    """A part of a graph holds something the reference evaluator does not do."""
 
 
 def probe(flow: Flow, ids: ir.Value, angles: Sequence[ir.Value]) -> dict[ir.Value, Outcome]:
@@ -66,101 +66,136 @@ def probe(flow: Flow, ids: ir.Value, angles: Sequence[ir.Value]) -> dict[ir.Valu
     """
     outcomes: dict[ir.Value, Outcome] = {}
     for angle in dict.fromkeys(angles):
-        definitions = flow.definitions(angle)
-        if definitions == [ids]:
+        if flow.definitions(angle) == [ids]:
             outcomes[angle] = FOLLOWS
             continue
         outcomes[angle] = UNDECIDED
         for tokens in _TOKENS:
             try:
-                outcomes[angle] = _examine(_Part(flow, ids, definitions), tokens)
+                outcomes[angle] = _examine(_Angles(flow, ids, angle), tokens)
                 break
-            except _CannotEvaluate:
+            except CannotEvaluate:
                 continue
     return outcomes
 
 
-class _Part:
-    """The nodes between the graph inputs and one angle tensor, as a model of its own."""
+class Part:
+    """The nodes that one value is computed with, as a model of its own.
 
-    def __init__(self, flow: Flow, ids: ir.Value, definitions: list[ir.Value]) -> None:
+    Args:
+        flow: the graph.
+        value: that is computed; what it stands for must be one value.
+        given: a value to be fed, though the graph computes it.
+
+    Attributes:
+        inputs: what is to be fed: inputs of the graph, and `given`.
+        made_up: whether a table that lies in an external file was replaced.
+
+    Raises:
+        CannotEvaluate: control flow, large tables, or operators that the reference evaluator does not know.
+    """
+
+    def __init__(self, flow: Flow, value: ir.Value, given: ir.Value | None = None) -> None:
+        definitions = flow.definitions(value)
         if len(definitions) != 1:
-            raise _CannotEvaluate
-        self.ids = ids
+            raise CannotEvaluate
         self.made_up = False
-        self.output = name_of(definitions[0])
         self.inputs: list[ir.Value] = []
         nodes: dict[ir.Node, None] = {}
         initializers: list[onnx.TensorProto] = []
 
         def step(node: ir.Node) -> Iterable[ir.Value | None]:
-            return () if ids in node.outputs else node.inputs
+            return () if given in node.outputs else node.inputs
 
-        for value in flow.upstream(definitions[0], step):
-            node = value.producer()
-            if value is ids:
-                self.inputs.append(value)
+        for found in flow.upstream(definitions[0], step):
+            node = found.producer()
+            if found is given:
+                self.inputs.append(found)
             elif node is not None:
                 if any(True for _ in subgraphs(node)):
-                    raise _CannotEvaluate
+                    raise CannotEvaluate
                 if any(v is not None and flow.definitions(v) != [v] for v in node.inputs):
-                    raise _CannotEvaluate
+                    raise CannotEvaluate
                 nodes[node] = None
-            elif value in flow.inputs:
-                self.inputs.append(value)
+            elif found in flow.inputs:
+                self.inputs.append(found)
             else:
-                initializers.append(self._initializer(value))
+                initializers.append(self._initializer(found))
         order = {node: i for i, node in enumerate(flow.nodes)}
-        protos = [ir.to_proto(node) for node in sorted(nodes, key=lambda n: order[n])]
         graph = onnx.helper.make_graph(
-            protos,
-            "angles",
+            [ir.to_proto(node) for node in sorted(nodes, key=lambda n: order[n])],
+            "part",
             [onnx.helper.make_tensor_value_info(name_of(v), _element_type(v), None) for v in self.inputs],
-            [onnx.helper.make_empty_tensor_value_info(self.output)],
+            [onnx.helper.make_empty_tensor_value_info(name_of(definitions[0]))],
             initializers,
         )
         opsets = [onnx.helper.make_opsetid(d, v) for d, v in flow.model.graph.opset_imports.items()]
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=flow.model.ir_version)
         try:
-            self.evaluator = ReferenceEvaluator(model)
+            self._evaluator = ReferenceEvaluator(model)
         except Exception as error:  # an operator or opset it does not know
-            raise _CannotEvaluate from error
+            raise CannotEvaluate from error
 
     def _initializer(self, value: ir.Value) -> onnx.TensorProto:
         tensor = value.const_value
         if tensor is None or tensor.size > LARGEST_CONSTANT:
-            raise _CannotEvaluate
+            raise CannotEvaluate
         if isinstance(tensor, ir.ExternalTensor):
             if not tensor.dtype.is_floating_point():
-                raise _CannotEvaluate  # an axis, an extent: nothing that could be made up
+                raise CannotEvaluate  # an axis, an extent: nothing that could be made up
             self.made_up = True
             shape = tuple(int(n) for n in tensor.shape.numpy())
             content = (1.0 + np.arange(tensor.size) % 9973).reshape(shape).astype(tensor.dtype.numpy())
             return ir.to_proto(ir.Tensor(content, dtype=tensor.dtype, name=value.name))
         return ir.to_proto(ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name))
 
-    def run(self, row: Array) -> Array:
-        """The angles for one row of ids, every other input zero, float64 where it is a float."""
-        extents = _extents(self.ids, len(row))
+    def run(self, given: Mapping[str, Array], extents: dict[str, int]) -> Array:
+        """The value.
+
+        Args:
+            given: name of an input -> content, broadcast to its shape; all others are zero.
+            extents: of dimensions with a name; others are 1.
+
+        Raises:
+            CannotEvaluate: zeros that do not fit, ids beyond a table, an operator that is missing.
+        """
         feeds: dict[str, Array] = {}
-        for value in self.inputs:
-            shape = [_extent(dim, extents) for dim in value.shape] if value.shape is not None else [1]
-            feeds[name_of(value)] = np.zeros(shape, (value.dtype or ir.DataType.INT64).numpy())
-        fed = feeds[name_of(self.ids)]
-        feeds[name_of(self.ids)] = np.broadcast_to(row.astype(fed.dtype), fed.shape).copy()
         try:
+            for value in self.inputs:
+                shape = [_extent(dim, extents) for dim in value.shape] if value.shape is not None else [1]
+                fed = np.zeros(shape, (value.dtype or ir.DataType.INT64).numpy())
+                if name_of(value) in given:
+                    fed[...] = given[name_of(value)]
+                feeds[name_of(value)] = fed
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
-                results = list(self.evaluator.run(None, feeds))
-        except Exception as error:  # zeros that do not fit, ids beyond a table, an operator that is missing
-            raise _CannotEvaluate from error
-        result = np.asarray(results[0])
+                return np.asarray(next(iter(self._evaluator.run(None, feeds))))
+        except Exception as error:
+            raise CannotEvaluate from error
+
+
+class _Angles:
+    """One angle tensor as a function of the ids.
+
+    Args:
+        flow: the graph.
+        ids: see `probe`.
+        angle: the tensor.
+    """
+
+    def __init__(self, flow: Flow, ids: ir.Value, angle: ir.Value) -> None:
+        self.ids, self._part = ids, Part(flow, angle, given=ids)
+        self.made_up = self._part.made_up
+
+    def run(self, row: Array) -> Array:
+        """The angles for one row of ids, every other input zero, float64 where it is a float."""
+        result = self._part.run({name_of(self.ids): row}, _extents(self.ids, len(row)))
         if result.dtype.kind == "f" or result.dtype == ml_dtypes.bfloat16:
             return result.astype(np.float64)
         return result
 
 
-def _examine(part: _Part, tokens: int) -> Outcome:
+def _examine(part: _Angles, tokens: int) -> Outcome:
     fixed = part.ids.shape[-1] if part.ids.shape is not None and len(part.ids.shape) else None
     if isinstance(fixed, int):
         tokens = fixed
@@ -170,7 +205,7 @@ def _examine(part: _Part, tokens: int) -> Outcome:
     before = part.run(base)
     axes = [axis for axis, extent in enumerate(before.shape) if extent == tokens]
     if len(axes) != 1:
-        raise _CannotEvaluate
+        raise CannotEvaluate
     for j in (0, tokens // 2, tokens - 1):
         changed_id = base.copy()
         changed_id[j] = tokens + 5
@@ -189,12 +224,12 @@ def _examine(part: _Part, tokens: int) -> Outcome:
     return _exactness(part, base, axes[0])
 
 
-def _exactness(part: _Part, base: Array, axis: int) -> Outcome:
+def _exactness(part: _Angles, base: Array, axis: int) -> Outcome:
     if part.made_up:
         return FOLLOWS
     try:
         high = part.run(base + 1000)
-    except _CannotEvaluate:  # a table that is shorter: nothing to say about ids it does not serve
+    except CannotEvaluate:  # a table that is shorter: nothing to say about ids it does not serve
         return FOLLOWS
     neighbours = [
         np.array_equal(np.take(high, j, axis), np.take(high, j + 1, axis)) for j in range(len(base) - 1)
@@ -209,7 +244,7 @@ def _exactness(part: _Part, base: Array, axis: int) -> Outcome:
 
 def _rows_that_differ(a: Array, b: Array, axis: int) -> set[int]:
     if a.shape != b.shape:
-        raise _CannotEvaluate
+        raise CannotEvaluate
     different = np.moveaxis(a != b, axis, 0).reshape(a.shape[axis], -1).any(axis=1)
     return {int(j) for j in np.flatnonzero(different)}
 

@@ -9,7 +9,7 @@ Shape letters: B batch, H heads, S query tokens, C cache capacity, D head dimens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def attention_in_matmuls(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in plain operators; softmax in fp32."""
+    """The same in plain operators; softmax in fp32."""
     scale = scaling if scaling is not None else query_BHSD.shape[-1] ** -0.5
     logits_BHSC = torch.matmul(query_BHSD * scale, key_BHCD.transpose(2, 3))
     if attention_mask is not None:
@@ -118,6 +118,32 @@ def slot_mask(write_index_B: Tensor, queries: int, capacity: int) -> Tensor:
     """
     query_slots_BS = write_index_B[:, None] + torch.arange(queries)
     return (torch.arange(capacity)[None, None, :] <= query_slots_BS[:, :, None])[:, None]
+
+
+@dataclass(frozen=True)
+class CallSlots:
+    """Where the tokens of one call of the decoder stand: all that a mask may depend on. Position ids are not among it.
+
+    Attributes:
+        write_index_B: int64, slot of the first token.
+        queries: S, tokens of the call.
+        capacity: C, slots of the cache.
+        image_slots_BI2: int64, the first slot of every image and the one after its last; None under the causal mask.
+    """
+
+    write_index_B: Tensor
+    queries: int
+    capacity: int
+    image_slots_BI2: Tensor | None = None
+
+
+Mask = Callable[[CallSlots], Tensor]
+"""Which slots every token of a call sees: bool [B, 1, S, C]."""
+
+
+def causal(slots: CallSlots) -> Tensor:
+    """The mask of most decoders: each token sees itself and those before it."""
+    return slot_mask(slots.write_index_B, slots.queries, slots.capacity)
 
 
 class SlotCache:

@@ -19,7 +19,7 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Dim, GraphName, GraphSpec, TensorSpec, float_spec, int64_spec
 from gap_export.checkpoint import Checkpoint
 from gap_export.modeling import staged
-from gap_export.modeling.decoder import Decoder
+from gap_export.modeling.decoder import Decoder, DecoderHooks
 from gap_export.modeling.splice import Embed, Splice, SpliceSeveral
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
@@ -37,7 +37,7 @@ class Component:
         weight_key: name of a parameter of the module -> key in the checkpoint.
         settings: all that the graph depends on besides the spec and the code: components of equal spec and equal settings
             have the same graph, and it need not be traced again. Plain values (numbers, text, and tuples and dataclasses of
-            such), so that they can be told apart in other processes too. By default, equal to no other's.
+            such), so that they can be told apart in other processes too. By default, equal to nobody else's.
     """
 
     module: nn.Module
@@ -57,12 +57,14 @@ class ModelParts:
         vision_inputs: of the vision graph, without those that any family may have (`text_ids`, `keep_count`).
         language_model: the decoder of transformers, token embeddings included, without its head.
         lm_head: hidden states to logits.
+        hooks: what the decoder does otherwise than others.
     """
 
     vision: nn.Module
     vision_inputs: tuple[TensorSpec, ...]
     language_model: PreTrainedModel
     lm_head: nn.Module
+    hooks: DecoderHooks = field(default_factory=DecoderHooks)
 
 
 def torch_dtype(plan: Plan) -> torch.dtype:
@@ -82,6 +84,7 @@ def build_components(
     plan: Plan,
     parts: ModelParts,
     *,
+    family: str,
     image_token_id: int,
     weight_key: Callable[[str], str],
 ) -> list[Component]:
@@ -92,6 +95,7 @@ def build_components(
         spec: sizes of the model.
         plan: of the build.
         parts: of the model.
+        family: its name: two families may have all else in common.
         image_token_id: id of the placeholder.
         weight_key: name of a parameter of any graph -> key in the checkpoint.
     """
@@ -113,7 +117,13 @@ def build_components(
             present=present,
         )
     else:
-        decoder = Decoder(parts.language_model, parts.lm_head, deepstack_levels=spec.deepstack_levels)
+        decoder = Decoder(
+            parts.language_model,
+            parts.lm_head,
+            parts.hooks,
+            deepstack_levels=spec.deepstack_levels,
+            takes_image_slots=spec.reads_image_slots,
+        )
         graphs.append((specs.decoder, decoder))
     seeing, reading = checkpoint.fingerprint(), checkpoint.fingerprint(without=("text_tower",))
     return [
@@ -123,6 +133,7 @@ def build_components(
             weight_key=weight_key,
             settings=(
                 seeing if graph.name == "vision" else reading,
+                family,
                 spec,
                 image_token_id,
                 _settings(graph.name, plan),
@@ -145,6 +156,7 @@ def _splice(embedding: nn.Embedding, spec: ModelSpec, plan: Plan, image_token_id
         policy=plan.pruning.positions,
         mrope=spec.position_rows == 3,
         deepstack_levels=spec.deepstack_levels,
+        gives_image_slots=spec.reads_image_slots,
         **placing,
     )
     return splice
@@ -196,6 +208,13 @@ class _Specs:
     def inputs_embeds(self) -> TensorSpec:
         """Of a prompt with its visual tokens in place."""
         return self._embeds("inputs_embeds", self._spliced)
+
+    @cached_property
+    def _image_slots(self) -> tuple[TensorSpec, ...]:
+        """What splice gives and the decoder takes where the mask looks at images."""
+        if not self.model.reads_image_slots:
+            return ()
+        return (int64_spec("image_slots", _batch(self.plan), self.plan.images, 2),)
 
     @cached_property
     def logits(self) -> TensorSpec:
@@ -270,6 +289,7 @@ class _Specs:
                 int64_spec("position_ids", *self._ids_rows, batch, self._spliced),
                 int64_spec("next_position", batch),
                 int64_spec("next_slot", batch),
+                *self._image_slots,
                 *(staged.splice_outputs(plan, batch) if plan.pruning.stages else ()),
             ),
         )
@@ -306,6 +326,7 @@ class _Specs:
                 int64_spec("position_ids", *self._ids_rows, batch, sequence),
                 int64_spec("write_index", batch),
                 int64_spec("last_index", batch),
+                *self._image_slots,
                 *past,
             ),
             outputs=(self.logits, *present),

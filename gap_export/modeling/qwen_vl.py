@@ -61,7 +61,7 @@ def merged(
         merger: of the tower, which lays the normed patches of a token side by side and projects them.
         hidden_PE: patches of all tokens.
         tokens: (how many tokens, patches of each).
-        keep_count: K, where requests choose it.
+        keep_count: see `Qwen2VLVision.forward`.
 
     Returns:
         visual_embeds [1, K, H], kept_indices [1, K] int64.
@@ -150,6 +150,15 @@ class Qwen3VLVision(nn.Module):
             for plane_PE, merger in zip(beside, tower.deepstack_merger_list, strict=True)
         ]
         return torch.cat([embeds_BKH, *deepstack_levels], dim=-1), selected.indices_BK
+
+
+def add_deepstack(language_model: Any, levels: Sequence[Tensor]) -> dict[str, Any]:
+    """See `decoder.BetweenLayers`.
+
+    transformers adds a level to the visual tokens alone, by a mask; ours is zero elsewhere, and added to all.
+    """
+    language_model._deepstack_process = lambda hidden_BSH, _mask, level_BSH: hidden_BSH + level_BSH
+    return {"visual_pos_masks": None, "deepstack_visual_embeds": list(levels)}
 
 
 def _projected(merger: Any, normed_BNE: Tensor) -> Tensor:

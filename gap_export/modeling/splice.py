@@ -27,7 +27,7 @@ class Embed(nn.Module):
 
     Args:
         embedding: the decoder's token embedding.
-        deepstack_levels: how many features of DeepStack lie behind each embedding.
+        deepstack_levels: see `ModelSpec.deepstack_levels`.
     """
 
     def __init__(self, embedding: nn.Embedding, *, deepstack_levels: int = 0) -> None:
@@ -62,7 +62,8 @@ class Splice(nn.Module):
         visual_tokens: N; None where images differ.
         policy: how survivors are numbered.
         mrope: three rows of ids (time, height, width).
-        deepstack_levels: how many features of DeepStack lie behind each embedding; H below is the width of everything that belongs to a token.
+        deepstack_levels: see `ModelSpec.deepstack_levels`; H below is the width of everything that belongs to a token.
+        gives_image_slots: whether `image_slots` is among the outputs.
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class Splice(nn.Module):
         policy: PositionPolicy,
         mrope: bool = False,
         deepstack_levels: int = 0,
+        gives_image_slots: bool = False,
     ) -> None:
         super().__init__()
         self.embed_tokens = embedding
+        self.gives_image_slots = gives_image_slots
         self.image_token_id = image_token_id
         self.visual_tokens = visual_tokens
         self.policy = policy
@@ -91,7 +94,7 @@ class Splice(nn.Module):
         kept_counts: Tensor | None = None,
         visual_counts: Tensor | None = None,
         image_grid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Splice.
 
         Args:
@@ -104,7 +107,8 @@ class Splice(nn.Module):
             image_grid: [B, 2] int64, rows and columns of each image's tokens, where positions follow the grid (M-RoPE).
 
         Returns:
-            inputs_embeds [B, S, H], position_ids [B, S] (M-RoPE [3, B, S]) int64, next_position [B] int64, next_slot [B] int64.
+            inputs_embeds [B, S, H], position_ids [B, S] (M-RoPE [3, B, S]) int64, next_position [B] int64, next_slot [B] int64,
+            and, where it was asked for, image_slots [B, I, 2] int64.
         """
         longest = visual_embeds.shape[1]
         kept = longest if kept_counts is None else kept_counts[:, None]
@@ -135,7 +139,10 @@ class Splice(nn.Module):
 
         next_position = (tokens_B1 - 1 + extent)[:, 0]
         next_slot = (tokens_B1 - 1 + kept)[:, 0]
-        return inputs_embeds, position_ids, next_position, next_slot
+        spliced = (inputs_embeds, position_ids, next_position, next_slot)
+        if not self.gives_image_slots:
+            return spliced
+        return (*spliced, torch.stack([before_B1, before_B1 + kept], dim=-1))
 
     def _embeds(
         self,
@@ -186,7 +193,7 @@ class Splice(nn.Module):
 
 
 class SpliceSeveral(Splice):
-    """Splice of prompts with the same number of images, I, in every row."""
+    """Like `Splice`, with the same number of images, I, in every row."""
 
     def forward(  # type: ignore[override]
         self,
@@ -196,7 +203,7 @@ class SpliceSeveral(Splice):
         kept_indices: Tensor | None = None,
         visual_counts: Tensor | None = None,
         image_grid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Splice.
 
         Args:
@@ -208,7 +215,8 @@ class SpliceSeveral(Splice):
             image_grid: [B, I, 2] int64, rows and columns of those, where positions follow the grid (M-RoPE); for the same.
 
         Returns:
-            inputs_embeds [B, S, H], position_ids [B, S] (M-RoPE [3, B, S]) int64, next_position [B] int64, next_slot [B] int64.
+            inputs_embeds [B, S, H], position_ids [B, S] (M-RoPE [3, B, S]) int64, next_position [B] int64, next_slot [B] int64,
+            and, where it was asked for, image_slots [B, I, 2] int64.
         """
         images, longest = kept_counts.shape[1], visual_embeds.shape[1]
         is_real_BT = (input_ids >= 0).to(torch.int64)
@@ -240,7 +248,13 @@ class SpliceSeveral(Splice):
             )
         first_BS = first_position_BT.gather(1, token_BS)
         position_ids = torch.where(is_visual_BS, first_BS + image_ids, first_BS)
-        return inputs_embeds, position_ids, extents_BT.sum(1), slots_BT.sum(1)
+        spliced = (inputs_embeds, position_ids, extents_BT.sum(1), slots_BT.sum(1))
+        if not self.gives_image_slots:
+            return spliced
+        # The slot of the i-th placeholder: of the tokens that are one, those of image i are one in every row.
+        placeholder_BIT = is_image_BT[:, None] * (image_BT[:, None] == torch.arange(images)[None, :, None])
+        first_slot_BI = (placeholder_BIT * first_slot_BT[:, None]).sum(-1)
+        return (*spliced, torch.stack([first_slot_BI, first_slot_BI + kept_counts], dim=-1))
 
     def _extents(
         self, kept_counts: Tensor, visual_counts: Tensor | None, image_grid: Tensor | None

@@ -94,7 +94,7 @@ def export_graphs(
         recipe: of the bundle.
         folder: where graphs and weights are put; must be there.
         only: names of the graphs; all of them by default.
-        tracer: `trace.graph_from_component` by default; a `TracedOnce` where several recipes are built.
+        tracer: see `trace_graphs`.
         progress: told when a stage begins.
 
     Raises:
@@ -187,7 +187,7 @@ def write_graphs(
         weights.attach_weights(graph.model, floats, graph.component.weight_key, stand_ins=graph.schemes)
         passes.simplify(graph.model)
         quantize.quantize(graph.model, graph.schemes, graph.quantized_keys, quantized, ranges)
-        graphs[graph.name] = _write_graph(graph, plan, folder)
+        graphs[graph.name] = _write_graph(graph, model, plan, folder)
     return WrittenGraphs(graphs, floats.written_bytes + quantized.written_bytes)
 
 
@@ -201,7 +201,7 @@ def _ranges_of(traced: Sequence[TracedGraph], model: OpenedModel, folder: Path) 
     return ranges.largest
 
 
-def _write_graph(graph: TracedGraph, plan: Plan, folder: Path) -> Graph:
+def _write_graph(graph: TracedGraph, model: OpenedModel, plan: Plan, folder: Path) -> Graph:
     """Write a finished graph and lint the file."""
     written = Graph(
         file=f"{graph.name}.onnx",
@@ -213,6 +213,10 @@ def _write_graph(graph: TracedGraph, plan: Plan, folder: Path) -> Graph:
     passes.write_graph(graph.model, graph.component.spec, folder / written.file)
     profile = "decoder" if graph.name == "prefill" or graph.name == "decode" else graph.name
     linter.lint_graph(
-        folder / written.file, profile=profile, strict=True, policy=plan.pruning.positions
+        folder / written.file,
+        profile=profile,
+        strict=True,
+        policy=plan.pruning.positions,
+        mask=model.spec.attention_mask,
     ).require()
     return written

@@ -29,6 +29,7 @@ class Llama:
         kv_heads: of keys and values.
         eps: of the norms.
         theta: of the rotary positions.
+        blocks: (first, end) of runs of the sequence whose tokens all see each other; the rest is causal.
     """
 
     weights: Weights
@@ -37,6 +38,7 @@ class Llama:
     kv_heads: int
     eps: float
     theta: float
+    blocks: tuple[tuple[int, int], ...] = ()
 
     def embed(self, ids: list[int]) -> Tensor:
         """[S, H]."""
@@ -78,7 +80,10 @@ class Llama:
         for head in range(self.heads):
             shared = head // (self.heads // self.kv_heads)
             scores = q[:, head] @ k[:, shared].T / width**0.5
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+            hidden = torch.ones_like(scores).triu(1).bool()
+            for first, end in self.blocks:
+                hidden[first:end, first:end] = False
+            scores = scores.masked_fill(hidden, float("-inf"))
             mixed.append(softmax(scores, -1) @ v[:, shared])
         return torch.cat(mixed, -1) @ self.weights[f"{name}.o_proj.weight"].T
 

@@ -157,6 +157,7 @@ def test_rule_ids_are_stable_and_distinct() -> None:
         "cache-follows-slots",
         "no-causal-flag-with-cache",
         "explicit-mask",
+        "mask-is-as-declared",
         "cache-in-place",
         "ids-follow-survivors",
         "kept-indices-ascending",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from torch import nn
 
 from gap_export import linter
@@ -157,3 +158,32 @@ def test_tensorrt_rtx_builds_it(
             path, graph, target="tensorrt-rtx", compute_capabilities=("8.9",), folder=tmp_path
         )
         assert (tmp_path / engine.file).is_file()
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2]], ids=str)
+def test_where_every_image_lies(rows: list[int]) -> None:
+    """For masks that look at images: slots of the kept tokens, counted from the beginning of the row."""
+    embedding = nn.Embedding(VOCABULARY, 2 * HIDDEN)
+    splice = SpliceSeveral(
+        embedding,
+        image_token_id=IMAGE,
+        visual_tokens=None,
+        policy=PositionPolicy.GAP,
+        gives_image_slots=True,
+    )
+    given = {name: torch.from_numpy(array) for name, array in feeds(rows).items() if name != "image_grid"}
+    slots = splice(**given)[-1]
+    for number, row in enumerate(rows):
+        (before, between, _), (first, second) = TEXT[row], map(len, KEPT[row])
+        start = before + first + between
+        assert slots[number].tolist() == [[before, before + first], [start, start + second]]
+    expected = place(
+        given["kept_indices"].numpy(),
+        text_before=np.array([TEXT[row][0] for row in rows]),
+        text_after=np.array([TEXT[row][2] for row in rows]),
+        between=np.array([[TEXT[row][1]] for row in rows]),
+        kept_counts=given["kept_counts"].numpy(),
+        visual_tokens=given["visual_counts"].numpy(),
+        policy=PositionPolicy.GAP,
+    )
+    assert np.array_equal(expected.image_slots, slots.numpy())

@@ -50,7 +50,7 @@ class CandidateSpec:
 
 
 def bench(
-    bundles: Bundle | Path | str | Sequence[Bundle | Path | str],
+    bundles: Sequence[Bundle | Path],
     *,
     backends: Sequence[str] = ("onnxruntime",),
     keeps: Sequence[float | None] = (None,),
@@ -80,8 +80,7 @@ def bench(
     Raises:
         GapExportError: a bundle cannot be opened, or not be asked in that way.
     """
-    given = [bundles] if isinstance(bundles, Bundle | Path | str) else bundles
-    opened = [open_bundle(each) for each in given]
+    opened = [each if isinstance(each, Bundle) else open_bundle(each) for each in bundles]
     specs = candidate_specs([bundle.folder for bundle in opened], backends, keeps, batches)
     progress.stage("measuring what this machine can do")
     roofline = measure_device(threads)

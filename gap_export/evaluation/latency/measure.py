@@ -123,10 +123,10 @@ def time_request(each: Candidate, new_tokens: int, clock: Clock = time.perf_coun
     readings.append(clock())
     logits = session.prefill(spliced.embeds, spliced.placement, reserve=new_tokens).logits
     readings.append(clock())
-    placement = spliced.placement
+    turn = spliced.placement
     for _ in range(new_tokens - 1):
-        placement = advance(placement)
-        logits = session.step(logits.argmax(axis=-1).astype(np.int64), placement)
+        turn = advance(turn)
+        logits = session.step(logits.argmax(axis=-1).astype(np.int64), turn)
         readings.append(clock())
     return readings
 

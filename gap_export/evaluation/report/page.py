@@ -10,12 +10,11 @@ from PIL import Image
 
 from gap_export import __version__
 from gap_export.errors import GapExportError, MissingRequirementError
-from gap_export.evaluation.plotting import svg
 from gap_export.evaluation.refer.compare import Comparison, compare
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report import plots
 from gap_export.evaluation.report.cases import Album, ShownImage, random_cases, worst_cases
-from gap_export.evaluation.report.runs import Answer, Evaluated, ReportedRuns, provenance_facts
+from gap_export.evaluation.report.runs import Answer, Evaluated, Subject, provenance_facts
 from gap_export.precision import Thresholds
 
 MOST_MAPS = 3
@@ -31,7 +30,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class PrunersShown:
+class PrunerChoices:
     """What every pruner would keep.
 
     Attributes:
@@ -51,7 +50,7 @@ AskPruners = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Any]]
 """Images and expressions -> `choices.Choices`; raises `GapExportError` where the model cannot be opened."""
 
 
-def check_packages() -> None:
+def require() -> None:
     """Refuse before long work where a page could not be drawn.
 
     Raises:
@@ -68,7 +67,7 @@ def check_packages() -> None:
 
 
 def page(
-    reported: ReportedRuns,
+    subject: Subject,
     thresholds: Thresholds,
     source: Source | None,
     *,
@@ -80,8 +79,8 @@ def page(
     """The page.
 
     Args:
-        reported: what it is about.
-        thresholds: that the subject must meet against the reference run.
+        subject: what it is about.
+        thresholds: that the candidate run must meet against the first.
         source: of images; where one is not at hand, its place says so.
         title: of the page.
         worst: how many of the worst expressions to show.
@@ -97,18 +96,16 @@ def page(
     rows = [
         Row(
             run,
-            None
-            if run is reported.reference
-            else compare(reported.reference.run, run.run, thresholds, worst=worst),
+            None if run is subject.first else compare(subject.first.run, run.run, thresholds, worst=worst),
         )
-        for run in reported.runs
+        for run in subject.runs
     ]
-    verdict = rows[reported.chosen].against
+    verdict = rows[subject.chosen].against
     cases = {
-        "worst": worst_cases(reported, album, () if verdict is None else verdict.worst, worst),
-        "random": random_cases(reported, album, drawn),
+        "worst": worst_cases(subject, album, () if verdict is None else verdict.worst, worst),
+        "random": random_cases(subject, album, drawn),
     }
-    latency, latency_caption = plots.latency_figure(reported)
+    latency, latency_words = plots.latency_plot(subject)
     environment = Environment(
         loader=PackageLoader("gap_export.evaluation.report", "."),
         autoescape=True,
@@ -119,26 +116,26 @@ def page(
     return environment.get_template("page.html.j2").render(
         title=title,
         version=__version__,
-        reported=reported,
+        subject=subject,
         rows=rows,
         verdict=verdict,
-        accuracy_plot=svg(plots.accuracy_figure(reported)),
-        latency_plot=svg(latency),
-        latency_caption=latency_caption,
+        accuracy_plot=plots.accuracy_plot(subject),
+        latency_plot=latency,
+        latency_words=latency_words,
         cases=cases,
-        pruners=_pruners(reported, album, pruners),
+        pruners=_choices_of(subject, album, pruners),
         images=album.images,
-        provenance=[(run.name, provenance_facts(run)) for run in reported.runs],
+        provenance=[(run.name, provenance_facts(run)) for run in subject.runs],
     )
 
 
-def _pruners(reported: ReportedRuns, album: Album, ask: AskPruners | str) -> PrunersShown:
+def _choices_of(subject: Subject, album: Album, ask: AskPruners | str) -> PrunerChoices:
     if isinstance(ask, str):
-        return PrunersShown((), (), (), ask)
+        return PrunerChoices((), (), (), ask)
     shown: list[Answer] = []
     images: list[Image.Image] = []
-    for identity in reported.reference.run.ids:
-        answer = reported.subject.answers[identity]
+    for identity in subject.first.run.ids:
+        answer = subject.candidate.answers[identity]
         image = album.original(answer.image)
         if image is not None and answer.image not in [each.image for each in shown]:
             shown.append(answer)
@@ -146,10 +143,10 @@ def _pruners(reported: ReportedRuns, album: Album, ask: AskPruners | str) -> Pru
         if len(shown) == MOST_MAPS:
             break
     if not images:
-        return PrunersShown((), (), (), "no image is at hand")
+        return PrunerChoices((), (), (), "no image is at hand")
     expressions = [answer.expression for answer in shown]
     try:
         found = ask(images, expressions)
     except GapExportError as error:
-        return PrunersShown((), (), (), str(error))
-    return PrunersShown([album.shown(answer) for answer in shown], expressions, found)
+        return PrunerChoices((), (), (), str(error))
+    return PrunerChoices([album.shown(answer) for answer in shown], expressions, found)

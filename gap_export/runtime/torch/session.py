@@ -25,7 +25,7 @@ from gap_export.errors import CheckpointError, first_line
 from gap_export.families.reference import ImageFeatures, ReferenceModel, quiet_loading
 from gap_export.inputs.batch import PixelInputs
 from gap_export.inputs.prompt import TextTower, text_lengths
-from gap_export.positions import PAD, Ids, Placement, place
+from gap_export.positions import PAD, AttentionMask, Ids, Placement, place, visible
 from gap_export.prune import VisionFeatures, reference
 from gap_export.prune.reference import Floats
 from gap_export.runtime.session import (
@@ -96,21 +96,27 @@ class TextReference:
 
 
 class TorchSession(Lifetime):
-    """A checkpoint in PyTorch: the reference that bundles are compared with.
+    """See `Session`.
 
     Args:
         model: of the family.
         pruning: what to prune and how to number.
         text_tower: for pruners that look at the expression.
+        mask: of the model's decoder.
     """
 
     backend = "torch"
 
     def __init__(
-        self, model: ReferenceModel, pruning: Pruning, *, text_tower: TextReference | None = None
+        self,
+        model: ReferenceModel,
+        pruning: Pruning,
+        *,
+        text_tower: TextReference | None = None,
+        mask: AttentionMask = "causal",
     ) -> None:
         self._loaded: ReferenceModel | None = model
-        self._pruning, self._text_tower = pruning, text_tower
+        self._pruning, self._text_tower, self._mask = pruning, text_tower, mask
         self.capacities = (_UNBOUNDED,) * max(1, len(pruning.stages))
         self._groups: list[_Group] = []
         self._forked: DynamicCache | None = None
@@ -129,7 +135,7 @@ class TorchSession(Lifetime):
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
-        """Vision tower, pruner and projector; embeddings are a list of rows [K_b, H] where images differ."""
+        """See `Session.encode`; embeddings are a list of rows [K_b, H] where images differ."""
         self._check_open()
         pruning = self._pruning
         vision_inputs(
@@ -166,14 +172,14 @@ class TorchSession(Lifetime):
         grid: tuple[int, int],
         text_ids_BL: Ids | None = None,
     ) -> Ids:
-        """What a pruner, this session's or another, would keep of one image.
+        """What a strategy, this session's or another, would keep of one image.
 
         Args:
             pruner: its name; one that chooses before the decoder.
             pixels: of one call with one image.
             kept: K.
             grid: (rows, columns) of the visual tokens.
-            text_ids_BL: [1, L], for pruners that look at the expression.
+            text_ids_BL: [1, L], for strategies that look at the expression.
 
         Returns:
             [K] int64 raster indices, best first.
@@ -204,13 +210,13 @@ class TorchSession(Lifetime):
         ]
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
-        """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]; rows are not padded here."""
+        """See `Session.embeds_together`; rows are not padded here."""
         self._check_open()
         return [torch.cat([part[0] for part in row]) for row in rows]
 
     @torch.inference_mode()
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
-        """Put the kept visual tokens in place of the placeholder; embeddings are a list of unpadded rows [S_b, H]."""
+        """See `Session.splice`; embeddings are a list of unpadded rows [S_b, H]."""
         texts_BI = text_lengths(input_ids_BT, self._model.image_token_id)
         several = visual.kept_counts if texts_BI.shape[1] > 2 else None
         rows = []
@@ -248,7 +254,7 @@ class TorchSession(Lifetime):
 
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
-        """Fill the cache from slot 0 on."""
+        """See `Session.prefill`."""
         self._check_open()
         by_length: dict[int, list[int]] = {}
         for row, embeds_SH in enumerate(embeds):
@@ -259,19 +265,20 @@ class TorchSession(Lifetime):
                 lambda group: (
                     torch.stack([embeds[row] for row in group.rows]),
                     placement.position_ids[..., group.rows, : len(embeds[group.rows[0]])],
-                )
+                ),
+                placement,
             )
         )
 
     def fork(self, rows: int) -> None:
-        """Give every one of `rows` rows the cache of the first; here the prompt is kept apart, and copied by every row that continues from it."""
+        """See `Session.fork`; here the prompt is kept apart, and copied by whoever goes on from it."""
         self._check_open()
         if self._forked is None:
             self._forked = self._groups[0].cache
 
     @torch.inference_mode()
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
-        """Feed text after what is in the cache: logits [B, V] of each row's last token; rows of one length are run together, without padding."""
+        """See `Session.extend`; rows of one length are run together, without padding."""
         self._check_open()
         assert self._forked is not None
         lengths = (token_ids_BT != PAD).sum(axis=1)
@@ -286,31 +293,31 @@ class TorchSession(Lifetime):
             lambda group: (
                 embed(torch.from_numpy(token_ids_BT[group.rows, : lengths[group.rows[0]]])),
                 placement.position_ids[..., group.rows, : lengths[group.rows[0]]],
-            )
+            ),
+            placement,
         )
 
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
-        """Feed one token per row: logits [B, V]; the slot is the length of the row's own cache, by construction."""
+        """See `Session.step`; the slot is the length of the row's own cache, by construction."""
         embed = self._model.embedding
         return self._forward(
             lambda group: (
                 embed(torch.from_numpy(token_ids_B[group.rows])[:, None]),
                 placement.position_ids[..., group.rows, :],
-            )
+            ),
+            placement,
         )
 
     def _free(self) -> None:
         self._loaded = self._text_tower = self._forked = None
         self._groups = []
 
-    def _forward(self, inputs_of: Any) -> NDArray[np.float32]:
+    def _forward(self, inputs_of: Any, placement: Placement) -> NDArray[np.float32]:
         logits: dict[int, NDArray[np.float32]] = {}
         for group in self._groups:
             embeds_BSH, ids_BS = inputs_of(group)
-            seen = group.cache.get_seq_length()
-            # Explicit ones: without any mask, transformers would read gaps in the ids as packed sequences.
-            mask = torch.ones(len(group.rows), seen + embeds_BSH.shape[1], dtype=torch.int64)
+            mask = self._mask_of(group, embeds_BSH.shape[1], placement)
             out = self._model.language_model(
                 inputs_embeds=embeds_BSH,
                 position_ids=torch.from_numpy(np.ascontiguousarray(ids_BS)),
@@ -321,6 +328,19 @@ class TorchSession(Lifetime):
             last_BV = self._model.lm_head(out.last_hidden_state[:, -1]).float().numpy()
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
+
+    def _mask_of(self, group: _Group, tokens: int, placement: Placement) -> Tensor:
+        """What transformers takes for a mask: [B, C] int64 of the slots that are filled, or [B, 1, S, C] added to the logits."""
+        seen = group.cache.get_seq_length()
+        if self._mask == "causal":
+            # Explicit ones: without any mask, transformers would read gaps in the ids as packed sequences.
+            return torch.ones(len(group.rows), seen + tokens, dtype=torch.int64)
+        assert placement.image_slots is not None
+        slots_BS = np.broadcast_to(seen + np.arange(tokens), (len(group.rows), tokens))
+        sees_BSC = visible(self._mask, slots_BS, seen + tokens, placement.image_slots[group.rows])
+        least = torch.finfo(self._model.dtype).min
+        hidden_BSC = torch.from_numpy(~sees_BSC)
+        return torch.zeros(hidden_BSC.shape, dtype=self._model.dtype).masked_fill(hidden_BSC, least)[:, None]
 
     def _choose(self, image: ImageFeatures, keep_count: int | None) -> reference.Choice:
         """What is kept of one image, in the order in which it enters the decoder."""
@@ -347,7 +367,7 @@ class TorchSession(Lifetime):
 
 
 def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:
-    """Features in float64, as the twins of the pruners take them."""
+    """The same features as the twins of the pruners take them."""
     values: dict[str, Any] = {field.name: getattr(features, field.name) for field in fields(features)}
     arrays: dict[str, Any] = {
         name: value.double().numpy() if isinstance(value, Tensor) else value for name, value in values.items()
