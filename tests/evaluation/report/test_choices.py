@@ -14,6 +14,7 @@ from gap_export import prune
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.report.choices import Choices, choices
+from gap_export.plan import plan_for
 from gap_export.runtime.torch.reference import open_torch
 
 
@@ -52,6 +53,13 @@ def test_pruners_that_read_follow_the_expression(
     assert other["cls_attention"].maps == found["cls_attention"].maps
 
 
+def pruned_by(pruner: str, bundle: Bundle) -> Bundle:
+    """The bundle with another pruner in its manifest, which is all that PyTorch reads of it."""
+    recipe = bundle.manifest.recipe.replaced(pruner=pruner)
+    pruning = plan_for(recipe, bundle.manifest.spec).pruning
+    return Bundle(bundle.folder, bundle.manifest.model_copy(update={"recipe": recipe, "pruning": pruning}))
+
+
 @pytest.mark.parametrize("pruner", ["cls_attention", "divprune", "spatial", "random", "prumerge"])
 def test_bright_is_what_a_session_keeps(
     tiny_bundle: Callable[..., Bundle],
@@ -59,7 +67,7 @@ def test_bright_is_what_a_session_keeps(
     found: dict[str, Choices],
     pruner: str,
 ) -> None:
-    bundle = tiny_bundle(pruner=pruner)
+    bundle = pruned_by(pruner, tiny_bundle())
     manifest = bundle.manifest
     (pixels,) = manifest.layout.prepare(batch, visual_tokens=manifest.spec.visual_tokens).calls
     kept = open_torch(bundle).encode(pixels).kept_indices
