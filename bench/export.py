@@ -128,19 +128,21 @@ def recipe_for(checkpoint: Path) -> Any:
 
 
 def build_bundle(checkpoint: Path, out: Path, progress: Progress) -> None:
-    """What `gap-export build --model llava` does."""
+    """What `gap-export build --model llava` does with an empty trace cache."""
+    from gap_export.graph.trace_cache import Tracer
     from gap_export.pipeline.build import build
 
-    build(recipe_for(checkpoint), out, progress=progress)
+    build(recipe_for(checkpoint), out, tracer=Tracer(None), progress=progress)
 
 
 def build_decoder(checkpoint: Path, out: Path, progress: Progress) -> None:
     """The same for the decoder graph alone: no other graph, no tokenizer, no hashes."""
     progress.stage("importing")
+    from gap_export.graph.trace_cache import Tracer
     from gap_export.pipeline.graphs import export_graphs
 
     out.mkdir(parents=True)
-    export_graphs(recipe_for(checkpoint), out, only={"decoder"}, progress=progress)
+    export_graphs(recipe_for(checkpoint), out, only={"decoder"}, tracer=Tracer(None), progress=progress)
 
 
 def table(builds: dict[str, dict[str, Any]]) -> Table:

@@ -25,6 +25,7 @@ from gap_export.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from gap_export.graph.trace_cache import Tracer
+    from tests.exported import GraphExporter
 
 GRID = (6, 6)
 IMAGE_TOKEN, EOS, VOCABULARY = 4, 2, 64
@@ -237,10 +238,10 @@ def tiny_bundle(
     def bundle(**changes: Any) -> Bundle:
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in built:
-            from gap_export.pipeline import build
+            from gap_export.pipeline.build import build
 
             recipe = Recipe.model_validate({**tiny_options, **changes})
-            built[name] = build.build(recipe, folder / name, tracer=tracer).bundle
+            built[name] = build(recipe, folder / name, tracer=tracer).bundle
         return built[name]
 
     return bundle
@@ -283,7 +284,7 @@ def deep_bundle(
     tracer: Tracer,
 ) -> Callable[..., Bundle]:
     """`deep_bundle(pruner=..., positions=..., ...)`: a bundle of the deep checkpoint that keeps a quarter, built on first use."""
-    from gap_export.pipeline import build
+    from gap_export.pipeline.build import build
 
     folder = tmp_path_factory.mktemp("deep-bundles")
     built: dict[str, Bundle] = {}
@@ -292,10 +293,34 @@ def deep_bundle(
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in built:
             options = {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25, **changes}
-            built[name] = build.build(Recipe.model_validate(options), folder / name, tracer=tracer).bundle
+            built[name] = build(Recipe.model_validate(options), folder / name, tracer=tracer).bundle
         return built[name]
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(
+    tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, tracer: Tracer
+) -> GraphExporter:
+    """`tiny_graph("vision", pruner=..., keep=...)`: one graph of what `tiny_bundle` would build."""
+    from tests.exported import GraphExporter
+
+    return GraphExporter(tmp_path_factory.mktemp("tiny-graphs"), tiny_options, tracer)
+
+
+@pytest.fixture(scope="session")
+def deep_graph(
+    deep_checkpoint: Path,
+    tiny_options: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    tracer: Tracer,
+) -> GraphExporter:
+    """`deep_graph("prefill", pruner=..., positions=...)`: one graph of what `deep_bundle` would build."""
+    from tests.exported import GraphExporter
+
+    options = {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25}
+    return GraphExporter(tmp_path_factory.mktemp("deep-graphs"), options, tracer)
 
 
 @pytest.fixture(scope="session")

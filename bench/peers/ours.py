@@ -17,6 +17,7 @@ from request import now, peak_rss_bytes, request, serve
 
 def export(checkpoint: str, folder: str, keep: float, positions: str, precision: str) -> dict[str, Any]:
     """In a process of its own: PyTorch is neither in memory nor in the way of what is measured."""
+    from gap_export.graph.trace_cache import Tracer
     from gap_export.pipeline.build import build
     from gap_export.recipe.recipe import load_recipe
 
@@ -30,7 +31,7 @@ def export(checkpoint: str, folder: str, keep: float, positions: str, precision:
     )
     if not small:
         recipe = recipe.replaced(checkpoint=checkpoint)
-    built = build(recipe, Path(folder), replace=True)
+    built = build(recipe, Path(folder), replace=True, tracer=Tracer(None))
     return {
         "export_s": now() - began,
         "export_peak_rss_bytes": peak_rss_bytes(),

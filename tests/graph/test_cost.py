@@ -16,6 +16,7 @@ from transformers import CLIPVisionModel, LlamaConfig, LlavaForConditionalGenera
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Graph
 from gap_export.graph.cost import flops_of, weight_bytes_of
+from tests.exported import GraphExporter
 
 
 def evaluated(graph: Graph, **dims: int) -> int:
@@ -23,12 +24,10 @@ def evaluated(graph: Graph, **dims: int) -> int:
 
 
 @pytest.mark.parametrize(("batch", "sequence"), [(1, 1), (1, 24), (3, 7)])
-def test_the_decoder(
-    tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path, batch: int, sequence: int
-) -> None:
+def test_the_decoder(tiny_graph: GraphExporter, tiny_checkpoint: Path, batch: int, sequence: int) -> None:
     """Every product of a Llama layer, attention over the whole cache; of the last layer keys and values, and one token of the rest."""
-    bundle, capacity = tiny_bundle(), 48
-    model = bundle.manifest.spec
+    decoder, capacity = tiny_graph("decoder"), 48
+    model = decoder.model.spec
     config = LlamaConfig(
         **LlavaForConditionalGeneration.config_class.from_pretrained(tiny_checkpoint).text_config.to_dict()
     )
@@ -40,10 +39,10 @@ def test_the_decoder(
     last = sequence * keys_and_values + per_token - keys_and_values + attention
     expected = sequence * (model.layers - 1) * (per_token + attention) + last + 2 * width * model.vocabulary
     dims = {"batch": batch, "sequence": sequence, "capacity": capacity}
-    assert evaluated(bundle.manifest.graphs["decoder"], **dims) == batch * expected
+    assert evaluated(decoder.graph, **dims) == batch * expected
 
 
-def test_the_tower(tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path) -> None:
+def test_the_tower(tiny_graph: GraphExporter, tiny_checkpoint: Path) -> None:
     """PyTorch counts what its own model does; ours skips what no layer above the feature layer needs, and adds a projector.
 
     Of the feature layer itself, only keys and values are computed for patches that are dropped.
@@ -63,11 +62,11 @@ def test_the_tower(tiny_bundle: Callable[..., Bundle], tiny_checkpoint: Path) ->
         whole.model.multi_modal_projector(hidden[:, 1:10])
     projector = counter.get_total_flops()
     assert removed == 1
-    graph = tiny_bundle(pruner="spatial").manifest.graphs["vision"]
+    graph = tiny_graph("vision", pruner="spatial").graph
     (kept, slots), width, inner = (9, 37), tower.config.hidden_size, tower.config.intermediate_size
     dropped = (slots - kept) * (2 * (2 * width * width + 2 * width * inner) + 4 * slots * width)
     assert evaluated(graph, batch=1) == everything - last + projector - dropped
-    attending = tiny_bundle().manifest.graphs["vision"]
+    attending = tiny_graph("vision").graph
     extra = evaluated(attending, batch=1) - evaluated(graph, batch=1)
     assert 0 < extra < 0.05 * everything, "one row of attention, once more"
 

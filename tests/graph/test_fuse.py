@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from gap_export.graph.passes import operators, simplify
 from gap_export.modeling.attention import OPSET
+from tests.exported import GraphExporter
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 5, 8
 FREQUENCIES = 10000.0 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
@@ -109,10 +108,10 @@ def test_a_norm_over_something_else_stays() -> None:
     assert "RMSNormalization" not in operators(exported(OverHeads(), (x,)))
 
 
-def test_a_real_decoder_has_neither_left(tiny_bundle: Callable[..., Any]) -> None:
-    bundle = tiny_bundle()
-    layers = bundle.manifest.spec.layers
-    graph = onnx.load(Path(bundle.graph_path("decoder")), load_external_data=False).graph
+def test_a_real_decoder_has_neither_left(tiny_graph: GraphExporter) -> None:
+    decoder = tiny_graph("decoder")
+    layers = decoder.model.spec.layers
+    graph = onnx.load(decoder.path, load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("RMSNormalization") == 2 * layers + 1
     assert kinds.count("RotaryEmbedding") == 2 * layers

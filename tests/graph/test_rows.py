@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from gap_export.graph.passes import simplify
 from gap_export.graph.rows import select_rows_early
 from gap_export.modeling.attention import OPSET, onnx_attention
+from tests.exported import GraphExporter
 
 HEADS, HEAD, CAPACITY, ROWS = 2, 4, 9, 7
 WIDTH = HEADS * HEAD
@@ -146,17 +146,17 @@ def test_a_choice_of_single_numbers_is_left_alone() -> None:
     assert [node.op_type for node in program.model.graph] == before
 
 
-def test_the_last_layer_of_a_decoder_and_of_a_tower(tiny_bundle: Callable[..., Any]) -> None:
+def test_the_last_layer_of_a_decoder_and_of_a_tower(tiny_graph: GraphExporter) -> None:
     """One row of the decoder, kept patches of the tower."""
-    bundle = tiny_bundle()
-    model = onnx.load(bundle.graph_path("decoder"), load_external_data=False)
+    decoder = tiny_graph("decoder")
+    model = onnx.load(decoder.path, load_external_data=False)
     names = {name for node in model.graph.node if node.op_type == "Attention" for name in node.input[:1]}
     shapes = {
         value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
         for value in model.graph.value_info
     }
     queries = [shapes[name][2] for name in names]
-    layers = bundle.manifest.spec.layers
+    layers = decoder.model.spec.layers
     assert sorted(queries, key=str) == [1, *["sequence"] * (layers - 1)]
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import onnx_ir as ir
 import pytest
 
 from gap_export import prune
-from gap_export.bundle.folder import Bundle
 from gap_export.linter import Report, lint_graph
 from gap_export.positions import PositionPolicy
+from tests.exported import GraphExporter
 
-DeepBundle = Callable[..., Bundle]
 GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED
-
-
-def graph_of(bundle: Bundle, name: str) -> ir.Model:
-    return ir.load(bundle.graph_path(name))
 
 
 def lint(model: ir.Model, policy: PositionPolicy = GAP) -> Report:
@@ -55,11 +48,10 @@ def gathers_of_ids(model: ir.Model) -> list[ir.Node]:
 @pytest.mark.parametrize("policy", PositionPolicy)
 @pytest.mark.parametrize("pruner", prune.names(in_decoder=True))
 def test_both_graphs_carry_what_their_policy_says(
-    pruner: str, policy: PositionPolicy, deep_bundle: DeepBundle
+    pruner: str, policy: PositionPolicy, deep_graph: GraphExporter
 ) -> None:
-    bundle = deep_bundle(pruner=pruner, positions=policy)
     for name in ("prefill", "decode"):
-        report = lint(graph_of(bundle, name), policy)
+        report = lint(ir.load(deep_graph(name, pruner=pruner, positions=policy).path), policy)
         assert report.findings == ()
         assert report.verdict.survives
         assert report.attention_layers == 4
@@ -67,15 +59,15 @@ def test_both_graphs_carry_what_their_policy_says(
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
-def test_renumbered_stages_do_not_pass_for_gap(name: str, deep_bundle: DeepBundle) -> None:
-    report = lint(graph_of(deep_bundle(pruner="pyramiddrop", positions=SHIFTED), name))
+def test_renumbered_stages_do_not_pass_for_gap(name: str, deep_graph: GraphExporter) -> None:
+    report = lint(ir.load(deep_graph(name, pruner="pyramiddrop", positions=SHIFTED).path))
     assert not report.verdict.survives
     assert "rope-reads-position-ids" in rules(report)
 
 
-def test_only_later_stages_may_renumber(deep_bundle: DeepBundle) -> None:
+def test_only_later_stages_may_renumber(deep_graph: GraphExporter) -> None:
     """Under a policy that renumbers, an id must still reach the layers it is read in."""
-    model = graph_of(deep_bundle(pruner="pyramiddrop", positions=SHIFTED), "decode")
+    model = ir.load(deep_graph("decode", pruner="pyramiddrop", positions=SHIFTED).path)
     (ids,) = (v for v in model.graph.inputs if v.name == "position_ids")
     (other,) = (v for v in model.graph.inputs if v.name == "write_index")
     wide = ir.node("Unsqueeze", [other, ir.Value(name="axis")])
@@ -90,8 +82,8 @@ def test_only_later_stages_may_renumber(deep_bundle: DeepBundle) -> None:
     assert report.errors
 
 
-def test_ids_gathered_with_another_index_are_found(deep_bundle: DeepBundle) -> None:
-    model = graph_of(deep_bundle(pruner="pyramiddrop", positions=GAP), "prefill")
+def test_ids_gathered_with_another_index_are_found(deep_graph: GraphExporter) -> None:
+    model = ir.load(deep_graph("prefill", pruner="pyramiddrop", positions=GAP).path)
     choices = gathers_of_ids(model)
     assert len(choices) == 3
     index = choices[0].inputs[1]
@@ -104,9 +96,9 @@ def test_ids_gathered_with_another_index_are_found(deep_bundle: DeepBundle) -> N
     assert "another index" in report.verdict.reason
 
 
-def test_ids_that_are_counted_again_are_found(deep_bundle: DeepBundle) -> None:
+def test_ids_that_are_counted_again_are_found(deep_graph: GraphExporter) -> None:
     """A later stage that counts 0.. while the others keep their ids."""
-    model = graph_of(deep_bundle(pruner="fastv", positions=GAP), "prefill")
+    model = ir.load(deep_graph("prefill", pruner="fastv", positions=GAP).path)
     (choice,) = gathers_of_ids(model)
     running = ir.node("CumSum", [choice.inputs[1], next(v for v in model.graph.initializers.values() if v.const_value.size == 1 and v.const_value.dtype == ir.DataType.INT64 and v.const_value.numpy().item() == 1)])  # fmt: skip
     model.graph.insert_before(choice, running)
@@ -116,8 +108,8 @@ def test_ids_that_are_counted_again_are_found(deep_bundle: DeepBundle) -> None:
     assert not report.verdict.survives
 
 
-def test_indices_that_are_not_those_of_the_choice_are_found(deep_bundle: DeepBundle) -> None:
-    model = graph_of(deep_bundle(pruner="fastv", positions=GAP), "prefill")
+def test_indices_that_are_not_those_of_the_choice_are_found(deep_graph: GraphExporter) -> None:
+    model = ir.load(deep_graph("prefill", pruner="fastv", positions=GAP).path)
     (kept,) = (v for v in model.graph.outputs if v.name == "kept_indices.1")
     maker = kept.producer()
     assert maker is not None
@@ -131,7 +123,7 @@ def test_indices_that_are_not_those_of_the_choice_are_found(deep_bundle: DeepBun
     assert {finding.node for finding in report.findings} == {"kept_indices.1"}
 
 
-def test_score_order_is_found_where_raster_order_is_the_policy(deep_bundle: DeepBundle) -> None:
-    model = graph_of(deep_bundle(pruner="fastv", positions=PERMUTED), "prefill")
+def test_score_order_is_found_where_raster_order_is_the_policy(deep_graph: GraphExporter) -> None:
+    model = ir.load(deep_graph("prefill", pruner="fastv", positions=PERMUTED).path)
     assert not lint(model, PERMUTED).findings
     assert "ids-follow-survivors" in rules(lint(model, SHIFTED))

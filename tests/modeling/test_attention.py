@@ -169,6 +169,6 @@ def test_a_tower_below_a_loop_of_varying_length_has_no_fused_attention(vision_op
 
 
 @pytest.fixture
-def vision_operators(tiny_bundle: Any) -> Any:
+def vision_operators(tiny_graph: Any) -> Any:
     """`vision_operators(...)`: operators of the tiny model's vision graph."""
-    return lambda **changes: tiny_bundle(**changes).manifest.graphs["vision"].operators
+    return lambda **changes: tiny_graph("vision", **changes).graph.operators

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from gap_export.bundle.folder import Bundle
 from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.graph import passes, trace
 from gap_export.modeling.components import Component
 from gap_export.modeling.fake import fake_mode
 from gap_export.modeling.splice import Embed, Splice
 from gap_export.positions import Ids, PositionPolicy, place
+from tests.exported import GraphExporter
 
 IMAGE, PAD = 9, -1
 VISUAL, KEPT, VOCABULARY, HIDDEN, LONGEST = 12, 3, 20, 4, 10
@@ -233,12 +233,10 @@ def test_embed_is_a_table() -> None:
 
 
 @pytest.mark.parametrize("policy", [PositionPolicy.GAP, PositionPolicy.SHIFTED])
-def test_the_splice_of_a_bundle(
-    policy: PositionPolicy, tiny_bundle: Callable[..., Bundle], ragged_ids: Ids
-) -> None:
-    bundle = tiny_bundle() if policy is PositionPolicy.GAP else tiny_bundle(positions=str(policy))
-    facts, kept = bundle.manifest.spec, bundle.manifest.pruning.kept
-    session = ort.InferenceSession(str(bundle.graph_path("splice")), providers=["CPUExecutionProvider"])
+def test_the_splice_of_a_bundle(policy: PositionPolicy, tiny_graph: GraphExporter, ragged_ids: Ids) -> None:
+    splice = tiny_graph("splice", positions=str(policy))
+    facts, kept = splice.model.spec, splice.plan.pruning.kept
+    session = ort.InferenceSession(str(splice.path), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     indices = np.sort(np.stack([rng.permutation(facts.visual_tokens)[:kept] for _ in ragged_ids]), axis=1)
     visual = rng.normal(size=(4, kept, facts.hidden_size)).astype(np.float32)
@@ -247,7 +245,7 @@ def test_the_splice_of_a_bundle(
         feeds["kept_indices"] = indices
     assert {value.name for value in session.get_inputs()} == set(feeds)
     embeds, ids, position, slot = session.run(None, feeds)
-    token = bundle.manifest.prompt.image_token_id
+    token = splice.model.prompt.image_token_id
     before = np.array([row.tolist().index(token) for row in ragged_ids])
     after = (ragged_ids != PAD).sum(axis=1) - 1 - before
     expected = place(

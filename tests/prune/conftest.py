@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +14,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from gap_export import linter, prune
-from gap_export.checkpoint import open_checkpoint
-from gap_export.families import open_family
-from gap_export.graph import passes, weights
-from gap_export.graph.trace_cache import Tracer
-from gap_export.plan import plan_for
+from gap_export import prune
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import order, reference
-from gap_export.recipe.recipe import Recipe
+from tests.exported import ExportedGraph, GraphExporter
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 LARGE, MEDIUM, SMALL = (24, 24), (16, 16), (4, 5)
@@ -121,49 +115,27 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
 
 
 @pytest.fixture
-def vision_graph(tiny_options: dict[str, Any], tmp_path: Path, tracer: Tracer) -> Callable[..., Any]:
-    """`vision_graph(pruner=..., precision=..., keep=...)` -> (path, spec, weight keys) of the tiny tower, linted."""
-    numbers = itertools.count()
-
-    def build(**changes: Any) -> tuple[Path, Any, list[str]]:
-        folder = tmp_path / f"vision-{next(numbers)}"
-        folder.mkdir()
-        recipe = Recipe.model_validate({"keep": 0.34, **tiny_options, **changes})
-        checkpoint = open_checkpoint(Path(recipe.checkpoint))
-        reads_text = prune.row(recipe.pruner).needs_text and recipe.text_tower
-        if reads_text:
-            checkpoint = checkpoint.with_companion("text_tower", open_checkpoint(Path(recipe.text_tower)))
-        family = open_family(checkpoint)
-        text_tower = family.text_tower(checkpoint.companions["text_tower"]) if reads_text else None
-        sizes = family.spec(recipe)
-        plan = plan_for(recipe, sizes, text_tower)
-        component = family.components(sizes, plan)[0]
-        model = tracer(component).model
-        keys = [component.weight_key(name) for name in weights.parameters_of(model)]
-        store = weights.WeightStore(checkpoint, plan.activations, folder)
-        store.prepare(keys)
-        weights.attach_weights(model, store, component.weight_key)
-        passes.simplify(model)
-        path = folder / "vision.onnx"
-        passes.write_graph(model, component.spec, path)
-        linter.lint_graph(path, profile="vision", strict=True, policy=plan.pruning.positions).require()
-        return path, component.spec, keys
-
-    return build
+def vision_graph(tiny_graph: GraphExporter) -> Callable[..., ExportedGraph]:
+    """`vision_graph(pruner=..., precision=..., keep=...)`: of the tiny tower, a third kept where nothing else is said."""
+    return lambda **changes: tiny_graph("vision", **{"keep": 0.34, **changes})
 
 
 @pytest.fixture
-def builds_in_tensorrt(vision_graph: Callable[..., Any]) -> Callable[..., None]:
+def builds_in_tensorrt(vision_graph: Callable[..., ExportedGraph]) -> Callable[..., None]:
     """`builds_in_tensorrt(pruner)`: TensorRT-RTX takes the tiny tower's vision graph in fp16."""
     pytest.importorskip("tensorrt_rtx", reason=NO_RTX)
     from gap_export.engine.build import engine_from_graph
 
     def build(pruner: str, **changes: Any) -> None:
-        path, spec, _ = vision_graph(pruner=pruner, precision="fp16", **changes)
+        vision = vision_graph(pruner=pruner, precision="fp16", **changes)
         engine = engine_from_graph(
-            path, spec, target="tensorrt-rtx", compute_capabilities=("8.6",), folder=path.parent
+            vision.path,
+            vision.graph.spec,
+            target="tensorrt-rtx",
+            compute_capabilities=("8.6",),
+            folder=vision.path.parent,
         )
-        assert (path.parent / engine.file).stat().st_size > 0
+        assert (vision.path.parent / engine.file).stat().st_size > 0
 
     return build
 

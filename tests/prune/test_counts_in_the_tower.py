@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from gap_export import prune
 from gap_export.positions import Ids
+from tests.exported import ExportedGraph
 
 TOTAL = 36
 NAMES = [row.name for row in prune.PRUNERS.values() if not row.in_decoder and row.name != "none"]
@@ -19,16 +19,15 @@ NAMES = [row.name for row in prune.PRUNERS.values() if not row.in_decoder and ro
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_takes_the_count_as_an_input(
-    name: str, vision_graph: Callable[..., Any], pixels: NDArray[np.float32], text_ids: Ids
+    name: str, vision_graph: Callable[..., ExportedGraph], pixels: NDArray[np.float32], text_ids: Ids
 ) -> None:
     """The same tokens and embeddings as a graph with that count built in, from the fewest to all."""
     row = prune.row(name)
-    path, _, _ = vision_graph(pruner=name, keep=f"{row.min_tokens / TOTAL}:1.0")
-    session = ort.InferenceSession(str(path))
+    session = ort.InferenceSession(str(vision_graph(pruner=name, keep=f"{row.min_tokens / TOTAL}:1.0").path))
     feeds = {"pixel_values": pixels, **({"text_ids": text_ids} if row.needs_text else {})}
     for count in (row.min_tokens, 12, TOTAL):
         embeds, kept = session.run(None, {**feeds, "keep_count": np.array(count)})
-        fixed, _, _ = vision_graph(pruner=name, keep=count / TOTAL)
+        fixed = vision_graph(pruner=name, keep=count / TOTAL).path
         embeds_there, kept_there = ort.InferenceSession(str(fixed)).run(None, feeds)
         assert kept.tolist() == kept_there.tolist()
         np.testing.assert_allclose(embeds, embeds_there, rtol=0, atol=2e-5 * np.abs(embeds_there).max())

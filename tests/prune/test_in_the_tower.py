@@ -16,6 +16,7 @@ from gap_export import prune
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import RecipeError
 from gap_export.positions import Ids, MergedId, PositionPolicy
+from tests.exported import ExportedGraph
 
 TOTAL, KEPT = 36, 12
 OTHERS = [name for name in prune.names(in_decoder=False) if name != "none"]
@@ -35,15 +36,15 @@ def test_exported_tower_equals_transformers(
     name: str,
     merged_id: MergedId,
     policy: PositionPolicy,
-    vision_graph: Callable[..., Any],
+    vision_graph: Callable[..., ExportedGraph],
     tiny_reference: Callable[[Pruning], Any],
     pixels: NDArray[np.float32],
     text_ids: Ids,
 ) -> None:
     row = prune.row(name)
-    path, _, keys = vision_graph(pruner=name, merged_id=merged_id, positions=policy)
+    vision = vision_graph(pruner=name, merged_id=merged_id, positions=policy)
     expression = {"text_ids": text_ids} if row.needs_text else {}
-    embeds, kept = ort.InferenceSession(str(path)).run(None, {"pixel_values": pixels, **expression})
+    embeds, kept = ort.InferenceSession(str(vision.path)).run(None, {"pixel_values": pixels, **expression})
     pruning = Pruning(pruner=name, keep=0.34, kept=KEPT, positions=policy, seed=0, merged=row.merged, merged_id=merged_id)  # fmt: skip
     expected = tiny_reference(pruning).encode(
         {"pixel_values": pixels}, text_ids_BL=expression.get("text_ids")
@@ -53,13 +54,13 @@ def test_exported_tower_equals_transformers(
     scale = float(expected.embeds.abs().max())
     np.testing.assert_allclose(embeds, expected.embeds.numpy(), rtol=0, atol=2e-5 * scale)
 
-    above = {key.partition(".layers.2.")[2] for key in keys if ".layers.2." in key}
+    above = {key.partition(".layers.2.")[2] for key in vision.keys if ".layers.2." in key}
     assert above == (HEAD_OF_LAST_LAYER if "following_layer" in row.needs else set())
 
 
 @pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
 def test_a_tower_that_ends_at_the_feature_layer(
-    name: str, vision_graph: Callable[..., Any], checkpoint_copy: Path
+    name: str, vision_graph: Callable[..., ExportedGraph], checkpoint_copy: Path
 ) -> None:
     config = json.loads((checkpoint_copy / "config.json").read_text())
     (checkpoint_copy / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
