@@ -25,8 +25,8 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=100)
     options = parser.parse_args()
 
-    from gap_export.evaluation.refer.answering import Evaluator
     from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.evaluation.refer.evaluator import Evaluator
     from gap_export.evaluation.refer.run import work_of
     from gap_export.pipeline.build import build
     from gap_export.recipe.recipe import load_recipe
@@ -37,7 +37,7 @@ def main() -> int:
     assert dataset.source is not None
     groups = [
         group
-        for group in work_of(dataset.expressions, dataset.source).images.values()
+        for group in work_of(dataset.expressions, dataset.source).groups.values()
         if len(group) == PER_IMAGE
     ][: options.images]
     with tempfile.TemporaryDirectory() as scratch:

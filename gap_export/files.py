@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the hashes that say whether they are still whole."""
+"""Files and folders: written whole or not at all, linked where that is possible, hashed, never overwritten by mistake."""
 
 from __future__ import annotations
 
@@ -11,61 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from gap_export.errors import BundleError, GapExportError
 
-HASHED_ON_OPEN = 64 * 2**20
-"""Files up to this many bytes are hashed whenever a bundle is opened; larger ones have their size checked, and their
-hash only by `validate` and `inspect --verify`, so that opening a 13 GB bundle takes no seconds."""
 
-
-class FileRecord(BaseModel):
-    """Size in bytes and SHA-256 of one file."""
-
-    model_config = ConfigDict(frozen=True)
-
-    bytes: int
-    sha256: str
-
-
-def record_of(path: Path) -> FileRecord:
-    """Hash a file."""
+def sha256_of(path: Path) -> str:
+    """Hash of a file."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(bytes=path.stat().st_size, sha256=digest)
-
-
-def verify(folder: Path, files: dict[str, FileRecord], *, every_hash: bool) -> None:
-    """Compare a folder with its records.
-
-    Args:
-        folder: where the files lie.
-        files: path relative to the folder -> record.
-        every_hash: hash large files too.
-
-    Raises:
-        BundleError: the first file that is missing or differs.
-    """
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(
-                "is listed in the manifest but missing", subject=str(path), hint="build the bundle again"
-            )
-        size = path.stat().st_size
-        if size != expected.bytes:
-            raise BundleError(
-                f"has {size} bytes where the manifest says {expected.bytes}",
-                subject=str(path),
-                hint="the file was changed or cut short: build the bundle again",
-            )
-        if (every_hash or size <= HASHED_ON_OPEN) and record_of(path).sha256 != expected.sha256:
-            raise BundleError(
-                "does not have the hash that the manifest lists",
-                subject=str(path),
-                hint="the file was changed after the build: build the bundle again",
-            )
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def readable_size(count: int) -> str:
@@ -90,7 +42,7 @@ def writing(
 
     Args:
         path: what is written inside the block.
-        what: went wrong, in words; the system's own reason is added.
+        what: went wrong, as a message; the system's own reason is added.
         hint: what to do next.
         kind: the error to raise.
 

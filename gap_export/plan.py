@@ -174,8 +174,8 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
     Raises:
         RecipeError: fewer were asked for than that, or the unpruned prompt has more positions than the model knows.
     """
-    words = recipe.max_text - recipe.images + recipe.max_new_tokens
-    longest_answer = words + recipe.images * spec.visual_tokens
+    text_tokens = recipe.max_text - recipe.images + recipe.max_new_tokens
+    longest_answer = text_tokens + recipe.images * spec.visual_tokens
     if longest_answer > spec.max_positions:
         raise RecipeError(
             f"positions up to {longest_answer} are needed (unpruned), the model knows {spec.max_positions}",
@@ -183,7 +183,7 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
             hint="lower max_text or max_new_tokens",
         )
     # One slot more than the longest answer needs: `validate` writes one too far on purpose.
-    needed = words + recipe.images * max_tokens + 1
+    needed = text_tokens + recipe.images * max_tokens + 1
     if recipe.capacity is not None and recipe.capacity < needed:
         raise RecipeError(
             f"is too small: {recipe.max_text} text tokens, {recipe.images * max_tokens} visual tokens and "
@@ -249,16 +249,16 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, visual_tokens: int) -> _Counts
             subject=f"pruner {pruner.name}, keep {smallest:g}:{largest:g}",
             hint="give one fraction, or use a pruner that works before the decoder",
         )
-    fewest, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
-    for count in (fewest, most):
+    least, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
+    for count in (least, most):
         prune.check_count(pruner, count, visual_tokens)
-    if fewest == most:
+    if least == most:
         raise RecipeError(
             f"is {most} of {visual_tokens} tokens at both ends",
             subject=f"keep {smallest:g}:{largest:g}",
             hint="give a wider range, or one fraction",
         )
-    return _Counts("dynamic", default, fewest, kept, most)
+    return _Counts("dynamic", default, least, kept, most)
 
 
 def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -> _Counts:
@@ -278,11 +278,11 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -
             hint="use last_visual or max_kept",
         )
     smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
-    fewest = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
+    least = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
     typical = prune.share_of(default, tokens.typical_tokens, pruner.min_tokens) + tokens.never_pruned
     most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
     keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
-    return _Counts(keep_mode, default, fewest, typical, most)
+    return _Counts(keep_mode, default, least, typical, most)
 
 
 def _stages(cuts: tuple[Cut, ...], spec: ModelSpec, capacity: int) -> tuple[Stage, ...]:

@@ -64,7 +64,7 @@ class MergedId(StrEnum):
     """
 
     LAST_VISUAL = "last_visual"
-    """The last patch of the image, N - 1: merged tokens come after all others, as where strategies append them."""
+    """The last patch of the image, N - 1: merged tokens come after all others, as where pruners append them."""
     MAX_KEPT = "max_kept"
     """The last patch that was kept."""
     CENTROID = "centroid"
@@ -73,7 +73,7 @@ class MergedId(StrEnum):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a batch of prompts stands: ids and slots of the prompt, and the two counters decoding goes on from.
+    """Where a batch of prompts stands: ids and slots of the prompt, and the two counters decoding continues from.
 
     Attributes:
         position_ids: [B, S] int64 (M-RoPE: [3, B, S]), what RoPE reads. Padding at the end of a short row holds values never attended to.
@@ -162,7 +162,7 @@ def prompt_position_ids(
 ) -> tuple[Ids, int]:
     """Position ids of one spliced prompt: text and images in turn, text first and last.
 
-    Source of the three rows: Qwen2-VL (arXiv 2409.12191), section 2.1: time, height, width; what follows an image goes on
+    Source of the three rows: Qwen2-VL (arXiv 2409.12191), section 2.1: time, height, width; what follows an image continues
     after the largest of them.
 
     Args:
@@ -224,7 +224,7 @@ def place(
         text_after: [B] tokens after the last one (T_post).
         visual_tokens: N, of all images or [B], [B, I] of each.
         policy: how to number.
-        merged: see `prompt_position_ids`.
+        merged: where tokens merged from many stand, as for `prompt_position_ids`.
         stages: visual tokens that every later stage has.
         grids: [B, 2], [B, I, 2] rows and columns of each image's visual tokens, for M-RoPE.
         between: [B, I - 1] tokens between one image and the next; None where there is one.
@@ -294,7 +294,7 @@ def advance(placement: Placement) -> Placement:
 
 
 def extended(placement: Placement, text_lengths: Ids, longest: int) -> Placement:
-    """Placement of text after a prompt of one row: every row goes on from there.
+    """Placement of text after a prompt of one row: every row continues from there.
 
     Args:
         placement: of the prompt, B = 1.

@@ -61,7 +61,7 @@ class Thresholds:
             `compare`, which sees no logits.
 
     Raises:
-        ValueError: a share above 1, or a negative difference.
+        ValueError: a share above 1, a negative loss of accuracy, or another bound that is not above 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
@@ -81,8 +81,12 @@ class Thresholds:
             # Written so that NaN fails too.
             if field.name.startswith("min_") and not value <= 1:
                 raise ValueError(f"{field.name} is {value} and must be at most 1")
-            if field.name.startswith("max_") and not value >= 0:
-                raise ValueError(f"{field.name} is {value} and must not be negative")
+            if field.name == "max_accuracy_drop":
+                if not value >= 0:
+                    raise ValueError(f"{field.name} is {value} and must not be negative")
+            # Two runtimes never agree to the last bit: a bound of zero is a mistake.
+            elif field.name.startswith("max_") and not value > 0:
+                raise ValueError(f"{field.name} is {value} and must be above 0")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ class Progress(Protocol):
         """A stage begins.
 
         Args:
-            message: what is being done, in a few words.
+            message: what is being done, in short.
             total: units of work from here on, in this stage and those after it; None where the count continues, or there is none.
         """
         ...

@@ -22,11 +22,11 @@ from PIL import Image
 
 from gap_export import cli
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
+from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Manifest
 from gap_export.checkpoint.hub import resolve
 from gap_export.cli import models
 from gap_export.evaluation import validate
-from gap_export.files import record_of
 
 BuildBundle = Callable[..., Bundle]
 

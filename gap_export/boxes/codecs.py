@@ -113,7 +113,7 @@ class BoxCodec:
 
         Args:
             text: the answer.
-            seen: as in `encode`.
+            seen: size of the image as the model sees it; codecs that read pixels need it.
 
         Returns:
             At least one box; or `Unparsable` if there is none, or if one that counts is out of 0..1 (where it is not cut) or
@@ -143,7 +143,7 @@ class BoxCodec:
 
         Args:
             text: the answer.
-            seen: as in `encode`.
+            seen: size of the image as the model sees it; codecs that read pixels need it.
 
         Returns:
             The box; or `Unparsable`, also where several boxes stand and the family's protocol accepts only

@@ -149,7 +149,7 @@ def accuracy(ious: ArrayLike, *, comparator: Comparator, threshold: float = HIT_
         ious: [N], N >= 1; NaN is refused, because it would pass for a miss or for a hit depending on the
             comparator.
         comparator: `>` (Shikra, MiniGPT-v2) or `>=` (lmms-eval, InternVL, ConvLLaVA).
-        threshold: see `HIT_IOU`.
+        threshold: IoU from which on a box is a hit.
 
     Raises:
         ValueError: no rows, NaN, an unknown comparator.
@@ -234,7 +234,7 @@ def agreement(
 
     Args:
         first: one box per expression, None where the answer could not be read.
-        second: the same expressions in the same order.
+        second: over the expressions of the first, in their order.
         threshold: IoU from which two boxes agree (`>=`).
 
     Raises:

@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from gap_export.bundle.hashes import verify
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError
-from gap_export.files import record_of, verify
+from gap_export.files import sha256_of
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 from gap_export.records import Record
 
@@ -74,7 +75,7 @@ class Bundle:
     @cached_property
     def manifest_sha256(self) -> str:
         """Hash of the manifest, which holds the hashes of all other files: it tells one build from another."""
-        return record_of(self.folder / MANIFEST).sha256
+        return sha256_of(self.folder / MANIFEST)
 
 
 def open_bundle(bundle: Bundle | Path | str, *, every_hash: bool = False) -> Bundle:

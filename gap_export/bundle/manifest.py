@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from gap_export.bundle.cache_layout import in_slot_steps
+from gap_export.bundle.hashes import FileRecord
 from gap_export.bundle.spec import Dim, GraphSpec
-from gap_export.files import FileRecord
 from gap_export.inputs.layouts import Layout, TokenRange
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.positions import AttentionMask, MergedId, PositionPolicy
@@ -123,7 +123,7 @@ class Pruning(Record):
         min_tokens: smallest count.
         max_tokens: largest count; the capacity of cache and engines.
         keep_range: (smallest, largest) fraction that requests may choose; None where they have no choice.
-        pruner_min_tokens: fewest tokens that the pruner can keep of an image.
+        pruner_min_tokens: smallest number of tokens that the pruner can keep of an image.
         positions: numbering policy.
         seed: seed of pruners that draw at random.
         merged: how many of the kept tokens were merged from many and have no raster index of their own.

@@ -37,7 +37,7 @@ class Checkpoint:
     companions: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     def with_weights(self, changed: Mapping[str, WeightLocation | Derived]) -> Checkpoint:
-        """The same checkpoint with some weights added or replaced."""
+        """This checkpoint with some weights added or replaced."""
         return replace(self, weights={**self.weights, **changed})
 
     def stored(self, key: str) -> WeightLocation:
@@ -57,7 +57,7 @@ class Checkpoint:
         return location
 
     def with_companion(self, name: str, companion: Checkpoint) -> Checkpoint:
-        """The same checkpoint, joined by another one that a piece of the model comes from."""
+        """This checkpoint, joined by another one that a piece of the model comes from."""
         added = {f"{name}/{key}": location for key, location in companion.weights.items()}
         return replace(
             self,

@@ -53,7 +53,7 @@ class Published:
 
     Attributes:
         config: `config.json`, with the defaults it leaves out where a family reads them.
-        preprocessor_config: the same of images.
+        preprocessor_config: `preprocessor_config.json`.
         special_tokens: name -> id, of the stand-in tokenizer; words it does not know are `<unk>`.
     """
 

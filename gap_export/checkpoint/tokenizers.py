@@ -28,7 +28,7 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def with_placeholder(tokenizer: Tokenizer, name: str, id_: int) -> Tokenizer:
-    """The same tokenizer, with a token for the image.
+    """The tokenizer with a token for the image added.
 
     Args:
         tokenizer: changed in place.

@@ -9,7 +9,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
 
 Prefixes = Mapping[str, Sequence[str]]
-"""Prefix of a module's parameters -> prefixes under which published checkpoints keep them, the usual one first."""
+"""Prefix of a module's parameters -> prefixes under which published checkpoints keep them, the most common one first."""
 
 # Tables that older versions of transformers stored, and that are computed today.
 _COMPUTED = re.compile(r"(^|[./])(position_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$")

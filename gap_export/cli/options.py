@@ -33,3 +33,35 @@ RayAddressOption = Annotated[
     typer.Option(help="With --ray: address of a running cluster; by default one is started on this machine."),
 ]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
+ExpressionLimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use only the first N expressions.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        help="Annotations: a file or folder; or scenes, scenes:7 (with seven expressions each).",
+    ),
+]
+SplitOption = Annotated[
+    str | None, typer.Option(help="For example val or testA, where the data set has several.")
+]
+ImagesOption = Annotated[Path | None, typer.Option(help="Folder of the images.")]
+ProtocolOption = Annotated[str, typer.Option(help="unc or lmms-eval: how answers are scored.")]
+ReplaceOption = Annotated[
+    bool, typer.Option(help="Discard an evaluation with other settings in the output folder.")
+]
+
+# Where they are left out: the recipe's where a bundle is compared with PyTorch, otherwise those of NVIDIA's grounding checks.
+AccuracyDropOption = Annotated[
+    float | None, typer.Option(help="Largest loss of accuracy; the recipe's against PyTorch, else 0.05.")
+]
+AgreementOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Smallest fraction of expressions whose two boxes have an IoU of at least 0.5; 0.95 by default."
+    ),
+]
+BoxIouOption = Annotated[
+    float | None,
+    typer.Option(help="Smallest mean IoU of the two boxes; the recipe's against PyTorch, else 0.90."),
+]

@@ -18,7 +18,7 @@ from gap_export.engine.device import Device
 from gap_export.engine.library import TARGETS, Library, Message, load_library
 from gap_export.engine.profiles import Profile, profiles_from_spec
 from gap_export.errors import EngineError, MissingRequirementError
-from gap_export.files import record_of, writing
+from gap_export.files import sha256_of, writing
 from gap_export.progress import SILENT, Progress
 
 CURRENT = "current"
@@ -76,7 +76,7 @@ def engine_from_graph(
         target=target,
         version=library.version,
         compute_capabilities=_as_recorded(capabilities),
-        graph_sha256=record_of(graph).sha256,
+        graph_sha256=sha256_of(graph),
     )
 
 

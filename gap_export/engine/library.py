@@ -67,7 +67,7 @@ class MessageLog:
     _one_at_a_time: threading.RLock = field(default_factory=threading.RLock)
 
     def add(self, severity: int, text: str) -> None:
-        """Take one message; dropped when nobody is collecting."""
+        """Take one message; dropped when they are not collected."""
         if self._sink is not None and severity <= 2:
             self._sink.append(Message(severity, text))
 

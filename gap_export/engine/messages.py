@@ -24,7 +24,7 @@ class Complaint:
     """One thing a library objects to.
 
     Attributes:
-        text: its words, without source positions that mean nothing outside the library.
+        text: of the message, without source positions that mean nothing outside the library.
         node: name of the ONNX node, or empty.
         operator: its operator, or empty.
         source: where in the library it arose, or empty.
@@ -217,7 +217,7 @@ def _within(subject: str, narrower: str | None) -> str:
 
 
 def _cleaned(text: str) -> str:
-    """A library's words on one line, without positions in its sources and without the no-GPU noise."""
+    """A library's message on one line, without positions in its sources and without the no-GPU noise."""
     lines = [line.strip() for line in text.splitlines()]
     telling = [line for line in lines if line and not _NOISE.search(line)] or lines
     telling = [_POSITION.sub("", _PREFIX.sub("", line)).strip(" .") for line in telling]

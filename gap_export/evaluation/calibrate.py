@@ -33,7 +33,7 @@ SCENES = "scenes"
 
 
 def calibrate(
-    bundle: Bundle | Path,
+    bundle: Bundle | Path | str,
     *,
     limit: int = 128,
     dataset: Dataset | None = None,

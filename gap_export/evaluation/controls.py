@@ -97,7 +97,7 @@ def with_write_index_off_by_one(placement: Placement) -> Placement:
 
 
 def with_last_stage_off_by_one(placement: Placement) -> Placement:
-    """The same in the layers of the last stage alone."""
+    """A wrong write index in the layers of the last stage alone."""
     if not placement.stage_next_slot:
         return placement
     *others, last = placement.stage_next_slot

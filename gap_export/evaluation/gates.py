@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from gap_export.errors import GateError
 from gap_export.precision import Thresholds
@@ -11,6 +13,14 @@ from gap_export.records import Record
 
 GROUNDING = Thresholds(max_accuracy_drop=0.05, min_box_iou=0.90, min_prediction_agreement=0.95)
 """What one evaluation must meet against another where nothing else is said: those of NVIDIA's own checks of grounding models."""
+
+
+def _not_a_number(value: Any) -> Any:
+    return float("nan") if value is None else value
+
+
+Measured = Annotated[float, BeforeValidator(_not_a_number)]
+"""A float that may be anything. JSON has no word for what is no finite number: it is stored as null, and read as NaN."""
 
 
 class Gate(Record):
@@ -27,7 +37,7 @@ class Gate(Record):
     name: str
     comparison: Literal["<=", ">="]
     limit: float
-    measured: float
+    measured: Measured
     passed: bool
 
 

@@ -18,7 +18,7 @@ from gap_export.boxes import metrics
 from gap_export.boxes.scenes import Case
 from gap_export.bundle.manifest import Manifest
 from gap_export.errors import GateError
-from gap_export.evaluation.gates import Gate, at_least, at_most, check_gates
+from gap_export.evaluation.gates import Gate, Measured, at_least, at_most, check_gates
 from gap_export.evaluation.runner import accuracy_of, boxes_of
 from gap_export.positions import Placement, place
 from gap_export.precision import Thresholds, precision
@@ -54,9 +54,9 @@ class Measurement(Record):
     cases: int
     kept_sets_equal: float
     position_ids_equal: float
-    max_logit_difference: float
-    min_logit_cosine: float
-    max_norm_deviation: float
+    max_logit_difference: Measured
+    min_logit_cosine: Measured
+    max_norm_deviation: Measured
     token_agreement: float
     first_diverging_token: int | None
     mean_box_iou: float

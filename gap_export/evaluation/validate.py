@@ -58,7 +58,7 @@ _BASELINES: dict[str, dict[str, Any]] = {
 
 
 def validate(
-    bundle: Bundle | Path,
+    bundle: Bundle | Path | str,
     *,
     limit: int = 500,
     keep: float | None = None,

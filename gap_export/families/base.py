@@ -39,7 +39,7 @@ class Companion:
     Attributes:
         name: field of the recipe, and name among the checkpoint's companions.
         published: hub id of the one that the model's authors used.
-        holds: what comes from it, in words.
+        holds: what comes from it, for messages.
         required: whether there is no model without it.
     """
 

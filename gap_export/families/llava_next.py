@@ -27,7 +27,7 @@ from gap_export.modeling.clip import ClipVision
 from gap_export.modeling.clip_text import published_tower, read_text_tower, text_tower_of
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.fake import fake_mode
-from gap_export.modeling.tiles import anyres_inputs, cells_gather, features_of_image, with_newlines
+from gap_export.modeling.tiles import anyres_inputs, features_of_image, token_gather, with_newlines
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -55,9 +55,9 @@ class LlavaNextVision(ClipVision):
     def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor,
-        cell_positions: Tensor,
+        token_positions: Tensor,
         newline_positions: Tensor,
-        cells: Tensor,
+        token_index: Tensor,
         text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -65,9 +65,9 @@ class LlavaNextVision(ClipVision):
 
         Args:
             pixel_values: [tiles, 3, size, size] float32, the whole image first.
-            cell_positions: [P] int64, places of prunable tokens in the unpruned prompt's image.
+            token_positions: [P] int64, places of prunable tokens in the unpruned prompt's image.
             newline_positions: [R] int64, places of the ends of lines.
-            cells: [P] int64, where the prunable tokens lie in the flattened tokens of all tiles.
+            token_index: [P] int64, where the prunable tokens lie in the flattened tokens of all tiles.
             text_ids: [1, L] int64 of the expression, for pruners that look at it.
             keep_count: [K] int64 counting from 0, traced for its extent: prunable tokens to keep.
 
@@ -75,12 +75,12 @@ class LlavaNextVision(ClipVision):
             visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
         """
         features = features_of_image(
-            self.extract_features(pixel_values, text_ids), cells_gather(cells), WHOLE
+            self.extract_features(pixel_values, text_ids), token_gather(token_index), WHOLE
         )
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
         return with_newlines(
-            self._plan, embeds_BKH, selected, cell_positions, self.image_newline, newline_positions
+            self._plan, embeds_BKH, selected, token_positions, self.image_newline, newline_positions
         )
 
 
@@ -98,7 +98,7 @@ class LlavaNext(Family):
         default = config.vision_feature_select_strategy == "default"
         require("vision_feature_select_strategy", default, "default")
         require("image_size", vision.image_size % vision.patch_size == 0, "a multiple of patch_size")
-        hf_config.require_whole_tiles(config, require)
+        hf_config.check_whole_tiles(config, require)
         return config
 
     @property

@@ -48,7 +48,7 @@ class LlavaOnevisionVision(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,
-        cell_positions: Tensor,
+        token_positions: Tensor,
         newline_positions: Tensor,
         corners: Tensor,
         corner_weights: Tensor,
@@ -58,7 +58,7 @@ class LlavaOnevisionVision(nn.Module):
 
         Args:
             pixel_values: [tiles, 3, size, size] float32, the whole image first.
-            cell_positions: [P] int64, places of prunable tokens in the unpruned prompt's image.
+            token_positions: [P] int64, places of prunable tokens in the unpruned prompt's image.
             newline_positions: [R] int64, places of the ends of lines.
             corners: [P, 4] int64, the four tokens among those of all tiles, flattened, that a prunable token is the sum of.
             corner_weights: [P, 4] float32, their weights.
@@ -75,7 +75,7 @@ class LlavaOnevisionVision(nn.Module):
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = take(tokens_BPH, selected.indices_BK)
         return with_newlines(
-            self._plan, embeds_BKH, selected, cell_positions, self.image_newline, newline_positions
+            self._plan, embeds_BKH, selected, token_positions, self.image_newline, newline_positions
         )
 
 
@@ -95,7 +95,7 @@ class LlavaOnevision(Family):
         require("vision_feature_select_strategy", config.vision_feature_select_strategy == "full", "full")
         counted = re.fullmatch(r"anyres_max_[1-9]\d*", config.vision_aspect_ratio) is not None
         require("vision_aspect_ratio", counted, "anyres_max_9 or another number")
-        hf_config.require_whole_tiles(config, require)
+        hf_config.check_whole_tiles(config, require)
         return config
 
     @cached_property

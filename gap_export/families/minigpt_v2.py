@@ -246,7 +246,7 @@ class MiniGptVision(nn.Module):
 
         Args:
             pixel_values: [B, 3, size, size] float32.
-            keep_count: see `selection.select`.
+            keep_count: K, where requests choose it.
 
         Returns:
             visual_embeds [B, K, H], kept_indices [B, K] int64.

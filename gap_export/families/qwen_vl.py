@@ -1,7 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images at their own shape, M-RoPE, one layout of checkpoint and prompt.
 
 Facts: squares of patches become one visual token each. Position ids have three rows (time, height, width); text after an image
-goes on from its longer side, and so do answers, whatever was pruned. No tower has a class token. What differs:
+continues from its longer side, and so do answers, whatever was pruned. No tower has a class token. What differs:
 
     model        patch   tower                                          boxes
     Qwen2-VL     14      rotary positions                               `(x1,y1),(x2,y2)` in 0..1000 of the image
@@ -145,16 +145,16 @@ class QwenVL(Family):
             "3, bicubic",
         )
         size = settings.get("size") or {}
-        fewest: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+        least: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most: Any = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
-        bounded = isinstance(fewest, int) and isinstance(most, int) and 0 < fewest <= most
+        bounded = isinstance(least, int) and isinstance(most, int) and 0 < least <= most
         require("size of the image processor", bounded, "a smallest and a largest number of pixels")
         return NativeResolutionLayout(
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             frames=vision.temporal_patch_size,
             window=self.window,
-            min_pixels=fewest,
+            min_pixels=least,
             max_pixels=most,
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),

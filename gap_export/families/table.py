@@ -33,9 +33,9 @@ class FamilyRow:
         model_types: values of `model_type` in config.json; "" stands for a checkpoint without a config.json.
         box: how boxes are written, by models as published and recipes that leave `fit` open.
         published: hub ids, and in which form.
-        visual_tokens: how many an image has, in words.
+        visual_tokens: how many an image has, as text.
         position_rows: rows of position ids: 3 for M-RoPE (time, height, width).
-        missing_features: see `ModelSpec.missing_features`, of models as published.
+        missing_features: what pruners cannot read from the tower (`ModelSpec.missing_features`), of models as published.
         dynamic: whether images differ in how many visual tokens they have.
         attention_mask: which tokens see which in the decoder; see `ModelSpec.attention_mask`.
         reads_text: whether a CLIP text tower can be put beside the vision tower.

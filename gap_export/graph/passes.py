@@ -18,7 +18,7 @@ from gap_export.graph.rows import select_rows_early
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold constants, fuse what has an operator of its own, drop rows and nodes that nobody reads; in place.
+    """Fold constants, fuse what has an operator of its own, drop rows and nodes that nothing reads; in place.
 
     Weights are external and stay so: folding the `Transpose` of one would write a second copy of it into the model.
     """

@@ -26,7 +26,7 @@ class Traced:
     """A graph, and whether it was there already.
 
     Attributes:
-        model: see `trace.graph_from_component`. The caller's own, to be changed at will.
+        model: the graph; the caller's own, to be changed at will.
         cached: whether it was traced before.
     """
 
@@ -55,7 +55,7 @@ class Tracer:
             progress: told which of the two, and once if the folder cannot be written to.
 
         Raises:
-            TraceError: see `trace.graph_from_component`.
+            TraceError: the component does not export.
         """
         name, key = component.spec.name, key_of(component)
         if key is not None and (kept := self._kept(key, component.spec)) is not None:

@@ -104,8 +104,8 @@ def user_folder() -> TraceFolder | None:
     try:
         if given:
             return TraceFolder(Path(given).expanduser().absolute())
-        usual = os.environ.get("XDG_CACHE_HOME", "")
-        caches = Path(usual) if os.path.isabs(usual) else Path.home() / ".cache"
+        configured = os.environ.get("XDG_CACHE_HOME", "")
+        caches = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
     except RuntimeError:  # a user without a home
         return None
     return TraceFolder(caches / "gap-export" / "traces")

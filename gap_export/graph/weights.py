@@ -211,7 +211,7 @@ def attach_weights(
         model: a traced graph; changed in place.
         store: prepared for the keys of this graph.
         weight_key: parameter name -> checkpoint key.
-        stand_ins: parameters that are about to be quantised, and get a tensor that nobody may read.
+        stand_ins: parameters that are about to be quantised, and get a tensor that nothing may read.
 
     Raises:
         CheckpointError: a weight whose shape is not what the config says.

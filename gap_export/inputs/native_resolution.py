@@ -71,28 +71,28 @@ class NativeResolutionLayout(ImageLayout):
     def prepare(
         self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
     ) -> ImageBatch:
-        """See `ImageLayout.prepare`."""
+        """Preprocess a batch of images."""
         return of_many_sizes([native_image(image, self) for image in images], per_prompt)
 
     def resized(self, size: Size) -> Size:
-        """See `ImageLayout.resized`."""
+        """(width, height) of an image as the model sees it."""
         return resized(*size, self)
 
     def token_grid(self, size: Size) -> tuple[int, int]:
-        """See `ImageLayout.token_grid`."""
+        """(rows, columns) of the visual tokens of an image of that size."""
         width, height = self.resized(size)
         return height // self.token_side, width // self.token_side
 
     def token_range(self) -> tuple[TokenRange, int]:
-        """See `ImageLayout.token_range`; bounds that no image leaves, of whatever shape."""
+        """How many visual tokens images have, and N of the largest image; bounds that no image leaves, of whatever shape."""
         smallest, largest = self.min_pixels / self.token_side**2, self.max_pixels / self.token_side**2
         # Scaled up, both sides are rounded up; scaled down, both are rounded down, but to one token at least.
         grown = (math.sqrt(smallest * MOST_ASPECT) + 1) * (math.sqrt(smallest / MOST_ASPECT) + 1)
         narrow = math.sqrt(largest * MOST_ASPECT)
         most = math.floor(max(largest, grown, narrow))
-        fewest = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
+        least = max(1, min(math.ceil(smallest), math.floor(largest / 4)))
         rows, columns = self.token_grid(TYPICAL_SIZE)
-        return TokenRange(min_tokens=fewest, typical_tokens=rows * columns, max_tokens=most), most
+        return TokenRange(min_tokens=least, typical_tokens=rows * columns, max_tokens=most), most
 
     def typical_windows(self, window: int) -> int:
         """Windows of a typical image.
@@ -143,7 +143,7 @@ def native_image(image: Image.Image, layout: NativeResolutionLayout) -> Prepared
         `window_tokens` [W, M] int64, the tokens of each, and `token_slots` [N] int64, where each token stands among those W * M.
 
     Raises:
-        InputError: see `resized`.
+        InputError: an image that cannot be fitted.
     """
     image = rgb(image)
     width, height = resized(*image.size, layout)

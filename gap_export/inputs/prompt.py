@@ -35,7 +35,7 @@ class TextTower(Record):
         context: most tokens of an expression, those that begin and end it included. Short rows are filled with the token
             that ends them; the tower reads its answer at the first one.
         width: of the space shared by patches and text.
-        aligned_inversely: see `prune.VisionFeatures`.
+        aligned_inversely: whether patches that match the text are less similar to it than others.
     """
 
     checkpoint: str

@@ -48,11 +48,11 @@ class SquareLayout(ImageLayout):
     def prepare(
         self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
     ) -> ImageBatch:
-        """See `ImageLayout.prepare`."""
+        """Preprocess a batch of images."""
         return of_one_size(pixel_values(images, self), visual_tokens)
 
     def seen_area(self, size: Size) -> tuple[float, float, float, float]:
-        """See `ImageLayout.seen_area`."""
+        """(left, top, width, height) of the part of an image that its tokens cover, in pixels of the image."""
         width, height = size
         if self.fit == "pad":
             side, left, top = padding(width, height)
@@ -147,7 +147,7 @@ def pixel_values(images: Sequence[Image.Image], preprocessing: SquareLayout) -> 
         [B, 3, size, size] float32.
 
     Raises:
-        InputError: see `fit`.
+        InputError: an image that cannot be fitted.
         ValueError: an empty batch.
     """
     if not images:

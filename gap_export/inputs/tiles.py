@@ -37,7 +37,7 @@ from gap_export.inputs.batch import (
 from gap_export.inputs.images import FILTERS, normalised, rgb
 from gap_export.positions import Ids
 
-CELLS, PLACES, NEWLINES = "cells", "cell_positions", "newline_positions"
+TOKEN_INDEX, PLACES, NEWLINES = "token_index", "token_positions", "newline_positions"
 CORNERS, WEIGHTS = "corners", "corner_weights"
 """Names of the vision graph's inputs."""
 
@@ -68,7 +68,7 @@ class AnyResLayout(ImageLayout):
     def prepare(
         self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
     ) -> ImageBatch:
-        """See `ImageLayout.prepare`."""
+        """Preprocess a batch of images."""
         return of_many_sizes([anyres_image(image, self) for image in images], per_prompt)
 
     def tile_counts(self) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class AnyResLayout(ImageLayout):
         return count, largest
 
     def token_range(self) -> tuple[TokenRange, int]:
-        """See `ImageLayout.token_range`."""
+        """How many visual tokens images have, and N of the largest image."""
         counts = [
             shrunk_grid(rows, columns, self)
             for height, width in self.grids
@@ -116,7 +116,7 @@ class DynamicTilesLayout(ImageLayout):
     def prepare(
         self, images: Sequence[Image.Image], *, visual_tokens: int, per_prompt: int = 1
     ) -> ImageBatch:
-        """See `ImageLayout.prepare`."""
+        """Preprocess a batch of images."""
         return of_many_sizes([dynamic_image(image, self) for image in images], per_prompt)
 
     def tile_counts(self) -> tuple[int, int]:
@@ -127,11 +127,11 @@ class DynamicTilesLayout(ImageLayout):
         return typical, largest
 
     def token_range(self) -> tuple[TokenRange, int]:
-        """See `ImageLayout.token_range`."""
-        fewest = min(across * down for across, down in _grids(self))
+        """How many visual tokens images have, and N of the largest image."""
+        least = min(across * down for across, down in _grids(self))
         typical, largest = (tiles * self.tokens for tiles in self.tile_counts())
         tokens = TokenRange(
-            min_tokens=(fewest + (fewest > 1)) * self.tokens, typical_tokens=typical, max_tokens=largest
+            min_tokens=(least + (least > 1)) * self.tokens, typical_tokens=typical, max_tokens=largest
         )
         return tokens, largest
 
@@ -185,7 +185,7 @@ def anyres_image(image: Image.Image, layout: AnyResLayout) -> PreparedImage:
         layout: of the bundle.
 
     Returns:
-        `inputs` with `cell_positions` [P] int64, `newline_positions` [R] int64, and `cells` [P] int64 into the flattened tile
+        `inputs` with `token_positions` [P] int64, `newline_positions` [R] int64, and `token_index` [P] int64 into the flattened tile
         tokens; where grids may be scaled down, in the place of the last `corners` [P, 4] int64 and `corner_weights` [P, 4] float32.
 
     Raises:
@@ -220,7 +220,7 @@ def anyres_places(width: int, height: int, layout: AnyResLayout) -> dict[str, ND
     above, left = bars(width, height, tiles_down * side, tiles_across * side)
     rows, columns = tiles_down * side - 2 * above, tiles_across * side - 2 * left
 
-    def cells(row: Ids, column: Ids) -> Ids:
+    def index_of(row: Ids, column: Ids) -> Ids:
         """Indices of places on the grid without bars into the flattened tile tokens, the whole image being tile 0."""
         row, column = row + above, column + left
         tile = 1 + row // side * tiles_across + column // side
@@ -243,12 +243,12 @@ def anyres_places(width: int, height: int, layout: AnyResLayout) -> dict[str, ND
     }
     if layout.max_tiles is None:
         row, column = np.indices((rows, columns))
-        return {CELLS: np.concatenate([np.arange(base), cells(row, column).ravel()]), **standing}
+        return {TOKEN_INDEX: np.concatenate([np.arange(base), index_of(row, column).ravel()]), **standing}
 
     first_row, second_row, down = _neighbours(rows, shrunk[0])
     first_column, second_column, across = _neighbours(columns, shrunk[1])
     corners = [
-        cells(row[:, None], column[None, :]).ravel()
+        index_of(row[:, None], column[None, :]).ravel()
         for row in (first_row, second_row)
         for column in (first_column, second_column)
     ]

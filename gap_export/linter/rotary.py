@@ -210,11 +210,11 @@ def token_inputs(flow: Flow, sites: list[AttentionSite], ids_name: str) -> int:
 
     Rotary embeddings never touch the values, so neither ids nor tables of cosines are among them.
     """
-    usual = [
+    named = [
         v for v in flow.inputs if v.name in ("inputs_embeds", "input_embeds", "input_ids", "hidden_states")
     ]
-    if usual:
-        return flow.bit(*usual)
+    if named:
+        return flow.bit(*named)
     for site in sites:
         source = site.value if site.value is not None else (site.query or operand(site.node, 0))
         if source is None:

@@ -50,7 +50,7 @@ def check_vision(flow: Flow, *, sorted_wanted: bool) -> list[Finding]:
         return [
             _finding(
                 "(outputs)",
-                "tokens seem to be selected, but there is no kept_indices output: nobody can know their position ids",
+                "tokens seem to be selected, but there is no kept_indices output: their position ids cannot be known",
                 "give out the indices that the embeddings were gathered with",
             )
         ]

@@ -90,7 +90,7 @@ def attention_in_matmuls(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The same in plain operators; softmax in fp32."""
+    """Attention in plain operators; softmax in fp32."""
     scale = scaling if scaling is not None else query_BHSD.shape[-1] ** -0.5
     logits_BHSC = torch.matmul(query_BHSD * scale, key_BHCD.transpose(2, 3))
     if attention_mask is not None:

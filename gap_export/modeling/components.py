@@ -37,7 +37,7 @@ class Component:
         weight_key: name of a parameter of the module -> key in the checkpoint.
         settings: all that the graph depends on besides the spec and the code: components of equal spec and equal settings
             have the same graph, and it need not be traced again. Plain values (numbers, text, and tuples and dataclasses of
-            such), so that they can be told apart in other processes too. By default, equal to nobody else's.
+            such), so that they can be told apart in other processes too. By default, equal to no other's.
     """
 
     module: nn.Module

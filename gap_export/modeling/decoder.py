@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         language_model: of transformers.
         lm_head: hidden states to logits.
         hooks: of the family.
-        deepstack_levels: see `ModelSpec.deepstack_levels`.
+        deepstack_levels: how many features of DeepStack lie behind each embedding.
         takes_image_slots: whether `image_slots` is among the inputs.
     """
 

@@ -141,7 +141,7 @@ class EvaTower(nn.Module):
     Args:
         sizes: of its weights.
         tokens: T, the class token included; the table of positions has so many rows.
-        attention: see `EvaAttention`.
+        attention: implementation, as of `EvaAttention`.
     """
 
     def __init__(self, sizes: EvaSizes, tokens: int, attention: str) -> None:

@@ -97,7 +97,7 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> dict[str, Any]:
-    """The same where images become tiles, which are made by one filter and as large as the tower takes them.
+    """Settings of the image processor where images become tiles, which are made by one filter and as large as the tower takes them.
 
     Args:
         checkpoint: whose settings they are.
@@ -105,7 +105,7 @@ def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> 
         size: side of the tower's images in pixels.
 
     Raises:
-        CheckpointError: see `image_processor`; or other tiles.
+        CheckpointError: no sound settings, or other tiles.
     """
     settings = image_processor(checkpoint)
     extents = [settings.get(name) or {} for name in ("size", "crop_size")]
@@ -126,7 +126,7 @@ def anyres_layout(checkpoint: Checkpoint, config: Any, require: Requirements) ->
         require: names the model.
 
     Raises:
-        CheckpointError: see `tile_processor`; or other grids than the config has.
+        CheckpointError: no sound settings, other tiles, or other grids than the config has.
     """
     vision = config.vision_config
     settings = tile_processor(checkpoint, require, vision.image_size)
@@ -146,7 +146,7 @@ def anyres_layout(checkpoint: Checkpoint, config: Any, require: Requirements) ->
     )
 
 
-def require_whole_tiles(config: Any, require: Requirements) -> None:
+def check_whole_tiles(config: Any, require: Requirements) -> None:
     """Refuse grids that tiles do not fill.
 
     Raises:

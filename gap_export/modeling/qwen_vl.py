@@ -61,7 +61,7 @@ def merged(
         merger: of the tower, which lays the normed patches of a token side by side and projects them.
         hidden_PE: patches of all tokens.
         tokens: (how many tokens, patches of each).
-        keep_count: see `Qwen2VLVision.forward`.
+        keep_count: K, where requests choose it.
 
     Returns:
         visual_embeds [1, K, H], kept_indices [1, K] int64.

@@ -16,7 +16,7 @@ from gap_export.prune import order
 
 
 def pruner_of(plan: Plan) -> str:
-    """The strategy that works before the decoder; what drops tokens inside it is shown all of them."""
+    """The pruner that works before the decoder; what drops tokens inside it is shown all of them."""
     return "none" if plan.pruning.stages else plan.pruning.pruner
 
 
@@ -27,7 +27,7 @@ def tower_attention(plan: Plan) -> str:
 
 
 def select(plan: Plan, features: prune.VisionFeatures[Tensor], keep_count: Tensor | None) -> prune.Selected:
-    """What the strategy chooses, in its own order.
+    """What the pruner chooses, in its own order.
 
     Args:
         plan: of the build.
@@ -51,11 +51,11 @@ def project(
 ) -> Tensor:
     """[B, K, H]: the selected tokens as the decoder takes them.
 
-    Only they are projected, unless the strategy looks at projected ones: projectors work token by token, so the order does not
+    Only they are projected, unless the pruner looks at projected ones: projectors work token by token, so the order does not
     matter.
     """
     survivors_BKE = selected.patches_BKE
-    # Padding repeats the first patch: any token will do where nobody looks.
+    # Padding repeats the first patch: any token will do where nothing looks.
     indices_BK = selected.indices_BK.clamp(min=0)
     reads_projected = prune.row(pruner_of(plan)).reads_projected
     if survivors_BKE is None and reads_projected and features.projected is not None:

@@ -27,7 +27,7 @@ class Embed(nn.Module):
 
     Args:
         embedding: the decoder's token embedding.
-        deepstack_levels: see `ModelSpec.deepstack_levels`.
+        deepstack_levels: how many features of DeepStack lie behind each embedding.
     """
 
     def __init__(self, embedding: nn.Embedding, *, deepstack_levels: int = 0) -> None:
@@ -62,7 +62,7 @@ class Splice(nn.Module):
         visual_tokens: N; None where images differ.
         policy: how survivors are numbered.
         mrope: three rows of ids (time, height, width).
-        deepstack_levels: see `ModelSpec.deepstack_levels`; H below is the width of everything that belongs to a token.
+        deepstack_levels: how many features of DeepStack lie behind each embedding; H below is the width of everything that belongs to a token.
         gives_image_slots: whether `image_slots` is among the outputs.
     """
 
@@ -193,7 +193,7 @@ class Splice(nn.Module):
 
 
 class SpliceSeveral(Splice):
-    """Like `Splice`, with the same number of images, I, in every row."""
+    """Splice of prompts with the same number of images, I, in every row."""
 
     def forward(  # type: ignore[override]
         self,

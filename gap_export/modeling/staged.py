@@ -45,7 +45,7 @@ class StagedSplice(Splice):
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, visual_embeds: Tensor, kept_indices: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """See `Splice.forward`; then image_start [B] int64, and next_slot [B] int64 of every later stage."""
+        """What `Splice.forward` gives; then image_start [B] int64, and next_slot [B] int64 of every later stage."""
         spliced = super().forward(input_ids, visual_embeds, kept_indices)
         next_slot = spliced[-1]
         from_image_BT = (input_ids == self.image_token_id).to(torch.int64).cumsum(1)
@@ -238,7 +238,7 @@ class Decode(_StagedDecoder):
             inputs_embeds: [B, 1, H].
             position_ids: [B, 1] int64: what RoPE reads; in all stages under `gap`, in stage 0 under the others.
             write_index: [B] int64: the slot of the token in stage 0.
-            rest: the same for every later stage; then key and value of every layer as in `Prefill`.
+            rest: position_ids and write_index of every later stage; then key and value of every layer as in `Prefill`.
 
         Returns:
             logits [B, V] float32, then the updated caches.
@@ -279,7 +279,7 @@ def decoder_graphs(
         embeds: inputs_embeds [B, S, H] of a prompt with every visual token.
         logits: [B, V].
         past: caches, with the capacity of their layer's stage.
-        present: the same, as outputs.
+        present: names of the layers' keys and values, as outputs.
     """
     batch, sequence, hidden = embeds.shape
     later = range(1, len(plan.pruning.stages))

@@ -1,8 +1,8 @@
 """Images of many tiles in the vision graph: one image per call, whose tiles the tower takes as a batch.
 
 A pruner looks at the image as a whole. Its visual tokens are gathered from the tiles that saw them, in the order of the
-unpruned prompt; attention of a class token is that of the token's own tile. Which cells of the tiles are tokens of the image,
-and where they stand in the prompt, comes with the pixels (`runtime/tiles.py`).
+unpruned prompt; attention of a class token is that of the token's own tile. Which tokens of the tiles are tokens of the image,
+and where they stand in the prompt, comes with the pixels (`inputs/tiles.py`).
 
 Ends of lines are no features: they are never pruned and come between the kept tokens at the end.
 
@@ -21,10 +21,10 @@ from gap_export import prune
 from gap_export.bundle.spec import Dim, TensorSpec, float_spec, int64_spec
 from gap_export.inputs.batch import PIXELS, TYPICAL_SIZE
 from gap_export.inputs.tiles import (
-    CELLS,
     CORNERS,
     NEWLINES,
     PLACES,
+    TOKEN_INDEX,
     WEIGHTS,
     AnyResLayout,
     DynamicTilesLayout,
@@ -37,9 +37,9 @@ Gather = Callable[[Tensor], Tensor]
 """[t, C, E] -> [1, P, E]."""
 
 
-def cells_gather(cells_P: Tensor) -> Gather:
+def token_gather(token_index_P: Tensor) -> Gather:
     """Tokens by their index in the flattened tiles."""
-    return lambda tokens_tCE: tokens_tCE.flatten(0, 1).index_select(0, cells_P)[None]
+    return lambda tokens_tCE: tokens_tCE.flatten(0, 1).index_select(0, token_index_P)[None]
 
 
 def corners_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
@@ -103,7 +103,7 @@ def with_newlines(
     Args:
         plan: of the build.
         embeds_BKH: kept tokens of one image.
-        selected: the same tokens among the P.
+        selected: the kept tokens among the P.
         places_P: places of all P tokens in the unpruned prompt.
         newline_H: embedding of the end of a line.
         newlines_R: places of the ends of lines.
@@ -131,7 +131,7 @@ def anyres_inputs(layout: AnyResLayout) -> tuple[TensorSpec, ...]:
     lines = Dim(name="lines", minimum=1, optimum=typical_lines, maximum=tokens.never_pruned)
 
     sources = (
-        (int64_spec(CELLS, prunable),)
+        (int64_spec(TOKEN_INDEX, prunable),)
         if layout.max_tiles is None
         else (int64_spec(CORNERS, prunable, 4), float_spec(WEIGHTS, "float32", prunable, 4))
     )

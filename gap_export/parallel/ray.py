@@ -108,18 +108,18 @@ def results_on(
     if not tasks:
         return
     ray = _ray()
-    started = _connected(ray, cluster)
-    hired: list[Any] = []
+    connected = _connected(ray, cluster)
+    started: list[Any] = []
     try:
         shared = ray.put(make_worker)
         remote = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
 
-        def hire() -> Any:
-            hired.append(remote.remote(shared))
-            return hired[-1]
+        def start() -> Any:
+            started.append(remote.remote(shared))
+            return started[-1]
 
         waiting = deque(tasks)
-        idle = [hire() for _ in range(min(cluster.workers, len(waiting)))]
+        idle = [start() for _ in range(min(cluster.workers, len(waiting)))]
         running: dict[Any, tuple[Any, Task]] = {}
         attempts: Counter[str] = Counter()
         while waiting or running:
@@ -140,7 +140,7 @@ def results_on(
                         hint="what is finished is kept; see Ray's logs of the workers, and run the same command again",
                     ) from error
                 waiting.appendleft(task)
-                idle.append(hire())
+                idle.append(start())
                 continue
             if isinstance(outcome, GapExportError):
                 raise outcome
@@ -151,9 +151,9 @@ def results_on(
             progress.advance(outcome.count)
     finally:
         # Now, and not when the last reference is gone: the cluster's places are others' from here on.
-        for worker in hired:
+        for worker in started:
             ray.kill(worker)
-        if started:
+        if connected:
             ray.shutdown()
 
 

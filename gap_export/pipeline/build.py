@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from gap_export import __version__
 from gap_export.bundle.folder import MANIFEST, REPORTS, Bundle, open_bundle, write_manifest
+from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
 from gap_export.environment import BUILD_PACKAGES, versions
-from gap_export.files import atomic_folder, record_of
+from gap_export.files import atomic_folder
 from gap_export.pipeline.opened import TOKENIZER, OpenedModel, open_model
 from gap_export.pipeline.preflight import check_machine, check_output, check_prompt
 from gap_export.plan import Plan, plan_for

@@ -195,7 +195,7 @@ def linkable(checkpoint: Checkpoint, out: Path) -> bool:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that a process may still take: of the machine, or of the control group it runs in; None where nobody tells."""
+    """Bytes that a process may still take: of the machine, or of the control group it runs in; None where that is not known."""
     if os.environ.get("GAP_EXPORT_ANY_MEMORY") == "1":
         return None
     found = []
@@ -206,7 +206,7 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
                 found.append(int(line.split()[1]) * 1024)
     limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if limit.is_file() and used.is_file():
-        words = limit.read_text().strip()
-        if words != "max":
-            found.append(int(words) - int(used.read_text()))
+        text = limit.read_text().strip()
+        if text != "max":
+            found.append(int(text) - int(used.read_text()))
     return min(found, default=None)

@@ -104,9 +104,9 @@ class AdaptiveModule(PrunerModule, Protocol):
         """Choose as many tokens as the rule of the original asks for.
 
         Args:
-            features: of the batch; every image is judged by itself.
+            features: of the batch; every image by itself.
             bound: K, the most tokens that an image may keep.
-            merged_id: see `PrunerModule.select`.
+            merged_id: which index tokens get that were merged from many.
 
         Returns:
             Selected with `counts_B`.

@@ -1,4 +1,4 @@
-"""The layout of strategies that append one token for all patches they drop: own patches, that token, padding if any.
+"""The layout of pruners that append one token for all patches they drop: own patches, that token, padding if any.
 
 Shape letters: B batch, N visual tokens, K rows.
 """

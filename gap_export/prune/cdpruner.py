@@ -35,7 +35,7 @@ def relevance(features: VisionFeatures[Tensor]) -> Tensor:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`; best first is the order of the choice."""
+    """Choose K tokens of every image; best first is the order of the choice."""
     if features.projected is None:
         raise ValueError("cdpruner needs projected tokens")
     weight_BN = relevance(features).square()

@@ -25,5 +25,5 @@ def scores(features: VisionFeatures[Tensor]) -> Tensor:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`."""
+    """Choose K tokens of every image."""
     return Selected(scores(features).topk(kept, dim=-1).indices)

@@ -1,4 +1,4 @@
-"""What a strategy cannot do, said before a build: towers it cannot work on, counts it cannot give, text nobody reads."""
+"""What a pruner cannot do, said before a build: towers it cannot work on, counts it cannot give, text that nothing reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from gap_export.prune.table import PRUNERS, Pruner
 
 
 def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: bool = False) -> None:
-    """Refuse a strategy that cannot work on a tower.
+    """Refuse a pruner that cannot work on a tower.
 
     Args:
-        wanted: the strategy.
+        wanted: the pruner.
         lacking: what the tower does not have.
         differ: whether images differ in how many visual tokens they have, so that none can be dropped inside the decoder.
 
@@ -33,7 +33,7 @@ def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: b
 
 
 def check_adaptive(wanted: Pruner) -> None:
-    """Refuse `keep: adaptive` for a strategy that has no rule for it.
+    """Refuse `keep: adaptive` for a pruner that has no rule for it.
 
     Raises:
         RecipeError: with the list of those that have.
@@ -48,15 +48,15 @@ def check_adaptive(wanted: Pruner) -> None:
 
 
 def check_text(wanted: Pruner, *, has_text_tower: bool, published: str | None) -> None:
-    """Refuse a strategy that looks at the expression where nothing can read it.
+    """Refuse a pruner that looks at the expression where nothing can read it.
 
     Args:
-        wanted: the strategy.
+        wanted: the pruner.
         has_text_tower: whether the recipe names a CLIP checkpoint with one.
         published: hub id of the checkpoint to add, where it is known.
 
     Raises:
-        RecipeError: with the checkpoint to add, and the strategies that do without.
+        RecipeError: with the checkpoint to add, and the pruners that do without.
     """
     if wanted.needs_text and not has_text_tower:
         able = ", ".join(row.name for row in PRUNERS.values() if not row.needs_text)
@@ -68,7 +68,7 @@ def check_text(wanted: Pruner, *, has_text_tower: bool, published: str | None) -
 
 
 def check_count(wanted: Pruner, kept: int, visual_tokens: int) -> None:
-    """Refuse a count that a strategy cannot give.
+    """Refuse a count that a pruner cannot give.
 
     Raises:
         RecipeError: with the reason.
@@ -127,6 +127,6 @@ def share_of(keep: float, tokens: int, at_least: int) -> int:
     Args:
         keep: in (0, 1].
         tokens: of the image.
-        at_least: fewest that the pruner can give.
+        at_least: smallest count that the pruner can give.
     """
     return min(tokens, max(at_least, int(keep * tokens + 0.5)))

@@ -7,7 +7,7 @@ TensorRT-Edge-LLM, which prunes between projector and decoder as well.
 That variant has text tokens among its pivots. They are left out here, so that one encoded image serves every question
 about it.
 
-K splits into 4 pivots and K - 4 others, dealt evenly, the first pivots taking one more; below 4 all are pivots.
+K splits into 4 pivots and K - 4 others, assigned evenly, the first pivots taking one more; below 4 all are pivots.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def shares(kept: int) -> tuple[int, ...]:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`: pivots, then what each of them took, least alike first."""
+    """Choose K tokens of every image: pivots, then what each of them took, least alike first."""
     if features.projected is None:
         raise ValueError("dart needs projected tokens")
     tokens_BNH = features.projected.float()
     pivots_BP = tokens_BNH.abs().sum(dim=-1).topk(PIVOTS, dim=-1).indices
     directions_BNH = normalize(tokens_BNH, dim=-1)
     alike_BPN = torch.matmul(take(directions_BNH, pivots_BP), directions_BNH.transpose(1, 2))
-    # A token's place in the order of the choice; N where nobody has taken it.
+    # A token's place in the order of the choice; N where no pivot has taken it.
     visual = features.visual_tokens
     place_BN = torch.full_like(alike_BPN[:, 0], visual, dtype=torch.int64)
     place_BN = place_BN.scatter(1, pivots_BP, torch.arange(PIVOTS).expand_as(pivots_BP))

@@ -23,7 +23,7 @@ _NEARER_THAN_ANY = -1.0
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`; best first is the order of the choice."""
+    """Choose K tokens of every image; best first is the order of the choice."""
     if features.projected is None:
         raise ValueError("divprune needs projected tokens")
     visual = features.visual_tokens

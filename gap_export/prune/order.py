@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gap_export.positions import PAD, MergedId, PositionPolicy
+from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import Selected
 
 _AFTER_ALL = 1 << 16
@@ -36,17 +36,15 @@ def in_decoder_order(selected: Selected, policy: PositionPolicy) -> Selected:
     if not policy.keeps_raster_order:
         return selected
     indices_BK, patches_BKE, counts_B = selected.indices_BK, selected.patches_BKE, selected.counts_B
-    keys_BK = indices_BK if counts_B is None else torch.where(indices_BK < 0, _AFTER_ALL, indices_BK)
-    if patches_BKE is None:
-        sorted_BK = keys_BK.sort(dim=-1).values
-        if counts_B is not None:
-            sorted_BK = torch.where(sorted_BK == _AFTER_ALL, PAD, sorted_BK)
-        return Selected(sorted_BK, None, counts_B)
+    if patches_BKE is None and counts_B is None:
+        return Selected(indices_BK.sort(dim=-1).values)
     # One sort of (index, place) packed into one integer is stable on every runtime, and tells the places as well.
+    keys_BK = indices_BK if counts_B is None else torch.where(indices_BK < 0, _AFTER_ALL, indices_BK)
     kept = indices_BK.shape[1]
     base_1 = torch.full((1,), kept)  # (the exporter knows no remainder by a symbolic number)
     places_BK = (keys_BK * base_1 + torch.arange(kept)).sort(dim=-1).values % base_1
-    return Selected(indices_BK.gather(1, places_BK), take(patches_BKE, places_BK), counts_B)
+    ordered_BKE = None if patches_BKE is None else take(patches_BKE, places_BK)
+    return Selected(indices_BK.gather(1, places_BK), ordered_BKE, counts_B)
 
 
 def merged_index(

@@ -2,7 +2,7 @@
 
 Source: LLaVA-PruMerge (arXiv 2403.15388) and TRIM: the interquartile rule, a score being an outlier above Q3 + 1.5 (Q3 - Q1), with
 quartiles interpolated linearly as `np.percentile` does. The originals take the quartiles over the whole batch; here every
-image is judged by its own N scores. Where none is an outlier one token is kept all the same: without any, nothing would tell
+image is measured by its own N scores. Where none is an outlier one token is kept all the same: without any, nothing would tell
 where in the image the tokens stand.
 """
 

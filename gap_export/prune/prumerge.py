@@ -26,13 +26,13 @@ NEIGHBOURS = 32
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`."""
+    """Choose K tokens of every image."""
     scores_BN = full_width_scores(features)
     return merged_into(features, scores_BN, layout(scores_BN, kept), merged_id)
 
 
 def select_adaptive(features: VisionFeatures[Tensor], bound: int, *, merged_id: MergedId) -> Selected:
-    """See `AdaptiveModule.select_adaptive`."""
+    """Choose as many tokens of every image as have outlying scores."""
     scores_BN = full_width_scores(features)
     own_B1 = outlier_count(scores_BN)
     selected = merged_into(features, scores_BN, layout(scores_BN, bound, own_B1), merged_id)

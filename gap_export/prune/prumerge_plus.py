@@ -41,7 +41,7 @@ def by_score(kept: int) -> int:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`; tokens kept by score come first."""
+    """Choose K tokens of every image; tokens kept by score come first."""
     scores_BN = full_width_scores(features)
     best = by_score(kept)
     is_spread_N = in_sequence(features.visual_tokens, kept - 1 - best)
@@ -52,7 +52,7 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
 
 
 def select_adaptive(features: VisionFeatures[Tensor], bound: int, *, merged_id: MergedId) -> Selected:
-    """See `AdaptiveModule.select_adaptive`; tokens kept by score come first."""
+    """Choose as many tokens of every image as have outlying scores; tokens kept by score come first."""
     visual, scores_BN = features.visual_tokens, full_width_scores(features)
     best_B1, tokens_N = outlier_count(scores_BN), torch.arange(features.visual_tokens)
     is_best_BN = ranks(scores_BN) < best_B1

@@ -24,7 +24,7 @@ def drawn_indices(visual_tokens: int, seed: int) -> list[int]:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`; the order of the draw stands in for a score."""
+    """Choose K tokens of every image; the order of the draw stands in for a score."""
     images = features.patches.shape[0]
     if features.grid is not None:
         drawn_N = torch.tensor(drawn_indices(features.visual_tokens, seed), dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Spatial: a uniform grid over the image, whatever it shows.
 
-Rows are chosen so that cells are as square as K allows, each at the middle of its stripe; the K points are dealt to the rows
+Rows are chosen so that cells are as square as K allows, each at the middle of its stripe; the K points are assigned to the rows
 as evenly as possible and spread the same way along each.
 """
 
@@ -18,12 +18,12 @@ from gap_export.prune import Selected, VisionFeatures
 def used_rows(grid: tuple[int, int], kept: int) -> int:
     """How many rows of the grid hold K points, so that the points are as far apart along a row as rows are."""
     rows, columns = grid
-    fewest = math.ceil(kept / columns)
-    return min(max(round(math.sqrt(kept * rows / columns)), fewest, 1), rows, kept)
+    min_rows = math.ceil(kept / columns)
+    return min(max(round(math.sqrt(kept * rows / columns)), min_rows, 1), rows, kept)
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`."""
+    """Choose K tokens of every image."""
     if features.grid is None:
         raise ValueError("spatial needs patches that lie on one grid")
     rows, columns = features.grid

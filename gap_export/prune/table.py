@@ -122,7 +122,7 @@ def row(name: str) -> Pruner:
 
 
 def needs(pruner: Pruner) -> str:
-    """What a pruner needs, in words."""
+    """What a pruner needs, as text."""
     parts = [part.replace("_", " ") for part in pruner.needs]
     parts += ["text"] if pruner.needs_text else []
     parts += ["seed"] if pruner.needs_seed else []
@@ -131,12 +131,12 @@ def needs(pruner: Pruner) -> str:
 
 
 def where(pruner: Pruner) -> str:
-    """The point in the model at which a pruner drops tokens, in words."""
+    """The point in the model at which a pruner drops tokens, as text."""
     return "inside the decoder" if pruner.in_decoder else "before the decoder"
 
 
 def merging(pruner: Pruner) -> str:
-    """What a pruner does with the features of dropped tokens, in words."""
+    """What a pruner does with the features of dropped tokens, as text."""
     if not pruner.merges:
         return "no"
     return f"yes, {pruner.merged} of K without a place of its own" if pruner.merged else "yes"

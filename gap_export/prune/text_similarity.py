@@ -5,7 +5,7 @@ cosine of patch and text.
 
 In that space patches of OpenAI's CLIP are *less* like the text that describes them than others are (CLIP Surgery, arXiv
 2304.05653), and so the published text-aware pruners (TRIM, CDPruner) turn the sign. Which sign is right for a tower,
-`VisionFeatures.aligned_inversely` says; all strategies that read text follow it.
+`VisionFeatures.aligned_inversely` says; all pruners that read text follow it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def scores(features: VisionFeatures[Tensor]) -> Tensor:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`."""
+    """Choose K tokens of every image."""
     return Selected(scores(features).topk(kept, dim=-1).indices)
 
 
 def aligned_pair(features: VisionFeatures[Tensor]) -> tuple[Tensor, Tensor]:
     """[B, N, P] and [B, P] float32: patches and expression in the space they share."""
     if features.aligned is None or features.text is None:
-        raise ValueError("strategies that look at the expression need a text tower")
+        raise ValueError("pruners that look at the expression need a text tower")
     return features.aligned.float(), features.text.float()
 
 

@@ -20,7 +20,7 @@ MOST_TILES = 64
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`; of patches at the same place in their tiles, that of the first tile is better."""
+    """Choose K tokens of every image; of patches at the same place in their tiles, that of the first tile is better."""
     scores_BN, places_N = cls_attention.scores(features), torch.arange(features.visual_tokens)
     tile_N = torch.zeros_like(places_N) if features.tile is None else features.tile
     beside_NN = tile_N[:, None] == tile_N

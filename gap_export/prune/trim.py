@@ -27,12 +27,12 @@ _FAR_ABOVE = 60.0
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`."""
+    """Choose K tokens of every image."""
     return _with_mean(features, layout(_logits(features), kept), merged_id)
 
 
 def select_adaptive(features: VisionFeatures[Tensor], bound: int, *, merged_id: MergedId) -> Selected:
-    """See `AdaptiveModule.select_adaptive`."""
+    """Choose as many tokens of every image as have outlying scores."""
     logits_BN = _logits(features)
     own_B1 = outlier_count(_relative_scores(logits_BN))
     selected = _with_mean(features, layout(logits_BN, bound, own_B1), merged_id)

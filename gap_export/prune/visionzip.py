@@ -28,7 +28,7 @@ def contextual_count(kept: int) -> int:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`: class token, dominant patches by score, contextual tokens in raster order."""
+    """Choose K tokens of every image: class token, dominant patches by score, contextual tokens in raster order."""
     if features.class_token is None:
         raise ValueError("visionzip needs a vision tower with a class token")
     visual, patches_BNE = features.visual_tokens, features.patches

@@ -31,7 +31,7 @@ def rounds(visual_tokens: int, kept: int) -> int:
 
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
-    """See `PrunerModule.select`; important tokens come first."""
+    """Choose K tokens of every image; important tokens come first."""
     visual, important = features.visual_tokens, kept // 2
     wanted = kept - important
     ranked_BN = cls_attention.scores(features).topk(visual, dim=-1).indices

@@ -39,14 +39,14 @@ class Recipe(Record):
         checkpoint: `bundled:NAME`, a folder, or a hub id.
         keep: fraction of visual tokens kept, in (0, 1]; or a range, written `[0.1, 1.0]` or `0.1:1.0`, in which every request
             chooses its own, with a default between them if wanted (`0.1:0.25:1.0`); or `adaptive`, as many as the image
-            needs by the strategy's own rule.
-        keep_bound: most that an adaptive strategy may keep of an image, as a fraction.
-        pruner: strategy.
-        prune_layers: decoder layers before which tokens are dropped, for strategies that do so inside the decoder; empty
-            leaves it to the strategy.
+            needs by the pruner's own rule.
+        keep_bound: most that an adaptive pruner may keep of an image, as a fraction.
+        pruner: name of the pruner.
+        prune_layers: decoder layers before which tokens are dropped, for pruners that do so inside the decoder; empty
+            leaves it to the pruner.
         positions: numbering policy.
         merged_id: which raster index tokens stand for that a pruner merged from many.
-        seed: for strategies that draw at random.
+        seed: for pruners that choose at random.
         weights: those of the checkpoint, or random ones of its sizes, for latency work without it.
         base: checkpoint that a delta or a low-rank update is applied to, for models that are published so.
         vision_tower: checkpoint of the vision tower, for models that are published without it.

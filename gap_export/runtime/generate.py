@@ -107,7 +107,7 @@ def generate(
         input_ids_BT: one prompt per row, right-padded with `PAD`.
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
-        text_ids_BL: see `Session.encode`.
+        text_ids_BL: the expressions, for pruners that look at them.
         keep_counts: of every call of the vision graph, see `Session.encode`.
         adjust: changes the placement before it is used; negative controls are made with it.
         keep_logits: keep those of every step, not of the first alone.
@@ -189,7 +189,7 @@ def decode(
     kept_logits = [logits.copy()]
     ended = np.zeros(len(logits), bool)
     tokens: list[list[int]] = [[] for _ in range(len(logits))]
-    turn, finite = placement, True
+    finite = True
     while True:
         finite &= bool(np.isfinite(logits).all())
         chosen = logits.argmax(axis=-1).astype(np.int64)
@@ -198,8 +198,8 @@ def decode(
             tokens[row].append(int(chosen[row]))
         if ended.all() or max(map(len, tokens)) == max_new_tokens:
             return Decoded(tokens, kept_logits, finite, tuple(ended.tolist()))
-        turn = advance(turn)
-        logits = session.step(chosen, turn)
+        placement = advance(placement)
+        logits = session.step(chosen, placement)
         if keep_logits:
             kept_logits.append(logits.copy())
 

@@ -120,8 +120,8 @@ class Grounder:
             expressions: what to find.
             keep: fraction of the visual tokens to keep, in bundles that let requests choose.
             max_new_tokens: longest answer; the manifest's by default.
-            adjust: see `generate`.
-            keep_logits: see `generate`.
+            adjust: changes the placement of every prompt, for negative controls.
+            keep_logits: of all generated tokens, not of the first alone.
 
         Raises:
             InputError: an expression that is empty or does not fit, a fraction outside the range the bundle was built for, or
@@ -250,7 +250,7 @@ class Grounder:
         return self._manifest.graphs["embed"].spec.inputs[0].extents("maximum")[0]
 
     def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
-        """See `ImageLayout.prepare`."""
+        """Preprocess a batch of images."""
         manifest = self._manifest
         return manifest.layout.prepare(
             images, visual_tokens=manifest.spec.visual_tokens, per_prompt=manifest.prompt.images
@@ -317,7 +317,7 @@ class Grounder:
         )
 
     def _referred(self, text: str, image: Image.Image) -> Box | None:
-        """See `Grounded.boxes`."""
+        """The box that an answer gives, in pixels of the image; None where there is none."""
         box = self._codec.decode_one(text, self._manifest.layout.resized(image.size))
         return None if isinstance(box, Unparsable) else self._on_image(box, image)
 

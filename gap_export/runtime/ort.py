@@ -62,7 +62,7 @@ class _DecodeBuffers:
 
 
 class OnnxRuntimeSession(Lifetime):
-    """See `Session`.
+    """A bundle's graphs in ONNX Runtime.
 
     Args:
         bundle: opened and verified.
@@ -108,7 +108,7 @@ class OnnxRuntimeSession(Lifetime):
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
-        """See `Session.encode`."""
+        """Vision tower, pruner and projector."""
         self._check_open()
         manifest = self._bundle.manifest
         extra = vision_inputs(
@@ -130,12 +130,12 @@ class OnnxRuntimeSession(Lifetime):
         )
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
-        """See `Session.embeds_together`."""
+        """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]."""
         self._check_open()
         return padded_together([[np.asarray(part.numpy()) for part in row] for row in rows], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
-        """See `Session.splice`."""
+        """Put the kept visual tokens in place of the placeholder."""
         self._check_open()
         spec = self._bundle.manifest.graphs["splice"].spec
         embeds, *counters = self._run("splice", splice_inputs(spec, input_ids_BT, visual))
@@ -146,7 +146,7 @@ class OnnxRuntimeSession(Lifetime):
         return Spliced(embeds=embeds, placement=placement)
 
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
-        """See `Session.prefill`."""
+        """Fill the cache from slot 0 on."""
         self._check_open()
         batch = placement.position_ids.shape[-2]
         self._lay_out(_Layout(batch, self._bundle.manifest.slots_for(self._slots_needed(placement, reserve))))
@@ -163,7 +163,7 @@ class OnnxRuntimeSession(Lifetime):
         return Prefilled(logits, tuple(kept.values()))
 
     def fork(self, rows: int) -> None:
-        """See `Session.fork`."""
+        """Give every one of `rows` rows the cache of the first."""
         self._check_open()
         self._lay_out(_Layout(rows, self._layout.capacities))
         for name, array in self._memory.items():
@@ -171,7 +171,7 @@ class OnnxRuntimeSession(Lifetime):
             cache[1:] = cache[0]
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.extend`."""
+        """Feed text after what is in the cache: logits [B, V] of each row's last token."""
         self._check_open()
         (embeds,) = self._run("embed", {"input_ids": np.maximum(token_ids_BT, 0)})
         logits = np.empty((len(token_ids_BT), self._model.vocabulary), np.float32)
@@ -182,7 +182,7 @@ class OnnxRuntimeSession(Lifetime):
         return logits
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.step`; the array returned is overwritten by the next call."""
+        """Feed one token per row: logits [B, V]; the array returned is overwritten by the next call."""
         self._check_open()
         if self._decode is None:
             self._decode = self._bind_decode(self._layout.rows)

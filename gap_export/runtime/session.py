@@ -170,14 +170,14 @@ class Lifetime:
     before it uses any of that.
 
     Attributes:
-        backend: see `Session`.
+        backend: name in the table of backends.
     """
 
     backend: str
     _closed = False
 
     def close(self) -> None:
-        """See `Session.close`."""
+        """Give back all memory; closing again does nothing."""
         if not self._closed:
             self._closed = True
             self._free()
@@ -216,10 +216,10 @@ def vision_inputs(
         pruning: of the bundle.
         reads_text: whether its pruner looks at the expression.
         text_ids_BL: as given to `Session.encode`.
-        keep_count: the same.
+        keep_count: as given to `Session.encode`.
 
     Raises:
-        InputError: see `Session.encode`.
+        InputError: a count cannot be chosen or is out of range.
     """
     inputs: dict[str, Ids] = {}
     if reads_text:

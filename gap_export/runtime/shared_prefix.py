@@ -1,7 +1,7 @@
 """Many expressions about one image: what their prompts begin with, image included, goes through the model once.
 
 A causal decoder computes the same for a token whatever follows it. So the keys and values of the common beginning are computed for
-one row, given to all rows, and every row goes on with the text of its own.
+one row, given to all rows, and every row continues with text of its own.
 
 Only where the visual tokens do not depend on the expression, every layer sees the same tokens, and the image comes before the
 expression. `sharable` tells.
@@ -73,7 +73,7 @@ def prefill_shared(
         session: of a bundle whose prompts are `sharable`.
         batch: images of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
-        keep_counts: see `generate.encode`.
+        keep_counts: tokens to keep of every image, where requests choose.
         reserve: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
     """
     began = time.perf_counter()

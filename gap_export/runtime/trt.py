@@ -131,7 +131,7 @@ class _LoadedGraph:
         engine: opened.
         library: that opened it.
         device: that it runs on.
-        cache_of: a graph whose cache this one goes on writing.
+        cache_of: a graph whose cache this one continues to write.
         captures: whether calls of one shape become a CUDA graph: the first is executed as it is, the second captured.
     """
 
@@ -315,7 +315,7 @@ class _LoadedGraph:
 
 
 class TensorRTSession(Lifetime):
-    """See `Session`.
+    """A bundle's engines in TensorRT or TensorRT-RTX.
 
     Args:
         bundle: opened and verified.
@@ -382,7 +382,7 @@ class TensorRTSession(Lifetime):
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
-        """See `Session.encode`; the embeddings are a `DeviceTensor`, padded to the bound where images differ."""
+        """Vision tower, pruner and projector; the embeddings are a `DeviceTensor`, padded to the bound where images differ."""
         vision, pruning = self._graph("vision"), self._pruning
         extra = vision_inputs(
             pruning, reads_text=self._reads_text, text_ids_BL=text_ids_BL, keep_count=keep_count
@@ -396,12 +396,12 @@ class TensorRTSession(Lifetime):
         return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"), kept_counts=counts_B)
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
-        """See `Session.embeds_together`."""
+        """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]."""
         self._check_open()
         return padded_together([[np.asarray(part) for part in row] for row in rows], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
-        """See `Session.splice`; the embeddings are a `DeviceTensor`."""
+        """Put the kept visual tokens in place of the placeholder; the embeddings are a `DeviceTensor`."""
         splice = self._graph("splice")
         seen = self._on_device(splice, "visual_embeds", visual.embeds)
         inputs = splice_inputs(splice.spec, input_ids_BT, visual)
@@ -413,7 +413,7 @@ class TensorRTSession(Lifetime):
         return Spliced(embeds=embeds, placement=placement)
 
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
-        """See `Session.prefill`.
+        """Fill the cache from slot 0 on.
 
         Raises:
             SessionError: the prompt is longer than the engine or the cache allows, or the batch larger.
@@ -424,11 +424,11 @@ class TensorRTSession(Lifetime):
         return Prefilled(logits, tuple(graph.download(name) for name in kept))
 
     def fork(self, rows: int) -> None:
-        """See `Session.fork`."""
+        """Give every one of `rows` rows the cache of the first."""
         self._graph(self._prompt_graph).copy_first_row(rows)
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.extend`.
+        """Feed text after what is in the cache: logits [B, V] of each row's last token.
 
         Raises:
             SessionError: the cache is full.
@@ -441,7 +441,7 @@ class TensorRTSession(Lifetime):
         return self._decode(self._graph(self._prompt_graph), embeds, placement, written)
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.step`.
+        """Feed one token per row: logits [B, V].
 
         Raises:
             SessionError: the cache is full.

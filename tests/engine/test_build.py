@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gap_export.bundle.hashes import record_of
 from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
 from gap_export.engine import build
 from gap_export.engine.build import engine_from_graph, supported_compute_capabilities
 from gap_export.engine.library import load_library
 from gap_export.errors import EngineError, MissingRequirementError
-from gap_export.files import record_of
 from tests.recorded import Recorded
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")

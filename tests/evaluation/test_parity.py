@@ -17,7 +17,7 @@ from gap_export.bundle.manifest import Manifest
 from gap_export.errors import GateError
 from gap_export.evaluation import parity, runner
 from gap_export.evaluation.controls import applies, check_control, controls
-from gap_export.evaluation.gates import check_gates
+from gap_export.evaluation.gates import Gate, check_gates
 from gap_export.evaluation.parity import Measurement
 from gap_export.inputs.batch import of_one_size
 from gap_export.inputs.prompt import Prompts
@@ -166,6 +166,16 @@ def test_what_is_not_a_number_is_the_worst_there_is(broken: float, manifest: Man
     measured = measure(grounded(logits=nudged(1, 0, broken)), grounded(), manifest)
     failed = {gate.name for gate in parity.judge(measured, Thresholds()) if not gate.passed}
     assert failed >= {"logit_difference", "logit_cosine", "logit_norm"}
+
+
+def test_what_is_not_a_number_is_stored_and_read() -> None:
+    """As null, which JSON has; not as a file that cannot be read again."""
+    broken = FINE.model_copy(update={"max_logit_difference": np.inf, "max_norm_deviation": np.nan})
+    again = Measurement.model_validate_json(broken.model_dump_json())
+    assert np.isnan([again.max_logit_difference, again.max_norm_deviation]).all()
+    gates = parity.judge(broken, Thresholds())
+    read = [Gate.model_validate_json(gate.model_dump_json()) for gate in gates]
+    assert [gate.passed for gate in read] == [gate.passed for gate in gates]
 
 
 def test_logits_that_are_all_zero_are_not_fine(manifest: Manifest) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.folder import Bundle
+from gap_export.bundle.hashes import record_of
 from gap_export.evaluation import validate
 from gap_export.evaluation.parity import ParityReport
-from gap_export.files import record_of
 from gap_export.pipeline.build import BuildResult, build
 from gap_export.recipe.recipe import Recipe
 from tests.recorded import Recorded

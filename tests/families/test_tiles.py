@@ -95,8 +95,8 @@ def test_every_tile_keeps_the_same_share(tiny_family: Families, name: str) -> No
 def shares_of_tiles(call: Any, kept: Any) -> list[tuple[float, int]]:
     """(share kept, how many tokens) of every tile of an image; 36 tokens to a tile, bars cut off."""
     tiles = len(call["pixel_values"])
-    places = call.get("cell_positions", np.arange(tiles * 36))
-    tile_of = call.get("cells", np.arange(tiles * 36)) // 36
+    places = call.get("token_positions", np.arange(tiles * 36))
+    tile_of = call.get("token_index", np.arange(tiles * 36)) // 36
     is_kept = np.isin(places, kept)
     return [(is_kept[tile_of == tile].mean(), int((tile_of == tile).sum())) for tile in np.unique(tile_of)]
 

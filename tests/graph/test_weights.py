@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from gap_export import files
 from gap_export.bundle.folder import Bundle
+from gap_export.bundle.hashes import record_of
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.safetensors import read_header
 from gap_export.errors import CheckpointError, MissingRequirementError
 from gap_export.families import open_family
-from gap_export.files import record_of
 from gap_export.graph.weights import WeightStore
 from gap_export.precision import precision as row_of
 

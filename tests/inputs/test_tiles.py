@@ -198,7 +198,7 @@ class TestLayout:
             return
         flat = tokens_tNH.flatten(0, 1).numpy()
         if preprocessing.max_tiles is None:
-            tokens_PH = flat[layout[tiles.CELLS]]
+            tokens_PH = flat[layout[tiles.TOKEN_INDEX]]
         else:
             tokens_PH = (flat[layout[tiles.CORNERS]] * layout[tiles.WEIGHTS][..., None]).sum(1)
         mine_NH = np.full_like(expected_NH, np.nan)

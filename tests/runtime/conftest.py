@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
+from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import BoxFormat, Engine, EngineTarget, Graph, Manifest, ModelSpec, Pruning
 from gap_export.bundle.spec import Dim, DType, GraphSpec, TensorSpec
 from gap_export.errors import SessionError
-from gap_export.files import record_of
 from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import PromptTemplate
 from gap_export.positions import PositionPolicy

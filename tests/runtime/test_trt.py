@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
+from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine
 from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec
 from gap_export.engine.device import Device
 from gap_export.engine.library import Library, MessageLog
 from gap_export.engine.profiles import profiles_from_spec
 from gap_export.errors import EngineError, MissingRequirementError, SessionError
-from gap_export.files import record_of
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import PAD, PositionPolicy, advance
 from gap_export.runtime import trt

@@ -50,7 +50,7 @@ class CandidateSpec:
 
 
 def bench(
-    bundles: Sequence[Bundle | Path],
+    bundles: Bundle | Path | str | Sequence[Bundle | Path | str],
     *,
     backends: Sequence[str] = ("onnxruntime",),
     keeps: Sequence[float | None] = (None,),
@@ -80,7 +80,8 @@ def bench(
     Raises:
         GapExportError: a bundle cannot be opened, or not be asked in that way.
     """
-    opened = [each if isinstance(each, Bundle) else open_bundle(each) for each in bundles]
+    given = [bundles] if isinstance(bundles, Bundle | Path | str) else bundles
+    opened = [open_bundle(each) for each in given]
     specs = candidate_specs([bundle.folder for bundle in opened], backends, keeps, batches)
     progress.stage("measuring what this machine can do")
     roofline = measure_device(threads)

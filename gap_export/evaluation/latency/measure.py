@@ -123,10 +123,10 @@ def time_request(each: Candidate, new_tokens: int, clock: Clock = time.perf_coun
     readings.append(clock())
     logits = session.prefill(spliced.embeds, spliced.placement, reserve=new_tokens).logits
     readings.append(clock())
-    turn = spliced.placement
+    placement = spliced.placement
     for _ in range(new_tokens - 1):
-        turn = advance(turn)
-        logits = session.step(logits.argmax(axis=-1).astype(np.int64), turn)
+        placement = advance(placement)
+        logits = session.step(logits.argmax(axis=-1).astype(np.int64), placement)
         readings.append(clock())
     return readings
 

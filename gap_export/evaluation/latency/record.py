@@ -12,7 +12,7 @@ QUANTITIES = {
     "tpot_ms": "time per output token",
     "total_ms": "whole request",
 }
-"""Field of a row -> words for the screen, in the order in which they are measured."""
+"""Field of a row -> label on the screen, in the order in which they are measured."""
 
 
 class Percentiles(Record):
@@ -91,7 +91,7 @@ class Row(Record):
         total_ms: the whole request.
         cost: of one request; None where no device was measured.
         roofline_fraction: least time to the first token that the device allows, over its median.
-        tpot_roofline_fraction: the same of a token.
+        tpot_roofline_fraction: measured time of a token as a fraction of the roofline's.
         peak_rss_bytes: of a process that holds this candidate alone; None where it was not measured.
     """
 

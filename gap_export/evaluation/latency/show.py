@@ -31,19 +31,19 @@ def tables(record: BenchRecord) -> list[Table]:
     rows.title = f"median over {record.requests} requests, ms (90th percentile in brackets)"
     rows.add_row("visual tokens", *(f"keep {row.kept} of {row.visual_tokens}" for row in record.rows))
     rows.add_row("cache slots", *(f"prompt {row.prompt_slots} of {row.capacity}" for row in record.rows))
-    for quantity, words in QUANTITIES.items():
+    for quantity, label in QUANTITIES.items():
         spans = [getattr(row, quantity) for row in record.rows]
-        rows.add_row(words, *(f"{span.p50:.3f} ({span.p90:.3f})" for span in spans))
+        rows.add_row(label, *(f"{span.p50:.3f} ({span.p90:.3f})" for span in spans))
     if len(record.rows) == 1:
         return [*cards, rows]
     pairs = list(combinations([row.name for row in record.rows], 2))
     found = {(each.numerator, each.denominator, each.quantity): each for each in record.ratios}
     ratios = Table("", *(f"{one} / {other}" for one, other in pairs))
     ratios.title = "ratio of medians, same rounds (95% interval)"
-    for quantity, words in QUANTITIES.items():
+    for quantity, label in QUANTITIES.items():
         shown = [found.get((*pair, quantity)) for pair in pairs]
         ratios.add_row(
-            words,
+            label,
             *(f"{each.ratio:.3f} ({each.low:.3f} to {each.high:.3f})" if each else "" for each in shown),
         )
     return [*cards, rows, ratios]
@@ -55,8 +55,8 @@ def _card(record: BenchRecord, device: Device) -> Table:
     card = Table("cost", *(row.name for row in record.rows))
     card.title = f"this machine at its best: {device.flops_per_second / 1e9:.0f} GFLOP/s, {device.bytes_per_second / 1e9:.1f} GB/s"
 
-    def line(words: str, values: Iterable[str]) -> None:
-        card.add_row(words, *values)
+    def line(label: str, values: Iterable[str]) -> None:
+        card.add_row(label, *values)
 
     costs = [row.cost for row in record.rows]
     for phase in ("vision", "prefill", "decode"):
@@ -92,9 +92,9 @@ def figure(record: BenchRecord) -> Figure:
     plot = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
     first, later = plot.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     places, left = range(len(rows)), [0.0] * len(rows)
-    for quantity, (words, colour) in _PHASES.items():
+    for quantity, (label, colour) in _PHASES.items():
         widths = [getattr(row, quantity).p50 for row in rows]
-        first.barh(places, widths, left=left, color=colour, label=words)
+        first.barh(places, widths, left=left, color=colour, label=label)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     later.barh(places, [row.tpot_ms.p50 for row in rows], color=_DECODE)
     for panel, spans in (

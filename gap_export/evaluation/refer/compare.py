@@ -6,48 +6,22 @@ Field and Welsh 2007). McNemar's test asks whether gains and losses could be a c
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.boxes import metrics
-from gap_export.boxes.codecs import Box
 from gap_export.bundle.folder import MANIFEST, open_bundle
-from gap_export.errors import InputError, first_line
-from gap_export.evaluation.gates import GROUNDING, Gate, at_least, at_most
-from gap_export.evaluation.refer.provenance import FILE as PROVENANCE
-from gap_export.evaluation.refer.provenance import read_provenance
+from gap_export.errors import InputError
+from gap_export.evaluation.gates import GROUNDING, Gate, at_least, at_most, check_gates
+from gap_export.evaluation.refer.results import PROVENANCE, EvalRun, open_run, read_provenance
 from gap_export.precision import Thresholds
 from gap_export.records import Record
 
 RESAMPLES = 10000
-AGREES_FROM = 0.5
-
-
-@dataclass(frozen=True)
-class Run:
-    """Results of an evaluation under one protocol.
-
-    Attributes:
-        folder: where they lie.
-        record: of the evaluation.
-        ids: of the expressions.
-        images: that they are about.
-        hits: [N] bool.
-        boxes: None without one.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-    ids: list[str]
-    images: list[str]
-    hits: NDArray[np.bool_]
-    boxes: list[Box | None]
 
 
 class Disagreement(Record):
@@ -56,37 +30,37 @@ class Disagreement(Record):
     id: str
     image: str
     iou: float
-    first_hits: bool
-    second_hits: bool
+    reference_hits: bool
+    subject_hits: bool
 
 
 class Comparison(Record):
-    """Second run against first.
+    """A subject against the reference run.
 
     Attributes:
         protocol: of both.
         expressions: that both answered.
         images: that they are about.
-        first_accuracy: of the first run.
-        second_accuracy: of the second.
-        difference: second minus first.
+        reference_accuracy: of the reference run.
+        subject_accuracy: of the subject.
+        difference: subject minus reference.
         low: lower end of its 95 % interval.
         high: upper end.
-        gained: expressions that only the second run hits.
-        lost: expressions that only the first run hits.
+        gained: expressions that only the subject hits.
+        lost: expressions that only the reference hits.
         mcnemar_p: of as many gains and losses, or fewer of the rarer kind, by chance.
         agreement: share of expressions whose two boxes overlap by half, or that have none in either run.
         mean_box_iou: of the two boxes.
         identical: share of expressions with exactly the same box.
-        gates: what was required.
+        gates: what was demanded.
         worst: expressions whose boxes overlap least.
     """
 
     protocol: str
     expressions: int
     images: int
-    first_accuracy: float
-    second_accuracy: float
+    reference_accuracy: float
+    subject_accuracy: float
     difference: float
     low: float
     high: float
@@ -104,77 +78,63 @@ class Comparison(Record):
         """Whether every gate was met."""
         return all(gate.passed for gate in self.gates)
 
+    def raise_for_gates(self) -> None:
+        """Go on only where every gate was met.
 
-def open_run(folder: Path, protocol: str) -> Run:
-    """Read an evaluation.
-
-    Raises:
-        InputError: none there, not finished, or not under this protocol.
-    """
-    from pyarrow import ArrowException, parquet
-
-    path, record = folder / f"{protocol}-results.parquet", folder / f"{protocol}-eval.json"
-    if not (path.is_file() and record.is_file()):
-        raise InputError(
-            f"holds no finished evaluation under {protocol}",
-            subject=str(folder),
-            hint="run gap-export eval with this --protocol and -o; it continues where it was stopped",
-        )
-    try:
-        rows = parquet.read_table(path, columns=["id", "image", "hit", "box"]).to_pylist()
-        stored = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError, ArrowException) as error:
-        raise InputError(
-            f"cannot be read: {first_line(error)}",
-            subject=str(path),
-            hint="run the evaluation again",
-        ) from error
-    return Run(
-        folder=folder,
-        record=stored,
-        ids=[row["id"] for row in rows],
-        images=[row["image"] for row in rows],
-        hits=np.array([row["hit"] for row in rows], np.bool_),
-        boxes=[None if row["box"] is None else tuple(row["box"]) for row in rows],
-    )
+        Raises:
+            GateError: one was not.
+        """
+        check_gates(self.gates, subject=f"{self.expressions} expressions under {self.protocol}")
 
 
-def compare(first: Run, second: Run, thresholds: Thresholds, *, worst: int = 20, seed: int = 0) -> Comparison:
-    """Hold the second run against the first.
+def compare(
+    reference: EvalRun | Path | str,
+    subject: EvalRun | Path | str,
+    thresholds: Thresholds | None = None,
+    *,
+    protocol: str = "unc",
+    worst: int = 20,
+    seed: int = 0,
+) -> Comparison:
+    """Compare a subject with the reference run, expression by expression.
 
     Args:
-        first: the reference run, such as PyTorch, or the unpruned model.
-        second: over the same expressions.
-        thresholds: that the second must meet.
+        reference: the run that the other is measured against, say PyTorch's or the unpruned model's; or its folder.
+        subject: over the same expressions; or its folder.
+        thresholds: that the subject must meet; `thresholds_on` when left out.
+        protocol: of runs that are given as folders.
         worst: how many disagreements to name.
         seed: of the resampling.
 
     Raises:
-        InputError: other expressions.
+        InputError: other expressions, or no finished evaluation in a folder.
     """
-    order = {identity: row for row, identity in enumerate(second.ids)}
-    if order.keys() != set(first.ids):
-        only = len(set(first.ids) - order.keys()), len(order.keys() - set(first.ids))
+    reference, subject = _opened(reference, protocol), _opened(subject, protocol)
+    if thresholds is None:
+        thresholds = thresholds_on(reference, subject)
+    order = {identity: row for row, identity in enumerate(subject.ids)}
+    if order.keys() != set(reference.ids):
+        only = len(set(reference.ids) - order.keys()), len(order.keys() - set(reference.ids))
         raise InputError(
-            f"answer different expressions: {only[0]} are only in the first, {only[1]} only in the second",
-            subject=f"{first.folder} and {second.folder}",
+            f"answer different expressions: {only[0]} are only in the reference, {only[1]} only in the subject",
+            subject=f"{reference.folder} and {subject.folder}",
             hint="compare runs over the same data, split and --limit",
         )
-    picked = [order[identity] for identity in first.ids]
-    hits, boxes = second.hits[picked], [second.boxes[row] for row in picked]
-    change = hits.astype(np.float64) - first.hits
-    low, high = bootstrap_interval(change, first.images, seed=seed)
+    picked = [order[identity] for identity in reference.ids]
+    hits, boxes = subject.hits[picked], [subject.boxes[row] for row in picked]
+    change = hits.astype(np.float64) - reference.hits
+    low, high = bootstrap_interval(change, reference.images, seed=seed)
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
-    agreed = metrics.agreement(first.boxes, boxes, threshold=AGREES_FROM)
-    overlaps = metrics.box_overlaps(first.boxes, boxes)
+    agreed = metrics.agreement(reference.boxes, boxes, threshold=metrics.HIT_IOU)
+    overlaps = metrics.box_overlaps(reference.boxes, boxes)
     farthest = np.argsort(overlaps, kind="stable")[:worst]
     difference = float(change.mean())
     return Comparison(
-        protocol=first.record["protocol"],
+        protocol=reference.record.protocol,
         expressions=len(change),
-        images=len(set(first.images)),
-        first_accuracy=float(first.hits.mean()),
-        second_accuracy=float(hits.mean()),
+        images=len(set(reference.images)),
+        reference_accuracy=float(reference.hits.mean()),
+        subject_accuracy=float(hits.mean()),
         difference=difference,
         low=low,
         high=high,
@@ -191,11 +151,11 @@ def compare(first: Run, second: Run, thresholds: Thresholds, *, worst: int = 20,
         ),
         worst=tuple(
             Disagreement(
-                id=first.ids[row],
-                image=first.images[row],
+                id=reference.ids[row],
+                image=reference.images[row],
                 iou=float(overlaps[row]),
-                first_hits=bool(first.hits[row]),
-                second_hits=bool(hits[row]),
+                reference_hits=bool(reference.hits[row]),
+                subject_hits=bool(hits[row]),
             )
             for row in farthest
             if overlaps[row] < 1
@@ -203,20 +163,24 @@ def compare(first: Run, second: Run, thresholds: Thresholds, *, worst: int = 20,
     )
 
 
-def thresholds_on(first: Run, second: Run, **given: float | None) -> Thresholds:
-    """What the second run must meet.
+def _opened(run: EvalRun | Path | str, protocol: str) -> EvalRun:
+    return run if isinstance(run, EvalRun) else open_run(run, protocol)
+
+
+def thresholds_on(reference: EvalRun, subject: EvalRun, **given: float | None) -> Thresholds:
+    """What a subject must meet.
 
     Args:
-        first: that it is held against.
-        second: the run.
-        given: fields of `Thresholds`; None leaves one to its bundle's recipe where the first run is PyTorch's over the same
+        reference: the run that it is compared with.
+        subject: the run.
+        given: fields of `Thresholds`; None leaves one to its bundle's recipe where the reference is PyTorch over the same
             bundle, and otherwise to `GROUNDING`.
 
     Raises:
         InputError: a threshold that nothing could meet.
     """
-    base, bundle = GROUNDING, _bundle_folder(second)
-    if first.record["backend"] == "torch" and bundle is not None and bundle == _bundle_folder(first):
+    base, bundle = GROUNDING, _bundle_folder(subject)
+    if reference.record.backend == "torch" and bundle is not None and bundle == _bundle_folder(reference):
         base = open_bundle(bundle).manifest.gates
     try:
         return replace(base, **{name: value for name, value in given.items() if value is not None})
@@ -226,7 +190,7 @@ def thresholds_on(first: Run, second: Run, **given: float | None) -> Thresholds:
         ) from error
 
 
-def _bundle_folder(run: Run) -> Path | None:
+def _bundle_folder(run: EvalRun) -> Path | None:
     """Of the bundle that answered, where it is still there."""
     if not (run.folder / PROVENANCE).is_file():
         return None

@@ -28,25 +28,32 @@ class Dataset:
         identity: sha256 of the annotations, or the name of scenes, which are the same every time.
         expressions: in order.
         source: of the images; None where there are none at hand.
+        data: what it was opened by.
+        split: that was asked for; None for all there is.
+        images: folder of images that was given.
     """
 
     name: str
     identity: str
     expressions: tuple[Expression, ...]
     source: Source | None
+    data: str = ""
+    split: str | None = None
+    images: Path | None = None
 
 
-def open_dataset(data: str, *, split: str | None = None, images: Path | None = None) -> Dataset:
+def open_dataset(data: str | Path, *, split: str | None = None, images: Path | str | None = None) -> Dataset:
     """Open a data set.
 
     Args:
         data: path of annotations; `scenes`, 2000 held-out scenes with one expression each; or `scenes:7`, with seven each.
-        split: see `read_annotations`.
+        split: name of a split, where the data set has several.
         images: folder of the images, where the data set does not bring them.
 
     Raises:
-        InputError: see `read_annotations` and `Folder`.
+        InputError: annotations that cannot be read, or no folder of images.
     """
+    data, images = str(data), None if images is None else Path(images)
     built_in = _SCENES.fullmatch(data)
     if built_in:
         per_scene = int(built_in[1] or 1)
@@ -56,6 +63,9 @@ def open_dataset(data: str, *, split: str | None = None, images: Path | None = N
             data,
             tuple(each for group in expressions for each in group),
             InMemory(dict(drawn)),
+            data=data,
+            split=split,
+            images=images,
         )
     path = Path(data)
     annotations = read_annotations(path, split=split)
@@ -64,7 +74,7 @@ def open_dataset(data: str, *, split: str | None = None, images: Path | None = N
         source = Embedded(annotations.images)
     name = f"{path.name} ({annotations.format})"
     identity = _sha256(path, FORMATS[annotations.format].suffixes)
-    return Dataset(name, identity, annotations.expressions, source)
+    return Dataset(name, identity, annotations.expressions, source, data=data, split=split, images=images)
 
 
 def _scenes(per_scene: int) -> Iterator[tuple[list[Expression], tuple[str, Image.Image]]]:

@@ -47,11 +47,11 @@ class Folder:
         self._folder = folder
 
     def has(self, name: str) -> bool:
-        """See `Source.has`."""
+        """Whether the image is there."""
         return self._path(name) is not None
 
     def open(self, name: str) -> Image.Image:
-        """See `Source.open`."""
+        """The image, RGB."""
         path = self._path(name)
         if path is None:
             raise InputError("is not there", subject=str(self._folder / name), hint="see --images")
@@ -77,11 +77,11 @@ class Embedded:
         self._images, self._names = images, frozenset(images.names())
 
     def has(self, name: str) -> bool:
-        """See `Source.has`."""
+        """Whether the image is there."""
         return name in self._names
 
     def open(self, name: str) -> Image.Image:
-        """See `Source.open`."""
+        """The image, RGB."""
         return load_image(self._images.read(name), name=name)
 
 
@@ -92,9 +92,9 @@ class InMemory:
         self._images = images
 
     def has(self, name: str) -> bool:
-        """See `Source.has`."""
+        """Whether the image is there."""
         return name in self._images
 
     def open(self, name: str) -> Image.Image:
-        """See `Source.open`."""
+        """The image, RGB."""
         return self._images[name]

@@ -19,12 +19,19 @@ ANSWERS = "answers.jsonl"
 
 
 class Settings(Record):
-    """What all answers of a folder have in common."""
+    """What all answers of a folder have in common.
 
-    bundle: str
-    """sha256 of the bundle's manifest."""
+    Attributes:
+        manifest_sha256: of the build that answered.
+        annotations: sha256 of the annotations, or the name of generated scenes.
+        split: of the data set.
+        backend: that answered.
+        keep: fraction of the visual tokens that was asked for; None for the bundle's own.
+        share: whether prompts about one image shared their beginning.
+    """
+
+    manifest_sha256: str
     annotations: str
-    """sha256 of the annotation file, or the name of a built-in data set."""
     split: str
     backend: str
     keep: float | None
@@ -43,7 +50,7 @@ class AnswerRow(Record):
         refused: why the model could not be asked.
         tokens: generated.
         kept_indices: raster indices of the visual tokens that were kept of the last image, in the decoder's order.
-        seconds: see `answering.Answered`.
+        seconds: of the image's work, in equal parts among its expressions.
     """
 
     id: str

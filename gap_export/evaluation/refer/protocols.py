@@ -32,7 +32,6 @@ from gap_export.errors import InputError
 
 ProtocolName = Literal["unc", "lmms-eval"]
 NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
-THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ class Protocol:
     area: Area
 
     @property
-    def words(self) -> str:
-        """For people."""
+    def description(self) -> str:
+        """Frame, threshold and area, for people."""
         measured = ", both edges counted" if self.area == "inclusive_pixels" else ""
-        return f"{self.name}: boxes of the {self.frame.replace('_', ' ')}, IoU {self.comparator} {THRESHOLD}{measured}"
+        return f"{self.name}: boxes of the {self.frame.replace('_', ' ')}, IoU {self.comparator} {metrics.HIT_IOU}{measured}"
 
 
 @dataclass(frozen=True)
@@ -113,5 +112,5 @@ def score(answer: str, truth: Box, size: Size, protocol: Protocol, *, seen: Size
     # lmms-eval compares normalised boxes. An overlap does not depend on the unit, but for rounding, which decides at the threshold.
     compared = (box, from_pixels(truth, "image", *size)) if protocol.name == "lmms-eval" else (pixels, truth)
     overlap = float(metrics.iou(np.array(compared[0]), np.array(compared[1]), area=protocol.area))
-    hit = overlap > THRESHOLD if protocol.comparator == ">" else overlap >= THRESHOLD
+    hit = overlap > metrics.HIT_IOU if protocol.comparator == ">" else overlap >= metrics.HIT_IOU
     return Score(pixels, None, overlap, hit)

@@ -16,7 +16,7 @@ from gap_export.boxes import metrics
 from gap_export.boxes.codecs import CODECS
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
-from gap_export.evaluation.refer.answering import Evaluator
+from gap_export.evaluation.refer.evaluator import Evaluator
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow, Journal
 from gap_export.evaluation.refer.protocols import Protocol, Score, score
@@ -125,11 +125,11 @@ class _GroupWorker:
         self._evaluator, self._source = make_evaluator(), source
 
     def __call__(self, group: Group, progress: Progress) -> Iterator[list[AnswerRow]]:
-        yield rows_about(self._evaluator, self._source, group)
+        yield answer_rows(self._evaluator, self._source, group)
         progress.advance(len(group))
 
 
-def rows_about(evaluator: Evaluator, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
+def answer_rows(evaluator: Evaluator, source: Source, group: Sequence[Expression]) -> list[AnswerRow]:
     """Answer expressions about one image.
 
     Raises:
@@ -167,7 +167,7 @@ class EvalRecord(Record):
 
     Attributes:
         protocol: name.
-        words: the protocol in words.
+        description: of the protocol, for people.
         split: of the data set.
         expressions: scored.
         images: that they are about.
@@ -184,7 +184,7 @@ class EvalRecord(Record):
     """
 
     protocol: str
-    words: str
+    description: str
     split: str
     expressions: int
     images: int
@@ -264,7 +264,7 @@ def record_of(
     low, high = accuracy.interval()
     return EvalRecord(
         protocol=protocol.name,
-        words=protocol.words,
+        description=protocol.description,
         split=split,
         expressions=len(scored),
         images=len({each.row.image for each in scored}),

@@ -16,7 +16,7 @@ from gap_export.bundle.manifest import Manifest
 from gap_export.errors import GapExportError
 from gap_export.evaluation.refer.compare import Disagreement
 from gap_export.evaluation.refer.image_source import Source
-from gap_export.evaluation.report.runs import Answer, Subject
+from gap_export.evaluation.report.runs import Answer, ReportedRuns
 
 LONG_SIDE = 480
 """Of an image on the page, at most; a page with thirty of them stays below two megabytes."""
@@ -51,15 +51,15 @@ class Case:
 
     Attributes:
         image: that it is about.
-        first: answer of the run that others are held against.
-        candidate: answer of the run that the page is about.
+        reference: answer of the reference run.
+        subject: answer of the run that the page is about.
         between: IoU of both boxes; None on pages about one run.
-        pruned: SVG path of what the candidate run did not see of the image; empty where that is not known.
+        pruned: SVG path of what the subject did not see of the image; empty where that is not known.
     """
 
     image: ShownImage
-    first: Answer
-    candidate: Answer
+    reference: Answer
+    subject: Answer
     between: float | None
     pruned: str
 
@@ -116,30 +116,32 @@ def data_uri(image: Image.Image, *, tiny: bool = False) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def worst_cases(subject: Subject, album: Album, worst: Sequence[Disagreement], count: int) -> list[Case]:
+def worst_cases(
+    reported: ReportedRuns, album: Album, worst: Sequence[Disagreement], count: int
+) -> list[Case]:
     """Where both runs differ most; on pages about one run, where it is farthest from the truth."""
-    if len(subject.runs) > 1:
-        return [_case(subject, album, each.id) for each in worst[:count]]
-    answers = sorted(subject.candidate.answers.values(), key=lambda answer: answer.iou)
-    return [_case(subject, album, answer.id) for answer in answers[:count]]
+    if len(reported.runs) > 1:
+        return [_case(reported, album, each.id) for each in worst[:count]]
+    answers = sorted(reported.subject.answers.values(), key=lambda answer: answer.iou)
+    return [_case(reported, album, answer.id) for answer in answers[:count]]
 
 
-def random_cases(subject: Subject, album: Album, count: int) -> list[Case]:
+def random_cases(reported: ReportedRuns, album: Album, count: int) -> list[Case]:
     """Drawn by a fixed seed, so that they cannot have been chosen by hand."""
-    ids = subject.first.run.ids
+    ids = reported.reference.run.ids
     drawn = np.random.default_rng(_SEED).permutation(len(ids))[:count]
-    return [_case(subject, album, ids[place]) for place in sorted(drawn)]
+    return [_case(reported, album, ids[place]) for place in sorted(drawn)]
 
 
-def _case(subject: Subject, album: Album, identity: str) -> Case:
-    first, candidate = subject.first.answers[identity], subject.candidate.answers[identity]
-    image = album.shown(candidate)
-    between = None if len(subject.runs) == 1 else float(box_overlaps([first.box], [candidate.box])[0])
-    bundle = subject.candidate.bundle
+def _case(reported: ReportedRuns, album: Album, identity: str) -> Case:
+    reference, subject = reported.reference.answers[identity], reported.subject.answers[identity]
+    image = album.shown(subject)
+    between = None if len(reported.runs) == 1 else float(box_overlaps([reference.box], [subject.box])[0])
+    bundle = reported.subject.bundle
     pruned = ""
-    if bundle is not None and candidate.kept_indices and not image.lacks:
-        pruned = pruned_path(candidate.kept_indices, int(image.width), int(image.height), bundle.manifest)
-    return Case(image, first, candidate, between, pruned)
+    if bundle is not None and subject.kept_indices and not image.lacks:
+        pruned = pruned_path(subject.kept_indices, int(image.width), int(image.height), bundle.manifest)
+    return Case(image, reference, subject, between, pruned)
 
 
 def token_grid(width: int, height: int, manifest: Manifest) -> tuple[int, int] | None:

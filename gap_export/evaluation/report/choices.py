@@ -37,9 +37,9 @@ class Map:
 
     Attributes:
         x: where the tokens' grid begins on the image, pixels; outside it, where the image was padded.
-        y: the same, downwards.
+        y: where it begins, downwards.
         width: of the grid, pixels of the image.
-        height: the same.
+        height: of the grid, pixels of the image.
         uri: of an image with one pixel per token, to be laid over the other.
     """
 
@@ -67,7 +67,9 @@ class Choices:
     refused: str = ""
 
 
-def choices(bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence[str]) -> list[Choices]:
+def pruner_choices(
+    bundle: Bundle, images: Sequence[Image.Image], expressions: Sequence[str]
+) -> list[Choices]:
     """Ask every pruner.
 
     Args:

@@ -10,11 +10,12 @@ from PIL import Image
 
 from gap_export import __version__
 from gap_export.errors import GapExportError, MissingRequirementError
+from gap_export.evaluation.plotting import svg
 from gap_export.evaluation.refer.compare import Comparison, compare
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report import plots
 from gap_export.evaluation.report.cases import Album, ShownImage, random_cases, worst_cases
-from gap_export.evaluation.report.runs import Answer, Evaluated, Subject, provenance_facts
+from gap_export.evaluation.report.runs import Answer, Evaluated, ReportedRuns, provenance_facts
 from gap_export.precision import Thresholds
 
 MOST_MAPS = 3
@@ -30,7 +31,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class PrunerChoices:
+class PrunersShown:
     """What every pruner would keep.
 
     Attributes:
@@ -50,7 +51,7 @@ AskPruners = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Any]]
 """Images and expressions -> `choices.Choices`; raises `GapExportError` where the model cannot be opened."""
 
 
-def require() -> None:
+def check_packages() -> None:
     """Refuse before long work where a page could not be drawn.
 
     Raises:
@@ -67,7 +68,7 @@ def require() -> None:
 
 
 def page(
-    subject: Subject,
+    reported: ReportedRuns,
     thresholds: Thresholds,
     source: Source | None,
     *,
@@ -79,8 +80,8 @@ def page(
     """The page.
 
     Args:
-        subject: what it is about.
-        thresholds: that the candidate run must meet against the first.
+        reported: what it is about.
+        thresholds: that the subject must meet against the reference run.
         source: of images; where one is not at hand, its place says so.
         title: of the page.
         worst: how many of the worst expressions to show.
@@ -96,16 +97,18 @@ def page(
     rows = [
         Row(
             run,
-            None if run is subject.first else compare(subject.first.run, run.run, thresholds, worst=worst),
+            None
+            if run is reported.reference
+            else compare(reported.reference.run, run.run, thresholds, worst=worst),
         )
-        for run in subject.runs
+        for run in reported.runs
     ]
-    verdict = rows[subject.chosen].against
+    verdict = rows[reported.chosen].against
     cases = {
-        "worst": worst_cases(subject, album, () if verdict is None else verdict.worst, worst),
-        "random": random_cases(subject, album, drawn),
+        "worst": worst_cases(reported, album, () if verdict is None else verdict.worst, worst),
+        "random": random_cases(reported, album, drawn),
     }
-    latency, latency_words = plots.latency_plot(subject)
+    latency, latency_caption = plots.latency_figure(reported)
     environment = Environment(
         loader=PackageLoader("gap_export.evaluation.report", "."),
         autoescape=True,
@@ -116,26 +119,26 @@ def page(
     return environment.get_template("page.html.j2").render(
         title=title,
         version=__version__,
-        subject=subject,
+        reported=reported,
         rows=rows,
         verdict=verdict,
-        accuracy_plot=plots.accuracy_plot(subject),
-        latency_plot=latency,
-        latency_words=latency_words,
+        accuracy_plot=svg(plots.accuracy_figure(reported)),
+        latency_plot=svg(latency),
+        latency_caption=latency_caption,
         cases=cases,
-        pruners=_choices_of(subject, album, pruners),
+        pruners=_pruners(reported, album, pruners),
         images=album.images,
-        provenance=[(run.name, provenance_facts(run)) for run in subject.runs],
+        provenance=[(run.name, provenance_facts(run)) for run in reported.runs],
     )
 
 
-def _choices_of(subject: Subject, album: Album, ask: AskPruners | str) -> PrunerChoices:
+def _pruners(reported: ReportedRuns, album: Album, ask: AskPruners | str) -> PrunersShown:
     if isinstance(ask, str):
-        return PrunerChoices((), (), (), ask)
+        return PrunersShown((), (), (), ask)
     shown: list[Answer] = []
     images: list[Image.Image] = []
-    for identity in subject.first.run.ids:
-        answer = subject.candidate.answers[identity]
+    for identity in reported.reference.run.ids:
+        answer = reported.subject.answers[identity]
         image = album.original(answer.image)
         if image is not None and answer.image not in [each.image for each in shown]:
             shown.append(answer)
@@ -143,10 +146,10 @@ def _choices_of(subject: Subject, album: Album, ask: AskPruners | str) -> Pruner
         if len(shown) == MOST_MAPS:
             break
     if not images:
-        return PrunerChoices((), (), (), "no image is at hand")
+        return PrunersShown((), (), (), "no image is at hand")
     expressions = [answer.expression for answer in shown]
     try:
         found = ask(images, expressions)
     except GapExportError as error:
-        return PrunerChoices((), (), (), str(error))
-    return PrunerChoices([album.shown(answer) for answer in shown], expressions, found)
+        return PrunersShown((), (), (), str(error))
+    return PrunersShown([album.shown(answer) for answer in shown], expressions, found)

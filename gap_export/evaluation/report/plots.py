@@ -1,22 +1,23 @@
-"""Plots of a page: accuracy and latency against the number of visual tokens, as SVG that goes into the page as it is."""
+"""Plots of a page: accuracy and latency against the number of visual tokens."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gap_export.evaluation.report.runs import Evaluated, Subject
+from gap_export.evaluation.plotting import MARKS, PALETTE, hide_frame
+from gap_export.evaluation.report.runs import Evaluated, ReportedRuns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that the colour-blind can tell apart (Okabe and Ito), as in the plot of a sweep.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKS = ("o", "s", "^", "D", "v", "P")
+_COLOURS = tuple(PALETTE[name] for name in ("blue", "vermilion", "green", "purple", "orange", "sky"))
 _INCHES = (5.2, 3.5)
+_RING_POINTS = 15
+_HEADROOM = 0.12
+"""Above the highest value, as a share of the axis: a marker and the ring around it end inside."""
 
 
 @dataclass(frozen=True)
@@ -27,51 +28,53 @@ class _Point:
     above: float = 0.0
 
 
-def accuracy_plot(subject: Subject) -> str:
-    """Accuracy of every run with its 95 % interval (Wilson's), that of the candidate ringed."""
+def accuracy_figure(reported: ReportedRuns) -> Figure:
+    """Accuracy of every run with its 95 % interval (Wilson's), the subject ringed."""
 
     def point(run: Evaluated) -> _Point:
         record = run.run.record
-        value = record["accuracy"]
-        return _Point(record["mean_kept"], value, value - record["low"], record["high"] - value)
+        return _Point(
+            record.mean_kept, record.accuracy, record.accuracy - record.low, record.high - record.accuracy
+        )
 
     figure, axes = _panel("accuracy")
-    _draw(axes, subject, point)
-    axes.set_ylim(0, 1)
-    return _svg(figure)
+    _draw(figure, axes, reported, point)
+    axes.set_ylim(0, 1 + _HEADROOM)
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    return figure
 
 
-def latency_plot(subject: Subject) -> tuple[str, str]:
-    """Time against tokens, and in words what kind of time.
+def latency_figure(reported: ReportedRuns) -> tuple[Figure, str]:
+    """Time against tokens, and a caption that says what kind of time.
 
-    Where `recommend` measured it, time to the first token: shares took turns there, so that ratios hold. Otherwise the median time per
+    Where `recommend` measured it, time to the first token: shares were interleaved there, so that ratios hold. Otherwise the median time per
     expression of each evaluation, which ran at different moments.
     """
-    recommendation = subject.first.recommendation
+    recommendation = reported.reference.recommendation
     if recommendation is not None and any(point.ttft_ms for point in recommendation.points):
         figure, axes = _panel("time to the first token, ms")
         points = [point for point in recommendation.points if point.ttft_ms is not None]
-        axes.plot(
-            [point.mean_kept for point in points],
-            [point.ttft_ms or 0.0 for point in points],
-            color=_COLOURS[0],
-            marker="o",
-        )
-        for point in points:
+        times = [point.ttft_ms or 0.0 for point in points]
+        axes.plot([point.mean_kept for point in points], times, color=_COLOURS[0], marker=MARKS[0])
+        for point, time in zip(points, times, strict=True):
             if point.keep == recommendation.chosen:
-                _ring(axes, point.mean_kept, point.ttft_ms or 0.0)
-        axes.set_ylim(bottom=0)
-        return (
-            _svg(figure),
-            "Median time to the first token; shares took turns in one run (gap-export recommend).",
+                _ring(axes, point.mean_kept, time)
+        axes.set_xlim(left=0)
+        caption = "Median time to the first token; shares were interleaved in one run (gap-export recommend)."
+    else:
+        figure, axes = _panel("per expression, ms")
+        times = [1000 * run.median_seconds for run in reported.runs]
+        _draw(
+            figure,
+            axes,
+            reported,
+            lambda run: _Point(run.run.record.mean_kept, 1000 * run.median_seconds),
         )
-    figure, axes = _panel("per expression, ms")
-    _draw(axes, subject, lambda run: _Point(run.run.record["mean_kept"], 1000 * run.median_seconds))
-    axes.set_ylim(bottom=0)
-    return (
-        _svg(figure),
-        "Median time per expression of each evaluation, which were not interleaved: compare with care.",
-    )
+        caption = (
+            "Median time per expression of each evaluation, which were not interleaved: compare with care."
+        )
+    axes.set_ylim(0, (1 + _HEADROOM) * max(times) or 1)
+    return figure, caption
 
 
 def _panel(label: str) -> tuple[Figure, Axes]:
@@ -81,15 +84,16 @@ def _panel(label: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_xlabel("visual tokens kept, on average")
     axes.set_ylabel(label)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    hide_frame(axes)
     return figure, axes
 
 
-def _draw(axes: Axes, subject: Subject, point_of: Callable[[Evaluated], _Point]) -> None:
+def _draw(
+    figure: Figure, axes: Axes, reported: ReportedRuns, point_of: Callable[[Evaluated], _Point]
+) -> None:
     """One line per backend and position policy."""
     lines: dict[str, list[_Point]] = {}
-    for run in subject.runs:
+    for run in reported.runs:
         lines.setdefault(f"{run.positions}, {run.backend}", []).append(point_of(run))
     for number, (label, points) in enumerate(lines.items()):
         points.sort(key=lambda point: point.tokens)
@@ -99,12 +103,13 @@ def _draw(axes: Axes, subject: Subject, point_of: Callable[[Evaluated], _Point])
             yerr=_bars(points),
             label=label,
             color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKS[number % len(_MARKS)],
+            marker=MARKS[number % len(MARKS)],
             capsize=3,
         )
-    axes.legend(frameon=False, fontsize=8)
-    candidate = point_of(subject.candidate)
-    _ring(axes, candidate.tokens, candidate.value)
+    # Beside the axes and not in them, where it would cover what is drawn.
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    subject = point_of(reported.subject)
+    _ring(axes, subject.tokens, subject.value)
     axes.set_xlim(left=0)
 
 
@@ -115,15 +120,4 @@ def _bars(points: Sequence[_Point]) -> list[list[float]] | None:
 
 
 def _ring(axes: Axes, tokens: float, value: float) -> None:
-    axes.plot([tokens], [value], "o", markersize=15, markerfacecolor="none", color="#222222")
-
-
-def _svg(figure: Figure) -> str:
-    """The drawing alone, the same bytes for the same numbers."""
-    from matplotlib import rc_context
-
-    target = io.StringIO()
-    with rc_context({"svg.hashsalt": "gap-export"}):
-        figure.savefig(target, format="svg", metadata={"Date": None}, transparent=True)
-    text = target.getvalue()
-    return text[text.index("<svg") :]
+    axes.plot([tokens], [value], "o", markersize=_RING_POINTS, markerfacecolor="none", color="#222222")

@@ -21,11 +21,16 @@ from gap_export.evaluation.bundle_reports import (
     states,
 )
 from gap_export.evaluation.parity import ParityReport
-from gap_export.evaluation.refer.compare import Run, open_run
 from gap_export.evaluation.refer.journal import Settings, read_settings
-from gap_export.evaluation.refer.provenance import Provenance, read_provenance
 from gap_export.evaluation.refer.recommend import Recommendation
-from gap_export.files import record_of
+from gap_export.evaluation.refer.results import (
+    EvalRun,
+    Provenance,
+    open_run,
+    read_provenance,
+    results_path,
+)
+from gap_export.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Answer:
         iou: of both.
         hit: under the protocol.
         kept_indices: raster indices of the visual tokens that were kept.
-        seconds: see `answering.Answered`.
+        seconds: of the image's work, in equal parts among its expressions.
     """
 
     id: str
@@ -69,7 +74,7 @@ class Evaluated:
         bundle_lacks: why there is none.
     """
 
-    run: Run
+    run: EvalRun
     provenance: Provenance
     settings: Settings | None
     bundle: Bundle | None
@@ -83,7 +88,7 @@ class Evaluated:
     @property
     def backend(self) -> str:
         """That answered."""
-        return str(self.run.record["backend"])
+        return self.run.record.backend
 
     @property
     def positions(self) -> str:
@@ -99,7 +104,7 @@ class Evaluated:
         """By id."""
         from pyarrow import parquet
 
-        path = self.run.folder / f"{self.run.record['protocol']}-results.parquet"
+        path = results_path(self.run.folder, self.run.record.protocol)
         return {
             row["id"]: Answer(
                 id=row["id"],
@@ -144,17 +149,17 @@ class Evaluated:
         found = read_report(self.bundle, RECOMMENDATION, Recommendation, command="recommend")
         if found is None:
             return None
-        same = (found.protocol, found.expressions) == (self.run.record["protocol"], len(self.run.ids))
+        same = (found.protocol, found.expressions) == (self.run.record.protocol, len(self.run.ids))
         return found if same else None
 
 
 @dataclass(frozen=True)
-class Subject:
+class ReportedRuns:
     """All that a page is about.
 
     Attributes:
         runs: that answered the same expressions, the reference run first.
-        chosen: place of the one that the page judges.
+        chosen: place of the subject.
         left_out: name of an evaluation of the bundle -> why it is not on the page.
     """
 
@@ -163,29 +168,29 @@ class Subject:
     left_out: dict[str, str]
 
     @property
-    def first(self) -> Evaluated:
-        """The one that others are held against."""
+    def reference(self) -> Evaluated:
+        """The run that others are compared with."""
         return self.runs[0]
 
     @property
-    def candidate(self) -> Evaluated:
-        """The one that the page is about."""
+    def subject(self) -> Evaluated:
+        """The run that the page is about."""
         return self.runs[self.chosen]
 
 
-def open_subject(folders: Sequence[Path], protocol: str) -> Subject:
-    """What a page is to be about.
+def open_runs(folders: Sequence[Path], protocol: str) -> ReportedRuns:
+    """The runs that a page is to be about.
 
     Args:
-        folders: evaluations, the reference run first and the candidate last; or one bundle, whose evaluations are then taken, from
-            the one with most tokens on, and the candidate is the one at the share that `recommend` chose.
+        folders: evaluations, of which the first is the reference run and the last is the subject; or one bundle, whose evaluations
+            beside it are then taken, from the one with most tokens on, and the share that `recommend` chose is the subject.
         protocol: of all.
 
     Raises:
         InputError: no evaluation under that protocol, or evaluations of different expressions.
     """
     if len(folders) == 1 and (folders[0] / MANIFEST).is_file():
-        return _of_bundle(folders[0], protocol)
+        return _of_bundle(open_bundle(folders[0]), protocol)
     runs = tuple(_evaluated(folder, protocol) for folder in folders)
     for other in runs[1:]:
         if set(other.run.ids) != set(runs[0].run.ids):
@@ -194,20 +199,26 @@ def open_subject(folders: Sequence[Path], protocol: str) -> Subject:
                 subject=f"{runs[0].run.folder} and {other.run.folder}",
                 hint="a page is about runs over the same data, split and --limit",
             )
-    return Subject(runs, len(runs) - 1, {})
+    return ReportedRuns(runs, len(runs) - 1, {})
 
 
-def _of_bundle(folder: Path, protocol: str) -> Subject:
+def _of_bundle(bundle: Bundle, protocol: str) -> ReportedRuns:
+    """Of all evaluations beside a bundle, those of this build of it that compare."""
     found, left_out = [], {}
-    for path in sorted((open_bundle(folder).reports / "eval").glob("*/")):
+    for path in sorted(bundle.runs.glob("*/")):
         try:
-            found.append(_evaluated(path, protocol))
+            run = _evaluated(path, protocol, bundle)
         except InputError as error:
             left_out[path.name] = error.message
+            continue
+        if run.settings is not None and run.settings.manifest_sha256 != bundle.manifest_sha256:
+            left_out[run.name] = "is stale: it was taken on another build of the bundle"
+        else:
+            found.append(run)
     if not found:
         raise InputError(
             f"has no finished evaluation under {protocol}",
-            subject=str(folder),
+            subject=str(bundle.folder),
             hint="run gap-export eval or gap-export recommend first, or name the folders of evaluations",
         )
     # Of most expressions, and of these those of most runs: all others would not compare.
@@ -217,7 +228,7 @@ def _of_bundle(folder: Path, protocol: str) -> Subject:
         run.name: "answers other expressions" for run, ids in zip(found, asked, strict=True) if ids != common
     }
     runs = [run for run, ids in zip(found, asked, strict=True) if ids == common]
-    runs.sort(key=lambda run: (-run.run.record["mean_kept"], run.backend != "torch", run.name))
+    runs.sort(key=lambda run: (-run.run.record.mean_kept, run.backend != "torch", run.name))
     recommended = runs[0].recommendation
     chosen = len(runs) - 1
     if recommended is not None and recommended.chosen is not None:
@@ -227,14 +238,16 @@ def _of_bundle(folder: Path, protocol: str) -> Subject:
             if run.settings is not None and run.settings.keep == recommended.chosen
         ]
         chosen = places[-1] if places else chosen
-    return Subject(tuple(runs), chosen, left_out)
+    return ReportedRuns(tuple(runs), chosen, left_out)
 
 
-def _evaluated(folder: Path, protocol: str) -> Evaluated:
+def _evaluated(folder: Path, protocol: str, bundle: Bundle | None = None) -> Evaluated:
+    """An evaluation, with the bundle that answered: the one given, if it is that build, or what lies where it lay."""
     run, provenance = open_run(folder, protocol), read_provenance(folder)
     settings = read_settings(folder)
-    bundle, lacks = _bundle(provenance, settings)
-    return Evaluated(run, provenance, settings, bundle, lacks)
+    if bundle is not None and settings is not None and settings.manifest_sha256 == bundle.manifest_sha256:
+        return Evaluated(run, provenance, settings, bundle, "")
+    return Evaluated(run, provenance, settings, *_bundle(provenance, settings))
 
 
 def _bundle(provenance: Provenance, settings: Settings | None) -> tuple[Bundle | None, str]:
@@ -244,7 +257,7 @@ def _bundle(provenance: Provenance, settings: Settings | None) -> tuple[Bundle |
     folder = Path(provenance.bundle)
     if not (folder / MANIFEST).is_file():
         return None, f"its bundle is not at {folder} any more"
-    if record_of(folder / MANIFEST).sha256 != settings.bundle:
+    if sha256_of(folder / MANIFEST) != settings.manifest_sha256:
         return None, f"its bundle at {folder} was built anew since"
     try:
         return open_bundle(folder), ""
@@ -256,14 +269,14 @@ def provenance_facts(run: Evaluated) -> dict[str, Any]:
     """Facts that a number is worth nothing without."""
     facts: dict[str, Any] = {
         "folder": str(run.run.folder),
-        "protocol": run.run.record["words"],
+        "protocol": run.run.record.description,
         "data": run.provenance.data,
-        "split": run.run.record["split"],
+        "split": run.run.record.split,
         "processor": run.provenance.processor,
         "versions": ", ".join(f"{name} {version}" for name, version in run.provenance.versions.items()),
     }
     if run.settings is not None:
-        facts |= {"manifest sha256": run.settings.bundle, "annotations": run.settings.annotations}
+        facts |= {"manifest sha256": run.settings.manifest_sha256, "annotations": run.settings.annotations}
     if run.bundle is not None:
         manifest = run.bundle.manifest
         facts |= {

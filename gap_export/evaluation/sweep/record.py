@@ -21,7 +21,7 @@ class Settings(Record):
         schema_version: of the files in the folder.
         recipe: the recipe but for what is swept (pruner, keep, positions) and what follows from it (capacity).
         checkpoint_sha256: over all files of the checkpoint that a build reads.
-        text_tower_sha256: the same of the text tower's, where a pruner looks at the expression.
+        text_tower_sha256: hash of the text tower's files, where a pruner looks at the expression.
         backend: runtime.
         cases: scenes per point.
         scenes_seed: which scenes.
@@ -64,7 +64,7 @@ class SweepPoint(Record):
 
     @property
     def label(self) -> str:
-        """What it is, in words."""
+        """What it is, for people."""
         return f"{self.pruner}, keep {self.kept}, {self.positions}"
 
 
@@ -99,8 +99,8 @@ class Row(SweepPoint):
         low: lower end of its 95% interval (Wilson's).
         high: upper end.
         mean_iou: with the true boxes.
-        without_box: see `Answers`.
-        cut_off: see `Answers`.
+        without_box: answers without a box.
+        cut_off: answers that reached the limit of tokens.
         cases: how many scenes.
     """
 

@@ -23,7 +23,7 @@ from gap_export.environment import BUILD_PACKAGES, versions
 from gap_export.errors import BundleError, GapExportError
 from gap_export.evaluation import plotting, runner
 from gap_export.evaluation.result_folder import open_result_folder
-from gap_export.evaluation.sweep import plot as sweep_plot
+from gap_export.evaluation.sweep.plot import figure
 from gap_export.evaluation.sweep.record import (
     Answers,
     Settings,
@@ -34,7 +34,7 @@ from gap_export.evaluation.sweep.record import (
 )
 from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
 from gap_export.evaluation.sweep.show import page
-from gap_export.files import record_of, scratch_folder, write_atomically
+from gap_export.files import scratch_folder, sha256_of, write_atomically
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
 from gap_export.pipeline.build import build
@@ -51,7 +51,7 @@ RECORD, PAGE, PLOT = "sweep.json", "sweep.md", "sweep.png"
 
 def sweep(
     recipe: Recipe,
-    out: Path,
+    out: Path | str,
     *,
     pruners: Sequence[str] | None = None,
     keeps: Sequence[float] = KEEPS,
@@ -100,7 +100,7 @@ def sweep(
         batch=batch,
         threads=threads,
     )
-    prepared = prepare(request, out, replace=replace, plot=plot)
+    prepared = prepare(request, Path(out), replace=replace, plot=plot)
     return run(prepared, workers=workers, cluster=cluster, plot=plot, progress=progress)
 
 
@@ -250,7 +250,7 @@ def run(
     record.write(store.folder / RECORD)
     write_atomically(store.folder / PAGE, page(record, PLOT if plot else None))
     if plot:
-        write_atomically(store.folder / PLOT, plotting.png(sweep_plot.figure(record)))
+        write_atomically(store.folder / PLOT, plotting.png(figure(record)))
     return record
 
 
@@ -347,7 +347,7 @@ def _settings(request: SweepRequest, checkpoint: Checkpoint) -> Settings:
 
 def _hash_of(checkpoint: Checkpoint) -> str:
     files = {
-        path.name: record_of(path).sha256
+        path.name: sha256_of(path)
         for path in sorted(checkpoint.folder.iterdir())
         if path.suffix in (".json", ".safetensors")
     }

@@ -19,7 +19,7 @@ from gap_export.prune.reference import Choice
 
 
 class InternVLReference:
-    """See `ReferenceModel`."""
+    """InternVL in transformers, as a `ReferenceModel`."""
 
     grid = None
 
@@ -34,7 +34,7 @@ class InternVLReference:
         self._shrink = model.config.downsample_ratio
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         tower = self._model.vision_tower
         states = tower(values_tCHW, output_hidden_states=True, output_attentions=True)
@@ -64,5 +64,5 @@ class InternVLReference:
         return means_tEHW.permute(0, 2, 3, 1).flatten(0, 2)
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         return self._projector(chosen_features(image, choice)), choice.indices_K

@@ -18,7 +18,7 @@ from gap_export.prune.reference import Choice
 
 
 class LlavaReference:
-    """See `ReferenceModel`."""
+    """LLaVA-1.5 in transformers, as a `ReferenceModel`."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
         model: Any = LlavaForConditionalGeneration.from_pretrained(
@@ -33,12 +33,12 @@ class LlavaReference:
         self._feature_layer = model.config.vision_feature_layer
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         values_BCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         return clip_features(
             self._tower, values_BCHW, self._feature_layer, grid=self.grid, projector=self._projector
         )
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         return self._projector(chosen_features(image, choice)), choice.indices_K

@@ -22,7 +22,7 @@ _WHOLE = 0
 
 
 class LlavaNextReference:
-    """See `ReferenceModel`."""
+    """LLaVA-NeXT in transformers, as a `ReferenceModel`."""
 
     grid = None
 
@@ -37,38 +37,38 @@ class LlavaNextReference:
         self._newline_H, self._feature_layer = model.model.image_newline, model.config.vision_feature_layer
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         tiles = clip_features(self._tower, values_tCHW, self._feature_layer, grid=None)
-        cells = torch.from_numpy(pixels["cells"])
+        token_index = torch.from_numpy(pixels["token_index"])
         shown = [tile.shown for tile in tiles]
-        patches_NE = torch.cat([tile.patches for tile in shown])[cells]
+        patches_NE = torch.cat([tile.patches for tile in shown])[token_index]
         features = VisionFeatures(
             patches_NE,
             grid=None,
-            class_attention=_of_cells([tile.class_attention for tile in shown], cells),
+            class_attention=_of_tokens([tile.class_attention for tile in shown], token_index),
             class_token=shown[_WHOLE].class_token,
-            mean_keys=_of_cells([tile.mean_keys for tile in shown], cells),
-            following_attention=_of_cells([tile.following_attention for tile in shown], cells),
-            following_keys=_of_cells([tile.following_keys for tile in shown], cells),
+            mean_keys=_of_tokens([tile.mean_keys for tile in shown], token_index),
+            following_attention=_of_tokens([tile.following_attention for tile in shown], token_index),
+            following_keys=_of_tokens([tile.following_keys for tile in shown], token_index),
             projected=self._projector(patches_NE),
-            tile=cells // len(shown[_WHOLE].patches),
+            tile=token_index // len(shown[_WHOLE].patches),
         )
         beside = {
-            "normed": torch.cat([tile.beside["normed"] for tile in tiles])[cells],
-            "places": torch.from_numpy(pixels["cell_positions"]),
+            "normed": torch.cat([tile.beside["normed"] for tile in tiles])[token_index],
+            "places": torch.from_numpy(pixels["token_positions"]),
             "lines": torch.from_numpy(pixels["newline_positions"]),
         }
         return [ImageFeatures(features, beside)]
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         places, lines = image.beside["places"], image.beside["lines"]
         kept_KH = self._projector(chosen_features(image, choice))
         return with_lines(kept_KH, places.numpy()[choice.indices_K], self._newline_H, lines.numpy())
 
 
-def _of_cells(of_tiles: list[Tensor | None], cells: Tensor) -> Tensor | None:
+def _of_tokens(of_tiles: list[Tensor | None], token_index: Tensor) -> Tensor | None:
     """What the tiles show, in the order of the image's tokens."""
     fields = [field for field in of_tiles if field is not None]
-    return torch.cat(fields)[cells] if fields else None
+    return torch.cat(fields)[token_index] if fields else None

@@ -20,7 +20,7 @@ from gap_export.prune.reference import Choice
 
 
 class LlavaOnevisionReference:
-    """See `ReferenceModel`."""
+    """LLaVA-OneVision in transformers, as a `ReferenceModel`."""
 
     grid = None
 
@@ -35,7 +35,7 @@ class LlavaOnevisionReference:
         self._newline_H = model.model.image_newline
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         features_tCE = self._tower(values_tCHW, output_hidden_states=True).hidden_states[-1]
         tokens_H = self._projector(features_tCE).flatten(0, 1)
@@ -43,13 +43,13 @@ class LlavaOnevisionReference:
         weights_P4 = torch.from_numpy(pixels["corner_weights"])
         projected_NH = (corners_P4H * weights_P4[..., None]).sum(dim=1).to(self.dtype)
         beside = {
-            "places": torch.from_numpy(pixels["cell_positions"]),
+            "places": torch.from_numpy(pixels["token_positions"]),
             "lines": torch.from_numpy(pixels["newline_positions"]),
         }
         return [ImageFeatures(VisionFeatures(projected_NH, grid=None, projected=projected_NH), beside)]
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         places, lines = image.beside["places"], image.beside["lines"]
         kept_KH = chosen_features(image, choice)
         return with_lines(kept_KH, places.numpy()[choice.indices_K], self._newline_H, lines.numpy())

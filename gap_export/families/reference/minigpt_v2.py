@@ -27,7 +27,7 @@ HEAD_WIDTH, GROUP, EPS = 88, 4, 1e-6
 
 
 class MiniGptReference:
-    """See `ReferenceModel`."""
+    """MiniGPT-v2 in plain torch, as a `ReferenceModel`."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
         own, self._tower = _archive(checkpoint), _archive(parts["vision_tower"])
@@ -51,11 +51,11 @@ class MiniGptReference:
         self.grid = self._grid()
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         return [self._features(torch.from_numpy(image).to(self.dtype)) for image in pixels["pixel_values"]]
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         return self._projected(chosen_features(image, choice)), choice.indices_K
 
     def _features(self, pixels_CHW: Tensor) -> ImageFeatures:

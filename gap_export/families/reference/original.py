@@ -32,7 +32,7 @@ def stored_state(folder: Path) -> State:
 
 
 class ClipLlamaReference:
-    """See `ReferenceModel`.
+    """CLIP and Llama of the authors' own layout, as a `ReferenceModel`.
 
     Args:
         state: merged, `model.*` and `lm_head.*`.
@@ -70,14 +70,14 @@ class ClipLlamaReference:
         self._feature_layer = feature_layer
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         values_BCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
         return clip_features(
             self._tower, values_BCHW, self._feature_layer, grid=self.grid, projector=self._projector
         )
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         chosen_KE = chosen_features(image, choice)
         return self._projector(chosen_KE), choice.indices_K
 

@@ -21,7 +21,7 @@ from gap_export.prune.reference import Choice
 
 
 class Qwen2VLReference:
-    """See `ReferenceModel`."""
+    """Qwen2-VL in transformers, as a `ReferenceModel`."""
 
     grid = None
 
@@ -36,7 +36,7 @@ class Qwen2VLReference:
         self._tower = model.model.visual
 
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
-        """See `ReferenceModel.extract_features`."""
+        """What the tower gives of every image of a call."""
         patches_PF = torch.from_numpy(pixels["pixel_values"]).flatten(0, 1).to(self.dtype)
         rows, columns = (int(last) + 1 for last in np.max(pixels["patch_positions"], axis=(0, 1)))
         grid_13 = torch.tensor([[1, rows, columns]])
@@ -47,7 +47,7 @@ class Qwen2VLReference:
         return [ImageFeatures(features, self._beside(states))]
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         return self._projected(chosen_features(image, choice)), choice.indices_K
 
     def _normed(self, hidden_PE: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Qwen2VLReference:
 
 
 class Qwen25VLReference(Qwen2VLReference):
-    """See `ReferenceModel`; the tower leaves its tokens in the order of its windows."""
+    """Qwen2.5-VL in transformers; the tower leaves its tokens in the order of its windows."""
 
     def _in_raster_order(self, tokens_NE: Tensor, grid_13: Tensor) -> Tensor:
         tower = self._tower
@@ -78,16 +78,16 @@ class Qwen25VLReference(Qwen2VLReference):
 
 
 class Qwen3VLReference(Qwen2VLReference):
-    """See `ReferenceModel`; deepstack_levels of DeepStack lie behind the embedding, [K, (1 + deepstack_levels) * H]."""
+    """Qwen3-VL in transformers; features of DeepStack lie behind the embedding, [K, (1 + deepstack_levels) * H]."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
         super().__init__(checkpoint, dtype, parts)
         deepstack_levels = len(self._tower.deepstack_visual_indexes)
-        self.embedding = _WithEmptyPlanes(self.embedding, deepstack_levels)
+        self.embedding = _WithEmptyLevels(self.embedding, deepstack_levels)
         self.language_model = _Stacked(self.language_model, deepstack_levels)
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """See `ReferenceModel.tokens`."""
+        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
         embeds_KH, places_K = super().tokens(image, choice)
         levels = [level for name, level in sorted(image.beside.items()) if name.startswith("level.")]
         kept = [level[torch.from_numpy(choice.indices_K)] for level in levels]
@@ -106,30 +106,30 @@ class Qwen3VLReference(Qwen2VLReference):
         return {f"level.{number}": level for number, level in enumerate(states.deepstack_features)}
 
 
-class _WithEmptyPlanes(nn.Module):
+class _WithEmptyLevels(nn.Module):
     """[T] -> [T, (1 + deepstack_levels) * H]: text has nothing to add between the layers."""
 
     def __init__(self, embedding: nn.Module, deepstack_levels: int) -> None:
         super().__init__()
-        self._embedding, self._planes = embedding, deepstack_levels
+        self._embedding, self._levels = embedding, deepstack_levels
 
     def forward(self, ids: Tensor) -> Tensor:
-        """See the class."""
+        """Embeddings, and zeros for every level."""
         embeds: Tensor = self._embedding(ids)
-        return nn.functional.pad(embeds, (0, self._planes * embeds.shape[-1]))
+        return nn.functional.pad(embeds, (0, self._levels * embeds.shape[-1]))
 
 
 class _Stacked:
-    """The decoder, called as transformers calls it: deepstack_levels apart, for the visual tokens alone, found by a mask."""
+    """The decoder, called as transformers calls it: DeepStack features apart, for the visual tokens alone, found by a mask."""
 
     def __init__(self, language_model: Any, deepstack_levels: int) -> None:
-        self._language_model, self._planes = language_model, deepstack_levels
+        self._language_model, self._levels = language_model, deepstack_levels
 
     def __call__(self, *, inputs_embeds: Tensor, **options: Any) -> Any:
-        """See the class."""
-        embeds_BSH, *deepstack_levels = inputs_embeds.chunk(1 + self._planes, dim=-1)
+        """Run the decoder on embeddings [B, S, (1 + deepstack_levels) * H]."""
+        embeds_BSH, *deepstack_levels = inputs_embeds.chunk(1 + self._levels, dim=-1)
         visual_BS = torch.stack(deepstack_levels).ne(0).any(dim=-1).any(dim=0)
         if visual_BS.any():
             options["visual_pos_masks"] = visual_BS
-            options["deepstack_visual_embeds"] = [plane[visual_BS] for plane in deepstack_levels]
+            options["deepstack_visual_embeds"] = [level[visual_BS] for level in deepstack_levels]
         return self._language_model(inputs_embeds=embeds_BSH, **options)

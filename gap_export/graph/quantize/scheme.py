@@ -115,7 +115,7 @@ class Rewriter:
         ranges: largest magnitudes of activations, for schemes that need a scale beforehand.
 
     Attributes:
-        graph: the same.
+        graph: that is changed.
         float_type: element type of activations, as ONNX calls it.
     """
 

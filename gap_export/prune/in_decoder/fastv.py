@@ -18,20 +18,20 @@ USES_NEXT_LAYER_ATTENTION = False
 
 
 def first_layers(layers: int) -> tuple[int, ...]:
-    """See `DecoderModule.first_layers`."""
+    """Layers before which tokens are dropped, scaled to a decoder of `layers` layers."""
     return spread((2,), layers)
 
 
 def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-    """See `DecoderModule.cuts`."""
+    """What each stage keeps."""
     return (Cut(first_layers[0], prune.kept_count(keep, visual_tokens)),)
 
 
 def scoring_queries(prompt: Prompt) -> QueryRows:
-    """See `DecoderModule.scoring_queries`: the last token."""
+    """Rows of the prompt whose attention scores the visual tokens: the last token."""
     return last_token(prompt)
 
 
 def select(scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-    """See `DecoderModule.select`."""
+    """Choose K visual tokens by their scores."""
     return best(scores_BN, kept)

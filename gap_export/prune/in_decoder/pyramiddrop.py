@@ -21,12 +21,12 @@ USES_NEXT_LAYER_ATTENTION = True
 
 
 def first_layers(layers: int) -> tuple[int, ...]:
-    """See `DecoderModule.first_layers`."""
+    """Layers before which tokens are dropped, scaled to a decoder of `layers` layers."""
     return spread((layers / 4, layers / 2, layers * 3 / 4), layers)
 
 
 def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-    """See `DecoderModule.cuts`."""
+    """What each stage keeps."""
     return tuple(
         Cut(layer, prune.kept_count(keep ** (stage / STAGES), visual_tokens))
         for stage, layer in enumerate(first_layers, start=1)
@@ -34,10 +34,10 @@ def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tupl
 
 
 def scoring_queries(prompt: Prompt) -> QueryRows:
-    """See `DecoderModule.scoring_queries`: the last token."""
+    """Rows of the prompt whose attention scores the visual tokens: the last token."""
     return last_token(prompt)
 
 
 def select(scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-    """See `DecoderModule.select`."""
+    """Choose K visual tokens by their scores."""
     return best(scores_BN, kept)

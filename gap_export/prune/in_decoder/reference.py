@@ -21,7 +21,7 @@ def scoring_queries(pruner: str, image_NH: Floats, text_TH: Floats) -> tuple[lis
     """The rows that decide, counted from the end (-1 is the last).
 
     Args:
-        pruner: name of the strategy.
+        pruner: its name.
         image_NH: embeddings of the image, before layer 0.
         text_TH: of the text after it.
 
@@ -53,11 +53,11 @@ def choose(
     """What a cut keeps.
 
     Args:
-        pruner: name of the strategy.
-        attention_ASS: the whole map of the layer that the strategy goes by.
+        pruner: its name.
+        attention_ASS: the whole map of the layer that the pruner goes by.
         visual_NH: hidden states of the visual tokens.
         image_start: text tokens before the image.
-        rows: see `scoring_queries`.
+        rows: of the prompt, whose attention scores the visual tokens.
         kept: K, merged tokens included.
         merged: how many of them.
 

@@ -1,4 +1,4 @@
-"""SparseVLM: three cuts by the attention of the telling words; the best of what is dropped lives on as cluster means.
+"""SparseVLM: three cuts by the attention of the relevant text tokens; the best of what is dropped lives on as cluster means.
 
 Source: SparseVLM (arXiv 2410.04417), version 1.5 of its published code.
 
@@ -55,12 +55,12 @@ USES_NEXT_LAYER_ATTENTION = False
 
 
 def first_layers(layers: int) -> tuple[int, ...]:
-    """See `DecoderModule.first_layers`."""
+    """Layers before which tokens are dropped, scaled to a decoder of `layers` layers."""
     return spread((layers * 3 / 32, layers * 7 / 32, layers / 2), layers)
 
 
 def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-    """See `DecoderModule.cuts`."""
+    """What each stage keeps."""
     found: list[Cut] = []
     before = visual_tokens
     for layer, share in zip(first_layers, _shares(keep), strict=True):
@@ -79,7 +79,7 @@ def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tupl
 
 
 def scoring_queries(prompt: Prompt) -> QueryRows:
-    """See `DecoderModule.scoring_queries`: the text after the image that is most like the image."""
+    """Rows of the prompt whose attention scores the visual tokens: the text after the image that is most like the image."""
     embeds_BSH, visual = prompt.embeds_BSH, prompt.visual_tokens
     length = embeds_BSH.shape[1]
     image_BN = prompt.image_start_B[:, None] + torch.arange(visual)
@@ -99,7 +99,7 @@ def scoring_queries(prompt: Prompt) -> QueryRows:
 
 
 def select(scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-    """See `DecoderModule.select`: chosen ones by score, then clusters, the most prominent centre first."""
+    """Choose K visual tokens by their scores: chosen ones by score, then clusters, the most prominent centre first."""
     if not merged:
         return best(scores_BN, kept)
     chosen = kept - merged

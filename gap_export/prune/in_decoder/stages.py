@@ -3,7 +3,7 @@
 Such a pruner cuts the decoder into stages. Stage 0 has all N visual tokens; before the first layer of each later stage some
 are dropped, by the attention that some rows of the prompt (its *scoring queries*) pay to the image. The text is never touched.
 
-`keep` is the share of visual tokens left after the last cut. Papers about these strategies compare by the mean over the
+`keep` is the share of visual tokens left after the last cut. Papers about these pruners compare by the mean over the
 decoder's layers instead, which is larger: `Pruning.mean_kept` tells it.
 
 Shape letters: B batch, S tokens of the stage that ends, N its visual tokens, K visual tokens of the stage that begins,
@@ -120,14 +120,14 @@ def load(name: str) -> DecoderModule:
 def cuts_for(
     name: str, keep: float, *, visual_tokens: int, layers: int, prune_layers: tuple[int, ...] = ()
 ) -> tuple[Cut, ...]:
-    """The schedule of a strategy; nothing for those that prune before the decoder.
+    """The schedule of a pruner; nothing for those that prune before the decoder.
 
     Args:
-        name: of the strategy.
+        name: of the pruner.
         keep: share of visual tokens left after the last cut.
         visual_tokens: N before the first one.
         layers: of the decoder.
-        prune_layers: layers to cut before; empty for the strategy's own.
+        prune_layers: layers to cut before; empty for the pruner's own.
 
     Raises:
         RecipeError: layers that the decoder does not have or that are out of order, too few layers, or too little left.
@@ -154,7 +154,7 @@ def cuts_for(
         raise RecipeError(
             f"takes {count} from 1 to {layers - 1}",
             subject=f"pruner {name}, prune_layers {', '.join(map(str, first_layers))}",
-            hint="leave prune_layers out for the strategy's own: "
+            hint="leave prune_layers out for the pruner's own: "
             + ", ".join(map(str, pruner.first_layers(layers))),
         )
     return pruner.cuts(keep, visual_tokens, first_layers)

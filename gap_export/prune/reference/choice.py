@@ -33,7 +33,7 @@ class Choice:
         indices_K: best first, no padding.
         patches_KE: features where they are not the patches at the indices.
         margin: the smallest difference that any choice of a token was made by: relative for attention, absolute for cosines.
-        merge_margin: the same for what goes into merged tokens, which changes features and not indices.
+        merge_margin: smallest margin of what goes into merged tokens, which changes features and not indices.
         needed: where the image says how many tokens it needs, that many; more than the indices where the bound is too low.
     """
 

@@ -96,7 +96,7 @@ class TextReference:
 
 
 class TorchSession(Lifetime):
-    """See `Session`.
+    """A checkpoint in PyTorch: the reference that bundles are compared with.
 
     Args:
         model: of the family.
@@ -135,7 +135,7 @@ class TorchSession(Lifetime):
         text_ids_BL: Ids | None = None,
         keep_count: int | None = None,
     ) -> VisualTokens:
-        """See `Session.encode`; embeddings are a list of rows [K_b, H] where images differ."""
+        """Vision tower, pruner and projector; embeddings are a list of rows [K_b, H] where images differ."""
         self._check_open()
         pruning = self._pruning
         vision_inputs(
@@ -172,14 +172,14 @@ class TorchSession(Lifetime):
         grid: tuple[int, int],
         text_ids_BL: Ids | None = None,
     ) -> Ids:
-        """What a strategy, this session's or another, would keep of one image.
+        """What a pruner, this session's or another, would keep of one image.
 
         Args:
             pruner: its name; one that chooses before the decoder.
             pixels: of one call with one image.
             kept: K.
             grid: (rows, columns) of the visual tokens.
-            text_ids_BL: [1, L], for strategies that look at the expression.
+            text_ids_BL: [1, L], for pruners that look at the expression.
 
         Returns:
             [K] int64 raster indices, best first.
@@ -210,13 +210,13 @@ class TorchSession(Lifetime):
         ]
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
-        """See `Session.embeds_together`; rows are not padded here."""
+        """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]; rows are not padded here."""
         self._check_open()
         return [torch.cat([part[0] for part in row]) for row in rows]
 
     @torch.inference_mode()
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
-        """See `Session.splice`; embeddings are a list of unpadded rows [S_b, H]."""
+        """Put the kept visual tokens in place of the placeholder; embeddings are a list of unpadded rows [S_b, H]."""
         texts_BI = text_lengths(input_ids_BT, self._model.image_token_id)
         several = visual.kept_counts if texts_BI.shape[1] > 2 else None
         rows = []
@@ -254,7 +254,7 @@ class TorchSession(Lifetime):
 
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
-        """See `Session.prefill`."""
+        """Fill the cache from slot 0 on."""
         self._check_open()
         by_length: dict[int, list[int]] = {}
         for row, embeds_SH in enumerate(embeds):
@@ -271,14 +271,14 @@ class TorchSession(Lifetime):
         )
 
     def fork(self, rows: int) -> None:
-        """See `Session.fork`; here the prompt is kept apart, and copied by whoever goes on from it."""
+        """Give every one of `rows` rows the cache of the first; here the prompt is kept apart, and copied by every row that continues from it."""
         self._check_open()
         if self._forked is None:
             self._forked = self._groups[0].cache
 
     @torch.inference_mode()
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.extend`; rows of one length are run together, without padding."""
+        """Feed text after what is in the cache: logits [B, V] of each row's last token; rows of one length are run together, without padding."""
         self._check_open()
         assert self._forked is not None
         lengths = (token_ids_BT != PAD).sum(axis=1)
@@ -299,7 +299,7 @@ class TorchSession(Lifetime):
 
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.step`; the slot is the length of the row's own cache, by construction."""
+        """Feed one token per row: logits [B, V]; the slot is the length of the row's own cache, by construction."""
         embed = self._model.embedding
         return self._forward(
             lambda group: (
@@ -367,7 +367,7 @@ class TorchSession(Lifetime):
 
 
 def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:
-    """The same features as the twins of the pruners take them."""
+    """Features in float64, as the twins of the pruners take them."""
     values: dict[str, Any] = {field.name: getattr(features, field.name) for field in fields(features)}
     arrays: dict[str, Any] = {
         name: value.double().numpy() if isinstance(value, Tensor) else value for name, value in values.items()

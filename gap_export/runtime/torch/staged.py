@@ -51,7 +51,7 @@ class _Row:
 
 
 class StagedTorchSession(TorchSession):
-    """See `Session` and `TorchSession`."""
+    """A `TorchSession` of a model that drops tokens between decoder layers."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class StagedTorchSession(TorchSession):
     ) -> None:
         super().__init__(model, pruning, text_tower=text_tower)
         self._decoder: Any = model.language_model
-        self._looks_ahead = load(pruning.pruner).USES_NEXT_LAYER_ATTENTION
+        self._uses_next_layer_attention = load(pruning.pruner).USES_NEXT_LAYER_ATTENTION
         self._twin: Any = prune.row(pruning.pruner).load_reference()
         self._rows: list[_Row] = []
         self._maps: dict[int, Tensor] = {}
@@ -75,7 +75,7 @@ class StagedTorchSession(TorchSession):
 
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
-        """See `Session.prefill`; `kept_indices` and `margins` are filled in."""
+        """Fill the cache from slot 0 on; `kept_indices` and `margins` are filled in."""
         self._check_open()
         assert placement.image_start is not None
         self._rows, logits = [], []
@@ -94,7 +94,7 @@ class StagedTorchSession(TorchSession):
 
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
-        """See `Session.step`; slots are the lengths of the row's own caches, by construction."""
+        """Feed one token per row: logits [B, V]; slots are the lengths of the row's own caches, by construction."""
         embed = self._model.embedding
         logits = []
         for token, row, ids_1 in zip(token_ids_B, self._rows, placement.position_ids, strict=True):
@@ -127,7 +127,7 @@ class StagedTorchSession(TorchSession):
 
     def _cut(self, row: _Row, stage: Stage, queries: list[int]) -> None:
         if (
-            self._looks_ahead
+            self._uses_next_layer_attention
         ):  # the attention of the next layer on all that is there, and nothing else of that layer
             layer = self._decoder.layers[stage.first_layer]
             layer.self_attn(
@@ -135,7 +135,9 @@ class StagedTorchSession(TorchSession):
                 position_embeddings=self._decoder.rotary_emb(row.hidden_SH, row.ids_S[None]),
                 attention_mask=self._causal(len(row.hidden_SH)),
             )
-        attention_ASS = self._maps[stage.first_layer if self._looks_ahead else stage.first_layer - 1][0]
+        attention_ASS = self._maps[
+            stage.first_layer if self._uses_next_layer_attention else stage.first_layer - 1
+        ][0]
         start, visual = row.image_start, len(row.raster_N)
         choice = self._twin.choose(
             self._pruning.pruner,
@@ -202,7 +204,7 @@ def open_reference(
         family: name in the table of families.
         checkpoint: folder.
         pruning: what to prune and how to number.
-        parts: see `references.open_model`.
+        parts: folders of companion checkpoints, by name.
         text_tower: for pruners that look at the expression.
 
     Raises:

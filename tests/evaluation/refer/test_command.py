@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from gap_export.bundle.folder import Bundle
+from gap_export.bundle.hashes import record_of
 
 COMMAND = [sys.executable, "-m", "gap_export", "eval"]
 SCENES = ["--data", "scenes:7", "--limit", "140", "--threads", "1"]
@@ -105,17 +107,45 @@ def test_what_cannot_work(
     assert "hint" in message
 
 
-def test_recommend(tiny_bundle: Callable[..., Bundle]) -> None:
+def test_recommend(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     """A random model grounds nothing at any share, so that the smallest loses nothing."""
-    folder = tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder
-    arguments = ["--data", "scenes", "--limit", "12", "--keeps", "1.0,0.3", "--requests", "2", "--json"]
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder, folder)
+    arguments = ["--data", "scenes", "--limit", "12", "--keep", "1.0,0.3", "--requests", "2", "--json"]
     command = [*COMMAND[:-1], "recommend", str(folder), *arguments, "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert (record["chosen"], record["expressions"]) == (0.3, 12)
     assert all(point["speedup"] > 0 for point in record["points"])
-    assert (folder / "reports" / "eval" / "scenes-all-onnxruntime-keep0.3" / "unc-results.parquet").is_file()
+    assert record == json.loads((folder / "reports" / "recommend.json").read_text())
+    assert record["manifest_sha256"] == record_of(folder / "manifest.json").sha256
+    assert sorted(path.name for path in (tmp_path / "bundle.runs").iterdir()) == [
+        "scenes-all-gap-onnxruntime-keep0.3",
+        "scenes-all-gap-onnxruntime-keep1",
+    ]
+    assert [path.name for path in (folder / "reports").iterdir()] == ["recommend.json"]
+
+
+def test_evaluations_lie_beside_the_bundle(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    """In no folder that a rebuild replaces; and those of another build are not gone on with."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle().folder, folder)
+    evaluate(str(folder), "--data", "scenes", "--limit", "4", "--threads", "1", "--json")
+    run = tmp_path / "bundle.runs" / "scenes-all-gap-onnxruntime"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "answers.jsonl",
+        "provenance.json",
+        "settings.json",
+        "unc-eval.json",
+        "unc-results.parquet",
+    ]
+    assert not (folder / "reports").exists()
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    message = evaluate(str(folder), "--data", "scenes", "--limit", "4", "--json", code=2)
+    assert "holds another evaluation: manifest sha256" in message
+    evaluate(str(folder), "--data", "scenes", "--limit", "4", "--threads", "1", "--replace", "--json")
 
 
 def test_compare(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -20,28 +19,37 @@ from gap_export.errors import InputError
 from gap_export.evaluation.gates import GROUNDING
 from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.refer.compare import (
-    Run,
     bootstrap_interval,
     compare,
     mcnemar,
-    open_run,
     thresholds_on,
 )
 from gap_export.evaluation.refer.journal import AnswerRow
 from gap_export.evaluation.refer.protocols import protocol_of
-from gap_export.evaluation.refer.provenance import Provenance, write_provenance
-from gap_export.evaluation.refer.run import record_of, score_all
-from gap_export.evaluation.refer.tables import write_results
+from gap_export.evaluation.refer.results import (
+    PROVENANCE,
+    EvalRun,
+    Provenance,
+    open_run,
+    write_results,
+)
+from gap_export.evaluation.refer.run import EvalRecord, record_of, score_all
 from gap_export.precision import Thresholds
 
 LOOSE = Thresholds(max_accuracy_drop=1, min_prediction_agreement=0, min_box_iou=0)
 
 
-def run_of(hits: list[bool], boxes: list[Any] | None = None, images: list[str] | None = None) -> Run:
+RECORD = EvalRecord(
+    protocol="unc", description="", split="all", expressions=1, images=1, accuracy=1, low=1, high=1, mean_iou=1,
+    unparsable=0, refused=0, missing_images=0, not_scored=0, mean_kept=9, backend="onnxruntime",
+)  # fmt: skip
+
+
+def run_of(hits: list[bool], boxes: list[Any] | None = None, images: list[str] | None = None) -> EvalRun:
     count = len(hits)
-    return Run(
+    return EvalRun(
         folder=Path("run"),
-        record={"protocol": "unc", "backend": "onnxruntime"},
+        record=RECORD,
         ids=[f"e{number}" for number in range(count)],
         images=images or [f"p{number // 2}" for number in range(count)],
         hits=np.array(hits),
@@ -88,7 +96,7 @@ def test_counts_add_up(pairs: list[tuple[bool, bool]]) -> None:
     first, second = ([bool(pair[side]) for pair in pairs] for side in (0, 1))
     result = compare(run_of(first), run_of(second), LOOSE)
     assert result.difference == pytest.approx((result.gained - result.lost) / len(pairs))
-    assert result.difference == pytest.approx(result.second_accuracy - result.first_accuracy)
+    assert result.difference == pytest.approx(result.subject_accuracy - result.reference_accuracy)
     assert result.low <= result.difference + 1e-12
     assert result.high >= result.difference - 1e-12
     assert result.passed
@@ -97,7 +105,7 @@ def test_counts_add_up(pairs: list[tuple[bool, bool]]) -> None:
 def test_rows_are_matched_by_id() -> None:
     first = run_of([True, False, False, True])
     second = run_of([True, False, False, True])
-    turned = Run(
+    turned = EvalRun(
         second.folder,
         second.record,
         second.ids[::-1],
@@ -131,7 +139,7 @@ def test_the_worst_come_first() -> None:
 
 
 def test_other_expressions_are_refused() -> None:
-    with pytest.raises(InputError, match="1 are only in the first, 0 only in the second"):
+    with pytest.raises(InputError, match="1 are only in the reference, 0 only in the subject"):
         compare(run_of([True] * 3), run_of([True] * 2), GROUNDING)
 
 
@@ -161,25 +169,25 @@ def test_runs_are_read_back(tmp_path: Path) -> None:
     run = open_run(tmp_path, "unc")
     assert run.hits.tolist() == [True, False, False]
     assert run.boxes == [(0.0, 0.0, 5.0, 5.0), None, (0.0, 0.0, 10.0, 10.0)]
-    assert run.record == json.loads(record.model_dump_json())
+    assert run.record == record
     assert compare(run, run, GROUNDING).passed
     (tmp_path / "unc-results.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match="cannot be read"):
         open_run(tmp_path, "unc")
 
 
-def stored(folder: Path, backend: str, bundle: Path | None) -> Run:
+def stored(folder: Path, backend: str, bundle: Path | None) -> EvalRun:
     """A run whose folder says which bundle answered."""
     folder.mkdir()
     where = None if bundle is None else str(bundle)
-    write_provenance(
-        Provenance(bundle=where, data="d", split=None, images=None, processor="p", versions={}), folder
+    Provenance(bundle=where, data="d", split=None, images=None, processor="p", versions={}).write(
+        folder / PROVENANCE
     )
     run = run_of([True] * 4)
-    return replace(run, folder=folder, record={**run.record, "backend": backend})
+    return replace(run, folder=folder, record=run.record.model_copy(update={"backend": backend}))
 
 
-def test_demands_against_pytorch_are_those_of_the_recipe(
+def test_thresholds_against_pytorch_are_those_of_the_recipe(
     tiny_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:
     bundle = tiny_bundle()

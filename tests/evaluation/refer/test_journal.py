@@ -10,7 +10,7 @@ import pytest
 from gap_export.errors import BundleError
 from gap_export.evaluation.refer.journal import ANSWERS, AnswerRow, Settings, open_journal
 
-SETTINGS = Settings(bundle="b", annotations="a", split="val", backend="torch", keep=None, share=True)
+SETTINGS = Settings(manifest_sha256="b", annotations="a", split="val", backend="torch", keep=None, share=True)
 
 
 def row(identity: str, **changes: Any) -> AnswerRow:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import (
@@ -20,6 +21,8 @@ from gap_export.evaluation.refer.annotations import (
 )
 from gap_export.evaluation.refer.annotations.rows import RowReader
 from gap_export.evaluation.refer.dataset import open_dataset
+from gap_export.evaluation.refer.evaluate import evaluate_predictions
+from gap_export.evaluation.refer.results import open_run
 
 HEADER = "id,image,text,x1,y1,x2,y2"
 
@@ -75,6 +78,18 @@ def test_its_files_are_read_like_any_other(table: Path, tmp_path: Path) -> None:
         ("b", "a cat", (5.0, 5.0, 6.0, 7.5)),
     ]
     assert len(dataset.identity) == 64
+
+
+@pytest.mark.usefixtures("toy")
+def test_its_expressions_are_scored(table: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "1.png")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"id": "a", "answer": "[0.02, 0.16, 0.47, 0.75]"}\n{"id": "b", "answer": "none"}\n')
+    dataset = open_dataset(table, images=tmp_path)
+    record = evaluate_predictions(answers, dataset, "llava", out=tmp_path / "run")
+    assert (record.expressions, record.accuracy, record.unparsable) == (2, 0.5, 1)
+    run = open_run(tmp_path / "run")
+    assert (run.ids, run.hits.tolist()) == (["a", "b"], [True, False])
 
 
 @pytest.mark.usefixtures("toy")

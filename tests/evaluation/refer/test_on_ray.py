@@ -14,15 +14,17 @@ import pytest
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError, MissingRequirementError
-from gap_export.evaluation.refer.answering import Answered, Evaluator
 from gap_export.evaluation.refer.dataset import open_dataset
+from gap_export.evaluation.refer.evaluator import Answered, Evaluator
 from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
 from gap_export.evaluation.refer.run import Work, answer_all, work_of
 from tests.recorded import Recorded
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'gap-export[ray]'")
 
-SETTINGS = Settings(bundle="b", annotations="a", split="all", backend="onnxruntime", keep=None, share=True)
+SETTINGS = Settings(
+    manifest_sha256="b", annotations="a", split="all", backend="onnxruntime", keep=None, share=True
+)
 IMAGES = 8
 
 

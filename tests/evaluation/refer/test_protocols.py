@@ -53,7 +53,7 @@ def test_every_family_has_every_protocol(name: str, family: str) -> None:
     result = score(CODECS[protocol.codec].encode(box, size), truth, size, protocol, seen=size)
     assert result.hit
     assert result.iou > 0.9
-    assert name in protocol.words
+    assert name in protocol.description
 
 
 @pytest.mark.parametrize(

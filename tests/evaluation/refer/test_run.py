@@ -13,16 +13,19 @@ from PIL import Image
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
-from gap_export.evaluation.refer.answering import Evaluator
+from gap_export.evaluation.refer.evaluate import read_predictions
+from gap_export.evaluation.refer.evaluator import Evaluator
 from gap_export.evaluation.refer.image_source import Folder, InMemory
 from gap_export.evaluation.refer.journal import Settings, open_journal
 from gap_export.evaluation.refer.protocols import protocol_of
+from gap_export.evaluation.refer.results import write_results
 from gap_export.evaluation.refer.run import Work, answer_all, record_of, score_all, work_of
-from gap_export.evaluation.refer.tables import read_predictions, write_results
 from gap_export.runtime.backends import open_session
 from tests.recorded import Recorded
 
-SETTINGS = Settings(bundle="b", annotations="a", split="val", backend="onnxruntime", keep=None, share=True)
+SETTINGS = Settings(
+    manifest_sha256="b", annotations="a", split="val", backend="onnxruntime", keep=None, share=True
+)
 TEXTS = ["the red mug", "cat", "the blue cat on the left", "mug below the cat", "the green circle", "dog"]
 
 

@@ -17,7 +17,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.refer.compare import Disagreement
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.report.cases import Album, pruned_path, random_cases, token_grid, worst_cases
-from gap_export.evaluation.report.runs import open_subject
+from gap_export.evaluation.report.runs import open_runs
 from gap_export.inputs.layouts import NativeResolutionLayout
 
 NATIVE = NativeResolutionLayout(
@@ -113,33 +113,33 @@ def test_images_without_one_grid_are_not_shaded(tiny_bundle: Callable[..., Bundl
 
 
 def test_cases(evaluated: Path) -> None:
-    subject = open_subject([evaluated / "torch", evaluated / "ort"], "unc")
+    reported = open_runs([evaluated / "torch", evaluated / "ort"], "unc")
     album = Album(open_dataset("scenes:3").source)
-    first = subject.first.run.ids[3]
-    worst = [Disagreement(id=first, image="x", iou=0.25, first_hits=True, second_hits=False)]
-    (case,) = worst_cases(subject, album, worst, 5)
-    assert case.candidate.id == case.first.id == first
+    first = reported.reference.run.ids[3]
+    worst = [Disagreement(id=first, image="x", iou=0.25, reference_hits=True, subject_hits=False)]
+    (case,) = worst_cases(reported, album, worst, 5)
+    assert case.subject.id == case.reference.id == first
     assert case.image.uri.startswith("data:image/png")
     assert case.pruned
-    drawn = random_cases(subject, album, 5)
-    assert len({case.candidate.id for case in drawn}) == 5
-    assert [case.candidate.id for case in random_cases(subject, album, 5)] == [c.candidate.id for c in drawn]
+    drawn = random_cases(reported, album, 5)
+    assert len({case.subject.id for case in drawn}) == 5
+    assert [case.subject.id for case in random_cases(reported, album, 5)] == [c.subject.id for c in drawn]
     assert len({image.key for image in album.images}) == len(album.images) <= 4
 
 
 def test_a_run_by_itself_shows_what_is_farthest_from_the_truth(evaluated: Path) -> None:
-    subject = open_subject([evaluated / "ort"], "unc")
-    cases = worst_cases(subject, Album(None), (), 12)
-    ious = [case.candidate.iou for case in cases]
+    reported = open_runs([evaluated / "ort"], "unc")
+    cases = worst_cases(reported, Album(None), (), 12)
+    ious = [case.subject.iou for case in cases]
     assert ious == sorted(ious)
     assert all(case.between is None and case.image.lacks for case in cases)
 
 
 @pytest.mark.parametrize("missing", [True, False])
 def test_an_image_that_is_not_there_has_a_place_all_the_same(evaluated: Path, missing: bool) -> None:
-    subject = open_subject([evaluated / "ort"], "unc")
+    reported = open_runs([evaluated / "ort"], "unc")
     album = Album(None if missing else open_dataset("scenes:3").source)
-    answer = next(iter(subject.candidate.answers.values()))
+    answer = next(iter(reported.subject.answers.values()))
     image = album.shown(answer)
     assert bool(image.lacks) == missing == (image.uri == "")
     assert image.width >= answer.truth[2]

@@ -13,7 +13,7 @@ from PIL import Image
 from gap_export import prune
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle
-from gap_export.evaluation.report.choices import Choices, choices
+from gap_export.evaluation.report.choices import Choices, pruner_choices
 from gap_export.plan import plan_for
 from gap_export.runtime.torch.reference import open_torch
 
@@ -25,7 +25,7 @@ def batch() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def found(tiny_bundle: Callable[..., Bundle], batch: list[Image.Image]) -> dict[str, Choices]:
-    return {each.name: each for each in choices(tiny_bundle(), batch, ["the mug", "the cat"])}
+    return {each.name: each for each in pruner_choices(tiny_bundle(), batch, ["the mug", "the cat"])}
 
 
 def test_every_pruner_is_drawn_or_says_why_not(found: dict[str, Choices]) -> None:
@@ -40,7 +40,7 @@ def test_without_a_text_tower(tiny_bundle: Callable[..., Bundle], batch: list[Im
     bundle = tiny_bundle()
     recipe = bundle.manifest.recipe.model_copy(update={"text_tower": None})
     bundle = Bundle(bundle.folder, bundle.manifest.model_copy(update={"recipe": recipe}))
-    found = {each.name: each for each in choices(bundle, batch, ["the mug", "the cat"])}
+    found = {each.name: each for each in pruner_choices(bundle, batch, ["the mug", "the cat"])}
     assert "names no text tower" in found["trim"].refused
     assert found["divprune"].maps
 
@@ -48,7 +48,7 @@ def test_without_a_text_tower(tiny_bundle: Callable[..., Bundle], batch: list[Im
 def test_pruners_that_read_follow_the_expression(
     tiny_bundle: Callable[..., Bundle], batch: list[Image.Image], found: dict[str, Choices]
 ) -> None:
-    other = {each.name: each for each in choices(tiny_bundle(), batch, ["the small red circle"] * 2)}
+    other = {each.name: each for each in pruner_choices(tiny_bundle(), batch, ["the small red circle"] * 2)}
     assert other["text_similarity"].maps != found["text_similarity"].maps
     assert other["cls_attention"].maps == found["cls_attention"].maps
 
@@ -86,7 +86,7 @@ def test_the_first_is_the_brightest(tiny_bundle: Callable[..., Bundle], batch: l
     order = session.order_of("cls_attention", pixels, 9, grid=(6, 6))  # type: ignore[attr-defined]
     one = session.order_of("cls_attention", pixels, 1, grid=(6, 6))  # type: ignore[attr-defined]
     assert order[0] == one[0]
-    (each,) = (c for c in choices(bundle, batch[:1], ["the mug"]) if c.name == "cls_attention")
+    (each,) = (c for c in pruner_choices(bundle, batch[:1], ["the mug"]) if c.name == "cls_attention")
     content = base64.b64decode(each.maps[0].uri.partition(",")[2])
     light = np.array(Image.open(io.BytesIO(content)).convert("L"), np.int64).reshape(-1)
     assert light[order[0]] == light[order].max()

@@ -20,7 +20,7 @@ from gap_export.evaluation.gates import GROUNDING
 from gap_export.evaluation.refer.compare import compare
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.report.page import page
-from gap_export.evaluation.report.runs import open_subject
+from gap_export.evaluation.report.runs import open_runs
 
 from .conftest import gap_export
 
@@ -44,7 +44,7 @@ addEventListener('load', async () => {
   await new Promise(done => setTimeout(done, 200));
   const shown = selector => [...document.querySelectorAll(selector)].filter(e => getComputedStyle(e).display != 'none').length;
   const before = {}, after = {};
-  for (const name of ['truth.box', 'first.box', 'candidate.box', 'pruned']) {
+  for (const name of ['truth.box', 'reference.box', 'subject.box', 'pruned']) {
     before[name] = shown('.overlays .' + name);
     const box = document.getElementById('show-' + name.split('.')[0]);
     if (box) { box.click(); after[name] = shown('.overlays .' + name); box.click(); }
@@ -130,8 +130,8 @@ def test_it_is_sound_and_reaches_for_nothing(request: pytest.FixtureRequest, nam
 
 def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) -> None:
     text = html.unescape(compared.read_text())
-    subject = open_subject([evaluated / "torch", evaluated / "ort"], "unc")
-    result = compare(subject.first.run, subject.candidate.run, GROUNDING, worst=0)
+    reported = open_runs([evaluated / "torch", evaluated / "ort"], "unc")
+    result = compare(reported.reference.run, reported.subject.run, GROUNDING, worst=0)
     assert "grounds as <b>torch</b> does: every gate is met" in text
     assert f"{100 * result.second_accuracy:.2f}" in text
     for gate in result.gates:
@@ -144,10 +144,11 @@ def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) ->
 
 
 def test_a_gate_that_is_not_met_is_said(evaluated: Path) -> None:
-    subject = open_subject([evaluated / "torch", evaluated / "ort"], "unc")
-    first, candidate = subject.runs
-    beside = replace(candidate, run=replace(candidate.run, boxes=[None] * len(candidate.run.ids)))
-    text = page(replace(subject, runs=(first, beside)), GROUNDING, None, title="t", pruners="no model")
+    reported = open_runs([evaluated / "torch", evaluated / "ort"], "unc")
+    reference, subject = reported.runs
+    boxes: list[Any] = [(0.0, 0.0, 1.0, 1.0)] * len(subject.run.ids)
+    beside = replace(subject, run=replace(subject.run, boxes=boxes))
+    text = page(replace(reported, runs=(reference, beside)), GROUNDING, None, title="t", pruners="no model")
     assert "does not ground as <b>torch</b> does" in text
     assert "not met" in text
     assert "Not drawn: no model" in text
@@ -156,14 +157,14 @@ def test_a_gate_that_is_not_met_is_said(evaluated: Path) -> None:
 
 def test_words_of_others_stay_words(evaluated: Path) -> None:
     """Expressions and answers come from files that anybody may have written."""
-    subject = open_subject([evaluated / "ort"], "unc")
-    identity = subject.candidate.run.ids[0]
-    answers = subject.candidate.answers
+    reported = open_runs([evaluated / "ort"], "unc")
+    identity = reported.subject.run.ids[0]
+    answers = reported.subject.answers
     answers[identity] = replace(
         answers[identity], expression="<script>alert(1)</script>", box=None, text="<b>"
     )
     source = open_dataset("scenes:3").source
-    text = page(subject, GROUNDING, source, title="<i>", pruners="-", drawn=12)
+    text = page(reported, GROUNDING, source, title="<i>", pruners="-", drawn=12)
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert "<title>&lt;i&gt;</title>" in text
@@ -171,9 +172,9 @@ def test_words_of_others_stay_words(evaluated: Path) -> None:
 
 def test_the_share_that_was_recommended_is_marked(bundle_page: Path) -> None:
     text = bundle_page.read_text()
-    (candidate,) = re.findall(r'<tr class="candidate">\s*<td>(.*?)</td>', text)
-    assert candidate == "scenes-3-all-onnxruntime-keep0.3"
-    assert "shares took turns in one run" in text
+    (subject,) = re.findall(r'<tr class="subject">\s*<td>(.*?)</td>', text)
+    assert subject == "scenes-3-all-gap-onnxruntime-keep0.3"
+    assert "shares were interleaved in one run" in text
     assert "left out (--no-pruners)" in text
 
 
@@ -221,14 +222,16 @@ def test_in_a_browser(compared: Path, tmp_path: Path, width: int) -> None:
 
 @browser
 def test_colours_reach_the_screen(evaluated: Path, tmp_path: Path) -> None:
-    """A screenshot holds the green of truths and the amber of the candidate run's boxes, in places of their own."""
+    """A screenshot holds the green of truths and the amber of the subject's boxes, in places of their own."""
     assert CHROMIUM is not None
-    subject = open_subject([evaluated / "ort"], "unc")
-    for identity, answer in subject.candidate.answers.items():
+    reported = open_runs([evaluated / "ort"], "unc")
+    for identity, answer in reported.subject.answers.items():
         beside = tuple((edge + 15) % 40 for edge in answer.truth[:2])
-        subject.candidate.answers[identity] = replace(answer, box=(*beside, beside[0] + 20, beside[1] + 20))
+        reported.subject.answers[identity] = replace(answer, box=(*beside, beside[0] + 20, beside[1] + 20))
     compared = tmp_path / "page.html"
-    compared.write_text(page(subject, GROUNDING, open_dataset("scenes:3").source, title="boxes", pruners="-"))
+    compared.write_text(
+        page(reported, GROUNDING, open_dataset("scenes:3").source, title="boxes", pruners="-")
+    )
     shot = tmp_path / "page.png"
     subprocess.run(
         [CHROMIUM, *FLAGS, "--window-size=1300,4200", f"--user-data-dir={tmp_path / 'profile'}",
@@ -241,7 +244,7 @@ def test_colours_reach_the_screen(evaluated: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_needs_the_builder() -> None:
-    """Pages are about what is stored: nothing in `report` but the pruners opens a model."""
+    """Pages are about what is stored: nothing in `report` but `choices` opens a model."""
     from gap_export.evaluation.report import cases, page, plots, runs
 
     for module in (cases, page, plots, runs):

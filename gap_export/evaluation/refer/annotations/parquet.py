@@ -37,11 +37,11 @@ class TableImages:
         self._group: tuple[Path, int, Any] | None = None  # the last one read: rows of an image lie together
 
     def names(self) -> Sequence[str]:
-        """See `EmbeddedImages.names`."""
+        """Names of all images."""
         return list(self._places)
 
     def read(self, image: str) -> bytes:
-        """See `EmbeddedImages.read`."""
+        """One image, encoded."""
         place = self._places[image]
         if self._group is None or self._group[:2] != (place.file, place.group):
             column = _opened(place.file).read_row_group(place.group, columns=["image"]).column("image")
@@ -100,8 +100,8 @@ def _read_tables(files: Sequence[Path]) -> Annotations:
                 places.setdefault(image, _Place(path, group, within))
                 answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
                 for count, text in enumerate(answers):
-                    words = RowReader(path, number, {"answer": text}).text("answer")
-                    expressions.append(reader.expression(f"{identity}.{count}", image, words, box))
+                    expression = RowReader(path, number, {"answer": text}).text("answer")
+                    expressions.append(reader.expression(f"{identity}.{count}", image, expression, box))
     return Annotations("parquet", tuple(expressions), TableImages(places) if embedded else None)
 
 

@@ -1,10 +1,15 @@
-"""REFER's own files: `refs(unc).p` (or google, umd) and `instances.json` beside it. RefCOCO, RefCOCO+ and RefCOCOg are published so."""
+"""REFER's own files: `refs(unc).p` (or google, umd) and `instances.json` beside it. RefCOCO, RefCOCO+ and RefCOCOg are published so.
+
+A pickle is a program. What makes one dangerous is that it may name any function; the reader here knows none, so pickles hold nothing but
+containers, texts and numbers, and whatever else one asks for is refused before anything runs.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations.format import (
@@ -14,7 +19,6 @@ from gap_export.evaluation.refer.annotations.format import (
     Expression,
     shown,
 )
-from gap_export.evaluation.refer.annotations.restricted_pickle import read_pickle
 from gap_export.evaluation.refer.annotations.rows import RowReader
 
 INSTANCES = "instances.json"
@@ -42,7 +46,7 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
                 hint="give the path of one of them",
             )
         path = pickles[0]
-    references = read_pickle(path)
+    references = _read_pickle(path)
     if not isinstance(references, list) or not all(isinstance(each, dict) for each in references):
         raise InputError(
             f"holds {shown(type(references).__name__)}, not a list of references",
@@ -98,6 +102,40 @@ def _of_reference(
         text = RowReader(path, number, sentence).text("sent")
         found.append(whole.expression(str(sentence.get("sent_id")), image, text, box))
     return found
+
+
+class _NothingElse(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise _Refused(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise _Refused(f"an object from elsewhere ({pid!r})")
+
+
+class _Refused(Exception):
+    """What a pickle asked for."""
+
+
+def _read_pickle(path: Path) -> Any:
+    """Read a pickle of plain data, of Python 2 or 3.
+
+    Raises:
+        InputError: it asks for a class or a function, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            # Texts of Python 2 are bytes; those of REFER are UTF-8.
+            return _NothingElse(file, encoding="utf-8").load()
+    except _Refused as refused:
+        raise InputError(
+            f"asks for {refused}: it holds more than plain data, and nothing of it was run",
+            subject=str(path),
+            hint="get the annotations from their authors",
+        ) from refused
+    except Exception as error:  # a damaged pickle raises whatever its bytes make the reader do
+        raise InputError(
+            f"cannot be read as a pickle: {error}", subject=str(path), hint="get the file again"
+        ) from error
 
 
 FORMAT = AnnotationFormat(

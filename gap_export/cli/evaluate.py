@@ -1,0 +1,149 @@
+"""`gap-export eval`: referring expression comprehension on a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gap_export.cli.app import cluster_of, console, out, print_json
+from gap_export.cli.options import (
+    AnyBackendOption,
+    DataOption,
+    ExpressionLimitOption,
+    ImagesOption,
+    JsonOption,
+    KeepOption,
+    ProtocolOption,
+    RayAddressOption,
+    RayOption,
+    ReplaceOption,
+    SplitOption,
+    ThreadsOption,
+)
+from gap_export.cli.progress import progress_shown
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.refer.dataset import Dataset
+    from gap_export.evaluation.refer.run import EvalRecord, Work
+
+_SHOWN = 5
+
+
+def evaluate(
+    data: DataOption,
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; none with --predictions.")] = None,
+    split: SplitOption = None,
+    images: ImagesOption = None,
+    protocol: ProtocolOption = "unc",
+    backend: AnyBackendOption = "onnxruntime",
+    keep: KeepOption = None,
+    limit: ExpressionLimitOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="Maximum number of expressions per call.")] = 8,
+    one_by_one: Annotated[
+        bool, typer.Option(help="Run every prompt separately and in full; for comparison.")
+    ] = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Score answers from a file (JSON lines of id, answer) instead of a model's."),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="With --predictions: family whose box format the answers have; see `gap-export models`."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of the results; by default beside the bundle, in BUNDLE.runs."
+        ),
+    ] = None,
+    replace: ReplaceOption = False,
+    ray: RayOption = False,
+    workers: Annotated[int, typer.Option(min=1, help="With --ray: workers of the cluster.")] = 2,
+    ray_address: RayAddressOption = None,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Referring expression comprehension on a data set. Can be interrupted; rerun the same command to resume."""
+    from gap_export.errors import InputError
+    from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.evaluation.refer.evaluate import EvalOptions, evaluate_predictions, prepare, run
+
+    if (bundle is None) == (predictions is None):
+        raise InputError(
+            "give one of them",
+            subject="a bundle, or --predictions",
+            hint="gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ...",
+        )
+    dataset = open_dataset(data, split=split, images=images)
+    folder = output
+    if bundle is None:
+        assert predictions is not None
+        record = evaluate_predictions(
+            predictions, dataset, family or "", protocol=protocol, limit=limit, out=output
+        )
+    else:
+        options = EvalOptions(
+            protocol=protocol,
+            backend=backend,
+            keep=keep,
+            limit=limit,
+            rows=rows,
+            share=not one_by_one,
+            threads=threads,
+        )
+        cluster = cluster_of(ray, workers, ray_address)
+        prepared = prepare(bundle, dataset, options, out=output, replace=replace)
+        _warn_of_missing(prepared.work)
+        with progress_shown() as progress:
+            finished = run(prepared, cluster=cluster, progress=progress)
+        record, folder = finished.record, finished.folder
+    if as_json:
+        print_json(record.model_dump())
+    else:
+        _print(record, dataset, folder)
+
+
+def _warn_of_missing(work: Work) -> None:
+    if not work.missing:
+        return
+    named = ", ".join(work.missing[:_SHOWN]) + (" ..." if len(work.missing) > _SHOWN else "")
+    console.print(
+        f"[yellow]{len(work.missing)} images are not there[/], so {len(work.not_asked)} expressions are neither asked nor "
+        f"scored: {named}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{dataset.name}, {record.split}: {record.description}")
+    for name in (
+        "accuracy",
+        "95 % interval",
+        "mean IoU",
+        "expressions",
+        "images",
+        "without a box",
+        "not scored",
+        "backend",
+    ):
+        table.add_column(name)
+    table.add_row(
+        f"{100 * record.accuracy:.2f}",
+        f"{100 * record.low:.2f} to {100 * record.high:.2f}",
+        f"{record.mean_iou:.4f}",
+        str(record.expressions),
+        str(record.images),
+        str(record.unparsable),
+        str(record.not_scored),
+        record.backend,
+    )
+    out.print(table)
+    if folder is not None:
+        out.print(f"  results in {folder}", highlight=False, soft_wrap=True)

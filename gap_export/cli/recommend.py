@@ -1,0 +1,118 @@
+"""`gap-export recommend`: the smallest keep ratio within the accuracy tolerance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gap_export.cli.app import out, print_json
+from gap_export.cli.options import (
+    BackendOption,
+    BundleArgument,
+    DataOption,
+    ExpressionLimitOption,
+    ImagesOption,
+    JsonOption,
+    ProtocolOption,
+    ReplaceOption,
+    SplitOption,
+    ThreadsOption,
+)
+from gap_export.cli.progress import progress_shown
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.refer.recommend import Recommendation
+
+
+def recommend(
+    bundle: BundleArgument,
+    data: DataOption = "scenes:7",
+    max_accuracy_drop: Annotated[
+        float,
+        typer.Option(help="Accuracy tolerance: the whole 95 % interval of the loss must lie within it."),
+    ] = 0.02,
+    keep: Annotated[
+        str,
+        typer.Option(help="Fractions to try, separated by commas; losses are relative to the largest."),
+    ] = "1.0,0.5,0.35,0.25,0.15,0.1",
+    split: SplitOption = None,
+    images: ImagesOption = None,
+    protocol: ProtocolOption = "unc",
+    limit: ExpressionLimitOption = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests measured per fraction.")] = 30,
+    backend: BackendOption = "onnxruntime",
+    threads: ThreadsOption = 0,
+    replace: ReplaceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The smallest keep ratio within the accuracy tolerance, and its speedup; exit 1 when there is none."""
+    from gap_export.errors import InputError
+    from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.evaluation.refer.recommend import recommend as recommended
+
+    try:
+        keeps = [float(fraction) for fraction in keep.split(",")]
+    except ValueError as error:
+        raise InputError(
+            "is not a list of fractions", subject=f"--keep {keep}", hint="for example 1.0,0.5,0.25"
+        ) from error
+    dataset = open_dataset(data, split=split, images=images)
+    with progress_shown() as progress:
+        result = recommended(
+            bundle,
+            dataset,
+            keeps=keeps,
+            max_accuracy_drop=max_accuracy_drop,
+            protocol=protocol,
+            limit=limit,
+            requests=requests,
+            backend=backend,
+            threads=threads,
+            replace=replace,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.model_dump())
+    else:
+        _print_recommendation(result)
+    raise typer.Exit(0 if result.chosen is not None else 1)
+
+
+def _print_recommendation(result: Recommendation) -> None:
+    from rich.table import Table
+
+    table = Table(
+        "keep",
+        "tokens",
+        "accuracy",
+        "loss",
+        "95 % interval",
+        "first token",
+        "",
+        title=f"{result.expressions} expressions, {result.protocol}",
+    )
+    for point in result.points:
+        mark = (
+            "[bold green]<- this one[/]"
+            if point.keep == result.chosen
+            else ""
+            if point.inside
+            else "[red]may lose more[/]"
+        )
+        table.add_row(
+            f"{point.keep:g}",
+            f"{point.mean_kept:.1f}",
+            f"{100 * point.accuracy:.2f}",
+            f"{0.0 - 100 * point.difference:.2f}",
+            f"{0.0 - 100 * point.high:.2f} to {0.0 - 100 * point.low:.2f}",
+            "-" if point.speedup is None else f"{point.speedup:.2f} times as fast",
+            mark,
+        )
+    out.print(table)
+    if result.chosen is None:
+        out.print(
+            f"no smaller share is sure to lose at most {100 * result.max_accuracy_drop:g} points; more expressions narrow the intervals",
+            highlight=False,
+            soft_wrap=True,
+        )

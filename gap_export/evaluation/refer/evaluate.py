@@ -1,0 +1,309 @@
+"""Referring expression comprehension on a data set, as one call: a bundle is asked, or answers from elsewhere are scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from gap_export import families
+from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.errors import InputError
+from gap_export.evaluation.refer.annotations import Expression
+from gap_export.evaluation.refer.dataset import Dataset
+from gap_export.evaluation.refer.evaluator import Evaluator
+from gap_export.evaluation.refer.image_source import Source
+from gap_export.evaluation.refer.journal import AnswerRow, Journal, Settings, open_journal
+from gap_export.evaluation.refer.protocols import Protocol, protocol_of
+from gap_export.evaluation.refer.results import EvalRun, check_pyarrow, open_run, store_results
+from gap_export.evaluation.refer.run import EvalRecord, Work, answer_all, record_of, score_all, work_of
+from gap_export.parallel.ray import Cluster
+from gap_export.progress import SILENT, Progress
+from gap_export.runtime.backends import open_session, row
+
+ALL = "all"
+"""Name of the split where none was asked for."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a bundle is asked and its answers are scored.
+
+    Attributes:
+        protocol: `unc` or `lmms-eval`; see `protocols.py`.
+        backend: runtime, or `torch`.
+        keep: fraction of the visual tokens to keep, in bundles that let requests choose; their default when left out.
+        limit: only so many expressions, from the first on.
+        rows: most expressions per call.
+        share: whether prompts about one image may share their beginning; one by one otherwise, for comparison.
+        threads: of ONNX Runtime and PyTorch; 0 lets them choose.
+    """
+
+    protocol: str = "unc"
+    backend: str = "onnxruntime"
+    keep: float | None = None
+    limit: int | None = None
+    rows: int = 8
+    share: bool = True
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An evaluation that can be run, or resumed.
+
+    Attributes:
+        bundle: to be asked.
+        dataset: about which.
+        source: of its images.
+        options: how.
+        protocol: of the scores.
+        work: expressions by image, and what is left out.
+        journal: answers that are there already; its folder is that of the evaluation.
+    """
+
+    bundle: Bundle
+    dataset: Dataset
+    source: Source
+    options: EvalOptions
+    protocol: Protocol
+    work: Work
+    journal: Journal
+
+
+def evaluate(
+    bundle: Bundle | Path | str,
+    dataset: Dataset,
+    *,
+    out: Path | str | None = None,
+    protocol: str = "unc",
+    backend: str = "onnxruntime",
+    keep: float | None = None,
+    limit: int | None = None,
+    rows: int = 8,
+    share: bool = True,
+    threads: int = 0,
+    replace: bool = False,
+    cluster: Cluster | None = None,
+    progress: Progress = SILENT,
+) -> EvalRun:
+    """Ask a bundle about every expression of a data set and score its boxes. Can be interrupted; the same call resumes.
+
+    Args:
+        bundle: opened, or its folder.
+        dataset: opened by `open_dataset`.
+        out: folder of the evaluation; beside the bundle, in `BUNDLE.runs`, when left out.
+        protocol: `unc` or `lmms-eval`.
+        backend: runtime, or `torch` for the model that the bundle was built from.
+        keep: fraction of the visual tokens to keep, in bundles that let requests choose; their default when left out.
+        limit: only so many expressions, from the first on.
+        rows: most expressions per call.
+        share: whether prompts about one image may share their beginning; one by one otherwise, for comparison.
+        threads: of ONNX Runtime and PyTorch; 0 lets them choose.
+        replace: throw an evaluation of other settings in that folder away.
+        cluster: of Ray, whose workers are asked instead.
+        progress: told of every answer.
+
+    Returns:
+        The finished evaluation, as it is stored in its folder.
+
+    Raises:
+        InputError: a data set without images, or an option that cannot be used.
+        BundleError: the folder holds something else.
+        GapExportError: the bundle could not be asked. What was answered stays.
+    """
+    options = EvalOptions(
+        protocol=protocol,
+        backend=backend,
+        keep=keep,
+        limit=limit,
+        rows=rows,
+        share=share,
+        threads=threads,
+    )
+    folder = None if out is None else Path(out)
+    prepared = prepare(bundle, dataset, options, out=folder, replace=replace)
+    return run(prepared, cluster=cluster, progress=progress)
+
+
+def prepare(
+    bundle: Bundle | Path | str,
+    dataset: Dataset,
+    options: EvalOptions,
+    *,
+    out: Path | None = None,
+    replace: bool = False,
+) -> Prepared:
+    """Check everything that can be checked before the long part, and open the folder.
+
+    Args:
+        bundle: opened, or its folder.
+        dataset: with images.
+        options: how it is asked.
+        out: folder of the evaluation; beside the bundle when left out.
+        replace: throw an evaluation of other settings in that folder away.
+
+    Raises:
+        GapExportError: the bundle, the data set, an option or the folder cannot be used.
+    """
+    check_pyarrow()
+    row(options.backend)
+    opened = open_bundle(bundle)
+    protocol = protocol_of(options.protocol, opened.manifest.box)
+    if dataset.source is None:
+        raise InputError(
+            "brings no images", subject=dataset.name, hint="give the folder that holds them (--images)"
+        )
+    work = work_of(dataset.expressions, dataset.source, limit=options.limit)
+    settings = Settings(
+        manifest_sha256=opened.manifest_sha256,
+        annotations=dataset.identity,
+        split=dataset.split or ALL,
+        backend=options.backend,
+        keep=options.keep,
+        share=options.share,
+    )
+    folder = out or opened.runs / default_name(opened, dataset, options)
+    journal = open_journal(folder, settings, replace=replace)
+    return Prepared(opened, dataset, dataset.source, options, protocol, work, journal)
+
+
+def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progress = SILENT) -> EvalRun:
+    """Answer what is not answered yet, score everything, and store it.
+
+    Args:
+        prepared: by `prepare`.
+        cluster: of Ray; the bundle must be there under the same path.
+        progress: told of every answer.
+
+    Raises:
+        GapExportError: an image cannot be read, or the runtime or the cluster failed. What was answered stays.
+    """
+    bundle, dataset, options = prepared.bundle, prepared.dataset, prepared.options
+    make = partial(make_evaluator, bundle.folder, options)
+    answer_all(make, prepared.work, prepared.source, prepared.journal, cluster=cluster, progress=progress)
+    scored = score_all(
+        prepared.work.expressions, prepared.journal.rows, prepared.protocol, bundle.manifest.layout
+    )
+    record = record_of(
+        scored,
+        prepared.protocol,
+        split=dataset.split or ALL,
+        backend=options.backend,
+        work=prepared.work,
+    )
+    store_results(record, scored, dataset, bundle.folder, prepared.journal.folder)
+    return open_run(prepared.journal.folder, options.protocol)
+
+
+def default_name(bundle: Bundle, dataset: Dataset, options: EvalOptions) -> str:
+    """Of the folder that results go to where none is given: data, split, position ids, backend, and what is unusual."""
+    data = Path(dataset.data).stem.replace(":", "-")
+    parts = [data, dataset.split or ALL, str(bundle.manifest.pruning.positions), options.backend]
+    parts += [] if options.keep is None else [f"keep{options.keep:g}"]
+    parts += [] if options.share else ["one-by-one"]
+    return "-".join(parts)
+
+
+def make_evaluator(folder: Path, options: EvalOptions) -> Evaluator:
+    """Open a bundle to be asked, in this process or in a worker's."""
+    bundle = open_bundle(folder)
+    session = open_session(bundle, options.backend, threads=options.threads)
+    return Evaluator(bundle, session, keep=options.keep, share=options.share, rows=options.rows)
+
+
+def evaluate_predictions(
+    predictions: Path | str,
+    dataset: Dataset,
+    family: str,
+    *,
+    protocol: str = "unc",
+    limit: int | None = None,
+    out: Path | str | None = None,
+) -> EvalRecord:
+    """Score answers from a file, without a model.
+
+    Args:
+        predictions: JSON lines of `{id, answer}`; ids are those of the annotations.
+        dataset: images are needed only where the annotations do not tell how large they are.
+        family: whose way to write boxes the answers have.
+        protocol: `unc` or `lmms-eval`.
+        limit: only so many expressions, from the first on; each needs an answer.
+        out: folder to store results in; nothing is stored when left out.
+
+    Raises:
+        InputError: an unknown family or protocol, a line that cannot be used, an expression without an answer.
+    """
+    check_pyarrow()
+    if family not in families.names():
+        raise InputError(
+            "is not a family",
+            subject=f"family {family}",
+            hint=f"say whose way to write boxes the answers have: {', '.join(families.names())}",
+        )
+    scoring = protocol_of(protocol, families.row(family).box)
+    expressions = dataset.expressions[:limit]
+    answers = read_predictions(Path(predictions), expressions, dataset.source)
+    scored = score_all(expressions, answers, scoring)
+    record = record_of(scored, scoring, split=dataset.split or ALL, backend="predictions")
+    if out is not None:
+        store_results(record, scored, dataset, None, Path(out))
+    return record
+
+
+def read_predictions(path: Path, expressions: Sequence[Expression], source: Source | None) -> list[AnswerRow]:
+    """Answers from elsewhere: JSON lines of {id, answer}.
+
+    Args:
+        path: of the file.
+        expressions: of the data set, by whose ids answers are given.
+        source: of images, for data sets that do not tell how large those are.
+
+    Raises:
+        InputError: a line that cannot be used, an id that the data set does not have or that comes twice, an image whose size is
+            not known.
+    """
+    known = {expression.id: expression for expression in expressions}
+    rows: dict[str, AnswerRow] = {}
+    if not path.is_file():
+        raise InputError("is not a file", subject=str(path), hint="give a file of JSON lines: id, answer")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{path}, line {number}"
+        try:
+            given = json.loads(line)
+            identity, answer = str(given["id"]), given["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("is not {id, answer}", subject=where, hint="one answer per line") from error
+        expression = known.get(identity)
+        if expression is None or identity in rows or not isinstance(answer, str):
+            wrong = (
+                f"answers {identity}, which the data set does not have"
+                if expression is None
+                else f"answers {identity} again"
+                if identity in rows
+                else "has an answer that is no text"
+            )
+            raise InputError(
+                wrong, subject=where, hint="answers go by the ids of the same data set and split"
+            )
+        width, height = expression.width, expression.height
+        if width is None or height is None:
+            if source is None:
+                raise InputError(
+                    "has a size that is not in the annotations",
+                    subject=f"image {expression.image}",
+                    hint="give the images (--images)",
+                )
+            width, height = source.open(expression.image).size
+        rows[identity] = AnswerRow(
+            id=identity,
+            image=expression.image,
+            width=width,
+            height=height,
+            answer=answer,
+            tokens=0,
+            seconds=0.0,
+        )
+    return list(rows.values())
