@@ -1,11 +1,13 @@
-"""What a figure was measured on: processor, versions, memory taken."""
+"""What there is to work with: processor, versions, memory taken, and packages that are not installed."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
+
+from gap_export.errors import MissingRequirementError
 
 RUNTIME_PACKAGES = ("gap-export", "numpy", "onnxruntime", "tensorrt-rtx", "tensorrt")
 BUILD_PACKAGES = (
@@ -19,6 +21,44 @@ BUILD_PACKAGES = (
     "tensorrt-rtx",
     "tensorrt",
 )
+
+_BUILD_MODULES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
+
+
+def missing_package(error: ImportError, wanted_by: str) -> MissingRequirementError:
+    """What to say where a package of the build extra is missing.
+
+    Args:
+        error: that its import gave.
+        wanted_by: what cannot be done without it.
+    """
+    return _needed(error.name or str(error), wanted_by)
+
+
+def check_build_extra(wanted_by: str) -> None:
+    """Refuse to begin what needs the packages of the build extra; nothing is imported.
+
+    Args:
+        wanted_by: what cannot be done without them.
+
+    Raises:
+        MissingRequirementError: one is not installed.
+    """
+    for name in _BUILD_MODULES:
+        try:
+            found = util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise _needed(name, wanted_by)
+
+
+def _needed(package: str, wanted_by: str) -> MissingRequirementError:
+    return MissingRequirementError(
+        f"is needed for {wanted_by} and not installed",
+        subject=package,
+        hint="pip install 'gap-export[build]'",
+    )
 
 
 def peak_rss_bytes() -> int | None:

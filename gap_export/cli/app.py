@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from gap_export.errors import GapExportError
-
 if TYPE_CHECKING:
     from gap_export.parallel.ray import Cluster
 
@@ -49,24 +47,3 @@ def cluster_of(ray: bool, workers: int, ray_address: str | None) -> Cluster | No
     if ray_address is not None and not ray:
         raise InputError("is of a Ray cluster", subject=f"--ray-address {ray_address}", hint="add --ray")
     return Cluster(workers, ray_address) if ray else None
-
-
-def import_pipeline() -> Any:
-    """The pipeline, or advice on what to install for it."""
-    try:
-        from gap_export.graph import trace  # noqa: F401  (fails early where torch is missing)
-        from gap_export.pipeline import build
-    except ImportError as error:
-        raise needs_build_extra(error) from error
-    return build
-
-
-def needs_build_extra(error: ImportError) -> GapExportError:
-    """What to say where a package is missing."""
-    from gap_export.errors import MissingRequirementError
-
-    return MissingRequirementError(
-        "is needed for this command and not installed",
-        subject=error.name or str(error),
-        hint="pip install 'gap-export[build]'",
-    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gap_export.cli.app import import_pipeline, out, print_json
+from gap_export.cli.app import out, print_json
 from gap_export.cli.options import JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
@@ -119,9 +119,11 @@ def build(
     Graphs that were traced before are taken from a cache, ~/.cache/gap-export/traces. The environment variable
     GAP_EXPORT_TRACE_CACHE names another folder, or switches it off with the value off.
     """
-    from gap_export.recipe.recipe import load_recipe
+    from gap_export.pipeline.build import build as build_recipe
+    from gap_export.recipe.recipe import Recipe
 
-    recipe = load_recipe(model).replaced(
+    recipe = Recipe.load(
+        model,
         keep=keep,
         keep_bound=keep_bound,
         pruner=pruner,
@@ -141,9 +143,8 @@ def build(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    pipeline = import_pipeline()
     with progress_shown() as progress:
-        built = pipeline.build(
+        built = build_recipe(
             recipe,
             output,
             replace=replace,

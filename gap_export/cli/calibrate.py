@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import import_pipeline, out, plain, print_json
+from gap_export.cli.app import out, plain, print_json
 from gap_export.cli.options import BundleArgument, JsonOption, ThreadsOption
 from gap_export.cli.progress import progress_shown
 
@@ -26,11 +26,9 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure activation ranges (amax), on a bundle in floats, for precisions whose activations have fixed scales."""
+    import gap_export as gap
     from gap_export.errors import InputError
     from gap_export.evaluation.refer.dataset import open_dataset
-
-    import_pipeline()
-    from gap_export.evaluation import calibrate
 
     if data is None and (split is not None or images is not None):
         raise InputError(
@@ -40,7 +38,7 @@ def calibrate(
         )
     dataset = None if data is None else open_dataset(data, split=split, images=images)
     with progress_shown() as progress:
-        found = calibrate.calibrate(bundle, limit=limit, dataset=dataset, threads=threads, progress=progress)
+        found = gap.calibrate(bundle, limit=limit, dataset=dataset, threads=threads, progress=progress)
     found.write(output)
     if as_json:
         print_json(found.model_dump())

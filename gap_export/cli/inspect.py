@@ -16,10 +16,9 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What is inside a bundle: ids, slots, ops, engines, sizes."""
-    from gap_export.bundle.folder import open_bundle
     from gap_export.evaluation.report.terminal import bundle_facts, print_bundle
 
-    facts = bundle_facts(open_bundle(bundle, every_hash=verify))
+    facts = bundle_facts(bundle, every_hash=verify)
     if as_json:
         print_json(facts)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import console, needs_build_extra, out, plain, print_json
+from gap_export.cli.app import console, out, plain, print_json
 from gap_export.cli.options import JsonOption
 
 
@@ -19,19 +19,9 @@ def lint(
     as_json: JsonOption = False,
 ) -> None:
     """Would gapped position ids survive this graph? Exit 1 when they would not."""
-    from gap_export.errors import InputError
+    import gap_export as gap
 
-    kinds = ("auto", "decoder", "vision", "splice", "embed")
-    if kind not in kinds:
-        raise InputError(
-            "is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(kinds)}"
-        )
-    try:
-        from gap_export.linter import lint_graph
-    except ImportError as error:
-        raise needs_build_extra(error) from error
-
-    report = lint_graph(graph, profile=kind, strict=strict, ids_input=ids_input)  # type: ignore[arg-type]
+    report = gap.lint(graph, kind=kind, strict=strict, ids_input=ids_input)  # type: ignore[arg-type]
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:

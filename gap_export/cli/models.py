@@ -15,39 +15,13 @@ if TYPE_CHECKING:
 
 def models(as_json: JsonOption = False) -> None:
     """Recipes, families, and what each needs."""
-    from dataclasses import asdict
-
-    from gap_export import families, prune
+    from gap_export import prune
     from gap_export.boxes.codecs import CODECS
-    from gap_export.recipe import recipe
+    from gap_export.families.table import overview
 
-    recipes = [recipe.load_recipe(name) for name in recipe.known_recipes()]
-    known = {r.name: families.row(r.family) for r in recipes if r.family in families.names()}
-    needed = {
-        r.name: {
-            part: getattr(r, part) for part in ("base", "vision_tower", "text_tower") if getattr(r, part)
-        }
-        for r in recipes
-    }
-    boxes = {name: _boxes(CODECS[each.box.codec], each.box.frame) for name, each in known.items()}
+    record = overview()
     if as_json:
-        print_json(
-            {
-                "recipes": [
-                    {
-                        "name": r.name,
-                        "family": r.family,
-                        "box_format": known[r.name].box.model_dump(),
-                        "pruners": list(known[r.name].pruners),
-                        "checkpoint": r.checkpoint,
-                        "needs": needed[r.name],
-                        "summary": r.summary,
-                    }
-                    for r in recipes
-                ],
-                "pruners": [asdict(row) for row in prune.PRUNERS.values()],
-            }
-        )
+        print_json(record)
         return
     table = Table(
         "recipe",
@@ -56,11 +30,17 @@ def models(as_json: JsonOption = False) -> None:
         Column("checkpoint, and what lies beside it", overflow="fold"),
         "pruners that do not work",
     )
-    for r in recipes:
-        checkpoints = [r.checkpoint, *(f"{part}: {given}" for part, given in needed[r.name].items())]
-        not_working = [name for name in prune.names() if name not in known[r.name].pruners]
+    for recipe in record["recipes"]:
+        checkpoints = [
+            recipe["checkpoint"],
+            *(f"{part}: {given}" for part, given in recipe["needs"].items()),
+        ]
         table.add_row(
-            r.name, r.family, plain(boxes[r.name]), "\n".join(checkpoints), ", ".join(not_working) or "-"
+            recipe["name"],
+            recipe["family"],
+            plain(_boxes(CODECS[recipe["box_format"]["codec"]], recipe["box_format"]["frame"])),
+            "\n".join(checkpoints),
+            ", ".join(name for name in prune.names() if name not in recipe["pruners"]) or "-",
         )
     out.print(table)
     pruners = Table("pruner", "keeps", "needs", "prunes", "merges")

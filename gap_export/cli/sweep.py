@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import cluster_of, console, import_pipeline, out, plain, print_json
+from gap_export.cli.app import cluster_of, console, out, plain, print_json
 from gap_export.cli.options import BackendOption, JsonOption, LimitOption, RayAddressOption, RayOption
 from gap_export.cli.progress import progress_shown
 
@@ -48,7 +48,6 @@ def sweep(
 ) -> None:
     """Accuracy of many pruners at many keep ratios. Can be interrupted; rerun the same command to resume."""
     cluster = cluster_of(ray, workers, ray_address)
-    import_pipeline()
     from gap_export.evaluation.sweep.request import SweepRequest, keeps_from, positions_from, pruners_from
     from gap_export.evaluation.sweep.run import prepare, run
     from gap_export.evaluation.sweep.show import tables, verdict

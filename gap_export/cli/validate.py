@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import import_pipeline, out, print_json
+from gap_export.cli.app import out, print_json
 from gap_export.cli.options import (
     BackendOption,
     BundleArgument,
@@ -32,11 +32,10 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
-    import_pipeline()
-    from gap_export.evaluation.validate import validate as validated
+    import gap_export as gap
 
     with progress_shown() as progress:
-        report = validated(
+        report = gap.validate(
             bundle,
             limit=limit,
             keep=keep,

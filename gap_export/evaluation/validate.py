@@ -18,7 +18,7 @@ import numpy as np
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.checkpoint.hub import resolve
-from gap_export.environment import BUILD_PACKAGES, versions
+from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError
 from gap_export.evaluation import parity, runner
 from gap_export.evaluation.bundle_reports import PARITY
@@ -93,6 +93,7 @@ def validate(
     Raises:
         GapExportError: something could not be run.
     """
+    check_build_extra("validating a bundle")
     from gap_export.runtime.torch.reference import open_torch
 
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gap_export import prune
@@ -16,9 +16,13 @@ from gap_export.bundle.manifest import BoxFormat, VisionFeature
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, InputError
 from gap_export.positions import AttentionMask
+from gap_export.recipe.recipe import known_recipes, load_recipe
 
 if TYPE_CHECKING:
     from gap_export.families.base import Family
+
+_BESIDE = ("base", "vision_tower", "text_tower")
+"""Fields of a recipe that name further checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,32 @@ def row(name: str) -> FamilyRow:
     if name not in _ROWS:
         raise InputError("is not a family", subject=name, hint=f"known: {', '.join(names())}")
     return _ROWS[name]
+
+
+def overview() -> dict[str, Any]:
+    """What can be built, as one record that can be written as JSON.
+
+    Returns:
+        `recipes`, those that come with the package, with family, box format, pruners that work, checkpoint and what lies beside it;
+        `pruners`, the rows of their table.
+    """
+    recipes = [load_recipe(name) for name in known_recipes()]
+    return {
+        "recipes": [
+            {
+                "name": recipe.name,
+                "family": recipe.family,
+                "box_format": row(recipe.family).box.model_dump(),
+                "pruners": list(row(recipe.family).pruners),
+                "checkpoint": recipe.checkpoint,
+                "needs": {part: getattr(recipe, part) for part in _BESIDE if getattr(recipe, part)},
+                "summary": recipe.summary,
+            }
+            for recipe in recipes
+            if recipe.family in _ROWS
+        ],
+        "pruners": [asdict(pruner) for pruner in prune.PRUNERS.values()],
+    }
 
 
 def row_of(checkpoint: Checkpoint) -> FamilyRow:

@@ -2,7 +2,7 @@
 
     report = lint_graph(Path("decoder.onnx"))
     print(report.verdict.reason)
-    report.require()
+    report.raise_for_errors()
 
 Rules are small functions over one data-flow analysis (`dataflow`): `decoder`, `mask`, `cache`, `vision`, `general`. What data flow
 cannot decide, `probe` evaluates. No weight is read.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import onnx_ir as ir
 
@@ -31,14 +31,15 @@ from gap_export.linter.general import (
 )
 from gap_export.linter.load import load
 from gap_export.linter.mask import SEES, check_mask, declared_mask
-from gap_export.linter.report import Finding, Profile, Report, Rule, Severity, Verdict, verdict_of
+from gap_export.linter.report import Finding, GraphKind, Report, Rule, Severity, Verdict, verdict_of
 from gap_export.linter.stages import FOLLOW, check_kept_inside, is_staged
 from gap_export.linter.vision import ASCENDING, EMBEDS, KEPT, check_vision
 from gap_export.positions import AttentionMask, PositionPolicy
 
-__all__ = ["RULES", "Finding", "Profile", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
+__all__ = ["RULES", "Finding", "GraphKind", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
 
 IDS = "position_ids"
+KINDS: tuple[GraphKind | Literal["auto"], ...] = ("auto", *get_args(GraphKind))
 GENERAL_RULES = (USED, STANDARD)
 RULES: tuple[Rule, ...] = (*DECODER_RULES, SEES, CACHE, FOLLOW, ASCENDING, SPLICED, *GENERAL_RULES)
 """Every rule there is."""
@@ -47,7 +48,7 @@ RULES: tuple[Rule, ...] = (*DECODER_RULES, SEES, CACHE, FOLLOW, ASCENDING, SPLIC
 def lint_graph(
     source: Path | str | ir.Model,
     *,
-    profile: Profile | Literal["auto"] = "auto",
+    kind: GraphKind | Literal["auto"] = "auto",
     strict: bool = False,
     policy: PositionPolicy = PositionPolicy.GAP,
     mask: AttentionMask | None = None,
@@ -57,7 +58,7 @@ def lint_graph(
 
     Args:
         source: an ONNX file, or a model in memory (not changed). External weights need not be there.
-        profile: which kind of graph it is; `auto` looks at its inputs and outputs.
+        kind: which kind of graph it is; `auto` looks at its inputs and outputs.
         strict: hold it to the contract of this project's bundles too: standard operators, a static cache in place,
             an explicit mask. For other exporters' graphs these are warnings.
         policy: how survivors are numbered; `permuted` wants score order, only `gap` wants ids from kept indices, and in all
@@ -67,12 +68,16 @@ def lint_graph(
             angles are made of is taken, unless another name was asked for.
 
     Returns:
-        The report. `report.verdict` answers the question in one line, `report.require()` refuses a bad graph.
+        The report. `report.verdict` answers the question in one line, `report.raise_for_errors()` refuses a bad graph.
 
     Raises:
-        InputError: the file is not there, not ONNX, damaged or empty.
+        InputError: no such kind, or the file is not there, not ONNX, damaged or empty.
         LintError: the graph is invalid, of no kind that lint knows, or a decoder without attention.
     """
+    if kind not in KINDS:
+        raise InputError(
+            "is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(KINDS)}"
+        )
     subject, flow = load(source)
     if ids_input != IDS and ids_input not in {value.name for value in flow.inputs}:
         raise InputError(
@@ -80,7 +85,8 @@ def lint_graph(
             subject=subject,
             hint=f"its inputs: {', '.join(value.name or '' for value in flow.inputs)}",
         )
-    kind = _kind(subject, flow, ids_input) if profile == "auto" else profile
+    if kind == "auto":
+        kind = _kind(subject, flow, ids_input)
     if kind == "decoder":
         checked = _check_decoder(subject, flow, strict, ids_input, policy, mask)
     elif kind == "vision":
@@ -93,7 +99,7 @@ def lint_graph(
     findings += check_standard_ops(flow, strict)
     return Report(
         subject=subject,
-        profile=kind,
+        kind=kind,
         strict=strict,
         attention_layers=checked.layers,
         rules=(*checked.rules, *GENERAL_RULES),
@@ -133,7 +139,7 @@ def _check_decoder(
         raise LintError(
             "is taken for a decoder but holds no attention that lint recognises",
             subject=subject,
-            hint="give the decoder graph, or name its kind with the profile option",
+            hint="give the decoder graph, or name its kind with the `kind`",
         )
     renumbers = is_staged(flow) and policy is not PositionPolicy.GAP
     # The verdict names the first finding: ids dropped by another index are the cause of rotary embeddings not found.
@@ -184,7 +190,7 @@ def _good_decoder(decoder: Decoder) -> str:
     return f"{name} reach the rotary angles of {layers}, token by token"
 
 
-def _kind(subject: str, flow: Flow, ids_input: str) -> Profile:
+def _kind(subject: str, flow: Flow, ids_input: str) -> GraphKind:
     """Which kind of graph this is, by its inputs and outputs."""
     inputs = {v.name or "" for v in flow.inputs}
     outputs = {v.name or "" for v in flow.outputs}
@@ -206,5 +212,5 @@ def _kind(subject: str, flow: Flow, ids_input: str) -> Profile:
     raise LintError(
         f"is of no kind that lint knows: inputs {', '.join(sorted(inputs)) or 'none'}",
         subject=subject,
-        hint="decoder, vision, splice or embed: name it with the profile option",
+        hint="decoder, vision, splice or embed: name it with the `kind`",
     )

@@ -8,7 +8,7 @@ from gap_export.errors import LintError
 from gap_export.records import Record
 
 Severity = Literal["error", "warning"]
-Profile = Literal["decoder", "vision", "splice", "embed"]
+GraphKind = Literal["decoder", "vision", "splice", "embed"]
 
 
 class Finding(Record):
@@ -68,7 +68,7 @@ class Report(Record):
 
     Attributes:
         subject: file name, or the name of a graph in memory.
-        profile: which kind of graph it was taken for.
+        kind: which kind of graph it was taken for.
         strict: whether it was held to the contract of this project's bundles.
         attention_layers: number of attention operations found (decoder only, otherwise 0).
         rules: what was checked.
@@ -76,7 +76,7 @@ class Report(Record):
     """
 
     subject: str
-    profile: Profile
+    kind: GraphKind
     strict: bool
     attention_layers: int
     rules: tuple[Rule, ...]
@@ -97,7 +97,7 @@ class Report(Record):
         """Findings that are worth knowing."""
         return tuple(f for f in self.findings if f.severity == "warning")
 
-    def require(self) -> None:
+    def raise_for_errors(self) -> None:
         """Accept the graph or refuse it.
 
         Raises:

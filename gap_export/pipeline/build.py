@@ -16,7 +16,7 @@ from gap_export import __version__
 from gap_export.bundle.folder import MANIFEST, REPORTS, Bundle, open_bundle, write_manifest
 from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
-from gap_export.environment import BUILD_PACKAGES, versions
+from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.files import atomic_folder
 from gap_export.pipeline.opened import TOKENIZER, OpenedModel, open_model
 from gap_export.pipeline.preflight import check_machine, check_output, check_prompt
@@ -48,6 +48,29 @@ class BuildResult:
     cached: tuple[str, ...]
 
 
+def build_bundle(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    replace: bool = False,
+    self_contained: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Checkpoint to bundle.
+
+    Args:
+        recipe: what to build.
+        out: the bundle folder; appears when it is complete, or not at all.
+        replace: replace another bundle that is already there.
+        self_contained: copy the weights instead of linking them.
+        progress: told of every stage.
+
+    Raises:
+        GapExportError: a stage failed, or what it needs is not installed; `out` is as it was before.
+    """
+    return build(recipe, Path(out), replace=replace, self_contained=self_contained, progress=progress).bundle
+
+
 def build(
     recipe: Recipe,
     out: Path,
@@ -70,6 +93,7 @@ def build(
     Raises:
         GapExportError: a stage failed; `out` is as it was before.
     """
+    check_build_extra("building a bundle")
     check_output(out, recipe, replace)
     model = open_model(recipe, progress=progress)
     plan = plan_for(recipe, model.spec, model.text_tower)

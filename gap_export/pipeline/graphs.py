@@ -211,12 +211,12 @@ def _write_graph(graph: TracedGraph, model: OpenedModel, plan: Plan, folder: Pat
         weight_bytes=cost.weight_bytes_of(graph.model),
     )
     passes.write_graph(graph.model, graph.component.spec, folder / written.file)
-    profile = "decoder" if graph.name == "prefill" or graph.name == "decode" else graph.name
+    kind = "decoder" if graph.name == "prefill" or graph.name == "decode" else graph.name
     linter.lint_graph(
         folder / written.file,
-        profile=profile,
+        kind=kind,
         strict=True,
         policy=plan.pruning.positions,
         mask=model.spec.attention_mask,
-    ).require()
+    ).raise_for_errors()
     return written

@@ -135,6 +135,19 @@ class Recipe(Record):
         """The gates in force."""
         return self.gates or precision(self.precision).gates
 
+    @classmethod
+    def load(cls, model: str, **options: Any) -> Recipe:
+        """A recipe by name, by file, or a default one around a checkpoint, with options of one's own.
+
+        Args:
+            model: recipe name, path of a YAML file, checkpoint folder, or hub id `owner/name`.
+            options: fields to replace: `keep=0.25`, `pruner="divprune"`, ...
+
+        Raises:
+            RecipeError: nothing of that name, a file that is not a valid recipe, or an option that cannot work.
+        """
+        return load_recipe(model).replaced(**options)
+
     def replaced(self, **options: Any) -> Recipe:
         """A copy with the options that are not None replaced, validated again.
 

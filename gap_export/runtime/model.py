@@ -37,7 +37,7 @@ def load(bundle: Bundle | Path | str, *, backend: str = "onnxruntime", threads: 
         SessionError: there is no such backend, it refuses, or the bundle has nothing for it.
         MissingRequirementError: no GPU, or the runtime is not installed.
     """
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     return Model(opened, open_session(opened, backend, threads=threads))
 
 

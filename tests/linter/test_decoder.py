@@ -32,11 +32,11 @@ def test_the_contract_of_our_own_decoder_passes(parts: SimpleNamespace) -> None:
     report = lint(parts, strict=True)
     assert report.verdict.survives
     assert report.findings == ()
-    assert (report.profile, report.attention_layers) == ("decoder", 2)
+    assert (report.kind, report.attention_layers) == ("decoder", 2)
     assert report.verdict.reason == (
         "position_ids reach the rotary angles of all 2 attention layers, token by token"
     )
-    report.require()
+    report.raise_for_errors()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_causal_flag_over_a_cache_is_caught(parts: SimpleNamespace, cache: str
     assert report.verdict.survives  # the ids do; decoding does not, and the reason says so
     assert "decode step sees only the first key" in report.verdict.reason
     with pytest.raises(LintError, match="is_causal=1"):
-        report.require()
+        report.raise_for_errors()
 
 
 def test_a_causal_flag_without_a_cache_is_fine(parts: SimpleNamespace) -> None:
@@ -342,6 +342,6 @@ def test_a_report_can_be_stored(parts: SimpleNamespace) -> None:
     report = lint(parts, angles=parts.ANGLES["range"])
     assert Report.model_validate_json(report.model_dump_json()) == report
     with pytest.raises(LintError) as caught:
-        report.require()
+        report.raise_for_errors()
     assert caught.value.hint
     assert "rope-reads-position-ids" in str(caught.value)

@@ -41,7 +41,7 @@ def test_a_missing_file_a_folder_and_a_truncated_graph_are_input_errors(
     for length in range(1, len(whole), len(whole) // 40):
         cut.write_bytes(whole[:length])
         with pytest.raises(GapExportError):
-            lint_graph(cut, profile="decoder").require()
+            lint_graph(cut, kind="decoder").raise_for_errors()
 
 
 def test_no_attention_no_known_kind_and_invalid_graphs_are_lint_errors() -> None:
@@ -173,4 +173,4 @@ def test_a_token_table_alone_is_an_embedding() -> None:
     )
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((9, 4), np.float32), "table"))
     report = lint_graph(ir.from_proto(model), strict=True)
-    assert (report.profile, report.verdict.survives, report.findings) == ("embed", True, ())
+    assert (report.kind, report.verdict.survives, report.findings) == ("embed", True, ())

@@ -14,7 +14,7 @@ GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPol
 
 
 def lint(model: ir.Model, policy: PositionPolicy = GAP) -> Report:
-    return lint_graph(model, profile="decoder", strict=True, policy=policy)
+    return lint_graph(model, kind="decoder", strict=True, policy=policy)
 
 
 def rules(report: Report) -> set[str]:

@@ -241,7 +241,7 @@ def test_splice_ids_must_be_made_from_the_kept_indices() -> None:
     counted = """extent = Shape <start=1, end=2> (kept_indices) length = Squeeze (extent)
         counted = Range (zero_s, length, one_s) position_ids = Unsqueeze (counted, at0)"""
     good = lint_graph(splice(kept), strict=True)
-    assert (good.profile, good.verdict.survives, good.findings) == ("splice", True, ())
+    assert (good.kind, good.verdict.survives, good.findings) == ("splice", True, ())
     bad = lint_graph(splice(counted), strict=True)
     assert not bad.verdict.survives
     assert {f.rule for f in bad.errors} == {"ids-from-kept-indices"}

@@ -115,7 +115,7 @@ def test_images_of_different_sizes(
 
 def test_ids_come_from_the_kept_indices(exported: tuple[PositionPolicy, bool, Path, GraphSpec]) -> None:
     policy, _, path, _ = exported
-    assert linter.lint_graph(path, profile="splice", strict=True, policy=policy).verdict.survives
+    assert linter.lint_graph(path, kind="splice", strict=True, policy=policy).verdict.survives
 
 
 def test_tensorrt_rtx_builds_it(

@@ -124,7 +124,7 @@ def test_whatever_happens_in_a_stage_nothing_is_left(
 
 
 class _Fine:
-    def require(self) -> None:
+    def raise_for_errors(self) -> None:
         pass
 
 

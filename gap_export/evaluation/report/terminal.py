@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gap_export.bundle.folder import Bundle
+from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.bundle.manifest import Manifest, Pruning
 from gap_export.bundle.spec import TensorSpec
 from gap_export.engine.inspect import engine_facts
@@ -58,8 +59,17 @@ def grounding_table(report: ParityReport) -> Table:
     return table
 
 
-def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """What `inspect` shows, as one record."""
+def bundle_facts(bundle: Bundle | Path | str, *, every_hash: bool = False) -> dict[str, Any]:
+    """What is inside a bundle, as one record that can be written as JSON.
+
+    Args:
+        bundle: opened, or its folder; it is verified.
+        every_hash: verify the hashes of large files too.
+
+    Raises:
+        BundleError: there is no bundle, or it is damaged.
+    """
+    bundle = open_bundle(bundle, every_hash=every_hash)
     manifest = bundle.manifest
     pruning, model = manifest.pruning, manifest.spec
     return {

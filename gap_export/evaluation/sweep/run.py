@@ -19,7 +19,7 @@ from pathlib import Path
 from gap_export import prune
 from gap_export.boxes import metrics, scenes
 from gap_export.checkpoint import Checkpoint
-from gap_export.environment import BUILD_PACKAGES, versions
+from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError, GapExportError
 from gap_export.evaluation import plotting, runner
 from gap_export.evaluation.result_folder import open_result_folder
@@ -192,6 +192,7 @@ def prepare(request: SweepRequest, out: Path, *, replace: bool = False, plot: bo
     Raises:
         GapExportError: the request, the checkpoint or the folder cannot be used, or what the plot needs is not there.
     """
+    check_build_extra("a sweep")
     if plot:
         plotting.check_matplotlib("pip install 'gap-export[report]', or pass --no-plot")
     reads_text = any(prune.row(name).needs_text for name in request.pruners)
