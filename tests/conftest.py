@@ -22,6 +22,7 @@ from PIL import Image
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Pruning
 from gap_export.recipe.recipe import Recipe
+from tests.trace_count import TraceCount
 
 if TYPE_CHECKING:
     from gap_export.graph.trace_cache import Tracer
@@ -45,6 +46,7 @@ BuildBundle = Callable[..., Bundle]
 def pytest_configure(config: pytest.Config) -> None:
     """Graphs that were traced in an earlier run are taken from there, by all processes; those of the user are left alone."""
     os.environ.setdefault("GAP_EXPORT_TRACE_CACHE", str(config.rootpath / ".pytest_cache" / "traces"))
+    config.pluginmanager.register(TraceCount(), "trace-count")
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -9,6 +9,7 @@ import functools
 import gc
 import inspect
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from gap_export.bundle.spec import Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
 from gap_export.modeling.attention import OPSET
 from gap_export.modeling.components import Component
+
+_LOG = logging.getLogger(__name__)
 
 FAKE = "fake"
 """Stands for the file of a weight that is yet to be attached."""
@@ -44,7 +47,7 @@ def graph_from_component(component: Component) -> ir.Model:
     Raises:
         TraceError: the module does not export; with torch's own reason.
     """
-    spec = component.spec
+    spec, began = component.spec, time.process_time()
     try:
         with _quiet(), _one_function_table(), _without_garbage_collection():
             args, kwargs, shapes = _arguments(component)
@@ -76,6 +79,7 @@ def graph_from_component(component: Component) -> ir.Model:
     _count_from_scalars(model, spec.inputs)
     _leave_weights_out(model)
     ClearMetadataAndDocStringPass()(model)  # stack traces, with paths
+    _LOG.info("%s was traced in %.1f s of processor time", spec.name, time.process_time() - began)
     return model
 
 

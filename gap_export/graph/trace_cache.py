@@ -7,6 +7,7 @@ not have its checksum or is not the graph that was asked for is traced again and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from gap_export.graph.trace_folder import TraceFolder
 from gap_export.graph.trace_key import key_of
 from gap_export.modeling.components import Component
 from gap_export.progress import SILENT, Progress
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Tracer:
         name, key = component.spec.name, key_of(component)
         if key is not None and (kept := self._kept(key, component.spec)) is not None:
             progress.stage(f"taking the graph of {name} from the trace cache")
+            _LOG.info("%s was traced before", name)
             return Traced(kept, cached=True)
         progress.stage(f"tracing {name}")
         content = _content_of(trace.graph_from_component(component))
