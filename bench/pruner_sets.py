@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gap_export import prune
+from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec, float_spec, int64_spec
 from gap_export.graph import passes
-from gap_export.modeling.attention import OPSET
+from gap_export.graph.trace_cache import Tracer
+from gap_export.modeling.components import Component
 from gap_export.positions import PAD, MergedId, PositionPolicy
 from gap_export.prune import order, reference
 
@@ -209,54 +211,56 @@ class Graph:
 
 
 def graph(
-    pruner: str, kept: int | None, grid: tuple[int, int], *, width: int = 1024, **options: Any
+    pruner: str,
+    kept: int | None,
+    grid: tuple[int, int],
+    *,
+    width: int = 1024,
+    tracer: Tracer | None = None,
+    **options: Any,
 ) -> Graph:
     """Export a strategy on its own, batch free, one thread; `kept=None` makes K an input as well."""
     made = Graph(pruner, kept, grid, **options)
-    example = random_features(np.random.default_rng(0), grid, batch=2, width=width)
-    names = list(made.reads)
-    tensors = [torch.from_numpy(np.ascontiguousarray(example[name])) for name in names]
-    shapes = [{0: torch.export.Dim("batch", min=1, max=8)} for _ in names]
-    if kept is None:
-        names.append("keep_ranks")
-        tensors.append(torch.arange(7))
-        fewest, visual = prune.row(pruner).min_tokens, grid[0] * grid[1]
-        shapes.append({0: torch.export.Dim("kept", min=fewest, max=visual)})
-    exported = torch.export.export(
-        Selection(made).eval(), tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
-    )
-    program = torch.onnx.export(
-        exported,
-        (),
-        input_names=names,
-        output_names=["visual_embeds", "kept_indices", *(["kept_counts"] if made.adaptive else [])],
-        opset_version=OPSET,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-    )
-    assert program is not None
-    made.model = program.model
-    if kept is None:
-        count_to_ranks(made.model)
+    made.model = (tracer or Tracer(None))(_component(made, width)).model
     passes.simplify(made.model)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    made.session = ort.InferenceSession(ir.to_proto(made.model).SerializeToString(), options)
+    session_options = ort.SessionOptions()
+    session_options.intra_op_num_threads = 1
+    session_options.log_severity_level = 3
+    made.session = ort.InferenceSession(ir.to_proto(made.model).SerializeToString(), session_options)
     return made
 
 
-def count_to_ranks(model: ir.Model) -> None:
-    """Make the input `keep_ranks`, 0 .. K - 1, from an input that is K itself."""
-    ranks = next(value for value in model.graph.inputs if value.name == "keep_ranks")
-    count = ir.Value(name="keep_count", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    start, step = (ir.node("Constant", [], {"value": ir.tensor(np.array(number))}) for number in (0, 1))
-    made = ir.node("Range", [start.outputs[0], count, step.outputs[0]])
-    made.outputs[0].shape, made.outputs[0].type = ranks.shape, ranks.type
-    model.graph.inputs[list(model.graph.inputs).index(ranks)] = count
-    ir.convenience.replace_all_uses_with(ranks, made.outputs[0])
-    model.graph.insert_before(model.graph[0], [start, step, made])
+def _component(graph: Graph, width: int) -> Component:
+    """The selection, ready to be traced."""
+    example = random_features(np.random.default_rng(0), graph.grid, batch=1, width=width)
+    visual, batch = graph.grid[0] * graph.grid[1], Dim(name="batch", minimum=1, optimum=1, maximum=8)
+    kept: int | Dim
+    if graph.kept is None:
+        kept = Dim(name="kept", minimum=prune.row(graph.pruner).min_tokens, optimum=7, maximum=visual)
+    else:
+        kept = graph.kept
+    given = [float_spec(name, "float32", batch, *example[name].shape[1:]) for name in graph.reads]
+    if isinstance(kept, Dim):
+        given.append(TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=kept))
+    chosen = example[source_of(graph.pruner)].shape[-1]
+    outputs = [
+        float_spec("visual_embeds", "float32", batch, kept, chosen),
+        int64_spec("kept_indices", batch, kept),
+        *([int64_spec("kept_counts", batch)] if graph.adaptive else []),
+    ]
+    return Component(
+        module=Selection(graph).eval(),
+        spec=GraphSpec(name="vision", inputs=tuple(given), outputs=tuple(outputs)),
+        weight_key=str,
+        settings=(
+            graph.pruner,
+            graph.kept,
+            graph.grid,
+            graph.merged_id,
+            graph.adaptive,
+            graph.aligned_inversely,
+        ),
+    )
 
 
 def agrees(graph: Graph, arrays: Arrays, kept: int | None = None) -> list[str]:

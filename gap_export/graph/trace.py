@@ -26,6 +26,7 @@ from gap_export.bundle.spec import Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
 from gap_export.modeling.attention import OPSET
 from gap_export.modeling.components import Component
+from gap_export.modeling.fake import fake_mode
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ def _traced_shape(tensor: TensorSpec) -> tuple[int | Dim, ...]:
 
 def _example_inputs(component: Component) -> dict[str, torch.Tensor]:
     """Fake inputs; every symbol gets an extent of its own, so that no two are taken for the same."""
-    mode = next(component.module.parameters()).fake_mode  # type: ignore[attr-defined]
+    weight = next(component.module.parameters(), None)
+    mode = fake_mode() if weight is None else weight.fake_mode  # type: ignore[attr-defined]
     extents: dict[str, int] = {}
 
     def extent(dim: int | Dim) -> int:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from gap_export.bundle.spec import GraphSpec
 from gap_export.graph import trace
 from gap_export.graph.trace_folder import TraceFolder
-from gap_export.graph.trace_key import key_of
+from gap_export.graph.trace_key import identity_of, key_of
 from gap_export.modeling.components import Component
 from gap_export.progress import SILENT, Progress
 
@@ -60,50 +60,49 @@ class Tracer:
         Raises:
             TraceError: the component does not export.
         """
-        name, key = component.spec.name, key_of(component)
-        if key is not None and (kept := self._kept(key, component.spec)) is not None:
+        name, content = component.spec.name, self._recalled(component)
+        cached = content is not None
+        if content is None:
+            progress.stage(f"tracing {name}")
+            content = _content_of(trace.graph_from_component(component))
+            self._keep(component, content, progress)
+        else:
             progress.stage(f"taking the graph of {name} from the trace cache")
             _LOG.info("%s was traced before", name)
-            return Traced(kept, cached=True)
-        progress.stage(f"tracing {name}")
-        content = _content_of(trace.graph_from_component(component))
-        if key is not None:
-            self._hold(key, content)
-            self._keep(key, content, progress)
+        self._hold(component, content)
         # Read back like one that was kept: what is built from either is then the same to the last byte.
-        return Traced(_graph_of(content), cached=False)
+        return Traced(_graph_of(content), cached)
 
-    def _kept(self, key: str, spec: GraphSpec) -> ir.Model | None:
-        content = self._held.get(key)
-        if content is None and self._folder is not None:
-            content = self._folder.read(key)
-        if content is None:
-            return None
-        try:
-            graph = _graph_of(content)
-        except Exception:  # protobuf and onnx_ir have a dozen words for "damaged"
-            return None
-        if not _fits(graph, spec):
-            return None
-        self._hold(key, content)
-        return graph
+    def _recalled(self, component: Component) -> bytes | None:
+        identity = identity_of(component)
+        held = None if identity is None else self._held.get(identity)
+        if held is not None or self._folder is None:
+            return held
+        key = key_of(component)
+        kept = None if key is None else self._folder.read(key)
+        return kept if kept is not None and _is_graph_of(kept, component.spec) else None
 
-    def _hold(self, key: str, content: bytes) -> None:
-        self._held.pop(key, None)
-        self._held[key] = content  # most recently used last
+    def _hold(self, component: Component, content: bytes) -> None:
+        identity = identity_of(component)
+        if identity is None:
+            return
+        self._held.pop(identity, None)
+        self._held[identity] = content  # most recently used last
         if len(self._held) > self._remembered:
             del self._held[next(iter(self._held))]
 
-    def _keep(self, key: str, content: bytes, progress: Progress) -> None:
+    def _keep(self, component: Component, content: bytes, progress: Progress) -> None:
         if self._folder is None or not self._writable:
+            return
+        key = key_of(component)
+        if key is None:
             return
         try:
             self._folder.write(key, content)
         except OSError as error:
             self._writable = False
-            progress.stage(
-                f"the trace cache {self._folder.path} cannot be written to: {error.strerror or error}"
-            )
+            why = error.strerror or str(error)
+            progress.stage(f"the trace cache {self._folder.path} cannot be written to: {why}")
 
 
 def _content_of(model: ir.Model) -> bytes:
@@ -116,8 +115,12 @@ def _graph_of(content: bytes) -> ir.Model:
     return model
 
 
-def _fits(model: ir.Model, spec: GraphSpec) -> bool:
+def _is_graph_of(content: bytes, spec: GraphSpec) -> bool:
     """Whether this is a graph of that spec, and refers to no file."""
+    try:
+        model = _graph_of(content)
+    except Exception:  # protobuf and onnx_ir have a dozen words for "damaged"
+        return False
     inputs, outputs = model.graph.inputs, model.graph.outputs
     return (
         [value.name for value in inputs] == [tensor.name for tensor in spec.inputs]

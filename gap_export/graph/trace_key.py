@@ -36,23 +36,34 @@ class _Unknown(Exception):
     """There is no telling what a graph depends on."""
 
 
+def identity_of(component: Component) -> str | None:
+    """What the graph of a component goes by in this process: spec and settings, as JSON.
+
+    Returns:
+        None where the settings are not plain values.
+    """
+    try:
+        settings = to_json(component.settings).decode()
+    except PydanticSerializationError:
+        return None
+    return json.dumps([component.spec.model_dump_json(), settings])
+
+
 def key_of(component: Component) -> str | None:
-    """What the graph of a component goes by.
+    """What the graph of a component goes by in all processes.
 
     Returns:
         SHA-256 in hexadecimal: equal for components whose graphs are equal in every byte. None where that cannot be told: the
         settings are not plain values, or a source is not there or was changed while this process runs.
     """
-    try:
-        facts = {
-            "spec": component.spec.model_dump_json(),
-            "settings": to_json(component.settings).decode(),
-            "package": _sources_of_the_package(),
-            "outside": _sources_from_outside(component),
-            **_surroundings(),
-        }
-    except (_Unknown, PydanticSerializationError):
+    identity = identity_of(component)
+    if identity is None:
         return None
+    try:
+        package, outside = _sources_of_the_package(), _sources_from_outside(component)
+    except _Unknown:
+        return None
+    facts = {"component": identity, "package": package, "outside": outside, **_surroundings()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from gap_export.graph import trace
+from gap_export.graph import trace, trace_cache
 from gap_export.graph.trace_cache import Traced, Tracer
 from gap_export.graph.trace_folder import TraceFolder
 from gap_export.graph.trace_key import key_of
@@ -60,6 +60,17 @@ def test_a_folder_remembers_for_other_processes(counted: list[Any], lookup: Look
     assert told.messages == [TRACING, TAKING, TRACING]
     Tracer(TraceFolder(tmp_path))(lookup())
     assert len(list(tmp_path.iterdir())) == 2, "nothing is kept of what cannot be told from others"
+
+
+def test_a_process_remembers_what_it_ran(
+    counted: list[Any], lookup: Lookup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of the sources meanwhile; the folder, which others read, then gets nothing."""
+    monkeypatch.setattr(trace_cache, "key_of", lambda component: None)
+    tracer = Tracer(TraceFolder(tmp_path))
+    assert [tracer(lookup("a")).cached for _ in range(2)] == [False, True]
+    assert counted == ["a"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_graph_from_the_cache_is_the_graph(lookup: Lookup, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gap_export import prune
+from gap_export.graph.trace_cache import Tracer
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.prune import order, reference
 from tests.exported import ExportedGraph, GraphExporter
@@ -41,7 +42,7 @@ def sets() -> Any:
 
 
 @pytest.fixture(scope="session")
-def exported(sets: Any) -> Callable[..., Any]:
+def exported(sets: Any, tracer: Tracer) -> Callable[..., Any]:
     """`exported(pruner, kept, grid)`: the strategy as a graph of its own in ONNX Runtime; each made once. K is an input where
     `kept` is None."""
     made: dict[tuple[Any, ...], Any] = {}
@@ -49,7 +50,7 @@ def exported(sets: Any) -> Callable[..., Any]:
     def graph(pruner: str, kept: int | None, grid: tuple[int, int], **options: Any) -> Any:
         key = (pruner, kept, grid, *sorted(options.items()))
         if key not in made:
-            made[key] = sets.graph(pruner, kept, grid, **options)
+            made[key] = sets.graph(pruner, kept, grid, tracer=tracer, **options)
         return made[key]
 
     return graph
