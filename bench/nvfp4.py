@@ -2,7 +2,7 @@
 
     python bench/nvfp4.py --ranges FILE [--model RECIPE] [--keep K] [--cases N] [--threads N] [--label TEXT] [--smoke]
 
-The bundle and its companions (other ids, nothing pruned) are built as an engine would get them. In each decoder four-bit weights become
+The bundle and its baselines (other ids, nothing pruned) are built as an engine would get them. In each decoder four-bit weights become
 the half-precision numbers that they stand for, and TensorRT's operator for activations becomes what its documentation says it does.
 Then comes what `gap-export validate` does. What a GPU makes of the same graphs was not measured. The last line printed is the record,
 also stored in bench/results/.

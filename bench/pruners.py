@@ -2,11 +2,11 @@
 
     python bench/pruners.py [--sets N] [--rounds N] [--pruners NAMES] [--scratch FOLDER] [--label TEXT] [--smoke]
 
-First every strategy as a graph of its own on random feature sets of 576 and 256 tokens, width 1024, against the NumPy reference: a
+First every pruner as a graph of its own on random feature sets of 576 and 256 tokens, width 1024, against the NumPy reference: a
 graph with K as an input from the fewest tokens to all, a quarter of them on every set and other counts on a tenth; where an image
 can find the count by itself, also so, with no bound below N. Then LLaVA-1.5's whole vision graph (24 layers, 336 pixels, random
-weights) with each strategy that looks at the image, a quarter kept, against the same graph with `random`, which does not; the two
-take turns. Strategies that read the expression bring CLIP's text tower with them, and what it costs is counted as theirs. The last
+weights) with each pruner that looks at the image, a quarter kept, against the same graph with `random`, which does not; the two
+take turns. Pruners that read the expression bring CLIP's text tower with them, and what it costs is counted as theirs. The last
 line printed is the record, also stored in bench/results/.
 """
 
@@ -34,7 +34,7 @@ from gap_export import prune
 
 GRIDS = ((24, 24), (16, 16))
 MOST_OF_VISION = 0.15
-"""A strategy may add this share of the vision graph's time."""
+"""A pruner may add this share of the vision graph's time."""
 MOST_TIES = {"vispruner": 0.4}
 """Share of sets in which float64 itself may choose by less than float32 can tell; a tenth where nothing else is said. VisPruner
 sorts some 150 tokens in each of 54 rounds, and where a token lands decides which half it is in next: thousands of orders, of
@@ -45,7 +45,7 @@ TEXT_IDS = 16
 
 def main() -> int:
     parser = harness.parser_of(__doc__, scratch=True)
-    parser.add_argument("--sets", type=int, default=200, help="random feature sets per strategy and size")
+    parser.add_argument("--sets", type=int, default=200, help="random feature sets per pruner and size")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each vision graph")
     parser.add_argument("--pruners", default="all", help="names, with commas between them")
     parser.add_argument("--smoke", action="store_true", help="5 sets, no vision graph, nothing stored")
@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def compared(row: prune.Pruner, grid: tuple[int, int], sets: int) -> list[dict[str, Any]]:
-    """One strategy on random sets of one size, at several counts."""
+    """One pruner on random sets of one size, at several counts."""
     tokens = grid[0] * grid[1]
     quarter = tokens // 4
     if row.name == "none":
@@ -147,7 +147,7 @@ def agreement_of(graph: pruner_sets.Graph, kept: int | None, sets: int) -> dict[
 def measured_in_vision(
     names: list[str], rounds: int, scratch: Path, console: Console
 ) -> list[dict[str, Any]]:
-    """Share that each strategy adds to the time of LLaVA-1.5's vision graph, keep 0.25."""
+    """Share that each pruner adds to the time of LLaVA-1.5's vision graph, keep 0.25."""
     checkpoint, _ = ensure_checkpoint(
         scratch / "llava-7b-tower", truncated(LLAVA_7B, text_layers=1, vision_layers=24)
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gap_export import files as artifact
+from gap_export import files
 from gap_export.errors import BundleError
 from gap_export.files import (
     atomic_folder,
@@ -84,7 +84,7 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
             raise error
         rename(source, destination)
 
-    monkeypatch.setattr(artifact.os, "rename", refuse)
+    monkeypatch.setattr(files.os, "rename", refuse)
     with pytest.raises(type(error)), atomic_folder(target) as scratch:
         (scratch / "new").touch()
     assert listing(tmp_path) == ["out"]
@@ -149,7 +149,7 @@ def test_where_links_are_impossible_files_are_copied(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(artifact.os, "link", refuse)
+    monkeypatch.setattr(files.os, "link", refuse)
     (tmp_path / "source").write_bytes(b"weights")
     assert place_file(tmp_path / "source", tmp_path / "placed", copy=False) == 7
     assert (tmp_path / "placed").read_bytes() == b"weights"
@@ -159,7 +159,7 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(artifact.shutil, "copyfile", full)
+    monkeypatch.setattr(files.shutil, "copyfile", full)
     (tmp_path / "source").touch()
     with pytest.raises(BundleError, match="No space left on device"):
         place_file(tmp_path / "source", tmp_path / "placed", copy=True)

@@ -196,7 +196,7 @@ def tiny_family(
 
 
 def _builder(name: str, checkpoint: Path, folder: Path, tracer: Tracer) -> Callable[..., Bundle]:
-    from gap_export.pipeline import build
+    from gap_export.pipeline.build import build
 
     built: dict[str, Bundle] = {}
 
@@ -216,7 +216,7 @@ def _builder(name: str, checkpoint: Path, folder: Path, tracer: Tracer) -> Calla
                 "pruner": "divprune",
                 **changes,
             }
-            built[key] = build.build(Recipe.model_validate(options), folder / key, tracer=tracer).bundle
+            built[key] = build(Recipe.model_validate(options), folder / key, tracer=tracer).bundle
         return built[key]
 
     return bundle

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gap_export.errors import MissingRequirementError
 from gap_export.evaluation.plotting import check_matplotlib, png
-from gap_export.evaluation.sweep import plot as sweep_plot
+from gap_export.evaluation.sweep.plot import figure
 from gap_export.evaluation.sweep.record import FULL, Row, Settings, SweepRecord
 from gap_export.positions import PositionPolicy
 
@@ -46,7 +46,7 @@ def record(pruners: int) -> SweepRecord:
 @pytest.mark.parametrize("pruners", [1, 4, 18])
 def test_every_number_of_the_record_is_drawn(pruners: int) -> None:
     wanted = record(pruners)
-    panels = sweep_plot.figure(wanted).axes
+    panels = figure(wanted).axes
     assert [panel.get_title() for panel in panels] == [f"strategy_{n}" for n in range(pruners)]
     drawn: dict[tuple[str, str, float], tuple[float, ...]] = {}
     for panel in panels:
@@ -66,7 +66,7 @@ def test_every_number_of_the_record_is_drawn(pruners: int) -> None:
 
 
 def test_axes_and_legend_say_what_is_shown() -> None:
-    plot = sweep_plot.figure(record(8))
+    plot = figure(record(8))
     assert "visual tokens" in plot.get_supxlabel()
     assert "144" in plot.get_supxlabel()
     assert "accuracy" in plot.get_supylabel()
@@ -84,7 +84,7 @@ def test_axes_and_legend_say_what_is_shown() -> None:
 
 
 def test_the_lowest_panel_of_every_column_has_its_counts() -> None:
-    plot = sweep_plot.figure(record(9))
+    plot = figure(record(9))
     plot.draw_without_rendering()
     named = [any(label.get_text() for label in panel.get_xticklabels()) for panel in plot.axes]
     assert named == [False] * 4 + [True] * 5
@@ -92,7 +92,7 @@ def test_the_lowest_panel_of_every_column_has_its_counts() -> None:
 
 @pytest.mark.parametrize("pruners", [1, 18])
 def test_the_file_is_an_image_that_fits_a_page(pruners: int) -> None:
-    with Image.open(io.BytesIO(png(sweep_plot.figure(record(pruners))))) as image:
+    with Image.open(io.BytesIO(png(figure(record(pruners))))) as image:
         assert image.format == "PNG"
         width, height = image.size
         assert 800 < width < 2400
@@ -105,13 +105,13 @@ def test_a_policy_that_was_not_measured_is_not_in_the_legend() -> None:
     gap_alone = whole.model_copy(
         update={"rows": tuple(each for each in whole.rows if each.positions in ("gap", FULL))}
     )
-    (legend,) = sweep_plot.figure(gap_alone).legends
+    (legend,) = figure(gap_alone).legends
     assert [text.get_text() for text in legend.get_texts()] == ["unpruned (144 tokens)", "gap"]
 
 
 def test_a_sweep_of_nothing_but_the_unpruned_model_can_be_drawn() -> None:
     whole = record(1)
-    assert png(sweep_plot.figure(whole.model_copy(update={"rows": whole.rows[:1]}))).startswith(b"\x89PNG")
+    assert png(figure(whole.model_copy(update={"rows": whole.rows[:1]}))).startswith(b"\x89PNG")
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,12 +206,12 @@ def test_recipes_that_cannot_work(tiny_family: Families, changes: dict[str, Any]
 def test_models_of_one_image_refuse(
     tiny_checkpoint: Any, tiny_options: dict[str, Any], tmp_path: Any
 ) -> None:
-    from gap_export.pipeline import build
+    from gap_export.pipeline.build import build
     from gap_export.recipe.recipe import Recipe
 
     recipe = Recipe.model_validate({**tiny_options, "images": 2})
     with pytest.raises(RecipeError, match="one image"):
-        build.build(recipe, tmp_path / "out")
+        build(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
