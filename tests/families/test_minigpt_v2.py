@@ -19,7 +19,7 @@ from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, GapExportError
 from gap_export.families import open_family
 from gap_export.inputs.square import fit
-from gap_export.pipeline.build import build
+from gap_export.pipeline.build import build as build_bundle
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
@@ -119,7 +119,7 @@ def build(options: dict[str, Any], folder: Path) -> Callable[..., Bundle]:
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in built:
             recipe = Recipe.model_validate({**options, **changes})
-            built[name] = build(recipe, folder / "bundles" / name).bundle
+            built[name] = build_bundle(recipe, folder / "bundles" / name).bundle
         return built[name]
 
     return bundle
@@ -262,7 +262,7 @@ def test_other_strategies_build(pruner: str, build: Callable[..., Bundle]) -> No
 @pytest.mark.parametrize("pruner", ["prumerge", "visionzip", "trim"])
 def test_what_this_tower_cannot_do(pruner: str, options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(GapExportError) as caught:
-        build(Recipe.model_validate({**options, "pruner": pruner}), tmp_path / "out")
+        build_bundle(Recipe.model_validate({**options, "pruner": pruner}), tmp_path / "out")
     assert "cls_attention" in caught.value.hint
 
 
@@ -280,7 +280,7 @@ def changed(options: dict[str, Any], tmp_path: Path, own: dict[str, torch.Tensor
     target.mkdir()
     torch.save({"model": own}, target / "checkpoint.pth")
     with pytest.raises(CheckpointError) as caught:
-        build(Recipe.model_validate({**options, "checkpoint": str(target)}), tmp_path / "out")
+        build_bundle(Recipe.model_validate({**options, "checkpoint": str(target)}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     return caught.value
 
@@ -327,4 +327,4 @@ def test_a_language_model_of_another_kind(
     base = Path(shutil.copytree(places["base"], tmp_path / "base"))
     (base / "config.json").write_text(json.dumps(config_of("mistral", VOCABULARY)))
     with pytest.raises(CheckpointError, match="'mistral' where a Llama is needed"):
-        build(Recipe.model_validate({**options, "base": str(base)}), tmp_path / "out")
+        build_bundle(Recipe.model_validate({**options, "base": str(base)}), tmp_path / "out")
