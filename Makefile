@@ -18,8 +18,8 @@ demo: $(INSTALLED)  ## The paper's result on an exported graph: build, validate,
 	$(BIN)/gap-export run out/shapes --image docs/images/scene.png --refer "$$(cat docs/images/scene.txt)" --draw out/answer.png
 	$(BIN)/gap-export validate out/shapes
 
-test: $(INSTALLED)  ## The whole test suite.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+test: $(INSTALLED)  ## What continuous integration runs.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 check: $(INSTALLED)  ## Format, lint, types.
 	$(BIN)/ruff format --check .
