@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check bench-smoke docs clean
+.PHONY: demo test test-fast test-long check bench-smoke docs clean
 
 # torch goes first and alone: asked for by another package, it would arrive in another build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -20,6 +20,12 @@ demo: $(INSTALLED)  ## The paper's result on an exported graph: build, validate,
 
 test: $(INSTALLED)  ## What continuous integration runs.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+test-fast: $(INSTALLED)  ## For development: without the tests that build many graphs or engines.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m 'not slow and not long'
+
+test-long: $(INSTALLED)  ## Soak and kill tests.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 check: $(INSTALLED)  ## Format, lint, types.
 	$(BIN)/ruff format --check .
