@@ -324,7 +324,7 @@ def visible(
         mask: of the model.
         query_slots_BS: [B, S] int64, where the tokens stand.
         slots: C, of the cache.
-        image_slots_BI2: see `Placement.image_slots`; for masks that look at images.
+        image_slots_BI2: [B, I, 2] int64, first slot and the one after the last of every image (`Placement.image_slots`); for masks that look at images.
 
     Returns:
         [B, S, C] bool.

@@ -92,7 +92,7 @@ def _difference(flow: Flow, value: ir.Value, mask: AttentionMask) -> str | None:
 
 
 def _calls(images: int, tokens: int) -> list[tuple[Ids, Ids]]:
-    """(write_index [2], image_slots [2, I, 2]) of a prompt, and of a call that goes on in the middle of an image."""
+    """(write_index [2], image_slots [2, I, 2]) of a prompt, and of a call that continues in the middle of an image."""
     ends = np.linspace(1, max(tokens, 2 * images), 2 * images).astype(np.int64).reshape(images, 2)
     rows = np.stack([ends, np.maximum(ends - 1, 0)])
     return [(np.array([0, 0]), rows), (np.array([3, 1]), rows)]

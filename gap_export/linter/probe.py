@@ -179,7 +179,7 @@ class _Angles:
 
     Args:
         flow: the graph.
-        ids: see `probe`.
+        ids: the rows of position ids that angles are probed with.
         angle: the tensor.
     """
 

@@ -153,7 +153,7 @@ class Qwen3VLVision(nn.Module):
 
 
 def add_deepstack(language_model: Any, levels: Sequence[Tensor]) -> dict[str, Any]:
-    """See `decoder.BetweenLayers`.
+    """A hook of the decoder (`decoder.BetweenLayers`): features of DeepStack are added after its first layers.
 
     transformers adds a level to the visual tokens alone, by a mask; ours is zero elsewhere, and added to all.
     """
