@@ -179,7 +179,7 @@ class _Angles:
 
     Args:
         flow: the graph.
-        ids: the rows of position ids that angles are probed with.
+        ids: what carries the position ids: the graph input, or a choice from it.
         angle: the tensor.
     """
 
