@@ -46,17 +46,17 @@ def images_of(bundle: Any, batch: int) -> ImageBatch:
 
 
 def answer(session: Any, bundle: Any, batch: int, keep: float | None = None, **options: Any) -> Generation:
-    batch, rows = images_of(bundle, batch), PROMPTS[:batch]
+    images, rows = images_of(bundle, batch), PROMPTS[:batch]
     ids = np.full((batch, max(map(len, rows))), -1, np.int64)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = tokens
     return generate(
         session,
-        batch,
+        images,
         ids,
         max_new_tokens=NEW_TOKENS,
         eos_token_ids=(),
-        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.spec, batch, keep),
+        keep_counts=keep_counts(bundle.manifest.pruning, bundle.manifest.spec, images, keep),
         keep_logits=True,
         **options,
     )
