@@ -123,7 +123,7 @@ def test_a_manifest_without_a_schema_is_damaged(version: Any, change: Callable[.
 
 
 def test_records_of_measurements_are_no_part_of_a_bundle(bundle_copy: Path) -> None:
-    (bundle_copy / "reports").mkdir()
+    (bundle_copy / "reports").mkdir(exist_ok=True)
     (bundle_copy / "reports" / "parity.json").write_text("{}")
     assert "reports" not in str(open_bundle(bundle_copy, every_hash=True).manifest.files)
 

@@ -315,9 +315,9 @@ def test_answers_are_scored_against_the_true_boxes(swept: Swept) -> None:
     cases = list(scenes.cases(3))
     left, top, right, bottom = cases[1].box
     boxes = [cases[0].box, (left, top, (left + right) / 2, bottom), None]
-    answers = [SimpleNamespace(text=str(box), box=box) for box in boxes]
+    answers = [SimpleNamespace(text=str(box)) for box in boxes]
     generation = SimpleNamespace(finite=True, ended=(True, False, False))
-    runs: Any = [SimpleNamespace(answers=answers, generation=generation)]
+    runs: Any = [SimpleNamespace(answers=answers, boxes=boxes, generation=generation)]
     found = sweep.answers_of(runs, cases, "onnxruntime")
     assert found.ious == pytest.approx((1, 0.5, 0))
     assert (found.without_box, found.cut_off, found.texts) == (1, 2, tuple(map(str, boxes)))
