@@ -7,7 +7,7 @@ What is measured and what is required stands in `parity.py`; this is the order i
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -99,12 +99,12 @@ def validate(
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
     bundle = open_bundle(bundle, every_hash=True)
     manifest = bundle.manifest
-    recipe = _recipe_here(bundle, checkpoint, text_tower)
+    recipe = _recipe_here(bundle, checkpoint, text_tower, keep)
     batch = min(batch, recipe.max_batch)
     questions, grounder = list(scenes.cases(limit)), Grounder(bundle)
     answer = partial(runner.run_cases, batch=batch, progress=progress)
-    work = validation_work(limit, staged=bool(manifest.pruning.stages))
     with opened(bundle, backend, threads=threads) as session:
+        work = validation_work(limit, staged=bool(manifest.pruning.stages))
         progress.stage("answering with PyTorch", total=work)
         with open_torch(bundle, checkpoint=Path(recipe.checkpoint), text_tower=text_tower) as original:
             reference = answer(grounder, original, questions, keep=keep, keep_logits=True)
@@ -112,31 +112,17 @@ def validate(
         runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
         measured = parity.measure(runs, reference, questions, manifest)
         gates = parity.judge(measured, manifest.gates)
-
-        few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
-        few = questions[: few_batches * batch]
-        caught, inapplicable = [], []
-        for name, adjust in controls(staged=bool(manifest.pruning.stages)).items():
-            if not applies(adjust, runs[0]):
-                inapplicable.append(name)
-                continue
-            progress.stage(f"negative control: {name}")
-            wrong = answer(grounder, session, few, keep=keep, adjust=adjust, keep_logits=True)
-            seen = parity.measure(wrong, reference[:few_batches], few, manifest)
-            caught.append(check_control(name, seen, manifest.gates))
-
-    if manifest.pruning.keep_mode == "dynamic":  # baselines differ in one thing, and the count is not it
-        recipe = recipe.replaced(keep=manifest.pruning.keep if keep is None else keep)
+        caught, inapplicable = _run_controls(
+            bundle, questions, runs, reference, partial(answer, grounder, session, keep=keep), batch, progress
+        )
     accuracy = {str(manifest.pruning.positions): measured.accuracy}
-    with closing(_baselines(bundle, recipe, tuple(accuracy), backend, progress)) as baselines:
-        for name, baseline in baselines:
-            progress.stage(f"answering with {name}")
-            with opened(baseline, backend, threads=threads) as other:
-                answers = answer(Grounder(baseline), other, questions)
-            accuracy[name] = runner.accuracy_of(answers, questions)
+    others = _baselines(bundle, recipe, tuple(accuracy), backend, partial(opened, threads=threads), progress)
+    with closing(others) as baselines:
+        for name, grounder, session in baselines:
+            accuracy[name] = runner.accuracy_of(answer(grounder, session, questions), questions)
 
     report = parity.ParityReport(
-        ok=all(gate.passed for gate in gates) and all(control.caught for control in caught),
+        ok=all(each.passed for each in gates) and all(each.caught for each in caught),
         manifest_sha256=bundle.manifest_sha256,
         bundle=manifest.name,
         backend=backend,
@@ -146,10 +132,7 @@ def validate(
         controls=caught,
         inapplicable_controls=inapplicable,
         grounding=parity.Grounding(
-            **accuracy,
-            cases=limit,
-            kept=_mean_kept(runs),
-            visual_tokens=manifest.spec.visual_tokens,
+            **accuracy, cases=limit, kept=_mean_kept(runs), visual_tokens=manifest.spec.visual_tokens
         ),
         versions=versions(BUILD_PACKAGES),
     )
@@ -163,8 +146,35 @@ def validation_work(limit: int, *, staged: bool = False) -> int:
     return limit * (2 + len(_BASELINES) - 1) + min(limit, CONTROL_CASES) * wrong
 
 
-def _recipe_here(bundle: Bundle, checkpoint: Path | None, text_tower: Path | None) -> Recipe:
-    """The recipe of a bundle, by which it could be built again: weights and ranges where they lie now.
+def _run_controls(
+    bundle: Bundle,
+    questions: Sequence[scenes.Case],
+    runs: Sequence[Grounded],
+    reference: Sequence[Grounded],
+    answer: Callable[..., list[Grounded]],
+    batch: int,
+    progress: Progress,
+) -> tuple[list[parity.Control], list[str]]:
+    """Every wrong placement on the first scenes: whether it was noticed; and those that change nothing here."""
+    manifest = bundle.manifest
+    few_batches = max(1, CONTROL_CASES // batch)  # whole ones, to be compared with those of the reference
+    few = questions[: few_batches * batch]
+    caught, inapplicable = [], []
+    for name, adjust in controls(staged=bool(manifest.pruning.stages)).items():
+        if not applies(adjust, runs[0]):
+            inapplicable.append(name)
+            continue
+        progress.stage(f"negative control: {name}")
+        wrong = answer(few, adjust=adjust, keep_logits=True)
+        measured = parity.measure(wrong, reference[:few_batches], few, manifest)
+        caught.append(check_control(name, measured, manifest.gates))
+    return caught, inapplicable
+
+
+def _recipe_here(
+    bundle: Bundle, checkpoint: Path | None, text_tower: Path | None, keep: float | None
+) -> Recipe:
+    """The recipe by which baselines are built: weights and ranges where they lie now, and the share that is kept here.
 
     Raises:
         BundleError: the weights are random.
@@ -182,6 +192,8 @@ def _recipe_here(bundle: Bundle, checkpoint: Path | None, text_tower: Path | Non
         recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
     if manifest.text_tower is not None:
         recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
+    if manifest.pruning.keep_mode == "dynamic":  # baselines differ in one thing, and the count is not it
+        recipe = recipe.replaced(keep=manifest.pruning.keep if keep is None else keep)
     return recipe.replaced(checkpoint=str(checkpoint or resolve(manifest.checkpoint)))
 
 
@@ -192,17 +204,27 @@ def _mean_kept(runs: Sequence[Grounded]) -> float:
 
 
 def _baselines(
-    bundle: Bundle, recipe: Recipe, known: Container[str], backend: str, progress: Progress
-) -> Generator[tuple[str, Bundle]]:
-    """Every baseline whose accuracy is not known, by name; each is gone when the next one is asked for."""
+    bundle: Bundle,
+    recipe: Recipe,
+    known: Container[str],
+    backend: str,
+    opened: Callable[[Bundle, str], Session],
+    progress: Progress,
+) -> Generator[tuple[str, Grounder, Session]]:
+    """Every baseline whose accuracy is not known, loaded, by name; each is gone when the next one is asked for."""
     from gap_export.graph.trace_cache import Tracer
     from gap_export.graph.trace_folder import user_folder
 
     tracer = Tracer(user_folder())
     for name, changes in _BASELINES.items():
-        if name not in known:
-            with _baseline(bundle, recipe.replaced(**changes), backend, tracer, progress) as baseline:
-                yield name, baseline
+        if name in known:
+            continue
+        with (
+            _baseline(bundle, recipe.replaced(**changes), backend, tracer, progress) as baseline,
+            opened(baseline, backend) as session,
+        ):
+            progress.stage(f"answering with {name}")
+            yield name, Grounder(baseline), session
 
 
 @contextmanager
