@@ -119,6 +119,9 @@ def build(
     Graphs that were traced before are taken from a cache, ~/.cache/gap-export/traces. The environment variable
     GAP_EXPORT_TRACE_CACHE names another folder, or switches it off with the value off.
     """
+    from gap_export.environment import check_build_extra
+
+    check_build_extra("gap-export build")
     from gap_export.pipeline.build import build as build_recipe
     from gap_export.recipe.recipe import Recipe
 

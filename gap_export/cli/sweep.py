@@ -48,6 +48,9 @@ def sweep(
 ) -> None:
     """Accuracy of many pruners at many keep ratios. Can be interrupted; rerun the same command to resume."""
     cluster = cluster_of(ray, workers, ray_address)
+    from gap_export.environment import check_build_extra
+
+    check_build_extra("gap-export sweep")
     from gap_export.evaluation.sweep.request import SweepRequest, keeps_from, positions_from, pruners_from
     from gap_export.evaluation.sweep.run import prepare, run
     from gap_export.evaluation.sweep.show import tables, verdict

@@ -15,6 +15,7 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.safetensors import Derived, WeightLocation
 from gap_export.errors import CheckpointError
 from gap_export.graph.weights import WeightStore
+from gap_export.precision import FP32
 
 WEIGHTS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -121,7 +122,7 @@ def test_what_is_computed_is_written_and_its_sources_are_not(
     checkpoint = checkpoint.with_weights({"twice": twice})
     folder = tmp_path / "bundle"
     folder.mkdir()
-    store = WeightStore(checkpoint, "fp32", folder)
+    store = WeightStore(checkpoint, FP32, folder)
     store.prepare(["twice", "d", "b.bias"])
     expected = {"twice": 2 * WEIGHTS["a.weight"], "b.bias": WEIGHTS["b.bias"].float(), "d": WEIGHTS["d"]}
     for key, values in expected.items():

@@ -93,7 +93,7 @@ def test_baselines_leave_out_what_only_the_pruner_knows(
 
     def build(recipe: Recipe, out: Path, **_: Any) -> Any:
         asked.append(recipe)
-        return BuildResult(bundle, 0)
+        return BuildResult(bundle, 0, ())
 
     monkeypatch.setattr(validate, "build", build)
     report_of(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")), limit=2)

@@ -133,7 +133,7 @@ def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) ->
     reported = open_runs([evaluated / "torch", evaluated / "ort"], "unc")
     result = compare(reported.reference.run, reported.subject.run, GROUNDING, worst=0)
     assert "grounds as <b>torch</b> does: every gate is met" in text
-    assert f"{100 * result.second_accuracy:.2f}" in text
+    assert f"{100 * result.subject_accuracy:.2f}" in text
     for gate in result.gates:
         assert gate.name in text
     assert "Both runs give the same box for every expression" in text
