@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,15 @@ def test_reports_outlive_a_rebuild_and_are_stale_from_then_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
 
 
-def test_what_cannot_be_read_is_said(bundle_copy: Path) -> None:
-    bundle = open_bundle(bundle_copy)
+@pytest.fixture
+def unmeasured(bundle_copy: Path) -> Path:
+    """A bundle without the reports that other tests may have left in it."""
+    shutil.rmtree(bundle_copy / "reports", ignore_errors=True)
+    return bundle_copy
+
+
+def test_what_cannot_be_read_is_said(unmeasured: Path) -> None:
+    bundle = open_bundle(unmeasured)
     bundle.reports.mkdir()
     path = bundle.reports / "bench.json"
     path.write_text("{")
@@ -62,7 +70,7 @@ def test_what_cannot_be_read_is_said(bundle_copy: Path) -> None:
         read_report(bundle, "bench.json", BenchRecord, command="bench")
 
 
-def test_a_bundle_without_reports(bundle_copy: Path) -> None:
-    bundle = open_bundle(bundle_copy)
+def test_a_bundle_without_reports(unmeasured: Path) -> None:
+    bundle = open_bundle(unmeasured)
     assert states(bundle) == {}
     assert read_report(bundle, "bench.json", BenchRecord, command="bench") is None

@@ -110,7 +110,8 @@ def test_what_cannot_work(
 def test_recommend(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     """A random model grounds nothing at any share, so that the smallest loses nothing."""
     folder = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder, folder)
+    source = tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("reports"))
     arguments = ["--data", "scenes", "--limit", "12", "--keep", "1.0,0.3", "--requests", "2", "--json"]
     command = [*COMMAND[:-1], "recommend", str(folder), *arguments, "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -130,7 +131,7 @@ def test_recommend(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
 def test_evaluations_lie_beside_the_bundle(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     """In no folder that a rebuild replaces; and those of another build are not gone on with."""
     folder = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle().folder, folder)
+    shutil.copytree(tiny_bundle().folder, folder, ignore=shutil.ignore_patterns("reports"))
     evaluate(str(folder), "--data", "scenes", "--limit", "4", "--threads", "1", "--json")
     run = tmp_path / "bundle.runs" / "scenes-all-gap-onnxruntime"
     assert sorted(path.name for path in run.iterdir()) == [

@@ -38,6 +38,7 @@ def evaluated(tiny_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempP
 def recommended(tiny_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that was evaluated at three shares; the smallest is chosen, as a random model loses nothing."""
     folder = tmp_path_factory.mktemp("recommended") / "bundle"
-    shutil.copytree(tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder, folder)
+    source = tiny_bundle(pruner="divprune", keep="0.1:0.3:1.0").folder
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("reports"))
     gap_export("recommend", folder, *LIMIT, "--keep", "1.0,0.5,0.3", "--requests", 2)
     return folder
