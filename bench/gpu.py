@@ -372,7 +372,7 @@ class TransformersSession:
         )
         self._model = self._model.eval().to(DEVICE)
         self.backend = f"transformers {'compile' if compiled else 'sdpa'}"
-        self.capacities = bundle.manifest.capacities
+        self.capacities = bundle.manifest.cache_layout.capacities
         self._dtype, self._compiled = dtype, compiled
         self._token = bundle.manifest.prompt.image_token_id
         step = self._model.forward

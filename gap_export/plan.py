@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gap_export import prune
-from gap_export.bundle.cache_layout import in_slot_steps
+from gap_export.bundle.cache_layout import CacheLayout, in_slot_steps
 from gap_export.bundle.manifest import KeepMode, ModelSpec, Pruning, Stage
 from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
@@ -46,20 +46,9 @@ class Plan:
     never_pruned: int = 0
     images: int = 1
 
-    def layer_capacities(self, layers: int) -> tuple[int | Dim, ...]:
-        """Cache slots of every layer."""
-        if not self.pruning.stages:
-            return (self._slots("capacity", self.capacity),) * layers
-        return tuple(
-            self._slots(f"capacity_{number}", stage.capacity)
-            for number, stage in enumerate(self.pruning.stages)
-            for _ in stage.run
-        )
-
-    def _slots(self, name: str, capacity: int) -> int | Dim:
-        return (
-            capacity if self.static_cache else Dim(name=name, minimum=1, optimum=capacity, maximum=capacity)
-        )
+    def cache_layout(self, layers: int) -> CacheLayout:
+        """Of a decoder with so many layers."""
+        return self.pruning.cache_layout(layers, self.capacity, static=self.static_cache)
 
     @property
     def kept_dim(self) -> Dim:

@@ -590,10 +590,10 @@ def test_a_decoder_that_drops_tokens_answers_and_is_timed(
     manifest = open_bundle(folder).manifest
     stages = manifest.pruning.stages
     needed = [row["prompt_slots"] + 2 - (stages[0].kept - stage.kept) for stage in stages]
-    slots = manifest.slots_for(needed)
+    slots = manifest.cache_layout.slots_for(needed)
     assert all(0 <= laid_out - least < 16 for laid_out, least in zip(slots, needed, strict=True))
     assert (row["kept"], row["capacity"]) == (9, slots[0])
-    assert row["cache_bytes"] == 2 * 2 * 16 * manifest.cache_slots(slots) * 4
+    assert row["cache_bytes"] == 2 * 2 * 16 * manifest.cache_layout.total_slots(slots) * 4
 
 
 def test_lint_passes_ours_and_fails_a_decoder_that_ignores_ids(

@@ -47,13 +47,13 @@ def test_capacity_holds_the_longest_prompt_its_answer_and_one_more(keep: float, 
 
 def test_a_cache_is_static_for_engines_and_where_it_is_said() -> None:
     varying = plan_for(recipe_with(keep=0.25), FACTS)
-    (slots,) = set(varying.layer_capacities(3))
+    (slots,) = set(varying.cache_layout(3).layer_extents)
     assert isinstance(slots, Dim)
     assert slots.maximum == varying.capacity
     said = plan_for(recipe_with(keep=0.25, capacity=640), FACTS)
-    assert said.layer_capacities(3) == (640,) * 3
+    assert said.cache_layout(3).layer_extents == (640,) * 3
     engines = plan_for(recipe_with(keep=0.25, targets=("onnx", "tensorrt-rtx")), FACTS)
-    assert engines.layer_capacities(3) == (engines.capacity,) * 3
+    assert engines.cache_layout(3).layer_extents == (engines.capacity,) * 3
 
 
 def test_positions_are_those_of_the_unpruned_prompt() -> None:
@@ -156,9 +156,9 @@ def test_stages_of_a_decoder_that_drops_tokens(capacity: int | None) -> None:
     spare = [stage.capacity - least for stage, least in zip(plan.pruning.stages, needed, strict=True)]
     assert min(spare) == spare[0] >= 0
     assert plan.pruning.stages[0].capacity == plan.capacity == (capacity or 624)
-    slots = [dim if isinstance(dim, int) else dim.maximum for dim in plan.layer_capacities(32)]
+    slots = [dim if isinstance(dim, int) else dim.maximum for dim in plan.cache_layout(32).layer_extents]
     assert slots == [stage.capacity for stage in plan.pruning.stages for _ in range(8)]
-    names = {dim.name for dim in plan.layer_capacities(32) if isinstance(dim, Dim)}
+    names = {dim.name for dim in plan.cache_layout(32).layer_extents if isinstance(dim, Dim)}
     assert names == (
         set() if capacity else {f"capacity_{number}" for number in range(len(plan.pruning.stages))}
     )
@@ -167,7 +167,7 @@ def test_stages_of_a_decoder_that_drops_tokens(capacity: int | None) -> None:
 def test_strategies_before_the_decoder_have_no_stages() -> None:
     plan = plan_for(recipe_with(), DEEP)
     assert plan.pruning.stages == ()
-    assert len(set(plan.layer_capacities(32))) == 1
+    assert len(set(plan.cache_layout(32).layer_extents)) == 1
 
 
 @pytest.mark.parametrize(

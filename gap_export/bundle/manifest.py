@@ -6,12 +6,11 @@ transformers is needed to read it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gap_export.bundle.cache_layout import in_slot_steps
+from gap_export.bundle.cache_layout import CacheLayout, CacheRun
 from gap_export.bundle.hashes import FileRecord
 from gap_export.bundle.spec import Dim, GraphSpec
 from gap_export.inputs.layouts import Layout, TokenRange
@@ -163,6 +162,19 @@ class Pruning(Record):
         """Whether every call of the vision graph is told how many tokens to keep."""
         return self.keep_mode in ("dynamic", "ratio")
 
+    def cache_layout(self, layers: int, capacity: int, *, static: bool) -> CacheLayout:
+        """The cache of a decoder with this pruning: a run of layers for every stage, or one.
+
+        Args:
+            layers: of the decoder.
+            capacity: slots of the layers that see every token.
+            static: see `CacheLayout`.
+        """
+        runs = tuple(
+            CacheRun(stage.layers, stage.capacity, self.stages[0].kept - stage.kept) for stage in self.stages
+        )
+        return CacheLayout(runs or (CacheRun(layers, capacity),), static)
+
     @model_validator(mode="before")
     @classmethod
     def _fixed_unless_said(cls, given: Any) -> Any:
@@ -256,43 +268,10 @@ class Manifest(Record):
     """What it was built from, with everything that was left out filled in."""
 
     @property
-    def capacities(self) -> tuple[int, ...]:
-        """Cache slots of every stage; of the one there is, where pruning comes before the decoder."""
-        return tuple(stage.capacity for stage in self.pruning.stages) or (self.capacity,)
-
-    @property
-    def capacity_dims(self) -> tuple[str, ...]:
-        """Names of the dimensions that are the cache slots of every stage; empty where the cache is static."""
+    def cache_layout(self) -> CacheLayout:
+        """Of the decoder."""
         decoder = self.graphs["decode" if self.pruning.stages else "decoder"].spec
         pasts = set(decoder.aliased.values())
         slots = [tensor.shape[_SLOT_AXIS] for tensor in decoder.inputs if tensor.name in pasts]
-        return tuple(dict.fromkeys(dim.name for dim in slots if isinstance(dim, Dim)))
-
-    def slots_for(self, needed: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Cache slots of every stage that a runtime lays out for a request: attention runs over all of them, filled or not.
-
-        Args:
-            needed: of every stage; None for all there are.
-
-        Returns:
-            What is needed, in steps of `SLOT_STEP`; where the cache is static, its capacity.
-        """
-        if needed is None or not self.capacity_dims:
-            return self.capacities
-        return tuple(
-            min(in_slot_steps(slots), most) for slots, most in zip(needed, self.capacities, strict=True)
-        )
-
-    def lengths_of_stages(self, length: int) -> list[int]:
-        """Tokens of a prompt of that length in every stage; of the one there is, where pruning comes before the decoder."""
-        stages = self.pruning.stages
-        return [length - (stages[0].kept - stage.kept) for stage in stages] or [length]
-
-    def cache_slots(self, capacities: Sequence[int]) -> int:
-        """Cache slots of all layers together.
-
-        Args:
-            capacities: of every stage.
-        """
-        layers = [stage.layers for stage in self.pruning.stages] or [self.spec.layers]
-        return sum(slots * count for slots, count in zip(capacities, layers, strict=True))
+        static = not any(isinstance(dim, Dim) for dim in slots)
+        return self.pruning.cache_layout(self.spec.layers, self.capacity, static=static)

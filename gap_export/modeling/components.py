@@ -227,7 +227,7 @@ class _Specs:
         model, batch = self.model, _batch(self.plan)
         shapes = [
             (f"{layer}.{part}", (batch, model.kv_heads, slots, model.head_dim))
-            for layer, slots in enumerate(self.plan.layer_capacities(model.layers))
+            for layer, slots in enumerate(self.plan.cache_layout(model.layers).layer_extents)
             for part in ("key", "value")
         ]
         past, present = (

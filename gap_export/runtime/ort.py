@@ -82,7 +82,7 @@ class OnnxRuntimeSession(Lifetime):
                 subject=str(bundle.folder),
                 hint="run it with TensorRT, or build with --precision fp32",
             )
-        self.capacities = manifest.capacities
+        self.capacities = manifest.cache_layout.capacities
         self._bundle = bundle
         self._model = manifest.spec
         self._dtype = np.dtype(_element_type(bundle))
@@ -149,7 +149,11 @@ class OnnxRuntimeSession(Lifetime):
         """Fill the cache from slot 0 on."""
         self._check_open()
         batch = placement.position_ids.shape[-2]
-        self._lay_out(_Layout(batch, self._bundle.manifest.slots_for(self._slots_needed(placement, reserve))))
+        self._lay_out(
+            _Layout(
+                batch, self._bundle.manifest.cache_layout.slots_for(self._slots_needed(placement, reserve))
+            )
+        )
         logits = np.empty((batch, self._model.vocabulary), np.float32)
         kept = {
             tensor.name: np.empty((batch, *tensor.extents("maximum")[1:]), np.int64)
@@ -251,7 +255,7 @@ class OnnxRuntimeSession(Lifetime):
         """Of every stage: what the prompt writes, padding included, or where its tokens end, and the slots reserved after that."""
         if reserve is None:
             return None
-        written = self._bundle.manifest.lengths_of_stages(placement.position_ids.shape[-1])
+        written = self._bundle.manifest.cache_layout.lengths_of(placement.position_ids.shape[-1])
         return [
             max(int(slots.max()), own) + reserve
             for slots, own in zip(placement.slots_of_stages, written, strict=True)
@@ -281,7 +285,10 @@ class OnnxRuntimeSession(Lifetime):
         manifest = self._bundle.manifest
         spec = manifest.graphs[self._token_graph].spec
         cached = set(spec.aliased.values())
-        extents = {"batch": layout.rows, **dict(zip(manifest.capacity_dims, layout.capacities, strict=False))}
+        extents = {
+            "batch": layout.rows,
+            **dict(zip(manifest.cache_layout.dims, layout.capacities, strict=False)),
+        }
         return {
             tensor.name: tuple(dim if isinstance(dim, int) else extents[dim.name] for dim in tensor.shape)
             for tensor in spec.inputs

@@ -343,7 +343,7 @@ class TensorRTSession(Lifetime):
                 hint=f"build it with --target {target}",
             )
         self.backend: str = target
-        self.capacities = manifest.capacities
+        self.capacities = manifest.cache_layout.capacities
         # A decoder that drops tokens is two graphs over one cache.
         self._prompt_graph, self._token_graph = (
             ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")

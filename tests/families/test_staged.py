@@ -184,8 +184,8 @@ def test_a_later_stage_has_no_fewer_slots_to_spare(pruner: str, deep_bundle: Dee
     manifest = deep_bundle(pruner=pruner, positions=GAP).manifest
     spare = [stage.capacity - stage.kept for stage in manifest.pruning.stages]
     assert min(spare) == spare[0]
-    assert manifest.capacities[0] == manifest.capacity == max(manifest.capacities)
-    assert manifest.cache_slots(manifest.capacities) == sum(
+    assert manifest.cache_layout.capacities[0] == manifest.capacity == max(manifest.cache_layout.capacities)
+    assert manifest.cache_layout.total_slots(manifest.cache_layout.capacities) == sum(
         tensor.extents("maximum")[2]
         for tensor in manifest.graphs["decode"].spec.inputs
         if tensor.name.endswith(".key")

@@ -39,7 +39,7 @@ class ReferenceSession(Lifetime):
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         self._manifest = bundle.manifest
-        self.capacities = bundle.manifest.capacities
+        self.capacities = bundle.manifest.cache_layout.capacities
         self._graphs = {
             name: ReferenceEvaluator(onnx.load(bundle.graph_path(name))) for name in bundle.manifest.graphs
         }

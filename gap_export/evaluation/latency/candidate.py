@@ -62,7 +62,9 @@ class Candidate:
     def capacities(self, new_tokens: int) -> tuple[int, ...]:
         """Cache slots of every stage that the session lays out for the request."""
         manifest = self.bundle.manifest
-        return manifest.slots_for(manifest.lengths_of_stages(self.prompt_slots + new_tokens))
+        return manifest.cache_layout.slots_for(
+            manifest.cache_layout.lengths_of(self.prompt_slots + new_tokens)
+        )
 
 
 def candidate(

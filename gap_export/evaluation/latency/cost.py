@@ -73,7 +73,7 @@ def cost_of(each: Candidate, prompt_slots: int, capacities: Sequence[int], devic
         for call in calls
     ]
     cached = cache_bytes(each, batch, capacities)
-    slots = dict(zip(manifest.capacity_dims, capacities, strict=False))
+    slots = dict(zip(manifest.cache_layout.dims, capacities, strict=False))
     prompt, token = ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")
     per_slot = cached / max(capacities[0], 1)
     return Cost(
@@ -118,7 +118,13 @@ def dims_of(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, int]:
 def cache_bytes(each: Candidate, batch: int, capacities: Sequence[int]) -> int:
     """Of keys and values of all layers."""
     manifest = each.bundle.manifest
-    elements = 2 * manifest.spec.kv_heads * manifest.spec.head_dim * manifest.cache_slots(capacities) * batch
+    elements = (
+        2
+        * manifest.spec.kv_heads
+        * manifest.spec.head_dim
+        * manifest.cache_layout.total_slots(capacities)
+        * batch
+    )
     return elements * precision(manifest.precision).activations.bytes
 
 

@@ -133,7 +133,7 @@ def keeping(pruning: Pruning, visual_tokens: int) -> str:
 
 def cache_length(manifest: Manifest) -> str:
     """How many slots its cache has, in words."""
-    return f"cache of {'up to ' if manifest.capacity_dims else ''}{manifest.capacity} slots"
+    return f"cache of {'' if manifest.cache_layout.static else 'up to '}{manifest.capacity} slots"
 
 
 def ids_and_slots(bundle: Bundle) -> list[dict[str, str]]:

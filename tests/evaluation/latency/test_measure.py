@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gap_export.bundle.cache_layout import CacheLayout, CacheRun
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.environment import RUNTIME_PACKAGES, cpu_name, peak_rss_bytes, versions
@@ -100,10 +101,7 @@ def fake_candidate(session: FakeSession, name: str = "fake", batch: int = 1) -> 
         prompt=SimpleNamespace(images=1),
         precision="fp16",
         capacity=session.capacity,
-        capacity_dims=(),
-        lengths_of_stages=lambda length: [length],
-        slots_for=lambda needed: (session.capacity,),
-        cache_slots=lambda capacities: 2 * capacities[0],
+        cache_layout=CacheLayout((CacheRun(layers=2, capacity=session.capacity),), static=True),
         spec=ModelSpec(
             hidden_size=32,
             layers=2,
