@@ -57,7 +57,7 @@ class Checkpoint:
         return location
 
     def with_companion(self, name: str, companion: Checkpoint) -> Checkpoint:
-        """This checkpoint, joined by another one that a piece of the model comes from."""
+        """This checkpoint with another one as a companion: a piece of the model comes from it."""
         added = {f"{name}/{key}": location for key, location in companion.weights.items()}
         return replace(
             self,

@@ -55,7 +55,7 @@ def with_low_rank(
     Source: LoRA (arXiv 2106.09685), section 4.1; scale = alpha / rank.
 
     Args:
-        checkpoint: joined by its parts.
+        checkpoint: with its companions.
         weight_key: W [O, I].
         a_key: A [R, I].
         b_key: B [O, R].

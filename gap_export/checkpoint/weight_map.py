@@ -32,7 +32,7 @@ def find_key(checkpoint: Checkpoint, parameter: str, prefixes: Prefixes) -> str:
     """Key of a parameter.
 
     Args:
-        checkpoint: joined by its parts.
+        checkpoint: with its companions.
         parameter: name in the traced module.
         prefixes: of the family; the longest that fits counts.
 
@@ -57,7 +57,7 @@ def check_known(
     """Refuse a checkpoint with weights that its model has no place for: it is of another model, or of another version of it.
 
     Args:
-        checkpoint: joined by its parts.
+        checkpoint: with its companions.
         parameters: all of the model's, whether the graphs use them or not.
         prefixes: of the family.
         ignored: pattern of further keys that are known and not used.

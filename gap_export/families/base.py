@@ -59,7 +59,7 @@ class Family(ABC):
     Attributes:
         row: of the family.
         checkpoint: with every weight in place, deltas added, low-rank updates merged.
-        require: raises unless something of the config holds.
+        check: raises unless something of the config holds.
         config: of the checkpoint, as `read_config` gives it; read once.
 
     Raises:
@@ -74,7 +74,7 @@ class Family(ABC):
     def __init__(self, row: FamilyRow, checkpoint: Checkpoint) -> None:
         self.row = row
         self.checkpoint = self.resolve_weights(checkpoint)
-        self.require = hf_config.Requirements(checkpoint, row.title)
+        self.check = hf_config.ConfigCheck(checkpoint, row.title)
         self.config: Any = self.read_config()
 
     # What is read from the checkpoint

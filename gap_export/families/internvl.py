@@ -109,27 +109,27 @@ class InternVL(Family):
 
     @override
     def read_config(self) -> Any:
-        config, require = hf_config.read_config(self.checkpoint), self.require
+        config, check = hf_config.read_config(self.checkpoint), self.check
         vision, text = config.vision_config, config.text_config
         decoders = ("qwen2", "qwen3", "llama")
-        require("vision_config.model_type", vision.model_type == "internvl_vision", "InternViT")
-        require("text_config.model_type", text.model_type in decoders, ", ".join(decoders))
-        require("text_config.use_sliding_window", getattr(text, "sliding_window", None) is None, "false")
-        require("vision_feature_layer", config.vision_feature_layer == -1, "-1")
+        check("vision_config.model_type", vision.model_type == "internvl_vision", "InternViT")
+        check("text_config.model_type", text.model_type in decoders, ", ".join(decoders))
+        check("text_config.use_sliding_window", getattr(text, "sliding_window", None) is None, "false")
+        check("vision_feature_layer", config.vision_feature_layer == -1, "-1")
         default = config.vision_feature_select_strategy == "default"
-        require("vision_feature_select_strategy", default, "default")
-        require("vision_config.image_size", len({*vision.image_size}) == 1, "squares")
-        require("vision_config.patch_size", len({*vision.patch_size}) == 1, "squares")
+        check("vision_feature_select_strategy", default, "default")
+        check("vision_config.image_size", len({*vision.image_size}) == 1, "squares")
+        check("vision_config.patch_size", len({*vision.patch_size}) == 1, "squares")
         patches, step = vision.image_size[0] // vision.patch_size[0], 1 / config.downsample_ratio
         divides = step.is_integer() and patches % step == 0
-        require("downsample_ratio", divides, "one that divides the patches of a tile")
+        check("downsample_ratio", divides, "one that divides the patches of a tile")
         return config
 
     @cached_property
     def _tiles(self) -> DynamicTilesLayout:
         vision = self.config.vision_config
         size, patch = vision.image_size[0], vision.patch_size[0]
-        settings = hf_config.tile_processor(self.checkpoint, self.require, size)
+        settings = hf_config.tile_processor(self.checkpoint, self.check, size)
         side = round(size // patch * self.config.downsample_ratio)
         return DynamicTilesLayout(
             size=size,

@@ -29,12 +29,12 @@ class Llava(ClipLlama):
 
     @override
     def read_config(self) -> ClipLlamaConfig:
-        config, require = hf_config.read_config(self.checkpoint), self.require
-        require("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer, not a list")
+        config, check = hf_config.read_config(self.checkpoint), self.check
+        check("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer, not a list")
         default = config.vision_feature_select_strategy == "default"
-        require("vision_feature_select_strategy", default, "default")
-        require("vision_config.model_type", config.vision_config.model_type == "clip_vision_model", "CLIP")
-        require("text_config.model_type", config.text_config.model_type == "llama", "llama")
+        check("vision_feature_select_strategy", default, "default")
+        check("vision_config.model_type", config.vision_config.model_type == "clip_vision_model", "CLIP")
+        check("text_config.model_type", config.text_config.model_type == "llama", "llama")
         return ClipLlamaConfig(
             vision_config=config.vision_config,
             text_config=config.text_config,

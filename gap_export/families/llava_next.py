@@ -89,16 +89,16 @@ class LlavaNext(Family):
 
     @override
     def read_config(self) -> Any:
-        config, require = hf_config.read_config(self.checkpoint), self.require
+        config, check = hf_config.read_config(self.checkpoint), self.check
         vision, text = config.vision_config, config.text_config
-        require("vision_config.model_type", vision.model_type == "clip_vision_model", "CLIP")
-        require("text_config.model_type", text.model_type in GROUNDING_PROMPTS, ", ".join(GROUNDING_PROMPTS))
-        require("text_config.sliding_window", getattr(text, "sliding_window", None) is None, "null")
-        require("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer, not a list")
+        check("vision_config.model_type", vision.model_type == "clip_vision_model", "CLIP")
+        check("text_config.model_type", text.model_type in GROUNDING_PROMPTS, ", ".join(GROUNDING_PROMPTS))
+        check("text_config.sliding_window", getattr(text, "sliding_window", None) is None, "null")
+        check("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer, not a list")
         default = config.vision_feature_select_strategy == "default"
-        require("vision_feature_select_strategy", default, "default")
-        require("image_size", vision.image_size % vision.patch_size == 0, "a multiple of patch_size")
-        hf_config.check_whole_tiles(config, require)
+        check("vision_feature_select_strategy", default, "default")
+        check("image_size", vision.image_size % vision.patch_size == 0, "a multiple of patch_size")
+        hf_config.check_whole_tiles(config, check)
         return config
 
     @property
@@ -108,7 +108,7 @@ class LlavaNext(Family):
 
     @cached_property
     def _tiles(self) -> AnyResLayout:
-        return hf_config.anyres_layout(self.checkpoint, self.config, self.require)
+        return hf_config.anyres_layout(self.checkpoint, self.config, self.check)
 
     @property
     @override

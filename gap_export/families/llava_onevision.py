@@ -86,22 +86,22 @@ class LlavaOnevision(Family):
 
     @override
     def read_config(self) -> Any:
-        config, require = hf_config.read_config(self.checkpoint), self.require
+        config, check = hf_config.read_config(self.checkpoint), self.check
         vision, text = config.vision_config, config.text_config
-        require("vision_config.model_type", vision.model_type == "siglip_vision_model", "SigLIP")
-        require("text_config.model_type", text.model_type == "qwen2", "qwen2")
-        require("text_config.use_sliding_window", text.sliding_window is None, "false")
-        require("vision_feature_layer", config.vision_feature_layer == -1, "-1")
-        require("vision_feature_select_strategy", config.vision_feature_select_strategy == "full", "full")
+        check("vision_config.model_type", vision.model_type == "siglip_vision_model", "SigLIP")
+        check("text_config.model_type", text.model_type == "qwen2", "qwen2")
+        check("text_config.use_sliding_window", text.sliding_window is None, "false")
+        check("vision_feature_layer", config.vision_feature_layer == -1, "-1")
+        check("vision_feature_select_strategy", config.vision_feature_select_strategy == "full", "full")
         counted = re.fullmatch(r"anyres_max_[1-9]\d*", config.vision_aspect_ratio) is not None
-        require("vision_aspect_ratio", counted, "anyres_max_9 or another number")
-        hf_config.check_whole_tiles(config, require)
+        check("vision_aspect_ratio", counted, "anyres_max_9 or another number")
+        hf_config.check_whole_tiles(config, check)
         return config
 
     @cached_property
     def _tiles(self) -> AnyResLayout:
         most = int(self.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-        tiles = hf_config.anyres_layout(self.checkpoint, self.config, self.require)
+        tiles = hf_config.anyres_layout(self.checkpoint, self.config, self.check)
         return tiles.model_copy(update={"max_tiles": most})
 
     @override

@@ -56,12 +56,12 @@ class QwenVL(Family):
 
     @override
     def read_config(self) -> Any:
-        config, require = hf_config.read_config(self.checkpoint), self.require
+        config, check = hf_config.read_config(self.checkpoint), self.check
         text, rope = config.text_config, config.text_config.rope_parameters
         layer_types = {*(getattr(text, "layer_types", None) or ["full_attention"])}
-        require("text_config.use_sliding_window", layer_types == {"full_attention"}, "false")
-        require("text_config.rope_scaling.type", rope["rope_type"] == "default", "mrope, or default")
-        require("vision_config.in_channels", config.vision_config.in_channels == 3, "3")
+        check("text_config.use_sliding_window", layer_types == {"full_attention"}, "false")
+        check("text_config.rope_scaling.type", rope["rope_type"] == "default", "mrope, or default")
+        check("vision_config.in_channels", config.vision_config.in_channels == 3, "3")
         return config
 
     @override
@@ -130,7 +130,7 @@ class QwenVL(Family):
     @cached_property
     def _native(self) -> NativeResolutionLayout:
         """As the checkpoint's own processor has it."""
-        vision, require = self.config.vision_config, self.require
+        vision, check = self.config.vision_config, self.check
         settings = hf_config.image_processor(self.checkpoint)
         for field, own in (
             ("patch_size", vision.patch_size),
@@ -138,8 +138,8 @@ class QwenVL(Family):
             ("temporal_patch_size", vision.temporal_patch_size),
         ):
             same = settings.get(field, own) == own
-            require(f"{field} of the image processor", same, f"{own}, as of the vision tower")
-        require(
+            check(f"{field} of the image processor", same, f"{own}, as of the vision tower")
+        check(
             "resample of the image processor",
             settings.get("resample", hf_config.BICUBIC) == hf_config.BICUBIC,
             "3, bicubic",
@@ -148,7 +148,7 @@ class QwenVL(Family):
         least: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most: Any = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         bounded = isinstance(least, int) and isinstance(most, int) and 0 < least <= most
-        require("size of the image processor", bounded, "a smallest and a largest number of pixels")
+        check("size of the image processor", bounded, "a smallest and a largest number of pixels")
         return NativeResolutionLayout(
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
@@ -185,7 +185,7 @@ class Qwen25VL(QwenVL):
     @override
     def read_config(self) -> Any:
         config = super().read_config()
-        self.require("vision_config.window_size", _window(config.vision_config) >= 1, "at least one token")
+        self.check("vision_config.window_size", _window(config.vision_config) >= 1, "at least one token")
         return config
 
     @property
@@ -212,7 +212,7 @@ class Qwen3VL(QwenVL):
         config = super().read_config()
         indexes, depth = config.vision_config.deepstack_visual_indexes, config.vision_config.depth
         are_layers = sorted({*indexes}) == [*indexes] and all(0 <= index < depth for index in indexes)
-        self.require(
+        self.check(
             "vision_config.deepstack_visual_indexes",
             are_layers and len(indexes) <= config.text_config.num_hidden_layers,
             "layers of the tower, ascending, at most as many as the decoder has",

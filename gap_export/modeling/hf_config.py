@@ -25,8 +25,8 @@ PREFIXES: Prefixes = {
 
 
 @dataclass(frozen=True)
-class Requirements:
-    """Checks of a configuration that name the model whose layout is expected.
+class ConfigCheck:
+    """Checks fields of a configuration, and names the model whose layout is expected.
 
     Attributes:
         checkpoint: whose configuration it is.
@@ -37,8 +37,15 @@ class Requirements:
     model: str
 
     def __call__(self, field: str, holds: bool, wanted: str) -> None:
-        """Raises:
-        CheckpointError: it does not hold.
+        """Refuse a configuration of which something does not hold.
+
+        Args:
+            field: of the configuration, for the message.
+            holds: whether it is as this package expects.
+            wanted: what is supported.
+
+        Raises:
+            CheckpointError: it does not hold.
         """
         if not holds:
             raise CheckpointError(
@@ -96,12 +103,12 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
     return stored
 
 
-def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> dict[str, Any]:
+def tile_processor(checkpoint: Checkpoint, check: ConfigCheck, size: int) -> dict[str, Any]:
     """Settings of the image processor where images become tiles, which are made by one filter and as large as the tower takes them.
 
     Args:
         checkpoint: whose settings they are.
-        require: names the model.
+        check: names the model.
         size: side of the tower's images in pixels.
 
     Raises:
@@ -112,27 +119,27 @@ def tile_processor(checkpoint: Checkpoint, require: Requirements, size: int) -> 
     sides = {
         side for extent in extents for side in (extent.values() if isinstance(extent, dict) else [extent])
     }
-    require("resample of the image processor", settings.get("resample", BICUBIC) == BICUBIC, "3, bicubic")
-    require("size of the image processor", sides <= {size}, f"{size}, as of the vision tower")
+    check("resample of the image processor", settings.get("resample", BICUBIC) == BICUBIC, "3, bicubic")
+    check("size of the image processor", sides <= {size}, f"{size}, as of the vision tower")
     return settings
 
 
-def anyres_layout(checkpoint: Checkpoint, config: Any, require: Requirements) -> AnyResLayout:
+def anyres_layout(checkpoint: Checkpoint, config: Any, check: ConfigCheck) -> AnyResLayout:
     """Tiles of LLaVA-NeXT and those that come after it, any number of them.
 
     Args:
         checkpoint: whose settings they are.
         config: of the model.
-        require: names the model.
+        check: names the model.
 
     Raises:
         CheckpointError: no sound settings, other tiles, or other grids than the config has.
     """
     vision = config.vision_config
-    settings = tile_processor(checkpoint, require, vision.image_size)
+    settings = tile_processor(checkpoint, check, vision.image_size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
     same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
-    require(
+    check(
         "image_grid_pinpoints",
         sorted(map(tuple, same)) == sorted(grids),
         "the same in config.json and preprocessor_config.json",
@@ -146,7 +153,7 @@ def anyres_layout(checkpoint: Checkpoint, config: Any, require: Requirements) ->
     )
 
 
-def check_whole_tiles(config: Any, require: Requirements) -> None:
+def check_whole_tiles(config: Any, check: ConfigCheck) -> None:
     """Refuse grids that tiles do not fill.
 
     Raises:
@@ -154,7 +161,7 @@ def check_whole_tiles(config: Any, require: Requirements) -> None:
     """
     size = config.vision_config.image_size
     whole = all(extent % size == 0 for grid in config.image_grid_pinpoints for extent in grid)
-    require("image_grid_pinpoints", whole, "multiples of image_size")
+    check("image_grid_pinpoints", whole, "multiples of image_size")
 
 
 def feature_layer(number: int, vision_config: Any) -> int:

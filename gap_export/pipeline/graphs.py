@@ -196,7 +196,7 @@ def _ranges_of(traced: Sequence[TracedGraph], model: OpenedModel, folder: Path) 
     ranges = model.ranges
     if ranges is None:
         return {}
-    ranges.require([name for graph in traced for name in graph.schemes], model.family.row.name)
+    ranges.check_covers([name for graph in traced for name in graph.schemes], model.family.row.name)
     ranges.write(folder / RANGES)
     return ranges.largest
 

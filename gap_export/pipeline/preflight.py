@@ -118,7 +118,7 @@ def needs_of(
     """An estimate, rather too high than too low: weights that no graph uses are counted.
 
     Args:
-        checkpoint: joined by its parts.
+        checkpoint: with its companions.
         recipe: of the build.
         facts: sizes of the model.
         linkable: whether the output lies on a file system into which the checkpoint's files can be linked.

@@ -42,7 +42,7 @@ class Ranges(Record):
     source: str
     largest: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
-    def require(self, parameters: Collection[str], family: str) -> None:
+    def check_covers(self, parameters: Collection[str], family: str) -> None:
         """Refuse ranges that are of another model.
 
         Args:

@@ -51,8 +51,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_ranges_of_another_model() -> None:
-    RANGES.require(["a.weight"], "llava")
+    RANGES.check_covers(["a.weight"], "llava")
     with pytest.raises(RecipeError, match=r"no range of c\.weight"):
-        RANGES.require(["a.weight", "c.weight"], "llava")
+        RANGES.check_covers(["a.weight", "c.weight"], "llava")
     with pytest.raises(RecipeError, match="ranges of family 'llava'"):
-        RANGES.require(["a.weight"], "shikra")
+        RANGES.check_covers(["a.weight"], "shikra")
