@@ -94,7 +94,7 @@ def export_graphs(
         recipe: of the bundle.
         folder: where graphs and weights are put; must be there.
         only: names of the graphs; all of them by default.
-        tracer: `trace.graph_from_component` by default; a `TracedOnce` where several recipes are built.
+        tracer: of the components; where several recipes are exported, one for all of them. By default one with the user's cache.
         progress: told when a stage begins.
 
     Raises:

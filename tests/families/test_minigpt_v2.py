@@ -19,7 +19,7 @@ from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, GapExportError
 from gap_export.families import open_family
 from gap_export.inputs.square import fit
-from gap_export.pipeline.build import build as build_bundle
+from gap_export.pipeline.build import build_bundle
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
@@ -119,7 +119,7 @@ def build(options: dict[str, Any], folder: Path) -> Callable[..., Bundle]:
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in built:
             recipe = Recipe.model_validate({**options, **changes})
-            built[name] = build_bundle(recipe, folder / "bundles" / name).bundle
+            built[name] = build_bundle(recipe, folder / "bundles" / name)
         return built[name]
 
     return bundle

@@ -19,7 +19,7 @@ from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import row_of
 from gap_export.inputs.square import fit
-from gap_export.pipeline.build import build as build_bundle
+from gap_export.pipeline.build import build_bundle
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
@@ -193,7 +193,7 @@ def build(options: dict[str, dict[str, Any]], folder: Path) -> Build:
         name = "-".join([which, *(f"{key}={changes[key]}" for key in sorted(changes))])
         if name not in built:
             recipe = Recipe.model_validate({"name": "small", **options[which], **changes})
-            built[name] = build_bundle(recipe, folder / "bundles" / name).bundle
+            built[name] = build_bundle(recipe, folder / "bundles" / name)
         return built[name]
 
     return bundle
