@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gap_export import prune
+from gap_export import families, prune
+from gap_export.boxes.codecs import CODECS
 from gap_export.evaluation.refer.annotations import FORMATS
 from gap_export.precision import PRECISIONS
 
@@ -78,6 +79,28 @@ def precisions() -> str:
     return "\n".join(rows)
 
 
+def models() -> str:
+    """The families, from their rows; what checkpoints are named and laid out like, and how boxes are written."""
+    rows = [
+        "| family | published as | visual tokens | position ids | boxes of | written as |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in families.names():
+        row = families.row(name)
+        ids = "one row" if row.position_rows == 1 else "three rows"
+        frame = "the padded square" if row.box.frame == "padded_square" else "the image"
+        example = CODECS[row.box.codec].example
+        rows.append(
+            f"| `{name}` | {row.published} | {row.visual_tokens} | {ids} | {frame} | `{_cell(example)}` |"
+        )
+    return "\n".join(rows)
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a table: a bar would end it."""
+    return text.replace("|", "\\|")
+
+
 def formats() -> str:
     """The formats of annotations, from their rows."""
     rows = ["| `--data` | published by | images |", "|---|---|---|"]
@@ -86,6 +109,7 @@ def formats() -> str:
 
 
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "models": (ROOT / "docs" / "models.md", models),
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),
     "formats": (ROOT / "docs" / "evaluation.md", formats),

@@ -80,7 +80,7 @@ class Derived:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorHeader:
     """A tensor that is to be written into a safetensors file.
 
     Attributes:
@@ -96,7 +96,7 @@ class Part:
     length: int
 
 
-def lay_out(parts: Sequence[Part]) -> tuple[bytes, dict[str, int], int]:
+def lay_out(parts: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int], int]:
     """Where tensors come to lie in a safetensors file of their own, each at a multiple of 64 bytes.
 
     Returns:

@@ -104,8 +104,9 @@ def validate(
     questions, grounder = list(scenes.cases(limit)), Grounder(bundle)
     answer = partial(runner.run_cases, batch=batch, progress=progress)
     with opened(bundle, backend, threads=threads) as session:
-        work = validation_work(limit, staged=bool(manifest.pruning.stages))
-        progress.stage("answering with PyTorch", total=work)
+        progress.stage(
+            "answering with PyTorch", total=validation_work(limit, staged=bool(manifest.pruning.stages))
+        )
         with open_torch(bundle, checkpoint=Path(recipe.checkpoint), text_tower=text_tower) as original:
             reference = answer(grounder, original, questions, keep=keep, keep_logits=True)
         progress.stage(f"answering with {backend}")

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.checkpoint.safetensors import Derived, Part, WeightLocation, lay_out
+from gap_export.checkpoint.safetensors import Derived, TensorHeader, WeightLocation, lay_out
 from gap_export.errors import CheckpointError, MissingRequirementError, TraceError
 from gap_export.files import place_file, writing
 from gap_export.graph.trace import is_fake
@@ -113,7 +113,7 @@ class WeightStore:
                     hint="use a checkpoint in fp32, fp16 or bf16",
                 )
             elements = int(np.prod(source.shape, dtype=np.int64))
-            parts.append(Part(key, wanted, source.shape, elements * width))
+            parts.append(TensorHeader(key, wanted, source.shape, elements * width))
         head, offsets, _ = lay_out(parts)
         converted: dict[str, WeightLocation] = {}
         with (

@@ -77,13 +77,13 @@ class ReferenceModel(Protocol):
         ...
 
 
-def open_model(family: str, checkpoint: Path, parts: Mapping[str, Path]) -> ReferenceModel:
+def open_model(family: str, checkpoint: Path, companions: Mapping[str, Path]) -> ReferenceModel:
     """Load a reference, in fp32.
 
     Args:
         family: name in the table of families.
         checkpoint: folder.
-        parts: name -> folder of checkpoints that pieces of the model come from.
+        companions: name -> folder of checkpoints that pieces of the model come from.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -91,7 +91,7 @@ def open_model(family: str, checkpoint: Path, parts: Mapping[str, Path]) -> Refe
     found = families.row(family).load_reference()
     try:
         with quiet_loading():
-            model: ReferenceModel = found(checkpoint, torch.float32, parts)
+            model: ReferenceModel = found(checkpoint, torch.float32, companions)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"could not be loaded by transformers: {first_line(error)}",

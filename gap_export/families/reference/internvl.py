@@ -23,7 +23,7 @@ class InternVLReference:
 
     grid = None
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
         model: Any = InternVLForConditionalGeneration.from_pretrained(
             checkpoint, dtype=dtype, attn_implementation="eager", local_files_only=True
         ).eval()

@@ -20,7 +20,7 @@ from gap_export.prune.reference import Choice
 class LlavaReference:
     """LLaVA-1.5 in transformers, as a `ReferenceModel`."""
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
         model: Any = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype=dtype, attn_implementation="eager", local_files_only=True
         ).eval()

@@ -26,7 +26,7 @@ class LlavaNextReference:
 
     grid = None
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
         model: Any = LlavaNextForConditionalGeneration.from_pretrained(
             checkpoint, dtype=dtype, attn_implementation="eager", local_files_only=True
         ).eval()

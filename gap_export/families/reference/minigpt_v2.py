@@ -29,10 +29,10 @@ HEAD_WIDTH, GROUP, EPS = 88, 4, 1e-6
 class MiniGptReference:
     """MiniGPT-v2 in plain torch, as a `ReferenceModel`."""
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
-        own, self._tower = _archive(checkpoint), _archive(parts["vision_tower"])
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
+        own, self._tower = _archive(checkpoint), _archive(companions["vision_tower"])
         model: Any = LlamaForCausalLM.from_pretrained(
-            parts["base"], dtype=dtype, attn_implementation="eager", local_files_only=True
+            companions["base"], dtype=dtype, attn_implementation="eager", local_files_only=True
         ).eval()
         for key, a_RI in own.items():
             found = re.search(r"model\.layers\.(\d+)\.self_attn\.([qv]_proj)\.lora_A", key)
@@ -43,7 +43,7 @@ class MiniGptReference:
                 weight.data = (weight.float() + 16 / 64 * (b_OR @ a_RI.float())).to(dtype)
         self.dtype = dtype
         # The first id after those of the tokenizer: see `families/minigpt_v2.py`.
-        self.image_token_id = load_tokenizer(parts["base"] / "tokenizer.json").get_vocab_size()
+        self.image_token_id = load_tokenizer(companions["base"] / "tokenizer.json").get_vocab_size()
         self.embedding = model.get_input_embeddings()
         self.language_model, self.lm_head = model.model, model.lm_head
         self._own = {key: value.to(dtype) for key, value in own.items()}

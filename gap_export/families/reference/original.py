@@ -85,10 +85,10 @@ class ClipLlamaReference:
 class LlavaOriginalReference(ClipLlamaReference):
     """LLaVA-1.5; a tower that was trained along lies in the checkpoint, otherwise it is OpenAI's."""
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
         config, state = _config(checkpoint), stored_state(checkpoint)
         width = config.hidden_size
-        tower: Any = CLIPVisionModel.from_pretrained(parts["vision_tower"], attn_implementation="eager")
+        tower: Any = CLIPVisionModel.from_pretrained(companions["vision_tower"], attn_implementation="eager")
         inside = "model.vision_tower.vision_tower.vision_model."
         if any(key.startswith(inside) for key in state):
             own = {key.removeprefix(inside): value for key, value in state.items() if key.startswith(inside)}
@@ -112,11 +112,11 @@ class LlavaOriginalReference(ClipLlamaReference):
 class ShikraReference(ClipLlamaReference):
     """Shikra, its delta added to LLaMA's weights where it is one."""
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
         config, state = _config(checkpoint), stored_state(checkpoint)
-        tower: Any = CLIPVisionModel.from_pretrained(parts["vision_tower"], attn_implementation="eager")
-        if "base" in parts:
-            for key, base in stored_state(parts["base"]).items():
+        tower: Any = CLIPVisionModel.from_pretrained(companions["vision_tower"], attn_implementation="eager")
+        if "base" in companions:
+            for key, base in stored_state(companions["base"]).items():
                 if not key.endswith("inv_freq"):
                     merged = state[key].float()
                     merged[: len(base)] += base.float()

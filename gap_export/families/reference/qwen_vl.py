@@ -25,7 +25,7 @@ class Qwen2VLReference:
 
     grid = None
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
         model: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=dtype, attn_implementation="eager", local_files_only=True
         ).eval()
@@ -80,8 +80,8 @@ class Qwen25VLReference(Qwen2VLReference):
 class Qwen3VLReference(Qwen2VLReference):
     """Qwen3-VL in transformers; features of DeepStack lie behind the embedding, [K, (1 + deepstack_levels) * H]."""
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> None:
-        super().__init__(checkpoint, dtype, parts)
+    def __init__(self, checkpoint: Path, dtype: torch.dtype, companions: Mapping[str, Path]) -> None:
+        super().__init__(checkpoint, dtype, companions)
         deepstack_levels = len(self._tower.deepstack_visual_indexes)
         self.embedding = _WithEmptyLevels(self.embedding, deepstack_levels)
         self.language_model = _Stacked(self.language_model, deepstack_levels)

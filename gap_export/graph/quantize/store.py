@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.checkpoint.safetensors import Part, lay_out
+from gap_export.checkpoint.safetensors import TensorHeader, lay_out
 from gap_export.errors import MissingRequirementError
 from gap_export.files import writing
 from gap_export.graph.quantize.rounding import packed_pairs
@@ -122,11 +122,11 @@ class QuantizedStore:
         return max(float(np.abs(rows_NK).max()) for _, rows_NK in self._rows(key))
 
 
-def _part(key: str, piece: Piece) -> Part:
+def _part(key: str, piece: Piece) -> TensorHeader:
     """How a piece of the weight of that key lies in the file."""
     length = math.prod(piece.shape) * piece.dtype.bitwidth // 8
     kind = _SAFETENSORS.get(piece.dtype)
-    return Part(f"{key}.{piece.name}", kind or "U8", piece.shape if kind else (length,), length)
+    return TensorHeader(f"{key}.{piece.name}", kind or "U8", piece.shape if kind else (length,), length)
 
 
 def _mapped(path: Path, offset: int, piece: Piece) -> NDArray[Any]:
