@@ -21,6 +21,7 @@ from gap_export.checkpoint.tokenizers import stored_tokenizer
 from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.table import FamilyRow
+from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.modeling import hf_config, selection
@@ -130,6 +131,18 @@ class Family(ABC):
     @abstractmethod
     def spec(self, recipe: Recipe) -> ModelSpec:
         """Sizes of the model, as far as the recipe leaves them open."""
+
+    def spec_of_varying_images(self, counts: tuple[TokenRange, int], **facts: Any) -> ModelSpec:
+        """The sizes of a model whose images differ in how many visual tokens they have.
+
+        Args:
+            counts: how many, and N of the largest image, as the layout says.
+            facts: further fields of `ModelSpec`.
+        """
+        tokens, most = counts
+        sizes = hf_config.decoder_sizes(self.config.text_config)
+        given = {"missing_features": self.row.missing_features, **facts}
+        return ModelSpec(**sizes, visual_tokens=most, grid=None, token_range=tokens, **given)
 
     @abstractmethod
     def layout(self, recipe: Recipe) -> Layout:

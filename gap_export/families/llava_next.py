@@ -117,13 +117,9 @@ class LlavaNext(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        tokens, most = self._tiles.token_range()
         has_following = self._feature_layer < self.config.vision_config.num_hidden_layers
-        return ModelSpec(
-            **hf_config.decoder_sizes(self.config.text_config),
-            visual_tokens=most,
-            grid=None,
-            token_range=tokens,
+        return self.spec_of_varying_images(
+            self._tiles.token_range(),
             missing_features=("grid",) if has_following else ("grid", "following_layer"),
             published_tower=published_tower(self.config.vision_config),
         )

@@ -106,14 +106,7 @@ class LlavaOnevision(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        tokens, most = self._tiles.token_range()
-        return ModelSpec(
-            **hf_config.decoder_sizes(self.config.text_config),
-            visual_tokens=most,
-            grid=None,
-            token_range=tokens,
-            missing_features=self.row.missing_features,
-        )
+        return self.spec_of_varying_images(self._tiles.token_range())
 
     @override
     def layout(self, recipe: Recipe) -> AnyResLayout:

@@ -66,15 +66,8 @@ class QwenVL(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        tokens, most = self.layout(recipe).token_range()
-        return ModelSpec(
-            **hf_config.decoder_sizes(self.config.text_config),
-            visual_tokens=most,
-            grid=None,
-            token_range=tokens,
-            position_rows=3,
-            deepstack_levels=self.deepstack_levels,
-            missing_features=self.row.missing_features,
+        return self.spec_of_varying_images(
+            self.layout(recipe).token_range(), position_rows=3, deepstack_levels=self.deepstack_levels
         )
 
     @override
