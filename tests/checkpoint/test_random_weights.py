@@ -95,7 +95,7 @@ def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> 
     from gap_export.families import open_family
     from gap_export.inputs.prompt import encode_prompts, load_tokenizer
     from gap_export.plan import plan_for
-    from tests.families.test_published_keys import write
+    from tests.families.published.files import write
 
     content = published(file.stem.replace("--", "/"))
     recipe = next(

@@ -26,7 +26,7 @@ from gap_export.runtime.generate import generate
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
 from tests.families.plain_models import EvaTower, Llama, llama_shapes, random_weights, spliced
-from tests.families.test_original_layouts import config_of, write_tokenizer
+from tests.families.small_llama import config_of, write_tokenizer
 
 VOCABULARY, WIDTH, LAYERS, HEADS, EPS = 64, 64, 2, 4, 1e-6
 LLAMA = {"width": WIDTH, "hidden": 96, "layers": LAYERS, "heads": HEADS, "kv_heads": HEADS}

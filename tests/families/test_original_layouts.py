@@ -27,67 +27,22 @@ from gap_export.runtime.generate import generate
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
 from tests.families.plain_models import ClipTower, Llama, llama_shapes, random_weights, spliced
+from tests.families.small_llama import (
+    EPS,
+    HEADS,
+    LAYERS,
+    LLAMA,
+    VOCABULARY,
+    WIDTH,
+    config_of,
+    write_tokenizer,
+)
 
-VOCABULARY, WIDTH, LAYERS, HEADS, EPS = 64, 64, 2, 4, 1e-6
-LLAMA = {"width": WIDTH, "hidden": 96, "layers": LAYERS, "heads": HEADS, "kv_heads": HEADS}
 KEPT, VISUAL, NEW = 9, 36, 20
 PROMPTS = {
     "llava_original": "USER : <image> where is {expression} ? ASSISTANT :",
     "shikra": "USER : where <im_start><im_patch><im_end> is {expression} in the picture ? ASSISTANT :",
 }
-WORDS = [
-    "USER",
-    ":",
-    "?",
-    "ASSISTANT",
-    "where",
-    "is",
-    "the",
-    "red",
-    "green",
-    "blue",
-    "circle",
-    "square",
-    "large",
-    "on",
-    "left",
-    "in",
-    "a",
-    "picture",
-    "mug",
-    "cat",
-]
-
-
-def write_tokenizer(folder: Path, added: list[str]) -> None:
-    """Words for ids from 3 on; added tokens take the last ids of the table."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<unk>", "<s>", "</s>", *WORDS]
-    words += [f"w{number}" for number in range(VOCABULARY - len(words) - len(added))]
-    vocabulary = {word: id_ for id_, word in enumerate([*words, *added])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = [AddedToken(word, special=True, normalized=False) for word in ("<unk>", "<s>", "</s>", *added)]
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def config_of(model_type: str, vocabulary: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "vocab_size": vocabulary,
-        "hidden_size": WIDTH,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": EPS,
-        "hidden_act": "silu",
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from gap_export.runtime.shared_prefix import common_length, continue_answers, pr
 from gap_export.runtime.torch.reference import open_torch
 from tests.families import toy_family
 from tests.families.plain_models import Llama, llama_shapes, random_weights, spliced
-from tests.families.test_original_layouts import write_tokenizer
+from tests.families.small_llama import write_tokenizer
 
 SIZE, PATCH, TOWER, WIDTH, LAYERS, HEADS, KV_HEADS, EPS, THETA = 32, 8, 24, 64, 2, 4, 2, 1e-6, 100.0
 VOCABULARY, VISUAL, KEPT, NEW = 64, 16, 8, 12
