@@ -30,6 +30,9 @@ from gap_export.modeling.fake import fake_mode
 
 _LOG = logging.getLogger(__name__)
 
+_AMPLE = 2**20
+_WITHOUT_BOUND = ("capacity", "sequence", "spliced", "text")
+
 FAKE = "fake"
 """Stands for the file of a weight that is yet to be attached."""
 
@@ -84,6 +87,17 @@ def graph_from_component(component: Component) -> ir.Model:
     return model
 
 
+def traced_bounds(dim: Dim) -> tuple[int, int]:
+    """Smallest and largest extent that a dimension is traced for.
+
+    No graph has a capacity or the length of a text in it, only their names: they are traced for more than anyone asks for, so that
+    bundles that differ in them have a trace in common. The count of kept tokens has a bound that graphs rely on, the number of
+    tokens that there are; and torch reads the batch from one input or another as its bounds are.
+    """
+    ample = dim.name.startswith(_WITHOUT_BOUND)
+    return dim.minimum, max(dim.maximum, _AMPLE if ample else 2)
+
+
 def is_fake(tensor: ir.TensorProtocol | None) -> bool:
     """Whether an initializer's value is a parameter without storage, still to be attached."""
     return isinstance(tensor, ir.ExternalTensor) and tensor.location == FAKE
@@ -135,9 +149,8 @@ def _dynamic_shapes(component: Component) -> dict[str, Any]:
     symbols: dict[str, Any] = {}
 
     def symbol(dim: Dim) -> Any:
-        return symbols.setdefault(
-            dim.name, torch.export.Dim(dim.name, min=dim.minimum, max=max(dim.maximum, 2))
-        )
+        bounds = traced_bounds(dim)
+        return symbols.setdefault(dim.name, torch.export.Dim(dim.name, min=bounds[0], max=bounds[1]))
 
     return {
         tensor.name: {

@@ -20,7 +20,9 @@ from pydantic_core import PydanticSerializationError, to_json
 
 import gap_export
 from gap_export import families
+from gap_export.bundle.spec import Dim
 from gap_export.environment import versions
+from gap_export.graph.trace import traced_bounds
 from gap_export.modeling.components import Component
 from gap_export.prune.table import PRUNERS
 
@@ -37,7 +39,7 @@ class _Unknown(Exception):
 
 
 def identity_of(component: Component) -> str | None:
-    """What the graph of a component goes by in this process: spec and settings, as JSON.
+    """What the graph of a component goes by in this process: names, types and extents as they are traced, and settings, as JSON.
 
     Returns:
         None where the settings are not plain values.
@@ -46,7 +48,18 @@ def identity_of(component: Component) -> str | None:
         settings = to_json(component.settings).decode()
     except PydanticSerializationError:
         return None
-    return json.dumps([component.spec.model_dump_json(), settings])
+    spec = component.spec
+    tensors = [
+        [[tensor.name, tensor.dtype, *map(_traced, tensor.shape)] for tensor in side]
+        for side in (spec.inputs, spec.outputs)
+    ]
+    counted = [tensor.extent_of and _traced(tensor.extent_of) for tensor in spec.inputs]
+    return json.dumps([spec.name, tensors, counted, settings])
+
+
+def _traced(dim: int | Dim) -> int | tuple[str, int, int]:
+    """An extent as a graph is traced for it."""
+    return dim if isinstance(dim, int) else (dim.name, *traced_bounds(dim))
 
 
 def key_of(component: Component) -> str | None:

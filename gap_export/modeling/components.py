@@ -125,20 +125,9 @@ def build_components(
             takes_image_slots=spec.reads_image_slots,
         )
         graphs.append((specs.decoder, decoder))
-    seeing, reading = checkpoint.fingerprint(), checkpoint.fingerprint(without=("text_tower",))
+    depends = _Dependencies(checkpoint, family, spec, plan, embedding, image_token_id)
     return [
-        Component(
-            module=module.eval(),
-            spec=graph,
-            weight_key=weight_key,
-            settings=(
-                seeing if graph.name == "vision" else reading,
-                family,
-                spec,
-                image_token_id,
-                _settings(graph.name, plan),
-            ),
-        )
+        Component(module.eval(), graph, weight_key, settings=depends.of(graph.name))
         for graph, module in graphs
     ]
 
@@ -334,22 +323,64 @@ class _Specs:
         )
 
 
-def _settings(graph: GraphName, plan: Plan) -> Hashable:
-    """What of the plan a graph depends on, besides the shapes in its spec. The whole plan is always right."""
-    if plan.text_tower is not None:  # where it lies is no matter
-        plan = replace(plan, text_tower=plan.text_tower.model_copy(update={"checkpoint": ""}))
-    if graph in ("embed", "decoder"):
-        return None
-    if graph == "splice":
-        return plan.pruning.positions, tuple(stage.kept for stage in plan.pruning.stages)
-    if graph == "prefill":
-        return plan
-    if graph == "decode":
-        return plan.pruning.positions is PositionPolicy.GAP, plan.pruning.stages
-    order = PositionPolicy.GAP if plan.pruning.positions.keeps_raster_order else PositionPolicy.PERMUTED
-    if plan.pruning.stages:  # what drops tokens later encodes as if nothing did
-        return _with_pruning(plan, positions=order, pruner="none", keep=1.0, stages=())
-    return _with_pruning(plan, positions=order)
+@dataclass(frozen=True)
+class _Dependencies:
+    """What a build's graphs depend on, besides the code and the shapes in their specs."""
+
+    checkpoint: Checkpoint
+    family: str
+    model: ModelSpec
+    plan: Plan
+    embedding: nn.Module
+    image_token_id: int
+
+    def of(self, graph: GraphName) -> Hashable:
+        """For `Component.settings`."""
+        plan, model, pruning = self.plan, self.model, self.plan.pruning
+        if graph == "embed":
+            return self._table, model.deepstack_levels
+        if graph == "splice":
+            visual_tokens = None if model.token_range is not None else model.visual_tokens
+            placed = self.image_token_id, visual_tokens, model.position_rows, model.deepstack_levels
+            stages = (pruning.kept, *(stage.kept for stage in pruning.stages)) if pruning.stages else ()
+            return self._table, placed, model.reads_image_slots, plan.images, pruning.positions, stages
+        if graph == "vision":
+            return self.checkpoint.fingerprint(), self.family, model, self.image_token_id, self._encoding
+        settings = {
+            "decoder": (),
+            "prefill": self._plan,
+            "decode": (pruning.positions is PositionPolicy.GAP, pruning.stages),
+        }
+        added = model.deepstack_levels, model.reads_image_slots
+        return self._reading, self.family, added, settings[graph]
+
+    @cached_property
+    def _reading(self) -> str:
+        return self.checkpoint.fingerprint(without=("text_tower",))
+
+    @cached_property
+    def _table(self) -> Hashable:
+        """The token embedding: of a checkpoint, `splice` and `embed` have nothing else."""
+        table = self.embedding
+        if type(table) is not nn.Embedding:
+            return self._reading
+        return table.num_embeddings, table.embedding_dim, table.padding_idx, str(table.weight.dtype)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        """The whole of it; but where a text tower lies is no matter."""
+        tower = self.plan.text_tower
+        return replace(self.plan, text_tower=tower and tower.model_copy(update={"checkpoint": ""}))
+
+    @cached_property
+    def _encoding(self) -> Plan:
+        """What a vision tower sees of the plan: nothing of prompts, answers and caches."""
+        plan = replace(self._plan, capacity=0, static_cache=False, max_text=0, max_batch=0, images=1)
+        keeps_order = plan.pruning.positions.keeps_raster_order
+        order = PositionPolicy.GAP if keeps_order else PositionPolicy.PERMUTED
+        if plan.pruning.stages:  # what drops tokens later encodes as if nothing did
+            return _with_pruning(plan, positions=order, pruner="none", keep=1.0, stages=())
+        return _with_pruning(plan, positions=order)
 
 
 def _with_pruning(plan: Plan, **changes: object) -> Plan:

@@ -98,11 +98,40 @@ def test_a_checkpoint_counts_by_its_content(tiny_options: dict[str, Any], checkp
 def test_every_file_of_settings_counts(
     file: str, tiny_options: dict[str, Any], checkpoint_copy: Path
 ) -> None:
+    """For tower and decoder: of a checkpoint, the graphs of tokens have the table and the placeholder's id, nothing else."""
     before = components(tiny_options, checkpoint_copy)
     path = checkpoint_copy / file
     path.write_text(json.dumps({**json.loads(path.read_text()), "note": 1}))
     after = components(tiny_options, checkpoint_copy)
-    assert all(key_of(before[name]) != key_of(after[name]) for name in before)
+    assert {name for name in before if key_of(before[name]) != key_of(after[name])} == {"vision", "decoder"}
+
+
+def test_the_table_and_the_placeholder_count(tiny_options: dict[str, Any], checkpoint_copy: Path) -> None:
+    before = components(tiny_options, checkpoint_copy)
+    path = checkpoint_copy / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "image_token_index": config["image_token_index"] + 1}))
+    other_id = components(tiny_options, checkpoint_copy)
+    assert key_of(before["splice"]) != key_of(other_id["splice"])
+    assert key_of(before["embed"]) == key_of(other_id["embed"])
+    in_half = components({**tiny_options, "precision": "fp16"}, checkpoint_copy)
+    assert all(key_of(in_half[name]) != key_of(other_id[name]) for name in before)
+
+
+def test_how_much_there_is_room_for_does_not_count(tiny_options: dict[str, Any]) -> None:
+    """Capacity and longest prompt: graphs have their names in them, not their values. How many tokens there are to keep counts."""
+    folder = Path(tiny_options["checkpoint"])
+
+    def keys(**changes: Any) -> dict[str, str | None]:
+        return {name: key_of(part) for name, part in components({**tiny_options, **changes}, folder).items()}
+
+    usual = keys(keep="0.2:0.3:1.0")
+    assert keys(keep="0.2:0.3:1.0", max_text=40, max_new_tokens=9) == usual
+    fewer = keys(keep="0.2:0.3:0.9")
+    assert {name for name in usual if usual[name] != fewer[name]} == {"vision", "splice"}
+    assert keys(keep="0.2:0.3:1.0", capacity=80)["decoder"] != usual["decoder"], (
+        "a cache that is static counts"
+    )
 
 
 def test_headers_and_companions_of_a_checkpoint_count(tiny_checkpoint: Path, tiny_text_tower: Path) -> None:
