@@ -168,7 +168,7 @@ class Pruning(Record):
         Args:
             layers: of the decoder.
             capacity: slots of the layers that see every token.
-            static: see `CacheLayout`.
+            static: whether a cache always has all its slots.
         """
         runs = tuple(
             CacheRun(stage.layers, stage.capacity, self.stages[0].kept - stage.kept) for stage in self.stages
