@@ -24,7 +24,7 @@ from gap_export.families.table import FamilyRow
 from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
-from gap_export.modeling import hf_config, selection
+from gap_export.modeling import hf_config, rope, selection
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip_text import TEXT_TOWER
 from gap_export.modeling.components import Component, ModelParts, build_components, torch_dtype
@@ -77,6 +77,7 @@ class Family(ABC):
         self.checkpoint = self.resolve_weights(checkpoint)
         self.check = hf_config.ConfigCheck(checkpoint, row.title)
         self.config: Any = self.read_config()
+        rope.check(self.config.text_config, self.checkpoint.folder / "config.json")
 
     # What is read from the checkpoint
 

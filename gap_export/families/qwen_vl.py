@@ -57,10 +57,9 @@ class QwenVL(Family):
     @override
     def read_config(self) -> Any:
         config, check = hf_config.read_config(self.checkpoint), self.check
-        text, rope = config.text_config, config.text_config.rope_parameters
+        text = config.text_config
         layer_types = {*(getattr(text, "layer_types", None) or ["full_attention"])}
         check("text_config.use_sliding_window", layer_types == {"full_attention"}, "false")
-        check("text_config.rope_scaling.type", rope["rope_type"] == "default", "mrope, or default")
         check("vision_config.in_channels", config.vision_config.in_channels == 3, "3")
         return config
 

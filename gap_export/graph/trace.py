@@ -10,7 +10,6 @@ import gc
 import inspect
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from torch._subclasses import FakeTensor
 
 from gap_export.bundle.spec import Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
+from gap_export.graph.torch_output import TorchOutput
 from gap_export.modeling.attention import OPSET
 from gap_export.modeling.components import Component
 from gap_export.modeling.fake import fake_mode
@@ -51,9 +51,9 @@ def graph_from_component(component: Component) -> ir.Model:
     Raises:
         TraceError: the module does not export; with torch's own reason.
     """
-    spec, began = component.spec, time.process_time()
+    spec, began, output = component.spec, time.process_time(), TorchOutput()
     try:
-        with _quiet(), _one_function_table(), _without_garbage_collection():
+        with output.held(), _one_function_table(), _without_garbage_collection():
             args, kwargs, shapes = _arguments(component)
             # What was compiled before in this process (bodies of loops) leaves guards against the extents it was compiled for.
             torch._dynamo.reset()
@@ -74,7 +74,8 @@ def graph_from_component(component: Component) -> ir.Model:
         raise TraceError(
             f"could not be exported: {first_line(error)}",
             subject=spec.name,
-            hint="the versions in constraints.txt are the tested ones; otherwise please report this",
+            hint="the versions in constraints.txt are the tested ones; otherwise please report this, with "
+            f"{output.write_log(spec.name, error)}",
         ) from error
     if program is None:
         raise TraceError("gave no graph", subject=spec.name, hint="please report this")
@@ -212,20 +213,6 @@ def _leave_weights_out(model: ir.Model) -> None:
                 shape=ir.Shape(tensor.shape.numpy()),
                 name=name,
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back notes of torch's exporter that concern its developers (missing torchvision, deprecations of its own)."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from gap_export.bundle.spec import Dim, GraphName, GraphSpec, TensorSpec, float_
 from gap_export.checkpoint import Checkpoint
 from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder, DecoderHooks
+from gap_export.modeling.rope import by_row
 from gap_export.modeling.splice import Embed, Splice, SpliceSeveral
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
@@ -100,6 +101,7 @@ def build_components(
         weight_key: name of a parameter of any graph -> key in the checkpoint.
     """
     specs, embedding = _Specs(spec, plan), parts.language_model.get_input_embeddings()
+    parts.language_model.rotary_emb = by_row(parts.language_model.rotary_emb)
     graphs: list[tuple[GraphSpec, nn.Module]] = [
         (specs.vision(parts.vision_inputs), parts.vision),
         (specs.splice, _splice(embedding, spec, plan, image_token_id)),

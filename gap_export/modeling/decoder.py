@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gap_export.modeling.attention import CallSlots, Mask, SlotCache, causal
+from gap_export.modeling.rope import own_ids
 
 BetweenLayers = Callable[[Any, Sequence[Tensor]], dict[str, Any]]
 """Given the language model and what is to be added after its first layers, one [B, S, H] for each: arguments for calling it."""
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         between = self._hooks.between_layers
         hidden_BSH = self.language_model(
             inputs_embeds=embeds_BSH,
-            position_ids=position_ids,
+            position_ids=own_ids(self.language_model.rotary_emb, position_ids, last_index),
             attention_mask=self._hooks.mask(
                 CallSlots(write_index, inputs_embeds.shape[1], past[0].shape[2], image_slots)
             ),

@@ -13,6 +13,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.layouts import AnyResLayout
+from gap_export.modeling.rope import max_positions
 
 PREFIXES: Prefixes = {
     "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
@@ -202,7 +203,7 @@ def decoder_sizes(text_config: Any) -> dict[str, Any]:
         "head_dim": getattr(text_config, "head_dim", None)
         or text_config.hidden_size // text_config.num_attention_heads,
         "vocabulary": text_config.vocab_size,
-        "max_positions": text_config.max_position_embeddings,
+        "max_positions": max_positions(text_config),
     }
 
 

@@ -16,7 +16,7 @@ Shape letters: B batch, S tokens of a stage, N visual tokens of the stage before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from gap_export.bundle.manifest import Stage
 from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec, int64_spec
 from gap_export.modeling.attention import AttentionProbe, SlotCache, slot_mask
+from gap_export.modeling.rope import RowRotary, own_ids
 from gap_export.modeling.splice import Splice
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
@@ -81,8 +82,17 @@ class _StagedDecoder(nn.Module):
         self._keeps_ids = plan.pruning.positions is PositionPolicy.GAP
         self._stages = plan.pruning.stages
 
-    def _rotary(self, hidden_BSH: Tensor, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        cos_sin: tuple[Tensor, Tensor] = self.language_model.rotary_emb(hidden_BSH, position_ids=ids_BS)
+    def _rotary(
+        self, hidden_BSH: Tensor, ids_BS: Tensor, prompt_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of some tokens; `prompt_BS` are the ids of all of the row, where these are not."""
+        rotary = self.language_model.rotary_emb
+        longest = (
+            {}
+            if prompt_BS is None or not isinstance(rotary, RowRotary)
+            else {"largest_B": prompt_BS.amax(dim=1)}
+        )
+        cos_sin: tuple[Tensor, Tensor] = rotary(hidden_BSH, position_ids=ids_BS, **longest)
         return cos_sin
 
     def _run(
@@ -108,6 +118,9 @@ class _StagedDecoder(nn.Module):
                 capture=probe if number == stage.run[-1] else None,
             )
         return hidden_BSH
+
+    def _own_ids(self, ids_BS: Tensor, last_index: Tensor) -> Tensor:
+        return own_ids(self.language_model.rotary_emb, ids_BS, last_index)
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
         logits_BV: Tensor = self.lm_head(self.language_model.norm(hidden_BH)).float()
@@ -147,11 +160,12 @@ class Prefill(_StagedDecoder):
         visual = self._stages[0].kept
         queries = self._pruner.scoring_queries(Prompt(inputs_embeds, image_start, last_index, visual))
         raster_BN = torch.arange(visual).expand(inputs_embeds.shape[0], -1)
-        tokens = _Tokens(inputs_embeds, position_ids, raster_BN)
+        tokens = _Tokens(inputs_embeds, self._own_ids(position_ids, last_index), raster_BN)
         for stage in self._stages:
             if stage.first_layer:
                 scores_BN = self._scores(tokens, queries, image_start, stage.first_layer, probe)
                 tokens = self._cut(tokens, stage, image_start, scores_BN)
+                tokens = replace(tokens, ids_BS=self._own_ids(tokens.ids_BS, last_index - tokens.dropped))
                 kept.append(tokens.raster_BK)
             probe = AttentionProbe()
             hidden_BSH = self._run(stage, tokens.hidden_BSH, tokens.ids_BS, first_slot, cache, probe)
@@ -174,7 +188,9 @@ class Prefill(_StagedDecoder):
         rows_BR = queries.rows_BR - tokens.dropped  # they stand behind the image
         if self._pruner.USES_NEXT_LAYER_ATTENTION:
             probe = self._compared_by(ahead, tokens.hidden_BSH, tokens.ids_BS)
-            own = self._compared_by(ahead, take(tokens.hidden_BSH, rows_BR), tokens.ids_BS.gather(1, rows_BR))
+            own = self._compared_by(
+                ahead, take(tokens.hidden_BSH, rows_BR), tokens.ids_BS.gather(1, rows_BR), tokens.ids_BS
+            )
             query_BHRD = own.query_BHSD
         else:
             assert probe.query_BHSD is not None
@@ -188,12 +204,14 @@ class Prefill(_StagedDecoder):
         scores_BC = (queries.weights_BR[:, :, None] * paid_BRC).sum(dim=1)
         return scores_BC.gather(1, image_start[:, None] + torch.arange(tokens.raster_BK.shape[1]))
 
-    def _compared_by(self, number: int, hidden_BSH: Tensor, ids_BS: Tensor) -> AttentionProbe:
+    def _compared_by(
+        self, number: int, hidden_BSH: Tensor, ids_BS: Tensor, prompt_BS: Tensor | None = None
+    ) -> AttentionProbe:
         """Queries and keys that a layer would compare. Its attention itself goes nowhere and leaves the graph."""
         layer, probe = self.language_model.layers[number], AttentionProbe()
         layer.self_attn(
             hidden_states=layer.input_layernorm(hidden_BSH),
-            position_embeddings=self._rotary(hidden_BSH, ids_BS),
+            position_embeddings=self._rotary(hidden_BSH, ids_BS, prompt_BS),
             attention_mask=None,
             capture=probe,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +296,11 @@ class _Branches(nn.Module):
         return x * self.weight if x.sum() > 0 else x
 
 
-def test_what_does_not_export_is_an_error_of_ours() -> None:
+def test_what_does_not_export_is_an_error_of_ours(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line; what torch says beside it, its graph among it, is in the file that the error names."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with fake_mode():
         module = _Branches()
     batch = Dim(name="batch", minimum=1, optimum=1, maximum=4)
@@ -306,6 +311,11 @@ def test_what_does_not_export_is_an_error_of_ours() -> None:
     assert caught.value.subject == "vision"
     assert "\n" not in caught.value.message
     assert gc.isenabled()
+    assert capfd.readouterr() == ("", "")
+    (log,) = tmp_path.iterdir()
+    assert str(log) in caught.value.hint
+    assert "def forward(self" in log.read_text()
+    assert "Traceback" in log.read_text()
 
 
 class Chooses(nn.Module):

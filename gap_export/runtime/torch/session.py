@@ -43,7 +43,7 @@ _UNBOUNDED = 2**31
 
 @dataclass
 class _Group:
-    """Rows of equal prompt length, run together without padding."""
+    """Rows of equal prompt length, and of equal ids where rotation depends on them, run together without padding."""
 
     rows: list[int]
     cache: DynamicCache
@@ -256,10 +256,11 @@ class TorchSession(Lifetime):
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on."""
         self._check_open()
-        by_length: dict[int, list[int]] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
         for row, embeds_SH in enumerate(embeds):
-            by_length.setdefault(len(embeds_SH), []).append(row)
-        self._groups, self._forked = [_Group(rows, DynamicCache()) for rows in by_length.values()], None
+            ids = placement.position_ids[..., row, : len(embeds_SH)]
+            alike.setdefault((len(embeds_SH), self._longest(ids)), []).append(row)
+        self._groups, self._forked = [_Group(rows, DynamicCache()) for rows in alike.values()], None
         return Prefilled(
             self._forward(
                 lambda group: (
@@ -318,6 +319,7 @@ class TorchSession(Lifetime):
         for group in self._groups:
             embeds_BSH, ids_BS = inputs_of(group)
             mask = self._mask_of(group, embeds_BSH.shape[1], placement)
+            as_loaded(self._model.language_model)
             out = self._model.language_model(
                 inputs_embeds=embeds_BSH,
                 position_ids=torch.from_numpy(np.ascontiguousarray(ids_BS)),
@@ -328,6 +330,10 @@ class TorchSession(Lifetime):
             last_BV = self._model.lm_head(out.last_hidden_state[:, -1]).float().numpy()
             logits.update(zip(group.rows, last_BV, strict=True))
         return np.stack([logits[row] for row in range(len(logits))])
+
+    def _longest(self, ids_S: Ids) -> int:
+        """The largest id of a row, where the frequencies of its rotation follow from it; 0 otherwise."""
+        return int(ids_S.max()) if _rotary_by_length(self._model.language_model) is not None else 0
 
     def _mask_of(self, group: _Group, tokens: int, placement: Placement) -> Tensor:
         """What transformers takes for a mask: [B, C] int64 of the slots that are filled, or [B, 1, S, C] added to the logits."""
@@ -364,6 +370,20 @@ class TorchSession(Lifetime):
         order = np.argsort(choice.indices_K, kind="stable")
         patches_KE = None if choice.patches_KE is None else choice.patches_KE[order]
         return replace(choice, indices_K=choice.indices_K[order], patches_KE=patches_KE)
+
+
+def as_loaded(language_model: Any) -> None:
+    """Let a decoder of transformers forget the longest request it has seen: `dynamic` would keep the frequencies of that."""
+    rotary = _rotary_by_length(language_model)
+    if rotary is not None:
+        rotary.inv_freq = rotary.original_inv_freq.clone()
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+
+
+def _rotary_by_length(language_model: Any) -> Any:
+    """A decoder's rotary embedding, where its frequencies fit the longest row of a call; None where they fit all lengths."""
+    rotary = getattr(language_model, "rotary_emb", None)
+    return rotary if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope") else None
 
 
 def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:

@@ -24,7 +24,7 @@ from gap_export.families.reference import ReferenceModel, open_model
 from gap_export.positions import Ids, Placement, PositionPolicy
 from gap_export.prune.in_decoder.stages import load
 from gap_export.runtime.session import Buffer, Prefilled
-from gap_export.runtime.torch.session import TextReference, TorchSession
+from gap_export.runtime.torch.session import TextReference, TorchSession, as_loaded
 
 
 @dataclass
@@ -132,7 +132,7 @@ class StagedTorchSession(TorchSession):
             layer = self._decoder.layers[stage.first_layer]
             layer.self_attn(
                 layer.input_layernorm(row.hidden_SH[None]),
-                position_embeddings=self._decoder.rotary_emb(row.hidden_SH, row.ids_S[None]),
+                position_embeddings=self._rotary(row.hidden_SH, row.ids_S),
                 attention_mask=self._causal(len(row.hidden_SH)),
             )
         attention_ASS = self._maps[
@@ -174,9 +174,14 @@ class StagedTorchSession(TorchSession):
                 position_ids=ids_S[None],
                 past_key_values=cache,
                 use_cache=True,
-                position_embeddings=self._decoder.rotary_emb(hidden_1SH, ids_S[None]),
+                position_embeddings=self._rotary(hidden_1SH, ids_S),
             )
         return hidden_1SH[0]
+
+    def _rotary(self, hidden: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+        as_loaded(self._decoder)
+        cos_sin: tuple[Tensor, Tensor] = self._decoder.rotary_emb(hidden, ids_S[None])
+        return cos_sin
 
     def _causal(self, tokens: int) -> Tensor | None:
         """[1, 1, S, S], added to the logits of attention; a single token sees everything."""
