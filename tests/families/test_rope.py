@@ -111,7 +111,16 @@ def build_with(tiny_family: Families, tmp_path: Path, tracer: Tracer) -> Callabl
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    # The last two differ from the third in constants alone (`tests/modeling/test_rope.py`), and take as long.
+    [
+        "dynamic",
+        "longrope",
+        "yarn",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("llama3", "linear")),
+    ],
+)
 def test_graphs_answer_as_transformers(kind: str, build_with: Any) -> None:
     """A short row beside a long one, pruned and whole; ids pass the border of the trained length on the way."""
     tiny, bundle = build_with(kind)
