@@ -25,7 +25,7 @@ class TorchOutput:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold back what this thread writes and what torch logs. A display that another thread draws goes on."""
+        """Hold back what this thread writes and what torch logs. What other threads write, a progress display, is let through."""
         handler = logging.StreamHandler(self._buffer)
         logger = logging.getLogger("torch")
         handlers, logger.handlers = logger.handlers, [handler]
