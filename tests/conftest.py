@@ -40,6 +40,9 @@ WORDS = """
 settings.register_profile("gap-export", deadline=None)
 settings.load_profile("gap-export")
 
+# Assertions in modules of bodies shared by test modules explain themselves as those in the tests do.
+pytest.register_assert_rewrite("tests.families.answers", "tests.families.contract")
+
 BuildBundle = Callable[..., Bundle]
 
 
