@@ -41,7 +41,9 @@ settings.register_profile("gap-export", deadline=None)
 settings.load_profile("gap-export")
 
 # Assertions in modules of bodies shared by test modules explain themselves as those in the tests do.
-pytest.register_assert_rewrite("tests.families.answers", "tests.families.contract")
+pytest.register_assert_rewrite(
+    *(f"tests.families.{name}" for name in ("answers", "contract", "plain_answers"))
+)
 
 BuildBundle = Callable[..., Bundle]
 

@@ -191,7 +191,7 @@ class Tiny:
         """The bundle with these fields of the recipe, and who answers from it."""
         from gap_export.pipeline.build import build
 
-        key = "-".join(f"{field}={changes[field]}" for field in sorted(changes) if field != "prompt")
+        key = "-".join(f"{name}={changes[name]}" for name in sorted(changes) if name != "prompt")
         if key not in self._asked:
             options = {
                 "name": self.family.name,
