@@ -157,13 +157,9 @@ class Asked:
         batch = self.batch(1)
         (call,) = batch.calls
         wrong = {**call, **{name: change(call[name]) for name, change in inputs.items()}}
-        right, off = (
-            answer(self.session, self.bundle, replace(batch, calls=(given,)), keep, max_new_tokens=2).logits[
-                0
-            ]
-            for given in (call, wrong)
-        )
-        return float(np.abs(right - off).max())
+        right = self.answer(1, keep)
+        off = answer(self.session, self.bundle, replace(batch, calls=(wrong,)), keep)
+        return float(np.abs(right.logits[0] - off.logits[0]).max())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from gap_export.evaluation.controls import controls
 from tests.families.answers import PROMPTS, Asked, Families, assert_equal, unpruned_prompt, whole_model
-from tests.families.tiny_families import IMAGE_TOKEN, Options, TinyFamily, ranged
+from tests.families.tiny_families import IMAGE_TOKEN, Inputs, Options, TinyFamily, ranged
 from tests.unpruned import gather_ids
 
 ENGINES = {"targets": ("onnx", "tensorrt-rtx"), "compute_capabilities": ("8.6",), "precision": "fp16"}
@@ -31,7 +31,7 @@ class Case:
     options: Options
 
     def __str__(self) -> str:
-        return f"{self.family.name}-" + "-".join(str(value) for value in self.options.values())
+        return "-".join(map(str, [self.family.name, *self.options.values()]))
 
     def asked(self, tiny_family: Families) -> Asked:
         return tiny_family(self.family.name).asked(**self.options)
@@ -50,21 +50,13 @@ class Contract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """`usual` is the first bundle of every family, `build` every bundle, `engine` every bundle with engines."""
+        cases: dict[str, list[Case]] = {"usual": [], "build": [], "engine": []}
         number = {"images": self.images} if self.images > 1 else {}
-        builds = {
-            family.name: [Case(family, options | number) for options in family.builds[self.images]]
-            for family in self.families
-        }
-        engines = [
-            Case(family, ranged(pruner) | number | ENGINES)
-            for family in self.families
-            for pruner in family.engines.get(self.images, ())
-        ]
-        cases = {
-            "usual": [first for first, *_ in builds.values()],
-            "build": [case for of_family in builds.values() for case in of_family],
-            "engine": engines,
-        }
+        for family in self.families:
+            builds = family.builds[self.images]
+            engines = [ranged(pruner) | ENGINES for pruner in family.engines.get(self.images, ())]
+            for argument, recipes in (("usual", builds[:1]), ("build", builds), ("engine", engines)):
+                cases[argument] += [Case(family, options | number) for options in recipes]
         for argument in cases.keys() & set(metafunc.fixturenames):
             metafunc.parametrize(argument, cases[argument], ids=str)
 
@@ -154,7 +146,7 @@ def tokens_of(asked: Asked, row: int) -> Any:
     return asked.batch(2).visual_tokens.reshape(2, asked.images)[row]
 
 
-def whole_prompt(asked: Asked, row: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def whole_prompt(asked: Asked, row: int) -> tuple[torch.Tensor, Inputs]:
     """[1, S] ids of a prompt in which nothing is pruned, and what transformers' model takes beside them."""
     ids = unpruned_prompt(PROMPTS[asked.images][row], tokens_of(asked, row))
     calls = asked.batch(2).calls[asked.images * row :][: asked.images]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,8 @@ GRIDS = [[TILE * rows, TILE * columns] for rows in (1, 2, 3) for columns in (1, 
 Options = dict[str, Any]
 """Fields of a recipe."""
 
-RANGE = "0.1:0.3:1.0"
-"""Of bundles whose requests choose how much is kept."""
-
+Inputs = dict[str, torch.Tensor]
+"""What transformers' model takes beside the ids."""
 
 # What transformers' models are given
 
@@ -33,9 +33,7 @@ def pixels_of(calls: Sequence[PixelInputs]) -> list[torch.Tensor]:
     return [torch.from_numpy(call["pixel_values"]) for call in calls]
 
 
-def native_inputs(
-    calls: Sequence[PixelInputs], sizes: Sequence[Size], ids_1S: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def native_inputs(calls: Sequence[PixelInputs], sizes: Sequence[Size], ids_1S: torch.Tensor) -> Inputs:
     """The patches of all images one after another, and their grids."""
     grids = [[1, *(call["patch_positions"].max(axis=(0, 1)) + 1)] for call in calls]
     return {
@@ -45,9 +43,7 @@ def native_inputs(
     }
 
 
-def anyres_inputs(
-    calls: Sequence[PixelInputs], sizes: Sequence[Size], ids_1S: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def anyres_inputs(calls: Sequence[PixelInputs], sizes: Sequence[Size], ids_1S: torch.Tensor) -> Inputs:
     """Every image's tiles, filled up to the most that one has, and the sizes of the images."""
     pixels = pixels_of(calls)
     most = max(map(len, pixels))
@@ -58,21 +54,19 @@ def anyres_inputs(
     }
 
 
-def tile_inputs(
-    calls: Sequence[PixelInputs], sizes: Sequence[Size], ids_1S: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def tile_inputs(calls: Sequence[PixelInputs], sizes: Sequence[Size], ids_1S: torch.Tensor) -> Inputs:
     """The tiles of all images one after another."""
     return {"pixel_values": torch.cat(pixels_of(calls))}
 
 
-def mrope_ids(model: Any, inputs: dict[str, torch.Tensor], ids_1S: torch.Tensor) -> Ids:
+def mrope_ids(model: Any, inputs: Inputs, ids_1S: torch.Tensor) -> Ids:
     """[3, S], numbered by transformers."""
     known = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids")}
     ids: Ids = model.model.get_rope_index(ids_1S, **known)[0][:, 0].numpy()
     return ids
 
 
-def counted_ids(model: Any, inputs: dict[str, torch.Tensor], ids_1S: torch.Tensor) -> Ids:
+def counted_ids(model: Any, inputs: Inputs, ids_1S: torch.Tensor) -> Ids:
     """[1, S]: 0, 1, 2, ..."""
     return np.arange(ids_1S.shape[1])[None]
 
@@ -99,14 +93,19 @@ class TinyFamily:
     name: str
     config: Mapping[str, Any]
     processor: Mapping[str, Any]
-    inputs: Callable[[Sequence[PixelInputs], Sequence[Size], torch.Tensor], dict[str, torch.Tensor]]
+    inputs: Callable[[Sequence[PixelInputs], Sequence[Size], torch.Tensor], Inputs]
     builds: Mapping[int, tuple[Options, ...]]
     engines: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    number: Callable[[Any, dict[str, torch.Tensor], torch.Tensor], Ids] = counted_ids
+    number: Callable[[Any, Inputs, torch.Tensor], Ids] = counted_ids
 
 
 def ranged(pruner: str) -> Options:
-    return {"pruner": pruner, "keep": RANGE}
+    """Requests choose how much is kept."""
+    return {"pruner": pruner, "keep": "0.1:0.3:1.0"}
+
+
+def fixed(pruner: str, **changes: Any) -> Options:
+    return {"pruner": pruner, "keep": 0.3, **changes}
 
 
 # Configs
@@ -135,156 +134,140 @@ def _tower(kind: str, **changes: Any) -> dict[str, Any]:
     return {"model_type": kind, **sizes, "image_size": TILE, "patch_size": 6, **changes}
 
 
+_NORMAL = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+_PIXELS = {"min_pixels": 4 * 64, "max_pixels": 48 * 64}
+
+
+def _qwen_vl(
+    name: str,
+    tower: dict[str, Any],
+    decoder: dict[str, Any],
+    bounds: dict[str, Any],
+    other: Options,
+    engines: Mapping[int, tuple[str, ...]],
+    **config: Any,
+) -> TinyFamily:
+    """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
+    sizes = {"depth": 4, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
+    return TinyFamily(
+        name,
+        {
+            "model_type": name,
+            "vision_config": {"model_type": name, "temporal_patch_size": 2, **sizes, **tower},
+            "text_config": _decoder(f"{name}_text", **{"rope_parameters": rope, **decoder}),
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": VOCABULARY - 1,
+            "vision_start_token_id": VOCABULARY - 2,
+            "vision_end_token_id": VOCABULARY - 3,
+            **config,
+        },
+        {**_NORMAL, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, **bounds},
+        native_inputs,
+        builds={1: (ranged("divprune"), fixed("dart"), other), 2: (ranged("dart"),)},
+        engines=engines,
+        number=mrope_ids,
+    )
+
+
 def _anyres(
-    model_type: str, tower: dict[str, Any], decoder: dict[str, Any], **changes: Any
-) -> dict[str, Any]:
-    return {
+    name: str,
+    model_type: str,
+    tower: dict[str, Any],
+    decoder: dict[str, Any],
+    builds: Mapping[int, tuple[Options, ...]],
+    engines: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+    **config: Any,
+) -> TinyFamily:
+    """A thumbnail and up to six tiles, and an end of line after every row of tokens."""
+    config = {
         "model_type": model_type,
         "vision_config": tower,
         "text_config": decoder,
         "image_token_index": IMAGE_TOKEN,
         "image_grid_pinpoints": GRIDS,
         "tie_word_embeddings": False,
-        **changes,
+        **config,
     }
-
-
-def _qwen_vl(model_type: str, tower: dict[str, Any], sections: list[int], **decoder: Any) -> dict[str, Any]:
-    """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
-    sizes = {"depth": 4, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections}
-    return {
-        "model_type": model_type,
-        "vision_config": {"model_type": model_type, "temporal_patch_size": 2, **sizes, **tower},
-        "text_config": _decoder(f"{model_type}_text", rope_parameters=rope, **decoder),
-        "image_token_id": IMAGE_TOKEN,
-        "video_token_id": VOCABULARY - 1,
-        "vision_start_token_id": VOCABULARY - 2,
-        "vision_end_token_id": VOCABULARY - 3,
-    }
-
-
-_NORMAL = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-_ANYRES = {**_NORMAL, "image_grid_pinpoints": GRIDS}
-_NATIVE = {**_NORMAL, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
-_PIXELS = {"min_pixels": 4 * 64, "max_pixels": 48 * 64}
+    processor = {**_NORMAL, "image_grid_pinpoints": GRIDS}
+    return TinyFamily(name, config, processor, anyres_inputs, builds, engines)
 
 
 # The table
 
-
-def _native(
-    name: str, config: dict[str, Any], bounds: dict[str, Any], *others: Options, **engines: Any
-) -> TinyFamily:
-    return TinyFamily(
-        name,
-        config,
-        {**_NATIVE, **bounds},
-        native_inputs,
-        builds={1: (ranged("divprune"), {"pruner": "dart", "keep": 0.3}, *others), 2: (ranged("dart"),)},
-        number=mrope_ids,
-        **engines,
-    )
-
-
 NATIVE = (
-    _native(
+    _qwen_vl(
         "qwen2_vl",
-        _qwen_vl(
-            "qwen2_vl",
-            {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},
-            [2, 3, 3],
-            tie_word_embeddings=True,
-        )
-        | {"tie_word_embeddings": True},
+        {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},
+        {"tie_word_embeddings": True},
         _PIXELS,
-        {"pruner": "random", "keep": 0.3, "positions": "permuted"},
-        engines={1: ("dart",)},
+        fixed("random", positions="permuted"),
+        {1: ("dart",)},
+        tie_word_embeddings=True,
     ),
-    _native(
+    _qwen_vl(
         "qwen2_5_vl",
-        _qwen_vl(
-            "qwen2_5_vl",
-            {
-                "hidden_size": 32,
-                "out_hidden_size": WIDTH,
-                "window_size": 16,
-                "fullatt_block_indexes": [1, 3],
-            },
-            [2, 3, 3],
-        ),
+        {"hidden_size": 32, "out_hidden_size": WIDTH, "window_size": 16, "fullatt_block_indexes": [1, 3]},
+        {},
         _PIXELS,
-        {"pruner": "divprune", "keep": 0.3, "positions": "shifted"},
-        engines={1: ("dart", "divprune")},
+        fixed("divprune", positions="shifted"),
+        {1: ("dart", "divprune")},
     ),
-    _native(
+    _qwen_vl(
         "qwen3_vl",
-        _qwen_vl(
-            "qwen3_vl",
-            {
-                "hidden_size": 32,
-                "out_hidden_size": WIDTH,
-                "num_position_embeddings": 25,
-                "deepstack_visual_indexes": [0, 2],
-            },
-            [4, 2, 2],
-            head_dim=16,
-            num_hidden_layers=3,
-        ),
+        {
+            "hidden_size": 32,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]},
+        },
         {"size": {"shortest_edge": 4 * 64, "longest_edge": 48 * 64}},
-        {"pruner": "divprune", "keep": 0.3, "positions": "permuted"},
-        engines={1: ("dart",), 2: ("dart",)},
+        fixed("divprune", positions="permuted"),
+        {1: ("dart",), 2: ("dart",)},
     ),
 )
 """Families that take images at their own shape."""
 
 TILES = (
-    TinyFamily(
+    _anyres(
         "llava_next",
-        _anyres(
-            "llava_next",
-            _tower("clip_vision_model", projection_dim=32),
-            _decoder("llama"),
-            vision_feature_layer=-2,
-        ),
-        _ANYRES,
-        anyres_inputs,
-        builds={
+        "llava_next",
+        _tower("clip_vision_model", projection_dim=32),
+        _decoder("llama"),
+        {
             1: (
                 ranged("cls_attention"),
-                {"pruner": "tile_attention", "keep": 0.3},
-                {"pruner": "visionzip", "keep": 0.3},
-                {"pruner": "prumerge", "keep": 0.3},
-                {"pruner": "cls_attention", "keep": 0.3, "positions": "permuted"},
+                fixed("tile_attention"),
+                fixed("visionzip"),
+                fixed("prumerge"),
+                fixed("cls_attention", positions="permuted"),
             )
         },
-        engines={1: ("cls_attention",)},
+        {1: ("cls_attention",)},
+        vision_feature_layer=-2,
     ),
-    TinyFamily(
+    _anyres(
         "llava_next_mistral",
-        _anyres(
-            "llava_next",
-            _tower("clip_vision_model", projection_dim=32),
-            _decoder("mistral", sliding_window=None),
-            vision_feature_layer=-2,
-        ),
-        _ANYRES,
-        anyres_inputs,
-        builds={1: (ranged("cls_attention"),)},
+        "llava_next",
+        _tower("clip_vision_model", projection_dim=32),
+        _decoder("mistral", sliding_window=None),
+        {1: (ranged("cls_attention"),)},
+        vision_feature_layer=-2,
     ),
-    TinyFamily(
+    _anyres(
         "llava_onevision",
-        _anyres(
-            "llava_onevision",
-            _tower("siglip_vision_model", vision_use_head=False),
-            _decoder("qwen2"),
-            vision_aspect_ratio="anyres_max_2",
-            video_token_index=VOCABULARY - 1,
-        ),
-        _ANYRES,
-        anyres_inputs,
-        builds={1: (ranged("divprune"), {"pruner": "dart", "keep": 0.3}), 2: (ranged("dart"),)},
-        engines={1: ("divprune",)},
+        "llava_onevision",
+        _tower("siglip_vision_model", vision_use_head=False),
+        _decoder("qwen2"),
+        {1: (ranged("divprune"), fixed("dart")), 2: (ranged("dart"),)},
+        {1: ("divprune",)},
+        vision_aspect_ratio="anyres_max_2",
+        video_token_index=VOCABULARY - 1,
     ),
     TinyFamily(
         "internvl",
@@ -299,15 +282,11 @@ TILES = (
         },
         {**_NORMAL, "min_patches": 1, "max_patches": 6},
         tile_inputs,
-        builds={
-            1: (
-                ranged("cls_attention"),
-                {"pruner": "tile_attention", "keep": 0.3},
-                {"pruner": "vispruner", "keep": 0.3},
-            ),
+        {
+            1: (ranged("cls_attention"), fixed("tile_attention"), fixed("vispruner")),
             2: (ranged("cls_attention"),),
         },
-        engines={1: ("cls_attention",)},
+        {1: ("cls_attention",)},
     ),
 )
 """Families whose images become tiles."""
