@@ -35,6 +35,8 @@ from tests.families.plain_answers import (
 from tests.families.plain_models import EvaTower, Llama, llama_shapes, random_weights, spliced
 from tests.families.small_llama import config_of, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH, LAYERS, HEADS, EPS = 64, 64, 2, 4, 1e-6
 LLAMA = {"width": WIDTH, "hidden": 96, "layers": LAYERS, "heads": HEADS, "kv_heads": HEADS}
 EVA_WIDTH, BLOCKS, PATCH, OWN_SIDE = 2 * 88, 2, 56, 4

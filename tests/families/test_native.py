@@ -13,6 +13,8 @@ from tests.families.answers import Asked, Families, assert_equal, prompts
 from tests.families.contract import Case, Contract
 from tests.families.tiny_families import NATIVE, ranged
 
+pytestmark = pytest.mark.slow
+
 
 def usual_of(tiny_family: Families, name: str) -> Asked:
     return tiny_family(name).asked(**ranged("divprune"))

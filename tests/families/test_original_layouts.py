@@ -46,6 +46,8 @@ from tests.families.small_llama import (
     write_tokenizer,
 )
 
+pytestmark = pytest.mark.slow
+
 KEPT, VISUAL, NEW = 9, 36, 20
 PROMPTS = {
     "llava_original": "USER : <image> where is {expression} ? ASSISTANT :",

@@ -13,6 +13,8 @@ from tests.families.answers import Families, answer, assert_equal
 from tests.families.contract import Contract
 from tests.families.tiny_families import TILES, ranged
 
+pytestmark = pytest.mark.slow
+
 
 class TestTiles(Contract):
     families = TILES

@@ -13,6 +13,8 @@ from tests.families.answers import Asked, Families, noise
 from tests.families.contract import Contract
 from tests.families.tiny_families import FAMILIES, ranged
 
+pytestmark = pytest.mark.slow
+
 
 def qwen2_vl(tiny_family: Families, **changes: Any) -> Asked:
     return tiny_family("qwen2_vl").asked(**{**ranged("dart"), "images": 2, **changes})
