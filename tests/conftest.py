@@ -40,6 +40,11 @@ WORDS = """
 settings.register_profile("gap-export", deadline=None)
 settings.load_profile("gap-export")
 
+# Assertions in modules of bodies shared by test modules explain themselves as those in the tests do.
+pytest.register_assert_rewrite(
+    *(f"tests.families.{name}" for name in ("answers", "contract", "plain_answers"))
+)
+
 BuildBundle = Callable[..., Bundle]
 
 

@@ -86,6 +86,7 @@ def refused(call: Call) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", gap.__all__)
 def test_every_public_name_does_what_it_says(
     name: str, tiny_bundle: BuildBundle, tiny_options: dict[str, Any], image_file: Path, tmp_path: Path
@@ -243,6 +244,7 @@ def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(working_folder: Path) -> None:
     assert (working_folder / "answer.png").is_file()
 

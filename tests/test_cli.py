@@ -535,6 +535,7 @@ def test_inspect_of_a_baseline_tells_its_own_rule(command: Command, tiny_bundle:
     ]
 
 
+@pytest.mark.slow
 def test_inspect_of_a_decoder_that_drops_tokens(command: Command, deep_bundle: BuildBundle) -> None:
     folder = deep_bundle(pruner="pyramiddrop", positions="gap").folder
     record = json.loads(command("inspect", folder, "--json", "--verify").out)
@@ -565,6 +566,7 @@ def test_inspect_of_a_decoder_that_drops_tokens(command: Command, deep_bundle: B
     assert [stage["reads_ids"] for stage in stages] == ["position_ids", "its slots", "its slots", "its slots"]
 
 
+@pytest.mark.slow
 def test_a_decoder_that_drops_tokens_answers_and_is_timed(
     command: Command, deep_bundle: BuildBundle, image_file: Path, tmp_path: Path
 ) -> None:

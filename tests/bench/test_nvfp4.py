@@ -17,6 +17,8 @@ from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.calibrate import calibrate
 from gap_export.runtime.backends import open_session
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def nvfp4(script: Callable[[str], ModuleType]) -> ModuleType:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,21 @@ from gap_export.inputs.square import fit
 from gap_export.pipeline.build import build_bundle
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
-from gap_export.runtime.generate import generate
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
+from tests.families.plain_answers import (
+    EXPRESSIONS,
+    IMAGES,
+    Bundles,
+    PlainAnswer,
+    asked,
+    assert_answers,
+    difference,
+)
 from tests.families.plain_models import EvaTower, Llama, llama_shapes, random_weights, spliced
 from tests.families.small_llama import config_of, write_tokenizer
+
+pytestmark = pytest.mark.slow
 
 VOCABULARY, WIDTH, LAYERS, HEADS, EPS = 64, 64, 2, 4, 1e-6
 LLAMA = {"width": WIDTH, "hidden": 96, "layers": LAYERS, "heads": HEADS, "kv_heads": HEADS}
@@ -112,24 +121,8 @@ def options(places: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def build(options: dict[str, Any], folder: Path) -> Callable[..., Bundle]:
-    built: dict[str, Bundle] = {}
-
-    def bundle(**changes: Any) -> Bundle:
-        name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
-        if name not in built:
-            recipe = Recipe.model_validate({**options, **changes})
-            built[name] = build_bundle(recipe, folder / "bundles" / name)
-        return built[name]
-
-    return bundle
-
-
-IMAGES = (
-    Image.linear_gradient("L").convert("RGB").resize((50, 31)),
-    Image.effect_noise((33, 40), 90).convert("RGB"),
-)
-EXPRESSIONS = ("the red mug", "a cat")
+def build(options: dict[str, Any], folder: Path) -> Bundles:
+    return Bundles(options, folder / "bundles")
 
 
 def positions_by_hand(table: torch.Tensor) -> torch.Tensor:
@@ -157,8 +150,8 @@ def plain_answers(
     gap: bool = True,
     merged: bool = True,
     in_order: bool = True,
-) -> list[tuple[list[int], list[int], list[int], list[torch.Tensor]]]:
-    """(kept, position ids, tokens, logits) of every question; wrong on purpose where asked to be."""
+) -> list[PlainAnswer]:
+    """Of every question; wrong on purpose where asked to be."""
     base = dict(weights["base"])
     for name, a in weights["low_rank"].items():
         if merged and "lora_A" in name:
@@ -192,50 +185,27 @@ def plain_answers(
 
 
 def test_graphs_are_the_model(
-    build: Callable[..., Bundle], weights: dict[str, dict[str, torch.Tensor]], places: dict[str, Path]
+    build: Bundles, weights: dict[str, dict[str, torch.Tensor]], places: dict[str, Path]
 ) -> None:
     """Every graph in ONNX Runtime, gapped ids, twenty tokens, one image and two; and the reference of `validate`."""
     bundle = build()
-    grounder, truth = Grounder(bundle), plain_answers(weights, bundle)
-    reference = open_reference(
-        "minigpt_v2", places["checkpoint"], bundle.manifest.pruning, parts={k: places[k] for k in ("base", "vision_tower")}
-    )  # fmt: skip
-    sessions = [open_session(bundle, "onnxruntime", threads=1), reference]
-    for session, rows in [
-        (sessions[0], [0]),
-        (sessions[0], [1]),
-        (sessions[0], [0, 1]),
-        (sessions[1], [0, 1]),
-    ]:
-        prompts = grounder.prompts([EXPRESSIONS[row] for row in rows], NEW)
-        made = generate(
-            session,
-            grounder.prepare([IMAGES[row] for row in rows]),
-            prompts.input_ids,
-            max_new_tokens=NEW,
-            eos_token_ids=(),
-            keep_logits=True,
-        )
-        for number, row in enumerate(rows):
-            kept, positions, tokens, logits = truth[row]
-            assert made.kept_indices[number].tolist() == kept
-            assert made.placement.position_ids[number, : len(positions)].tolist() == positions
-            assert made.tokens[number] == tokens
-            for mine, theirs in zip(made.logits, logits, strict=False):
-                np.testing.assert_allclose(mine[number], theirs.numpy(), atol=1e-3)
+    truth = plain_answers(weights, bundle)
+    session = open_session(bundle, "onnxruntime", threads=1)
+    for rows in ([0], [1], [0, 1]):
+        assert_answers(asked(session, bundle, rows, NEW), [truth[row] for row in rows])
+    parts = {name: places[name] for name in ("base", "vision_tower")}
+    reference = open_reference("minigpt_v2", places["checkpoint"], bundle.manifest.pruning, parts=parts)
+    assert_answers(asked(reference, bundle, [0, 1], NEW), truth)
 
 
 @pytest.mark.parametrize("wrong", ["gap", "merged", "in_order"])
-def test_what_is_wrong_shows(
-    wrong: str, build: Callable[..., Bundle], weights: dict[str, dict[str, torch.Tensor]]
-) -> None:
+def test_what_is_wrong_shows(wrong: str, build: Bundles, weights: dict[str, dict[str, torch.Tensor]]) -> None:
     """Renumbered ids, updates left out, squares of patches: each is far from the model."""
-    right = plain_answers(weights, build())[0]
-    other = plain_answers(weights, build(), **{wrong: False})[0]
-    assert float((right[3][0] - other[3][0]).abs().max()) > 1e-2
+    right, other = plain_answers(weights, build()), plain_answers(weights, build(), **{wrong: False})
+    assert difference(right, other) > 1e-2
 
 
-def test_facts(build: Callable[..., Bundle]) -> None:
+def test_facts(build: Bundles) -> None:
     manifest = build().manifest
     assert (manifest.family, manifest.spec.grid, manifest.spec.visual_tokens) == ("minigpt_v2", (8, 2), 16)
     assert (manifest.box.codec, manifest.box.frame) == ("minigpt_v2", "image")
@@ -244,7 +214,7 @@ def test_facts(build: Callable[..., Bundle]) -> None:
     assert ids[:2] == [1, 1], "one BOS from the template, one from the tokenizer"
 
 
-def test_images_are_stretched(build: Callable[..., Bundle]) -> None:
+def test_images_are_stretched(build: Bundles) -> None:
     halves = Image.new("RGB", (40, 10), (0, 0, 0))
     halves.paste((255, 255, 255), (0, 0, 40, 5))
     seen = np.asarray(fit(halves, build().manifest.layout))
@@ -254,7 +224,7 @@ def test_images_are_stretched(build: Callable[..., Bundle]) -> None:
 
 
 @pytest.mark.parametrize("pruner", ["divprune", "dart", "vispruner", "spatial", "fastv"])
-def test_other_strategies_build(pruner: str, build: Callable[..., Bundle]) -> None:
+def test_other_strategies_build(pruner: str, build: Bundles) -> None:
     layers = {"prune_layers": [1]} if pruner == "fastv" else {}
     assert build(pruner=pruner, max_new_tokens=4, **layers).manifest.pruning.pruner == pruner
 
@@ -267,7 +237,7 @@ def test_what_this_tower_cannot_do(pruner: str, options: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize("changes", [{}, {"pruner": "divprune", "keep": "0.2:1.0"}], ids=str)
-def test_engines_are_built(changes: dict[str, Any], build: Callable[..., Bundle]) -> None:
+def test_engines_are_built(changes: dict[str, Any], build: Bundles) -> None:
     bundle = build(precision="fp16", targets=["tensorrt-rtx"], max_new_tokens=4, **changes)
     assert set(bundle.manifest.engines["tensorrt-rtx"]) == {"vision", "splice", "embed", "decoder"}
 

@@ -23,9 +23,17 @@ from gap_export.pipeline.build import build_bundle
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
-from gap_export.runtime.generate import generate
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
+from tests.families.plain_answers import (
+    EXPRESSIONS,
+    IMAGES,
+    Bundles,
+    PlainAnswer,
+    asked,
+    assert_answers,
+    difference,
+)
 from tests.families.plain_models import ClipTower, Llama, llama_shapes, random_weights, spliced
 from tests.families.small_llama import (
     EPS,
@@ -37,6 +45,8 @@ from tests.families.small_llama import (
     config_of,
     write_tokenizer,
 )
+
+pytestmark = pytest.mark.slow
 
 KEPT, VISUAL, NEW = 9, 36, 20
 PROMPTS = {
@@ -142,16 +152,8 @@ def options(original: Path, shikra: dict[str, Path], tiny_text_tower: Path) -> d
 
 @pytest.fixture(scope="module")
 def build(options: dict[str, dict[str, Any]], folder: Path) -> Build:
-    built: dict[str, Bundle] = {}
-
-    def bundle(which: str, **changes: Any) -> Bundle:
-        name = "-".join([which, *(f"{key}={changes[key]}" for key in sorted(changes))])
-        if name not in built:
-            recipe = Recipe.model_validate({"name": "small", **options[which], **changes})
-            built[name] = build_bundle(recipe, folder / "bundles" / name)
-        return built[name]
-
-    return bundle
+    bundles = {which: Bundles(given, folder / "bundles" / which) for which, given in options.items()}
+    return lambda which, **changes: bundles[which](**changes)
 
 
 def merged_weights(which: str, options: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -165,17 +167,10 @@ def merged_weights(which: str, options: dict[str, dict[str, Any]]) -> dict[str, 
     return weights
 
 
-IMAGES = (
-    Image.linear_gradient("L").convert("RGB").resize((50, 31)),
-    Image.effect_noise((33, 40), 90).convert("RGB"),
-)
-EXPRESSIONS = ("the red mug", "a cat")
-
-
 def plain_answers(
     which: str, options: dict[str, dict[str, Any]], bundle: Bundle, tower: Path, *, gap: bool = True
-) -> list[tuple[list[int], list[int], list[int], list[torch.Tensor]]]:
-    """(kept, position ids, tokens, logits) of every question."""
+) -> list[PlainAnswer]:
+    """Of every question."""
     weights = merged_weights(which, options)
     decoder = Llama(weights, LAYERS, HEADS, HEADS, EPS, 10000.0)
     clip = ClipTower(load_file(tower / "model.safetensors"), heads=2, patch=6)
@@ -212,25 +207,10 @@ def test_graphs_are_the_model(
     """Every graph in ONNX Runtime, gapped ids, twenty tokens, one image and two: against plain torch."""
     bundle = build(which)
     assert bundle.manifest.family == which.split()[0]
-    session, grounder = open_session(bundle, "onnxruntime", threads=1), Grounder(bundle)
+    session = open_session(bundle, "onnxruntime", threads=1)
     truth = plain_answers(which, options, bundle, tiny_text_tower)
     for rows in ([0], [1], [0, 1]):
-        prompts = grounder.prompts([EXPRESSIONS[row] for row in rows], NEW)
-        made = generate(
-            session,
-            grounder.prepare([IMAGES[row] for row in rows]),
-            prompts.input_ids,
-            max_new_tokens=NEW,
-            eos_token_ids=(),
-            keep_logits=True,
-        )
-        for number, row in enumerate(rows):
-            kept, positions, tokens, logits = truth[row]
-            assert made.kept_indices[number].tolist() == kept
-            assert made.placement.position_ids[number, : len(positions)].tolist() == positions
-            assert made.tokens[number] == tokens
-            for mine, theirs in zip(made.logits, logits, strict=True):
-                np.testing.assert_allclose(mine[number], theirs.numpy(), atol=1e-3)
+        assert_answers(asked(session, bundle, rows, NEW), [truth[row] for row in rows])
 
 
 @pytest.mark.parametrize("which", ["llava_original", "shikra"])
@@ -240,8 +220,7 @@ def test_renumbered_ids_are_another_model(
     """The comparison above can fail: with the same tokens and renumbered ids, logits are far apart."""
     right = plain_answers(which, options, build(which), tiny_text_tower)
     wrong = plain_answers(which, options, build(which), tiny_text_tower, gap=False)
-    for (_, _, _, mine), (_, _, _, theirs) in zip(right, wrong, strict=True):
-        assert float((mine[0] - theirs[0]).abs().max()) > 1e-2
+    assert difference(right, wrong) > 1e-2
 
 
 @pytest.mark.parametrize("which", ["llava_original", "shikra"])
@@ -254,15 +233,8 @@ def test_the_reference_of_validate_is_the_same_model(
     reference = open_reference(
         bundle.manifest.family, Path(given["checkpoint"]), bundle.manifest.pruning, parts=parts
     )
-    grounder = Grounder(bundle)
-    prompts = grounder.prompts(EXPRESSIONS, NEW)
-    made = generate(
-        reference, grounder.prepare(IMAGES), prompts.input_ids, max_new_tokens=NEW, eos_token_ids=(), keep_logits=True
-    )  # fmt: skip
-    for row, (kept, _, tokens, logits) in enumerate(plain_answers(which, options, bundle, tiny_text_tower)):
-        assert made.kept_indices[row].tolist() == kept
-        assert made.tokens[row] == tokens
-        np.testing.assert_allclose(made.logits[-1][row], logits[-1].numpy(), atol=1e-3)
+    truth = plain_answers(which, options, bundle, tiny_text_tower)
+    assert_answers(asked(reference, bundle, [0, 1], NEW), truth)
 
 
 def test_shikra_pads_with_white_and_llava_with_the_mean(build: Build) -> None:

@@ -24,6 +24,8 @@ from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.session import VisualTokens
 
+pytestmark = pytest.mark.slow
+
 DeepBundle = Callable[..., Bundle]
 DeepReference = Callable[[Pruning], Any]
 Pixels = NDArray[np.float32]

@@ -32,6 +32,8 @@ from tests.families import toy_family
 from tests.families.plain_models import Llama, llama_shapes, random_weights, spliced
 from tests.families.small_llama import write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SIZE, PATCH, TOWER, WIDTH, LAYERS, HEADS, KV_HEADS, EPS, THETA = 32, 8, 24, 64, 2, 4, 2, 1e-6, 100.0
 VOCABULARY, VISUAL, KEPT, NEW = 64, 16, 8, 12
 IMAGE_TOKEN = VOCABULARY - 1

@@ -15,6 +15,8 @@ from gap_export.linter import lint_graph
 from gap_export.pipeline.build import build
 from gap_export.recipe.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 LAYERS, HIDDEN, HEAD = 2, 32, 8
 
 

@@ -13,6 +13,8 @@ from gap_export import prune
 from gap_export.positions import Ids
 from tests.exported import ExportedGraph
 
+pytestmark = pytest.mark.slow
+
 TOTAL = 36
 NAMES = [row.name for row in prune.PRUNERS.values() if not row.in_decoder and row.name != "none"]
 

@@ -18,6 +18,8 @@ from gap_export.errors import RecipeError
 from gap_export.positions import Ids, MergedId, PositionPolicy
 from tests.exported import ExportedGraph
 
+pytestmark = pytest.mark.slow
+
 TOTAL, KEPT = 36, 12
 OTHERS = [name for name in prune.names(in_decoder=False) if name != "none"]
 VARIANTS = [

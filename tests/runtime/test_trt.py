@@ -32,6 +32,8 @@ from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.trt import TensorRTSession
 
+pytestmark = pytest.mark.slow
+
 GRAPHS = ("vision", "splice", "embed", "decoder")
 IMAGE_TOKEN, LONGEST_PROMPT = 7, 8
 PIXELS = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)

@@ -19,6 +19,8 @@ from pyarrow import parquet
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.hashes import record_of
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "gap_export", "eval"]
 SCENES = ["--data", "scenes:7", "--limit", "140", "--threads", "1"]
 

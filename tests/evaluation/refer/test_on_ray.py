@@ -20,6 +20,8 @@ from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
 from gap_export.evaluation.refer.run import Work, answer_all, work_of
 from tests.recorded import Recorded
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'gap-export[ray]'")
 
 SETTINGS = Settings(

@@ -24,6 +24,8 @@ from gap_export.evaluation.report.runs import open_runs
 
 from .conftest import gap_export
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--headless",

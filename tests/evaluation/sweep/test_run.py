@@ -44,6 +44,8 @@ from gap_export.runtime.backends import open_session
 from gap_export.runtime.grounder import Grounder
 from tests.recorded import Recorded
 
+pytestmark = pytest.mark.slow
+
 BuildBundle = Callable[..., Bundle]
 CASES = 6
 FACTS = ModelSpec(
