@@ -14,14 +14,9 @@ from typing import Any
 
 import pytest
 
-from gap_export.bundle.folder import Bundle
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.graph.trace_cache import Tracer
-from gap_export.pipeline.build import build
-from gap_export.recipe.recipe import Recipe
-
-from .answers import Families, assert_equal, both
-from .conftest import PROMPT, Tiny
+from tests.families.answers import Asked, Families, Tiny, assert_equal
 
 HALF = 8
 """Frequencies of the tiny decoders: half of the width of a head."""
@@ -88,27 +83,19 @@ def with_rope(checkpoint: Path, folder: Path, fields: dict[str, Any], positions:
 
 
 @pytest.fixture
-def build_with(tiny_family: Families, tmp_path: Path, tracer: Tracer) -> Callable[..., tuple[Tiny, Bundle]]:
-    def made(kind: str, **changes: Any) -> tuple[Tiny, Bundle]:
-        family, fields, positions = KINDS[kind]
-        fields = {**fields, **changes.pop("fields", {})}
-        tiny = tiny_family(family)
-        folder = with_rope(tiny.folder, tmp_path / "checkpoint", fields, positions)
-        options = {
-            "name": "tiny",
-            "checkpoint": str(folder),
-            "prompt": PROMPT,
-            "max_new_tokens": 20,
-            "max_text": 24,
-            "max_batch": 2,
-            "pruner": "divprune",
-            "keep": "0.3:0.5:1.0",
-            **changes,
-        }
-        bundle = build(Recipe.model_validate(options), tmp_path / "bundle", tracer=tracer).bundle
-        return Tiny(family, folder, tiny.bundle), bundle
+def ask(tiny_family: Families, tmp_path: Path, tracer: Tracer) -> Callable[..., Asked]:
+    """`ask(kind, fields={...}, ...)`: a bundle of a decoder with that kind; fields of its config and of the recipe may differ."""
 
-    return made
+    def asked(kind: str, **changes: Any) -> Asked:
+        family, fields, positions = KINDS[kind]
+        tiny = tiny_family(family)
+        fields = {**fields, **changes.pop("fields", {})}
+        checkpoint = with_rope(tiny.checkpoint, tmp_path / "checkpoint", fields, positions)
+        return Tiny(tiny.family, checkpoint, tmp_path, tracer).asked(
+            pruner="divprune", keep="0.3:0.5:1.0", **changes
+        )
+
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -121,27 +108,26 @@ def build_with(tiny_family: Families, tmp_path: Path, tracer: Tracer) -> Callabl
         *(pytest.param(kind, marks=pytest.mark.long) for kind in ("llama3", "linear")),
     ],
 )
-def test_graphs_answer_as_transformers(kind: str, build_with: Any) -> None:
+def test_graphs_answer_as_transformers(kind: str, ask: Callable[..., Asked]) -> None:
     """A short row beside a long one, pruned and whole; ids pass the border of the trained length on the way."""
-    tiny, bundle = build_with(kind)
+    asked = ask(kind)
     for keep in (0.3, 1.0):
-        mine, theirs = both(tiny, bundle, 2, keep)
-        assert_equal(mine, theirs)
+        assert_equal(asked.answer(2, keep), asked.true_answer(2, keep))
     if kind in ("dynamic", "longrope"):
-        ends = mine.placement.next_position
+        ends = asked.answer(2, 1.0).placement.next_position
         assert ends.min() - 20 < BORDER < ends.max() - 20, "both sides of the border, or nothing is tested"
 
 
-def test_dynamic_ends_where_the_factor_ends(build_with: Any) -> None:
+def test_dynamic_ends_where_the_factor_ends(ask: Callable[..., Asked]) -> None:
     with pytest.raises(RecipeError, match="the model knows 160"):
-        build_with("dynamic", fields={"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}})
+        ask("dynamic", fields={"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}})
 
 
-def test_other_kinds_end_where_they_were_trained(build_with: Any, tiny_family: Families) -> None:
+def test_other_kinds_end_where_they_were_trained(ask: Callable[..., Asked]) -> None:
     with pytest.raises(RecipeError, match="the model knows 1024"):
-        build_with("linear", max_text=1000)
+        ask("linear", max_text=1000)
 
 
-def test_an_unknown_kind_is_named(build_with: Any) -> None:
+def test_an_unknown_kind_is_named(ask: Callable[..., Asked]) -> None:
     with pytest.raises(CheckpointError, match="'su'"):
-        build_with("longrope", fields={"rope_scaling": {"type": "su", "factor": 2.0}})
+        ask("longrope", fields={"rope_scaling": {"type": "su", "factor": 2.0}})
