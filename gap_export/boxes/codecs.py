@@ -18,6 +18,9 @@ A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the image:
 
 Qwen2.5-VL writes pixels of the image as it sees it, scaled by its preprocessing. So its codec must be told that size (`seen`).
 
+What is read here is what `run` draws; how published evaluators read answers, each strictly in its way, is in
+`evaluation.refer.published`.
+
 Normalised boxes in the wrong frame look plausible and score low; nothing in the text tells the frame.
 """
 
@@ -72,9 +75,10 @@ class BoxCodec:
         unit: the number that stands for the far edge of the frame; None where that is the size of the image as seen.
         write: box in those numbers -> text.
         several: what an answer with more than one box means: the first counts, or the answer is refused.
-        overshoot: what becomes of a box that leaves its frame: the answer is refused, or the box is cut at the frame.
-        comparator: how the evaluator of the model's own authors compares an overlap with the threshold.
-        area: how it measures boxes.
+        fractions: whether numbers that sum to less than 4 are fractions of the frame, whatever the unit.
+        comparator: how an overlap is compared with the threshold, for codecs whose authors' evaluator is not known
+            (`evaluation.refer.published` has those of this table).
+        area: how boxes are measured, for the same codecs.
     """
 
     name: str
@@ -82,7 +86,7 @@ class BoxCodec:
     unit: float | None
     write: Callable[[Box], str]
     several: Literal["first", "refuse"]
-    overshoot: Literal["refuse", "cut"] = "refuse"
+    fractions: bool = False
     comparator: Comparator = ">="
     area: Area = "continuous"
 
@@ -102,6 +106,8 @@ class BoxCodec:
             ValueError: a coordinate that is not finite or not within 0..1, or an inverted box; no size where it is needed.
         """
         fault = _fault(box)
+        if fault is None and not all(0.0 <= value <= 1.0 for value in box):
+            fault = "leaves its frame"
         if fault:
             raise ValueError(f"box {box} {fault}")
         across, down = self._units(seen)
@@ -116,22 +122,22 @@ class BoxCodec:
             seen: size of the image as the model sees it; codecs that read pixels need it.
 
         Returns:
-            At least one box; or `Unparsable` if there is none, or if one that counts is out of 0..1 (where it is not cut) or
-            inverted. Where the first box alone counts, unsound later ones are left out.
+            At least one box, which may leave 0..1: models overshoot a little, and whoever draws cuts at the edge of the image. Or
+            `Unparsable` if there is none, or if one that counts is inverted or not finite. Where the first box alone counts, unsound
+            later ones are left out.
         """
         across, down = self._units(seen)
         boxes: list[Box] = []
         for match in self.pattern.finditer(text):
             # (0.0 is added because -0 would keep its sign.)
             numbers = [float(number) for number in _NUMBER.findall(match.group(match.lastindex or 0))]
+            x, y = (1.0, 1.0) if self.fractions and sum(numbers) < 4 else (across, down)
             boxes.extend(
-                (x1 / across + 0.0, y1 / down + 0.0, x2 / across + 0.0, y2 / down + 0.0)
+                (x1 / x + 0.0, y1 / y + 0.0, x2 / x + 0.0, y2 / y + 0.0)
                 for x1, y1, x2, y2 in zip(*[iter(numbers)] * 4, strict=True)
             )
         if not boxes:
             return Unparsable(text, f"no box of the form {self.example}")
-        if self.overshoot == "cut":
-            boxes = [_clamped(box, 1, 1) if all(map(math.isfinite, box)) else box for box in boxes]
         for box in boxes[:1] if self.several == "first" else boxes:
             fault = _fault(box)
             if fault:
@@ -170,8 +176,6 @@ def _fault(box: Box) -> str | None:
     x1, y1, x2, y2 = box
     if not all(math.isfinite(value) for value in box):
         return "is not finite"
-    if not all(0.0 <= value <= 1.0 for value in box):
-        return "leaves its frame"
     if x1 > x2 or y1 > y2:
         return "is inverted"
     return None
@@ -205,8 +209,8 @@ def _write_bbox_2d(box: Box) -> str:
 
 _EXAMPLE: Box = (0.1, 0.2, 0.3, 0.4)
 _EXAMPLE_SIZE: Size = (640, 480)
-_NUMBER = re.compile(r"-?\d+(?:\.\d*)?")
-_DECIMAL = r"-?\d+(?:\.\d*)?"
+_DECIMAL = r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = re.compile(_DECIMAL)
 _FOUR = rf"{_DECIMAL}(?:\s*,\s*{_DECIMAL}){{3}}"
 _POINT = rf"\(\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*\)"
 _BBOX_2D = re.compile(rf"[\"']bbox_2d[\"']\s*:\s*\[\s*({_FOUR})\s*\]")
@@ -234,7 +238,6 @@ for _codec in (
         1.0,
         _write_shikra,
         "refuse",
-        comparator=">",
     ),
     BoxCodec(
         "minigpt_v2",
@@ -242,21 +245,19 @@ for _codec in (
         100.0,
         _write_minigpt_v2,
         "refuse",
-        comparator=">",
-        area="inclusive_pixels",
     ),
     # The tags are special tokens, and those at the end of an answer are dropped before it is read.
     BoxCodec(
         "internvl",
-        re.compile(r"\[\s*\d{1,4}(?:\s*,\s*\d{1,4}){3}\s*\]"),
+        re.compile(rf"\[\s*{_FOUR}\s*\]"),
         1000.0,
         _write_internvl,
         "first",
+        fractions=True,
     ),
     # The same goes for its tags.
     BoxCodec("qwen2_vl", re.compile(rf"{_POINT}\s*,\s*{_POINT}"), 1000.0, _write_qwen2_vl, "first"),
-    # It does not know the size of the image for certain; its authors cut boxes at the edge (QwenLM/Qwen3-VL, issue 1035).
-    BoxCodec("qwen2_5_vl", _BBOX_2D, None, _write_bbox_2d, "first", "cut"),
+    BoxCodec("qwen2_5_vl", _BBOX_2D, None, _write_bbox_2d, "first"),
     BoxCodec("qwen3_vl", _BBOX_2D, 1000.0, _write_bbox_2d, "first"),
 ):
     register(_codec)

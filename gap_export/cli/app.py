@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from gap_export.evaluation.refer.dataset import Dataset
     from gap_export.parallel.ray import Cluster
 
 app = typer.Typer(
@@ -26,13 +27,21 @@ out = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def plain(text: str) -> str:
-    """Square brackets in paths and node names are not markup."""
-    return text.replace("[", r"\[")
+    """Square brackets in paths and node names are not markup, and half a character (a lone surrogate) is written as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("[", r"\[")
 
 
 def print_json(record: dict[str, Any]) -> None:
     """The record alone, as one line."""
     print(json.dumps(record, allow_nan=False))
+
+
+def list_skipped(dataset: Dataset) -> None:
+    """Say which rows of annotations were left out, and why each."""
+    if dataset.skipped:
+        console.print(f"[yellow]{len(dataset.skipped)} rows were skipped[/]:", highlight=False)
+    for row in dataset.skipped:
+        console.print(f"  {plain(row.where)}: {plain(row.why)}", highlight=False, soft_wrap=True)
 
 
 def cluster_of(ray: bool, workers: int, ray_address: str | None) -> Cluster | None:

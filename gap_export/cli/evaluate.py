@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import cluster_of, console, out, print_json
+from gap_export.cli.app import cluster_of, console, list_skipped, out, plain, print_json
 from gap_export.cli.options import (
     AnyBackendOption,
     DataOption,
     ExpressionLimitOption,
+    IgnoreExifOption,
     ImagesOption,
     JsonOption,
     KeepOption,
@@ -19,6 +20,8 @@ from gap_export.cli.options import (
     RayAddressOption,
     RayOption,
     ReplaceOption,
+    RescaleBoxesOption,
+    SkipBadRowsOption,
     SplitOption,
     ThreadsOption,
 )
@@ -36,6 +39,9 @@ def evaluate(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; none with --predictions.")] = None,
     split: SplitOption = None,
     images: ImagesOption = None,
+    rescale_boxes: RescaleBoxesOption = False,
+    ignore_exif: IgnoreExifOption = False,
+    skip_bad_rows: SkipBadRowsOption = False,
     protocol: ProtocolOption = "unc",
     backend: AnyBackendOption = "onnxruntime",
     keep: KeepOption = None,
@@ -78,12 +84,21 @@ def evaluate(
             subject="a bundle, or --predictions",
             hint="gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ...",
         )
-    dataset = open_dataset(data, split=split, images=images)
+    dataset = open_dataset(
+        data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
+    )
+    list_skipped(dataset)
     folder = output
     if bundle is None:
         assert predictions is not None
         record = evaluate_predictions(
-            predictions, dataset, family or "", protocol=protocol, limit=limit, out=output
+            predictions,
+            dataset,
+            family or "",
+            protocol=protocol,
+            limit=limit,
+            rescale_boxes=rescale_boxes,
+            out=output,
         )
     else:
         options = EvalOptions(
@@ -94,6 +109,7 @@ def evaluate(
             rows=rows,
             share=not one_by_one,
             threads=threads,
+            rescale_boxes=rescale_boxes,
         )
         cluster = cluster_of(ray, workers, ray_address)
         prepared = prepare(bundle, dataset, options, out=output, replace=replace)
@@ -101,6 +117,18 @@ def evaluate(
         with progress_shown() as progress:
             finished = run(prepared, cluster=cluster, progress=progress)
         record, folder = finished.record, finished.folder
+    if not record.boxes_are_read:
+        console.print(
+            f"[yellow]{protocol} does not read boxes as this family writes them[/]: nearly all answers are misses under it",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if record.rescaled_images:
+        console.print(
+            f"[yellow]the true boxes of {record.rescaled_images} images were scaled[/] to the size of the image",
+            highlight=False,
+            soft_wrap=True,
+        )
     if as_json:
         print_json(record.model_dump())
     else:
@@ -110,7 +138,7 @@ def evaluate(
 def _warn_of_missing(work: Work) -> None:
     if not work.missing:
         return
-    named = ", ".join(work.missing[:_SHOWN]) + (" ..." if len(work.missing) > _SHOWN else "")
+    named = plain(", ".join(work.missing[:_SHOWN])) + (" ..." if len(work.missing) > _SHOWN else "")
     console.print(
         f"[yellow]{len(work.missing)} images are not there[/], so {len(work.not_asked)} expressions are neither asked nor "
         f"scored: {named}",
@@ -131,6 +159,7 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
         "images",
         "without a box",
         "not scored",
+        "skipped rows",
         "backend",
     ):
         table.add_column(name)
@@ -142,6 +171,7 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
         str(record.images),
         str(record.unparsable),
         str(record.not_scored),
+        str(record.skipped_rows),
         record.backend,
     )
     out.print(table)

@@ -46,6 +46,21 @@ SplitOption = Annotated[
     str | None, typer.Option(help="For example val or testA, where the data set has several.")
 ]
 ImagesOption = Annotated[Path | None, typer.Option(help="Folder of the images.")]
+RescaleBoxesOption = Annotated[
+    bool,
+    typer.Option(
+        "--rescale-boxes", help="Scale true boxes to images whose size is not that of their annotations."
+    ),
+]
+IgnoreExifOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-exif", help="Take images as they are stored, without the turn that their EXIF data ask for."
+    ),
+]
+SkipBadRowsOption = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out annotations that cannot be used; list them.")
+]
 ProtocolOption = Annotated[str, typer.Option(help="unc or lmms-eval: how answers are scored.")]
 ReplaceOption = Annotated[
     bool, typer.Option(help="Discard an evaluation with other settings in the output folder.")

@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import out, print_json
+from gap_export.cli.app import list_skipped, out, print_json
 from gap_export.cli.options import (
     BackendOption,
     BundleArgument,
     DataOption,
     ExpressionLimitOption,
+    IgnoreExifOption,
     ImagesOption,
     JsonOption,
     ProtocolOption,
     ReplaceOption,
+    RescaleBoxesOption,
+    SkipBadRowsOption,
     SplitOption,
     ThreadsOption,
 )
@@ -38,6 +41,9 @@ def recommend(
     ] = "1.0,0.5,0.35,0.25,0.15,0.1",
     split: SplitOption = None,
     images: ImagesOption = None,
+    rescale_boxes: RescaleBoxesOption = False,
+    ignore_exif: IgnoreExifOption = False,
+    skip_bad_rows: SkipBadRowsOption = False,
     protocol: ProtocolOption = "unc",
     limit: ExpressionLimitOption = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests measured per fraction.")] = 30,
@@ -57,7 +63,10 @@ def recommend(
         raise InputError(
             "is not a list of fractions", subject=f"--keep {keep}", hint="for example 1.0,0.5,0.25"
         ) from error
-    dataset = open_dataset(data, split=split, images=images)
+    dataset = open_dataset(
+        data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
+    )
+    list_skipped(dataset)
     with progress_shown() as progress:
         result = recommended(
             bundle,
@@ -69,6 +78,7 @@ def recommend(
             requests=requests,
             backend=backend,
             threads=threads,
+            rescale_boxes=rescale_boxes,
             replace=replace,
             progress=progress,
         )

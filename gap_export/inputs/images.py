@@ -10,11 +10,11 @@ import io
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageLayout
@@ -38,6 +38,10 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
+T = TypeVar("T")
+
+_TURNS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 # Pillow's 32-bit mode holds 16-bit samples for these formats; for others its range is unknown.
 _WIDE_GREY_FORMATS = ("PPM", "PNG")
 
@@ -46,15 +50,17 @@ _WIDE_GREY_FORMATS = ("PPM", "PNG")
 # Reading
 
 
-def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
+def load_image(source: ImageSource, *, name: str | None = None, upright: bool = True) -> Image.Image:
     """An image as 8-bit RGB, upright: as it is displayed.
 
-    The EXIF orientation is applied, transparency is laid over white (as transformers' processors do), 16-bit
+    The EXIF orientation is applied (unless `upright` is False), transparency is laid over white (as transformers' processors do), 16-bit
     grey is scaled to 8 bits, of an animation the first frame is taken. Colour profiles are not applied.
 
     Args:
         source: path of a file in one of `FORMATS`, the content of one, an image of Pillow, or pixels [height, width, 3] uint8.
         name: for messages; the path, or what kind of source it is, where left out.
+        upright: whether the EXIF orientation is applied; pixels are taken as they are stored otherwise (but TIFF files are always
+            upright: Pillow turns them itself).
 
     Returns:
         An RGB image, fully decoded; a file that was opened here is closed.
@@ -64,15 +70,15 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
             range (floating point, 32-bit integers), or an array of another type or shape.
     """
     if isinstance(source, str | os.PathLike):
-        return _from_file(source, name or str(source))
+        return _from_file(source, name or str(source), upright)
     if isinstance(source, bytes):
         name = name or f"image of {len(source)} bytes"
         if not source:
             raise _empty(name)
-        return _decoded(io.BytesIO(source), name)
+        return _decoded(io.BytesIO(source), name, upright)
     if isinstance(source, Image.Image):
         name = name or f"image of {source.width}x{source.height} pixels"
-        return _guarded(lambda: _upright(source, name), name)
+        return _guarded(lambda: _to_8_bit_rgb(source, name, upright), name)
     if isinstance(source, np.ndarray):
         return _from_pixels(source, name or "array")
     raise InputError(
@@ -85,7 +91,40 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
 _TAKEN = "a path, the bytes of an image file, an image of Pillow, or a uint8 array [height, width, 3]"
 
 
-def _from_file(path: str | os.PathLike[str], name: str) -> Image.Image:
+def image_size(source: str | os.PathLike[str] | bytes, *, name: str, upright: bool = True) -> tuple[int, int]:
+    """(width, height) of an image file, from its header alone where the format allows it.
+
+    Args:
+        source: path, or content of the file.
+        name: for messages.
+        upright: whether the EXIF orientation is applied.
+
+    Raises:
+        InputError: missing, empty, or not an image.
+    """
+
+    def measured() -> tuple[int, int]:
+        with _opened(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _check_size(image, name)
+            if image.format == "TIFF":  # Pillow itself turns these, when it decodes them
+                image.load()
+            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNS
+            return (image.height, image.width) if turned else image.size
+
+    if isinstance(source, bytes):
+        if not source:
+            raise _empty(name)
+    else:
+        _check_file(source, name)
+    return _guarded(measured, name)
+
+
+def _from_file(path: str | os.PathLike[str], name: str, upright: bool) -> Image.Image:
+    _check_file(path, name)
+    return _decoded(path, name, upright)
+
+
+def _check_file(path: str | os.PathLike[str], name: str) -> None:
     try:
         if not os.path.isfile(path):
             exists = os.path.exists(path)
@@ -100,7 +139,6 @@ def _from_file(path: str | os.PathLike[str], name: str) -> Image.Image:
         raise InputError(
             f"cannot be read: {error.strerror}", subject=name, hint="check its permissions"
         ) from error
-    return _decoded(path, name)
 
 
 def _from_pixels(pixels: NDArray[Any], name: str) -> Image.Image:
@@ -119,11 +157,11 @@ def _empty(subject: str) -> InputError:
     return InputError("is empty (0 bytes)", subject=subject, hint="the download or copy failed: get it again")
 
 
-def _decoded(source: str | os.PathLike[str] | BinaryIO, subject: str) -> Image.Image:
-    return _guarded(lambda: _decode(source, subject), subject)
+def _decoded(source: str | os.PathLike[str] | BinaryIO, subject: str, upright: bool) -> Image.Image:
+    return _guarded(lambda: _decode(source, subject, upright), subject)
 
 
-def _guarded(work: Callable[[], Image.Image], subject: str) -> Image.Image:
+def _guarded(work: Callable[[], T], subject: str) -> T:
     """Decode; whatever goes wrong names the image."""
     try:
         return work()
@@ -144,21 +182,24 @@ def _guarded(work: Callable[[], Image.Image], subject: str) -> Image.Image:
         ) from error
 
 
-def _decode(path: str | os.PathLike[str] | BinaryIO, subject: str) -> Image.Image:
+def _decode(path: str | os.PathLike[str] | BinaryIO, subject: str, upright: bool) -> Image.Image:
+    with _opened(path) as opened:
+        return _to_8_bit_rgb(opened, subject, upright)
+
+
+def _opened(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     Image.init()  # fills Image.OPEN; a Pillow built without one of the formats does not list it
     with warnings.catch_warnings():
         # The limit below is checked before any pixel is decoded; Pillow's own warning would say it twice.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        opened = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
-    with opened:
-        return _upright(opened, subject)
+        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _upright(image: Image.Image, subject: str) -> Image.Image:
+def _to_8_bit_rgb(image: Image.Image, subject: str, upright: bool) -> Image.Image:
     _check_size(image, subject)
     image.load()
     file_format = image.format  # a transposed copy has none
-    return _to_rgb(ImageOps.exif_transpose(image), file_format, subject)
+    return _to_rgb(ImageOps.exif_transpose(image) if upright else image, file_format, subject)
 
 
 def _check_size(image: Image.Image, subject: str) -> None:

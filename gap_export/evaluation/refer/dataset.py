@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from gap_export.boxes import scenes
-from gap_export.evaluation.refer.annotations import FORMATS, Expression, read_annotations
+from gap_export.evaluation.refer.annotations import FORMATS, Expression, SkippedRow, read_annotations
 from gap_export.evaluation.refer.image_source import Embedded, Folder, InMemory, Source
 
 SCENES = 2000
@@ -31,6 +31,8 @@ class Dataset:
         data: what it was opened by.
         split: that was asked for; None for all there is.
         images: folder of images that was given.
+        ignore_exif: whether images are taken as they are stored.
+        skipped: rows of the annotations that were left out.
     """
 
     name: str
@@ -40,15 +42,26 @@ class Dataset:
     data: str = ""
     split: str | None = None
     images: Path | None = None
+    ignore_exif: bool = False
+    skipped: tuple[SkippedRow, ...] = ()
 
 
-def open_dataset(data: str | Path, *, split: str | None = None, images: Path | str | None = None) -> Dataset:
+def open_dataset(
+    data: str | Path,
+    *,
+    split: str | None = None,
+    images: Path | str | None = None,
+    ignore_exif: bool = False,
+    skip_bad_rows: bool = False,
+) -> Dataset:
     """Open a data set.
 
     Args:
         data: path of annotations; `scenes`, 2000 held-out scenes with one expression each; or `scenes:7`, with seven each.
         split: name of a split, where the data set has several.
         images: folder of the images, where the data set does not bring them.
+        ignore_exif: take images as they are stored; by default they are upright, as their EXIF orientation says.
+        skip_bad_rows: leave out annotations that cannot be used; they are listed in the result's `skipped`.
 
     Raises:
         InputError: annotations that cannot be read, or no folder of images.
@@ -68,13 +81,23 @@ def open_dataset(data: str | Path, *, split: str | None = None, images: Path | s
             images=images,
         )
     path = Path(data)
-    annotations = read_annotations(path, split=split)
-    source: Source | None = None if images is None else Folder(images)
+    annotations = read_annotations(path, split=split, skip_bad_rows=skip_bad_rows)
+    source: Source | None = None if images is None else Folder(images, upright=not ignore_exif)
     if source is None and annotations.images is not None:
-        source = Embedded(annotations.images)
+        source = Embedded(annotations.images, upright=not ignore_exif)
     name = f"{path.name} ({annotations.format})"
     identity = _sha256(path, FORMATS[annotations.format].suffixes)
-    return Dataset(name, identity, annotations.expressions, source, data=data, split=split, images=images)
+    return Dataset(
+        name,
+        identity,
+        annotations.expressions,
+        source,
+        data=data,
+        split=split,
+        images=images,
+        ignore_exif=ignore_exif,
+        skipped=annotations.skipped,
+    )
 
 
 def _scenes(per_scene: int) -> Iterator[tuple[list[Expression], tuple[str, Image.Image]]]:

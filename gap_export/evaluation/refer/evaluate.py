@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,14 +9,15 @@ from pathlib import Path
 from gap_export import families
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.evaluator import Evaluator
 from gap_export.evaluation.refer.image_source import Source
-from gap_export.evaluation.refer.journal import AnswerRow, Journal, Settings, open_journal
+from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
+from gap_export.evaluation.refer.predictions import read_predictions
 from gap_export.evaluation.refer.protocols import Protocol, protocol_of
 from gap_export.evaluation.refer.results import EvalRun, check_pyarrow, open_run, store_results
 from gap_export.evaluation.refer.run import EvalRecord, Work, answer_all, record_of, score_all, work_of
+from gap_export.evaluation.refer.sizes import Fitted, fitted
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session, row
@@ -39,6 +38,7 @@ class EvalOptions:
         rows: most expressions per call.
         share: whether prompts about one image may share their beginning; one by one otherwise, for comparison.
         threads: of ONNX Runtime and PyTorch; 0 lets them choose.
+        rescale_boxes: scale true boxes where images are of another size than their annotations.
     """
 
     protocol: str = "unc"
@@ -48,6 +48,7 @@ class EvalOptions:
     rows: int = 8
     share: bool = True
     threads: int = 0
+    rescale_boxes: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Prepared:
         options: how.
         protocol: of the scores.
         work: expressions by image, and what is left out.
+        rescaled: images whose true boxes were scaled to their size.
         journal: answers that are there already; its folder is that of the evaluation.
     """
 
@@ -70,6 +72,7 @@ class Prepared:
     options: EvalOptions
     protocol: Protocol
     work: Work
+    rescaled: tuple[str, ...]
     journal: Journal
 
 
@@ -85,6 +88,7 @@ def evaluate(
     rows: int = 8,
     share: bool = True,
     threads: int = 0,
+    rescale_boxes: bool = False,
     replace: bool = False,
     cluster: Cluster | None = None,
     progress: Progress = SILENT,
@@ -102,6 +106,7 @@ def evaluate(
         rows: most expressions per call.
         share: whether prompts about one image may share their beginning; one by one otherwise, for comparison.
         threads: of ONNX Runtime and PyTorch; 0 lets them choose.
+        rescale_boxes: scale true boxes where images are of another size than their annotations; refused otherwise.
         replace: throw an evaluation of other settings in that folder away.
         cluster: of Ray, whose workers are asked instead.
         progress: told of every answer.
@@ -110,7 +115,7 @@ def evaluate(
         The finished evaluation, as it is stored in its folder.
 
     Raises:
-        InputError: a data set without images, or an option that cannot be used.
+        InputError: a data set without images, images of another size than their annotations, or an option that cannot be used.
         BundleError: the folder holds something else.
         GapExportError: the bundle could not be asked. What was answered stays.
     """
@@ -122,6 +127,7 @@ def evaluate(
         rows=rows,
         share=share,
         threads=threads,
+        rescale_boxes=rescale_boxes,
     )
     folder = None if out is None else Path(out)
     prepared = prepare(bundle, dataset, options, out=folder, replace=replace)
@@ -156,7 +162,8 @@ def prepare(
         raise InputError(
             "brings no images", subject=dataset.name, hint="give the folder that holds them (--images)"
         )
-    work = work_of(dataset.expressions, dataset.source, limit=options.limit)
+    expressions = fitted(dataset.expressions[: options.limit], dataset.source, rescale=options.rescale_boxes)
+    work = work_of(expressions.expressions, dataset.source)
     settings = Settings(
         manifest_sha256=opened.manifest_sha256,
         annotations=dataset.identity,
@@ -164,10 +171,11 @@ def prepare(
         backend=options.backend,
         keep=options.keep,
         share=options.share,
+        ignore_exif=dataset.ignore_exif,
     )
     folder = out or opened.runs / default_name(opened, dataset, options)
     journal = open_journal(folder, settings, replace=replace)
-    return Prepared(opened, dataset, dataset.source, options, protocol, work, journal)
+    return Prepared(opened, dataset, dataset.source, options, protocol, work, expressions.rescaled, journal)
 
 
 def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progress = SILENT) -> EvalRun:
@@ -193,6 +201,8 @@ def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progres
         split=dataset.split or ALL,
         backend=options.backend,
         work=prepared.work,
+        skipped_rows=len(dataset.skipped),
+        rescaled_images=len(prepared.rescaled),
     )
     store_results(record, scored, dataset, bundle.folder, prepared.journal.folder)
     return open_run(prepared.journal.folder, options.protocol)
@@ -204,6 +214,7 @@ def default_name(bundle: Bundle, dataset: Dataset, options: EvalOptions) -> str:
     parts = [data, dataset.split or ALL, str(bundle.manifest.pruning.positions), options.backend]
     parts += [] if options.keep is None else [f"keep{options.keep:g}"]
     parts += [] if options.share else ["one-by-one"]
+    parts += ["as-stored"] if dataset.ignore_exif else []
     return "-".join(parts)
 
 
@@ -221,16 +232,19 @@ def evaluate_predictions(
     *,
     protocol: str = "unc",
     limit: int | None = None,
+    rescale_boxes: bool = False,
     out: Path | str | None = None,
 ) -> EvalRecord:
     """Score answers from a file, without a model.
 
     Args:
         predictions: JSON lines of `{id, answer}`; ids are those of the annotations.
-        dataset: images are needed only where the annotations do not tell how large they are.
+        dataset: images are needed only where the annotations do not tell how large they are; those that are there are compared
+            with the annotations.
         family: whose way to write boxes the answers have.
         protocol: `unc` or `lmms-eval`.
         limit: only so many expressions, from the first on; each needs an answer.
+        rescale_boxes: scale true boxes where images are of another size than their annotations; refused otherwise.
         out: folder to store results in; nothing is stored when left out.
 
     Raises:
@@ -244,66 +258,20 @@ def evaluate_predictions(
             hint=f"say whose way to write boxes the answers have: {', '.join(families.names())}",
         )
     scoring = protocol_of(protocol, families.row(family).box)
-    expressions = dataset.expressions[:limit]
-    answers = read_predictions(Path(predictions), expressions, dataset.source)
-    scored = score_all(expressions, answers, scoring)
-    record = record_of(scored, scoring, split=dataset.split or ALL, backend="predictions")
+    asked = dataset.expressions[:limit]
+    sized = fitted(asked, dataset.source, rescale=rescale_boxes) if dataset.source else Fitted(asked, ())
+    left_out = [each.id for each in dataset.expressions[len(asked) :]]
+    left_out += [row.id for row in dataset.skipped if row.id is not None]
+    answers = read_predictions(Path(predictions), sized.expressions, dataset.source, not_asked=left_out)
+    scored = score_all(sized.expressions, answers, scoring)
+    record = record_of(
+        scored,
+        scoring,
+        split=dataset.split or ALL,
+        backend="predictions",
+        skipped_rows=len(dataset.skipped),
+        rescaled_images=len(sized.rescaled),
+    )
     if out is not None:
         store_results(record, scored, dataset, None, Path(out))
     return record
-
-
-def read_predictions(path: Path, expressions: Sequence[Expression], source: Source | None) -> list[AnswerRow]:
-    """Answers from elsewhere: JSON lines of {id, answer}.
-
-    Args:
-        path: of the file.
-        expressions: of the data set, by whose ids answers are given.
-        source: of images, for data sets that do not tell how large those are.
-
-    Raises:
-        InputError: a line that cannot be used, an id that the data set does not have or that comes twice, an image whose size is
-            not known.
-    """
-    known = {expression.id: expression for expression in expressions}
-    rows: dict[str, AnswerRow] = {}
-    if not path.is_file():
-        raise InputError("is not a file", subject=str(path), hint="give a file of JSON lines: id, answer")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        where = f"{path}, line {number}"
-        try:
-            given = json.loads(line)
-            identity, answer = str(given["id"]), given["answer"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError("is not {id, answer}", subject=where, hint="one answer per line") from error
-        expression = known.get(identity)
-        if expression is None or identity in rows or not isinstance(answer, str):
-            wrong = (
-                f"answers {identity}, which the data set does not have"
-                if expression is None
-                else f"answers {identity} again"
-                if identity in rows
-                else "has an answer that is no text"
-            )
-            raise InputError(
-                wrong, subject=where, hint="answers go by the ids of the same data set and split"
-            )
-        width, height = expression.width, expression.height
-        if width is None or height is None:
-            if source is None:
-                raise InputError(
-                    "has a size that is not in the annotations",
-                    subject=f"image {expression.image}",
-                    hint="give the images (--images)",
-                )
-            width, height = source.open(expression.image).size
-        rows[identity] = AnswerRow(
-            id=identity,
-            image=expression.image,
-            width=width,
-            height=height,
-            answer=answer,
-            tokens=0,
-            seconds=0.0,
-        )
-    return list(rows.values())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import EmbeddedImages
-from gap_export.inputs.images import load_image
+from gap_export.inputs.images import image_size, load_image
 
 
 class Source(Protocol):
@@ -21,7 +21,15 @@ class Source(Protocol):
         ...
 
     def open(self, name: str) -> Image.Image:
-        """The image, upright, RGB.
+        """The image, RGB; upright, unless the source was told to take images as they are stored.
+
+        Raises:
+            InputError: it is there and cannot be read.
+        """
+        ...
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(width, height) of the image that `open` gives.
 
         Raises:
             InputError: it is there and cannot be read.
@@ -34,17 +42,18 @@ class Folder:
 
     Args:
         folder: e.g. of COCO's train2014.
+        upright: whether EXIF orientations are applied.
 
     Raises:
         InputError: it is no folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, upright: bool = True) -> None:
         if not folder.is_dir():
             raise InputError(
                 "is not a folder", subject=str(folder), hint="give the folder with the images (--images)"
             )
-        self._folder = folder
+        self._folder, self._upright = folder, upright
 
     def has(self, name: str) -> bool:
         """Whether the image is there."""
@@ -52,17 +61,28 @@ class Folder:
 
     def open(self, name: str) -> Image.Image:
         """The image, RGB."""
+        return load_image(self._there(name), upright=self._upright)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(width, height) of the image."""
+        path = self._there(name)
+        return image_size(path, name=str(path), upright=self._upright)
+
+    def _there(self, name: str) -> Path:
         path = self._path(name)
         if path is None:
             raise InputError("is not there", subject=str(self._folder / name), hint="see --images")
-        return load_image(path)
+        return path
 
     def _path(self, name: str) -> Path | None:
         """Never outside the folder, whatever an annotation says."""
         last = Path(name).name
         for candidate in (self._folder / name, self._folder / last):
-            if candidate.is_file() and candidate.resolve().is_relative_to(self._folder.resolve()):
-                return candidate
+            try:
+                if candidate.is_file() and candidate.resolve().is_relative_to(self._folder.resolve()):
+                    return candidate
+            except OSError:  # no file system has a name like that
+                continue
         return None
 
 
@@ -71,10 +91,11 @@ class Embedded:
 
     Args:
         images: of the data set.
+        upright: whether EXIF orientations are applied.
     """
 
-    def __init__(self, images: EmbeddedImages) -> None:
-        self._images, self._names = images, frozenset(images.names())
+    def __init__(self, images: EmbeddedImages, *, upright: bool = True) -> None:
+        self._images, self._names, self._upright = images, frozenset(images.names()), upright
 
     def has(self, name: str) -> bool:
         """Whether the image is there."""
@@ -82,7 +103,11 @@ class Embedded:
 
     def open(self, name: str) -> Image.Image:
         """The image, RGB."""
-        return load_image(self._images.read(name), name=name)
+        return load_image(self._images.read(name), name=name, upright=self._upright)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(width, height) of the image."""
+        return image_size(self._images.read(name), name=name, upright=self._upright)
 
 
 class InMemory:
@@ -98,3 +123,7 @@ class InMemory:
     def open(self, name: str) -> Image.Image:
         """The image, RGB."""
         return self._images[name]
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(width, height) of the image."""
+        return self._images[name].size

@@ -28,6 +28,7 @@ class Settings(Record):
         backend: that answered.
         keep: fraction of the visual tokens that was asked for; None for the bundle's own.
         share: whether prompts about one image shared their beginning.
+        ignore_exif: whether images were taken as they are stored.
     """
 
     manifest_sha256: str
@@ -36,6 +37,7 @@ class Settings(Record):
     backend: str
     keep: float | None
     share: bool
+    ignore_exif: bool = False
 
 
 class AnswerRow(Record):

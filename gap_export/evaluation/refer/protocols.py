@@ -1,34 +1,25 @@
 """How an answer is scored. Numbers of different protocols do not compare, so each is stored with its protocol's name.
 
-    protocol     boxes are read in                       a box hits with                             published by
-    unc          the frame that the model writes them in  IoU > or >= 0.5, as the model's own paper   RefCOCO's authors (UNC splits)
-    lmms-eval    the image's width and height           IoU >= 0.5                                  lmms-eval's refcoco_bbox_rec tasks
+    protocol     an answer is scored by                                        splits published by
+    unc          the evaluator of the authors of the model's family            RefCOCO's authors (UNC)
+    lmms-eval    lmms-eval's refcoco_bbox_rec tasks, whatever the family        lmms-eval
 
-`lmms-eval` reads boxes of the padded square, which is what LLaVA writes, as if they were of the image: a perfect model scores 93.36 on
-RefCOCO val. The figures of the GAP paper are most probably of this kind. It has splits of its own, too.
+`published` says what each of these evaluators does. `lmms-eval` reads boxes of the padded square, which is what LLaVA writes, as if they
+were of the image: a perfect model scores 93.36 on RefCOCO val. The figures of the GAP paper are most probably of this kind. Boxes that are
+not fractions in square brackets are misses under it, so that it is 0 for families that write them otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-
 from gap_export.boxes import metrics
-from gap_export.boxes.codecs import (
-    CODECS,
-    Area,
-    Box,
-    Comparator,
-    Frame,
-    Size,
-    Unparsable,
-    from_pixels,
-    to_pixels,
-)
+from gap_export.boxes.codecs import CODECS, Box, Frame, Size
 from gap_export.bundle.manifest import BoxFormat
 from gap_export.errors import InputError
+from gap_export.evaluation.refer.published import LMMS_EVAL, Metric, Target, metric_of
 
 ProtocolName = Literal["unc", "lmms-eval"]
 NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -40,23 +31,32 @@ class Protocol:
 
     Attributes:
         name: as stored.
-        codec: key in `CODECS`, which reads answers.
+        metric: of the evaluator that is followed.
         frame: what 0..1 of a box spans.
-        comparator: whether IoU at the threshold hits.
-        area: how boxes are measured.
+        codec: key in `CODECS`, by which the model writes boxes.
     """
 
     name: ProtocolName
-    codec: str
+    metric: Metric
     frame: Frame
-    comparator: Comparator
-    area: Area
+    codec: str
 
     @property
     def description(self) -> str:
-        """Frame, threshold and area, for people."""
-        measured = ", both edges counted" if self.area == "inclusive_pixels" else ""
-        return f"{self.name}: boxes of the {self.frame.replace('_', ' ')}, IoU {self.comparator} {metrics.HIT_IOU}{measured}"
+        """Evaluator, frame, threshold and area, for people."""
+        by = "" if self.metric.name == self.name else f" ({self.metric.name})"
+        measured = ", both edges counted" if self.metric.area == "inclusive_pixels" else ""
+        reads = "" if self.reads_the_codec else f"; boxes as {self.codec} writes them are not read"
+        frame = self.frame.replace("_", " ")
+        return f"{self.name}{by}: boxes of the {frame}, IoU {self.metric.comparator} {metrics.HIT_IOU}{measured}{reads}"
+
+    @property
+    def reads_the_codec(self) -> bool:
+        """Whether the evaluator takes boxes as the model writes them for what they are."""
+        if self.metric is not LMMS_EVAL:
+            return True
+        numbers = self.metric.read(CODECS[self.codec].example)
+        return numbers is not None and all(0.0 <= number <= 1.0 for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Score:
     """One answer, scored.
 
     Attributes:
-        box: in pixels of the image, clamped to it; None where the answer holds none.
+        box: in pixels of the image, as the evaluator places it, so that it may leave the image; None where the answer holds none, or
+            one that is inverted or not finite.
         reason: why there is none.
         iou: with the true box; 0 without one.
         hit: whether that passes.
@@ -83,15 +84,9 @@ def protocol_of(name: str, box: BoxFormat) -> Protocol:
         InputError: there is none.
     """
     if name == "unc":
-        return Protocol(
-            name="unc",
-            codec=box.codec,
-            frame=box.frame,
-            comparator=CODECS[box.codec].comparator,
-            area=CODECS[box.codec].area,
-        )
+        return Protocol("unc", metric_of(CODECS[box.codec]), box.frame, box.codec)
     if name == "lmms-eval":
-        return Protocol(name="lmms-eval", codec=box.codec, frame="image", comparator=">=", area="continuous")
+        return Protocol("lmms-eval", LMMS_EVAL, "image", box.codec)
     raise InputError("is not a protocol", subject=repr(name), hint=f"choose one of {', '.join(NAMES)}")
 
 
@@ -103,14 +98,18 @@ def score(answer: str, truth: Box, size: Size, protocol: Protocol, *, seen: Size
         truth: in pixels of the image.
         size: of the image.
         protocol: how.
-        seen: size of the image as the model sees it, for codecs that write pixels.
+        seen: size of the image as the model sees it, for evaluators that need it.
     """
-    box = CODECS[protocol.codec].decode_one(answer, seen)
-    if isinstance(box, Unparsable):
-        return Score(None, box.reason, 0.0, False)
-    pixels = to_pixels(box, protocol.frame, *size, clamp=True)
-    # lmms-eval compares normalised boxes. An overlap does not depend on the unit, but for rounding, which decides at the threshold.
-    compared = (box, from_pixels(truth, "image", *size)) if protocol.name == "lmms-eval" else (pixels, truth)
-    overlap = float(metrics.iou(np.array(compared[0]), np.array(compared[1]), area=protocol.area))
-    hit = overlap > metrics.HIT_IOU if protocol.comparator == ">" else overlap >= metrics.HIT_IOU
-    return Score(pixels, None, overlap, hit)
+    metric = protocol.metric
+    numbers = metric.read(answer)
+    if numbers is None:
+        return Score(None, f"no box that {metric.name} reads", 0.0, False)
+    box, overlap = metric.judge(numbers, Target(truth, size, protocol.frame, seen))
+    hit = overlap > metrics.HIT_IOU if metric.comparator == ">" else overlap >= metrics.HIT_IOU
+    # (NaN, of boxes without area, is no hit.)
+    overlap = max(0.0, overlap) if math.isfinite(overlap) else 0.0
+    if not all(map(math.isfinite, box)):
+        return Score(None, f"the box {numbers} is not finite", overlap, hit)
+    if box[0] > box[2] or box[1] > box[3]:
+        return Score(None, f"the box {numbers} is inverted", overlap, hit)
+    return Score(box, None, overlap, hit)

@@ -83,6 +83,7 @@ def recommend(
     requests: int = 30,
     backend: str = "onnxruntime",
     threads: int = 0,
+    rescale_boxes: bool = False,
     replace: bool = False,
     progress: Progress = SILENT,
 ) -> Recommendation:
@@ -100,6 +101,7 @@ def recommend(
         requests: per share, whose time is measured.
         backend: runtime.
         threads: of ONNX Runtime; 0 lets it choose.
+        rescale_boxes: scale true boxes where images are of another size than their annotations; refused otherwise.
         replace: throw evaluations of other settings away, for example those of another build.
         progress: told of every answer and every round.
 
@@ -130,6 +132,7 @@ def recommend(
             keep=share,
             limit=limit,
             threads=threads,
+            rescale_boxes=rescale_boxes,
             replace=replace,
             progress=Prefixed(progress, f"keep {share:g}"),
         )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gap_export.boxes.codecs import Box
 from gap_export.environment import cpu_name, versions
 from gap_export.errors import InputError, MissingRequirementError, first_line
+from gap_export.evaluation.refer.annotations import SkippedRow
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.run import EvalRecord, Scored
 from gap_export.files import write_atomically
@@ -69,6 +70,8 @@ class Provenance(Record):
         data: as of `dataset.open_dataset`, a path made absolute.
         split: as of `dataset.open_dataset`.
         images: folder of images, where the data set does not bring them.
+        ignore_exif: as of `dataset.open_dataset`.
+        skipped: rows of the annotations that could not be used and were left out.
         processor: of the machine that scored.
         versions: of Python and of the packages that run bundles.
     """
@@ -77,6 +80,8 @@ class Provenance(Record):
     data: str
     split: str | None
     images: str | None
+    ignore_exif: bool = False
+    skipped: tuple[SkippedRow, ...] = ()
     processor: str
     versions: dict[str, str]
 
@@ -111,6 +116,8 @@ def store_results(
         data=str(Path(dataset.data).absolute()) if Path(dataset.data).exists() else dataset.data,
         split=dataset.split,
         images=None if dataset.images is None else str(dataset.images.absolute()),
+        ignore_exif=dataset.ignore_exif,
+        skipped=dataset.skipped,
         processor=cpu_name(),
         versions=versions(),
     )

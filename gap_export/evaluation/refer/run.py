@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 
 from gap_export.boxes import metrics
-from gap_export.boxes.codecs import CODECS
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.refer.evaluator import Evaluator
@@ -179,6 +178,9 @@ class EvalRecord(Record):
         refused: expressions among those that the model could not be asked.
         missing_images: images that were not there.
         not_scored: expressions about those.
+        skipped_rows: annotations that could not be used and were left out.
+        rescaled_images: images whose true boxes were scaled to their size.
+        boxes_are_read: whether the protocol reads boxes as the model's family writes them.
         mean_kept: visual tokens kept, on average.
         backend: that answered.
     """
@@ -198,6 +200,9 @@ class EvalRecord(Record):
     not_scored: int
     mean_kept: float
     backend: str
+    skipped_rows: int = 0
+    rescaled_images: int = 0
+    boxes_are_read: bool = True
 
 
 def score_all(
@@ -212,7 +217,7 @@ def score_all(
         expressions: that were asked.
         rows: one answer to each, in any order; answers to other expressions are not looked at.
         protocol: how.
-        layout: of the model, for codecs that write pixels of the image as it saw it.
+        layout: of the model, for evaluators that read pixels of the image as it saw it.
 
     Raises:
         InputError: an expression without an answer, or a box that needs the layout and has none.
@@ -229,7 +234,7 @@ def score_all(
             )
         size = (row.width, row.height)
         seen = None if layout is None else layout.resized(size)
-        if seen is None and CODECS[protocol.codec].unit is None:
+        if seen is None and protocol.metric.needs_seen:
             raise InputError(
                 "writes pixels of the image as it saw it, and how large that was is not known",
                 subject=f"boxes of {protocol.codec}",
@@ -240,7 +245,14 @@ def score_all(
 
 
 def record_of(
-    scored: Sequence[Scored], protocol: Protocol, *, split: str, backend: str, work: Work | None = None
+    scored: Sequence[Scored],
+    protocol: Protocol,
+    *,
+    split: str,
+    backend: str,
+    work: Work | None = None,
+    skipped_rows: int = 0,
+    rescaled_images: int = 0,
 ) -> EvalRecord:
     """Sum up.
 
@@ -250,6 +262,8 @@ def record_of(
         split: of the data set.
         backend: that answered.
         work: for what was left out.
+        skipped_rows: annotations that were left out.
+        rescaled_images: images whose true boxes were scaled.
 
     Raises:
         InputError: nothing was scored.
@@ -278,4 +292,7 @@ def record_of(
         not_scored=len(work.not_asked) if work else 0,
         mean_kept=float(np.mean([each.row.kept for each in scored])),
         backend=backend,
+        skipped_rows=skipped_rows,
+        rescaled_images=rescaled_images,
+        boxes_are_read=protocol.reads_the_codec,
     )

@@ -100,7 +100,13 @@ def _source(reported: ReportedRuns, images: Path | None) -> tuple[Source | None,
     provenance = reported.reference.provenance
     folder = images or (None if provenance.images is None else Path(provenance.images))
     try:
-        source = open_dataset(provenance.data, split=provenance.split, images=folder).source
+        source = open_dataset(
+            provenance.data,
+            split=provenance.split,
+            images=folder,
+            ignore_exif=provenance.ignore_exif,
+            skip_bad_rows=bool(provenance.skipped),
+        ).source
     except GapExportError as error:
         return None, f"images are not shown: {error}; give their folder (--images)"
     return source, "" if source else "images are not shown: give their folder (--images)"

@@ -18,7 +18,7 @@ from gap_export.evaluation.refer.annotations import Expression
 REFCOCO = Path(os.environ.get("GAP_EXPORT_REFCOCO", "../shared/data/refcoco"))
 """Folder with `refcoco_val.json`, where there is one."""
 
-FORMATS = ("minigpt4", "shikra", "internvl", "refer", "parquet")
+FORMATS = ("minigpt4", "shikra", "internvl", "refer", "mdetr", "parquet")
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +92,10 @@ def write_as(name: str, expressions: Sequence[Expression], folder: Path) -> Path
         return path
     if name == "refer":
         return _refer(expressions, folder)
+    if name == "mdetr":
+        path = folder / "finetune.json"
+        path.write_text(json.dumps(_mdetr(expressions)))
+        return path
     return _parquet(expressions, folder)
 
 
@@ -129,6 +133,28 @@ def _refer(expressions: Sequence[Expression], folder: Path) -> Path:
     with (folder / "refs(unc).p").open("wb") as file:
         pickle.dump(references, file, protocol=2)
     return folder
+
+
+def _mdetr(expressions: Sequence[Expression]) -> dict[str, Any]:
+    return {
+        "images": [
+            {
+                "id": number,
+                "file_name": each.image,
+                "caption": each.text,
+                "width": each.width,
+                "height": each.height,
+                "original_id": 7,
+                "dataset_name": "refcoco",
+            }
+            for number, each in enumerate(expressions)
+        ],
+        "annotations": [
+            {"id": number, "image_id": number, "bbox": _extents(each), "category_id": 1}
+            for number, each in enumerate(expressions)
+        ],
+        "categories": [],
+    }
 
 
 def _parquet(expressions: Sequence[Expression], folder: Path) -> Path:

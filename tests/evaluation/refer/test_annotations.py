@@ -1,9 +1,10 @@
-"""Five formats, one list of expressions; and what is refused, with the row that is to blame."""
+"""Six formats, one list of expressions; and what is refused, with the row that is to blame."""
 
 from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ GOOD = {"img_path": "a.jpg", "expression": "mug", "bbox": [1, 2, 3, 4]}
         ({"bbox": [-9, -9, -1, 4]}, "outside of the image"),
         ({"expression": "  "}, "not a text"),
         ({"expression": 7}, "not a text"),
+        ({"bbox": "1234"}, "not four finite numbers"),
+        ({"bbox": {"1": 1, "2": 2, "3": 3, "4": 4}}, "not four finite numbers"),
+        ({"bbox": [1, 2, 10**400, 4]}, "not four finite numbers"),
         ({"width": 0}, "not a number of pixels"),
         ({"img_path": None}, "not a text"),
     ],
@@ -199,3 +203,136 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         read_annotations(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         read_annotations(tmp_path / "absent.json")
+
+
+def good(number: int, **changes: Any) -> dict[str, Any]:
+    return {**GOOD, "img_path": f"{number}.jpg", **changes}
+
+
+def test_bad_rows_are_refused_or_skipped_counted_and_listed(tmp_path: Path) -> None:
+    path = tmp_path / "rec.jsonl"
+    rows = [good(1, expression=" "), good(1), good(2, bbox=[1]), good(2), 7]
+    lines = [json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join([*lines[:2], b"", b"\xff", b"{", *lines[2:]]))
+    with pytest.raises(InputError) as caught:
+        read_annotations(path)
+    assert "--skip-bad-rows" in caught.value.hint
+    read = read_annotations(path, skip_bad_rows=True)
+    # Ids are those that the rows have in the whole file, so that answers still belong to them.
+    assert [each.id for each in read.expressions] == ["1.jpg.1", "2.jpg.1"]
+    assert [(row.id, row.why) for row in read.skipped] == [
+        (None, "is not UTF-8: byte 0xff at column 1"),
+        (None, "is not JSON: Expecting property name enclosed in double quotes"),
+        ("1.jpg.0", 'expression is " ", not a text'),
+        ("2.jpg.0", "bbox is [1], not four finite numbers"),
+        (None, "is 7, not an object"),
+    ]
+    assert [row.where.removeprefix(f"{path}, ") for row in read.skipped] == [
+        "line 4",
+        "line 5",
+        "row 1 (line 1)",
+        "row 3 (line 6)",
+        "row 5 (line 8)",
+    ]
+
+
+def test_nothing_is_left_when_all_rows_are_bad(tmp_path: Path) -> None:
+    path = tmp_path / "rec.jsonl"
+    path.write_text(json.dumps(good(1, bbox=[])))
+    with pytest.raises(InputError, match="no expression that can be used: 1 rows were skipped"):
+        read_annotations(path, skip_bad_rows=True)
+
+
+def test_skipping_in_every_format(
+    format_name: str, few: list[Expression], writer: Any, tmp_path: Path
+) -> None:
+    bad = replace(few[1], text=" ")
+    data = writer(format_name, [few[0], bad, *few[2:]], tmp_path)
+    with pytest.raises(InputError, match="not a text") as caught:
+        read_annotations(data, split="val")
+    assert "--skip-bad-rows" in caught.value.hint
+    read = read_annotations(data, split="val", skip_bad_rows=True)
+    assert content(read.expressions) == content([few[0], *few[2:]])
+    assert len(read.skipped) == 1
+    assert read.skipped[0].id is not None
+    whole = read_annotations(writer(format_name, few, tmp_path / "whole"), split="val")
+    assert [each.id for each in read.expressions] == [
+        each.id for each in whole.expressions if each.id != read.skipped[0].id
+    ]
+
+
+def edited(folder: Path, change: Any) -> Path:
+    path = folder / "refs(unc).p"
+    references = pickle.loads(path.read_bytes())
+    change(references)
+    path.write_bytes(pickle.dumps(references, protocol=2))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ann_id": [1, 2]}, "several objects or none"),
+        ({"ann_id": [-1]}, "several objects or none"),
+        ({"ann_id": []}, "several objects or none"),
+        ({"ann_id": [[1]]}, "not an id"),
+        ({"ann_id": 1.5}, "not an id"),
+        ({"ann_id": {"a": 1}}, "not an id"),
+        ({"image_id": None}, "not an id"),
+        ({"image_id": 99}, "does not hold image 99"),
+        ({"sentences": "mug"}, "not a list"),
+        ({"sentences": [None]}, "not an object"),
+        ({"sentences": [{"sent": "mug"}]}, "has no sent_id"),
+        ({"sentences": [{"sent_id": [1], "sent": "mug"}]}, "not an id"),
+    ],
+    ids=str,
+)
+def test_references_that_cannot_be_used(
+    changes: dict[str, Any], message: str, few: list[Expression], writer: Any, tmp_path: Path
+) -> None:
+    folder = edited(writer("refer", few, tmp_path), lambda references: references[0].update(changes))
+    with pytest.raises(InputError, match=message) as caught:
+        read_annotations(folder)
+    assert "row 1" in caught.value.subject
+    assert read_annotations(folder, skip_bad_rows=True).skipped
+
+
+def test_a_list_of_one_id_is_that_id(few: list[Expression], writer: Any, tmp_path: Path) -> None:
+    folder = writer("refer", few, tmp_path)
+
+    def listed(references: Any) -> None:
+        for each in references:
+            each["ann_id"] = [each["ann_id"]]
+
+    before = read_annotations(folder).expressions
+    assert read_annotations(edited(folder, listed)).expressions == before
+
+
+def test_grefcoco_is_told_by_its_fields(few: list[Expression], writer: Any, tmp_path: Path) -> None:
+    folder = edited(
+        writer("refer", few, tmp_path),
+        lambda references: references[0].update(ann_id=[1, 2], no_target=False),
+    )
+    references = pickle.loads((folder / "refs(unc).p").read_bytes())
+    (folder / "refs(unc).p").rename(folder / "grefs(unc).p")
+    with pytest.raises(InputError, match="several objects"):
+        read_annotations(folder)
+    path = tmp_path / "grefs(unc).json"
+    path.write_text(json.dumps(references))
+    with pytest.raises(InputError, match="several objects"):
+        read_annotations(path)
+
+
+def test_mdetr_of_several_objects_or_none(few: list[Expression], writer: Any, tmp_path: Path) -> None:
+    path = writer("mdetr", few, tmp_path)
+    file = json.loads(path.read_text())
+    for count in (0, 2):
+        objects = [file["annotations"][0]] * count + file["annotations"][1:]
+        path.write_text(json.dumps({**file, "annotations": objects}, indent=1))
+        with pytest.raises(InputError, match=f"has {count} objects") as caught:
+            read_annotations(path)
+        assert "image 1" in caught.value.subject
+        assert len(read_annotations(path, skip_bad_rows=True).expressions) == len(few) - 1
+    path.write_text(json.dumps({**file, "annotations": {"1": 2}}))
+    with pytest.raises(InputError, match="not a list"):
+        read_annotations(path)

@@ -13,10 +13,10 @@ from PIL import Image
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
-from gap_export.evaluation.refer.evaluate import read_predictions
 from gap_export.evaluation.refer.evaluator import Evaluator
 from gap_export.evaluation.refer.image_source import Folder, InMemory
 from gap_export.evaluation.refer.journal import Settings, open_journal
+from gap_export.evaluation.refer.predictions import read_predictions
 from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.results import write_results
 from gap_export.evaluation.refer.run import Work, answer_all, record_of, score_all, work_of

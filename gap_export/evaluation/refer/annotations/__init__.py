@@ -6,16 +6,18 @@ boxes are pixels of the original image.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations import json_formats, parquet, refer
+from gap_export.evaluation.refer.annotations import json_formats, mdetr, parquet, refer
 from gap_export.evaluation.refer.annotations.format import (
     AnnotationFile,
     AnnotationFormat,
     Annotations,
     EmbeddedImages,
     Expression,
+    SkippedRow,
     shown,
 )
 
@@ -26,6 +28,7 @@ __all__ = [
     "Annotations",
     "EmbeddedImages",
     "Expression",
+    "SkippedRow",
     "read_annotations",
     "register",
 ]
@@ -45,16 +48,24 @@ def register(row: AnnotationFormat) -> None:
     FORMATS[row.name] = row
 
 
-for _row in (refer.FORMAT, parquet.FORMAT, json_formats.MINIGPT4, json_formats.SHIKRA, json_formats.INTERNVL):
+for _row in (
+    refer.FORMAT,
+    parquet.FORMAT,
+    json_formats.MINIGPT4,
+    json_formats.SHIKRA,
+    json_formats.INTERNVL,
+    mdetr.FORMAT,
+):
     register(_row)
 
 
-def read_annotations(path: Path, *, split: str | None = None) -> Annotations:
+def read_annotations(path: Path, *, split: str | None = None, skip_bad_rows: bool = False) -> Annotations:
     """Read a data set.
 
     Args:
         path: a file, or the folder of a data set in several files.
         split: where the format holds several; others have one, which any name stands for.
+        skip_bad_rows: leave out rows that cannot be used; they are in the result's `skipped`.
 
     Raises:
         InputError: missing, of no known format (with what was found), a row that cannot be used (with its number), ids that come
@@ -63,10 +74,11 @@ def read_annotations(path: Path, *, split: str | None = None) -> Annotations:
     """
     if not path.exists():
         raise InputError("does not exist", subject=str(path), hint="give the annotation file (--data)")
-    file = AnnotationFile(path)
+    file = AnnotationFile(path, skip_bad_rows=skip_bad_rows)
     for row in FORMATS.values():
         if row.recognizes(file):
-            return _checked(row.read(file, split), path)
+            read = replace(row.read(file, split), skipped=tuple(file.bad_rows.found))
+            return _checked(read, path)
     raise _unknown(file)
 
 
@@ -81,7 +93,16 @@ def _checked(annotations: Annotations, path: Path) -> Annotations:
             hint="ids must be unique; two files may have been put together",
         )
     if not annotations.expressions:
-        raise InputError("holds no expressions", subject=str(path), hint="the file is empty: get it again")
+        skipped = len(annotations.skipped)
+        raise InputError(
+            f"holds no expression that can be used: {skipped} rows were skipped"
+            if skipped
+            else "holds no expressions",
+            subject=str(path),
+            hint="run without --skip-bad-rows to see what is wrong with the first"
+            if skipped
+            else "the file is empty: get it again",
+        )
     return annotations
 
 
@@ -103,10 +124,11 @@ def _unknown(file: AnnotationFile) -> InputError:
             "holds no expressions", subject=str(file.path), hint="the file is empty: get it again"
         )
     for fields, what in _MISTAKEN.items():
-        if fields <= file.fields:
+        if file.holds(fields):
             return InputError(f"looks like {what}", subject=str(file.path), hint="see docs/evaluation.md")
+    first = file.rows[0].value
     return InputError(
-        f"is of no known format: its first row has {shown(sorted(file.fields) or file.rows[0])}",
+        f"is of no known format: its first row has {shown(sorted(first) if isinstance(first, dict) else first)}",
         subject=str(file.path),
         hint="known: " + "; ".join(f"{row.name} ({row.files})" for row in FORMATS.values()),
     )
@@ -117,5 +139,8 @@ _MISTAKEN = {
         {"images", "annotations"}
     ): "COCO's instances, which know no expressions: give refs(...).p beside it",
     frozenset({"id", "answer"}): "a file of answers: give it as --predictions",
+    frozenset(
+        {"ann_id", "sentences"}
+    ): "gRefCOCO's references, where an expression stands for several objects or none; one box per expression is scored",
 }
 """Fields of files that are often given in the place of annotations -> what such a file is."""

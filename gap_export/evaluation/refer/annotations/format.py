@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +13,12 @@ from typing import Any, Protocol
 
 from gap_export.boxes.codecs import Box
 from gap_export.errors import InputError
+from gap_export.evaluation.refer.json_rows import JsonRow, json_rows
+from gap_export.records import Record
 
 _HEAD_BYTES = 4096
+_FIRST_ROWS = 100
+"""Rows of a file that are looked at to tell its format: a few of them may be damaged."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,52 @@ class Expression:
     height: int | None = None
 
 
+class SkippedRow(Record):
+    """A row that could not be used and was left out.
+
+    Attributes:
+        where: file and row.
+        why: what is wrong with it.
+        id: of its expression, where that could be told; None otherwise.
+    """
+
+    where: str
+    why: str
+    id: str | None = None
+
+
+class BadRows:
+    """What becomes of rows that cannot be used: the first one ends the reading, or all are left out and put down here.
+
+    Args:
+        skip: whether they are left out.
+
+    Attributes:
+        found: those that were.
+    """
+
+    def __init__(self, *, skip: bool = False) -> None:
+        self._skip = skip
+        self.found: list[SkippedRow] = []
+
+    @contextmanager
+    def around(self, identity: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+        """Around the reading of one row.
+
+        Args:
+            identity: tells the id of the row's expression when the row turns out to be unusable.
+
+        Raises:
+            InputError: of the row, where it is not to be skipped.
+        """
+        try:
+            yield
+        except InputError as error:
+            if not self._skip:
+                raise
+            self.found.append(SkippedRow(where=error.subject, why=error.message, id=identity()))
+
+
 class EmbeddedImages(Protocol):
     """Images that lie in the data set."""
 
@@ -56,11 +108,13 @@ class Annotations:
         format: name in the table of formats.
         expressions: in the order of the file, ids unique.
         images: where the data set brings them.
+        skipped: rows that could not be used, where those were to be left out.
     """
 
     format: str
     expressions: tuple[Expression, ...]
     images: EmbeddedImages | None = None
+    skipped: tuple[SkippedRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,65 +146,61 @@ class AnnotationFile:
 
     Args:
         path: of the file or folder.
+        skip_bad_rows: whether rows that cannot be used are left out.
+
+    Attributes:
+        bad_rows: for readers to put around each row; see `rows.usable`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, skip_bad_rows: bool = False) -> None:
         self.path = path
+        self.bad_rows = BadRows(skip=skip_bad_rows)
 
     @cached_property
     def head(self) -> bytes:
-        """The first bytes of a file; nothing of a folder."""
+        """The first bytes of a file, without a byte order mark; nothing of a folder."""
         if self.path.is_dir():
             return b""
-        with self.path.open("rb") as file:
-            return file.read(_HEAD_BYTES)
+        try:
+            with self.path.open("rb") as file:
+                return file.read(_HEAD_BYTES).removeprefix(BOM_UTF8)
+        except OSError as error:
+            raise InputError(
+                f"cannot be read: {error.strerror}", subject=str(self.path), hint="check its permissions"
+            ) from error
 
     @cached_property
-    def rows(self) -> list[Any]:
-        """What a JSON list or JSON lines hold.
+    def rows(self) -> list[JsonRow]:
+        """What a JSON list, JSON lines or a JSON object hold.
 
         Raises:
             InputError: it is neither.
         """
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                "is not a text in UTF-8", subject=str(self.path), hint="known formats: see docs/evaluation.md"
-            ) from error
-        if text.lstrip()[:1] == "[":
-            try:
-                return list(json.loads(text))
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"is not JSON: {error.msg} in line {error.lineno}",
-                    subject=str(self.path),
-                    hint="get the file again",
-                ) from error
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"is not JSON: {error.msg}",
-                    subject=f"{self.path}, line {number}",
-                    hint="get the file again",
-                ) from error
-        return rows
+        return json_rows(
+            self.path,
+            hint="mend that line, or leave out all such lines (--skip-bad-rows)",
+            around=self.bad_rows.around,
+        )
+
+    def holds(self, fields: Collection[str]) -> bool:
+        """Whether it is JSON with rows that have these fields."""
+        wanted = frozenset(fields)
+        return any(isinstance(row.value, dict) and wanted <= row.value.keys() for row in self._first_rows)
+
+    @property
+    def first(self) -> Any:
+        """The first row of JSON; None where there is none."""
+        return self._first_rows[0].value if self._first_rows else None
 
     @cached_property
-    def fields(self) -> frozenset[str]:
-        """Of the first row of JSON; none where it is not JSON, or its rows are no objects."""
-        if self.head.lstrip()[:1] not in (b"[", b"{"):
-            return frozenset()
+    def _first_rows(self) -> list[JsonRow]:
+        """The first rows of JSON; none where it is not JSON."""
+        if self.head.lstrip().removeprefix(BOM_UTF8)[:1] not in (b"[", b"{"):
+            return []
         try:
-            first = self.rows[0] if self.rows else None
+            return self.rows[:_FIRST_ROWS]
         except InputError:
-            return frozenset()
-        return frozenset(first) if isinstance(first, dict) else frozenset()
+            return []
 
 
 def shown(value: object) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations.format import (
     AnnotationFile,
     AnnotationFormat,
     Annotations,
     Expression,
-    shown,
 )
-from gap_export.evaluation.refer.annotations.rows import RowReader
+from gap_export.evaluation.refer.annotations.rows import RowReader, usable
 
 RowToExpression = Callable[[RowReader, Callable[[str], int]], Expression]
 """Reads a row; the second argument counts how often it was called with a key before, to make ids unique."""
@@ -41,13 +39,9 @@ def json_format(
 
         expressions = []
         for number, row in enumerate(file.rows, 1):
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"is {shown(row)}, not an object",
-                    subject=f"{file.path}, row {number}",
-                    hint="mend that row",
-                )
-            expressions.append(read_row(RowReader(file.path, number, row), count))
+            reader = RowReader(file.path, number, row.value, where=row.where)
+            with usable(reader, file.bad_rows):
+                expressions.append(read_row(reader, count))
         return Annotations(name, tuple(expressions))
 
     return AnnotationFormat(
@@ -56,26 +50,29 @@ def json_format(
         published_by=published_by,
         images="`--images`",
         suffixes=(".json", ".jsonl"),
-        recognizes=lambda file: frozenset(fields) <= file.fields,
+        recognizes=lambda file: file.holds(fields),
         read=read,
     )
 
 
 def _minigpt4(row: RowReader, count: Callable[[str], int]) -> Expression:
     object_id = row.text("img_id")
+    row.identity = f"{object_id}.{count(object_id)}"
     # The last number is that of the reference; what stands before it names the image.
     image = object_id.rpartition("_")[0] + ".jpg"
-    return row.expression(f"{object_id}.{count(object_id)}", image, row.text("sents"), row.extents("bbox"))
+    return row.expression(row.identity, image, row.text("sents"), row.extents("bbox"))
 
 
 def _shikra(row: RowReader, count: Callable[[str], int]) -> Expression:
     image = row.text("img_path")
-    return row.expression(f"{image}.{count(image)}", image, row.text("expression"), row.corners("bbox"))
+    row.identity = f"{image}.{count(image)}"
+    return row.expression(row.identity, image, row.text("expression"), row.corners("bbox"))
 
 
 def _internvl(row: RowReader, count: Callable[[str], int]) -> Expression:
     image = row.text("image")
-    return row.expression(f"{image}.{count(image)}", image, row.text("sent"), row.corners("bbox"))
+    row.identity = f"{image}.{count(image)}"
+    return row.expression(row.identity, image, row.text("sent"), row.corners("bbox"))
 
 
 MINIGPT4 = json_format(

@@ -15,7 +15,7 @@ from gap_export.evaluation.refer.annotations.format import (
     Expression,
     shown,
 )
-from gap_export.evaluation.refer.annotations.rows import RowReader
+from gap_export.evaluation.refer.annotations.rows import RowReader, usable
 
 COLUMNS = ("question_id", "answer", "bbox")
 
@@ -44,7 +44,7 @@ class TableImages:
         """One image, encoded."""
         place = self._places[image]
         if self._group is None or self._group[:2] != (place.file, place.group):
-            column = _opened(place.file).read_row_group(place.group, columns=["image"]).column("image")
+            column = _read_group(_opened(place.file), place.file, place.group, ["image"]).column("image")
             self._group = (place.file, place.group, column)
         content = self._group[2][place.row].as_py()
         content = content.get("bytes") if isinstance(content, dict) else content
@@ -62,7 +62,7 @@ def _recognizes(file: AnnotationFile) -> bool:
 def _read(file: AnnotationFile, split: str | None) -> Annotations:
     """A split is all files whose names begin with it, up to the first hyphen."""
     if not file.path.is_dir():
-        return _read_tables([file.path])
+        return _read_tables(file, [file.path])
     tables = sorted(file.path.rglob("*.parquet"))
     wanted = [each for each in tables if split is None or each.name.partition("-")[0] == split]
     if not wanted:
@@ -72,10 +72,10 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
             subject=f"split {split} of {file.path}",
             hint="choose one of them (--split)",
         )
-    return _read_tables(wanted)
+    return _read_tables(file, wanted)
 
 
-def _read_tables(files: Sequence[Path]) -> Annotations:
+def _read_tables(file: AnnotationFile, files: Sequence[Path]) -> Annotations:
     expressions: list[Expression] = []
     places: dict[str, _Place] = {}
     embedded = True
@@ -92,17 +92,43 @@ def _read_tables(files: Sequence[Path]) -> Annotations:
         wanted = [name for name in (*COLUMNS, "file_name") if name in names]
         number = 0
         for group in range(table.num_row_groups):
-            for within, row in enumerate(table.read_row_group(group, columns=wanted).to_pylist()):
+            for within, row in enumerate(_rows(table, path, group, wanted)):
                 number += 1
                 reader = RowReader(path, number, row)
-                identity, box = reader.text("question_id"), reader.extents("bbox")
-                image = row.get("file_name") or identity
-                places.setdefault(image, _Place(path, group, within))
-                answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-                for count, text in enumerate(answers):
-                    expression = RowReader(path, number, {"answer": text}).text("answer")
-                    expressions.append(reader.expression(f"{identity}.{count}", image, expression, box))
+                with usable(reader, file.bad_rows):
+                    identity, box = str(reader.key("question_id")), reader.extents("bbox")
+                    image = row.get("file_name") or identity
+                    places.setdefault(image, _Place(path, group, within))
+                    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+                    for count, text in enumerate(answers):
+                        answer = RowReader(path, number, {"answer": text})
+                        answer.identity = f"{identity}.{count}"
+                        with usable(answer, file.bad_rows):
+                            expressions.append(
+                                reader.expression(answer.identity, image, answer.text("answer"), box)
+                            )
     return Annotations("parquet", tuple(expressions), TableImages(places) if embedded else None)
+
+
+def _rows(table: Any, path: Path, group: int, columns: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = _read_group(table, path, group, columns).to_pylist()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"holds text that is not UTF-8: {error.reason}", subject=str(path), hint="get the file again"
+        ) from error
+    return rows
+
+
+def _read_group(table: Any, path: Path, group: int, columns: Sequence[str]) -> Any:
+    from pyarrow import ArrowException
+
+    try:
+        return table.read_row_group(group, columns=columns)
+    except (OSError, ArrowException) as error:
+        raise InputError(
+            f"cannot be read: {first_line(error)}", subject=str(path), hint="get the file again"
+        ) from error
 
 
 def _opened(path: Path) -> Any:

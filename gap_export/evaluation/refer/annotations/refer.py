@@ -6,7 +6,6 @@ containers, texts and numbers, and whatever else one asks for is refused before 
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,14 +18,17 @@ from gap_export.evaluation.refer.annotations.format import (
     Expression,
     shown,
 )
-from gap_export.evaluation.refer.annotations.rows import RowReader
+from gap_export.evaluation.refer.annotations.rows import RowReader, usable
+from gap_export.evaluation.refer.json_rows import json_document
 
 INSTANCES = "instances.json"
+_PICKLES = "*refs*.p"
+"""Also those of gRefCOCO, whose references are of REFER's layout."""
 
 
 def _recognizes(file: AnnotationFile) -> bool:
     if file.path.is_dir():
-        return any(file.path.glob("refs*.p"))
+        return any(file.path.glob(_PICKLES))
     return file.path.suffix == ".p" or file.head[:1] == b"\x80" or file.head[:2] in (b"(l", b"]q")
 
 
@@ -38,7 +40,7 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
     """
     path = file.path
     if path.is_dir():
-        pickles = sorted(path.glob("refs*.p"))
+        pickles = sorted(path.glob(_PICKLES))
         if len(pickles) > 1:
             raise InputError(
                 f"holds annotations by several: {', '.join(each.name for each in pickles)}",
@@ -61,10 +63,10 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
             hint="boxes and images of REFER are in it; put it beside",
         )
     try:
-        content = json.loads(instances.read_text(encoding="utf-8"))
+        content = json_document(instances)
         objects = {each["id"]: each for each in content["annotations"]}
         images = {each["id"]: each for each in content["images"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"is not COCO's instances: {error}", subject=str(instances), hint="get the file again"
         ) from error
@@ -78,30 +80,51 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
     expressions: list[Expression] = []
     for number, reference in enumerate(references, 1):
         if split is None or reference.get("split") == split:
-            expressions += _of_reference(path, number, reference, objects, images)
+            expressions += _of_reference(file, path, number, reference, objects, images)
     return Annotations("refer", tuple(expressions))
 
 
 def _of_reference(
-    path: Path, number: int, reference: dict[str, Any], objects: dict[Any, Any], images: dict[Any, Any]
+    file: AnnotationFile,
+    path: Path,
+    number: int,
+    reference: dict[str, Any],
+    objects: dict[Any, Any],
+    images: dict[Any, Any],
 ) -> list[Expression]:
+    """The expressions of a reference; none where it is to be skipped."""
     row = RowReader(path, number, reference)
-    item, entry = objects.get(reference.get("ann_id")), images.get(reference.get("image_id"))
-    if item is None or entry is None:
-        missing = (
-            f"annotation {reference.get('ann_id')}" if item is None else f"image {reference.get('image_id')}"
-        )
-        raise row.error(f"{INSTANCES} does not hold {missing}")
-    whole = RowReader(path, number, {**reference, **entry, "bbox": item.get("bbox")})
-    box, image = whole.extents("bbox"), whole.text("file_name")
-    sentences = reference.get("sentences")
-    if not isinstance(sentences, list):
-        raise row.error(f"sentences is {shown(sentences)}, not a list")
-    found = []
-    for sentence in sentences:
-        text = RowReader(path, number, sentence).text("sent")
-        found.append(whole.expression(str(sentence.get("sent_id")), image, text, box))
+    found: list[Expression] = []
+    with usable(row, file.bad_rows):
+        ann_id, image_id = _only(row, reference, "ann_id"), _only(row, reference, "image_id")
+        item, entry = objects.get(ann_id), images.get(image_id)
+        if item is None or entry is None:
+            missing = f"annotation {ann_id}" if item is None else f"image {image_id}"
+            raise row.error(f"{INSTANCES} does not hold {missing}")
+        whole = RowReader(path, number, {**reference, **entry, "bbox": item.get("bbox")})
+        box, image = whole.extents("bbox"), whole.text("file_name")
+        sentences = reference.get("sentences")
+        if not isinstance(sentences, list):
+            raise row.error(f"sentences is {shown(sentences)}, not a list")
+        for sentence in sentences:
+            reader = RowReader(path, number, sentence)
+            with usable(reader, file.bad_rows):
+                reader.identity = str(reader.key("sent_id"))
+                found.append(whole.expression(reader.identity, image, reader.text("sent"), box))
     return found
+
+
+def _only(row: RowReader, reference: dict[str, Any], field: str) -> str | int:
+    """The one id of a field; gRefCOCO has lists there, of one, of several and of none (-1)."""
+    value = reference.get(field)
+    if isinstance(value, list) and len(value) == 1 and value != [-1]:
+        return RowReader(Path(), 0, {field: value[0]}, where=row.where).key(field)
+    if isinstance(value, list):
+        raise row.error(
+            f"{field} is {shown(value)}: the expression stands for several objects or none, as in gRefCOCO, "
+            "and one box per expression is scored"
+        )
+    return row.key(field)
 
 
 class _NothingElse(pickle.Unpickler):

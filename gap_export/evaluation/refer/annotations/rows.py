@@ -1,15 +1,21 @@
-"""From a row of any format to an expression: what every reader asks of one."""
+"""From a row of any format to an expression: what every reader asks of one, and what becomes of rows that cannot be used."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gap_export.boxes.codecs import Box
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.annotations.format import Expression, shown
+from gap_export.evaluation.refer.annotations.format import BadRows, Expression, shown
+
+HINT = "mend that row, or leave out all such rows (--skip-bad-rows counts and lists them)"
+
+_LONGEST_SIDE = 1_000_000
+"""Pixels; a larger number is a mistake, and arithmetic on it may overflow."""
 
 
 class RowReader:
@@ -19,17 +25,36 @@ class RowReader:
         path: of the file.
         number: of the row, from 1.
         row: its fields.
+        where: the place, for messages, where it is more than path and number.
+
+    Attributes:
+        where: the place.
+        identity: of the row's expression, once it is known.
     """
 
-    def __init__(self, path: Path, number: int, row: Mapping[str, Any]) -> None:
-        self._path, self._number, self._row = path, number, row
+    def __init__(self, path: Path, number: int, row: Any, *, where: str | None = None) -> None:
+        self.where = where or f"{path}, row {number}"
+        self.identity: str | None = None
+        self._row: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
+        self._is_object, self._shown = isinstance(row, Mapping), shown(row)
 
     def text(self, field: str) -> str:
         """A string with something in it."""
         value = self._field(field)
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{field} is {shown(value)}, not a text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error(f"{field} {shown(value)} holds half a character (a lone surrogate)") from error
         return value
+
+    def key(self, field: str) -> str | int:
+        """An id: a text or a whole number."""
+        value = self._field(field)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise self.error(f"{field} is {shown(value)}, not an id")
+        return self.text(field) if isinstance(value, str) else value
 
     def corners(self, field: str) -> Box:
         """A box given by two corners."""
@@ -46,7 +71,7 @@ class RowReader:
         value = self._row.get(field)
         if value is None:
             return None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LONGEST_SIDE:
             raise self.error(f"{field} is {shown(value)}, not a number of pixels")
         return value
 
@@ -63,26 +88,41 @@ class RowReader:
 
     def error(self, message: str) -> InputError:
         """What is wrong with this row."""
-        return InputError(
-            message, subject=f"{self._path}, row {self._number}", hint="mend or leave out that row"
-        )
+        return InputError(message, subject=self.where, hint=HINT)
 
     def _field(self, field: str) -> Any:
+        if not self._is_object:
+            raise self.error(f"is {self._shown}, not an object")
         if field not in self._row:
-            raise self.error(f"has no {field}, but {shown(sorted(self._row))}")
+            raise self.error(f"has no {field}, but {shown(sorted(map(str, self._row)))}")
         return self._row[field]
 
     def _four(self, field: str) -> tuple[float, float, float, float]:
         value = self._field(field)
         try:
-            numbers = [float(number) for number in value]
-        except (TypeError, ValueError):
+            numbers = [] if isinstance(value, str | Mapping) else [float(number) for number in value]
+        except (TypeError, ValueError, OverflowError):
             numbers = []
         if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
             raise self.error(f"{field} is {shown(value)}, not four finite numbers")
         return numbers[0], numbers[1], numbers[2], numbers[3]
 
     def _sound(self, box: Box, field: str) -> Box:
-        if box[2] <= box[0] or box[3] <= box[1]:
+        if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
             raise self.error(f"{field} {shown(self._row[field])} has no area")
         return box
+
+
+@contextmanager
+def usable(reader: RowReader, bad_rows: BadRows) -> Iterator[None]:
+    """Let a row pass that cannot be used, where such rows are to be skipped.
+
+    Args:
+        reader: of the row.
+        bad_rows: of the file.
+
+    Raises:
+        InputError: of the row, where it is not to be skipped.
+    """
+    with bad_rows.around(lambda: reader.identity):
+        yield
