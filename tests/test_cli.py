@@ -373,6 +373,24 @@ def test_build_reports_what_it_made(command: Command, recipe_file: Path, tmp_pat
     assert "from the trace cache: vision, splice, embed, decoder" in spoken.out
 
 
+def test_what_the_user_should_know_is_said_once(
+    command: Command,
+    recipe_file: Path,
+    tiny_bundle: Callable[..., Bundle],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gap_export.pipeline import build as pipeline
+
+    note = "text_config.sinks [4]: a field that is not known here"
+    built = pipeline.BuildResult(tiny_bundle(), 0, (), notes=(note,))
+    monkeypatch.setattr(pipeline, "build", lambda *_, **__: built)
+    result = command("build", "--model", recipe_file, "-o", tmp_path / "out", "--json")
+    assert result.code == 0
+    assert result.err.strip() == f"warning: {note}"
+    assert json.loads(result.out)["notes"] == [note]
+
+
 def test_measured_ranges_make_a_bundle_in_fp8(
     command: Command, tiny_bundle: BuildBundle, recipe_file: Path, tmp_path: Path
 ) -> None:

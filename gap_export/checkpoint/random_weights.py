@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,7 +44,7 @@ _ELEMENTS: dict[str, tuple[str, Callable[[Numbers], Elements]]] = {
     "float16": ("F16", lambda numbers: numbers.astype(np.float16)),
     "bfloat16": ("BF16", _bfloat16),
 }
-"""`torch_dtype` of a configuration -> (what safetensors calls it, how numbers are stored)."""
+"""Element type of a configuration -> (what safetensors calls it, how numbers are stored)."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,27 @@ class Published:
     """What a checkpoint says of itself.
 
     Attributes:
-        config: `config.json`, with the defaults it leaves out where a family reads them.
-        preprocessor_config: `preprocessor_config.json`.
+        config: `config.json`, as published.
+        preprocessor_config: `preprocessor_config.json`; empty where there is none.
+        generation_config: `generation_config.json`; empty where there is none.
         special_tokens: name -> id, of the stand-in tokenizer; words it does not know are `<unk>`.
+        stand_in: whether random weights can be written for it: not for models whose pieces lie in several checkpoints.
     """
 
     config: dict[str, Any]
     preprocessor_config: dict[str, Any]
     special_tokens: dict[str, int]
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    stand_in: bool = True
+
+    @property
+    def dtype(self) -> str:
+        """Element type of the weights; configs of newer versions call it `dtype`, some in that of the decoder alone."""
+        for stored in (self.config, self.config.get("text_config", {})):
+            for name in ("torch_dtype", "dtype"):
+                if name in stored:
+                    return str(stored[name])
+        return "float32"
 
 
 def published(repository: str) -> Published:
@@ -70,13 +83,18 @@ def published(repository: str) -> Published:
     """
     file = CONFIGS / f"{repository.replace('/', '--')}.json"
     if not file.is_file():
-        known = sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json"))
         raise CheckpointError(
             "cannot be made of random weights: its sizes are not known here",
             subject=repository,
-            hint=f"known: {', '.join(known)}",
+            hint=f"known: {', '.join(stand_ins())}",
         )
     return Published(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def stand_ins() -> tuple[str, ...]:
+    """Hub ids of the checkpoints that random weights can be written for."""
+    known = sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json"))
+    return tuple(name for name in known if published(name).stand_in)
 
 
 def random_checkpoint(repository: str, progress: Progress = SILENT) -> Path:
@@ -91,6 +109,12 @@ def random_checkpoint(repository: str, progress: Progress = SILENT) -> Path:
         MissingRequirementError: no space on the disk.
     """
     content = published(repository)
+    if not content.stand_in:
+        raise CheckpointError(
+            "cannot be made of random weights: its pieces lie in several checkpoints",
+            subject=repository,
+            hint=f"known: {', '.join(stand_ins())}",
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gap-export" / "random"
     folder = cache / repository.replace("/", "--")
     if not folder.exists():
@@ -116,7 +140,12 @@ def write_checkpoint(folder: Path, content: Published, progress: Progress = SILE
 
 def _write(folder: Path, content: Published, progress: Progress) -> None:
     (folder / "config.json").write_text(json.dumps(content.config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(content.preprocessor_config, indent=2) + "\n")
+    for file, stored in (
+        ("preprocessor_config.json", content.preprocessor_config),
+        ("generation_config.json", content.generation_config),
+    ):
+        if stored:
+            (folder / file).write_text(json.dumps(stored, indent=2) + "\n")
     _write_tokenizer(folder / "tokenizer.json", content.special_tokens)
     shards = _shards(_shapes(folder))
     needed, free = sum(map(_bytes_of, shards)), shutil.disk_usage(folder).free
@@ -131,7 +160,7 @@ def _write(folder: Path, content: Published, progress: Progress) -> None:
     for name, shapes in zip(names, shards, strict=True):
         progress.stage(f"writing random weights, {name}")
         with (folder / name).open("wb") as out:
-            _write_shard(out, shapes, numbers, content.config["torch_dtype"])
+            _write_shard(out, shapes, numbers, content.dtype)
     index = {
         "metadata": {"total_size": needed},
         "weight_map": {key: name for name, shapes in zip(names, shards, strict=True) for key in shapes},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gap_export.cli.app import out, print_json
+from gap_export.cli.app import console, out, plain, print_json
 from gap_export.cli.options import JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
@@ -154,6 +154,8 @@ def build(
             self_contained=self_contained,
             progress=progress,
         )
+    for note in built.notes:
+        console.print(f"[yellow]warning:[/] {plain(note)}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(_facts(output, built))
     else:
@@ -181,6 +183,7 @@ def _facts(output: Path, built: BuildResult) -> dict[str, Any]:
         "graphs_from_cache": sorted(built.cached),
         "engines": {target: sorted(engines) for target, engines in manifest.engines.items()},
         "written_bytes": built.written_bytes,
+        "notes": list(built.notes),
     }
 
 

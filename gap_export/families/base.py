@@ -24,7 +24,7 @@ from gap_export.families.table import FamilyRow
 from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
-from gap_export.modeling import hf_config, rope, selection
+from gap_export.modeling import config_fields, hf_config, rope, selection
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip_text import TEXT_TOWER
 from gap_export.modeling.components import Component, ModelParts, build_components, torch_dtype
@@ -62,6 +62,7 @@ class Family(ABC):
         checkpoint: with every weight in place, deltas added, low-rank updates merged.
         check: raises unless something of the config holds.
         config: of the checkpoint, as `read_config` gives it; read once.
+        unknown_fields: names of fields of the configuration that are in no list of `modeling/config_fields.py`.
 
     Raises:
         CheckpointError: a config that is not supported, or companions that do not belong to the checkpoint.
@@ -76,6 +77,7 @@ class Family(ABC):
         self.row = row
         self.checkpoint = self.resolve_weights(checkpoint)
         self.check = hf_config.ConfigCheck(checkpoint, row.title)
+        self.unknown_fields = self.check_fields()
         self.config: Any = self.read_config()
         rope.check(self.config.text_config, self.checkpoint.folder / "config.json")
 
@@ -100,6 +102,20 @@ class Family(ABC):
             CheckpointError: the pieces do not belong together.
         """
         return checkpoint
+
+    def check_fields(self) -> tuple[str, ...]:
+        """Names of fields of the configuration that are not known; of families without a row in `config_fields.FAMILIES`, none.
+
+        Raises:
+            CheckpointError: a field has a value that is not supported.
+        """
+        known = config_fields.FAMILIES.get(self.row.name)
+        return () if known is None else config_fields.check_fields(self.checkpoint, known)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how this checkpoint was read, a sentence each; nothing about one as published."""
+        return config_fields.note_of(self.unknown_fields)
 
     def read_config(self) -> Any:
         """The configuration, with `text_config` and `image_token_id`, checked for what is not supported.

@@ -23,7 +23,7 @@ from gap_export.families.base import Family
 from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import TextTower
 from gap_export.inputs.square import mean_colour
-from gap_export.modeling import hf_config
+from gap_export.modeling import config_fields, hf_config
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip import OPENAI_MEAN, OPENAI_STD, ClipVision
 from gap_export.modeling.clip_text import published_tower, read_text_tower, text_tower_of
@@ -67,6 +67,14 @@ class ClipLlama(Family):
     """A model of these three parts."""
 
     config: ClipLlamaConfig
+
+    @override
+    def check_fields(self) -> tuple[str, ...]:
+        tower = self.checkpoint.companions.get("vision_tower")
+        beside = (
+            () if tower is None else config_fields.check_companion_fields(tower, config_fields.CLIP_TOWER)
+        )
+        return super().check_fields() + beside
 
     @abstractmethod
     @override

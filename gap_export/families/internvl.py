@@ -115,7 +115,8 @@ class InternVL(Family):
         check("vision_config.model_type", vision.model_type == "internvl_vision", "InternViT")
         check("text_config.model_type", text.model_type in decoders, ", ".join(decoders))
         check("text_config.use_sliding_window", getattr(text, "sliding_window", None) is None, "false")
-        check("vision_feature_layer", config.vision_feature_layer == -1, "-1")
+        layer = hf_config.feature_layer(config.vision_feature_layer, vision, check)
+        check("vision_feature_layer", layer == vision.num_hidden_layers, "-1, the last")
         default = config.vision_feature_select_strategy == "default"
         check("vision_feature_select_strategy", default, "default")
         check("vision_config.image_size", len({*vision.image_size}) == 1, "squares")
@@ -129,8 +130,11 @@ class InternVL(Family):
     def _tiles(self) -> DynamicTilesLayout:
         vision = self.config.vision_config
         size, patch = vision.image_size[0], vision.patch_size[0]
-        settings = hf_config.tile_processor(self.checkpoint, self.check, size)
+        settings = hf_config.checked_processor(self.checkpoint, self.check, size)
         side = round(size // patch * self.config.downsample_ratio)
+        self.check(
+            "image_seq_length", self.config.image_seq_length == side * side, f"{side * side}, a tile's tokens"
+        )
         return DynamicTilesLayout(
             size=size,
             tokens=side * side,

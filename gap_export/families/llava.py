@@ -30,7 +30,6 @@ class Llava(ClipLlama):
     @override
     def read_config(self) -> ClipLlamaConfig:
         config, check = hf_config.read_config(self.checkpoint), self.check
-        check("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer, not a list")
         default = config.vision_feature_select_strategy == "default"
         check("vision_feature_select_strategy", default, "default")
         check("vision_config.model_type", config.vision_config.model_type == "clip_vision_model", "CLIP")
@@ -39,7 +38,7 @@ class Llava(ClipLlama):
             vision_config=config.vision_config,
             text_config=config.text_config,
             projector=lambda: LlavaMultiModalProjector(config),
-            feature_layer=hf_config.feature_layer(config.vision_feature_layer, config.vision_config),
+            feature_layer=hf_config.feature_layer(config.vision_feature_layer, config.vision_config, check),
             image_token_id=config.image_token_id,
             tie_word_embeddings=config.tie_word_embeddings,
         )
@@ -47,5 +46,7 @@ class Llava(ClipLlama):
     @property
     @override
     def normalisation(self) -> tuple[Channels, Channels]:
-        processor = hf_config.image_processor(self.checkpoint)
+        processor = hf_config.checked_processor(
+            self.checkpoint, self.check, self.config.vision_config.image_size
+        )
         return tuple(processor["image_mean"]), tuple(processor["image_std"])

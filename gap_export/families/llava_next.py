@@ -94,7 +94,6 @@ class LlavaNext(Family):
         check("vision_config.model_type", vision.model_type == "clip_vision_model", "CLIP")
         check("text_config.model_type", text.model_type in GROUNDING_PROMPTS, ", ".join(GROUNDING_PROMPTS))
         check("text_config.sliding_window", getattr(text, "sliding_window", None) is None, "null")
-        check("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer, not a list")
         default = config.vision_feature_select_strategy == "default"
         check("vision_feature_select_strategy", default, "default")
         check("image_size", vision.image_size % vision.patch_size == 0, "a multiple of patch_size")
@@ -104,7 +103,8 @@ class LlavaNext(Family):
     @property
     def _feature_layer(self) -> int:
         """How many layers of the tower are run."""
-        return hf_config.feature_layer(self.config.vision_feature_layer, self.config.vision_config)
+        config = self.config
+        return hf_config.feature_layer(config.vision_feature_layer, config.vision_config, self.check)
 
     @cached_property
     def _tiles(self) -> AnyResLayout:

@@ -91,7 +91,8 @@ class LlavaOnevision(Family):
         check("vision_config.model_type", vision.model_type == "siglip_vision_model", "SigLIP")
         check("text_config.model_type", text.model_type == "qwen2", "qwen2")
         check("text_config.use_sliding_window", text.sliding_window is None, "false")
-        check("vision_feature_layer", config.vision_feature_layer == -1, "-1")
+        layer = hf_config.feature_layer(config.vision_feature_layer, vision, check)
+        check("vision_feature_layer", layer == vision.num_hidden_layers, "-1, the last")
         check("vision_feature_select_strategy", config.vision_feature_select_strategy == "full", "full")
         counted = re.fullmatch(r"anyres_max_[1-9]\d*", config.vision_aspect_ratio) is not None
         check("vision_aspect_ratio", counted, "anyres_max_9 or another number")

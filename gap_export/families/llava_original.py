@@ -17,7 +17,6 @@ from typing_extensions import override
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.tokenizers import stored_tokenizer, with_placeholder
 from gap_export.checkpoint.weight_map import Prefixes
-from gap_export.errors import CheckpointError
 from gap_export.families.base import Companion
 from gap_export.families.clip_llama import ClipLlama, ClipLlamaConfig
 from gap_export.families.llava import GROUNDING_PROMPT
@@ -58,13 +57,6 @@ class LlavaOriginal(ClipLlama):
     @override
     def read_config(self) -> ClipLlamaConfig:
         config = self.checkpoint.config
-        for field, value in {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch"}.items():
-            if config.get(field, value) != value:
-                raise CheckpointError(
-                    f"{field} is {config[field]!r} (supported: {value})",
-                    subject=str(self.checkpoint.folder / "config.json"),
-                    hint="this model is not LLaVA-1.5 as published; see `gap-export models`",
-                )
         vision = read_vision_config(self.checkpoint.companions["vision_tower"])
         text = LlamaConfig.from_dict({**config, "model_type": "llama"})
         width: Any = vision.hidden_size
@@ -78,6 +70,8 @@ class LlavaOriginal(ClipLlama):
             vision_config=vision,
             text_config=text,
             projector=projector,
-            feature_layer=hf_config.feature_layer(int(config.get("mm_vision_select_layer", -2)), vision),
+            feature_layer=hf_config.feature_layer(
+                config.get("mm_vision_select_layer", -2), vision, self.check, "mm_vision_select_layer"
+            ),
             image_token_id=stored_tokenizer(self.checkpoint).get_vocab_size(),
         )

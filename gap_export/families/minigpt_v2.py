@@ -32,7 +32,7 @@ from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.base import Companion, Family
 from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import TextTower
-from gap_export.modeling import hf_config, selection
+from gap_export.modeling import config_fields, hf_config, selection
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip import OPENAI_MEAN, OPENAI_STD
 from gap_export.modeling.components import ModelParts, square_images, torch_dtype
@@ -126,6 +126,10 @@ class MiniGpt(Family):
                 lambda stored, rows: spread(stored[0], side)[rows],
             )
         return checkpoint.with_weights(changed)
+
+    @override
+    def check_fields(self) -> tuple[str, ...]:
+        return config_fields.check_companion_fields(self.checkpoint.companions["base"], config_fields.LLAMA)
 
     @override
     def read_config(self) -> MiniGptConfig:

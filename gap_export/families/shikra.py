@@ -94,6 +94,11 @@ class Shikra(ClipLlama):
             vision_config=vision,
             text_config=text,
             projector=lambda: nn.Linear(vision.hidden_size, text.hidden_size),
-            feature_layer=hf_config.feature_layer(FEATURE_LAYER, vision),
+            feature_layer=hf_config.feature_layer(
+                self.checkpoint.config.get("mm_vision_select_layer", FEATURE_LAYER),
+                vision,
+                self.check,
+                "mm_vision_select_layer",
+            ),
             image_token_id=token_id(stored_tokenizer(self.checkpoint), PLACEHOLDER),
         )

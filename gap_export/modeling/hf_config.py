@@ -104,8 +104,8 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
     return stored
 
 
-def tile_processor(checkpoint: Checkpoint, check: ConfigCheck, size: int) -> dict[str, Any]:
-    """Settings of the image processor where images become tiles, which are made by one filter and as large as the tower takes them.
+def checked_processor(checkpoint: Checkpoint, check: ConfigCheck, size: int) -> dict[str, Any]:
+    """Settings of the image processor where images or tiles are as large as the tower takes them, and made by one filter.
 
     Args:
         checkpoint: whose settings they are.
@@ -113,7 +113,7 @@ def tile_processor(checkpoint: Checkpoint, check: ConfigCheck, size: int) -> dic
         size: side of the tower's images in pixels.
 
     Raises:
-        CheckpointError: no sound settings, or other tiles.
+        CheckpointError: no sound settings, another size or another filter.
     """
     settings = image_processor(checkpoint)
     extents = [settings.get(name) or {} for name in ("size", "crop_size")]
@@ -137,7 +137,7 @@ def anyres_layout(checkpoint: Checkpoint, config: Any, check: ConfigCheck) -> An
         CheckpointError: no sound settings, other tiles, or other grids than the config has.
     """
     vision = config.vision_config
-    settings = tile_processor(checkpoint, check, vision.image_size)
+    settings = checked_processor(checkpoint, check, vision.image_size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
     same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
     check(
@@ -165,9 +165,27 @@ def check_whole_tiles(config: Any, check: ConfigCheck) -> None:
     check("image_grid_pinpoints", whole, "multiples of image_size")
 
 
-def feature_layer(number: int, vision_config: Any) -> int:
-    """How many layers of a tower are run. `number` counts hidden states, the embeddings being number 0; from the end, below 0."""
-    return number if number >= 0 else int(vision_config.num_hidden_layers) + 1 + number
+def feature_layer(
+    number: Any, vision_config: Any, check: ConfigCheck, field: str = "vision_feature_layer"
+) -> int:
+    """How many layers of a tower are run.
+
+    Args:
+        number: counts hidden states, the embeddings being number 0; from the end, below 0. A list of one number is that number.
+        vision_config: of the tower.
+        check: names the model.
+        field: that the number stands in.
+
+    Raises:
+        CheckpointError: several layers, or one that the tower has not.
+    """
+    if isinstance(number, list) and len(number) == 1:
+        number = number[0]
+    layers = int(vision_config.num_hidden_layers)
+    check(field, isinstance(number, int), "one layer, not several")
+    run = number if number >= 0 else layers + 1 + number
+    check(field, 1 <= run <= layers, f"one of the tower's {layers} layers")
+    return int(run)
 
 
 def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:

@@ -41,11 +41,13 @@ class BuildResult:
         bundle: opened.
         written_bytes: what the build added to the disk; linked weights cost nothing.
         cached: names of the graphs that were traced before, and were taken from the trace cache.
+        notes: what the user should know of how the checkpoint was read, a sentence each.
     """
 
     bundle: Bundle
     written_bytes: int
     cached: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def build_bundle(
@@ -111,7 +113,7 @@ def build(
         write_manifest(folder, manifest_of(model, plan, written.graphs, engines, folder))
         written_bytes = written.weight_bytes + _bytes_besides_weights(folder)
     cached = tuple(graph.name for graph in traced if graph.cached)
-    return BuildResult(bundle=open_bundle(out), written_bytes=written_bytes, cached=cached)
+    return BuildResult(open_bundle(out), written_bytes, cached, notes=model.notes)
 
 
 def build_engines(

@@ -42,6 +42,7 @@ class OpenedModel:
         box: how boxes are written.
         text_tower: for pruners that read the expression; its weights are those of the companion `text_tower`.
         ranges: of activations, for precisions that need them.
+        notes: what the user should know of how the checkpoint was read, a sentence each.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class OpenedModel:
     box: BoxFormat
     text_tower: TextTower | None
     ranges: Ranges | None
+    notes: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -115,6 +117,7 @@ def open_model(
         box=family.box(recipe),
         text_tower=text_tower,
         ranges=None if recipe.ranges is None else read_ranges(Path(recipe.ranges)),
+        notes=family.notes,
     )
 
 

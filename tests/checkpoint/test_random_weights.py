@@ -81,15 +81,24 @@ def test_what_is_not_known_is_refused(tiny: str) -> None:
     assert tiny in caught.value.hint
 
 
-def test_published_sizes_belong_to_recipes() -> None:
-    wanted = {load_recipe(name).checkpoint for name in known_recipes()}
-    for file in CONFIGS.glob("*.json"):
-        assert file.stem.replace("--", "/") in wanted
-        assert published(file.stem.replace("--", "/")).config["model_type"]
+def test_every_recipe_has_its_published_config() -> None:
+    """MiniGPT-v2 has none; that of its language model is the one that is read."""
+    recipes = [load_recipe(name) for name in known_recipes() if name != "shapes"]
+    wanted = {recipe.base if recipe.family == "minigpt_v2" else recipe.checkpoint for recipe in recipes}
+    assert {file.stem.replace("--", "/") for file in CONFIGS.glob("*.json")} == wanted
+    sources = (CONFIGS / "SOURCES.md").read_text()
+    assert all(f"| `{file.stem}` |" in sources for file in CONFIGS.glob("*.json"))
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
-def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> None:
+def test_a_model_in_pieces_has_no_stand_in() -> None:
+    with pytest.raises(CheckpointError, match="its pieces lie in several checkpoints") as caught:
+        random_checkpoint("liuhaotian/llava-v1.5-7b")
+    assert "llava-hf/llava-1.5-7b-hf" in caught.value.hint
+    assert "liuhaotian" not in caught.value.hint
+
+
+@pytest.mark.parametrize("name", random_weights.stand_ins())
+def test_every_stand_in_is_what_its_family_takes(name: str, tmp_path: Path) -> None:
     """At full size, as headers over holes: its keys and shapes, its prompt, its preprocessing, and the recipe that it belongs to."""
     from gap_export.checkpoint.random_weights import _shapes, _write_tokenizer
     from gap_export.families import open_family
@@ -97,10 +106,8 @@ def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> 
     from gap_export.plan import plan_for
     from tests.families.published.files import write
 
-    content = published(file.stem.replace("--", "/"))
-    recipe = next(
-        r for r in map(load_recipe, known_recipes()) if r.checkpoint == file.stem.replace("--", "/")
-    )
+    content = published(name)
+    recipe = next(r for r in map(load_recipe, known_recipes()) if r.checkpoint == name)
     (tmp_path / "config.json").write_text(json.dumps(content.config))
     folder = write(tmp_path / "checkpoint", content.config, _shapes(tmp_path))
     (folder / "preprocessor_config.json").write_text(json.dumps(content.preprocessor_config))
@@ -108,6 +115,7 @@ def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> 
     checkpoint = open_checkpoint(folder)
     family = open_family(checkpoint)
     assert family.row.name == recipe.family
+    assert family.notes == ()
     sizes = family.spec(recipe)
     plan = plan_for(recipe, sizes)
     found = {
@@ -126,7 +134,7 @@ def test_every_stand_in_is_what_its_family_takes(file: Path, tmp_path: Path) -> 
         max_new_tokens=recipe.max_new_tokens,
     )
     assert prompts.text_before[0] > 0
-    assert {"fp16": "float16", "bf16": "bfloat16"}[recipe.precision] == content.config["torch_dtype"]
+    assert {"fp16": "float16", "bf16": "bfloat16"}[recipe.precision] == content.dtype
 
 
 def test_bfloat16_is_the_upper_half_of_a_float() -> None:

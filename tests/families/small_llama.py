@@ -1,11 +1,10 @@
-"""The small Llama of checkpoints in the layouts of their authors: its sizes, its config, its tokenizer."""
+"""The small Llama of checkpoints in the layouts of their authors: its sizes and its tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-VOCABULARY, WIDTH, LAYERS, HEADS, EPS = 64, 64, 2, 4, 1e-6
+VOCABULARY, WIDTH, LAYERS, HEADS = 64, 64, 2, 4
 LLAMA = {"width": WIDTH, "hidden": 96, "layers": LAYERS, "heads": HEADS, "kv_heads": HEADS}
 WORDS = [
     "USER", ":", "?", "ASSISTANT", "where", "is", "the", "red", "green", "blue",
@@ -26,19 +25,3 @@ def write_tokenizer(folder: Path, added: list[str]) -> None:
     tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def config_of(model_type: str, vocabulary: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "vocab_size": vocabulary,
-        "hidden_size": WIDTH,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": EPS,
-        "hidden_act": "silu",
-        **changes,
-    }

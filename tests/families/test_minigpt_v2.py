@@ -33,17 +33,20 @@ from tests.families.plain_answers import (
     difference,
 )
 from tests.families.plain_models import EvaTower, Llama, llama_shapes, random_weights, spliced
-from tests.families.small_llama import config_of, write_tokenizer
+from tests.families.reduced import reduced
+from tests.families.small_llama import write_tokenizer
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY, WIDTH, LAYERS, HEADS, EPS = 64, 64, 2, 4, 1e-6
+VOCABULARY, WIDTH, LAYERS, HEADS = 64, 64, 2, 4
 LLAMA = {"width": WIDTH, "hidden": 96, "layers": LAYERS, "heads": HEADS, "kv_heads": HEADS}
 EVA_WIDTH, BLOCKS, PATCH, OWN_SIDE = 2 * 88, 2, 56, 4
 SIDE = 448 // PATCH
 ROWS, COLUMNS = SIDE, SIDE // 4
 KEPT, NEW = 5, 20
 PROMPT = "<s> USER where <Img> <ImageHere> </Img> is {expression} ? ASSISTANT"
+CONFIG = reduced("meta-llama/Llama-2-7b-chat-hf", "minigpt_v2")[0]
+"""Of the language model, as published, but for sizes."""
 LOW_RANK = "llama_model.base_model.model.model.layers"
 
 
@@ -109,7 +112,7 @@ def places(folder: Path, weights: dict[str, dict[str, torch.Tensor]]) -> dict[st
     torch.save({"model": trained, "optimizer": {"lr": 1e-5}, "epoch": 34}, checkpoint / "stage3.pth")
     torch.save(weights["eva"], folder / "eva_vit_g.pth")
     save_file(weights["base"], base / "model.safetensors")
-    (base / "config.json").write_text(json.dumps(config_of("llama", VOCABULARY)))
+    (base / "config.json").write_text(json.dumps(CONFIG))
     write_tokenizer(base, ["<Img>", "</Img>"])
     return {"checkpoint": checkpoint, "vision_tower": folder / "eva_vit_g.pth", "base": base}
 
@@ -157,7 +160,7 @@ def plain_answers(
         if merged and "lora_A" in name:
             own = name.removeprefix("llama_model.base_model.model.").replace("lora_A.", "")
             base[own] = base[own] + 16 / 64 * weights["low_rank"][name.replace("lora_A", "lora_B")] @ a
-    decoder = Llama(base, LAYERS, HEADS, HEADS, EPS, 10000.0)
+    decoder = Llama(base, LAYERS, HEADS, HEADS, CONFIG["rms_norm_eps"], 10000.0)
     eva = EvaTower(
         {**weights["eva"], "pos_embed": positions_by_hand(weights["eva"]["pos_embed"])}, 2, PATCH, BLOCKS
     )
@@ -295,6 +298,6 @@ def test_a_language_model_of_another_kind(
     options: dict[str, Any], places: dict[str, Path], tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(places["base"], tmp_path / "base"))
-    (base / "config.json").write_text(json.dumps(config_of("mistral", VOCABULARY)))
+    (base / "config.json").write_text(json.dumps({**CONFIG, "model_type": "mistral"}))
     with pytest.raises(CheckpointError, match="'mistral' where a Llama is needed"):
         build_bundle(Recipe.model_validate({**options, "base": str(base)}), tmp_path / "out")

@@ -18,8 +18,10 @@ from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import row_of
+from gap_export.families.clip_llama import ClipLlama
 from gap_export.inputs.square import fit
 from gap_export.pipeline.build import build_bundle
+from gap_export.pipeline.opened import open_model
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
@@ -35,16 +37,8 @@ from tests.families.plain_answers import (
     difference,
 )
 from tests.families.plain_models import ClipTower, Llama, llama_shapes, random_weights, spliced
-from tests.families.small_llama import (
-    EPS,
-    HEADS,
-    LAYERS,
-    LLAMA,
-    VOCABULARY,
-    WIDTH,
-    config_of,
-    write_tokenizer,
-)
+from tests.families.reduced import reduced
+from tests.families.small_llama import HEADS, LAYERS, LLAMA, VOCABULARY, WIDTH, write_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +47,11 @@ PROMPTS = {
     "llava_original": "USER : <image> where is {expression} ? ASSISTANT :",
     "shikra": "USER : where <im_start><im_patch><im_end> is {expression} in the picture ? ASSISTANT :",
 }
+CONFIGS = {
+    "llava_original": reduced("liuhaotian/llava-v1.5-7b", "llava_original")[0],
+    "shikra": reduced("shikras/shikra-7b-delta-v1", "shikra")[0],
+}
+"""As published, but for sizes."""
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +83,7 @@ def original(folder: Path) -> Path:
         torch.save({key: weights[key] for key in keys}, target / file)
     index = {"weight_map": {key: file for file, keys in shards.items() for key in keys}}
     (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    changes = {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": 32,
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "eos_token_id": 2,
-    }
-    (target / "config.json").write_text(json.dumps(config_of("llava", VOCABULARY, **changes)))
+    (target / "config.json").write_text(json.dumps(CONFIGS["llava_original"]))
     write_tokenizer(target, [])
     return target
 
@@ -122,11 +112,9 @@ def shikra(folder: Path) -> dict[str, Path]:
         folders[name].mkdir()
         save_file(weights, folders[name] / "model.safetensors")
         # The ids in the published config are wrong.
-        config = config_of(
-            "shikra", VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=-1, mm_vision_tower="x"
-        )
+        config = {**CONFIGS["shikra"], "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
         if name == "llama-7b":
-            config = config_of("llama", VOCABULARY - 3)
+            config |= {"model_type": "llama", "vocab_size": VOCABULARY - 3}
         (folders[name] / "config.json").write_text(json.dumps(config))
         write_tokenizer(folders[name], ["<im_patch>", "<im_start>", "<im_end>"])
     return folders
@@ -172,7 +160,8 @@ def plain_answers(
 ) -> list[PlainAnswer]:
     """Of every question."""
     weights = merged_weights(which, options)
-    decoder = Llama(weights, LAYERS, HEADS, HEADS, EPS, 10000.0)
+    eps = CONFIGS[which.split()[0]]["rms_norm_eps"]
+    decoder = Llama(weights, LAYERS, HEADS, HEADS, eps, 10000.0)
     clip = ClipTower(load_file(tower / "model.safetensors"), heads=2, patch=6)
     grounder = Grounder(bundle)
     prompts = grounder.prompts(EXPRESSIONS, NEW).input_ids
@@ -353,3 +342,39 @@ def test_layouts_are_told_apart(original: Path, shikra: dict[str, Path], tiny_ch
         for folder in (original, shikra["merged"], tiny_checkpoint)
     }
     assert list(names.values()) == ["llava_original", "shikra", "llava"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mm_use_im_start_end", True),
+        ("mm_use_im_patch_token", True),
+        ("image_aspect_ratio", "anyres"),
+        ("image_aspect_ratio", None),
+        ("mm_patch_merge_type", "spatial_unpad"),
+        ("mm_resampler_type", "spatial_pool"),
+        ("mm_vision_select_layer", [-2, -5]),
+    ],
+)
+def test_fields_that_change_tokens_or_pixels_are_refused_by_name(
+    field: str, value: Any, options: dict[str, dict[str, Any]], original: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(original, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps({**CONFIGS["llava_original"], field: value}))
+    error = refused(options["llava_original"], tmp_path / "out", checkpoint=str(copy))
+    assert f"{copy / 'config.json'}: {field} is " in str(error)
+
+
+@pytest.mark.parametrize("which", ["llava_original", "shikra merged"])
+def test_a_list_of_one_layer_is_that_layer(
+    which: str, options: dict[str, dict[str, Any]], original: Path, tmp_path: Path
+) -> None:
+    source = Path(options[which]["checkpoint"])
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    config = json.loads((source / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "mm_vision_select_layer": [-2]}))
+    given = {**options[which], "checkpoint": str(copy)}
+    family = open_model(Recipe.model_validate({"name": "small", **given})).family
+    assert isinstance(family, ClipLlama)
+    assert family.config.feature_layer == 2  # of three
+    assert family.notes == ()

@@ -16,7 +16,7 @@ from gap_export.prune.reference import Choice
 def clip_features(
     tower: Any,
     pixel_values_BCHW: Tensor,
-    feature_layer: int,
+    feature_layer: int | list[int],
     *,
     grid: tuple[int, int] | None,
     projector: Callable[[Tensor], Tensor] | None = None,
@@ -26,11 +26,13 @@ def clip_features(
     Args:
         tower: transformers' CLIP vision model, with eager attention.
         pixel_values_BCHW: images or tiles.
-        feature_layer: `vision_feature_layer` of the config, counting hidden states.
+        feature_layer: `vision_feature_layer` of the config, counting hidden states; a list of one is that one.
         grid: (rows, columns) of the patches, where all images have the same.
         projector: of the patches; left out, there are no projected ones.
     """
     states = tower(pixel_values_BCHW, output_hidden_states=True, output_attentions=True)
+    if isinstance(feature_layer, list):
+        (feature_layer,) = feature_layer
     # Hidden states are numbered from the embeddings on, so layer `run - 1` turns state `run - 1` into state `run`.
     layers = tower.encoder.layers
     run = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer

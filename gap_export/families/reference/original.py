@@ -51,7 +51,7 @@ class ClipLlamaReference:
         tower: Any,
         projector: nn.Module,
         *,
-        feature_layer: int,
+        feature_layer: int | list[int],
         image_token_id: int,
         dtype: torch.dtype,
     ) -> None:
@@ -129,7 +129,7 @@ class ShikraReference(ClipLlamaReference):
             config,
             tower,
             projector,
-            feature_layer=-2,
+            feature_layer=_raw(checkpoint).get("mm_vision_select_layer", -2),
             image_token_id=next(token["id"] for token in added if token["content"] == "<im_patch>"),
             dtype=dtype,
         )
