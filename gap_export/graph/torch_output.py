@@ -27,15 +27,17 @@ class TorchOutput:
     def held(self) -> Iterator[None]:
         """Hold back what this thread writes and what torch logs. What other threads write, a progress display, is let through."""
         handler = logging.StreamHandler(self._buffer)
-        logger = logging.getLogger("torch")
-        handlers, logger.handlers = logger.handlers, [handler]
+        handlers = {logger: logger.handlers for logger in _loggers_of_torch()}
+        for logger in handlers:
+            logger.handlers = [handler]
         out, err = (_OfThisThread(self._buffer, stream) for stream in (sys.stdout, sys.stderr))
         try:
             with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
                 warnings.simplefilter("ignore")
                 yield
         finally:
-            logger.handlers = handlers
+            for logger, own in handlers.items():
+                logger.handlers = own
 
     def write_log(self, subject: str, error: BaseException) -> Path:
         """A file of its own among the temporary ones, with all that torch wrote and where the error was raised."""
@@ -45,6 +47,12 @@ class TorchOutput:
             log.write(self._buffer.getvalue())
             log.write("\n" + "".join(traceback.format_exception(error)))
         return Path(log.name)
+
+
+def _loggers_of_torch() -> list[logging.Logger]:
+    """Those that write by themselves: torch gives handlers of their own to some of its packages."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.")]
+    return [logging.getLogger("torch"), *(each for each in map(logging.getLogger, names) if each.handlers)]
 
 
 class _OfThisThread(io.TextIOBase):
