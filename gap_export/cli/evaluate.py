@@ -33,6 +33,23 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 
+_PredictionsOption = Annotated[
+    Path | None,
+    typer.Option(help="Score answers from a file (JSON lines of id, answer) instead of a model's."),
+]
+_FamilyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With --predictions: family whose box format the answers have; see `gap-export models`."
+    ),
+]
+_OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Folder of the results; by default beside the bundle, in BUNDLE.runs."
+    ),
+]
+
 
 def evaluate(
     data: DataOption,
@@ -50,22 +67,9 @@ def evaluate(
     one_by_one: Annotated[
         bool, typer.Option(help="Run every prompt separately and in full; for comparison.")
     ] = False,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(help="Score answers from a file (JSON lines of id, answer) instead of a model's."),
-    ] = None,
-    family: Annotated[
-        str | None,
-        typer.Option(
-            help="With --predictions: family whose box format the answers have; see `gap-export models`."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder of the results; by default beside the bundle, in BUNDLE.runs."
-        ),
-    ] = None,
+    predictions: _PredictionsOption = None,
+    family: _FamilyOption = None,
+    output: _OutputOption = None,
     replace: ReplaceOption = False,
     ray: RayOption = False,
     workers: Annotated[int, typer.Option(min=1, help="With --ray: workers of the cluster.")] = 2,
@@ -79,11 +83,8 @@ def evaluate(
     from gap_export.evaluation.refer.evaluate import EvalOptions, evaluate_predictions, prepare, run
 
     if (bundle is None) == (predictions is None):
-        raise InputError(
-            "give one of them",
-            subject="a bundle, or --predictions",
-            hint="gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ...",
-        )
+        hint = "gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ..."
+        raise InputError("give one of them", subject="a bundle, or --predictions", hint=hint)
     dataset = open_dataset(
         data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
     )
@@ -117,22 +118,26 @@ def evaluate(
         with progress_shown() as progress:
             finished = run(prepared, cluster=cluster, progress=progress)
         record, folder = finished.record, finished.folder
-    if not record.boxes_are_read:
-        console.print(
-            f"[yellow]{protocol} does not read boxes as this family writes them[/]: nearly all answers are misses under it",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if record.rescaled_images:
-        console.print(
-            f"[yellow]the true boxes of {record.rescaled_images} images were scaled[/] to the size of the image",
-            highlight=False,
-            soft_wrap=True,
-        )
+    _warn_of_scoring(record, protocol)
     if as_json:
         print_json(record.model_dump())
     else:
         _print(record, dataset, folder)
+
+
+def _warn_of_scoring(record: EvalRecord, protocol: str) -> None:
+    """What else than the answers decided about hits."""
+    warnings = []
+    if not record.boxes_are_read:
+        warnings.append(
+            f"[yellow]{protocol} does not read boxes as this family writes them[/]: nearly all answers are misses under it"
+        )
+    if record.rescaled_images:
+        warnings.append(
+            f"[yellow]the true boxes of {record.rescaled_images} images were scaled[/] to the size of the image"
+        )
+    for warning in warnings:
+        console.print(warning, highlight=False, soft_wrap=True)
 
 
 def _warn_of_missing(work: Work) -> None:

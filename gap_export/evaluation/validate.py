@@ -104,9 +104,8 @@ def validate(
     questions, grounder = list(scenes.cases(limit)), Grounder(bundle)
     answer = partial(runner.run_cases, batch=batch, progress=progress)
     with opened(bundle, backend, threads=threads) as session:
-        progress.stage(
-            "answering with PyTorch", total=validation_work(limit, staged=bool(manifest.pruning.stages))
-        )
+        work = validation_work(limit, staged=bool(manifest.pruning.stages))
+        progress.stage("answering with PyTorch", total=work)
         with open_torch(bundle, checkpoint=Path(recipe.checkpoint), text_tower=text_tower) as original:
             reference = answer(grounder, original, questions, keep=keep, keep_logits=True)
         progress.stage(f"answering with {backend}")
@@ -116,12 +115,9 @@ def validate(
         caught, inapplicable = _run_controls(
             bundle, questions, runs, reference, partial(answer, grounder, session, keep=keep), batch, progress
         )
-    accuracy = {str(manifest.pruning.positions): measured.accuracy}
-    others = _baselines(bundle, recipe, tuple(accuracy), backend, partial(opened, threads=threads), progress)
-    with closing(others) as baselines:
-        for name, grounder, session in baselines:
-            accuracy[name] = runner.accuracy_of(answer(grounder, session, questions), questions)
-
+    own = str(manifest.pruning.positions)
+    others = _baselines(bundle, recipe, (own,), backend, partial(opened, threads=threads), progress)
+    accuracy = {own: measured.accuracy, **_accuracies(others, answer, questions)}
     report = parity.ParityReport(
         ok=all(each.passed for each in gates) and all(each.caught for each in caught),
         manifest_sha256=bundle.manifest_sha256,
@@ -139,6 +135,19 @@ def validate(
     )
     report.write(bundle.reports / PARITY)
     return report
+
+
+def _accuracies(
+    baselines: Generator[tuple[str, Grounder, Session]],
+    answer: Callable[..., list[Grounded]],
+    questions: Sequence[scenes.Case],
+) -> dict[str, float]:
+    """Name -> accuracy of every baseline; each is closed before the next is opened."""
+    with closing(baselines):
+        return {
+            name: runner.accuracy_of(answer(grounder, session, questions), questions)
+            for name, grounder, session in baselines
+        }
 
 
 def validation_work(limit: int, *, staged: bool = False) -> int:
