@@ -9,11 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gap_export.checkpoint.forms import check_not_adapter, check_not_quantized
 from gap_export.checkpoint.safetensors import Derived, WeightLocation, read_header
 from gap_export.errors import CheckpointError, MissingRequirementError
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where weights are looked for, in transformers' order (`modeling_utils._get_resolved_checkpoint_files`): the first that is there counts.
+`save_pretrained` twice into a folder leaves a single file beside an index of shards that are no longer meant."""
+_NAMED_IN_CONFIG = "transformers_weights"
+"""Field of config.json that names the weight file in the place of these."""
 _ARCHIVES = (".bin", ".pth", ".pt")
 """Files of torch.save; see `torch_archive.py`."""
 
@@ -107,14 +116,19 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         name: what to call it in messages; defaults to the folder.
 
     Raises:
-        CheckpointError: something is missing, truncated, or stored in a form that could execute code.
+        CheckpointError: something is missing, truncated, quantised, an adapter without its base, or stored in a form that could
+            execute code.
     """
     if folder.is_file() and folder.suffix in _ARCHIVES:
         return Checkpoint(folder.parent, name or str(folder), {}, dict(read_weights(folder)))
     if not folder.is_dir():
         raise CheckpointError(
-            "is not a folder", subject=str(folder), hint="name a checkpoint folder, a recipe or a hub id"
+            "is not a folder",
+            subject=str(folder),
+            hint="name a checkpoint folder, a recipe or a hub id; relative names are looked for beside the recipe's file, then in "
+            f"the working folder ({Path.cwd()})",
         )
+    check_not_adapter(folder)
     config_file = folder / "config.json"
     bare = sorted(folder.glob("*.pth"))
     if not config_file.is_file() and len(bare) == 1:
@@ -125,8 +139,10 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         )
     config = _read_json(config_file)
     weights: dict[str, WeightLocation | Derived] = {}
-    for shard in _shards(folder):
+    check_not_quantized(folder, config)
+    for shard in _shards(folder, config):
         weights.update(read_weights(shard))
+    check_not_quantized(folder, config, weights)
     return Checkpoint(folder=folder, name=name or str(folder), config=config, weights=weights)
 
 
@@ -148,41 +164,50 @@ def read_weights(file: Path) -> dict[str, WeightLocation]:
     return read_torch_archive(file)
 
 
-def _shards(folder: Path) -> list[Path]:
-    for index in (folder / name for name in _INDEXES):
-        if not index.is_file():
-            continue
-        listed = _read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+def _shards(folder: Path, config: Mapping[str, Any]) -> list[Path]:
+    """The files that hold the weights."""
+    named = config.get(_NAMED_IN_CONFIG)
+    for name in (str(named),) if named else _WEIGHT_FILES:
+        if Path(name).name != name:
             raise CheckpointError(
-                "does not say which file holds which weight (weight_map)",
-                subject=str(index),
+                f"{_NAMED_IN_CONFIG} points outside the checkpoint folder: {name!r}",
+                subject=str(folder / "config.json"),
                 hint="use a clean download",
             )
-        names = sorted(set(listed.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(
-                    f"points outside the checkpoint folder: {name!r}",
-                    subject=str(index),
-                    hint="use a clean download",
-                )
-            if not (folder / name).is_file():
-                raise CheckpointError(
-                    f"lists {name}, which is not there",
-                    subject=str(index),
-                    hint=f"download {name} again: the checkpoint is incomplete",
-                )
-        return [folder / name for name in names]
-    for single in (folder / name for name in _SINGLES):
-        if single.is_file():
-            return [single]
+        if (folder / name).is_file():
+            return _listed(folder / name) if name.endswith(".json") else [folder / name]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_ARCHIVES))
     raise CheckpointError(
-        f"has no {_SINGLES[0]}" + (f" (only {', '.join(others[:3])})" if others else ""),
+        f"has no {named or _WEIGHT_FILES[0]}" + (f" (only {', '.join(others[:3])})" if others else ""),
         subject=str(folder),
         hint="download the weight files of the checkpoint, and their index where there are several",
     )
+
+
+def _listed(index: Path) -> list[Path]:
+    """The shards that an index lists."""
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(
+            "does not say which file holds which weight (weight_map)",
+            subject=str(index),
+            hint="use a clean download",
+        )
+    names = sorted(set(listed.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"points outside the checkpoint folder: {name!r}",
+                subject=str(index),
+                hint="use a clean download",
+            )
+        if not (index.parent / name).is_file():
+            raise CheckpointError(
+                f"lists {name}, which is not there",
+                subject=str(index),
+                hint=f"download {name} again: the checkpoint is incomplete",
+            )
+    return [index.parent / name for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -49,6 +49,44 @@ def with_placeholder(tokenizer: Tokenizer, name: str, id_: int) -> Tokenizer:
     return tokenizer
 
 
+def check_placeholder(
+    tokenizer: Tokenizer, name: str, id_: int, *, prompt: str, checkpoint: Checkpoint
+) -> None:
+    """Refuse a tokenizer that does not make the image's placeholder what config.json says it is.
+
+    Args:
+        tokenizer: of the prompt.
+        name: that the placeholder has in the family's checkpoints; a prompt may use another one.
+        id_: that config.json gives it.
+        prompt: to be asked.
+        checkpoint: that both come from, for messages.
+
+    Raises:
+        CheckpointError: names the token, and both ids where they differ.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    if id_ in added and added[id_].content in prompt:
+        return
+    own = tokenizer.token_to_id(name)
+    held = tokenizer.id_to_token(id_)
+    if own == id_ and id_ in added:
+        return  # the prompt is at fault, which is told where it is encoded
+    if own is None:
+        message = f"has no token {name}, which config.json gives the id {id_}"
+    elif own != id_:
+        message = f"gives {name} the id {own}, config.json gives it {id_}"
+    else:
+        message = f"has {name} (id {id_}) as a word that text is split into, not as an added token"
+    if own != id_ and held is not None:
+        message += f" ({held!r} in this tokenizer)"
+    raise CheckpointError(
+        f"the tokenizer {message}",
+        subject=str(checkpoint.folder / TOKENIZER),
+        hint="use the tokenizer that the checkpoint was published with, not that of its base model, or correct the image token's id in "
+        "config.json",
+    )
+
+
 def token_id(tokenizer: Tokenizer, name: str) -> int:
     """Id of a token.
 

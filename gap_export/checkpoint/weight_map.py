@@ -15,16 +15,24 @@ Prefixes = Mapping[str, Sequence[str]]
 _COMPUTED = re.compile(r"(^|[./])(position_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
 
+_TABLE, _HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
 def with_shared_table(prefixes: Prefixes, *, tied: bool) -> Prefixes:
     """The prefixes of a family, and where to find the token table, which is a module of its own in some graphs.
 
     Args:
         prefixes: with `language_model.` and `lm_head.`.
-        tied: whether the head may be the table itself.
+        tied: whether head and table may be one weight, stored under either name.
     """
-    table = [f"{prefix}embed_tokens." for prefix in prefixes["language_model."]]
-    heads = [*prefixes["lm_head."], *(table if tied else ())]
-    shared = {"embed_tokens.": table, "lm_head.weight": [f"{prefix}weight" for prefix in heads]}
+    tables = [f"{prefix}embed_tokens.weight" for prefix in prefixes["language_model."]]
+    heads = [f"{prefix}weight" for prefix in prefixes["lm_head."]]
+    table = [*tables, *(heads if tied else ())]
+    shared = {
+        _TABLE: table,
+        f"language_model.{_TABLE}": table,
+        _HEAD: [*heads, *(tables if tied else ())],
+    }
     return {**prefixes, **shared}
 
 
@@ -44,11 +52,13 @@ def find_key(checkpoint: Checkpoint, parameter: str, prefixes: Prefixes) -> str:
     for candidate in prefixes.get(prefix, ()):
         if candidate + rest in checkpoint.weights:
             return candidate + rest
-    raise CheckpointError(
-        f"has no weight for {parameter}",
-        subject=str(checkpoint.folder),
-        hint="a shard is missing, or the layout is not one of the published ones",
-    )
+    hint = "a shard is missing, or the layout is not one of the published ones"
+    if parameter == _HEAD:
+        hint = (
+            "where the head is the token embedding, which files then hold once, set tie_word_embeddings to true in config.json; "
+            f"else {hint}"
+        )
+    raise CheckpointError(f"has no weight for {parameter}", subject=str(checkpoint.folder), hint=hint)
 
 
 def check_known(

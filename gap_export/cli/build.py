@@ -184,6 +184,7 @@ def _facts(output: Path, built: BuildResult) -> dict[str, Any]:
         "engines": {target: sorted(engines) for target, engines in manifest.engines.items()},
         "written_bytes": built.written_bytes,
         "notes": list(built.notes),
+        "assumptions": list(built.assumptions),
     }
 
 
@@ -199,6 +200,8 @@ def _print(output: Path, built: BuildResult) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for assumption in built.assumptions:
+        out.print(f"  {plain(assumption)}", highlight=False, soft_wrap=True)
     for name, engines in manifest.engines.items():
         out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
     if built.cached:

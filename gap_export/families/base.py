@@ -72,6 +72,8 @@ class Family(ABC):
     """Prefix of modules' parameters -> prefixes in published checkpoints."""
     unused_weights: ClassVar[str] = hf_config.NOTHING
     """Pattern of keys of published checkpoints that the model does not need."""
+    placeholder: ClassVar[str] = "<image>"
+    """Name of the token in a prompt that stands for an image."""
 
     def __init__(self, row: FamilyRow, checkpoint: Checkpoint) -> None:
         self.row = row
@@ -141,7 +143,20 @@ class Family(ABC):
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        return hf_config.end_tokens(self.checkpoint, self.config.text_config)
+        return hf_config.end_tokens(self.checkpoint, self.config.text_config)[0]
+
+    def assumptions(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """What was found in a second place because it was missing in the first, a sentence each.
+
+        Args:
+            tokenizer: of the prompt.
+        """
+        ends, file = hf_config.end_tokens(self.checkpoint, self.config.text_config)
+        if file == hf_config.GENERATION_CONFIG:
+            return ()
+        named = ", ".join(f"{tokenizer.id_to_token(end) or 'token'} ({end})" for end in ends)
+        missing = "no" if not self.checkpoint.json(hf_config.GENERATION_CONFIG) else "no eos_token_id in"
+        return (f"{missing} {hf_config.GENERATION_CONFIG}: answers end at {named}, as {file} says",)
 
     # What a build is made of
 

@@ -106,6 +106,7 @@ class InternVL(Family):
     """InternVL 3; heads of small models are their token embedding."""
 
     grounding_prompt = GROUNDING_PROMPT
+    placeholder = "<IMG_CONTEXT>"
 
     @override
     def read_config(self) -> Any:

@@ -49,11 +49,6 @@ class LlavaOriginal(ClipLlama):
     def tokenizer(self) -> Tokenizer:
         return with_placeholder(stored_tokenizer(self.checkpoint), PLACEHOLDER, self.image_token_id)
 
-    @property
-    @override
-    def end_tokens(self) -> tuple[int, ...]:
-        return (int(self.checkpoint.config.get("eos_token_id", 2)),)
-
     @override
     def read_config(self) -> ClipLlamaConfig:
         config = self.checkpoint.config

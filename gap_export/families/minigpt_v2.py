@@ -83,6 +83,7 @@ class MiniGpt(Family):
 
     config: MiniGptConfig
     grounding_prompt = GROUNDING_PROMPT
+    placeholder = PLACEHOLDER
     prefixes: ClassVar[Prefixes] = {
         "vision_tower.": (_TOWER,),
         "ln_vision.": ("ln_vision.",),
@@ -155,6 +156,10 @@ class MiniGpt(Family):
     @override
     def end_tokens(self) -> tuple[int, ...]:
         return (token_id(stored_tokenizer(self.checkpoint.companions["base"]), END),)
+
+    @override
+    def assumptions(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        return ()  # the end is the tokenizer's, whatever files say
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:

@@ -48,6 +48,7 @@ _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 class QwenVL(Family):
     """What the generations have in common."""
 
+    placeholder = "<|image_pad|>"
     prefixes: ClassVar[Prefixes] = {
         "visual.": ("model.visual.", "visual."),
         "language_model.": ("model.language_model.", "model."),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaConfig
 from typing_extensions import override
@@ -38,6 +39,7 @@ class Shikra(ClipLlama):
         "polite answers to the user's questions. USER: <im_start><im_patch><im_end> Can you point out {expression} in the image "
         "and provide the coordinates of its location? ASSISTANT:"
     )
+    placeholder = PLACEHOLDER
     prefixes: ClassVar[Prefixes] = {
         "vision_tower.": ("vision_tower/vision_model.",),
         "multi_modal_projector.": (_PROJECTOR,),
@@ -84,6 +86,10 @@ class Shikra(ClipLlama):
     @override
     def end_tokens(self) -> tuple[int, ...]:
         return (token_id(stored_tokenizer(self.checkpoint), END),)
+
+    @override
+    def assumptions(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        return ()  # the end is the tokenizer's, whatever files say
 
     @override
     def read_config(self) -> ClipLlamaConfig:

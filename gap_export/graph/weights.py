@@ -23,6 +23,7 @@ from gap_export.checkpoint.safetensors import Derived, TensorHeader, WeightLocat
 from gap_export.errors import CheckpointError, MissingRequirementError, TraceError
 from gap_export.files import place_file, writing
 from gap_export.graph.trace import is_fake
+from gap_export.modeling.components import Component
 from gap_export.precision import ACTIVATIONS, Activations
 
 _NUMPY = {"F64": np.dtype(np.float64)} | {each.safetensors: np.dtype(each.dtype) for each in ACTIVATIONS}
@@ -105,13 +106,7 @@ class WeightStore:
         parts = []
         for key in keys:
             source = self.checkpoint.weights[key]
-            foreign = [each.dtype for each in _stored_sources(source) if each.dtype not in _NUMPY]
-            if foreign:
-                raise CheckpointError(
-                    f"{key} is stored as {foreign[0]}, which has no conversion to {self.activations.name}",
-                    subject=str(source.file),
-                    hint="use a checkpoint in fp32, fp16 or bf16",
-                )
+            _check_type(source, key)
             elements = int(np.prod(source.shape, dtype=np.int64))
             parts.append(TensorHeader(key, wanted, source.shape, elements * width))
         head, offsets, _ = lay_out(parts)
@@ -164,6 +159,55 @@ class WeightReader:
     def rows(self, rows: slice) -> NDArray[np.float32]:
         """Some of them."""
         return _rows_of(self._weight, self._stored, rows)
+
+
+def check_weights(checkpoint: Checkpoint, components: Collection[Component]) -> None:
+    """Refuse a checkpoint whose headers do not have what the components need, before anything is traced.
+
+    The graph of a tower may do without some of its module's weights (layers above the one that is read), which checkpoints leave out:
+    there, only a part of which nothing is stored is missed. What the graph does need is looked up again when it is there.
+
+    Raises:
+        CheckpointError: a weight is missing, of another shape than the config implies, or no floating-point type.
+    """
+    for component in components:
+        whole = component.spec.name != "vision"
+        left: dict[str, CheckpointError] = {}
+        found: set[str] = set()
+        for name, parameter in component.module.named_parameters():
+            try:
+                key = component.weight_key(name)
+            except CheckpointError as error:
+                if whole:
+                    raise
+                left.setdefault(name.partition(".")[0], error)
+                continue
+            found.add(name.partition(".")[0])
+            _check_shape(checkpoint, key, list(parameter.shape))
+            _check_type(checkpoint.weights[key], key)
+        for part, missing in left.items():
+            if part not in found:
+                raise missing
+
+
+def _check_shape(checkpoint: Checkpoint, key: str, wanted: list[Any]) -> None:
+    shape = list(checkpoint.weights[key].shape)
+    if shape != wanted:
+        raise CheckpointError(
+            f"{key} has shape {shape} where config.json implies {wanted}",
+            subject=str(checkpoint.folder),
+            hint="config and weights do not belong together",
+        )
+
+
+def _check_type(weight: WeightLocation | Derived, key: str) -> None:
+    foreign = [each.dtype for each in _stored_sources(weight) if each.dtype not in _NUMPY]
+    if foreign:
+        raise CheckpointError(
+            f"{key} is stored as {foreign[0]}, which is quantised or no weight at all",
+            subject=str(weight.file),
+            hint="use a checkpoint in fp32, fp16 or bf16",
+        )
 
 
 def _is_stored_as(weight: WeightLocation | Derived, wanted: str) -> bool:
@@ -220,12 +264,7 @@ def attach_weights(
         value = model.graph.initializers[name]
         key = weight_key(name)
         tensor = store.stand_in(key, name) if name in stand_ins else store.tensor(key, name)
-        if value.shape is None or list(value.shape) != list(tensor.shape):
-            raise CheckpointError(
-                f"{key} has shape {list(tensor.shape)} where config.json implies {value.shape}",
-                subject=str(store.checkpoint.folder),
-                hint="config and weights do not belong together",
-            )
+        _check_shape(store.checkpoint, key, [] if value.shape is None else list(value.shape))
         value.const_value = tensor
     left = parameters_of(model)
     if left:

@@ -188,14 +188,18 @@ def feature_layer(
     return int(run)
 
 
-def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:
-    """Ids that end an answer.
+GENERATION_CONFIG = "generation_config.json"
+
+
+def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[tuple[int, ...], str]:
+    """(Ids that end an answer, the file that says so), where transformers looks for them.
 
     Raises:
         CheckpointError: the checkpoint names none.
     """
-    ends = checkpoint.json("generation_config.json").get("eos_token_id")
-    ends = text_config.eos_token_id if ends is None else ends
+    ends, file = checkpoint.json(GENERATION_CONFIG).get("eos_token_id"), GENERATION_CONFIG
+    if ends is None:
+        ends, file = text_config.eos_token_id, "config.json"
     ends = ends if isinstance(ends, list) else [ends]
     if not ends or not all(isinstance(end, int) for end in ends):
         raise CheckpointError(
@@ -203,7 +207,7 @@ def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[int, ...]:
             subject=str(checkpoint.folder),
             hint="add eos_token_id to the checkpoint's generation_config.json",
         )
-    return tuple(ends)
+    return tuple(ends), file
 
 
 def is_tied(config: Any) -> bool:

@@ -42,12 +42,14 @@ class BuildResult:
         written_bytes: what the build added to the disk; linked weights cost nothing.
         cached: names of the graphs that were traced before, and were taken from the trace cache.
         notes: what the user should know of how the checkpoint was read, a sentence each.
+        assumptions: what was found in a second place because it was missing in the first, a sentence each.
     """
 
     bundle: Bundle
     written_bytes: int
     cached: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
 
 def build_bundle(
@@ -113,7 +115,9 @@ def build(
         write_manifest(folder, manifest_of(model, plan, written.graphs, engines, folder))
         written_bytes = written.weight_bytes + _bytes_besides_weights(folder)
     cached = tuple(graph.name for graph in traced if graph.cached)
-    return BuildResult(open_bundle(out), written_bytes, cached, notes=model.notes)
+    return BuildResult(
+        open_bundle(out), written_bytes, cached, notes=model.notes, assumptions=model.assumptions
+    )
 
 
 def build_engines(

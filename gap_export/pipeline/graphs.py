@@ -124,6 +124,7 @@ def trace_graphs(
         progress: told of every component.
 
     Raises:
+        CheckpointError: a weight is missing, or not what the config implies.
         TraceError: a component does not export.
         InputError: a graph is asked for that this model has not.
     """
@@ -136,6 +137,7 @@ def trace_graphs(
             subject=model.recipe.name,
             hint=f"it has {', '.join(sorted(names))}",
         )
+    weights.check_weights(model.checkpoint, components)
     tracer = tracer or Tracer(user_folder())
     traced = []
     for component in components:

@@ -11,6 +11,7 @@ from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
 from gap_export.checkpoint.random_weights import random_checkpoint
+from gap_export.checkpoint.tokenizers import check_placeholder
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer, load_tokenizer
@@ -43,6 +44,7 @@ class OpenedModel:
         text_tower: for pruners that read the expression; its weights are those of the companion `text_tower`.
         ranges: of activations, for precisions that need them.
         notes: what the user should know of how the checkpoint was read, a sentence each.
+        assumptions: what was found in a second place because it was missing in the first, a sentence each.
     """
 
     recipe: Recipe
@@ -55,6 +57,7 @@ class OpenedModel:
     text_tower: TextTower | None
     ranges: Ranges | None
     notes: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -103,6 +106,14 @@ def open_model(
     layout = family.layout(recipe)
     _check_max_pixels(layout, recipe)
     spec, tokenizer = family.spec(recipe), family.tokenizer()
+    prompt = family.prompt(recipe).model_copy(update={"images": recipe.images})
+    check_placeholder(
+        tokenizer,
+        family.placeholder,
+        prompt.image_token_id,
+        prompt=prompt.grounding,
+        checkpoint=family.checkpoint,
+    )
     text_tower, companion = None, family.checkpoint.companions.get("text_tower")
     if companion is not None:
         text_tower = family.text_tower(companion)
@@ -112,12 +123,13 @@ def open_model(
         family=family,
         spec=spec,
         tokenizer=tokenizer,
-        prompt=family.prompt(recipe).model_copy(update={"images": recipe.images}),
+        prompt=prompt,
         layout=layout,
         box=family.box(recipe),
         text_tower=text_tower,
         ranges=None if recipe.ranges is None else read_ranges(Path(recipe.ranges)),
         notes=family.notes,
+        assumptions=() if random else family.assumptions(tokenizer),
     )
 
 

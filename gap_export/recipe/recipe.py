@@ -30,13 +30,18 @@ USUAL_DEVICES = ("8.6", "8.9", "12.0")
 """Compute capabilities of GPUs that TensorRT-RTX is for."""
 
 
+_PLACES = ("checkpoint", "base", "vision_tower", "text_tower", "ranges")
+"""Fields that name a file or a folder, or what is fetched in its place."""
+
+
 class Recipe(Record):
     """One build.
 
     Attributes:
         name: of the recipe.
         family: name in the table of families; found from the checkpoint when left out.
-        checkpoint: `bundled:NAME`, a folder, or a hub id.
+        checkpoint: `bundled:NAME`, a folder, or a hub id. In a recipe file, relative names here, in `base`, `vision_tower`,
+            `text_tower` and `ranges` are looked for beside the file first, then in the working folder.
         keep: fraction of visual tokens kept, in (0, 1]; or a range, written `[0.1, 1.0]` or `0.1:1.0`, in which every request
             chooses its own, with a default between them if wanted (`0.1:0.25:1.0`); or `adaptive`, as many as the image
             needs by the pruner's own rule.
@@ -196,7 +201,19 @@ def load_recipe(model: str) -> Recipe:
         raise RecipeError("cannot be read as YAML", subject=str(path), hint=first_line(error)) from error
     if not isinstance(content, dict):
         raise RecipeError("is not a mapping", subject=str(path), hint="see recipes/shapes.yaml")
-    return _validated({"name": path.stem, **content}, subject=str(path))
+    return _validated({"name": path.stem, **content, **_beside(path, content)}, subject=str(path))
+
+
+def _beside(recipe: Path, content: dict[str, Any]) -> dict[str, str]:
+    """The fields of a recipe file that name what lies beside it, relative to it; others are looked for in the working folder."""
+    named = {field: content[field] for field in _PLACES if isinstance(content.get(field), str)}
+    places = {
+        field: recipe.parent / name for field, name in named.items() if name and not Path(name).is_absolute()
+    }
+    # A link itself is not followed: files of caches have their suffix in the name of the link alone.
+    return {
+        field: str(place.parent.resolve() / place.name) for field, place in places.items() if place.exists()
+    }
 
 
 def _validated(content: dict[str, Any], *, subject: str) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -73,6 +74,44 @@ def test_shards_are_read_together(folder: Path) -> None:
         open_checkpoint(folder)
 
 
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "there", [names for count in range(1, 5) for names in itertools.combinations(WEIGHT_FILES, count)]
+)
+def test_files_side_by_side_count_in_the_order_of_transformers(
+    there: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What `save_pretrained` twice leaves, and repositories that hold several formats."""
+    import torch
+    from transformers.modeling_utils import _get_resolved_checkpoint_files
+
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    for number, name in enumerate(there):
+        key, file = f"of {name}", tmp_path / (name if not name.endswith(".json") else f"shard-{number}{Path(name.removesuffix('.index.json')).suffix}")  # fmt: skip
+        if file.suffix == ".bin":
+            torch.save({key: torch.zeros(1)}, file)
+        else:
+            save_file({key: np.zeros(1, np.float32)}, file)
+        if name.endswith(".json"):
+            (tmp_path / name).write_text(json.dumps({"metadata": {}, "weight_map": {key: file.name}}))
+    loaded, _ = _get_resolved_checkpoint_files(tmp_path, None, None, None, None, is_remote_code=False)
+    assert {str(weight.file) for weight in open_checkpoint(tmp_path).weights.values()} == set(loaded)
+    assert len(loaded) == 1
+
+
+def test_a_config_may_name_the_weight_file(folder: Path) -> None:
+    save_file({"c": np.zeros(1, np.float32)}, folder / "other.safetensors")
+    config = {"model_type": "llava", "transformers_weights": "other.safetensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert set(open_checkpoint(folder).weights) == {"c"}
+    for name, message in (("../a.safetensors", "points outside"), ("none.safetensors", "has no none")):
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(folder)
+
+
 def test_absent_json_files_are_empty(folder: Path) -> None:
     assert open_checkpoint(folder).json("generation_config.json") == {}
 
@@ -92,6 +131,7 @@ def test_absent_json_files_are_empty(folder: Path) -> None:
 )
 def test_an_index_cannot_point_out_of_the_folder(weight_map: dict[str, str], folder: Path) -> None:
     (folder.parent / "outside.safetensors").touch()
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
@@ -102,6 +142,7 @@ def test_an_index_cannot_point_out_of_the_folder(weight_map: dict[str, str], fol
     "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[]", "{", "\xff"]
 )
 def test_an_index_that_is_none(content: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(content, encoding="latin-1")
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
@@ -221,3 +262,33 @@ def test_keys_of_published_layouts(parameter: str, stored: str, tmp_path: Path) 
 def test_a_missing_weight_is_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no weight for multi_modal_projector\.linear_1\.weight"):
         find_key(open_checkpoint(folder), "multi_modal_projector.linear_1.weight", PREFIXES)
+
+
+TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("tied", "stored", "table", "head"),
+    [
+        (True, {TABLE}, TABLE, TABLE),
+        (True, {HEAD}, HEAD, HEAD),
+        (True, {TABLE, HEAD}, TABLE, HEAD),
+        (False, {TABLE, HEAD}, TABLE, HEAD),
+        (False, {TABLE}, TABLE, None),
+        (False, {HEAD}, None, HEAD),
+    ],
+)
+def test_head_and_table(
+    tied: bool, stored: set[str], table: str | None, head: str | None, tmp_path: Path
+) -> None:
+    """transformers ties symmetrically: whichever of the two is stored is both."""
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    save_file({key: np.zeros(1, np.float32) for key in stored}, tmp_path / "model.safetensors")
+    checkpoint, prefixes = open_checkpoint(tmp_path), with_shared_table(PREFIXES, tied=tied)
+    for parameter, key in (("embed_tokens.weight", table), ("lm_head.weight", head)):
+        if key is not None:
+            assert find_key(checkpoint, parameter, prefixes) == key
+            continue
+        with pytest.raises(CheckpointError, match=f"has no weight for {parameter}") as caught:
+            find_key(checkpoint, parameter, prefixes)
+        assert ("tie_word_embeddings" in caught.value.hint) == (parameter == "lm_head.weight")

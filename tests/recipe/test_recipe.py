@@ -31,6 +31,40 @@ def test_a_file_may_leave_out_its_name(tmp_path: Path) -> None:
     assert (load_recipe(str(path)).name, load_recipe(str(path)).keep) == ("mine", 0.5)
 
 
+def test_relative_names_are_looked_for_beside_the_recipe_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working, recipes = tmp_path / "working", tmp_path / "recipes"
+    for folder in (
+        recipes / "both",
+        recipes / "owner" / "name",
+        working / "both",
+        working / "here",
+        tmp_path / "up",
+    ):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(working)
+    (recipes / "tower.pth").symlink_to(tmp_path / "up")
+
+    def loaded(name: str, field: str = "checkpoint") -> str:
+        content = {"checkpoint": "x", field: name}
+        (recipes / "mine.yaml").write_text("".join(f"{key}: {value}\n" for key, value in content.items()))
+        stored: str = getattr(load_recipe("../recipes/mine.yaml"), field)
+        return stored
+
+    for field in ("checkpoint", "base", "vision_tower", "text_tower", "ranges"):
+        for name in ("both", "./both", "../recipes/both"):
+            assert loaded(name, field) == str(recipes / "both")
+        for name in ("here", "./here", "nowhere/at/all", "owner/other", "bundled:x", str(working / "here")):
+            assert loaded(name, field) == name
+        assert loaded("../up", field) == str(tmp_path / "up")
+        assert loaded("owner/name", field) == str(recipes / "owner" / "name")
+        assert loaded("tower.pth", field) == str(recipes / "tower.pth")
+    assert load_recipe(str(recipes / "mine.yaml")).replaced(ranges="both").ranges == "both", (
+        "typed ones are left"
+    )
+
+
 def test_folders_and_hub_ids_make_a_recipe_of_their_own(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path)).checkpoint == str(tmp_path)
     hub = load_recipe("owner/some-model")

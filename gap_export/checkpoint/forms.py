@@ -1,0 +1,87 @@
+"""Forms of checkpoints that are not a model's own weights, told from file names, config and headers: adapters, quantised weights.
+
+Both would otherwise end in a missing or a foreign weight, long after the build began, in words that do not name the cause.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gap_export.errors import CheckpointError
+
+_ADAPTER = "adapter_config.json"
+"""What peft writes beside `adapter_model.safetensors`."""
+
+_CONFIG_FIELDS = ("quantization_config", "compression_config")
+_CONFIG_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where older AutoGPTQ and AutoAWQ, and ModelOpt, say it in the place of config.json."""
+_STORED_PIECES = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight_zero_point|SCB"
+    r"|weight\.(absmax|quant_map|nested_absmax|quant_state\..+))$"
+)
+"""Keys of what a quantised weight is stored as: GPTQ and AWQ, compressed-tensors and fp8, bitsandbytes."""
+
+
+def check_not_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter: without its base it is no model, and beside other weights it would be left out silently.
+
+    Raises:
+        CheckpointError: names the base, and how to merge.
+    """
+    file = folder / _ADAPTER
+    if not file.is_file():
+        return
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = {}
+    described = described if isinstance(described, dict) else {}
+    kind = str(described.get("peft_type") or "LoRA").replace("LORA", "LoRA")
+    base = described.get("base_model_name_or_path") or "its base model"
+    beside = "beside other weights" if (folder / "config.json").is_file() else "and not a model"
+    raise CheckpointError(
+        f"holds an adapter ({_ADAPTER}: {kind} over {base}) {beside}",
+        subject=str(folder),
+        hint=f"merge it into {base} and save both as one: peft's PeftModel.from_pretrained(...).merge_and_unload()"
+        ".save_pretrained(FOLDER); where that was done already, move adapter_* out of the folder",
+    )
+
+
+def check_not_quantized(folder: Path, config: Mapping[str, Any], keys: Iterable[str] = ()) -> None:
+    """Refuse quantised weights: their values are packed by rules of many libraries, and rounding them again would lose more.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config.json.
+        keys: of its weights, once they are known.
+
+    Raises:
+        CheckpointError: names what says so, and what to use instead.
+    """
+    where, method = _quantization(folder, config)
+    if where is None:
+        where = next((key for key in keys if _STORED_PIECES.search(key)), None)
+    if where is None:
+        return
+    raise CheckpointError(
+        f"is quantised{method} ({where})",
+        subject=str(folder),
+        hint="use the checkpoint that it was made from, in fp32, fp16 or bf16, and choose a --precision; where the weights are "
+        "plain floats, delete what says otherwise",
+    )
+
+
+def _quantization(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
+    """(Where it is said that weights are quantised, and by which method), from config and files alone."""
+    parts = {"": config, **{f"{name}.": part for name, part in config.items() if isinstance(part, dict)}}
+    for prefix, part in parts.items():
+        for field in _CONFIG_FIELDS:
+            said = part.get(field)
+            if said:
+                method = said.get("quant_method") if isinstance(said, dict) else None
+                return f"{prefix}{field} in config.json", f" by {method}" if method else ""
+    return next((name for name in _CONFIG_FILES if (folder / name).is_file()), None), ""

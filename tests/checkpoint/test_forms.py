@@ -1,0 +1,90 @@
+"""Adapters and quantised weights are refused by name, from headers alone; what only looks like them is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gap_export.checkpoint import open_checkpoint
+from gap_export.errors import CheckpointError
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}
+
+
+def write(folder: Path, config: dict[str, Any] | None, *keys: str) -> Path:
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
+    if keys:
+        save_file({key: np.zeros(1, np.float32) for key in keys}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("config", [None, {}])
+@pytest.mark.parametrize("weights", [(), ("a.weight",)])
+def test_an_adapter_is_no_model(
+    config: dict[str, Any] | None, weights: tuple[str, ...], tmp_path: Path
+) -> None:
+    write(tmp_path, config, *weights)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    save_file(
+        {"base_model.model.x.lora_A.weight": np.zeros(1, np.float32)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"adapter \(adapter_config\.json: LoRA over owner/base\)"
+    ) as caught:
+        open_checkpoint(tmp_path)
+    assert "merge" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3"])
+def test_an_adapter_that_says_nothing_of_itself(content: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"adapter .* over its base model"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"by gptq \(quantization_config in"),
+        ({"quantization_config": {"load_in_4bit": True}}, r"is quantised \(quantization_config in"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+            r"by awq \(text_config\.quantization_config",
+        ),
+        ({"compression_config": {"format": "int-quantized"}}, r"compression_config in config\.json"),
+    ],
+)
+def test_configs_that_say_so(config: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """Before any weight file is opened: there is none."""
+    with pytest.raises(CheckpointError, match=named) as caught:
+        open_checkpoint(write(tmp_path, config))
+    assert "fp32, fp16 or bf16" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_files_that_say_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"is quantised .{name}"):
+        open_checkpoint(write(tmp_path, {}))
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "weight.absmax", "SCB",
+     "weight.quant_state.bitsandbytes__nf4"],
+)  # fmt: skip
+def test_keys_that_say_so(piece: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"is quantised .*q_proj\.{piece}"):
+        open_checkpoint(write(tmp_path, {}, "q_proj.weight", f"q_proj.{piece}"))
+
+
+def test_what_is_not_quantised(tmp_path: Path) -> None:
+    config = {"quantization_config": None, "text_config": {"quantization_config": {}}}
+    keys = {"q_proj.weight", "logit_scale", "scales.weight", "mlp.SCB_like.weight"}
+    assert set(open_checkpoint(write(tmp_path, config, *keys)).weights) == keys

@@ -1,0 +1,187 @@
+"""Checkpoints that cannot become a bundle are refused from their headers, before anything is traced; what was assumed is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from gap_export.errors import CheckpointError
+from gap_export.pipeline.build import build
+from gap_export.pipeline.opened import OpenedModel, open_model
+from gap_export.recipe.recipe import Recipe
+
+Weights = dict[str, NDArray[Any]]
+HEAD, TABLE = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+def never(*_: Any) -> Any:
+    raise AssertionError("was traced")
+
+
+@pytest.fixture
+def refused(
+    checkpoint_copy: Path, tiny_options: dict[str, Any], tmp_path: Path
+) -> Callable[[], CheckpointError]:
+    """Build the changed checkpoint, and get what it is refused with."""
+
+    def attempt() -> CheckpointError:
+        recipe = Recipe.model_validate({**tiny_options, "checkpoint": str(checkpoint_copy)})
+        with pytest.raises(CheckpointError) as caught:
+            build(recipe, tmp_path / "out", tracer=never)  # type: ignore[arg-type]
+        assert not (tmp_path / "out").exists()
+        return caught.value
+
+    return attempt
+
+
+@pytest.fixture
+def opened(checkpoint_copy: Path, tiny_options: dict[str, Any]) -> Callable[[], OpenedModel]:
+    return lambda: open_model(Recipe.model_validate({**tiny_options, "checkpoint": str(checkpoint_copy)}))
+
+
+def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def change_json(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+# Weights
+
+
+def without(*beginnings: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {
+        key: value for key, value in weights.items() if not any(each in key for each in beginnings)
+    }
+
+
+def as_integers(weights: Weights) -> Weights:
+    return {
+        key: value.astype(np.int8) if "layers.1.mlp.up_proj" in key else value
+        for key, value in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        (without("lm_head"), r"has no weight for lm_head\.weight", "tie_word_embeddings"),
+        (without("embed_tokens"), r"has no weight for embed_tokens\.weight", "a shard is missing"),
+        (without("model.layers.1."), r"has no weight for language_model\.layers\.1\.", "a shard is missing"),
+        (without("vision_tower"), r"has no weight for vision_tower\.", "a shard is missing"),
+        (without("multi_modal_projector"), r"has no weight for multi_modal_projector\.", "a shard is missing"),
+        (as_integers, r"layers\.1\.mlp\.up_proj\.weight is stored as I8", "fp32, fp16 or bf16"),
+        (lambda weights: {**weights, _key(weights, "lm_head"): np.zeros((9, 32), np.float32)},
+         r"lm_head\.weight has shape \[9, 32\] where config\.json implies \[64, 32\]", "do not belong together"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_missing_or_others(
+    change: Callable[[Weights], Weights],
+    message: str,
+    hint: str,
+    checkpoint_copy: Path,
+    refused: Callable[[], CheckpointError],
+) -> None:
+    import re
+
+    change_weights(checkpoint_copy, change)
+    error = refused()
+    assert re.search(message, error.message)
+    assert hint in error.hint
+
+
+def _key(weights: Weights, part: str) -> str:
+    return next(key for key in weights if part in key)
+
+
+def test_weights_that_no_graph_uses_may_be_missing(
+    checkpoint_copy: Path, tiny_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The tower is read before its last layer, and checkpoints leave out what comes after."""
+    change_weights(checkpoint_copy, without("post_layernorm"))
+    build(Recipe.model_validate({**tiny_options, "checkpoint": str(checkpoint_copy)}), tmp_path / "out")
+
+
+# Tokenizers
+
+
+def tokenizer_with(folder: Path, *added: str, words: tuple[str, ...] = ()) -> None:
+    """Words of the prompt without a placeholder, and tokens added to them."""
+    vocabulary = {
+        word: id_ for id_, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words, "where", "is"])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("added", "words", "message"),
+    [
+        ((), (), r"tokenizer has no token <image>, which config.json gives the id 4 ('where' in this tokenizer)"),
+        (("<image>",), (), r"gives <image> the id 6, config.json gives it 4 ('where' in this tokenizer)"),
+        (("<s>", "<picture>"), (), r"has no token <image>, which config.json gives the id 4"),
+        ((), ("<image>",), r"has <image> (id 4) as a word that text is split into"),
+    ],
+)  # fmt: skip
+def test_tokenizers_of_another_checkpoint(
+    added: tuple[str, ...],
+    words: tuple[str, ...],
+    message: str,
+    checkpoint_copy: Path,
+    refused: Callable[[], CheckpointError],
+) -> None:
+    tokenizer_with(checkpoint_copy, *added, words=words)
+    error = refused()
+    assert message in error.message
+    assert error.subject.endswith("tokenizer.json")
+    assert "published with" in error.hint
+
+
+def test_a_config_with_another_id(checkpoint_copy: Path, refused: Callable[[], CheckpointError]) -> None:
+    change_json(checkpoint_copy / "config.json", image_token_index=1000)
+    assert "gives <image> the id 4, config.json gives it 1000" in refused().message
+
+
+def test_a_recipe_may_call_the_placeholder_otherwise(
+    checkpoint_copy: Path, tiny_options: dict[str, Any]
+) -> None:
+    tokenizer_with(checkpoint_copy, "<s>", "<here>", words=())
+    change_json(checkpoint_copy / "config.json", image_token_index=6)
+    options = {**tiny_options, "checkpoint": str(checkpoint_copy), "prompt": "<here> where is {expression}"}
+    assert open_model(Recipe.model_validate(options)).prompt.image_token_id == 6
+
+
+# What was assumed
+
+
+def test_end_tokens_that_config_json_names_are_said(
+    checkpoint_copy: Path, opened: Callable[[], OpenedModel]
+) -> None:
+    file = checkpoint_copy / "generation_config.json"
+    assert file.is_file()
+    assert opened().assumptions == ()
+    change_json(file, eos_token_id=None, bos_token_id=1)
+    assert opened().assumptions == (
+        "no eos_token_id in generation_config.json: answers end at </s> (2), as config.json says",
+    )
+    file.unlink()
+    assert opened().assumptions == (
+        "no generation_config.json: answers end at </s> (2), as config.json says",
+    )
+    config = json.loads((checkpoint_copy / "config.json").read_text())
+    change_json(
+        checkpoint_copy / "config.json", text_config={**config["text_config"], "eos_token_id": [2, 63]}
+    )
+    assert "answers end at </s> (2), token (63)" in opened().assumptions[0]
