@@ -11,8 +11,17 @@ Source: SparseVLM (arXiv 2410.04417), version 1.5 of its published code.
 - Of 32 layers, cuts after 2, 6 and 15, that is before 3, 7 and 16.
 
 `keep` is what the last stage has, merged tokens counted. The two stages before it follow by interpolation, linear in the
-logarithms, between what was published for 576 tokens: 300, 200, 110 chosen ones (with merged ones 309, 204, 113), 66, 30, 17
-(82, 32, 18), and keeping all; below the last of these the stages keep its proportions.
+logarithms, between keeping all and the four schedules published for 576 tokens (`score.py`: `sparse_token_dict`), named after their
+mean over the layers:
+
+| mean | chosen | with merged ones |
+|---|---|---|
+| 192 | 300, 200, 110 | 309, 204, 113 |
+| 128 | 303, 110, 36 | 312, 117, 39 |
+| 96 | 238, 48, 26 | 249, 55, 27 |
+| 64 | 66, 30, 17 | 82, 32, 18 |
+
+Below the last of these the stages keep its proportions.
 
 Known differences to the published code. It adds noise to the densities so that no two are equal; here the token with the higher
 score counts as the denser of two, and a lone cluster has its best token for a centre. Densities are compared as logarithms,
@@ -35,8 +44,9 @@ from gap_export.prune import Selected
 from gap_export.prune.in_decoder.stages import Cut, Prompt, QueryRows, best, spread
 from gap_export.prune.order import take
 
-# Shares of the visual tokens that the stages 3, 1 and 2 have.
-_SHAPES = ((1.0, 1.0, 1.0), (113 / 576, 309 / 576, 204 / 576), (18 / 576, 82 / 576, 32 / 576))
+_PUBLISHED = ((576, 576, 576), (309, 204, 113), (312, 117, 39), (249, 55, 27), (82, 32, 18))
+"""What stages 1 to 3 have of 576 visual tokens, merged ones counted, in falling order of the last stage."""
+_SCHEDULES = tuple((first / 576, second / 576, last / 576) for first, second, last in _PUBLISHED)
 _NEVER = -1e30
 
 
@@ -163,13 +173,13 @@ def _squared_distances(tokens_BRH: Tensor) -> Tensor:
 
 def _shares(keep: float) -> tuple[float, float, float]:
     """Shares of the three stages."""
-    for above, below in pairwise(_SHAPES):
-        if keep >= below[0]:
-            along = math.log(keep / above[0]) / math.log(below[0] / above[0])
+    for above, below in pairwise(_SCHEDULES):
+        if keep >= below[-1]:
+            along = math.log(keep / above[-1]) / math.log(below[-1] / above[-1])
             first, second = (
                 math.exp((1 - along) * math.log(above[stage]) + along * math.log(below[stage]))
-                for stage in (1, 2)
+                for stage in (0, 1)
             )
             return first, second, keep
-    last, first, second = _SHAPES[-1]
+    first, second, last = _SCHEDULES[-1]
     return keep * first / last, keep * second / last, keep

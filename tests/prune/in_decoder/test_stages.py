@@ -34,9 +34,36 @@ def test_the_table_knows_three() -> None:
 def test_published_schedules() -> None:
     assert cuts("fastv", 0.5) == (Cut(2, 288),)
     assert cuts("pyramiddrop", 0.125) == (Cut(8, 288), Cut(16, 144), Cut(24, 72))
-    # 300, 200, 110 chosen ones, and 66, 30, 17; the rest of each count are cluster means.
-    assert cuts("sparsevlm", 113 / 576) == (Cut(3, 309, 9), Cut(7, 204, 4), Cut(16, 113, 3))
-    assert cuts("sparsevlm", 18 / 576) == (Cut(3, 82, 16), Cut(7, 32, 2), Cut(16, 18, 1))
+
+
+PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+"""Mean over the layers -> tokens chosen of 576 in SparseVLM's three stages, as its `score.py` lists them."""
+WITH_MERGED = {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)}
+
+
+@pytest.mark.parametrize("mean", PUBLISHED)
+def test_published_schedules_of_sparsevlm(mean: int) -> None:
+    found = cuts("sparsevlm", WITH_MERGED[mean][-1] / 576)
+    assert tuple(cut.kept for cut in found) == WITH_MERGED[mean]
+    assert tuple(cut.kept - cut.merged for cut in found) == PUBLISHED[mean]
+    before = 576
+    for chosen, kept in zip(PUBLISHED[mean], WITH_MERGED[mean], strict=True):
+        recycled = int(0.3 * (before - chosen)) + 1
+        assert kept == chosen + int(recycled / 10) + 1
+        before = kept
+
+
+@given(along=st.floats(0, 1), gap=st.integers(0, 4))
+def test_between_published_schedules_each_stage_lies_between_theirs(along: float, gap: int) -> None:
+    ends = [(576, 576, 576), *WITH_MERGED.values(), (1, 1, 1)]
+    above, below = ends[gap], ends[gap + 1]
+    kept = round(above[-1] ** (1 - along) * below[-1] ** along)
+    try:
+        found = cuts("sparsevlm", kept / 576)
+    except RecipeError:
+        return  # cluster means alone
+    for cut, one, other in zip(found, above, below, strict=True):
+        assert min(one, other) <= cut.kept <= max(one, other)
 
 
 @given(
@@ -250,6 +277,6 @@ def test_a_row_is_chosen_as_alone() -> None:
             assert alone.indices_BK[0].tolist() == together.indices_BK[row].tolist()
 
 
-def test_the_shares_that_the_page_names() -> None:
-    assert [cut.kept - cut.merged for cut in cuts("sparsevlm", 0.1962)] == [300, 200, 110]
-    assert [cut.kept - cut.merged for cut in cuts("sparsevlm", 0.03125)] == [66, 30, 17]
+@pytest.mark.parametrize(("keep", "mean"), [(0.1962, 192), (0.0677, 128), (0.0469, 96), (0.03125, 64)])
+def test_the_shares_that_the_page_names(keep: float, mean: int) -> None:
+    assert tuple(cut.kept - cut.merged for cut in cuts("sparsevlm", keep)) == PUBLISHED[mean]
