@@ -8,11 +8,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.sentencepiece import MODEL, begin_every_piece, read_sentencepiece
 from gap_export.errors import CheckpointError
 from gap_export.inputs.prompt import load_tokenizer
 
 TOKENIZER = "tokenizer.json"
-_SENTENCEPIECE = "tokenizer.model"
 
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -22,9 +22,19 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         CheckpointError: none there, damaged, or in a form that cannot be converted here.
     """
     folder = checkpoint.folder
-    if not (folder / TOKENIZER).is_file() and (folder / _SENTENCEPIECE).is_file():
-        return _converted(folder)
-    return load_tokenizer(folder / TOKENIZER)
+    if (folder / TOKENIZER).is_file() or not (folder / MODEL).is_file():
+        return load_tokenizer(folder / TOKENIZER)
+    config, added = checkpoint.json("tokenizer_config.json"), checkpoint.json("added_tokens.json")
+    return read_sentencepiece(folder / MODEL, config, added) or _converted(folder)
+
+
+def slow_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint whose authors use transformers' slow one; see `sentencepiece.py`.
+
+    Raises:
+        CheckpointError: none there, damaged, or in a form that cannot be converted here.
+    """
+    return begin_every_piece(stored_tokenizer(checkpoint))
 
 
 def with_placeholder(tokenizer: Tokenizer, name: str, id_: int) -> Tokenizer:
@@ -113,7 +123,7 @@ def _converted(folder: Path) -> Tokenizer:
         if isinstance(backend, Tokenizer):
             return backend
     raise CheckpointError(
-        f"has only {_SENTENCEPIECE}, which could not be converted to {TOKENIZER}",
+        f"has only {MODEL}, which could not be converted to {TOKENIZER}",
         subject=str(folder),
         hint="pip install sentencepiece protobuf, or save the tokenizer with transformers' save_pretrained",
     )

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from typing_extensions import override
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.checkpoint.tokenizers import stored_tokenizer, with_placeholder
+from gap_export.checkpoint.tokenizers import slow_tokenizer, with_placeholder
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.families.base import Companion
 from gap_export.families.clip_llama import ClipLlama, ClipLlamaConfig
@@ -47,7 +47,7 @@ class LlavaOriginal(ClipLlama):
 
     @override
     def tokenizer(self) -> Tokenizer:
-        return with_placeholder(stored_tokenizer(self.checkpoint), PLACEHOLDER, self.image_token_id)
+        return with_placeholder(slow_tokenizer(self.checkpoint), PLACEHOLDER, self.image_token_id)
 
     @override
     def read_config(self) -> ClipLlamaConfig:
@@ -68,5 +68,5 @@ class LlavaOriginal(ClipLlama):
             feature_layer=hf_config.feature_layer(
                 config.get("mm_vision_select_layer", -2), vision, self.check, "mm_vision_select_layer"
             ),
-            image_token_id=stored_tokenizer(self.checkpoint).get_vocab_size(),
+            image_token_id=slow_tokenizer(self.checkpoint).get_vocab_size(),
         )

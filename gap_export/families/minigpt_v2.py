@@ -26,7 +26,7 @@ from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.derived import with_low_rank
 from gap_export.checkpoint.safetensors import Derived
-from gap_export.checkpoint.tokenizers import stored_tokenizer, token_id, with_placeholder
+from gap_export.checkpoint.tokenizers import slow_tokenizer, token_id, with_placeholder
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families.base import Companion, Family
@@ -144,18 +144,18 @@ class MiniGpt(Family):
         return MiniGptConfig(
             text_config=LlamaConfig.from_dict(dict(base.config)),
             eva=eva_sizes(self.checkpoint, _TOWER),
-            image_token_id=stored_tokenizer(base).get_vocab_size(),
+            image_token_id=slow_tokenizer(base).get_vocab_size(),
         )
 
     @override
     def tokenizer(self) -> Tokenizer:
-        found = stored_tokenizer(self.checkpoint.companions["base"])
+        found = slow_tokenizer(self.checkpoint.companions["base"])
         return with_placeholder(found, PLACEHOLDER, self.image_token_id)
 
     @property
     @override
     def end_tokens(self) -> tuple[int, ...]:
-        return (token_id(stored_tokenizer(self.checkpoint.companions["base"]), END),)
+        return (token_id(slow_tokenizer(self.checkpoint.companions["base"]), END),)
 
     @override
     def assumptions(self, tokenizer: Tokenizer) -> tuple[str, ...]:

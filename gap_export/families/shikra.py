@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.derived import plus_base
-from gap_export.checkpoint.tokenizers import stored_tokenizer, token_id
+from gap_export.checkpoint.sentencepiece import strip_around
+from gap_export.checkpoint.tokenizers import slow_tokenizer, token_id
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError
 from gap_export.families.base import Companion
@@ -26,6 +27,7 @@ from gap_export.modeling import hf_config
 from gap_export.modeling.clip import UNUSED_OF_CLIP, read_vision_config
 
 PLACEHOLDER, END = "<im_patch>", "</s>"
+ADDED = (PLACEHOLDER, "<im_start>", "<im_end>")
 FEATURE_LAYER = -2
 _PROJECTOR = "model.mm_projector."
 
@@ -82,10 +84,14 @@ class Shikra(ClipLlama):
             )
         return checkpoint.with_weights(merged)
 
+    @override
+    def tokenizer(self) -> Tokenizer:
+        return strip_around(slow_tokenizer(self.checkpoint), ADDED)
+
     @property
     @override
     def end_tokens(self) -> tuple[int, ...]:
-        return (token_id(stored_tokenizer(self.checkpoint), END),)
+        return (token_id(slow_tokenizer(self.checkpoint), END),)
 
     @override
     def assumptions(self, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -106,5 +112,5 @@ class Shikra(ClipLlama):
                 self.check,
                 "mm_vision_select_layer",
             ),
-            image_token_id=token_id(stored_tokenizer(self.checkpoint), PLACEHOLDER),
+            image_token_id=token_id(slow_tokenizer(self.checkpoint), PLACEHOLDER),
         )
