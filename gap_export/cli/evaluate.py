@@ -28,6 +28,7 @@ from gap_export.cli.options import (
 from gap_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
+    from gap_export.bundle.folder import Bundle
     from gap_export.evaluation.refer.dataset import Dataset
     from gap_export.evaluation.refer.run import EvalRecord, Work
 
@@ -115,6 +116,8 @@ def evaluate(
         cluster = cluster_of(ray, workers, ray_address)
         prepared = prepare(bundle, dataset, options, out=output, replace=replace)
         _warn_of_missing(prepared.work)
+        if options.share:
+            _say_unshared(prepared.bundle)
         with progress_shown() as progress:
             finished = run(prepared, cluster=cluster, progress=progress)
         record, folder = finished.record, finished.folder
@@ -150,6 +153,15 @@ def _warn_of_missing(work: Work) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _say_unshared(bundle: Bundle) -> None:
+    """Once, why an evaluation takes longer than others."""
+    from gap_export.runtime.grounder import Grounder
+
+    why = Grounder(bundle).unshared_because
+    if why is not None:
+        console.print(f"every expression is answered whole: {why}", highlight=False, soft_wrap=True)
 
 
 def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:

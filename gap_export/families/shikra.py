@@ -1,7 +1,8 @@
 """Shikra-7B (arXiv 2306.15195): CLIP-L/14 at 224 pixels, one linear projector, LLaMA-7B; published as a delta.
 
 Facts: the checkpoint is LLaMA's difference (`shikras/shikra-7b-delta-v1`) or already merged; the tower is OpenAI's own and not in
-it. The 256 visual tokens stand between `<im_start>` and `<im_end>`, in the place of `<im_patch>`, which is the placeholder here.
+it. The 256 visual tokens stand between `<im_start>` and `<im_end>`, in the place of `<im_patch>`, which is the placeholder here; in the
+prompt they follow the expression, so that prompts about one image share nothing of it.
 Images are padded to a square with white, boxes are `[x1,y1,x2,y2]` with three decimals in 0..1 of that square. The
 config's own bos, eos and pad ids are wrong; those of the tokenizer are right.
 """
@@ -35,10 +36,12 @@ _PROJECTOR = "model.mm_projector."
 class Shikra(ClipLlama):
     """Shikra."""
 
-    # One of the 54 templates of its evaluation, the image in front as in most of them.
+    # `REC` of the authors' demo (shikras/shikra, mllm/demo/webdemo.py), the fifth of the 54 templates that their training and evaluation
+    # draw from (config/_base_/dataset/template/REC.json), in the conversation of Vicuna 1.1. The image stands inside the sentence, in 44
+    # of the templates behind the expression (`RECDataset` puts nothing in front, `sep_image_conv_front` is false): visual tokens see it.
     grounding_prompt = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-        "polite answers to the user's questions. USER: <im_start><im_patch><im_end> Can you point out {expression} in the image "
+        "polite answers to the user's questions. USER: Can you point out {expression} in the image <im_start><im_patch><im_end> "
         "and provide the coordinates of its location? ASSISTANT:"
     )
     placeholder = PLACEHOLDER

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from gap_export.inputs.prompt import (
 from gap_export.positions import PAD, Ids
 from gap_export.runtime.generate import Adjust, Generation, Timings, check_overflow, generate
 from gap_export.runtime.session import Session
-from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared, sharable
+from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared, unshared_because
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,8 @@ class Grounder:
         parts = [expressions[first : first + rows] for first in range(0, len(expressions), rows)]
         began = time.perf_counter()
         input_ids = self.prompts(expressions, longest).input_ids
-        common = (
-            common_length(input_ids, manifest.prompt.image_token_id) if share and sharable(manifest) else 0
-        )
+        shares = share and self.unshared_because is None
+        common = common_length(input_ids, manifest.prompt.image_token_id) if shares else 0
         answers: list[Answer] = []
         if not common:
             for part in parts:
@@ -238,6 +238,11 @@ class Grounder:
                 for tokens, ended in zip(decoded.tokens, decoded.ended, strict=True)
             ]
         return answers
+
+    @cached_property
+    def unshared_because(self) -> str | None:
+        """Why `answer_image` answers each expression whole; None where the beginning of prompts is shared."""
+        return unshared_because(self._manifest, self._tokenizer)
 
     @property
     def images_per_prompt(self) -> int:

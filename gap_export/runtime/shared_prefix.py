@@ -4,7 +4,7 @@ A causal decoder computes the same for a token whatever follows it. So the keys 
 one row, given to all rows, and every row continues with text of its own.
 
 Only where the visual tokens do not depend on the expression, every layer sees the same tokens, and the image comes before the
-expression. `sharable` tells.
+expression. `unshared_because` tells.
 
 Shape letters: B rows, T text tokens.
 """
@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from gap_export.bundle.manifest import Manifest
 from gap_export.inputs.batch import ImageBatch
+from gap_export.inputs.prompt import SLOT
 from gap_export.positions import PAD, Ids, Placement, extended
 from gap_export.runtime.generate import Decoded, Timings, decode, encode
 from gap_export.runtime.session import Session
@@ -41,9 +43,22 @@ class SharedPrefix:
     timings: Timings
 
 
-def sharable(manifest: Manifest) -> bool:
-    """Whether prompts of a bundle can share their beginning: no stages, no look at the expression."""
-    return not manifest.pruning.stages and manifest.text_tower is None
+def unshared_because(manifest: Manifest, tokenizer: Tokenizer) -> str | None:
+    """Why prompts of a bundle cannot share their beginning; None where they can.
+
+    Args:
+        manifest: of the bundle.
+        tokenizer: of its prompt.
+    """
+    if manifest.pruning.stages:
+        return f"{manifest.pruning.pruner} drops tokens inside the decoder, by the whole prompt"
+    if manifest.text_tower is not None:
+        return f"{manifest.pruning.pruner} chooses tokens by the expression"
+    prompt = manifest.prompt
+    before = tokenizer.encode(prompt.grounding.partition(SLOT)[0], add_special_tokens=False).ids
+    if before.count(prompt.image_token_id) < prompt.images:
+        return "the prompt has the expression before the image"
+    return None
 
 
 def common_length(input_ids_BT: Ids, image_token_id: int) -> int:
@@ -70,7 +85,7 @@ def prefill_shared(
     """Encode the image and put the common beginning into the session's cache.
 
     Args:
-        session: of a bundle whose prompts are `sharable`.
+        session: of a bundle whose prompts can share their beginning (`unshared_because`).
         batch: images of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
         keep_counts: tokens to keep of every image, where requests choose.

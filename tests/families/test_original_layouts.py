@@ -19,6 +19,7 @@ from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.families import row_of
 from gap_export.families.clip_llama import ClipLlama
+from gap_export.families.shikra import Shikra
 from gap_export.inputs.square import fit
 from gap_export.pipeline.build import build_bundle
 from gap_export.pipeline.opened import open_model
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.slow
 KEPT, VISUAL, NEW = 9, 36, 20
 PROMPTS = {
     "llava_original": "USER : <image> where is {expression} ? ASSISTANT :",
-    "shikra": "USER : where <im_start><im_patch><im_end> is {expression} in the picture ? ASSISTANT :",
+    "shikra": "USER : where is {expression} in the picture <im_start><im_patch><im_end> ? ASSISTANT :",
 }
 CONFIGS = {
     "llava_original": reduced("liuhaotian/llava-v1.5-7b", "llava_original")[0],
@@ -334,6 +335,14 @@ def test_a_tower_of_another_kind(
 ) -> None:
     error = refused(options["shikra"], tmp_path / "out", vision_tower=str(shikra["llama-7b"]))
     assert "'llama' where a CLIP checkpoint is needed" in str(error)
+
+
+def test_shikra_is_asked_as_its_authors_ask() -> None:
+    """`REC` of their demo (mllm/demo/webdemo.py) in their conversation `vicuna_v1.1`, one `<im_patch>` standing for 256."""
+    system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+    sentence = "Can you point out <expr> in the image <image> and provide the coordinates of its location?"
+    asked = sentence.replace("<expr>", "{expression}").replace("<image>", "<im_start><im_patch><im_end>")
+    assert Shikra.grounding_prompt == f"{system} USER: {asked} ASSISTANT:"
 
 
 def test_layouts_are_told_apart(original: Path, shikra: dict[str, Path], tiny_checkpoint: Path) -> None:

@@ -15,8 +15,9 @@ from gap_export.bundle.folder import Bundle
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import PAD, PositionPolicy, extended, place
 from gap_export.runtime.generate import generate
+from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.ort import OnnxRuntimeSession
-from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared, sharable
+from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared
 
 IMAGE, NEW = 4, 5
 BEGINNING = [1, 5, IMAGE, 6, 7]
@@ -126,5 +127,26 @@ def test_placement_goes_on_from_the_prompt(lengths: list[int], mrope: bool) -> N
 
 
 def test_what_can_be_shared(tiny_bundle: Callable[..., Bundle]) -> None:
-    assert sharable(tiny_bundle().manifest)
-    assert not sharable(tiny_bundle(pruner="text_similarity").manifest)
+    assert Grounder(tiny_bundle()).unshared_because is None
+    by_text = Grounder(tiny_bundle(pruner="text_similarity"))
+    assert by_text.unshared_because == "text_similarity chooses tokens by the expression"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "shares"),
+    [
+        ("USER : <image> where is {expression} ? ASSISTANT :", 1, True),
+        ("{expression} <image>", 1, False),
+        ("USER : where is {expression} in <image> ? ASSISTANT :", 1, False),
+        ("<image> {expression} <image>", 2, False),
+        ("<image> <image> {expression}", 2, True),
+    ],
+)
+def test_an_expression_before_an_image_is_not_shared(
+    prompt: str, images: int, shares: bool, tiny_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = tiny_bundle()
+    asked = bundle.manifest.prompt.model_copy(update={"grounding": prompt, "images": images})
+    manifest = bundle.manifest.model_copy(update={"prompt": asked})
+    why = Grounder(Bundle(bundle.folder, manifest)).unshared_because
+    assert why == (None if shares else "the prompt has the expression before the image")

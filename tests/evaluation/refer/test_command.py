@@ -85,6 +85,23 @@ def test_the_record(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     assert (tmp_path / "run" / "lmms-eval-results.parquet").is_file()
 
 
+def test_prompts_with_the_expression_before_the_image_are_answered_whole(
+    tiny_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    """Shikra's are; it is said once, not for every image, and not where it was asked for."""
+    folder = str(tiny_bundle(prompt="USER : where is {expression} in <image> ? ASSISTANT :").folder)
+    scenes = [*SCENES[:2], "--limit", "14", "--threads", "1"]
+    said = []
+    for more in ([], ["--one-by-one"]):
+        command = [*COMMAND, folder, *scenes, *more, "-o", str(tmp_path / f"run{len(more)}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said.append(
+            (done.stdout + done.stderr).count("every expression is answered whole: the prompt has the")
+        )
+    assert said == [1, 0]
+    assert table(tmp_path / "run0") == table(tmp_path / "run1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

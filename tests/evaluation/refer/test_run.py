@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
@@ -79,13 +81,12 @@ def test_shared_prompts_answer_as_whole_ones(
 
 def test_prompts_of_stages_are_not_shared() -> None:
     from gap_export.bundle.manifest import Pruning, Stage
-    from gap_export.runtime.shared_prefix import sharable
+    from gap_export.runtime.shared_prefix import unshared_because
 
     manifest = type("Manifest", (), {})()
-    manifest.text_tower = None
     stage = Stage(first_layer=0, layers=1, kept=4, capacity=16)
-    manifest.pruning = Pruning.model_construct(stages=(stage, stage))
-    assert not sharable(manifest)
+    manifest.pruning = Pruning.model_construct(pruner="fastv", stages=(stage, stage))
+    assert "fastv drops tokens inside the decoder" in str(unshared_because(manifest, Tokenizer(BPE())))
 
 
 def test_a_run_that_stopped_goes_on(
