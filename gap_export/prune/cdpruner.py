@@ -2,7 +2,8 @@
 
 Source: CDPruner (arXiv 2506.10967): the most probable subset of a determinantal point process, by greedy choice. The kernel is
 r_i s_ij r_j: s is the cosine of the projected tokens, r the match of a patch with the expression (`text_similarity.py`) scaled
-to 0..1. The original scales over the whole batch; here every image is scaled by itself. It averages over pieces of long
+to 0..1. The original scales over the whole batch; here every image is scaled by itself. Its text is the question without the
+instruction that ends it; here it is the expression. It averages over pieces of long
 texts; here texts longer than the context of the text tower are refused when they are given.
 
 The choice is sequential: K steps. The gain of a token is r_i^2 times the part of it that the chosen ones do not span: the

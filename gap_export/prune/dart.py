@@ -5,7 +5,8 @@ tokens left that are least alike to it (cosine). Tokens are the projected ones, 
 TensorRT-Edge-LLM, which prunes between projector and decoder as well.
 
 That variant has text tokens among its pivots. They are left out here, so that one encoded image serves every question
-about it.
+about it. DART's own code prunes behind an early decoder layer instead: pivots have the largest keys (L1 norm), likeness is the cosine
+of normalised hidden states.
 
 K splits into 4 pivots and K - 4 others, assigned evenly, the first pivots taking one more; below 4 all are pivots.
 """

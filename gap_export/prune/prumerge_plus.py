@@ -8,7 +8,8 @@ as many: 0, step, 2 step .. N - 2 with step = N / (3 C), rounded down. The count
 be all tokens, the last one is what the appended token stands for.
 
 With a static count: the appended token, then of the other K - 1 a quarter by score and the rest by the sequence, tokens in both
-counting for the sequence, so that the next best by score move up.
+counting for the sequence, so that the next best by score move up. (The original's static mode, for training, has as many of the
+one as of the other, tokens in both twice.)
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ normalised, its sign turned (see `text_similarity.py`). One more token is the me
 that were not kept; it comes last.
 
 With a static count, K - 1 tokens are kept by score. With an adaptive one, as many as have outstanding scores (`outliers.py`).
-The original cuts long texts off at the context of the text tower; here they are refused when they are given.
+The original scores the whole question, here the expression is scored alone. It cuts long texts off at the context of the text tower;
+here they are refused when they are given. Its softmax is 0 in float32 for all but a few patches; here none vanish (`_relative_scores`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ feature layer (sum over heads, which ranks as the mean does). Contextual tokens:
 a target becomes itself plus the mean of what went to it.
 
 K splits 54 : 10 into dominant and contextual tokens, as in the original's 64. Contextual tokens stand where their targets
-stand; the class token stands nowhere and is given an index by `merged_id`, its attention being the weights.
+stand; the class token, first in the original, stands nowhere and is given an index by `merged_id`, its attention being the weights.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ token is compared with all odd ones (cosine of the features before the projector
 any odd one are dropped; the even survivors, most alike first, then the odd ones are the next round's list.
 
 A round moves no features: all that changes is the place of each token in the list. Where fewer than 8 even tokens are left, a
-round drops all of them, where the original's indexing gives up.
+round drops all of them, where the original's indexing gives up; it fails at lists of odd length too, which are no different here.
 """
 
 from __future__ import annotations
