@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gap_export.cli.app import console, out, plain, print_json
 from gap_export.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from gap_export.linter import Proof
+
+_ANSWERS = {
+    "survive": "gapped ids [bold green]survive[/]",
+    "do not survive": "gapped ids [bold red]do not survive[/]",
+    "cannot tell": "[bold yellow]cannot tell[/] whether gapped ids survive",
+}
 
 
 def lint(
@@ -16,22 +25,40 @@ def lint(
     strict: Annotated[bool, typer.Option(help="Also check the contract of this project's bundles.")] = False,
     kind: Annotated[str, typer.Option(help="decoder, vision, splice, embed or auto.")] = "auto",
     ids_input: Annotated[str, typer.Option(help="Name of the input with position ids.")] = "position_ids",
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove", help="Also run a decoder in ONNX Runtime and see whether its logits follow the ids."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Would gapped position ids survive this graph? Exit 1 when they would not."""
+    """Would gapped position ids survive this graph? Exit 1 when they would not, or when lint cannot tell."""
     import gap_export as gap
 
-    report = gap.lint(graph, kind=kind, strict=strict, ids_input=ids_input)  # type: ignore[arg-type]
+    report = gap.lint(graph, kind=kind, strict=strict, ids_input=ids_input, prove=prove)  # type: ignore[arg-type]
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
         verdict = report.verdict
-        word = "[bold green]survive[/]" if verdict.survives else "[bold red]do not survive[/]"
         out.print(
-            f"{plain(report.subject)}: gapped ids {word}: {plain(verdict.reason)}",
+            f"{plain(report.subject)}: {_ANSWERS[verdict.answer]}: {plain(verdict.reason)}",
             highlight=False,
             soft_wrap=True,
         )
+        if report.proof is not None:
+            out.print(f"  {_proof(report.proof)}", highlight=False, soft_wrap=True)
         for finding in report.findings:
             console.print(f"  {plain(str(finding))}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
+
+
+def _proof(proof: Proof) -> str:
+    if proof.outcome == "not run here":
+        return f"not run here: {plain(proof.sentence)}"
+    aside = (
+        ""
+        if proof.whole or proof.outcome != "survive"
+        else "; no input hides tokens, so that less was seen than the graph tells"
+    )
+    return f"run in ONNX Runtime ({proof.runs} times): gapped ids {proof.outcome}: {plain(proof.sentence)}{aside}"

@@ -5,7 +5,7 @@
     report.raise_for_errors()
 
 Rules are small functions over one data-flow analysis (`dataflow`): `decoder`, `mask`, `cache`, `vision`, `general`. What data flow
-cannot decide, `probe` evaluates. No weight is read.
+cannot decide, `probe` evaluates; no weight is read. `prove` runs the whole graph instead, where it is asked to.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from gap_export.linter.general import (
 )
 from gap_export.linter.load import load
 from gap_export.linter.mask import SEES, check_mask, declared_mask
-from gap_export.linter.report import Finding, GraphKind, Report, Rule, Severity, Verdict, verdict_of
+from gap_export.linter.prove import prove as prove_by_running
+from gap_export.linter.report import Finding, GraphKind, Proof, Report, Rule, Severity, Verdict, verdict_of
 from gap_export.linter.stages import FOLLOW, check_kept_inside, is_staged
 from gap_export.linter.vision import ASCENDING, EMBEDS, KEPT, check_vision
 from gap_export.positions import AttentionMask, PositionPolicy
 
-__all__ = ["RULES", "Finding", "GraphKind", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
+__all__ = ["RULES", "Finding", "GraphKind", "Proof", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
 
 IDS = "position_ids"
 KINDS: tuple[GraphKind | Literal["auto"], ...] = ("auto", *get_args(GraphKind))
@@ -53,6 +54,7 @@ def lint_graph(
     policy: PositionPolicy = PositionPolicy.GAP,
     mask: AttentionMask | None = None,
     ids_input: str = IDS,
+    prove: bool = False,
 ) -> Report:
     """Check a graph against the rules without which gapped position ids do not survive.
 
@@ -66,13 +68,15 @@ def lint_graph(
         mask: which tokens see which, as the model's spec says; by default what the inputs stand for. Looked at where `strict`.
         ids_input: name of the input with position ids; without one of that name the integer input that the rotary
             angles are made of is taken, unless another name was asked for.
+        prove: also run a decoder with gapped and with renumbered ids in ONNX Runtime, on inputs made up for it; see `report.proof`.
 
     Returns:
         The report. `report.verdict` answers the question in one line, `report.raise_for_errors()` refuses a bad graph.
 
     Raises:
         InputError: no such kind, or the file is not there, not ONNX, damaged or empty.
-        LintError: the graph is invalid, of no kind that lint knows, or a decoder without attention.
+        LintError: the graph is invalid, of no kind that lint knows, or a decoder without attention; or what was measured
+            contradicts what was read from the graph.
     """
     if kind not in KINDS:
         raise InputError(
@@ -97,7 +101,7 @@ def lint_graph(
         checked = _Checked([], (), "the graph embeds tokens; positions play no part")
     findings = checked.findings + check_inputs_used(flow, strict, may_be_idle=checked.may_be_idle)
     findings += check_standard_ops(flow, strict)
-    return Report(
+    report = Report(
         subject=subject,
         kind=kind,
         strict=strict,
@@ -105,6 +109,12 @@ def lint_graph(
         rules=(*checked.rules, *GENERAL_RULES),
         verdict=verdict_of(findings, good=checked.good),
     )
+    if not prove:
+        return report
+    if kind != "decoder" or is_staged(flow):
+        sentence = "only a decoder that keeps all its tokens can be run with other ids"
+        return report.with_proof(Proof(outcome="not run here", sentence=sentence))
+    return report.with_proof(prove_by_running(source, flow, checked.ids))
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class _Checked:
         good: the reason for the verdict where nothing breaks the ids.
         layers: attention operations found.
         may_be_idle: inputs that need not reach an output.
+        ids: the position-ids input of a decoder.
     """
 
     findings: list[Finding]
@@ -124,6 +135,7 @@ class _Checked:
     good: str
     layers: int = 0
     may_be_idle: tuple[str, ...] = ()
+    ids: ir.Value | None = None
 
 
 def _check_decoder(
@@ -159,6 +171,7 @@ def _check_decoder(
         (*DECODER_RULES, SEES, CACHE, FOLLOW),
         good if renumbers else _good_decoder(decoder),
         len(decoder.sites),
+        ids=decoder.ids,
     )
 
 

@@ -7,8 +7,9 @@ from enum import Enum
 
 import onnx_ir as ir
 
-from gap_export.linter.dataflow import COUNTING, Flow, is_float, is_op
-from gap_export.linter.probe import FOLLOWS, UNDECIDED, probe
+from gap_export.linter.dataflow import COUNTING, NOTHING, Facts, Flow, is_float, is_op
+from gap_export.linter.probe import probe
+from gap_export.linter.rotary import AngleValue, Rows
 
 
 class Source(Enum):
@@ -33,7 +34,20 @@ class Angle:
     sentence: str = ""
 
 
-def find_ids(flow: Flow, name: str, angles: list[ir.Value], tokens: int) -> ir.Value | None:
+def facts_of(flow: Flow, angle: AngleValue) -> Facts:
+    """What an angle tensor, or picked rows, depend on."""
+    facts = NOTHING
+    for value in values_of(angle):
+        facts = facts.join(flow.facts(value))
+    return facts
+
+
+def values_of(angle: AngleValue) -> tuple[ir.Value, ...]:
+    """The tensors that an angle is made of."""
+    return angle.values if isinstance(angle, Rows) else (angle,)
+
+
+def find_ids(flow: Flow, name: str, angles: list[AngleValue], tokens: int) -> ir.Value | None:
     """The graph input that carries position ids: the one of that name, or the integer input the angles are made of.
 
     Masks and lengths are never taken for ids: an integer input without a token axis, or one that reaches the
@@ -46,7 +60,7 @@ def find_ids(flow: Flow, name: str, angles: list[ir.Value], tokens: int) -> ir.V
     for value in flow.inputs:
         bit = flow.bit(value)
         wanted = is_float(value) is False and not bit & tokens and "mask" not in (value.name or "").lower()
-        if wanted and _has_token_axis(value) and any(flow.facts(a).tokenwise & bit for a in angles):
+        if wanted and _has_token_axis(value) and any(facts_of(flow, a).tokenwise & bit for a in angles):
             candidates.append(value)
     return candidates[0] if len(candidates) == 1 else None
 
@@ -55,60 +69,56 @@ def _has_token_axis(value: ir.Value) -> bool:
     return value.shape is None or len(value.shape) >= 2 or (len(value.shape) == 1 and value.shape[0] != 1)
 
 
-def classify(flow: Flow, ids: ir.Value | None, angles: list[ir.Value], tokens: int) -> dict[ir.Value, Angle]:
-    """Where each angle tensor comes from.
+def classify(
+    flow: Flow, ids: ir.Value | None, angles: list[AngleValue], tokens: int
+) -> dict[AngleValue, Angle]:
+    """Where each angle comes from.
 
     Args:
         flow: the graph.
         ids: the position-ids input, if there is one.
-        angles: tensors to classify.
+        angles: tensors, or picked rows, to classify.
         tokens: bit mask of the token inputs.
     """
-    reached = [a for a in angles if ids is not None and flow.facts(a).values & flow.bit(ids)]
+    reached = [a for a in angles if ids is not None and facts_of(flow, a).values & flow.bit(ids)]
     probed = probe(flow, ids, reached) if ids is not None else {}
-    result: dict[ir.Value, Angle] = {}
+    result: dict[AngleValue, Angle] = {}
     for angle in angles:
-        facts = flow.facts(angle)
-        if angle not in probed:
+        if angle not in probed or ids is None:
             result[angle] = _from_elsewhere(flow, ids, angle, tokens)
             continue
         outcome = probed[angle]
-        if outcome == FOLLOWS:
+        if outcome.follows:
             result[angle] = Angle(Source.IDS)
-        elif outcome != UNDECIDED:
+        elif outcome.follows is False:
             result[angle] = Angle(Source.LOST, outcome.sentence)
-        elif ids is not None and not facts.tokenwise & flow.bit(ids):
-            result[angle] = Angle(
-                Source.LOST,
-                f"the angle reads {ids.name} only through a count or a reduction, not token by token",
-            )
-        elif facts.counted:
-            result[angle] = Angle(
-                Source.UNSURE,
-                "the angle mixes position ids with a count, and the mixture could not be evaluated",
-            )
+        elif not facts_of(flow, angle).tokenwise & flow.bit(ids):
+            sentence = f"the angle reads {ids.name} only through a count or a reduction, not token by token"
+            result[angle] = Angle(Source.LOST, sentence)
         else:
-            result[angle] = Angle(Source.IDS)
+            sentence = f"the angle reads {ids.name}, but how could not be evaluated: {outcome.sentence}"
+            result[angle] = Angle(Source.UNSURE, sentence)
     return result
 
 
-def _from_elsewhere(flow: Flow, ids: ir.Value | None, angle: ir.Value, tokens: int) -> Angle:
-    facts = flow.facts(angle)
+def _from_elsewhere(flow: Flow, ids: ir.Value | None, angle: AngleValue, tokens: int) -> Angle:
+    facts = facts_of(flow, angle)
     rows = [v for v in flow.inputs if facts.values & ~tokens & flow.bit(v) and is_float(v)]
     if rows and not facts.counted:
         return Angle(Source.CALLER, rows[0].name or "")
     return Angle(Source.LOST, _origin(flow, ids, angle))
 
 
-def _origin(flow: Flow, ids: ir.Value | None, angle: ir.Value) -> str:
+def _origin(flow: Flow, ids: ir.Value | None, angle: AngleValue) -> str:
     """One sentence on what an angle is made of, when it is not the ids."""
-    facts = flow.facts(angle)
+    facts = facts_of(flow, angle)
     missing = "there is no position-ids input" if ids is None else f"{ids.name} does not reach them"
-    if flow.is_constant(angle):
+    if all(flow.is_constant(value) for value in values_of(angle)):
         return f"the rotary angles are constants, folded at export time; {missing}"
     counters = {
         node.op_type
-        for value in flow.ancestors(angle)
+        for each in values_of(angle)
+        for value in flow.ancestors(each)
         if (node := value.producer()) is not None and is_op(node, *COUNTING) and flow.facts(value).counted
     }
     sources = ", ".join(

@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+_OF_ONNX_RUNTIME = frozenset({"SimplifiedLayerNormalization"})
+"""Operators that ONNX Runtime writes under the standard's name."""
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 COUNTING = frozenset({"Range", "CumSum"})
 REDUCING = COUNTING | frozenset(
@@ -220,6 +223,15 @@ class Flow:
                 pending.extend(aliases)
         return list(found)
 
+    def alternatives(self, value: ir.Value) -> list[ir.Value]:
+        """The values that a value may be, by the branches that are taken: itself, unless an If gives it out."""
+        node = value.producer()
+        if not is_op(node, "If"):
+            return [value]
+        return list(
+            dict.fromkeys(found for each in self._aliases[value] for found in self.alternatives(each))
+        )
+
     def upstream(
         self, start: ir.Value, step: Callable[[ir.Node], Iterable[ir.Value | None]]
     ) -> Iterator[ir.Value]:
@@ -266,6 +278,12 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 def is_op(node: ir.Node | None, *names: str) -> bool:
     """Whether a node is one of some operators of the standard domain."""
     return node is not None and node.domain in STANDARD_DOMAINS and node.op_type in names
+
+
+def is_made_up(node: ir.Node) -> bool:
+    """Whether a node claims the standard domain for an operator that neither the standard nor ONNX Runtime has."""
+    known = onnx.defs.has(node.op_type, "") or node.op_type in _OF_ONNX_RUNTIME
+    return node.domain in STANDARD_DOMAINS and not known
 
 
 def operand(node: ir.Node, index: int) -> ir.Value | None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gap_export.linter.angles import Angle, Source, classify, find_ids
+from gap_export.linter.angles import Angle, Source, classify, facts_of, find_ids
 from gap_export.linter.attention import AttentionSite, cache_sources, carried, find_attention
-from gap_export.linter.dataflow import Flow, is_float, is_op, name_of, operand
+from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, is_float, is_made_up, is_op, name_of, operand
+from gap_export.linter.mask_probe import follows_gaps
 from gap_export.linter.report import Finding, Rule
-from gap_export.linter.rotary import RotaryFinder, RotarySite, token_inputs
+from gap_export.linter.rotary import AngleValue, RotaryFinder, RotarySite, token_inputs
 from gap_export.linter.stages import StageIds, find_stage_ids
 
 ROPE = Rule(
@@ -31,6 +32,13 @@ EXPLICIT = Rule(
 DECODER_RULES = (ROPE, INSIDE, MASK, SLOTS, CAUSAL, EXPLICIT)
 
 _FEED_IDS = "export with position_ids as an explicit input that the rotary embedding reads"
+_MEASURE = "measure it in a runtime that knows the operators: logits of gapped and of contiguous ids (--prove, where ONNX Runtime is one)"
+
+
+_KNOWN_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft", "com.microsoft.nchwc", "ai.onnx.ml", "trt")
+"""Their operators rotate only where `rotary` and `attention` say so."""
+_PLUGINS_WITH_ROWS = ("AttentionPlugin",)
+"""Plugins that rotate by rows which the caller computes, and by nothing else (TensorRT-Edge-LLM)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Decoder:
         ids: the position-ids input.
         stages: ids of later stages, where tokens are dropped between layers.
         angles: where each angle tensor comes from.
+        tokens: bit mask of the inputs that carry the tokens.
         absolute: there is no rotary embedding, but learned positions are looked up with the ids.
     """
 
@@ -52,7 +61,8 @@ class Decoder:
     rotary: list[tuple[list[RotarySite], list[RotarySite]]]
     ids: ir.Value | None
     stages: StageIds
-    angles: dict[ir.Value, Angle]
+    angles: dict[AngleValue, Angle]
+    tokens: int
     absolute: bool
 
     @property
@@ -74,27 +84,32 @@ def read_decoder(flow: Flow, ids_name: str) -> Decoder:
     stages = find_stage_ids(flow, named, tokens) if named is not None else StageIds()
     if stages.values:
         flow = Flow(flow.model, regarded=stages.values)
-    finder = RotaryFinder(flow, tokens)
+    finder = RotaryFinder(flow, tokens, flow.bit(named, *stages.values))
     rotary = [_rotations(finder, site) for site in sites]
-    found = [a for queries, keys in rotary for site in (*queries, *keys) for a in site.angles]
+    found: list[AngleValue] = [
+        a for queries, keys in rotary for site in (*queries, *keys) for a in site.angles
+    ]
     for site, (queries, keys) in zip(sites, rotary, strict=True):
         if site.form == "plugin" and not queries and not keys:
             found += _rows_of_plugin(flow, site, tokens)
     unique = list(dict.fromkeys(found))
     ids = find_ids(flow, ids_name, unique, tokens)
     lookups = _absolute_lookups(flow, ids) if ids is not None and not unique else []
-    angles = classify(flow, ids, unique + lookups, tokens)
+    angles = classify(flow, ids, [*unique, *lookups], tokens)
     for chosen in stages.values:
         angles |= classify(
-            flow, chosen, [a for a in unique if flow.facts(a).values & flow.bit(chosen)], tokens
+            flow, chosen, [a for a in unique if facts_of(flow, a).values & flow.bit(chosen)], tokens
         )
     absolute = bool(lookups) and all(angles[v].source is Source.IDS for v in lookups)
-    return Decoder(flow, sites, rotary, ids, stages, angles, absolute)
+    return Decoder(flow, sites, rotary, ids, stages, angles, tokens, absolute)
 
 
 def _rotations(finder: RotaryFinder, site: AttentionSite) -> tuple[list[RotarySite], list[RotarySite]]:
     """The rotary embeddings of queries and keys; failing that, whatever else but tokens enters them."""
     queries, keys = finder.of(site.query), finder.of(site.key)
+    inside = finder.inside(site)
+    if inside is not None:
+        return [*queries, inside], [*keys, inside]
     if queries or keys:
         return queries, keys
     return finder.unrecognised(site.query), finder.unrecognised(site.key)
@@ -140,15 +155,23 @@ def check_decoder(decoder: Decoder, strict: bool, *, renumbers: bool = False) ->
     """
     findings = _rope(decoder, strict, renumbers)
     for site, (queries, keys) in zip(decoder.sites, decoder.rotary, strict=True):
-        findings += _inside(decoder, site, bool(queries or keys))
+        findings += _inside(decoder, site, [*queries, *keys])
         findings += _mask(decoder, site)
         findings += _slots(decoder, site)
         findings += _causality(decoder.flow, site, strict)
-    return findings
+    return findings + _out_of_sight(decoder)
 
 
-def _breaking(rule: Rule, node: str, sentence: str, hint: str) -> Finding:
-    return Finding(rule=rule.id, severity="error", breaks_ids=True, node=node, sentence=sentence, hint=hint)
+def _breaking(rule: Rule, node: str, sentence: str, hint: str, *, certain: bool = True) -> Finding:
+    return Finding(
+        rule=rule.id,
+        severity="error",
+        breaks_ids=True,
+        certain=certain,
+        node=node,
+        sentence=sentence,
+        hint=hint,
+    )
 
 
 def _note(rule: Rule, node: str, sentence: str, hint: str, *, error: bool = False) -> Finding:
@@ -188,7 +211,7 @@ def _rope(decoder: Decoder, strict: bool, renumbers: bool) -> list[Finding]:
             )
         for rotary in (*queries, *keys):
             finding = _angle_finding(decoder, rotary)
-            by_slot = not any(decoder.flow.facts(a).values & decoder.reads_ids for a in rotary.angles)
+            by_slot = not any(facts_of(decoder.flow, a).values & decoder.reads_ids for a in rotary.angles)
             if finding is not None and not (renumbers and by_slot):
                 findings[rotary.node] = finding
     return [*findings.values(), *_bare(decoder, bare, strict)]
@@ -205,8 +228,10 @@ def _angle_finding(decoder: Decoder, rotary: RotarySite) -> Finding | None:
         if angle.source is Source.LOST:
             return _breaking(ROPE, name, angle.sentence, _FEED_IDS)
         if angle.source is Source.UNSURE:
-            hint = "compare outputs for contiguous and gapped ids in a runtime: lint claims nothing it cannot show"
-            return _breaking(ROPE, name, angle.sentence, hint)
+            return _breaking(ROPE, name, angle.sentence, _MEASURE, certain=False)
+    if not rotary.known:
+        kind = f"{rotary.node.domain}::{rotary.node.op_type}"
+        return _breaking(ROPE, name, f"{kind} is not an operator that lint knows", _MEASURE, certain=False)
     return None
 
 
@@ -237,6 +262,17 @@ def _bare(decoder: Decoder, bare: list[AttentionSite], strict: bool) -> list[Fin
     lost = next((a.sentence for a in decoder.angles.values() if a.source is Source.LOST), None)
     if lost is None and decoder.ids is None:
         lost = "no rotary embedding was recognised, and there is no position-ids input"
+    reached = any(
+        decoder.flow.facts(end).values & decoder.reads_ids
+        for site in decoder.sites
+        for end in (site.query, site.key, *site.node.inputs[:1])
+        if end is not None
+    )
+    if lost is None and reached:
+        sentence = (
+            "no rotary embedding was recognised on any query or key, though they read the ids in some way"
+        )
+        return [_breaking(ROPE, name, sentence, _MEASURE, certain=False)]
     return [
         _breaking(ROPE, name, lost or "no rotary embedding was recognised on any query or key", _FEED_IDS)
     ]
@@ -245,27 +281,59 @@ def _bare(decoder: Decoder, bare: list[AttentionSite], strict: bool) -> list[Fin
 # no-rotary-inside-attention
 
 
-def _inside(decoder: Decoder, site: AttentionSite, rotated_before: bool) -> list[Finding]:
+def _inside(decoder: Decoder, site: AttentionSite, rotations: list[RotarySite]) -> list[Finding]:
     name, kind = name_of(site.node), site.node.op_type
+    if site.rotates_inside and any(r.node is site.node for r in rotations):
+        return []  # its rows are judged as angles
     if site.rotates_inside:
         counted = "has no position_ids operand and counts positions from the sequence lengths"
         first_only = "reads only the first position id of a prompt and counts up from it"
         sentence = f"{kind} has do_rotary=1: it {first_only if site.ids is not None else counted}"
         hint = "export without the attention fusion, or with do_rotary=0 and a RotaryEmbedding that reads position_ids"
         return [_breaking(INSIDE, name, sentence, hint)]
-    if site.form != "plugin" or rotated_before:
+    if site.form != "plugin":
+        return []
+    known = kind in _PLUGINS_WITH_ROWS
+    if rotations and known:
         return []
     rows = [a for v in site.node.inputs if v is not None and (a := decoder.angles.get(v)) is not None]
-    if any(a.source is Source.CALLER for a in rows):
+    if known and any(a.source is Source.CALLER for a in rows):
         return []
     return [
         _breaking(
             INSIDE,
             name,
-            f"{site.node.domain}::{kind} applies positions out of sight",
-            "rotate queries and keys in the graph, before the plugin",
+            f"{site.node.domain}::{kind} may apply positions out of sight",
+            "rotate queries and keys in the graph, before an attention that is known",
+            certain=False,
         )
     ]
+
+
+def _out_of_sight(decoder: Decoder) -> list[Finding]:
+    """Operators of unknown domains that might rotate: on the way of queries and keys, or given both tokens and ids."""
+    flow = decoder.flow
+    judged = {site.node for site in decoder.sites}
+    judged |= {rotary.node for pair in decoder.rotary for side in pair for rotary in side}
+    on_the_way = {
+        node
+        for site in decoder.sites
+        for end in (site.query, site.key)
+        if end is not None
+        for value in flow.upstream(end, carried)
+        if (node := value.producer()) is not None
+    }
+    findings = []
+    for node in flow.nodes:
+        if node in judged or (node.domain in _KNOWN_DOMAINS and not is_made_up(node)):
+            continue
+        facts = [flow.facts(v) for v in node.inputs if v is not None]
+        reads = any(f.values & decoder.reads_ids and not f.values & decoder.tokens for f in facts)
+        joins = any(f.values & decoder.tokens for f in facts)
+        if node in on_the_way or (reads and joins):
+            sentence = f"{node.domain}::{node.op_type} may apply positions out of sight"
+            findings.append(_breaking(INSIDE, name_of(node), sentence, _MEASURE, certain=False))
+    return findings
 
 
 # mask-follows-slots, cache-follows-slots
@@ -276,12 +344,21 @@ def _mask(decoder: Decoder, site: AttentionSite) -> list[Finding]:
         return []
     for mask in site.masks:
         if decoder.flow.facts(mask).values & decoder.reads_ids:
+            follows = follows_gaps(decoder.flow, decoder.ids, mask)
+            if follows is False:
+                continue  # it reads the ids, but gaps change nothing: a comparison of ids with ids
+            harm = (
+                "gaps would change who sees whom"
+                if follows
+                else "whether gaps change who sees whom could not be evaluated"
+            )
             return [
                 _breaking(
                     MASK,
                     name_of(site.node),
-                    f"the attention mask {name_of(mask)} is computed from {decoder.ids.name}: gaps would change who sees whom",
+                    f"the attention mask {name_of(mask)} is computed from {decoder.ids.name}: {harm}",
                     "trace with an explicit attention mask: without one transformers reads gaps as packed sequences",
+                    certain=follows is True,
                 )
             ]
     return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import onnx
+
 from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, name_of
 from gap_export.linter.report import Finding, Rule
 
@@ -36,14 +38,18 @@ def check_inputs_used(flow: Flow, strict: bool, *, may_be_idle: tuple[str, ...] 
 
 
 def check_standard_ops(flow: Flow, strict: bool) -> list[Finding]:
-    """Operators of other domains, one finding for each kind."""
+    """Operators of other domains, or written under the standard's name without being in it, one finding for each kind."""
     kinds: dict[tuple[str, str], list[str]] = {}
+    opset = flow.model.graph.opset_imports.get("", 0)
     for node in flow.nodes:
         if node.domain not in STANDARD_DOMAINS:
             kinds.setdefault((node.domain, node.op_type), []).append(name_of(node))
+        elif not _is_defined(node.op_type, opset):
+            kinds.setdefault(("ai.onnx", node.op_type), []).append(name_of(node))
     findings = []
     for (domain, op_type), names in kinds.items():
         hint = "it needs a runtime that knows the operator"
+        since = "" if domain != "ai.onnx" or not onnx.defs.has(op_type, "") else f" of opset {opset}"
         if domain == "com.microsoft" and op_type in _FUSED_BY_RUNTIME:
             hint = (
                 "ONNX Runtime may fuse a RotaryEmbedding into it at load and drop the ids:"
@@ -56,11 +62,16 @@ def check_standard_ops(flow: Flow, strict: bool) -> list[Finding]:
                 breaks_ids=False,
                 node=names[0],
                 count=len(names),
-                sentence=f"{domain}::{op_type} is not a standard operator",
+                sentence=f"{domain}::{op_type} is not a standard operator{since}",
                 hint=hint,
             )
         )
     return findings
+
+
+def _is_defined(op_type: str, opset: int) -> bool:
+    """Whether the ONNX standard has an operator, in an opset or before it."""
+    return onnx.defs.has(op_type, opset, "") if opset else onnx.defs.has(op_type, "")
 
 
 def check_splice(flow: Flow) -> list[Finding]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gap_export.linter.dataflow import Flow, name_of
 from gap_export.linter.decoder import Decoder
-from gap_export.linter.probe import CannotEvaluate, Part
+from gap_export.linter.part import CannotEvaluate, Part
 from gap_export.linter.report import Finding, Rule
 from gap_export.positions import AttentionMask, Ids, visible
 

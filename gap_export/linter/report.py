@@ -9,6 +9,8 @@ from gap_export.records import Record
 
 Severity = Literal["error", "warning"]
 GraphKind = Literal["decoder", "vision", "splice", "embed"]
+Outcome = Literal["survive", "do not survive", "not run here"]
+Answer = Literal["survive", "do not survive", "cannot tell"]
 
 
 class Finding(Record):
@@ -17,7 +19,8 @@ class Finding(Record):
     Attributes:
         rule: the stable id of the rule.
         severity: `error` stops a build; `warning` is worth knowing.
-        breaks_ids: gapped position ids do not survive because of this.
+        breaks_ids: gapped position ids do not survive because of this, or cannot be said to.
+        certain: False where lint cannot tell, because something reads the ids out of its sight.
         node: name of the first node (or graph input or output) that shows it.
         count: how many nodes show it.
         sentence: what is wrong.
@@ -27,6 +30,7 @@ class Finding(Record):
     rule: str
     severity: Severity
     breaks_ids: bool
+    certain: bool = True
     node: str
     count: int = 1
     sentence: str
@@ -53,14 +57,35 @@ class Verdict(Record):
     """Whether gapped position ids survive this graph.
 
     Attributes:
-        survives: the ids that a caller feeds are the ids that RoPE uses, token by token.
+        survives: the ids that a caller feeds are the ids that RoPE uses, token by token. False where lint cannot tell.
+        answer: the same with the third possibility.
         reason: one line.
         findings: everything the rules found, errors first.
     """
 
     survives: bool
+    answer: Answer
     reason: str
     findings: tuple[Finding, ...]
+
+
+class Proof(Record):
+    """What running the graph showed.
+
+    Attributes:
+        outcome: `survive` only where it was measured.
+        sentence: what was measured, or why nothing was.
+        moved: the largest change of a logit by gaps, as a share of the largest logit; None where nothing was measured.
+        whole: whether survivors were compared with the whole sequence, the others hidden by a mask. Where no input hides tokens, an
+            angle that follows the id and the place in the sequence at once is not noticed.
+        runs: of the graph.
+    """
+
+    outcome: Outcome
+    sentence: str
+    moved: float | None = None
+    whole: bool = False
+    runs: int = 0
 
 
 class Report(Record):
@@ -73,6 +98,7 @@ class Report(Record):
         attention_layers: number of attention operations found (decoder only, otherwise 0).
         rules: what was checked.
         verdict: the answer.
+        proof: what running it showed, where that was asked for.
     """
 
     subject: str
@@ -81,6 +107,7 @@ class Report(Record):
     attention_layers: int
     rules: tuple[Rule, ...]
     verdict: Verdict
+    proof: Proof | None = None
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -96,6 +123,35 @@ class Report(Record):
     def warnings(self) -> tuple[Finding, ...]:
         """Findings that are worth knowing."""
         return tuple(f for f in self.findings if f.severity == "warning")
+
+    def with_proof(self, proof: Proof) -> Report:
+        """This report, and what running the graph showed; what lint could not tell is then what was measured.
+
+        Raises:
+            LintError: the measurement contradicts the verdict.
+        """
+        said = self.verdict.answer
+        if proof.outcome == "not run here" or proof.outcome == said:
+            return self.model_copy(update={"proof": proof})
+        if said == "do not survive" and not proof.whole:
+            return self.model_copy(update={"proof": proof})  # the measurement sees less than was read
+        if said != "cannot tell":
+            raise LintError(
+                f"THE VERDICT IS WRONG: read from the graph, gapped ids {said} ({self.verdict.reason}); run in ONNX Runtime, "
+                f"they {proof.outcome}: {proof.sentence}",
+                subject=self.subject,
+                hint="trust the measurement, and report the graph: one of the two has a fault",
+            )
+        survives = proof.outcome == "survive"
+        findings = self.findings
+        if survives:  # what could not be told has been measured
+            findings = tuple(
+                f if f.certain else f.model_copy(update={"severity": "warning", "breaks_ids": False})
+                for f in findings
+            )
+        reason = f"measured: {proof.sentence}; read from the graph: {self.verdict.reason}"
+        verdict = Verdict(survives=survives, answer=proof.outcome, reason=reason, findings=findings)
+        return self.model_copy(update={"verdict": verdict, "proof": proof})
 
     def raise_for_errors(self) -> None:
         """Accept the graph or refuse it.
@@ -122,7 +178,8 @@ def merge(findings: list[Finding]) -> tuple[Finding, ...]:
         merged[key] = (
             finding if seen is None else seen.model_copy(update={"count": seen.count + finding.count})
         )
-    return tuple(sorted(merged.values(), key=lambda f: (not f.breaks_ids, f.severity != "error")))
+    order = {key: (not f.breaks_ids, not f.certain, f.severity != "error") for key, f in merged.items()}
+    return tuple(merged[key] for key in sorted(merged, key=lambda key: order[key]))
 
 
 def verdict_of(findings: list[Finding], *, good: str) -> Verdict:
@@ -137,7 +194,9 @@ def verdict_of(findings: list[Finding], *, good: str) -> Verdict:
     if breaking:
         first = breaking[0]
         others = f"; and {len(breaking) - 1} other reasons" if len(breaking) > 1 else ""
-        return Verdict(survives=False, reason=f"{first.node}: {first.sentence}{others}", findings=ordered)
+        reason = f"{first.node}: {first.sentence}{others}"
+        answer: Answer = "do not survive" if first.certain else "cannot tell"
+        return Verdict(survives=False, answer=answer, reason=reason, findings=ordered)
     errors = [f for f in ordered if f.severity == "error"]
     aside = f"; apart from the ids: {errors[0].sentence}" if errors else ""
-    return Verdict(survives=True, reason=good + aside, findings=ordered)
+    return Verdict(survives=True, answer="survive", reason=good + aside, findings=ordered)

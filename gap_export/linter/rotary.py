@@ -11,13 +11,19 @@ depend on the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from gap_export.linter.attention import AttentionSite, carried
-from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, constant, is_op, operand
+from gap_export.linter.call import Call
+from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, constant, is_float, is_op, operand
+
+Array = NDArray[Any]
 
 _MOVEMENT = frozenset(
     {
@@ -41,18 +47,72 @@ _LARGEST_ROTATION = 512
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows that an operator picks from a table which is itself computed from position ids.
+
+    How ONNX Runtime picks them: `RotaryEmbedding` reads an index per token, or counts up from one offset. `GroupQueryAttention`
+    counts up from its first index (or 0) in a prompt, in every row of the batch; after a past it reads an index per token, or
+    counts up from `seqlens_k` (onnxruntime/contrib_ops/cpu/bert/group_query_attention.cc).
+
+    Attributes:
+        table: [N, D/2], cosines or sines.
+        index: [B, S] or [1]; None where the operator counts.
+        lengths: [B], of each row all tokens but one; None but for GroupQueryAttention.
+    """
+
+    table: ir.Value
+    index: ir.Value | None = None
+    lengths: ir.Value | None = None
+
+    @property
+    def values(self) -> tuple[ir.Value, ...]:
+        """The tensors that decide which rows are picked."""
+        return tuple(v for v in (self.table, self.index, self.lengths) if v is not None)
+
+    def pick(self, found: Mapping[ir.Value, Array], call: Call) -> Array | None:
+        """The rows [B, S, D/2], or None where there are no such rows.
+
+        Args:
+            found: what `values` hold.
+            call: extents.
+        """
+        counted = np.arange(call.tokens)[None].repeat(call.rows, axis=0)
+        index = found[self.index] if self.index is not None else None
+        if self.lengths is None:
+            places = (
+                counted if index is None else counted + index.reshape(-1)[:1] if index.size == 1 else index
+            )
+        elif call.past == 0:
+            places = counted if index is None else counted + index.reshape(-1)[:1]
+        elif index is None:
+            places = counted + found[self.lengths].reshape(-1, 1) + 1 - call.tokens
+        else:
+            places = index
+        table = found[self.table]
+        fits = (
+            places.size == counted.size and table.ndim == 2 and 0 <= places.min() <= places.max() < len(table)
+        )
+        return table[places.reshape(counted.shape)] if fits else None
+
+
+AngleValue = ir.Value | Rows
+
+
+@dataclass(frozen=True)
 class RotarySite:
     """One rotary embedding.
 
     Attributes:
         node: the operator, or the Add or Sub that ends a decomposed one.
-        angles: tensors that must follow the position ids: ids themselves, or rows of cosines and sines.
+        angles: what must follow the position ids: ids themselves, or rows of cosines and sines.
         offset_only: the operator is given one offset, not an id per token.
+        known: whether it is an operator whose arithmetic is known; what others do with ids cannot be told.
     """
 
     node: ir.Node
-    angles: tuple[ir.Value, ...]
+    angles: tuple[AngleValue, ...]
     offset_only: bool = False
+    known: bool = True
 
 
 @dataclass
@@ -62,10 +122,12 @@ class RotaryFinder:
     Attributes:
         flow: the graph.
         tokens: bit mask of the graph inputs that carry the tokens themselves.
+        ids: bit mask of what carries position ids.
     """
 
     flow: Flow
     tokens: int
+    ids: int
     _known: dict[ir.Node, RotarySite | None] = field(default_factory=dict)
 
     def of(self, operand_: ir.Value | None) -> list[RotarySite]:
@@ -112,14 +174,60 @@ class RotaryFinder:
 
     def _site(self, node: ir.Node) -> RotarySite | None:
         if node not in self._known:
-            site = _operator(node) or self._decomposed(node)
+            site = self._operator(node) or self._decomposed(node)
             self._known[node] = self._resolved(site) if site is not None else None
         return self._known[node]
 
+    def inside(self, site: AttentionSite) -> RotarySite | None:
+        """The rotary embedding that an attention operator applies itself, where its tables are computed from the ids.
+
+        None where they are not: which rows are read is then decided by counting alone.
+        """
+        if not site.rotates_inside or site.node.op_type != "GroupQueryAttention":
+            return None
+        node, lengths = site.node, operand(site.node, 5)
+        tables = [v for v in (operand(node, 7), operand(node, 8)) if v is not None]
+        if len(tables) != 2 or lengths is None or not all(self._computed(table) for table in tables):
+            return None
+        return RotarySite(node, tuple(Rows(table, site.ids, lengths) for table in tables))
+
+    def _operator(self, node: ir.Node) -> RotarySite | None:
+        """A rotary operator and what its angles come from."""
+        places = _INDEXED.get((node.domain, node.op_type))
+        if places is None:
+            return _other_operator(node)
+        index, *tables = (operand(node, place) for place in places)
+        rows = [v for v in tables if v is not None]
+        standard = node.domain in STANDARD_DOMAINS
+        if standard and index is None:
+            return RotarySite(node, tuple(rows))
+        if rows and all(self._computed(table) for table in rows):
+            return RotarySite(node, tuple(Rows(table, index) for table in rows))
+        if rows and all(self._fed(table) for table in rows) and not (index and self._computed(index)):
+            return RotarySite(node, tuple(rows))
+        # The angles are in the tables, one row for each id: whatever picks the row is the id.
+        angles = (index,) if index is not None else ()
+        return RotarySite(node, angles, offset_only=not standard and _is_one_value(index))
+
+    def _computed(self, value: ir.Value) -> bool:
+        """Whether a tensor, a table of cosines or an index, is made from the values of the position ids."""
+        return bool(self.flow.facts(value).values & self.ids)
+
+    def _fed(self, table: ir.Value) -> bool:
+        """Whether a table comes from the caller."""
+        own = self.flow.facts(table).values & ~self.tokens
+        return any(own & self.flow.bit(value) and is_float(value) for value in self.flow.inputs)
+
     def _resolved(self, site: RotarySite) -> RotarySite:
-        """Angles that come out of an If or a Loop stand for several tensors: each of them must follow the ids."""
-        angles = (d for angle in site.angles for d in self.flow.definitions(angle))
-        return RotarySite(site.node, tuple(dict.fromkeys(angles)), site.offset_only)
+        """Angles that come out of an If stand for several tensors: each of them must follow the ids."""
+        angles: dict[AngleValue, None] = {}
+        for angle in site.angles:
+            if isinstance(angle, Rows):
+                tables = self.flow.alternatives(angle.table)
+                angles.update(dict.fromkeys(Rows(t, angle.index, angle.lengths) for t in tables))
+            else:
+                angles.update(dict.fromkeys(self.flow.alternatives(angle)))
+        return replace(site, angles=tuple(angles))
 
     def _decomposed(self, node: ir.Node) -> RotarySite | None:
         if not is_op(node, "Add", "Sub"):
@@ -173,17 +281,18 @@ def _is_rotation(matrix: ir.Value | None) -> bool:
     return content.shape[-1] <= _LARGEST_ROTATION and bool(((content == 0) | (abs(content) == 1)).all())
 
 
-def _operator(node: ir.Node) -> RotarySite | None:
-    """A rotary operator and the operands that its angles come from."""
-    if is_op(node, "RotaryEmbedding"):
-        ids = operand(node, 3)
-        rows = (operand(node, 1), operand(node, 2))
-        return RotarySite(node, (ids,) if ids is not None else tuple(v for v in rows if v is not None))
+_INDEXED = {
+    ("", "RotaryEmbedding"): (3, 1, 2),
+    ("ai.onnx", "RotaryEmbedding"): (3, 1, 2),
+    ("com.microsoft", "RotaryEmbedding"): (1, 2, 3),
+}
+"""Operand numbers of (what picks rows, cosines, sines)."""
+
+
+def _other_operator(node: ir.Node) -> RotarySite | None:
+    """Operators that are given angles, and those that only their name tells."""
     if node.domain in STANDARD_DOMAINS:
         return None
-    if node.domain == "com.microsoft" and node.op_type == "RotaryEmbedding":
-        ids = operand(node, 1)
-        return RotarySite(node, (ids,) if ids is not None else (), offset_only=_is_one_value(ids))
     if node.domain == "com.microsoft" and node.op_type == "GemmaRotaryEmbedding":
         angle = operand(node, 0)
         return RotarySite(node, (angle,) if angle is not None else ())
@@ -191,7 +300,7 @@ def _operator(node: ir.Node) -> RotarySite | None:
     if "rotary" in lowered or "rope" in lowered.split("_"):
         others = tuple(v for v in node.inputs[1:] if v is not None and v.name)
         varying = tuple(v for v in others if ir.convenience.get_const_tensor(v) is None)
-        return RotarySite(node, varying or others)
+        return RotarySite(node, varying or others, known=False)
     return None
 
 

@@ -42,6 +42,14 @@ TABLE_ROWS = """ids_int = Cast <to=7> (ids_BS) cos3 = Gather (cos_table, ids_int
 CALLER_ROWS = """cos3 = Slice (rope_rotary_cos_sin, at0, at16, ax2) sin3 = Slice (rope_rotary_cos_sin, at16, at32, ax2)
     cos = Unsqueeze (cos3, ax1) sin = Unsqueeze (sin3, ax1)"""
 
+TOKEN_ROWS = (
+    HALF_ROWS
+    + """ cos_rows = Reshape (cos3, rows_shape) sin_rows = Reshape (sin3, rows_shape)
+    rows_B = Shape <start=0, end=1> (inputs_embeds) every_1 = Mul (rows_B, extent) every = Squeeze (every_1)
+    counted_N = Range (zero, every, one) grid = Concat <axis=0> (rows_B, extent) places = Reshape (counted_N, grid)"""
+)
+"""Each token's own cosines and sines are the table, and its rows are picked by counting: how transformers' exporter fuses."""
+
 ROTATE = {
     "half": """{x}_a = Slice ({x}, at0, at8, ax3) {x}_b = Slice ({x}, at8, at16, ax3) {x}_n = Neg ({x}_b)
         {x}_h = Concat <axis=-1> ({x}_n, {x}_a) {x}_c = Mul ({x}, cos) {x}_s = Mul ({x}_h, sin) {x}_r = Add ({x}_c, {x}_s)""",
@@ -55,6 +63,8 @@ ROTATE = {
     "operator": "{x}_r = RotaryEmbedding ({x}, cos3, sin3)",
     "operator-ids": "{x}_r = RotaryEmbedding ({x}, cos_half, sin_half, ids_int)",
     "microsoft": "{x}_r = com.microsoft.RotaryEmbedding ({x}, ids_int, cos_half, sin_half)",
+    "microsoft-rows": "{x}_r = com.microsoft.RotaryEmbedding ({x}, places, cos_rows, sin_rows)",
+    "operator-rows": "{x}_r = RotaryEmbedding ({x}, cos_rows, sin_rows, places)",
     "none": "{x}_r = Identity ({x})",
 }
 MASK = """row_Q = Range (zero, length, one) start_B1 = Unsqueeze (write_index, ax1) last_BQ = Add (start_B1, row_Q)
@@ -72,6 +82,12 @@ ATTENTION = "a{l} = Attention <is_causal=0> (q{l}_r, present.{l}.key, present.{l
 DECOMPOSED = """kt{l}_g = Concat <axis=1> (present.{l}.key, present.{l}.key) both{l} = Concat <axis=1> (present.{l}.value, present.{l}.value)
     kt{l} = Transpose <perm=[0,1,3,2]> (kt{l}_g) score{l} = MatMul (q{l}_r, kt{l}) scaled{l} = Mul (score{l}, scale)
     masked{l} = Where (mask, scaled{l}, minus) weights{l} = Softmax <axis=-1> (masked{l}) a{l} = MatMul (weights{l}, both{l})"""
+
+LENGTHS = """length_32 = Cast <to=6> (length) one_32 = Cast <to=6> (one) before_32 = Sub (length_32, one_32)
+    rows_1 = Shape <start=0, end=1> (inputs_embeds) lengths = Expand (before_32, rows_1) total = Identity (length_32)"""
+ROTATES_INSIDE = """a{l}_f, present.{l}.key, present.{l}.value = com.microsoft.GroupQueryAttention
+    <num_heads=2, kv_num_heads=1, do_rotary=1> (qp{l}, kp{l}, vp{l}, , , lengths, total, %s)
+    a{l}_s = Reshape (a{l}_f, split_q) a{l} = Transpose <perm=[0,2,1,3]> (a{l}_s)"""
 
 INPUTS = {
     "inputs_embeds": "float[B,S,32] inputs_embeds",
@@ -207,10 +223,17 @@ def constants(layers: int) -> dict[str, np.ndarray]:
         "minus": np.float32(-1e9) * np.ones(1, np.float32),
         "slots": np.arange(CAPACITY)[None, None],
         "capacity": np.array(CAPACITY),
+        "seven": np.array(7),
+        "three": np.array([1, 1, 3]),
+        "three_times": np.array(3),
+        "at0_3": np.array([0, 3]),
+        "slots_64": np.arange(5000),
+        "far": np.array([-(1 << 40)]),
         "zero": np.array(0),
         "one": np.array(1),
         "end": np.array([-1]),
         "by2": np.array([2]),
+        "rows_shape": np.array([-1, HEAD // 2]),
         "split_q": np.array([0, 0, 2, HEAD]),
         "split_k": np.array([0, 0, 1, HEAD]),
         "heads_shape": np.array([0, 0, 0, HEAD]),
@@ -228,6 +251,24 @@ def constants(layers: int) -> dict[str, np.ndarray]:
             weight = draw.normal(size=(WIDTH, columns)).astype(np.float32) * 0.5
             constants[f"w{name}{layer}"] = weight
     return constants
+
+
+def inside(operands: str, batch: str = "1", **changes: object) -> Small:
+    """A prompt whose grouped-query attention rotates by itself: tables and, if any, what picks their rows."""
+    usual: dict[str, object] = {
+        "rows": TOKEN_ROWS,
+        "rotate": ROTATE["none"],
+        "mask": LENGTHS,
+        "cache": "",
+        "attention": ROTATES_INSIDE % operands,
+        "present": f"float[{batch},1,S,16]",
+        "inputs": (
+            f"float[{batch},S,32] inputs_embeds",
+            f"int64[{batch},S] position_ids",
+            f"int64[{batch}] last_index",
+        ),
+    }
+    return Small(**{**usual, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

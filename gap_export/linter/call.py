@@ -1,0 +1,206 @@
+"""One call of a decoder: what every graph input holds, made from names, types and shapes, so that all of them fit together.
+
+A part of a graph, or the whole of it, is evaluated for so many rows of so many new tokens after so long a past. Whatever exporter wrote it,
+its lengths, masks and caches then speak of the same call. Names are those of transformers, optimum, ONNX Runtime's generation
+tools and this project.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gap_export.linter.dataflow import is_float, name_of
+
+Array = NDArray[Any]
+
+SMALLEST_VOCABULARY = 16
+"""Token ids stay below this."""
+_HIDDEN = -1e4
+"""What a mask that is added to scores holds where nothing may be seen; float16 holds it too."""
+_PAST = re.compile(r"past|cache|key_value")
+_SLOT = re.compile(r"write_ind")
+"""Inputs that say where in a buffer new keys go; the buffer is then longer than what is in it."""
+_COUNTS = (
+    (re.compile(r"write_ind|past_(sequence_length|length|lens?$)|start_pos|cur_len"), lambda c: c.past),
+    (re.compile(r"seqlens?_k|past_seq_len"), lambda c: c.past + c.tokens - 1),
+    (re.compile(r"total_seq|total_len|kv_len|context_len"), lambda c: c.past + c.tokens),
+    (re.compile(r"last_ind"), lambda c: c.tokens - 1),
+    (re.compile(r"logits_to_keep|query_len|seq_len|sequence_length"), lambda c: c.tokens),
+)
+"""What integers of one value, or one per row, count; the first that matches."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The extents of one call.
+
+    Attributes:
+        rows: sequences of the batch, B.
+        tokens: new tokens of each, S.
+        past: tokens that came before, P.
+    """
+
+    rows: int = 1
+    tokens: int = 7
+    past: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Of a buffer of keys: some are free after the call."""
+        return self.past + self.tokens + 2
+
+
+def is_token(value: ir.Value) -> bool:
+    """Whether an input carries the tokens, by its name."""
+    return name_of(value).lower() in ("input_ids", "inputs_embeds", "input_embeds", "hidden_states", "inputs")
+
+
+class Inputs:
+    """The inputs of a decoder graph.
+
+    Args:
+        inputs: all that a caller feeds.
+        ids: the position-ids input.
+
+    Attributes:
+        ids: the position-ids input.
+    """
+
+    def __init__(self, inputs: Iterable[ir.Value], ids: ir.Value | None) -> None:
+        self._inputs, self.ids = tuple(inputs), ids
+        self._known: dict[str, int] = {}
+        self._symbols: dict[str, str] = {}
+        """Name of a dimension -> `rows`, `tokens`, `past` or `slots`."""
+        by_slot = any(_SLOT.search(name_of(value).lower()) for value in self._inputs)
+        for value in sorted(self._inputs, key=lambda v: v is not ids):
+            if value is ids or is_token(value):
+                self._name(value, -1 if value is ids or is_float(value) is False else 1, "tokens")
+                self._name(value, 0 if value is not ids or _rank(value) == 2 else -2, "rows")
+        for value in self._inputs:
+            if self.is_past(value):
+                self._name(value, 0 if _rank(value) == 4 else 1, "rows")
+                for axis in range(_rank(value)):
+                    self._name(value, axis, "slots" if by_slot else "past")
+
+    def learn(self, dim: ir.SymbolicDim | int, extent: int) -> None:
+        """Note that a dimension with a name always has one extent."""
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+            self._known[dim.value] = extent
+
+    def static(self, what: str) -> int | None:
+        """The number of rows or of tokens, where the graph fixes it."""
+        value = self.ids
+        axis = {"tokens": -1, "rows": -2}[what]
+        if value is None or value.shape is None or len(value.shape) < -axis:
+            return None
+        dim = value.shape[axis]
+        return dim if isinstance(dim, int) else None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the ids are those of a batch."""
+        return self.ids is not None and _rank(self.ids) >= 2
+
+    @property
+    def takes_past(self) -> bool:
+        """Whether a past of any length can be fed, or one of a fixed length in which slots are counted."""
+        return any(self.is_past(value) for value in self._inputs)
+
+    def is_past(self, value: ir.Value) -> bool:
+        """Whether an input is a cache of keys or values."""
+        return bool(_PAST.search(name_of(value).lower())) and is_float(value) is True and _rank(value) >= 3
+
+    def extent(self, dim: int | ir.SymbolicDim, call: Call) -> int | None:
+        """The extent of a dimension in a call; None where its name is not one that the inputs explain."""
+        if isinstance(dim, int):
+            return dim
+        if (dim.value or "").isdigit():  # torch names some extents by their number
+            return int(dim.value or 0)
+        if dim.value in self._known:
+            return self._known[dim.value]
+        what = self._symbols.get(dim.value or "")
+        return None if what is None else int(getattr(call, what))
+
+    def feed(self, value: ir.Value, call: Call, ids: Array, seed: int = 0) -> Array:
+        """What one input holds.
+
+        Args:
+            value: the input.
+            call: extents.
+            ids: int64 [B, S], the position ids.
+            seed: of embeddings, past and token ids.
+        """
+        name, dtype = name_of(value).lower(), (value.dtype or ir.DataType.INT64).numpy()
+        total = call.past + call.tokens
+        if value is self.ids:
+            return np.broadcast_to(ids[0] if _rank(value) < 2 else ids, self._shape(value, call)).astype(
+                dtype
+            )
+        if self.is_past(value):
+            return self._past(value, call, seed).astype(dtype)
+        if "mask" in name:
+            shape = self._shape(value, call, last=total)
+            return _mask(shape, call, dtype, additive=is_float(value) is not False)
+        shape = self._shape(value, call)
+        draw = np.random.default_rng([seed, sum(map(ord, name))])
+        if is_float(value) is not False:
+            return draw.normal(size=shape).astype(dtype)
+        if name == "use_cache_branch":
+            return np.full(shape, call.past > 0, dtype)
+        if "position" in name:  # cache_position: which slots the new tokens take
+            return np.broadcast_to(np.arange(call.past, total), shape).astype(dtype)
+        if is_token(value):
+            return draw.integers(1, SMALLEST_VOCABULARY, size=shape).astype(dtype)
+        counted = next((count(call) for words, count in _COUNTS if words.search(name)), 0)
+        return np.full(shape, counted, dtype)
+
+    def _past(self, value: ir.Value, call: Call, seed: int) -> Array:
+        shape = self._shape(value, call)
+        draw = np.random.default_rng([seed, sum(map(ord, name_of(value)))])
+        content = draw.normal(size=shape)
+        named = {self._symbols.get(d.value or "") for d in value.shape or () if isinstance(d, ir.SymbolicDim)}
+        if "past" not in named:
+            axis = 2 if len(shape) == 4 else len(shape) - 2  # a buffer of slots: the first are taken
+            index = [slice(None)] * len(shape)
+            index[axis] = slice(call.past, None)
+            content[tuple(index)] = 0
+        return np.asarray(content)
+
+    def _shape(self, value: ir.Value, call: Call, last: int | None = None) -> list[int]:
+        if value.shape is None:
+            return [call.rows, call.tokens]
+        extents = [self.extent(dim, call) for dim in value.shape]
+        if last is not None and extents and not isinstance(value.shape[-1], int):
+            named = self._symbols.get(value.shape[-1].value or "")
+            extents[-1] = call.tokens if named == "tokens" else last
+        if extents and extents[0] is None:
+            extents[0] = call.rows
+        return [1 if extent is None else extent for extent in extents]
+
+    def _name(self, value: ir.Value, axis: int, what: str) -> None:
+        if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+            return
+        dim = value.shape[axis]
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isdigit():
+            self._symbols.setdefault(dim.value, what)
+
+
+def _mask(shape: list[int], call: Call, dtype: Any, *, additive: bool) -> Array:
+    """Ones where there is a token; of four axes, who sees whom: causal by slot."""
+    keys = np.arange(shape[-1] if shape else 1)
+    if len(shape) <= 2:
+        return np.broadcast_to(keys < call.past + call.tokens, shape).astype(dtype)
+    seen = keys <= call.past + np.arange(shape[-2])[:, None]
+    content = np.where(seen, 0.0, _HIDDEN) if additive else seen
+    return np.broadcast_to(content, shape).astype(dtype)
+
+
+def _rank(value: ir.Value) -> int:
+    return 0 if value.shape is None else len(value.shape)
