@@ -31,6 +31,7 @@ from gap_export.linter.general import (
 )
 from gap_export.linter.load import load
 from gap_export.linter.mask import SEES, check_mask, declared_mask
+from gap_export.linter.opaque import check_out_of_sight
 from gap_export.linter.prove import prove as prove_by_running
 from gap_export.linter.report import Finding, GraphKind, Proof, Report, Rule, Severity, Verdict, verdict_of
 from gap_export.linter.stages import FOLLOW, check_kept_inside, is_staged
@@ -161,7 +162,8 @@ def _check_decoder(
         keeps_ids=policy is PositionPolicy.GAP,
         sorted_wanted=policy.keeps_raster_order,
     )
-    findings += check_decoder(decoder, strict, renumbers=renumbers) + check_cache(flow, strict)
+    findings += check_decoder(decoder, strict, renumbers=renumbers) + check_out_of_sight(decoder)
+    findings += check_cache(flow, strict)
     mask = mask or declared_mask(flow)
     if strict and mask is not None and not is_staged(flow):
         findings += check_mask(decoder, mask)

@@ -56,16 +56,19 @@ def find_ids(flow: Flow, name: str, angles: list[AngleValue], tokens: int) -> ir
     for value in flow.inputs:
         if value.name == name:
             return value
-    candidates = []
-    for value in flow.inputs:
-        bit = flow.bit(value)
-        wanted = is_float(value) is False and not bit & tokens and "mask" not in (value.name or "").lower()
-        if wanted and _has_token_axis(value) and any(facts_of(flow, a).tokenwise & bit for a in angles):
-            candidates.append(value)
+    candidates = [
+        value
+        for value in flow.inputs
+        if may_be_ids(flow, value, tokens)
+        and any(facts_of(flow, a).tokenwise & flow.bit(value) for a in angles)
+    ]
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _has_token_axis(value: ir.Value) -> bool:
+def may_be_ids(flow: Flow, value: ir.Value, tokens: int) -> bool:
+    """Whether a graph input has the type and shape of position ids, and neither the name of a mask nor tokens in it."""
+    if is_float(value) is not False or flow.bit(value) & tokens or "mask" in (value.name or "").lower():
+        return False
     return value.shape is None or len(value.shape) >= 2 or (len(value.shape) == 1 and value.shape[0] != 1)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gap_export.linter.angles import Angle, Source, classify, facts_of, find_ids
+from gap_export.linter.angles import Angle, Source, classify, facts_of, find_ids, may_be_ids
 from gap_export.linter.attention import AttentionSite, cache_sources, carried, find_attention
-from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, is_float, is_made_up, is_op, name_of, operand
+from gap_export.linter.dataflow import Flow, is_float, is_op, name_of, operand
 from gap_export.linter.mask_probe import follows_gaps
 from gap_export.linter.report import Finding, Rule
 from gap_export.linter.rotary import AngleValue, RotaryFinder, RotarySite, token_inputs
@@ -32,11 +32,9 @@ EXPLICIT = Rule(
 DECODER_RULES = (ROPE, INSIDE, MASK, SLOTS, CAUSAL, EXPLICIT)
 
 _FEED_IDS = "export with position_ids as an explicit input that the rotary embedding reads"
-_MEASURE = "measure it in a runtime that knows the operators: logits of gapped and of contiguous ids (--prove, where ONNX Runtime is one)"
+MEASURE = "measure it in a runtime that knows the operators: logits of gapped and of contiguous ids (--prove, where ONNX Runtime is one)"
 
 
-_KNOWN_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft", "com.microsoft.nchwc", "ai.onnx.ml", "trt")
-"""Their operators rotate only where `rotary` and `attention` say so."""
 _PLUGINS_WITH_ROWS = ("AttentionPlugin",)
 """Plugins that rotate by rows which the caller computes, and by nothing else (TensorRT-Edge-LLM)."""
 
@@ -84,7 +82,8 @@ def read_decoder(flow: Flow, ids_name: str) -> Decoder:
     stages = find_stage_ids(flow, named, tokens) if named is not None else StageIds()
     if stages.values:
         flow = Flow(flow.model, regarded=stages.values)
-    finder = RotaryFinder(flow, tokens, flow.bit(named, *stages.values))
+    ids_of_any_name = [v for v in flow.inputs if named is None and may_be_ids(flow, v, tokens)]
+    finder = RotaryFinder(flow, tokens, flow.bit(named, *stages.values, *ids_of_any_name))
     rotary = [_rotations(finder, site) for site in sites]
     found: list[AngleValue] = [
         a for queries, keys in rotary for site in (*queries, *keys) for a in site.angles
@@ -159,10 +158,11 @@ def check_decoder(decoder: Decoder, strict: bool, *, renumbers: bool = False) ->
         findings += _mask(decoder, site)
         findings += _slots(decoder, site)
         findings += _causality(decoder.flow, site, strict)
-    return findings + _out_of_sight(decoder)
+    return findings
 
 
-def _breaking(rule: Rule, node: str, sentence: str, hint: str, *, certain: bool = True) -> Finding:
+def breaking(rule: Rule, node: str, sentence: str, hint: str, *, certain: bool = True) -> Finding:
+    """A finding because of which ids do not survive, or cannot be said to."""
     return Finding(
         rule=rule.id,
         severity="error",
@@ -220,18 +220,18 @@ def _rope(decoder: Decoder, strict: bool, renumbers: bool) -> list[Finding]:
 def _angle_finding(decoder: Decoder, rotary: RotarySite) -> Finding | None:
     name = name_of(rotary.node)
     if rotary.offset_only:
-        return _breaking(ROPE, name, "takes one offset for the whole call, not an id per token", _FEED_IDS)
+        return breaking(ROPE, name, "takes one offset for the whole call, not an id per token", _FEED_IDS)
     angles = [decoder.angles[a] for a in rotary.angles]
     if not angles:
-        return _breaking(ROPE, name, "has no operand that could carry position ids", _FEED_IDS)
+        return breaking(ROPE, name, "has no operand that could carry position ids", _FEED_IDS)
     for angle in angles:
         if angle.source is Source.LOST:
-            return _breaking(ROPE, name, angle.sentence, _FEED_IDS)
+            return breaking(ROPE, name, angle.sentence, _FEED_IDS)
         if angle.source is Source.UNSURE:
-            return _breaking(ROPE, name, angle.sentence, _MEASURE, certain=False)
+            return breaking(ROPE, name, angle.sentence, MEASURE, certain=False)
     if not rotary.known:
         kind = f"{rotary.node.domain}::{rotary.node.op_type}"
-        return _breaking(ROPE, name, f"{kind} is not an operator that lint knows", _MEASURE, certain=False)
+        return breaking(ROPE, name, f"{kind} is not an operator that lint knows", MEASURE, certain=False)
     return None
 
 
@@ -248,7 +248,7 @@ def _bare(decoder: Decoder, bare: list[AttentionSite], strict: bool) -> list[Fin
             f"no rotary embedding found on {len(unexplained)} of {len(decoder.sites)} attention operations"
         )
         if strict:
-            return [_breaking(ROPE, name, sentence, _FEED_IDS)]
+            return [breaking(ROPE, name, sentence, _FEED_IDS)]
         return [_note(ROPE, name, sentence, hint)]
     if decoder.absolute:
         return [
@@ -272,10 +272,8 @@ def _bare(decoder: Decoder, bare: list[AttentionSite], strict: bool) -> list[Fin
         sentence = (
             "no rotary embedding was recognised on any query or key, though they read the ids in some way"
         )
-        return [_breaking(ROPE, name, sentence, _MEASURE, certain=False)]
-    return [
-        _breaking(ROPE, name, lost or "no rotary embedding was recognised on any query or key", _FEED_IDS)
-    ]
+        return [breaking(ROPE, name, sentence, MEASURE, certain=False)]
+    return [breaking(ROPE, name, lost or "no rotary embedding was recognised on any query or key", _FEED_IDS)]
 
 
 # no-rotary-inside-attention
@@ -284,13 +282,13 @@ def _bare(decoder: Decoder, bare: list[AttentionSite], strict: bool) -> list[Fin
 def _inside(decoder: Decoder, site: AttentionSite, rotations: list[RotarySite]) -> list[Finding]:
     name, kind = name_of(site.node), site.node.op_type
     if site.rotates_inside and any(r.node is site.node for r in rotations):
-        return []  # its rows are judged as angles
+        return []  # its rows are checked as angles
     if site.rotates_inside:
         counted = "has no position_ids operand and counts positions from the sequence lengths"
         first_only = "reads only the first position id of a prompt and counts up from it"
         sentence = f"{kind} has do_rotary=1: it {first_only if site.ids is not None else counted}"
         hint = "export without the attention fusion, or with do_rotary=0 and a RotaryEmbedding that reads position_ids"
-        return [_breaking(INSIDE, name, sentence, hint)]
+        return [breaking(INSIDE, name, sentence, hint)]
     if site.form != "plugin":
         return []
     known = kind in _PLUGINS_WITH_ROWS
@@ -300,7 +298,7 @@ def _inside(decoder: Decoder, site: AttentionSite, rotations: list[RotarySite]) 
     if known and any(a.source is Source.CALLER for a in rows):
         return []
     return [
-        _breaking(
+        breaking(
             INSIDE,
             name,
             f"{site.node.domain}::{kind} may apply positions out of sight",
@@ -308,32 +306,6 @@ def _inside(decoder: Decoder, site: AttentionSite, rotations: list[RotarySite]) 
             certain=False,
         )
     ]
-
-
-def _out_of_sight(decoder: Decoder) -> list[Finding]:
-    """Operators of unknown domains that might rotate: on the way of queries and keys, or given both tokens and ids."""
-    flow = decoder.flow
-    judged = {site.node for site in decoder.sites}
-    judged |= {rotary.node for pair in decoder.rotary for side in pair for rotary in side}
-    on_the_way = {
-        node
-        for site in decoder.sites
-        for end in (site.query, site.key)
-        if end is not None
-        for value in flow.upstream(end, carried)
-        if (node := value.producer()) is not None
-    }
-    findings = []
-    for node in flow.nodes:
-        if node in judged or (node.domain in _KNOWN_DOMAINS and not is_made_up(node)):
-            continue
-        facts = [flow.facts(v) for v in node.inputs if v is not None]
-        reads = any(f.values & decoder.reads_ids and not f.values & decoder.tokens for f in facts)
-        joins = any(f.values & decoder.tokens for f in facts)
-        if node in on_the_way or (reads and joins):
-            sentence = f"{node.domain}::{node.op_type} may apply positions out of sight"
-            findings.append(_breaking(INSIDE, name_of(node), sentence, _MEASURE, certain=False))
-    return findings
 
 
 # mask-follows-slots, cache-follows-slots
@@ -353,7 +325,7 @@ def _mask(decoder: Decoder, site: AttentionSite) -> list[Finding]:
                 else "whether gaps change who sees whom could not be evaluated"
             )
             return [
-                _breaking(
+                breaking(
                     MASK,
                     name_of(site.node),
                     f"the attention mask {name_of(mask)} is computed from {decoder.ids.name}: {harm}",
@@ -377,7 +349,7 @@ def _slots(decoder: Decoder, site: AttentionSite) -> list[Finding]:
             index = operand(node, place) if place is not None else None
             if index is not None and decoder.flow.facts(index).values & decoder.reads_ids:
                 findings.append(
-                    _breaking(
+                    breaking(
                         SLOTS,
                         name_of(node),
                         f"the cache slot is computed from {decoder.ids.name}: gaps in the ids become holes in the cache",

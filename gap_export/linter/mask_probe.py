@@ -46,13 +46,13 @@ def follows_gaps(flow: Flow, ids: ir.Value, mask: ir.Value) -> bool | None:
             for past in _PASTS if inputs.takes_past else _PASTS[:1]:
                 call, base = Call(rows, tokens, past), np.arange(past, past + tokens)
                 try:
-                    usual = part.evaluate(inputs, call, base[None].repeat(rows, axis=0))
+                    baseline = part.evaluate(inputs, call, base[None].repeat(rows, axis=0))
                 except CannotEvaluate:  # a graph of prompts alone, or of steps alone
                     continue
                 evaluated = True
                 for gaps in _GAPS:
                     gapped = (base + np.sort(np.resize(gaps, tokens)))[None]
-                    if not np.array_equal(part.evaluate(inputs, call, gapped.repeat(rows, axis=0)), usual):
+                    if not np.array_equal(part.evaluate(inputs, call, gapped.repeat(rows, axis=0)), baseline):
                         return True
     except CannotEvaluate:
         return None

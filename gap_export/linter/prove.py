@@ -17,9 +17,6 @@ The last one needs a mask input that really hides: that is seen from whether a h
 from __future__ import annotations
 
 import itertools
-import re
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gap_export.errors import first_line
-from gap_export.linter.call import SMALLEST_VOCABULARY, Call, Inputs, is_token
-from gap_export.linter.dataflow import Flow, is_float, is_op, name_of, operand
+from gap_export.linter.call import Call
+from gap_export.linter.dataflow import Flow
 from gap_export.linter.report import Proof
+from gap_export.linter.running import Feeding, NotRun, Running, open_session
 
 Array = NDArray[Any]
 
@@ -46,11 +43,6 @@ _ALIKE = 0.05
 _HIGH_IDS = (44, 300, 1001, 1002, *range(2049, 2053), *range(4093, 4098))
 """300 and 44 are alike in eight bits, 2049 and 2050 in float16, 1001 and 1002 in bfloat16."""
 _LARGEST_STATIC = 512
-_QUANTIZES_ROWS_TOGETHER = "DynamicQuantizeLinear"
-
-
-class NotRun(Exception):
-    """There is no measurement; the text says why."""
 
 
 def prove(source: Path | str | ir.Model, flow: Flow, ids: ir.Value | None) -> Proof:
@@ -67,128 +59,16 @@ def prove(source: Path | str | ir.Model, flow: Flow, ids: ir.Value | None) -> Pr
     try:
         if ids is None:
             raise NotRun("there is no position-ids input that could be fed")
-        decoder = _Running(_session(source), flow, ids)
+        decoder = Running(open_session(source), flow, ids)
         return _measure(decoder)
     except NotRun as reason:
         return Proof(outcome="not run here", sentence=str(reason))
 
 
-@dataclass(frozen=True)
-class _Feeding:
-    """What one run is given beyond its extents.
-
-    Attributes:
-        ids: int64 [B, S].
-        disturbed: a token whose content is another one than usual.
-        hidden: tokens that the mask hides.
-        kept: of the tokens of a longer call, those that this one has.
-        longer: that call.
-    """
-
-    ids: Array
-    disturbed: int | None = None
-    hidden: tuple[int, ...] = ()
-    kept: tuple[int, ...] = ()
-    longer: Call | None = None
-
-
-class _Running:
-    """A decoder in ONNX Runtime.
-
-    Args:
-        session: of onnxruntime.
-        flow: its data flow.
-        ids: the position-ids input.
-
-    Attributes:
-        inputs: how its inputs are made.
-        runs: how many there were.
-        rounds_together: whether activations of all tokens are rounded by one scale, so that each has a hair of influence on all.
-        longest_ids: rows of the shortest table that the graph looks ids up in; beyond it there is nothing to tell apart.
-    """
-
-    def __init__(self, session: Any, flow: Flow, ids: ir.Value) -> None:
-        self._session, self._fed = session, flow.inputs
-        self.inputs = Inputs(flow.inputs, ids)
-        self._learn_heads(flow)
-        self.runs = 0
-        self.rounds_together = any(n.op_type == _QUANTIZES_ROWS_TOGETHER for n in flow.nodes)
-        tables = [
-            node.inputs[0].shape[0]
-            for node in flow.nodes
-            if is_op(node, "Gather")
-            and node.inputs[0] is not None
-            and node.inputs[1] is not None
-            and flow.is_constant(node.inputs[0])
-            and node.inputs[0].shape
-            and flow.facts(node.inputs[1]).values & flow.bit(ids)
-        ]
-        self.longest_ids = min((n for n in tables if isinstance(n, int)), default=max(_HIGH_IDS) + 2)
-        logits = [v for v in flow.outputs if name_of(v) == "logits"] or [
-            v for v in flow.outputs if is_float(v) is True and not self.inputs.is_past(v)
-        ]
-        if not logits:
-            raise NotRun("it gives out no logits")
-        self._logits = name_of(logits[0])
-        self._tokens = next((v for v in self._fed if is_token(v)), None)
-        masks = [
-            v for v in self._fed if "mask" in name_of(v).lower() and v.shape is not None and len(v.shape) == 2
-        ]
-        self.mask = masks[0] if len(masks) == 1 else None
-
-    def _learn_heads(self, flow: Flow) -> None:
-        """The extent of a head, where the inputs leave it open and a fused attention tells it."""
-        for node in flow.nodes:
-            heads = node.attributes.get_int("kv_num_heads", 0)
-            key, past = operand(node, 1), operand(node, 3)
-            if (
-                heads
-                and key is not None
-                and past is not None
-                and key.shape is not None
-                and past.shape is not None
-            ):
-                width = key.shape[-1]
-                if isinstance(width, int):
-                    self.inputs.learn(past.shape[-1], width // heads)
-
-    def logits(self, call: Call, feeding: _Feeding) -> Array:
-        """Logits float64 [B, S or 1, V] of one run.
-
-        Raises:
-            NotRun: ONNX Runtime refuses.
-        """
-        feeds = {name_of(v): self.inputs.feed(v, call, feeding.ids) for v in self._fed}
-        if feeding.disturbed is not None and self._tokens is not None:
-            content = feeds[name_of(self._tokens)] = feeds[name_of(self._tokens)].copy()
-            token = (
-                content[..., feeding.disturbed]
-                if content.dtype.kind in "iu"
-                else content[:, feeding.disturbed]
-            )
-            token[...] = (token + 1) % SMALLEST_VOCABULARY if content.dtype.kind in "iu" else -token
-        if feeding.longer is not None and self._tokens is not None:
-            content = self.inputs.feed(self._tokens, feeding.longer, feeding.ids)
-            axis = 1 if content.ndim > 1 else 0
-            feeds[name_of(self._tokens)] = np.take(content, feeding.kept, axis=axis)
-        if feeding.hidden and self.mask is not None:
-            mask = feeds[name_of(self.mask)] = feeds[name_of(self.mask)].copy()
-            mask[:, [call.past + token for token in feeding.hidden]] = 0
-        self.runs += 1
-        try:
-            (found,) = self._session.run([self._logits], feeds)
-        except Exception as error:
-            raise NotRun(f"ONNX Runtime refuses the inputs made for it: {_plain(error)}") from error
-        logits = np.asarray(found).astype(np.float64)
-        if not np.isfinite(logits).all():
-            raise NotRun("its logits are not finite numbers")
-        return np.asarray(logits[:, None] if logits.ndim == 2 else logits)
-
-
-def _measure(decoder: _Running) -> Proof:
+def _measure(decoder: Running) -> Proof:
     largest, whole = 0.0, False
-    for call, usual in _calls(decoder):
-        case = _Case(decoder, call, usual)
+    for call, baseline in _calls(decoder):
+        case = _Case(decoder, call, baseline)
         for check in (_moves, _hides, _told_apart, _whole_sequence, _rows):
             wrong = check(case)
             largest, whole = max(largest, case.largest), whole or case.whole
@@ -207,7 +87,7 @@ class _Case:
     Args:
         decoder: that is run.
         call: extents.
-        usual: its logits with contiguous ids.
+        baseline: its logits with contiguous ids.
 
     Attributes:
         base: int64 [B, S], contiguous ids.
@@ -216,20 +96,20 @@ class _Case:
         whole: whether survivors were compared with the whole sequence.
     """
 
-    def __init__(self, decoder: _Running, call: Call, usual: Array) -> None:
-        self.decoder, self.call, self.usual = decoder, call, usual
+    def __init__(self, decoder: Running, call: Call, baseline: Array) -> None:
+        self.decoder, self.call, self.baseline = decoder, call, baseline
         self.base, self.largest, self.whole = _base(call), 0.0, False
-        self.scale = float(np.abs(usual).max()) or 1.0
+        self.scale = float(np.abs(baseline).max()) or 1.0
         # A runtime need not repeat itself to the last bit.
         self.least = max(_NOTHING * self.scale, 4 * float(self.moved(self.base).max()))
 
     def run(self, ids: Array, disturbed: int | None = None, hidden: tuple[int, ...] = ()) -> Array:
         """Logits [B, S or 1, V]."""
-        return self.decoder.logits(self.call, _Feeding(ids, disturbed, hidden))
+        return self.decoder.logits(self.call, Feeding(ids, disturbed, hidden))
 
     def moved(self, ids: Array) -> Array:
         """By how much other ids change the logits, for each token that has any."""
-        return np.asarray(np.abs(self.run(ids) - self.usual).max(axis=(0, 2)))
+        return np.asarray(np.abs(self.run(ids) - self.baseline).max(axis=(0, 2)))
 
 
 def _moves(case: _Case) -> str | None:
@@ -251,7 +131,7 @@ def _base(call: Call) -> Array:
     return np.arange(call.past, call.past + call.tokens)[None].repeat(call.rows, axis=0)
 
 
-def _calls(decoder: _Running) -> list[tuple[Call, Array]]:
+def _calls(decoder: Running) -> list[tuple[Call, Array]]:
     """A prompt and a call after a past, those of them that the runtime accepts, and their logits with contiguous ids."""
     tokens, rows = decoder.inputs.static("tokens"), decoder.inputs.static("rows")
     if (tokens or 0) > _LARGEST_STATIC:
@@ -265,7 +145,7 @@ def _calls(decoder: _Running) -> list[tuple[Call, Array]]:
         if one_alone or had or (call.past and not decoder.inputs.takes_past):
             continue
         try:
-            accepted.append((call, decoder.logits(call, _Feeding(_base(call)))))
+            accepted.append((call, decoder.logits(call, Feeding(_base(call)))))
         except NotRun as reason:
             refused = refused or reason
     if not accepted:
@@ -300,7 +180,7 @@ def _hides(case: _Case) -> str | None:
     gapped = case.base + _GAP * np.arange(tokens)
     with_gaps = case.run(gapped)
     for token in range(tokens):
-        reached = np.abs(case.run(case.base, token) - case.usual).max(axis=(0, 2)) > least
+        reached = np.abs(case.run(case.base, token) - case.baseline).max(axis=(0, 2)) > least
         still = np.abs(case.run(gapped, token) - with_gaps).max(axis=(0, 2)) > least
         if (reached != still).any():
             return f"with gaps other tokens see token {token} of {tokens} than without"
@@ -319,8 +199,8 @@ def _whole_sequence(case: _Case) -> str | None:
     try:
         whole = case.run(case.base, hidden=dropped)
         disturbed = case.run(case.base, dropped[0], dropped)
-        survivors = decoder.logits(pruned, _Feeding(ids, kept=kept, longer=call))
-        renumbered = decoder.logits(pruned, _Feeding(_base(pruned), kept=kept, longer=call))
+        survivors = decoder.logits(pruned, Feeding(ids, kept=kept, longer=call))
+        renumbered = decoder.logits(pruned, Feeding(_base(pruned), kept=kept, longer=call))
     except NotRun:
         return None
     rows = kept if whole.shape[1] == call.tokens else (-1,)
@@ -346,46 +226,15 @@ def _rows(case: _Case) -> str | None:
     call = Call(fixed or 2, call.tokens, call.past)
     base = _base(call)
     try:
-        usual = decoder.logits(call, _Feeding(base))
+        baseline = decoder.logits(call, Feeding(base))
         for row in range(2):
             ids = base.copy()
             ids[row] += _GAP * np.arange(1, call.tokens + 1)
-            by = np.abs(decoder.logits(call, _Feeding(ids)) - usual).max(axis=(1, 2))
-            if by[row] <= _NOTHING * np.abs(usual).max():
+            by = np.abs(decoder.logits(call, Feeding(ids)) - baseline).max(axis=(1, 2))
+            if by[row] <= _NOTHING * np.abs(baseline).max():
                 return f"gaps in row {row} of a batch do not move its logits"
             if not decoder.rounds_together and np.delete(by, row).max() > _LEAK * by[row]:
                 return f"gaps in row {row} of a batch move the logits of other rows"
     except NotRun:
         return None
     return None
-
-
-def _session(source: Path | str | ir.Model) -> Any:
-    """The graph in ONNX Runtime, as it stands: without the fusion that drops ids on the way.
-
-    Raises:
-        NotRun: it is not installed, or does not take the graph.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise NotRun("onnxruntime is not installed") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    how = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": ["GroupQueryAttentionFusion"]}
-    try:
-        if not isinstance(source, ir.Model):
-            return onnxruntime.InferenceSession(str(source), options, **how)
-        with tempfile.TemporaryDirectory(prefix="gap-export-lint-") as folder:
-            path = Path(folder) / "graph.onnx"
-            ir.save(source.clone(), path, external_data="weights.bin")
-            return onnxruntime.InferenceSession(str(path), options, **how)
-    except (
-        Exception
-    ) as error:  # operators it does not know, weights that are not there: it raises what it likes
-        raise NotRun(f"ONNX Runtime does not take the graph: {_plain(error)}") from error
-
-
-def _plain(error: Exception) -> str:
-    """What ONNX Runtime said, without its codes."""
-    return re.sub(r"^(\[ONNXRuntimeError\] : \d+ : )?([A-Z_]+ : )?", "", first_line(error)).strip()

@@ -58,7 +58,7 @@ class Verdict(Record):
 
     Attributes:
         survives: the ids that a caller feeds are the ids that RoPE uses, token by token. False where lint cannot tell.
-        answer: the same with the third possibility.
+        answer: `cannot tell` where an operator that lint does not know reads the ids or turns queries and keys.
         reason: one line.
         findings: everything the rules found, errors first.
     """

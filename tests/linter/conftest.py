@@ -110,7 +110,7 @@ class Small:
         cache: how present comes from past in layer `{l}`.
         attention: how `a{l}` comes from all that.
         second: parts that differ in the second layer.
-        inputs: names of the usual inputs, or declarations.
+        inputs: names of the baseline inputs, or declarations.
         past: type of the caches that come in.
         present: type of the caches that go out.
         opset: of the standard domain.
@@ -255,7 +255,7 @@ def constants(layers: int) -> dict[str, np.ndarray]:
 
 def inside(operands: str, batch: str = "1", **changes: object) -> Small:
     """A prompt whose grouped-query attention rotates by itself: tables and, if any, what picks their rows."""
-    usual: dict[str, object] = {
+    baseline: dict[str, object] = {
         "rows": TOKEN_ROWS,
         "rotate": ROTATE["none"],
         "mask": LENGTHS,
@@ -268,7 +268,7 @@ def inside(operands: str, batch: str = "1", **changes: object) -> Small:
             f"int64[{batch}] last_index",
         ),
     }
-    return Small(**{**usual, **changes})  # type: ignore[arg-type]
+    return Small(**{**baseline, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

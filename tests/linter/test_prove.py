@@ -26,13 +26,13 @@ def proof_of(report: Report) -> Proof:
 
 def prompt(parts: SimpleNamespace, **changes: object) -> SimpleNamespace:
     """A prompt whose mask input hides tokens."""
-    usual = {
+    baseline = {
         "mask": MASKED,
         "cache": parts.NO_CACHE,
         "present": "float[B,1,S,16]",
         "inputs": ("inputs_embeds", "position_ids", "attention_mask", "last_index"),
     }
-    return parts.Small(**{**usual, **changes})
+    return parts.Small(**{**baseline, **changes})
 
 
 @pytest.mark.parametrize(

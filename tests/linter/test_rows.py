@@ -36,6 +36,15 @@ def test_attention_that_rotates_by_such_a_table_survives(parts: SimpleNamespace,
     assert {f.rule for f in report.errors} == set()
 
 
+def test_ids_of_another_name_are_found_in_tables(parts: SimpleNamespace) -> None:
+    small = parts.inside("cos_rows, sin_rows, places")
+    proto = small.proto(lambda text: text.replace("position_ids", "rope_index"))
+    report = lint_graph(ir.from_proto(proto), prove=True)
+    assert report.verdict.reason.startswith("rope_index reach")
+    assert report.proof is not None
+    assert report.proof.outcome == "survive"
+
+
 def test_such_attention_gives_all_rows_of_a_batch_the_ids_of_the_first(parts: SimpleNamespace) -> None:
     report = lint(parts.inside("cos_rows, sin_rows, places", batch="B"), prove=True)
     assert report.verdict.answer == "do not survive"
