@@ -13,7 +13,7 @@ from PIL import Image
 
 from gap_export.boxes import scenes
 from gap_export.evaluation.refer.annotations import FORMATS, Expression, SkippedRow, read_annotations
-from gap_export.evaluation.refer.image_source import Embedded, Folder, InMemory, Source
+from gap_export.evaluation.refer.image_source import Embedded, Folder, Scenes, Source
 
 SCENES = 2000
 _SCENES = re.compile(r"scenes(?::([1-9]\d*))?")
@@ -70,16 +70,8 @@ def open_dataset(
     built_in = _SCENES.fullmatch(data)
     if built_in:
         per_scene = int(built_in[1] or 1)
-        expressions, drawn = zip(*_scenes(per_scene), strict=True)
-        return Dataset(
-            data,
-            data,
-            tuple(each for group in expressions for each in group),
-            InMemory(dict(drawn)),
-            data=data,
-            split=split,
-            images=images,
-        )
+        expressions = tuple(_scenes(per_scene))
+        return Dataset(data, data, expressions, Scenes(SCENES), data=data, split=split, images=images)
     path = Path(data)
     annotations = read_annotations(path, split=split, skip_bad_rows=skip_bad_rows)
     source: Source | None = None if images is None else Folder(images, upright=not ignore_exif)
@@ -100,23 +92,18 @@ def open_dataset(
     )
 
 
-def _scenes(per_scene: int) -> Iterator[tuple[list[Expression], tuple[str, Image.Image]]]:
+def _scenes(per_scene: int) -> Iterator[Expression]:
     """Held-out scenes with as many different expressions each as were asked for, or as the scene allows."""
     for index in range(SCENES):
         scene = scenes.make_scene(scenes.HELD_OUT_SEED, index)
-        name = f"shapes-{scenes.HELD_OUT_SEED}-{index:05d}"
+        name, size = Scenes.name_of(index), Image.fromarray(scene.pixels).size
         draw = np.random.default_rng((scenes.HELD_OUT_SEED, index, 1))
         queries = scenes.sample_queries(
             draw, scene.objects, min(per_scene, len(scenes.queries(scene.objects)))
         )
-        image = Image.fromarray(scene.pixels)
-        group = []
         for number, query in enumerate(queries):
             x1, y1, x2, y2 = (float(edge) for edge in scene.objects[query.target].box)
-            group.append(
-                Expression(f"{name}.{number}", name, query.expression, (x1, y1, x2, y2), *image.size)
-            )
-        yield group, (name, image)
+            yield Expression(f"{name}.{number}", name, query.expression, (x1, y1, x2, y2), *size)
 
 
 def _sha256(path: Path, suffixes: Sequence[str]) -> str:

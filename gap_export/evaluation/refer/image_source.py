@@ -8,6 +8,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from gap_export.boxes import scenes
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import EmbeddedImages
 from gap_export.inputs.images import image_size, load_image
@@ -108,6 +109,45 @@ class Embedded:
     def size(self, name: str) -> tuple[int, int]:
         """(width, height) of the image."""
         return image_size(self._images.read(name), name=name, upright=self._upright)
+
+
+class Scenes:
+    """Held-out scenes, drawn when they are asked for: a worker of a cluster is told how many there are, and nothing else.
+
+    Args:
+        count: how many.
+    """
+
+    _PREFIX = f"shapes-{scenes.HELD_OUT_SEED}-"
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    @classmethod
+    def name_of(cls, index: int) -> str:
+        """Of a scene."""
+        return f"{cls._PREFIX}{index:05d}"
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a scene."""
+        return self._index(name) is not None
+
+    def open(self, name: str) -> Image.Image:
+        """The scene, RGB."""
+        index = self._index(name)
+        if index is None:
+            raise InputError("is no scene", subject=name, hint=f"there are {self._count}")
+        return Image.fromarray(scenes.make_scene(scenes.HELD_OUT_SEED, index).pixels)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(width, height) of the scene."""
+        return self.open(name).size
+
+    def _index(self, name: str) -> int | None:
+        number = name.removeprefix(self._PREFIX)
+        if not number.isdecimal() or not int(number) < self._count or self.name_of(int(number)) != name:
+            return None
+        return int(number)
 
 
 class InMemory:

@@ -139,7 +139,12 @@ def test_figures_are_those_of_the_comparison(evaluated: Path, compared: Path) ->
     for gate in result.gates:
         assert gate.name in text
     assert "Both runs give the same box for every expression" in text
-    facts = ("manifest sha256", "annotations", "onnxruntime ", "unc: boxes of the padded square")
+    facts = (
+        "manifest sha256",
+        "annotations",
+        "onnxruntime ",
+        "unc (ConvLLaVA's evaluator): boxes of the padded square",
+    )
     assert all(fact in text for fact in facts)
     for pruner in ("divprune", "visionzip"):
         assert f"<b>{pruner}</b>" in text
