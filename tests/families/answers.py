@@ -22,7 +22,8 @@ from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.session import Session
 from gap_export.runtime.torch.staged import open_reference
-from tests.families.tiny_families import IMAGE_TOKEN, TinyFamily
+from tests.families.reduced import IMAGE_TOKEN
+from tests.families.tiny_families import TinyFamily
 
 if TYPE_CHECKING:
     from gap_export.graph.trace_cache import Tracer
@@ -74,7 +75,10 @@ def whole_model(folder: Path) -> Any:
     """The model as a user of transformers has it."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    return model.eval()
 
 
 def answer(

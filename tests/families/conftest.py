@@ -22,7 +22,10 @@ def save_checkpoint(folder: Path, family: TinyFamily, tokenizer: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**family.config))
+    folder.mkdir(parents=True)
+    config = json.dumps(dict(family.config))
+    (folder / "config.json").write_text(config)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).float()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,7 +33,8 @@ def save_checkpoint(folder: Path, family: TinyFamily, tokenizer: Path) -> Path:
             centre = 0.0 if parameter.dim() > 1 else float(parameter.mean() > 0.5)
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(family.processor))
+    (folder / "config.json").write_text(config)  # transformers wrote more than is published
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(family.processor)))
     shutil.copy(tokenizer, folder / "tokenizer.json")
     return folder
 

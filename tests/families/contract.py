@@ -17,7 +17,8 @@ import torch
 
 from gap_export.evaluation.controls import controls
 from tests.families.answers import PROMPTS, Asked, Families, assert_equal, unpruned_prompt, whole_model
-from tests.families.tiny_families import IMAGE_TOKEN, Inputs, Options, TinyFamily, ranged
+from tests.families.reduced import IMAGE_TOKEN
+from tests.families.tiny_families import Inputs, Options, TinyFamily, ranged
 from tests.unpruned import gather_ids
 
 ENGINES = {"targets": ("onnx", "tensorrt-rtx"), "compute_capabilities": ("8.6",), "precision": "fp16"}
@@ -128,7 +129,7 @@ class Contract:
 
             def shift(placement: Any, visual: Any, row: int = row) -> Any:
                 ids = placement.position_ids.copy()
-                ids.reshape(rows, 1, -1)[row, :, 3:5] += 1
+                ids.reshape(rows, 1, -1)[row, :, 3:5] += 100  # the last section of M-RoPE turns slowly
                 return replace(placement, position_ids=ids)
 
             assert asked.misled(1, shift) > 1e-2

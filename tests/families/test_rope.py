@@ -75,8 +75,7 @@ def with_rope(checkpoint: Path, folder: Path, fields: dict[str, Any], positions:
     """A copy of a checkpoint whose decoder has other settings, in the spelling of older configs: `rope_theta` beside them."""
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
-    text = config["text_config"]
-    text.pop("rope_parameters")
+    text = config.get("text_config", config)
     text.update({"rope_theta": 100.0, "max_position_embeddings": positions, **fields})
     (folder / "config.json").write_text(json.dumps(config))
     return folder

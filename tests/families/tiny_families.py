@@ -1,4 +1,5 @@
-"""The table of families that transformers knows: a small config of each, and how its whole model is asked. One row is one family.
+"""The table of families that transformers knows: a published config of each, reduced in size, and how its whole model is asked. One row
+is one family.
 
 Tests in `contract.py` run on every row; see `TinyFamily` for what a row says.
 """
@@ -15,10 +16,7 @@ import torch
 
 from gap_export.inputs.batch import PixelInputs, Size
 from gap_export.positions import Ids
-
-IMAGE_TOKEN, EOS, VOCABULARY, WIDTH = 4, 2, 64, 64
-TILE = 36
-GRIDS = [[TILE * rows, TILE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3) if rows * columns < 7]
+from tests.families.reduced import IMAGE_TOKEN, reduced
 
 Options = dict[str, Any]
 """Fields of a recipe."""
@@ -80,6 +78,7 @@ class TinyFamily:
 
     Attributes:
         name: of the checkpoint; the family's, but for a second decoder of the same family.
+        published: hub id of the checkpoint whose config it has.
         config: content of config.json.
         processor: content of preprocessor_config.json.
         inputs: (inputs of the vision graph, size) of every image of one prompt, [1, S] ids of the unpruned prompt -> what
@@ -91,6 +90,7 @@ class TinyFamily:
     """
 
     name: str
+    published: str
     config: Mapping[str, Any]
     processor: Mapping[str, Any]
     inputs: Callable[[Sequence[PixelInputs], Sequence[Size], torch.Tensor], Inputs]
@@ -108,89 +108,22 @@ def fixed(pruner: str, **changes: Any) -> Options:
     return {"pruner": pruner, "keep": 0.3, **changes}
 
 
-# Configs
-
-
-def _decoder(kind: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": EOS,
-        "pad_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        **changes,
-    }
-
-
-def _tower(kind: str, **changes: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    return {"model_type": kind, **sizes, "image_size": TILE, "patch_size": 6, **changes}
-
-
-_NORMAL = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-_PIXELS = {"min_pixels": 4 * 64, "max_pixels": 48 * 64}
-
-
-def _qwen_vl(
+def _family(
     name: str,
-    tower: dict[str, Any],
-    decoder: dict[str, Any],
-    bounds: dict[str, Any],
-    other: Options,
-    engines: Mapping[int, tuple[str, ...]],
-    **config: Any,
-) -> TinyFamily:
-    """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
-    sizes = {"depth": 4, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
-    return TinyFamily(
-        name,
-        {
-            "model_type": name,
-            "vision_config": {"model_type": name, "temporal_patch_size": 2, **sizes, **tower},
-            "text_config": _decoder(f"{name}_text", **{"rope_parameters": rope, **decoder}),
-            "image_token_id": IMAGE_TOKEN,
-            "video_token_id": VOCABULARY - 1,
-            "vision_start_token_id": VOCABULARY - 2,
-            "vision_end_token_id": VOCABULARY - 3,
-            **config,
-        },
-        {**_NORMAL, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, **bounds},
-        native_inputs,
-        builds={1: (ranged("divprune"), fixed("dart"), other), 2: (ranged("dart"),)},
-        engines=engines,
-        number=mrope_ids,
-    )
-
-
-def _anyres(
-    name: str,
-    model_type: str,
-    tower: dict[str, Any],
-    decoder: dict[str, Any],
+    published: str,
+    inputs: Callable[[Sequence[PixelInputs], Sequence[Size], torch.Tensor], Inputs],
     builds: Mapping[int, tuple[Options, ...]],
     engines: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
-    **config: Any,
+    number: Callable[[Any, Inputs, torch.Tensor], Ids] = counted_ids,
 ) -> TinyFamily:
-    """A thumbnail and up to six tiles, and an end of line after every row of tokens."""
-    config = {
-        "model_type": model_type,
-        "vision_config": tower,
-        "text_config": decoder,
-        "image_token_index": IMAGE_TOKEN,
-        "image_grid_pinpoints": GRIDS,
-        "tie_word_embeddings": False,
-        **config,
-    }
-    processor = {**_NORMAL, "image_grid_pinpoints": GRIDS}
-    return TinyFamily(name, config, processor, anyres_inputs, builds, engines)
+    config, processor = reduced(published, name.removesuffix("_mistral"))
+    return TinyFamily(name, published, config, processor, inputs, builds, engines, number)
+
+
+def _qwen_vl(name: str, published: str, other: Options, engines: Mapping[int, tuple[str, ...]]) -> TinyFamily:
+    """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
+    builds = {1: (ranged("divprune"), fixed("dart"), other), 2: (ranged("dart"),)}
+    return _family(name, published, native_inputs, builds, engines, mrope_ids)
 
 
 # The table
@@ -198,35 +131,19 @@ def _anyres(
 NATIVE = (
     _qwen_vl(
         "qwen2_vl",
-        {"embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2},
-        {"tie_word_embeddings": True},
-        _PIXELS,
+        "Qwen/Qwen2-VL-7B-Instruct",
         fixed("random", positions="permuted"),
         {1: ("dart",)},
-        tie_word_embeddings=True,
     ),
     _qwen_vl(
         "qwen2_5_vl",
-        {"hidden_size": 32, "out_hidden_size": WIDTH, "window_size": 16, "fullatt_block_indexes": [1, 3]},
-        {},
-        _PIXELS,
+        "Qwen/Qwen2.5-VL-7B-Instruct",
         fixed("divprune", positions="shifted"),
         {1: ("dart", "divprune")},
     ),
     _qwen_vl(
         "qwen3_vl",
-        {
-            "hidden_size": 32,
-            "out_hidden_size": WIDTH,
-            "num_position_embeddings": 25,
-            "deepstack_visual_indexes": [0, 2],
-        },
-        {
-            "head_dim": 16,
-            "num_hidden_layers": 3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]},
-        },
-        {"size": {"shortest_edge": 4 * 64, "longest_edge": 48 * 64}},
+        "Qwen/Qwen3-VL-8B-Instruct",
         fixed("divprune", positions="permuted"),
         {1: ("dart",), 2: ("dart",)},
     ),
@@ -234,11 +151,10 @@ NATIVE = (
 """Families that take images at their own shape."""
 
 TILES = (
-    _anyres(
+    _family(
         "llava_next",
-        "llava_next",
-        _tower("clip_vision_model", projection_dim=32),
-        _decoder("llama"),
+        "llava-hf/llava-v1.6-vicuna-7b-hf",
+        anyres_inputs,
         {
             1: (
                 ranged("cls_attention"),
@@ -249,38 +165,23 @@ TILES = (
             )
         },
         {1: ("cls_attention",)},
-        vision_feature_layer=-2,
     ),
-    _anyres(
+    _family(
         "llava_next_mistral",
-        "llava_next",
-        _tower("clip_vision_model", projection_dim=32),
-        _decoder("mistral", sliding_window=None),
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+        anyres_inputs,
         {1: (ranged("cls_attention"),)},
-        vision_feature_layer=-2,
     ),
-    _anyres(
+    _family(
         "llava_onevision",
-        "llava_onevision",
-        _tower("siglip_vision_model", vision_use_head=False),
-        _decoder("qwen2"),
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        anyres_inputs,
         {1: (ranged("divprune"), fixed("dart")), 2: (ranged("dart"),)},
         {1: ("divprune",)},
-        vision_aspect_ratio="anyres_max_2",
-        video_token_index=VOCABULARY - 1,
     ),
-    TinyFamily(
+    _family(
         "internvl",
-        {
-            "model_type": "internvl",
-            "vision_config": _tower("internvl_vision", image_size=[TILE, TILE], patch_size=[3, 3]),
-            "text_config": _decoder("qwen2", tie_word_embeddings=True),
-            "image_token_id": IMAGE_TOKEN,
-            "image_seq_length": 36,
-            "downsample_ratio": 0.5,
-            "tie_word_embeddings": True,
-        },
-        {**_NORMAL, "min_patches": 1, "max_patches": 6},
+        "OpenGVLab/InternVL3-8B-hf",
         tile_inputs,
         {
             1: (ranged("cls_attention"), fixed("tile_attention"), fixed("vispruner")),
@@ -289,6 +190,6 @@ TILES = (
         {1: ("cls_attention",)},
     ),
 )
-"""Families whose images become tiles."""
+"""Families whose images become tiles: a whole image and up to six tiles, an end of line after every row of tokens in LLaVA's."""
 
 FAMILIES = {family.name: family for family in (*NATIVE, *TILES)}
