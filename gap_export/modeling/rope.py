@@ -140,12 +140,10 @@ def own_ids(rotary: nn.Module, position_ids: Tensor, last_index: Tensor) -> Tens
     """
     if not isinstance(rotary, RowRotary):
         return position_ids
-    return torch.minimum(position_ids, position_ids.gather(-1, _like(position_ids, last_index)))
-
-
-def _like(position_ids: Tensor, index_B: Tensor) -> Tensor:
-    """An index [B] as one into ids: [B, 1], or [3, B, 1]."""
-    return index_B[:, None].expand(*position_ids.shape[:-1], 1)
+    slots_S = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    is_padding_BS = slots_S > last_index[:, None]
+    largest = position_ids.masked_fill(is_padding_BS, 0).amax(dim=-1, keepdim=True)
+    return torch.minimum(position_ids, largest)
 
 
 class _Dynamic(nn.Module):

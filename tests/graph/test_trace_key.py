@@ -31,6 +31,7 @@ from gap_export.prune.table import PRUNERS
 from gap_export.recipe.recipe import Recipe
 
 Lookup = Callable[..., Component]
+FILES = ("config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,14 @@ def test_every_file_of_settings_counts(
 
 def test_the_table_and_the_placeholder_count(tiny_options: dict[str, Any], checkpoint_copy: Path) -> None:
     before = components(tiny_options, checkpoint_copy)
-    path = checkpoint_copy / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "image_token_index": config["image_token_index"] + 1}))
+    config, tokenizer = (json.loads((checkpoint_copy / name).read_text()) for name in FILES)
+    config["image_token_index"] += 1
+    (image,) = (token for token in tokenizer["added_tokens"] if token["content"] == "<image>")
+    (word,) = (word for word, number in tokenizer["model"]["vocab"].items() if number == image["id"] + 1)
+    tokenizer["model"]["vocab"].update({word: image["id"], "<image>": image["id"] + 1})
+    image["id"] += 1
+    for name, content in zip(FILES, (config, tokenizer), strict=True):
+        (checkpoint_copy / name).write_text(json.dumps(content))
     other_id = components(tiny_options, checkpoint_copy)
     assert key_of(before["splice"]) != key_of(other_id["splice"])
     assert key_of(before["embed"]) == key_of(other_id["embed"])
