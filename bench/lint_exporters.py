@@ -1,13 +1,13 @@
 """Is lint right about other exporters' decoders? Its verdict on each graph beside what the graph was measured to do.
 
     python bench/exporters/environment.py        # once
-    python bench/lint_exporters.py [--exporters NAME,...] [--scratch FOLDER] [--label TEXT] [--keep]
+    python bench/lint_exporters.py [--exporters NAME,...] [--scratch FOLDER] [--label TEXT] [--keep] [--store FOLDER]
 
 Every exporter writes two small random decoders in every way it has. A prompt with gapped ids is run in ONNX Runtime and compared with
 transformers in PyTorch: *off* is the distance of the graph's logits to those that transformers gives to gapped ids, as a share of what the
 gaps change: 0 where ids are followed, 1 where they are ignored. Graphs that no prompt can be fed to (steps, ours with its own embeddings) are
 measured by `lint --prove` alone. The last line printed is the record, also stored in bench/results/lint_exporters.json. A false alarm or a false
-pass is exit code 1.
+pass is exit code 1. `--store tests/linter/data` renews the graphs that the tests hold the verdict to: those of one model, without weights.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from rich.console import Console
 from rich.table import Table
 
@@ -29,12 +30,22 @@ import harness  # noqa: E402
 
 import gap_export as gap  # noqa: E402
 from gap_export.errors import LintError  # noqa: E402
-from gap_export.linter.call import Call, Inputs  # noqa: E402
+from gap_export.linter.call import Call  # noqa: E402
 from gap_export.linter.dataflow import name_of  # noqa: E402
 from gap_export.linter.load import load  # noqa: E402
-from gap_export.linter.running import NotRun, open_session  # noqa: E402
+from gap_export.linter.running import Running, open_session  # noqa: E402
 
 GAPPED = np.array([[0, 1, 6, 7, 11, 20]])
+STORED = {
+    "transformers": "plain/prefill plain/decode cpu/prefill cpu/decode cpu-batch/prefill cuda/prefill cuda/decode webgpu/prefill",
+    "genai": "cpu-fp32/model dml-fp16/model",
+    "mobius": "cpu/model default/model",
+    "optimum": "text-generation-with-past/model",
+    "torch": "ids/model mask/model none/model packed/model",
+}
+"""Exporter -> graphs of the first model that are stored for tests: one of each kind."""
+LARGEST_STORED = 512
+"""Elements of the largest tensor that is stored."""
 FOLLOWED = 0.1
 """Share of what the gaps change; graphs in float16 and int4 are off by less, graphs that ignore gaps by all of it."""
 
@@ -43,6 +54,7 @@ def main() -> int:
     parser = harness.parser_of(__doc__, scratch=True)
     parser.add_argument("--exporters", default=",".join([*environment.EXPORTERS, "ours"]))
     parser.add_argument("--keep", action="store_true", help="take graphs that were written before")
+    parser.add_argument("--store", type=Path, help="put graphs of one model there, without weights")
     options = parser.parse_args()
     chosen, folder = options.exporters.split(","), options.scratch / "exporters"
     for name in environment.ENVIRONMENTS:
@@ -64,6 +76,8 @@ def main() -> int:
     graphs = [path for path in graphs if path.stem not in ("vision", "splice", "embed")]
     rows = [examine(path, folder) for path in graphs]
     console.print(table(rows))
+    if options.store is not None:
+        store(options.store, folder, rows)
     wrong = [row for row in rows if row["wrong"]]
     summary = {
         "graphs": len(rows),
@@ -126,21 +140,47 @@ def off_transformers(path: Path, folder: Path) -> float | None:
     if not reference.is_file() or "input_ids" not in inputs:
         return None
     known = np.load(reference)
-    how = Inputs(flow.inputs, inputs.get("position_ids"))
-    if how.static("tokens") not in (None, 6):
-        return None
-    call = Call(how.static("rows") or 1, 6, 0)
     try:
         session = open_session(path)
+        how = Running(session, flow, inputs.get("position_ids")).inputs
+        if how.static("tokens") not in (None, 6):
+            return None
+        call = Call(how.static("rows") or 1, 6, 0)
         ids = GAPPED.repeat(call.rows, axis=0)
         feeds = {name: how.feed(value, call, ids) for name, value in inputs.items()}
         feeds["input_ids"] = known["input_ids"].repeat(call.rows, axis=0).astype(feeds["input_ids"].dtype)
         logits = np.asarray(session.run(["logits"], feeds)[0], np.float64)[0]
-    except (NotRun, Exception):
+    except Exception as error:  # what the runtime has not, or does not take
+        print(f"not run: {path}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
         return None
     rows = slice(-len(logits), None)
     gapped, contiguous = (known[key][0, rows].astype(np.float64) for key in ("gapped", "contiguous"))
     return float(np.abs(logits - gapped).max() / np.abs(contiguous - gapped).max())
+
+
+def store(target: Path, folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Graphs of one model, what they were measured to do in their names; weights, comments and shapes of the insides are left out."""
+    target.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        graph = row["graph"].removeprefix("llama-")
+        if row["truth"] is None or graph not in STORED.get(row["exporter"], "").split():
+            continue
+        model = onnx.load(folder / row["exporter"] / f"{row['graph']}.onnx", load_external_data=False)
+        model.doc_string, model.graph.name = "", "decoder"
+        del model.metadata_props[:]
+        for thing in (model.graph, *model.graph.node, *model.graph.value_info, *model.functions):
+            thing.doc_string = ""
+            del thing.metadata_props[:]
+        for tensor in model.graph.initializer:
+            if np.prod(tensor.dims) > LARGEST_STORED:
+                tensor.ClearField("raw_data")
+                del tensor.float_data[:]
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                del tensor.external_data[:]
+                tensor.external_data.add(key="location", value="left-out")
+        name = "-".join((row["exporter"], *graph.removesuffix("/model").split("/")))
+        truth = row["truth"].replace(" ", "_")
+        (target / f"{name}.{truth}.onnx").write_bytes(model.SerializeToString())
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -12,8 +12,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+# Extents that differ from each other: exporters tell tensors apart by their shapes.
 SIZES = {
-    "vocab_size": 64,
+    "vocab_size": 80,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -38,7 +39,7 @@ def write_checkpoints(folder: Path) -> None:
         "llama": t.LlamaForCausalLM(t.LlamaConfig(**SIZES)),
         "qwen2": t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
     }
-    words = {f"w{i}": i for i in range(62)} | {"<s>": 62, "</s>": 63}
+    words = {f"w{i}": i for i in range(78)} | {"<s>": 78, "</s>": 79}
     tokenizer = t.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), bos_token="<s>", eos_token="</s>"
     )

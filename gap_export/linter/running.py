@@ -52,7 +52,7 @@ class Running:
     Args:
         session: of onnxruntime.
         flow: its data flow.
-        ids: the position-ids input.
+        ids: the position-ids input, if there is one.
 
     Attributes:
         inputs: how its inputs are made.
@@ -61,7 +61,7 @@ class Running:
         longest_ids: rows of the shortest table that the graph looks ids up in; beyond it there is nothing to tell apart.
     """
 
-    def __init__(self, session: Any, flow: Flow, ids: ir.Value) -> None:
+    def __init__(self, session: Any, flow: Flow, ids: ir.Value | None) -> None:
         self.open_session, self._fed = session, flow.inputs
         self.inputs = Inputs(flow.inputs, ids)
         self._learn_heads(flow)
@@ -94,17 +94,14 @@ class Running:
         """The extent of a head, where the inputs leave it open and a fused attention tells it."""
         for node in flow.nodes:
             heads = node.attributes.get_int("kv_num_heads", 0)
-            key, past = operand(node, 1), operand(node, 3)
-            if (
-                heads
-                and key is not None
-                and past is not None
-                and key.shape is not None
-                and past.shape is not None
-            ):
-                width = key.shape[-1]
-                if isinstance(width, int):
-                    self.inputs.learn(past.shape[-1], width // heads)
+            query, key, past = (operand(node, place) for place in (0, 1, 3))
+            if not heads or past is None or past.shape is None:
+                continue
+            if key is None:  # queries, keys and values are packed into one
+                key, heads = query, node.attributes.get_int("num_heads", 0) + 2 * heads
+            width = key.shape[-1] if key is not None and key.shape is not None else None
+            if isinstance(width, int):
+                self.inputs.learn(past.shape[-1], width // heads)
 
     def logits(self, call: Call, feeding: Feeding) -> Array:
         """Logits float64 [B, S or 1, V] of one run.
