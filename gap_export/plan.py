@@ -111,12 +111,19 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
     _check_engines(recipe)
     _check_ranges(recipe)
     pruner = prune.row(recipe.pruner)
-    prune.check_tower(pruner, spec.missing_features, differ=spec.token_range is not None)
-    prune.check_text(pruner, has_text_tower=text_tower is not None, published=spec.published_tower)
+    differ = spec.token_range is not None
+    prune.check_tower(pruner, spec.missing_features, differ=differ)
+    prune.check_text(
+        pruner,
+        spec.missing_features,
+        differ=differ,
+        has_text_tower=text_tower is not None,
+        published=spec.published_tower,
+    )
     counts = (
-        _counts(recipe, pruner, spec.visual_tokens)
+        _counts(recipe, pruner, spec)
         if spec.token_range is None
-        else _counts_of_range(recipe, pruner, spec.token_range)
+        else _counts_of_range(recipe, pruner, spec, spec.token_range)
     )
     cuts = stages.cuts_for(
         recipe.pruner,
@@ -126,7 +133,7 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
         prune_layers=recipe.prune_layers,
     )
     _check_several(recipe, spec)
-    _check_mask(pruner, spec)
+    _check_mask(recipe, pruner, spec)
     capacity = _capacity(recipe, spec, counts.max_tokens)
     pruning = Pruning(
         pruner=recipe.pruner,
@@ -183,14 +190,23 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
     return recipe.capacity or in_slot_steps(needed)
 
 
-def _check_mask(pruner: prune.Pruner, spec: ModelSpec) -> None:
+def _check_mask(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec) -> None:
     """Refuse to drop tokens inside a decoder whose mask would have to be laid out anew for every stage."""
     if pruner.in_decoder and spec.attention_mask != "causal":
         raise RecipeError(
             f"drops tokens inside the decoder, and this one's attention mask ({spec.attention_mask}) is laid out for all of them",
             subject=f"pruner {pruner.name}",
-            hint=f"use one that works before the decoder: {', '.join(prune.names(in_decoder=False))}",
+            hint=f"use one that works before the decoder: {_before_decoder(recipe, spec)}",
         )
+
+
+def _before_decoder(recipe: Recipe, spec: ModelSpec) -> str:
+    """The pruners that work before this model's decoder, with the text tower that the recipe has or has not."""
+    able = prune.working(
+        spec.missing_features,
+        lambda row: not row.in_decoder and (recipe.text_tower is not None or not row.needs_text),
+    )
+    return ", ".join(able)
 
 
 def _check_several(recipe: Recipe, spec: ModelSpec) -> None:
@@ -218,10 +234,11 @@ def _check_several(recipe: Recipe, spec: ModelSpec) -> None:
         )
 
 
-def _counts(recipe: Recipe, pruner: prune.Pruner, visual_tokens: int) -> _Counts:
+def _counts(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec) -> _Counts:
     """Where all images have the same number of visual tokens."""
+    visual_tokens = spec.visual_tokens
     if recipe.keep == "adaptive":
-        prune.check_adaptive(pruner)
+        prune.check_adaptive(pruner, spec.missing_features)
         bound = prune.kept_count(recipe.keep_bound, visual_tokens)
         prune.check_count(pruner, bound, visual_tokens)
         return _Counts("adaptive", recipe.keep_bound, pruner.min_tokens, bound, bound)
@@ -250,15 +267,14 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, visual_tokens: int) -> _Counts
     return _Counts("dynamic", default, least, kept, most)
 
 
-def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, tokens: TokenRange) -> _Counts:
+def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, tokens: TokenRange) -> _Counts:
     """Where images differ in how many visual tokens they have: every image keeps the same share."""
     if pruner.in_decoder or recipe.keep == "adaptive":
-        able = (row.name for row in prune.PRUNERS.values() if not row.in_decoder)
         what = "keep adaptive" if recipe.keep == "adaptive" else "dropping tokens inside the decoder"
         raise RecipeError(
             f"{what} needs images that all have the same number of visual tokens, and this model's differ",
             subject=f"pruner {pruner.name}",
-            hint=f"give a fraction or a range, with one of {', '.join(able)}",
+            hint=f"give a fraction or a range, with one of {_before_decoder(recipe, spec)}",
         )
     if recipe.merged_id is MergedId.CENTROID and pruner.merges:
         raise RecipeError(

@@ -156,14 +156,13 @@ def encode_prompts(
         raise TypeError("expressions is a sequence of strings, not one string")
     if not expressions:
         raise ValueError("a batch needs at least one expression")
-    if template.grounding.count(SLOT) != 1:
-        raise _bad_template(f"has {template.grounding.count(SLOT)} times {SLOT} instead of once")
+    fault = template_fault(tokenizer, template)
+    if fault is not None:
+        raise BundleError(
+            fault, subject="prompt template", hint="build the bundle again from a recipe with a whole prompt"
+        )
     guarded = _guarded_ids(tokenizer, template)
-    empty = _encode(tokenizer, template, "")
-    images, found = template.images, empty.count(template.image_token_id)
-    if found != images:
-        wanted = "one" if images == 1 else str(images)
-        raise _bad_template(f"gives {found} image placeholders instead of {wanted}")
+    empty, images = _encode(tokenizer, template, ""), template.images
     expected = _count(empty, guarded)
     fitting = capacity - images * kept - max_new_tokens
 
@@ -194,6 +193,25 @@ def encode_prompts(
     return Prompts(
         input_ids_BT, text_before, text_after, np.array(between, np.int64).reshape(-1, len(rows)).T
     )
+
+
+def template_fault(tokenizer: Tokenizer, template: PromptTemplate) -> str | None:
+    """What is wrong with a template: not exactly one `{expression}`, or another number of placeholders than it has images.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        template: to be asked.
+
+    Returns:
+        a phrase, e.g. "gives 2 image placeholders instead of one"; None where all is well.
+    """
+    if template.grounding.count(SLOT) != 1:
+        return f"has {template.grounding.count(SLOT)} times {SLOT} instead of once"
+    found = _encode(tokenizer, template, "").count(template.image_token_id)
+    if found != template.images:
+        wanted = "one" if template.images == 1 else str(template.images)
+        return f"gives {found} image placeholders instead of {wanted}"
+    return None
 
 
 def text_lengths(input_ids_BT: Ids, image_token_id: int) -> Ids:
@@ -333,10 +351,6 @@ def _names_special_token(expression: str, name: str) -> InputError:
         subject=_quoted(expression),
         hint="describe the object in plain words",
     )
-
-
-def _bad_template(message: str) -> BundleError:
-    return BundleError(message, subject="prompt template", hint="build the bundle again from a valid recipe")
 
 
 def _quoted(expression: str) -> str:

@@ -20,6 +20,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
 
 CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _objects(checkpoint: Checkpoint, known: KnownFields) -> Iterator[tuple[str, 
         inner = config.get(name)
         if isinstance(inner, dict) and str(inner.get("model_type", "")) in kinds:
             yield CONFIG, f"{name}.", inner, kinds[str(inner.get("model_type", ""))]
+    yield GENERATION, "", checkpoint.json(GENERATION), GENERATED
     if known.processor is None:
         return
     stored = checkpoint.json(PREPROCESSOR)
@@ -166,19 +168,24 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+# Settings that change which token is the likeliest.
+_OTHER_TOKENS = {
+    "min_length": (0, None),
+    "no_repeat_ngram_size": (0, None),
+    "encoder_no_repeat_ngram_size": (0, None),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+}
+
 HOUSEKEEPING = Fields(
     followed=_names("model_type auto_map quantization_config tie_word_embeddings eos_token_id"),
-    # Generation settings in configs of older versions that would change which token is the best.
+    # In configs of older versions.
     only={
-        "min_length": (0,),
+        **_OTHER_TOKENS,
         "repetition_penalty": (1.0,),
-        "no_repeat_ngram_size": (0,),
-        "encoder_no_repeat_ngram_size": (0,),
-        "bad_words_ids": (None,),
-        "suppress_tokens": (None,),
-        "begin_suppress_tokens": (None,),
-        "forced_bos_token_id": (None,),
-        "forced_eos_token_id": (None,),
         "is_decoder": (False,),
         "is_encoder_decoder": (False,),
         "add_cross_attention": (False,),
@@ -194,6 +201,34 @@ HOUSEKEEPING = Fields(
         id2label label2id num_labels prefix tokenizer_class cross_attention_hidden_size tie_encoder_decoder do_sample
         early_stopping max_length temperature top_k top_p typical_p num_beams num_beam_groups diversity_penalty length_penalty
         num_return_sequences exponential_decay_length_penalty remove_invalid_values"""
+    ),
+)
+
+# How to search and to sample, and how fast: answers here are the likeliest tokens one by one. Qwen publishes a penalty on
+# repetition together with its sampling.
+GENERATED = Fields(
+    followed=_names("eos_token_id"),
+    only={
+        **_OTHER_TOKENS,
+        "min_new_tokens": (0, None),
+        "encoder_repetition_penalty": (1.0, None),
+        "force_words_ids": (None,),
+        "constraints": (None,),
+        "sequence_bias": (None,),
+        "guidance_scale": (1.0, None),
+        "stop_strings": (None,),
+        "watermarking_config": (None,),
+    },
+    without_effect=_names(
+        """_from_model_config transformers_version bos_token_id pad_token_id decoder_start_token_id max_length max_new_tokens
+        max_time do_sample temperature top_k top_p top_h min_p typical_p epsilon_cutoff eta_cutoff penalty_alpha num_beams
+        num_beam_groups diversity_penalty length_penalty early_stopping repetition_penalty exponential_decay_length_penalty
+        renormalize_logits remove_invalid_values low_memory dola_layers num_return_sequences output_attentions
+        output_hidden_states output_scores output_logits return_dict_in_generate use_cache cache_implementation cache_config
+        max_cache_len prefill_chunk_size compile_config disable_compile continuous_batching_config is_assistant
+        num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit
+        assistant_ensemble_weight assistant_lookbehind target_lookbehind prompt_lookup_num_tokens max_matching_ngram_size
+        speculation_type token_healing use_mtp chat_format max_window_size"""
     ),
 )
 

@@ -19,7 +19,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
 from gap_export.errors import BundleError, MissingRequirementError, RecipeError
 from gap_export.files import check_folder, readable_size
-from gap_export.inputs.prompt import encode_prompts
+from gap_export.inputs.prompt import SLOT, encode_prompts, template_fault
 from gap_export.pipeline.opened import OpenedModel
 from gap_export.plan import Plan
 from gap_export.precision import precision
@@ -75,6 +75,13 @@ def check_prompt(model: OpenedModel, plan: Plan) -> None:
     Raises:
         GapExportError: the prompt does not fit the model, the plan or the pruner.
     """
+    fault = template_fault(model.tokenizer, model.prompt)
+    if fault is not None:
+        raise RecipeError(
+            f"{fault}: {model.prompt.grounding!r}",
+            subject="prompt",
+            hint=f"write {SLOT} once into it, and {model.family.placeholder} once for every image",
+        )
     prompts = encode_prompts(
         model.tokenizer,
         model.prompt,

@@ -21,6 +21,7 @@ from gap_export.prune.compatibility import (
     check_tower,
     kept_count,
     share_of,
+    working,
 )
 from gap_export.prune.features import VisionFeatures, class_attention, mean_keys
 from gap_export.prune.table import PRUNERS, Pruner, merging, names, needs, register, row, where
@@ -52,6 +53,7 @@ __all__ = [
     "row",
     "share_of",
     "where",
+    "working",
 ]
 
 

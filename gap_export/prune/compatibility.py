@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gap_export.bundle.manifest import VisionFeature
 from gap_export.errors import RecipeError
 from gap_export.prune.table import PRUNERS, Pruner
+
+
+def working(
+    lacking: tuple[VisionFeature, ...], wanted: Callable[[Pruner], bool], *, differ: bool = False
+) -> tuple[str, ...]:
+    """Names of the pruners of a kind that work on a tower, for advice.
+
+    Args:
+        lacking: what the tower does not have.
+        wanted: whether a pruner is of the kind.
+        differ: whether images differ in how many visual tokens they have, so that none can be dropped inside the decoder.
+    """
+    return tuple(
+        row.name
+        for row in PRUNERS.values()
+        if wanted(row) and not set(row.needs) & set(lacking) and not (differ and row.in_decoder)
+    )
 
 
 def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: bool = False) -> None:
@@ -20,11 +39,7 @@ def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: b
     """
     missing = [part.replace("_", " ") for part in wanted.needs if part in lacking]
     if missing:
-        able = [
-            row.name
-            for row in PRUNERS.values()
-            if not row.needs_text and not set(row.needs) & set(lacking) and not (differ and row.in_decoder)
-        ]
+        able = working(lacking, lambda row: not row.needs_text, differ=differ)
         raise RecipeError(
             f"needs a {' and a '.join(missing)}, which this vision tower does not have",
             subject=f"pruner {wanted.name}",
@@ -32,34 +47,48 @@ def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: b
         )
 
 
-def check_adaptive(wanted: Pruner) -> None:
+def check_adaptive(wanted: Pruner, lacking: tuple[VisionFeature, ...] = ()) -> None:
     """Refuse `keep: adaptive` for a pruner that has no rule for it.
 
+    Args:
+        wanted: the pruner.
+        lacking: what the tower does not have.
+
     Raises:
-        RecipeError: with the list of those that have.
+        RecipeError: with the list of those that have, and work on the tower.
     """
     if not wanted.adaptive:
-        able = ", ".join(row.name for row in PRUNERS.values() if row.adaptive)
+        able = working(lacking, lambda row: row.adaptive)
+        instead = f", or use one of {', '.join(able)}" if able else ""
         raise RecipeError(
             "has no rule of its own for how many tokens an image needs",
             subject=f"pruner {wanted.name}, keep adaptive",
-            hint=f"give a fraction or a range, or use one of {able}",
+            hint=f"give a fraction or a range{instead}",
         )
 
 
-def check_text(wanted: Pruner, *, has_text_tower: bool, published: str | None) -> None:
+def check_text(
+    wanted: Pruner,
+    lacking: tuple[VisionFeature, ...] = (),
+    *,
+    differ: bool = False,
+    has_text_tower: bool,
+    published: str | None,
+) -> None:
     """Refuse a pruner that looks at the expression where nothing can read it.
 
     Args:
         wanted: the pruner.
+        lacking: what the tower does not have.
+        differ: as of `check_tower`.
         has_text_tower: whether the recipe names a CLIP checkpoint with one.
         published: hub id of the checkpoint to add, where it is known.
 
     Raises:
-        RecipeError: with the checkpoint to add, and the pruners that do without.
+        RecipeError: with the checkpoint to add, and the pruners that do without and work on the tower.
     """
     if wanted.needs_text and not has_text_tower:
-        able = ", ".join(row.name for row in PRUNERS.values() if not row.needs_text)
+        able = ", ".join(working(lacking, lambda row: not row.needs_text, differ=differ))
         raise RecipeError(
             "looks at the expression, and the checkpoint has no text tower to read it with",
             subject=f"pruner {wanted.name}",

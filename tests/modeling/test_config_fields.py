@@ -16,6 +16,8 @@ from gap_export.modeling.config_fields import (
     CLIP_TOWER,
     CONFIG,
     FAMILIES,
+    GENERATED,
+    GENERATION,
     LLAMA,
     PREPROCESSOR,
     check_companion_fields,
@@ -29,8 +31,12 @@ PUBLISHED = {name: family for name, family in RECIPES.items() if family in FAMIL
 """Hub id -> family."""
 
 
-def opened(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> Checkpoint:
+def opened(
+    folder: Path, config: dict[str, Any], processor: dict[str, Any], generation: dict[str, Any] | None = None
+) -> Checkpoint:
     folder.mkdir(exist_ok=True)
+    if generation:
+        (folder / GENERATION).write_text(json.dumps(generation))
     if processor:
         (folder / PREPROCESSOR).write_text(json.dumps(processor))
     return Checkpoint(folder, "published", config, {})
@@ -43,18 +49,24 @@ def objects(name: str) -> Iterator[tuple[str, ...]]:
     yield from ((CONFIG, inner) for inner in ("text_config", "vision_config") if inner in content.config)
     if content.preprocessor_config:
         yield (PREPROCESSOR,)
+    if content.generation_config:
+        yield (GENERATION,)
 
 
 def changed(folder: Path, name: str, path: tuple[str, ...], **fields: Any) -> Checkpoint:
     """A published checkpoint with other fields in one of its objects."""
     content = published(name)
-    files = {CONFIG: content.config, PREPROCESSOR: content.preprocessor_config}
+    files = {
+        CONFIG: content.config,
+        PREPROCESSOR: content.preprocessor_config,
+        GENERATION: content.generation_config,
+    }
     (file, *inside) = path
     target = files[file]
     for inner in inside:
         target = target[inner]
     target.update(fields)
-    return opened(folder, files[CONFIG], files[PREPROCESSOR])
+    return opened(folder, *files.values())
 
 
 OBJECTS = [(name, path) for name in PUBLISHED for path in objects(name)]
@@ -63,7 +75,9 @@ OBJECTS = [(name, path) for name in PUBLISHED for path in objects(name)]
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_has_nothing_unknown(name: str, tmp_path: Path) -> None:
     content = published(name)
-    checkpoint = opened(tmp_path / "checkpoint", content.config, content.preprocessor_config)
+    checkpoint = opened(
+        tmp_path / "checkpoint", content.config, content.preprocessor_config, content.generation_config
+    )
     unknown = check_fields(checkpoint, FAMILIES[PUBLISHED[name]])
     assert unknown == ()
     assert note_of(unknown) == ()
@@ -73,7 +87,7 @@ def test_a_published_config_has_nothing_unknown(name: str, tmp_path: Path) -> No
 def test_one_field_more_is_told_once(name: str, path: tuple[str, ...], tmp_path: Path) -> None:
     checkpoint = changed(tmp_path / "checkpoint", name, path, sharpen_first=True, and_then=None)
     unknown = check_fields(checkpoint, FAMILIES[PUBLISHED[name]])
-    prefix = {CONFIG: "", PREPROCESSOR: f"{PREPROCESSOR}: "}[path[0]] + "".join(f"{p}." for p in path[1:])
+    prefix = ("" if path[0] == CONFIG else f"{path[0]}: ") + "".join(f"{p}." for p in path[1:])
     assert unknown == (f"{prefix}sharpen_first",)
     (note,) = note_of(unknown)
     assert note.startswith(f"{prefix}sharpen_first: a field that is not known here")
@@ -85,7 +99,9 @@ def test_values_that_are_not_supported_are_refused_by_name(
 ) -> None:
     known = FAMILIES[PUBLISHED[name]]
     content = published(name)
-    if path[0] == PREPROCESSOR:
+    if path[0] == GENERATION:
+        fields = GENERATED
+    elif path[0] == PREPROCESSOR:
         assert known.processor is not None
         fields = known.processor
     elif len(path) == 1:
@@ -133,6 +149,21 @@ def test_what_transformers_writes_of_it_is_known_too(name: str, tmp_path: Path) 
     processor.save_pretrained(again)
     checkpoint = Checkpoint(again, "again", json.loads((again / CONFIG).read_text()), {})
     assert check_fields(checkpoint, FAMILIES[PUBLISHED[name]]) == ()
+
+
+def test_what_transformers_writes_of_generation_is_known(tmp_path: Path) -> None:
+    """Every setting that there is, at its default, and those of Qwen's sampling."""
+    from transformers import GenerationConfig
+
+    known, content = FAMILIES["llava"], published("llava-hf/llava-1.5-7b-hf")
+    settings = GenerationConfig(
+        do_sample=True, temperature=1e-6, repetition_penalty=1.05, top_p=0.001, top_k=1
+    ).to_dict()
+    assert check_fields(opened(tmp_path / "a", content.config, {}, settings), known) == ()
+    for name, value in {"suppress_tokens": [13], "min_new_tokens": 4, "forced_eos_token_id": 2}.items():
+        with pytest.raises(CheckpointError, match=f"{name} is ") as caught:
+            check_fields(opened(tmp_path / "a", content.config, {}, {**settings, name: value}), known)
+        assert GENERATION in str(caught.value)
 
 
 def test_companions_are_looked_at_too(tmp_path: Path) -> None:

@@ -86,6 +86,17 @@ def test_a_tower_without_a_class_token_is_told_what_works() -> None:
             prune.check_tower(row, ("class_token", "following_layer"))
 
 
+def test_advice_names_only_what_works_on_the_tower() -> None:
+    with pytest.raises(RecipeError, match="looks at the expression") as caught:
+        prune.check_text(
+            prune.row("trim"), ("class_token",), differ=True, has_text_tower=False, published=None
+        )
+    assert caught.value.hint.endswith("or use one of divprune, dart, random, spatial, none")
+    with pytest.raises(RecipeError, match="has no rule of its own") as caught:
+        prune.check_adaptive(prune.row("divprune"), ("class_token", "following_layer"))
+    assert caught.value.hint == "give a fraction or a range, or use one of trim"
+
+
 def test_no_count_is_refused_that_can_be_given() -> None:
     for row in prune.PRUNERS.values():
         for kept in range(row.min_tokens, TOTAL + 1) if row.name != "none" else [TOTAL]:
