@@ -11,7 +11,7 @@ import pytest
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import Derived, WeightLocation
-from gap_export.errors import MissingRequirementError
+from gap_export.errors import MissingRequirementError, RecipeError
 from gap_export.pipeline import preflight
 from gap_export.pipeline.build import build
 from gap_export.pipeline.preflight import Needs, available_memory, check_needs, existing_parent, needs_of
@@ -105,3 +105,21 @@ def test_a_build_without_room_leaves_nothing(
     with pytest.raises(MissingRequirementError, match="free, and the build writes about"):
         build(Recipe.model_validate({**tiny_options, "precision": "fp16"}), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fault"),
+    [
+        ("where is {expression} ?", "gives 0 image placeholders instead of one"),
+        ("<image> <image> where is {expression} ?", "gives 2 image placeholders instead of one"),
+        ("<image> {expression} or {expression} ?", "has 2 times {expression} instead of once"),
+    ],
+)
+def test_a_prompt_that_is_not_whole_is_the_recipes_fault(
+    prompt: str, fault: str, tiny_options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build(Recipe.model_validate({**tiny_options, "prompt": prompt}), tmp_path / "out")
+    assert caught.value.message == f"{fault}: {prompt!r}"
+    assert "<image> once for every image" in caught.value.hint
+    assert not (tmp_path / "out").exists()
