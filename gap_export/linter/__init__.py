@@ -115,7 +115,7 @@ def lint_graph(
     if kind != "decoder" or is_staged(flow):
         sentence = "only a decoder that keeps all its tokens can be run with other ids"
         return report.with_proof(Proof(outcome="not run here", sentence=sentence))
-    return report.with_proof(prove_by_running(source, flow, checked.ids))
+    return report.with_proof(prove_by_running(source, flow, checked.ids, fades=checked.fades))
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ class _Checked:
         layers: attention operations found.
         may_be_idle: inputs that need not reach an output.
         ids: the position-ids input of a decoder.
+        fades: whether a decoder's attention may fall with distance, in place of a rotary embedding.
     """
 
     findings: list[Finding]
@@ -137,6 +138,7 @@ class _Checked:
     layers: int = 0
     may_be_idle: tuple[str, ...] = ()
     ids: ir.Value | None = None
+    fades: bool = False
 
 
 def _check_decoder(
@@ -174,6 +176,7 @@ def _check_decoder(
         good if renumbers else _good_decoder(decoder),
         len(decoder.sites),
         ids=decoder.ids,
+        fades=decoder.has_bias,
     )
 
 

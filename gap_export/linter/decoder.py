@@ -68,6 +68,16 @@ class Decoder:
         """Bit mask of everything that holds position ids."""
         return self.flow.bit(self.ids, *self.stages.values)
 
+    def is_bias(self, mask: ir.Value) -> bool:
+        """Whether a mask may be how this model knows positions: numbers made from the ids, and no rotary embedding."""
+        by_ids = self.flow.facts(mask).values & self.reads_ids
+        return bool(by_ids) and is_float(mask) is not False and not self.angles
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether any attention has such a bias."""
+        return any(self.is_bias(mask) for site in self.sites for mask in site.masks)
+
     @property
     def caller_rows(self) -> str | None:
         """The graph input that hands in rows of cosines and sines, if the caller computes them."""
@@ -268,6 +278,11 @@ def _bare(decoder: Decoder, bare: list[AttentionSite], strict: bool) -> list[Fin
         for end in (site.query, site.key, *site.node.inputs[:1])
         if end is not None
     )
+    if lost is None and decoder.has_bias:
+        sentence = (
+            "no rotary embedding was recognised, and a bias on attention is made from the ids: ALiBi, perhaps"
+        )
+        return [breaking(ROPE, name, sentence, MEASURE, certain=False)]
     if lost is None and reached:
         sentence = (
             "no rotary embedding was recognised on any query or key, though they read the ids in some way"
@@ -315,6 +330,8 @@ def _mask(decoder: Decoder, site: AttentionSite) -> list[Finding]:
     if decoder.ids is None:
         return []
     for mask in site.masks:
+        if decoder.is_bias(mask):
+            continue  # what ids do there is how positions work, and told once for all layers
         if decoder.flow.facts(mask).values & decoder.reads_ids:
             follows = follows_gaps(decoder.flow, decoder.ids, mask)
             if follows is False:

@@ -45,13 +45,14 @@ _HIGH_IDS = (44, 300, 1001, 1002, *range(2049, 2053), *range(4093, 4098))
 _LARGEST_STATIC = 512
 
 
-def prove(source: Path | str | ir.Model, flow: Flow, ids: ir.Value | None) -> Proof:
+def prove(source: Path | str | ir.Model, flow: Flow, ids: ir.Value | None, *, fades: bool = False) -> Proof:
     """Measure whether the logits of a decoder follow its position ids.
 
     Args:
         source: the graph: a file, or a model in memory.
         flow: its data flow.
         ids: the position-ids input.
+        fades: whether attention falls with distance (ALiBi), so that ids far from all others are alike by right.
 
     Returns:
         What was measured, or why nothing was.
@@ -60,16 +61,17 @@ def prove(source: Path | str | ir.Model, flow: Flow, ids: ir.Value | None) -> Pr
         if ids is None:
             raise NotRun("there is no position-ids input that could be fed")
         decoder = Running(open_session(source), flow, ids)
-        return _measure(decoder)
+        return _measure(decoder, fades)
     except NotRun as reason:
         return Proof(outcome="not run here", sentence=str(reason))
 
 
-def _measure(decoder: Running) -> Proof:
+def _measure(decoder: Running, fades: bool) -> Proof:
+    checks = (_moves, _hides, *(() if fades else (_told_apart,)), _whole_sequence, _rows)
     largest, whole = 0.0, False
     for call, baseline in _calls(decoder):
         case = _Case(decoder, call, baseline)
-        for check in (_moves, _hides, _told_apart, _whole_sequence, _rows):
+        for check in checks:
             wrong = check(case)
             largest, whole = max(largest, case.largest), whole or case.whole
             if wrong:

@@ -112,6 +112,31 @@ def test_a_mask_that_reads_ids_is_evaluated(parts: SimpleNamespace, mask: str, a
     assert lint_graph(only.model()).verdict.answer == "do not survive"
 
 
+ALIBI = """row_ids = Unsqueeze (position_ids, ax2) column_ids = Unsqueeze (position_ids, ax1)
+    apart = Sub (column_ids, row_ids) near = Cast <to=1> (apart) seen = LessOrEqual (column_ids, row_ids)
+    bias = Where (seen, near, minus) mask = Unsqueeze (bias, ax1)"""
+
+
+def test_a_bias_made_from_ids_is_left_to_measuring(parts: SimpleNamespace) -> None:
+    """ALiBi: attention falls with the distance between ids, and nothing is rotated."""
+    small = parts.Small(
+        mask=ALIBI,
+        angles="",
+        rows="",
+        rotate=parts.ROTATE["none"],
+        cache=parts.NO_CACHE,
+        present="float[B,1,S,16]",
+        inputs=("inputs_embeds", "position_ids", "last_index"),
+    )
+    report = lint_graph(small.model())
+    assert report.verdict.answer == "cannot tell"
+    assert "ALiBi" in report.verdict.reason
+    assert lint_graph(small.model(), prove=True).verdict.answer == "survive"
+    # Beside a rotary embedding it is a mask like any other.
+    both = parts.Small(mask=ALIBI, cache=small.cache, present=small.present, inputs=small.inputs)
+    assert lint_graph(both.model()).verdict.answer == "do not survive"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
