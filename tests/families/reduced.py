@@ -36,7 +36,7 @@ _TOWER = {
     "image_size": TILE,
     "patch_size": PATCH,
 }
-_NATIVE_TOWER = {"depth": 4, "num_heads": 2, "patch_size": NATIVE_PATCH}
+_NATIVE_TOWER = {"depth": 2, "num_heads": 2, "patch_size": NATIVE_PATCH}
 _IDS = {
     "image_token_index": IMAGE_TOKEN,
     "image_token_id": IMAGE_TOKEN,
@@ -105,11 +105,12 @@ SIZES: dict[str, Sizes] = {
         _DECODER | {"rope_scaling": _mrope([2, 3, 3])},
         {
             **_NATIVE_TOWER,
+            "depth": 3,
             "hidden_size": 32,
             "intermediate_size": 48,
             "out_hidden_size": WIDTH,
             "window_size": 4 * NATIVE_PATCH,
-            "fullatt_block_indexes": [1, 3],
+            "fullatt_block_indexes": [1],
         },
         {},
         {**_NATIVE_PIXELS, "min_pixels": 4 * _TOKEN, "max_pixels": 48 * _TOKEN},
@@ -118,11 +119,12 @@ SIZES: dict[str, Sizes] = {
         _DECODER | {"rope_scaling": _mrope([4, 2, 2]), "head_dim": 16, "num_hidden_layers": 3},
         {
             **_NATIVE_TOWER,
+            "depth": 3,
             "hidden_size": 32,
             "intermediate_size": 48,
             "out_hidden_size": WIDTH,
             "num_position_embeddings": 25,
-            "deepstack_visual_indexes": [0, 2],
+            "deepstack_visual_indexes": [0, 1],
         },
         {},
         {**_NATIVE_PIXELS, "size": {"shortest_edge": 4 * _TOKEN, "longest_edge": 48 * _TOKEN}},

@@ -107,10 +107,18 @@ def check(sets: Any, exported: Callable[..., Any]) -> SimpleNamespace:
             arrays = sets.random_features(generator, SMALL, batch=3, width=48)
             assert set(sets.agrees(graph, arrays, kept)) == {"equal"}, kept
 
+    def fewest_and_all(pruner: str) -> None:
+        """As graphs with those counts built in, three images each."""
+        for kept in (prune.row(pruner).min_tokens, SMALL[0] * SMALL[1]):
+            graph = exported(pruner, kept, SMALL, width=48)
+            arrays = sets.random_features(np.random.default_rng(kept), SMALL, batch=3, width=48)
+            assert set(sets.agrees(graph, arrays)) == {"equal"}, kept
+
     return SimpleNamespace(
         agrees_with_float64=agrees_with_float64,
         batch_equals_singles=batch_equals_singles,
         every_count=every_count,
+        fewest_and_all=fewest_and_all,
         one_graph_for_every_count=one_graph_for_every_count,
     )
 

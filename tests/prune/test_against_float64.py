@@ -42,6 +42,11 @@ def test_every_count_as_an_input_of_one_graph(check: SimpleNamespace, name: str)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+def test_graphs_of_the_fewest_and_of_all(check: SimpleNamespace, name: str) -> None:
+    check.fewest_and_all(name)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_tensorrt_builds_the_selection(
     exported: Callable[..., Any], selection_builds_in_tensorrt: Callable[..., None], name: str
 ) -> None:

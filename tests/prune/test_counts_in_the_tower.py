@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -10,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gap_export import prune
+from gap_export.bundle.manifest import Pruning
 from gap_export.positions import Ids
 from tests.exported import ExportedGraph
 
@@ -21,15 +23,23 @@ NAMES = [row.name for row in prune.PRUNERS.values() if not row.in_decoder and ro
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_takes_the_count_as_an_input(
-    name: str, vision_graph: Callable[..., ExportedGraph], pixels: NDArray[np.float32], text_ids: Ids
+    name: str,
+    vision_graph: Callable[..., ExportedGraph],
+    tiny_reference: Callable[[Pruning], Any],
+    pixels: NDArray[np.float32],
+    text_ids: Ids,
 ) -> None:
-    """The same tokens and embeddings as a graph with that count built in, from the fewest to all."""
+    """From the fewest to all, the tokens and embeddings that transformers' tower and the float64 reference give for that count."""
     row = prune.row(name)
-    session = ort.InferenceSession(str(vision_graph(pruner=name, keep=f"{row.min_tokens / TOTAL}:1.0").path))
+    vision = vision_graph(pruner=name, keep=f"{row.min_tokens / TOTAL}:1.0")
+    session = ort.InferenceSession(str(vision.path))
     feeds = {"pixel_values": pixels, **({"text_ids": text_ids} if row.needs_text else {})}
     for count in (row.min_tokens, 12, TOTAL):
         embeds, kept = session.run(None, {**feeds, "keep_count": np.array(count)})
-        fixed = vision_graph(pruner=name, keep=count / TOTAL).path
-        embeds_there, kept_there = ort.InferenceSession(str(fixed)).run(None, feeds)
-        assert kept.tolist() == kept_there.tolist()
-        np.testing.assert_allclose(embeds, embeds_there, rtol=0, atol=2e-5 * np.abs(embeds_there).max())
+        pruning = Pruning(
+            pruner=name, keep=count / TOTAL, kept=count, positions="gap", seed=0, merged=row.merged
+        )
+        expected = tiny_reference(pruning).encode({"pixel_values": pixels}, text_ids_BL=feeds.get("text_ids"))
+        assert kept.tolist() == expected.kept_indices.tolist()
+        scale = float(expected.embeds.abs().max())
+        np.testing.assert_allclose(embeds, expected.embeds.numpy(), rtol=0, atol=2e-5 * scale)
