@@ -86,14 +86,24 @@ def refused(call: Call) -> None:
     assert caught.value.hint
 
 
+@pytest.fixture(scope="module")
+def scenes() -> Any:
+    """Two expressions for every scene."""
+    return gap.open_dataset("scenes:2")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gap.__all__)
 def test_every_public_name_does_what_it_says(
-    name: str, tiny_bundle: BuildBundle, tiny_options: dict[str, Any], image_file: Path, tmp_path: Path
+    name: str,
+    tiny_bundle: BuildBundle,
+    tiny_options: dict[str, Any],
+    scenes: Any,
+    image_file: Path,
+    tmp_path: Path,
 ) -> None:
     nowhere = tmp_path / "nowhere"
     bundle = gap.open_bundle(shutil.copytree(tiny_bundle().folder, tmp_path / "bundle"))
-    scenes = gap.open_dataset("scenes:2")
     recipe = gap.Recipe.model_validate({**tiny_options, "keep": 0.25})
     calls: dict[str, tuple[Call, ...]] = {
         "Answer": (lambda: load(bundle, image_file),),

@@ -100,9 +100,17 @@ def make_scene(seed: int, index: int) -> Scene:
     return Scene(_paint(rng, objects), objects)
 
 
+def objects_of(seed: int, index: int) -> tuple[SceneObject, ...]:
+    """The objects of scene number `index` of the split `seed`, without an image of them."""
+    return _place_objects(np.random.default_rng((seed, index)))
+
+
 def queries(objects: tuple[SceneObject, ...]) -> list[Query]:
     """Every query that the scene allows, in a fixed order."""
-    found: list[Query] = []
+    return list(_queries(objects))
+
+
+def _queries(objects: tuple[SceneObject, ...]) -> Iterator[Query]:
     names = [(item.colour, item.shape) for item in objects]
     anchors = [index for index, name in enumerate(names) if names.count(name) == 1]
     for target, item in enumerate(objects):
@@ -115,11 +123,11 @@ def queries(objects: tuple[SceneObject, ...]) -> list[Query]:
                     if index != target and other.fits(size, colour, item.shape)
                 ]
                 if not rivals:
-                    found.append(Query(phrase, target, "attributes"))
+                    yield Query(phrase, target, "attributes")
                     continue
                 for words, (axis, sign) in _LOCATIONS.items():
                     if all(_leads(item, other, axis, sign) for other in rivals):
-                        found.append(Query(f"{phrase} {words}", target, "location"))
+                        yield Query(f"{phrase} {words}", target, "location")
                 for anchor in anchors:
                     if anchor == target or objects[anchor].fits(size, colour, item.shape):
                         continue
@@ -128,13 +136,14 @@ def queries(objects: tuple[SceneObject, ...]) -> list[Query]:
                         if _leads(item, objects[anchor], axis, sign) and all(
                             _leads(objects[anchor], other, axis, sign) for other in rivals
                         ):
-                            found.append(Query(f"{phrase} {words} {name}", target, "relation"))
-    return found
+                            yield Query(f"{phrase} {words} {name}", target, "relation")
 
 
-def sample_queries(rng: np.random.Generator, objects: tuple[SceneObject, ...], count: int) -> list[Query]:
+def sample_queries(
+    rng: np.random.Generator, objects: tuple[SceneObject, ...], count: int, *, repeat: bool = True
+) -> list[Query]:
     """`count` queries: the kind is drawn first (attributes 40 %, location 30 %, relation 30 %), then the object, then
-    the wording. Without repetition as far as the scene allows."""
+    the wording. Without repetition as far as the scene allows; fewer, where they may not be repeated."""
     by_kind: dict[str, dict[int, list[Query]]] = {kind: {} for kind in KINDS}
     for query in queries(objects):
         by_kind[query.kind].setdefault(query.target, []).append(query)
@@ -145,6 +154,8 @@ def sample_queries(rng: np.random.Generator, objects: tuple[SceneObject, ...], c
         kind = KINDS[int(np.searchsorted((0.4, 0.7), draws[0], side="right"))]
         if not by_kind[kind]:
             kind = next((other for other in KINDS if by_kind[other]), "")
+            if not kind and not repeat:
+                break
             if not kind:
                 by_kind, spent = spent, {}
                 continue
@@ -199,7 +210,7 @@ def _place_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
             if box is None:
                 break
             objects.append(SceneObject(shape, colour, size, box))
-        if len(objects) >= 3 and queries(tuple(objects)):
+        if len(objects) >= 3 and any(_queries(tuple(objects))):
             return tuple(objects)
 
 
@@ -212,8 +223,8 @@ def _free_box(
         draws = rng.random(4)
         side = low + draws[0] * (high - low)
         stretch = float(np.exp(np.log(_ASPECT[0]) + draws[1] * np.log(_ASPECT[1] / _ASPECT[0])))
-        width = int(np.clip(round(side * stretch**0.5), low, high))
-        height = int(np.clip(round(side / stretch**0.5), low, high))
+        width = min(max(round(side * stretch**0.5), low), high)
+        height = min(max(round(side / stretch**0.5), low), high)
         left = _CLEARANCE + int(draws[2] * (IMAGE_SIZE - 2 * _CLEARANCE - width + 1))
         top = _CLEARANCE + int(draws[3] * (IMAGE_SIZE - 2 * _CLEARANCE - height + 1))
         if all(

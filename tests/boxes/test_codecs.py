@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -70,6 +70,8 @@ class TestWriting:
     @settings(deadline=None)
     @given(box=normalised_boxes())
     def test_round_trip_within_one_step(self, name: str, box: Box) -> None:
+        # A box of less than a step in all is read as InternVL's authors read it: as fractions of the frame.
+        assume(not CODECS[name].fractions or sum(round(value / STEP[name]) for value in box) >= 4)
         back = CODECS[name].decode_one(CODECS[name].encode(box, SEEN), SEEN)
         assert not isinstance(back, Unparsable)
         # MiniGPT-v2 truncates, so it is off by up to a whole step, the others by half.

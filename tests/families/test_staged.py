@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gap_export import prune
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Pruning
+from gap_export.bundle.spec import GraphName
 from gap_export.evaluation import runner
 from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import of_one_size
@@ -23,6 +24,7 @@ from gap_export.precision import precision
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.session import VisualTokens
+from tests.exported import GraphExporter
 
 pytestmark = pytest.mark.slow
 
@@ -291,17 +293,17 @@ def test_graphs_that_are_taken_for_the_same_are(deep_checkpoint: Path, tiny_opti
 
 @pytest.mark.parametrize("pruner", INSIDE)
 def test_tensorrt_builds_both_graphs_in_half_precision(
-    pruner: str, deep_bundle: DeepBundle, tmp_path: Path
+    pruner: str, deep_graph: GraphExporter, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
     from gap_export.engine.build import engine_from_graph
 
-    bundle = deep_bundle(pruner=pruner, precision="fp16", capacity=80)
-    for name in ("prefill", "decode"):
-        spec = bundle.manifest.graphs[name].spec
+    names: tuple[GraphName, ...] = ("prefill", "decode")
+    for name in names:
+        exported = deep_graph(name, pruner=pruner, precision="fp16", capacity=80)
         engine = engine_from_graph(
-            bundle.graph_path(name),
-            spec,
+            exported.path,
+            exported.graph.spec,
             target="tensorrt-rtx",
             compute_capabilities=("8.6",),
             folder=tmp_path,

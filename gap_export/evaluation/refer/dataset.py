@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from gap_export.boxes import scenes
 from gap_export.evaluation.refer.annotations import FORMATS, Expression, SkippedRow, read_annotations
@@ -95,14 +94,11 @@ def open_dataset(
 def _scenes(per_scene: int) -> Iterator[Expression]:
     """Held-out scenes with as many different expressions each as were asked for, or as the scene allows."""
     for index in range(SCENES):
-        scene = scenes.make_scene(scenes.HELD_OUT_SEED, index)
-        name, size = Scenes.name_of(index), Image.fromarray(scene.pixels).size
+        objects, name = scenes.objects_of(scenes.HELD_OUT_SEED, index), Scenes.name_of(index)
         draw = np.random.default_rng((scenes.HELD_OUT_SEED, index, 1))
-        queries = scenes.sample_queries(
-            draw, scene.objects, min(per_scene, len(scenes.queries(scene.objects)))
-        )
-        for number, query in enumerate(queries):
-            x1, y1, x2, y2 = (float(edge) for edge in scene.objects[query.target].box)
+        for number, query in enumerate(scenes.sample_queries(draw, objects, per_scene, repeat=False)):
+            x1, y1, x2, y2 = (float(edge) for edge in objects[query.target].box)
+            size = (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
             yield Expression(f"{name}.{number}", name, query.expression, (x1, y1, x2, y2), *size)
 
 
