@@ -57,6 +57,7 @@ def test_only_sizes_are_reduced(name: str, family: str) -> None:
         assert theirs.keys() <= mine.keys()
 
 
+@pytest.mark.slow
 def test_llava_answers_as_its_reference(tiny_checkpoint: Path, tmp_path: Path, tracer: Tracer) -> None:
     """Both sizes of it are the same model but for their sizes."""
     larger, same = reduced(HERE[1], "llava")

@@ -18,6 +18,8 @@ from gap_export.errors import CheckpointError, RecipeError
 from gap_export.graph.trace_cache import Tracer
 from tests.families.answers import Asked, Families, Tiny, assert_equal
 
+pytestmark = pytest.mark.slow
+
 HALF = 8
 """Frequencies of the tiny decoders: half of the width of a head."""
 

@@ -148,6 +148,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_once(
     assert refusal.startswith(f"the trace cache {tmp_path / 'file'} cannot be written to: ")
 
 
+@pytest.mark.slow
 def test_a_bundle_is_the_same_with_and_without_the_cache(
     tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

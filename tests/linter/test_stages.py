@@ -10,6 +10,8 @@ from gap_export.linter import Report, lint_graph
 from gap_export.positions import PositionPolicy
 from tests.exported import GraphExporter
 
+pytestmark = pytest.mark.slow
+
 GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED
 
 

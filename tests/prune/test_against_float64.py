@@ -12,6 +12,8 @@ from gap_export import prune
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId
 
+pytestmark = pytest.mark.slow
+
 STRATEGIES = tuple(name for name in prune.names(in_decoder=False) if name != "none")
 MERGING = tuple(row.name for row in prune.PRUNERS.values() if row.merged)
 LARGE, MEDIUM = ((24, 24), 144), ((16, 16), 64)

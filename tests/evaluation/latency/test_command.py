@@ -12,6 +12,8 @@ import pytest
 
 from gap_export.bundle.folder import Bundle
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "gap_export", "bench"]
 
 

@@ -13,6 +13,8 @@ from gap_export.evaluation.report.runs import open_runs, provenance_facts
 
 from .conftest import LIMIT, gap_export
 
+pytestmark = pytest.mark.slow
+
 
 def test_evaluations_in_the_order_given(evaluated: Path) -> None:
     reported = open_runs([evaluated / "torch", evaluated / "ort"], "unc")

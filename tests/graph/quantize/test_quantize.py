@@ -204,6 +204,7 @@ def test_no_engines(tiny_options: dict[str, Any], tiny_bundle: Callable[..., Bun
         plan_for(recipe, tiny_bundle().manifest.spec)
 
 
+@pytest.mark.slow
 def test_engines_take_four_bits_in_half_precision(
     decoder: Callable[..., tuple[Path, Graph]], tmp_path: Path
 ) -> None:
