@@ -87,12 +87,11 @@ class _StagedDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Of some tokens; `prompt_BS` are the ids of all of the row, where these are not."""
         rotary = self.language_model.rotary_emb
-        longest = (
-            {}
-            if prompt_BS is None or not isinstance(rotary, RowRotary)
-            else {"largest_B": prompt_BS.amax(dim=1)}
-        )
-        cos_sin: tuple[Tensor, Tensor] = rotary(hidden_BSH, position_ids=ids_BS, **longest)
+        cos_sin: tuple[Tensor, Tensor]
+        if prompt_BS is not None and isinstance(rotary, RowRotary):
+            cos_sin = rotary(hidden_BSH, position_ids=ids_BS, largest_B=prompt_BS.amax(dim=1))
+        else:
+            cos_sin = rotary(hidden_BSH, position_ids=ids_BS)
         return cos_sin
 
     def _run(

@@ -31,6 +31,7 @@ from gap_export.runtime import trt
 from gap_export.runtime.generate import generate
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.trt import TensorRTSession
+from gap_export.runtime.trt_graph import LoadedGraph
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +213,7 @@ def test_a_chosen_count_is_read_on_the_host(small: Bundle, opened: Any) -> None:
         extent_of=Dim(name="kept", minimum=1, optimum=3, maximum=6),
     )
     session, device, _ = opened
-    vision = trt._LoadedGraph(
+    vision = LoadedGraph(
         spec.model_copy(update={"inputs": (*spec.inputs, scalar)}),
         CountingEngine(),
         session._graphs["vision"]._library,
