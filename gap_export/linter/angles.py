@@ -72,6 +72,17 @@ def may_be_ids(flow: Flow, value: ir.Value, tokens: int) -> bool:
     return value.shape is None or len(value.shape) >= 2 or (len(value.shape) == 1 and value.shape[0] != 1)
 
 
+def absolute_lookups(flow: Flow, ids: ir.Value) -> list[ir.Value]:
+    """Indices into tables of learned absolute positions, in graphs that have no rotary embedding."""
+    found = []
+    for node in flow.nodes:
+        if is_op(node, "Gather") and node.inputs[0] is not None and node.inputs[1] is not None:
+            table, index = node.inputs[0], node.inputs[1]
+            if flow.is_constant(table) and is_float(table) and flow.facts(index).values & flow.bit(ids):
+                found.append(index)
+    return found
+
+
 def classify(
     flow: Flow, ids: ir.Value | None, angles: list[AngleValue], tokens: int
 ) -> dict[AngleValue, Angle]:

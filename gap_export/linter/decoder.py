@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gap_export.linter.angles import Angle, Source, classify, facts_of, find_ids, may_be_ids
+from gap_export.linter.angles import Angle, Source, absolute_lookups, classify, facts_of, find_ids, may_be_ids
 from gap_export.linter.attention import AttentionSite, cache_sources, carried, find_attention
-from gap_export.linter.dataflow import Flow, is_float, is_op, name_of, operand
+from gap_export.linter.dataflow import Flow, is_float, name_of, operand
 from gap_export.linter.mask_probe import follows_gaps
 from gap_export.linter.report import Finding, Rule
 from gap_export.linter.rotary import AngleValue, RotaryFinder, RotarySite, token_inputs
@@ -103,7 +103,7 @@ def read_decoder(flow: Flow, ids_name: str) -> Decoder:
             found += _rows_of_plugin(flow, site, tokens)
     unique = list(dict.fromkeys(found))
     ids = find_ids(flow, ids_name, unique, tokens)
-    lookups = _absolute_lookups(flow, ids) if ids is not None and not unique else []
+    lookups = absolute_lookups(flow, ids) if ids is not None and not unique else []
     angles = classify(flow, ids, [*unique, *lookups], tokens)
     for chosen in stages.values:
         angles |= classify(
@@ -140,17 +140,6 @@ def is_named(name: str, words: tuple[str, ...]) -> bool:
     """Whether one of some words stands in a name, as a word of its own."""
     parts = name.lower().replace(".", "_").replace("/", "_").split("_")
     return any(word in parts for word in words)
-
-
-def _absolute_lookups(flow: Flow, ids: ir.Value) -> list[ir.Value]:
-    """Indices into tables of learned absolute positions, in graphs that have no rotary embedding."""
-    found = []
-    for node in flow.nodes:
-        if is_op(node, "Gather") and node.inputs[0] is not None and node.inputs[1] is not None:
-            table, index = node.inputs[0], node.inputs[1]
-            if flow.is_constant(table) and is_float(table) and flow.facts(index).values & flow.bit(ids):
-                found.append(index)
-    return found
 
 
 def check_decoder(decoder: Decoder, strict: bool, *, renumbers: bool = False) -> list[Finding]:
