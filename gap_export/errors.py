@@ -109,3 +109,7 @@ class MissingRequirementError(GapExportError):
     """An optional dependency, memory, disk space or a device is not there."""
 
     stage = "environment"
+
+
+class CheckpointWarning(UserWarning):
+    """Something of a checkpoint is not followed, and may change what it answers; no reason to refuse it."""

@@ -7,7 +7,8 @@ a traceback is a bug. Heavy imports happen inside the commands, so that `--help`
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -28,7 +29,7 @@ from gap_export.cli import (
     validate,
 )
 from gap_export.cli.app import app, console, out, plain
-from gap_export.errors import GapExportError
+from gap_export.errors import CheckpointWarning, GapExportError
 
 __all__ = ["__version__", "app", "main"]
 
@@ -59,6 +60,14 @@ _INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Entry point: run a command, turn a `GapExportError` into a message and exit code 2."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        code = _run()
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Exit code of the command that was asked for."""
     try:
         # Outside standalone mode, typer gives the code of a raised Exit back, and for Ctrl-C the shell's.
         result = app(standalone_mode=False)
@@ -66,17 +75,32 @@ def main() -> NoReturn:
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
     except GapExportError as error:
-        code = _report(error.stage, error.subject, error.message, error.hint)
+        return _report(error.stage, error.subject, error.message, error.hint)
     except typer.Exit as stop:
-        code = stop.exit_code
+        return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         console.print("[yellow]interrupted[/]: no partial output was left; rerun the same command")
-        code = _INTERRUPTED
+        return _INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
             raise
-        code = _report("usage", "command line", error.format_message(), "see gap-export --help")
-    sys.exit(code)
+        return _report("usage", "command line", error.format_message(), "see gap-export --help")
+    return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours as a sentence; those of libraries as Python shows them."""
+    if issubclass(category, CheckpointWarning):
+        console.print(f"[yellow]warning:[/] {plain(str(message))}", highlight=False, soft_wrap=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _report(stage: str, subject: str, message: str, hint: str) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gap_export.cli.app import console, out, plain, print_json
+from gap_export.cli.app import out, plain, print_json
 from gap_export.cli.options import JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
@@ -154,8 +154,6 @@ def build(
             self_contained=self_contained,
             progress=progress,
         )
-    for note in built.notes:
-        console.print(f"[yellow]warning:[/] {plain(note)}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(_facts(output, built))
     else:

@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Generic
 
-from gap_export.errors import GapExportError, InputError, MissingRequirementError
+from gap_export.errors import CheckpointWarning, GapExportError, InputError, MissingRequirementError
 from gap_export.parallel.worker import Result, Task, Worker
 from gap_export.progress import SILENT, Progress
 
@@ -156,6 +157,7 @@ def _serve(connection: Connection, make_worker: Callable[[], Worker[Task, Result
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(1)
     )  # in order: what libraries have to clear away, they do
+    warnings.simplefilter("ignore", CheckpointWarning)  # the caller has told them
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     try:
         worker, progress = make_worker(), _Sent(connection.send)

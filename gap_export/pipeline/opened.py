@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
 from gap_export.checkpoint.random_weights import random_checkpoint
 from gap_export.checkpoint.tokenizers import check_placeholder
-from gap_export.errors import CheckpointError, RecipeError
+from gap_export.errors import CheckpointError, CheckpointWarning, RecipeError
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer, load_tokenizer
 from gap_export.progress import SILENT, Progress
@@ -82,6 +83,9 @@ def open_model(
         reads_text: whether the recipe's text tower is wanted; by default, whether its pruner reads the expression.
         progress: told when reading begins, and when weights are fetched or made.
 
+    Warns:
+        CheckpointWarning: fields of its configuration that are not known here.
+
     Raises:
         CheckpointError: something is missing, damaged, or of another model.
         RecipeError: an option that this model has no use for, or ranges that cannot be read.
@@ -118,6 +122,8 @@ def open_model(
     if companion is not None:
         text_tower = family.text_tower(companion)
         check_text_tokenizer(load_tokenizer(companion.folder / TOKENIZER), text_tower)
+    for note in family.notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=1)  # one place, so that each is told once
     return OpenedModel(
         recipe=recipe,
         family=family,

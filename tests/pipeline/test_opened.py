@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, CheckpointWarning
 from gap_export.pipeline.build import build
 from gap_export.pipeline.opened import OpenedModel, open_model
 from gap_export.recipe.recipe import Recipe
@@ -185,3 +185,12 @@ def test_end_tokens_that_config_json_names_are_said(
         checkpoint_copy / "config.json", text_config={**config["text_config"], "eos_token_id": [2, 63]}
     )
     assert "answers end at </s> (2), token (63)" in opened().assumptions[0]
+
+
+def test_a_field_that_is_not_followed_is_a_warning(
+    checkpoint_copy: Path, opened: Callable[[], OpenedModel]
+) -> None:
+    change_json(checkpoint_copy / "config.json", sinks=4)
+    with pytest.warns(CheckpointWarning, match="^sinks: a field that is not known here") as told:
+        model = opened()
+    assert [str(warning.message) for warning in told] == list(model.notes)
