@@ -174,6 +174,7 @@ def test_the_command_line_imports_nothing_heavy_at_the_top() -> None:
         "json",
         "signal",
         "sys",
+        "warnings",
         "collections",
         "contextlib",
         "pathlib",
