@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
 
-from gap_export.errors import MissingRequirementError
+from gap_export.errors import MissingRequirementError, first_line
 
 RUNTIME_PACKAGES = ("gap-export", "numpy", "onnxruntime", "tensorrt-rtx", "tensorrt")
 BUILD_PACKAGES = (
@@ -26,13 +26,25 @@ _BUILD_MODULES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "saf
 
 
 def missing_package(error: ImportError, wanted_by: str) -> MissingRequirementError:
-    """What to say where a package of the build extra is missing.
+    """What to say where a package of the build extra is missing, or is there and cannot be imported.
 
     Args:
         error: that its import gave.
         wanted_by: what cannot be done without it.
+
+    Raises:
+        ImportError: the error itself, where it is about this package's own modules: a fault of the installation of this package.
     """
-    return _needed(error.name or str(error), wanted_by)
+    name = error.name or ""
+    if name.partition(".")[0] == __name__.partition(".")[0]:
+        raise error
+    if isinstance(error, ModuleNotFoundError) and name:
+        return _needed(name, wanted_by)
+    return MissingRequirementError(
+        f"is needed for {wanted_by} and cannot be imported: {first_line(error)}",
+        subject=name or "a package",
+        hint="the versions in constraints.txt are the tested ones: pip install -c constraints.txt 'gap-export[build]'",
+    )
 
 
 def check_build_extra(wanted_by: str) -> None:

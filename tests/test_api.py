@@ -18,6 +18,7 @@ import pytest
 
 import gap_export as gap
 from gap_export.bundle.folder import Bundle
+from gap_export.environment import missing_package
 from tests.test_architecture import BLOCKER, python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,6 +226,14 @@ for call in calls:
 """
     done = python(code, str(tiny_bundle().folder))
     assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_imported_is_told_apart_from_what_is_not_installed() -> None:
+    there = missing_package(ImportError("libcudart.so.13: cannot open", name="torch"), "x")
+    assert "cannot be imported: libcudart.so.13" in there.message
+    assert "not installed" in missing_package(ModuleNotFoundError("No module", name="torch.fx"), "x").message
+    with pytest.raises(ImportError, match="cannot import name"):
+        missing_package(ImportError("cannot import name 'x'", name="gap_export.errors"), "x")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
