@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,7 @@ class TransformersSession:
         step = self._model.forward
         self._step = torch.compile(step, mode="reduce-overhead", fullgraph=False) if compiled else step
         self._cache: Any = None
+        self.turn = nullcontext  # used by one thread
         self._visual = bundle.manifest.spec.visual_tokens
 
     def encode(self, pixels: Any, **_: Any) -> VisualTokens:

@@ -99,7 +99,7 @@ def generate(
     adjust: Adjust | None = None,
     keep_logits: bool = False,
 ) -> Generation:
-    """Answer a batch of prompts greedily.
+    """Answer a batch of prompts greedily, in one turn of the session.
 
     Args:
         session: a loaded bundle or checkpoint.
@@ -115,8 +115,34 @@ def generate(
     Raises:
         InputError: prompt and answer do not fit into the cache.
     """
-    began = time.perf_counter()
-    visual = encode(session, batch, text_ids_BL=text_ids_BL, keep_counts=keep_counts)
+    with session.turn():
+        began = time.perf_counter()
+        visual = encode(session, batch, text_ids_BL=text_ids_BL, keep_counts=keep_counts)
+        seconds = time.perf_counter() - began
+        return _answered(
+            session,
+            visual,
+            input_ids_BT,
+            seconds,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            adjust=adjust,
+            keep_logits=keep_logits,
+        )
+
+
+def _answered(
+    session: Session,
+    visual: VisualTokens,
+    input_ids_BT: Ids,
+    vision_seconds: float,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: tuple[int, ...],
+    adjust: Adjust | None,
+    keep_logits: bool,
+) -> Generation:
+    """The answers about images that are encoded."""
     encoded = time.perf_counter()
     spliced = session.splice(input_ids_BT, visual)
     placement = adjust(spliced.placement, visual) if adjust else spliced.placement
@@ -150,9 +176,7 @@ def generate(
         ended=decoded.ended,
         stage_kept_indices=prefilled.kept_indices,
         kept_counts=visual.kept_counts,
-        timings=Timings(
-            vision=encoded - began, prefill=filled - encoded, decode=time.perf_counter() - filled
-        ),
+        timings=Timings(vision=vision_seconds, prefill=filled - encoded, decode=time.perf_counter() - filled),
     )
 
 

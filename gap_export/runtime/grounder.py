@@ -214,29 +214,30 @@ class Grounder:
             return answers
         batch = self.prepare(images)
         preprocess = time.perf_counter() - began
-        prefix = prefill_shared(
-            session,
-            batch,
-            input_ids[0, :common],
-            keep_counts=keep_counts(manifest.pruning, manifest.spec, batch, keep),
-            reserve=input_ids.shape[1] - common + longest,
-        )
-        for number, part in enumerate(parts):
-            decoded = continue_answers(
+        with session.turn():  # all parts go on from one beginning in the cache
+            prefix = prefill_shared(
                 session,
-                prefix,
-                _trimmed(input_ids[number * rows : number * rows + len(part), common:]),
-                max_new_tokens=longest,
-                eos_token_ids=manifest.prompt.eos_token_ids,
+                batch,
+                input_ids[0, :common],
+                keep_counts=keep_counts(manifest.pruning, manifest.spec, batch, keep),
+                reserve=input_ids.shape[1] - common + longest,
             )
-            check_overflow(decoded, session.backend)
-            timings = replace(decoded.timings, preprocess=preprocess)
-            answers += [
-                self._answer(
-                    tokens, ended, images[-1], prefix.kept_indices, int(batch.visual_tokens[-1]), timings
+            for number, part in enumerate(parts):
+                decoded = continue_answers(
+                    session,
+                    prefix,
+                    _trimmed(input_ids[number * rows : number * rows + len(part), common:]),
+                    max_new_tokens=longest,
+                    eos_token_ids=manifest.prompt.eos_token_ids,
                 )
-                for tokens, ended in zip(decoded.tokens, decoded.ended, strict=True)
-            ]
+                check_overflow(decoded, session.backend)
+                timings = replace(decoded.timings, preprocess=preprocess)
+                answers += [
+                    self._answer(
+                        tokens, ended, images[-1], prefix.kept_indices, int(batch.visual_tokens[-1]), timings
+                    )
+                    for tokens, ended in zip(decoded.tokens, decoded.ended, strict=True)
+                ]
         return answers
 
     @cached_property

@@ -44,7 +44,7 @@ def load(bundle: Bundle | Path | str, *, backend: str = "onnxruntime", threads: 
 class Model:
     """Answers expressions about images. It holds the model in memory until it is closed; `with` closes it.
 
-    One call at a time: calls share a cache.
+    May be called from several threads: answers share a cache, so each waits for its turn.
 
     Args:
         bundle: opened.

@@ -8,7 +8,9 @@ Shape letters: B batch, T text tokens with one image placeholder, K kept visual 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -152,8 +154,14 @@ class Session(Protocol):
         """
         ...
 
+    def turn(self) -> AbstractContextManager[None]:
+        """`with session.turn():` one whole answer (or several that share a prompt's beginning), from the image to the last token: a
+        session has one cache, and another thread's answer waits. Turns of one thread may be nested."""
+        ...
+
     def close(self) -> None:
-        """Give back all memory. Closing again does nothing; any other call is a `SessionError` from then on."""
+        """Give back all memory, when the answer that another thread is at is done. Closing again does nothing; any other call is a
+        `SessionError` from then on."""
         ...
 
     def __enter__(self) -> Self:
@@ -166,8 +174,8 @@ class Session(Protocol):
 
 
 class Lifetime:
-    """The end of a session, once for all runtimes: a session inherits it, says in `_free` what it holds, and calls `_check_open`
-    before it uses any of that.
+    """Turns and the end of a session, once for all runtimes: a session inherits it, says in `_free` what it holds, and calls
+    `_check_open` before it uses any of that.
 
     Attributes:
         backend: name in the table of backends.
@@ -175,12 +183,28 @@ class Lifetime:
 
     backend: str
     _closed = False
+    _turn: threading.RLock
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """With a lock."""
+        # Here, and not in __init__: a session that fails to open is closed before its own __init__ has ended.
+        session = super().__new__(cls)
+        session._turn = threading.RLock()
+        return session
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One whole answer; see `Session.turn`."""
+        with self._turn:
+            self._check_open()
+            yield
 
     def close(self) -> None:
         """Give back all memory; closing again does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._free()
+        with self._turn:
+            if not self._closed:
+                self._closed = True
+                self._free()
 
     def __enter__(self) -> Self:
         self._check_open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +47,9 @@ class FakeSession:
     def __post_init__(self) -> None:
         self._logits = np.zeros((len(self.script[0]), VOCABULARY), np.float32)
         self._turn = 0
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def encode(
         self,
