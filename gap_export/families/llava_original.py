@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import LlamaConfig
 from typing_extensions import override
 
 from gap_export.checkpoint import Checkpoint
@@ -53,7 +52,7 @@ class LlavaOriginal(ClipLlama):
     def read_config(self) -> ClipLlamaConfig:
         config = self.checkpoint.config
         vision = read_vision_config(self.checkpoint.companions["vision_tower"])
-        text = LlamaConfig.from_dict({**config, "model_type": "llama"})
+        text = hf_config.llama_config(self.checkpoint, model_type="llama")
         width: Any = vision.hidden_size
 
         def projector() -> nn.Module:

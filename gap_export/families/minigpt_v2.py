@@ -142,7 +142,7 @@ class MiniGpt(Family):
                 hint="--base names the language model: meta-llama/Llama-2-7b-chat-hf",
             )
         return MiniGptConfig(
-            text_config=LlamaConfig.from_dict(dict(base.config)),
+            text_config=hf_config.llama_config(base),
             eva=eva_sizes(self.checkpoint, _TOWER),
             image_token_id=slow_tokenizer(base).get_vocab_size(),
         )

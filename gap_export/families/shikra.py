@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import LlamaConfig
 from typing_extensions import override
 
 from gap_export.checkpoint import Checkpoint
@@ -103,8 +102,9 @@ class Shikra(ClipLlama):
     @override
     def read_config(self) -> ClipLlamaConfig:
         vision = read_vision_config(self.checkpoint.companions["vision_tower"])
-        as_llama = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        text = LlamaConfig.from_dict({**self.checkpoint.config, **as_llama})
+        text = hf_config.llama_config(
+            self.checkpoint, model_type="llama", bos_token_id=1, eos_token_id=2, pad_token_id=0
+        )
         return ClipLlamaConfig(
             vision_config=vision,
             text_config=text,

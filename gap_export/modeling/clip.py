@@ -15,9 +15,10 @@ from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel
 
 from gap_export import prune
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError, first_line
+from gap_export.errors import CheckpointError
 from gap_export.modeling import selection
 from gap_export.modeling.clip_text import ClipText
+from gap_export.modeling.hf_config import accepted
 from gap_export.plan import Plan
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -153,12 +154,6 @@ def read_vision_config(companion: Checkpoint) -> CLIPVisionConfig:
             subject=str(companion.folder / "config.json"),
             hint="--vision-tower names the CLIP checkpoint that the model was trained on",
         )
-    try:
-        config = kinds[companion.model_type].from_pretrained(companion.folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(
-            f"is not a configuration transformers accepts: {first_line(error)}",
-            subject=str(companion.folder / "config.json"),
-            hint="fetch the checkpoint's config.json again",
-        ) from error
+    kind = kinds[companion.model_type]
+    config = accepted(lambda: kind.from_pretrained(companion.folder, local_files_only=True), companion)
     return config.vision_config if isinstance(config, CLIPConfig) else config

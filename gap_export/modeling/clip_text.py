@@ -17,11 +17,12 @@ from torch._subclasses import FakeTensorMode
 from transformers import CLIPConfig, CLIPTextModelWithProjection, CLIPVisionConfig
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError, first_line
+from gap_export.errors import CheckpointError
 from gap_export.inputs.prompt import TextTower
 from gap_export.modeling.attention import slot_mask
 from gap_export.modeling.components import torch_dtype
 from gap_export.modeling.fake import fake
+from gap_export.modeling.hf_config import accepted
 from gap_export.modeling.selection import tower_attention
 from gap_export.plan import Plan
 
@@ -155,11 +156,4 @@ class ClipText(nn.Module):
 
 
 def _config(part: Checkpoint) -> CLIPConfig:
-    try:
-        return CLIPConfig.from_pretrained(part.folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(
-            f"is not a configuration transformers accepts: {first_line(error)}",
-            subject=str(part.folder / "config.json"),
-            hint="fetch the checkpoint's config.json again",
-        ) from error
+    return accepted(lambda: CLIPConfig.from_pretrained(part.folder, local_files_only=True), part)

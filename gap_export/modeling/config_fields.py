@@ -237,7 +237,8 @@ GENERATED = Fields(
 _DECODER = HOUSEKEEPING | Fields(
     _names(
         """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-        hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters"""
+        hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor
+        original_max_position_embeddings"""
     )
 )
 _WINDOW = Fields(_names("sliding_window use_sliding_window layer_types"), {}, _names("max_window_layers"))

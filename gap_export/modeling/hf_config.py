@@ -4,10 +4,13 @@ where transformers keeps its weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, LlamaConfig
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.weight_map import Prefixes
@@ -63,20 +66,61 @@ NOTHING = r"(?!)"
 """Pattern of no key."""
 
 
+Config = TypeVar("Config")
+
+
+def accepted(make: Callable[[], Config], checkpoint: Checkpoint) -> Config:
+    """A configuration that transformers makes of a checkpoint's `config.json`.
+
+    Args:
+        make: constructs it.
+        checkpoint: whose file it is, for the message.
+
+    Raises:
+        CheckpointError: transformers does not accept it; with the field that it names.
+    """
+    try:
+        return make()
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        OSError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # What validates fields puts the reason into a second line, and what was tried behind the reason.
+        cause = (error.__cause__ or error) if isinstance(error, StrictDataclassError) else error
+        raise CheckpointError(
+            f"is not a configuration transformers accepts: {first_line(cause).partition('. Errors: ')[0]}",
+            subject=str(checkpoint.folder / "config.json"),
+            hint="fetch the checkpoint's config.json again, or compare it with the model as published",
+        ) from error
+
+
 def read_config(checkpoint: Checkpoint) -> Any:
     """The configuration as transformers reads it.
 
     Raises:
         CheckpointError: it is not one that transformers accepts.
     """
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"is not a configuration transformers accepts: {first_line(error)}",
-            subject=str(checkpoint.folder / "config.json"),
-            hint="fetch the checkpoint's config.json again",
-        ) from error
+    return accepted(lambda: AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True), checkpoint)
+
+
+def llama_config(checkpoint: Checkpoint, **fields: Any) -> LlamaConfig:
+    """The configuration of a Llama whose fields stand outermost.
+
+    Args:
+        checkpoint: with them.
+        fields: in the place of the checkpoint's.
+
+    Raises:
+        CheckpointError: it is not one that transformers accepts.
+    """
+    # (A copy: transformers writes into the settings of rotary embeddings.)
+    given = {**deepcopy(checkpoint.config), **fields}
+    return accepted(lambda: LlamaConfig.from_dict(given), checkpoint)
 
 
 def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:

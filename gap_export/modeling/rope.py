@@ -33,6 +33,10 @@ KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 BY_LENGTH = ("dynamic", "longrope")
 """Those whose frequencies depend on the length of a row."""
 
+_WITH_SECTIONS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+_SECTIONS = [16, 24, 24]
+"""What M-RoPE's are where a config does not say; those of Qwen3-VL are as many together."""
+
 
 def check(text_config: Any, file: Path) -> None:
     """Refuse settings of a decoder's rotary embedding that no graph can be made of.
@@ -44,7 +48,7 @@ def check(text_config: Any, file: Path) -> None:
     Raises:
         CheckpointError: an unknown kind, or one that lacks what it needs.
     """
-    fault = _fault(text_config)
+    fault = _fault(text_config) or _fault_of_sections(text_config)
     if fault:
         raise CheckpointError(
             f"rope_scaling of the decoder: {fault}",
@@ -59,6 +63,9 @@ def _fault(text_config: Any) -> str:
     kind = rope.get("rope_type")
     if kind not in KINDS:
         return f"{kind!r} is not supported (supported: {', '.join(KINDS)})"
+    base: Any = rope.get("rope_theta")
+    if not (_is_number(base) and base > 0):
+        return f"{kind} with rope_theta {base!r}: a number above 0 is expected"
     factor = rope.get("factor")
     if factor is not None and not (_is_number(factor) and factor >= 1):
         return f"{kind} with factor {factor!r}: a number of at least 1 is expected"
@@ -73,6 +80,23 @@ def _fault(text_config: Any) -> str:
     if not (frequencies_D.isfinite().all() and math.isfinite(scaling)):
         return f"{kind} gives frequencies that are no finite numbers"
     return ""
+
+
+def _fault_of_sections(text_config: Any) -> str:
+    """What is wrong with how M-RoPE divides the frequencies among time, height and width; "" where nothing is, or it does not."""
+    if text_config.model_type not in _WITH_SECTIONS:
+        return ""
+    width = (
+        getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    )
+    sections = text_config.rope_parameters.get("mrope_section", _SECTIONS)
+    are_counts = isinstance(sections, list) and all(isinstance(count, int) for count in sections)
+    if are_counts and len(sections) == 3 and sum(sections) == width // 2:
+        return ""
+    stated = (
+        "" if "mrope_section" in text_config.rope_parameters else ", which is not stated and by default is"
+    )
+    return f"mrope_section{stated} {sections!r}: three numbers that add up to {width // 2} are expected, half of the width of a head"
 
 
 def max_positions(text_config: Any) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, Qwen2VLTextConfig, Qwen3VLTextConfig
+from transformers import LlamaConfig, Qwen2_5_VLTextConfig, Qwen2VLTextConfig, Qwen3VLTextConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
@@ -132,6 +132,8 @@ def test_only_dynamic_knows_more_positions_than_it_was_trained_for() -> None:
         ({"rope_type": "longrope", "short_factor": [1.0]}, r"longrope is incomplete: .*long_factor"),
         ({"rope_type": "llama3", "factor": 8.0}, r"llama3 is incomplete"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, r"default with partial_rotary_factor 0\.5"),
+        ({"rope_type": "default", "rope_theta": None}, r"default with rope_theta None"),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": "10000"}, r"linear with rope_theta '10000'"),
     ],
     ids=str,
 )
@@ -140,3 +142,26 @@ def test_what_cannot_be_built_is_named(settings: dict[str, Any], message: str) -
     config.rope_parameters = {"rope_theta": 100.0, **settings}
     with pytest.raises(CheckpointError, match=rf"rope_scaling of the decoder: {message}"):
         rope.check(config, Path("config.json"))
+
+
+@pytest.mark.parametrize("config", [Qwen2VLTextConfig, Qwen2_5_VLTextConfig, Qwen3VLTextConfig])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        # The advice for long contexts, entered without the sections of the model.
+        (
+            {},
+            r"mrope_section, which is not stated and by default is \[16, 24, 24\]: three numbers that add up to 8",
+        ),
+        ({"mrope_section": [2, 2, 2]}, r"mrope_section \[2, 2, 2\]: three numbers that add up to 8"),
+        ({"mrope_section": [4, 4]}, r"mrope_section \[4, 4\]"),
+        ({"mrope_section": "2,3,3"}, r"mrope_section '2,3,3'"),
+    ],
+)
+def test_sections_fill_the_head(config: Any, given: dict[str, Any], message: str) -> None:
+    settings = {"rope_type": "yarn", "rope_theta": 100.0, **SETTINGS["yarn"], **given}
+    with pytest.raises(CheckpointError, match=message):
+        rope.check(config(**SIZES, rope_parameters=settings), Path("config.json"))
+    wide = {**SIZES, "head_dim": 128, "hidden_size": 256}
+    unstated = {"rope_type": "default", "rope_theta": 100.0}
+    rope.check(config(**wide, rope_parameters=unstated), Path("config.json"))

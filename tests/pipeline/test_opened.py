@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, CheckpointWarning
+from gap_export.modeling.hf_config import llama_config
 from gap_export.pipeline.build import build
 from gap_export.pipeline.opened import OpenedModel, open_model
 from gap_export.recipe.recipe import Recipe
@@ -194,3 +196,66 @@ def test_a_field_that_is_not_followed_is_a_warning(
     with pytest.warns(CheckpointWarning, match="^sinks: a field that is not known here") as told:
         model = opened()
     assert [str(warning.message) for warning in told] == list(model.notes)
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        (("text_config",), {"hidden_size": "32"}, "Field 'hidden_size' expected int, got str"),
+        (("text_config",), {"num_attention_heads": 5}, "is not a multiple of the number of attention heads"),
+        (("text_config",), {"num_attention_heads": 0}, "modulo by zero"),
+        (("text_config",), {"rope_scaling": "linear"}, "Field 'rope_parameters' with value 'linear'"),
+        (("text_config",), {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}},
+         "'int' and 'NoneType'"),
+        (("vision_config",), {"patch_size": "6"}, "Field 'patch_size'"),
+        ((), {"vision_feature_layer": None}, "Field 'vision_feature_layer' with value None"),
+    ],
+)  # fmt: skip
+def test_a_config_that_transformers_does_not_accept(
+    path: tuple[str, ...],
+    fields: dict[str, Any],
+    message: str,
+    checkpoint_copy: Path,
+    opened: Callable[[], OpenedModel],
+) -> None:
+    file = checkpoint_copy / "config.json"
+    config = json.loads(file.read_text())
+    inner = config
+    for name in path:
+        inner = inner[name]
+    inner.update(fields)
+    inner.pop("rope_parameters", None)
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is not a configuration transformers accepts: ") as caught:
+        opened()
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.subject == str(file)
+
+
+def test_the_length_that_a_decoder_was_first_trained_for_may_stand_beside_its_settings(
+    checkpoint_copy: Path, opened: Callable[[], OpenedModel]
+) -> None:
+    """As Phi-3's config.json has it; transformers reads it there."""
+    config = json.loads((checkpoint_copy / "config.json").read_text())
+    text = {**config["text_config"], "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
+    text["rope_scaling"] = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    text.pop("rope_parameters")
+    change_json(checkpoint_copy / "config.json", text_config=text)
+    model = opened()
+    assert model.notes == ()
+    assert model.family.config.text_config.rope_parameters["original_max_position_embeddings"] == 64
+
+
+def test_a_llama_whose_fields_stand_outermost_is_held_to_the_same(tmp_path: Path) -> None:
+    """As in LLaVA's own layout, in Shikra's, and in the language model of MiniGPT-v2. What is made of the config leaves it alone."""
+    scaling = {"type": "linear", "factor": 2.0}
+    checkpoint = Checkpoint(tmp_path, "llama", {"hidden_size": 64, "rope_scaling": scaling}, {})
+    assert llama_config(checkpoint, bos_token_id=1).rope_parameters["rope_type"] == "linear"
+    assert checkpoint.config["rope_scaling"] == {"type": "linear", "factor": 2.0}
+    with pytest.raises(CheckpointError, match="Field 'hidden_size' expected int") as caught:
+        llama_config(Checkpoint(tmp_path, "llama", {"hidden_size": "64"}, {}))
+    assert caught.value.subject == str(tmp_path / "config.json")
