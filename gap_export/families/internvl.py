@@ -136,11 +136,21 @@ class InternVL(Family):
         self.check(
             "image_seq_length", self.config.image_seq_length == side * side, f"{side * side}, a tile's tokens"
         )
+        fewest, most = (
+            settings.get(field) or usual
+            for field, usual in zip(("min_patches", "max_patches"), _DEFAULT_TILES, strict=True)
+        )
+        bounded = isinstance(fewest, int) and isinstance(most, int) and 1 <= fewest <= most
+        self.check(
+            f"min_patches, max_patches{hf_config.OF_PROCESSOR}",
+            bounded,
+            "a smallest and a largest number of tiles",
+        )
         return DynamicTilesLayout(
             size=size,
             tokens=side * side,
-            min_tiles=settings.get("min_patches") or _DEFAULT_TILES[0],
-            max_tiles=settings.get("max_patches") or _DEFAULT_TILES[1],
+            min_tiles=fewest,
+            max_tiles=most,
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
         )

@@ -131,9 +131,9 @@ class QwenVL(Family):
             ("temporal_patch_size", vision.temporal_patch_size),
         ):
             same = settings.get(field, own) == own
-            check(f"{field} of the image processor", same, f"{own}, as of the vision tower")
+            check(f"{field}{hf_config.OF_PROCESSOR}", same, f"{own}, as of the vision tower")
         check(
-            "resample of the image processor",
+            f"resample{hf_config.OF_PROCESSOR}",
             settings.get("resample", hf_config.BICUBIC) == hf_config.BICUBIC,
             "3, bicubic",
         )
@@ -141,7 +141,7 @@ class QwenVL(Family):
         least: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most: Any = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         bounded = isinstance(least, int) and isinstance(most, int) and 0 < least <= most
-        check("size of the image processor", bounded, "a smallest and a largest number of pixels")
+        check(f"size{hf_config.OF_PROCESSOR}", bounded, "a smallest and a largest number of pixels")
         return NativeResolutionLayout(
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,

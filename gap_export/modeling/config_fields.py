@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.processor import NESTED, PROCESSOR, stored_processor
 from gap_export.errors import CheckpointError
 
-CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
-GENERATION = "generation_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,8 @@ def _objects(checkpoint: Checkpoint, known: KnownFields) -> Iterator[tuple[str, 
     yield GENERATION, "", checkpoint.json(GENERATION), GENERATED
     if known.processor is None:
         return
-    stored = checkpoint.json(PREPROCESSOR)
-    if stored:
-        yield PREPROCESSOR, "", stored, known.processor
-        return
-    nested = checkpoint.json(PROCESSOR).get("image_processor")
-    if isinstance(nested, dict):
-        yield PROCESSOR, "image_processor.", nested, known.processor
+    yield PROCESSOR, "", checkpoint.json(PROCESSOR), PROCESSING
+    yield *stored_processor(checkpoint), known.processor
 
 
 def _unknown(
@@ -305,6 +300,16 @@ _INTERN_PIXELS = _PIXELS | Fields(
 )
 _NATIVE_PIXELS = _PIXELS | Fields(
     _names("min_pixels max_pixels patch_size merge_size temporal_patch_size"), {}, _names("do_center_crop")
+)
+
+# Of `processor_config.json` beside the image processor's: how many placeholders stand for an image, which follows from `config.json`.
+PROCESSING = Fields(
+    frozenset({NESTED}),
+    {},
+    _names(
+        """processor_class auto_map tokenizer video_processor feature_extractor chat_template image_token video_token patch_size
+        image_seq_length num_image_tokens num_additional_image_tokens vision_feature_select_strategy vision_aspect_ratio"""
+    ),
 )
 
 # Families

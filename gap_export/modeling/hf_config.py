@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.processor import stored_processor
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError, first_line
 from gap_export.inputs.layouts import AnyResLayout
@@ -26,6 +27,10 @@ PREFIXES: Prefixes = {
     "image_newline": ("image_newline", "model.image_newline"),
 }  # fmt: skip
 """Where published checkpoints keep what modules call by the name on the left: transformers before and after 4.52."""
+
+
+OF_PROCESSOR = " of the image processor"
+"""Ends the names of fields that do not stand in `config.json`."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,11 @@ class ConfigCheck:
             CheckpointError: it does not hold.
         """
         if not holds:
+            of_images = field.endswith(OF_PROCESSOR)
+            file = stored_processor(self.checkpoint)[0] if of_images else "config.json"
             raise CheckpointError(
                 f"{field} is not supported (supported: {wanted})",
-                subject=str(self.checkpoint.folder / "config.json"),
+                subject=str(self.checkpoint.folder / file),
                 hint=f"this model is not {self.model} as published; see `gap-export models`",
             )
 
@@ -129,9 +136,7 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: none there, or numbers that channels cannot be normalised by.
     """
-    stored: dict[str, Any] = checkpoint.json("preprocessor_config.json") or checkpoint.json(
-        "processor_config.json"
-    ).get("image_processor", {})
+    file, prefix, stored = stored_processor(checkpoint)
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if mean is None or std is None:
         raise CheckpointError(
@@ -141,9 +146,9 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
         )
     if not (_is_rgb(mean) and _is_rgb(std) and min(std) > 0):
         raise CheckpointError(
-            "image_mean and image_std must be three numbers each, and no image_std may be 0",
-            subject=str(checkpoint.folder / "preprocessor_config.json"),
-            hint="fetch the checkpoint's preprocessor_config.json again",
+            f"{prefix}image_mean and {prefix}image_std must be three numbers each, and no image_std may be 0",
+            subject=str(checkpoint.folder / file),
+            hint=f"fetch the checkpoint's {file} again",
         )
     return stored
 
@@ -161,11 +166,12 @@ def checked_processor(checkpoint: Checkpoint, check: ConfigCheck, size: int) -> 
     """
     settings = image_processor(checkpoint)
     extents = [settings.get(name) or {} for name in ("size", "crop_size")]
-    sides = {
+    sides = [
         side for extent in extents for side in (extent.values() if isinstance(extent, dict) else [extent])
-    }
-    check("resample of the image processor", settings.get("resample", BICUBIC) == BICUBIC, "3, bicubic")
-    check("size of the image processor", sides <= {size}, f"{size}, as of the vision tower")
+    ]
+    check(f"resample{OF_PROCESSOR}", settings.get("resample", BICUBIC) == BICUBIC, "3, bicubic")
+    fits = all(side == size for side in sides)
+    check(f"size{OF_PROCESSOR}", fits, f"{size}, as of the vision tower")
     return settings
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gap_export.checkpoint.random_weights import published
+from gap_export.errors import CheckpointError
 from gap_export.families import row as family_row
 from gap_export.graph.trace_cache import Tracer
 from gap_export.pipeline.opened import open_model
@@ -98,3 +99,15 @@ def test_a_tied_head_is_the_embedding(tiny_checkpoint: Path, tmp_path: Path, tra
     folder = save_checkpoint(tmp_path / "checkpoint", tied, tiny_checkpoint / "tokenizer.json")
     asked = Tiny(tied, folder, tmp_path, tracer).asked(**fixed("dart"))
     assert_equal(asked.answer(1), asked.true_answer(1))
+
+
+def test_numbers_of_tiles_are_an_interval(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    internvl = FAMILIES["internvl"]
+    folder = save_checkpoint(tmp_path / "checkpoint", internvl, tiny_checkpoint / "tokenizer.json")
+    for fields in ({"min_patches": 20}, {"max_patches": "12"}, {"max_patches": -1}):
+        (folder / "preprocessor_config.json").write_text(json.dumps({**internvl.processor, **fields}))
+        with pytest.raises(
+            CheckpointError, match="min_patches, max_patches of the image processor"
+        ) as caught:
+            open_model(Recipe(name="x", checkpoint=str(folder)))
+        assert caught.value.subject == str(folder / "preprocessor_config.json")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.processor import PREPROCESSOR, PROCESSOR
 from gap_export.checkpoint.random_weights import published
 from gap_export.errors import CheckpointError
 from gap_export.modeling.config_fields import (
@@ -19,7 +20,6 @@ from gap_export.modeling.config_fields import (
     GENERATED,
     GENERATION,
     LLAMA,
-    PREPROCESSOR,
     check_companion_fields,
     check_fields,
     note_of,
@@ -149,6 +149,44 @@ def test_what_transformers_writes_of_it_is_known_too(name: str, tmp_path: Path) 
     processor.save_pretrained(again)
     checkpoint = Checkpoint(again, "again", json.loads((again / CONFIG).read_text()), {})
     assert check_fields(checkpoint, FAMILIES[PUBLISHED[name]]) == ()
+
+
+def test_processing_beside_the_image_processor_is_looked_at(tmp_path: Path) -> None:
+    """As published with LLaVA-1.5, as transformers writes it for OneVision and InternVL, and with a field more."""
+    content, known = published("llava-hf/llava-1.5-7b-hf"), FAMILIES["llava"]
+    checkpoint = opened(tmp_path, content.config, content.preprocessor_config)
+    beside = {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,
+        "patch_size": 14,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": "default",
+    }
+    more = {"num_image_tokens": 729, "video_token": "<video>", "vision_aspect_ratio": "anyres_max_9"}
+    for fields in (
+        beside,
+        {**beside, **more},
+        {"image_seq_length": 256, "processor_class": "InternVLProcessor"},
+    ):
+        (tmp_path / PROCESSOR).write_text(json.dumps(fields))
+        assert check_fields(checkpoint, known) == ()
+    (tmp_path / PROCESSOR).write_text(json.dumps({**beside, "sharpen_first": True}))
+    assert check_fields(checkpoint, known) == (f"{PROCESSOR}: sharpen_first",)
+
+
+def test_fields_of_a_stale_image_processor_are_not_looked_at(tmp_path: Path) -> None:
+    """transformers saves what it read into processor_config.json, and leaves the older file as it is."""
+    content, known = published("llava-hf/llava-1.5-7b-hf"), FAMILIES["llava"]
+    stale = {**content.preprocessor_config, "do_normalize": False, "sharpen_first": True}
+    checkpoint = opened(tmp_path, content.config, stale)
+    nested = {"image_processor": content.preprocessor_config}
+    (tmp_path / PROCESSOR).write_text(json.dumps(nested))
+    assert check_fields(checkpoint, known) == ()
+    nested["image_processor"]["do_rescale"] = False
+    (tmp_path / PROCESSOR).write_text(json.dumps(nested))
+    with pytest.raises(CheckpointError, match=r"image_processor\.do_rescale is False") as caught:
+        check_fields(checkpoint, known)
+    assert caught.value.subject.endswith(PROCESSOR)
 
 
 def test_what_transformers_writes_of_generation_is_known(tmp_path: Path) -> None:

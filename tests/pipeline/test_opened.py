@@ -259,3 +259,24 @@ def test_a_llama_whose_fields_stand_outermost_is_held_to_the_same(tmp_path: Path
     with pytest.raises(CheckpointError, match="Field 'hidden_size' expected int") as caught:
         llama_config(Checkpoint(tmp_path, "llama", {"hidden_size": "64"}, {}))
     assert caught.value.subject == str(tmp_path / "config.json")
+
+
+# The image processor
+
+
+def test_the_image_processor_is_read_where_transformers_reads_it(
+    checkpoint_copy: Path, opened: Callable[[], OpenedModel]
+) -> None:
+    """A processor that was saved again stands in processor_config.json; the older file beside it is stale."""
+    from transformers import CLIPImageProcessorPil
+
+    nested = json.loads((checkpoint_copy / "preprocessor_config.json").read_text()) | {
+        "image_mean": [0.1, 0.2, 0.3]
+    }
+    (checkpoint_copy / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    theirs = CLIPImageProcessorPil.from_pretrained(checkpoint_copy)
+    assert opened().layout.mean == tuple(theirs.image_mean) == (0.1, 0.2, 0.3)
+    change_json(checkpoint_copy / "processor_config.json", image_processor={**nested, "size": [36, 37]})
+    with pytest.raises(CheckpointError, match="size of the image processor is not supported") as caught:
+        opened()
+    assert caught.value.subject == str(checkpoint_copy / "processor_config.json")
