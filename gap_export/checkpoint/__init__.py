@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gap_export.checkpoint.forms import check_not_adapter, check_not_quantized
+from gap_export.checkpoint.forms import check_fetched, check_not_adapter, check_not_quantized
 from gap_export.checkpoint.safetensors import Derived, WeightLocation, read_header
 from gap_export.errors import CheckpointError, MissingRequirementError
 
@@ -23,6 +23,7 @@ _WEIGHT_FILES = (
 `save_pretrained` twice into a folder leaves a single file beside an index of shards that are no longer meant."""
 _NAMED_IN_CONFIG = "transformers_weights"
 """Field of config.json that names the weight file in the place of these."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _ARCHIVES = (".bin", ".pth", ".pt")
 """Files of torch.save; see `torch_archive.py`."""
 
@@ -129,6 +130,9 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
             f"the working folder ({Path.cwd()})",
         )
     check_not_adapter(folder)
+    for path in (folder / name for name in _TOKENIZERS):
+        if path.is_file():
+            check_fetched(path)
     config_file = folder / "config.json"
     bare = sorted(folder.glob("*.pth"))
     if not config_file.is_file() and len(bare) == 1:
@@ -153,6 +157,7 @@ def read_weights(file: Path) -> dict[str, WeightLocation]:
         CheckpointError: damaged, cut short, or a pickle that is more than tensors.
         MissingRequirementError: torch is needed to read it and not installed.
     """
+    check_fetched(file)
     if file.suffix not in _ARCHIVES:
         return read_header(file)
     try:

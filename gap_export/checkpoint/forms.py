@@ -1,6 +1,7 @@
-"""Forms of checkpoints that are not a model's own weights, told from file names, config and headers: adapters, quantised weights.
+"""Forms of checkpoints that are not a model's own weights, told from file names, config and headers: adapters, quantised weights, files of
+other programs, and files that stand for others.
 
-Both would otherwise end in a missing or a foreign weight, long after the build began, in words that do not name the cause.
+They would otherwise end in a missing or a foreign weight, long after the build began, or in words that do not name the cause.
 """
 
 from __future__ import annotations
@@ -24,6 +25,32 @@ _STORED_PIECES = re.compile(
     r"|weight\.(absmax|quant_map|nested_absmax|quant_state\..+))$"
 )
 """Keys of what a quantised weight is stored as: GPTQ and AWQ, compressed-tensors and fp8, bitsandbytes."""
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype html", b"<html")
+
+
+def check_fetched(file: Path) -> None:
+    """Refuse what lies in a file's place where the file itself was not fetched: a pointer of Git LFS, or the page of an error.
+
+    Raises:
+        CheckpointError: names which, and how to fetch the file.
+    """
+    with file.open("rb") as stream:
+        beginning = stream.read(64).lstrip().lower()
+    if beginning.startswith(_POINTER):
+        raise CheckpointError(
+            "is a pointer of Git LFS and not the file it stands for: the repository was cloned without its large files",
+            subject=str(file),
+            hint="run `git lfs pull` in the folder, or fetch it with `hf download`",
+        )
+    if beginning.startswith(_PAGES):
+        raise CheckpointError(
+            "is a web page and not the file that was asked for",
+            subject=str(file),
+            hint="fetch it with `hf download`, or from an address with /resolve/ in it, not /blob/; gated ones need `hf auth login`",
+        )
 
 
 def check_not_adapter(folder: Path) -> None:

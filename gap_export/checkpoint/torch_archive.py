@@ -30,6 +30,9 @@ _STORED = {
 _WRAPPERS = ("model", "state_dict", "module")
 """Keys under which training programs keep the weights, beside optimiser and settings."""
 
+_BEGINNINGS = (b"PK\x03\x04", b"\x80")
+"""Of a zip archive, and of the pickles that older versions wrote."""
+
 
 def read_torch_archive(file: Path) -> dict[str, WeightLocation]:
     """Where the tensors of an archive lie.
@@ -40,6 +43,13 @@ def read_torch_archive(file: Path) -> dict[str, WeightLocation]:
     Raises:
         CheckpointError: not such a file, one that would execute code, or tensors stored in a way that cannot be pointed at.
     """
+    with file.open("rb") as stream:
+        if not stream.read(4).startswith(_BEGINNINGS):
+            raise CheckpointError(
+                "is not a file of torch.save",
+                subject=str(file),
+                hint="the download is incomplete or damaged: fetch it again",
+            )
     try:
         with FakeTensorMode():
             content = torch.load(file, map_location="cpu", weights_only=True)

@@ -88,3 +88,45 @@ def test_what_is_not_quantised(tmp_path: Path) -> None:
     config = {"quantization_config": None, "text_config": {"quantization_config": {}}}
     keys = {"q_proj.weight", "logit_scale", "scales.weight", "mlp.SCB_like.weight"}
     assert set(open_checkpoint(write(tmp_path, config, *keys)).weights) == keys
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4988025760\n"
+"""What `git clone` leaves in the place of a large file where Git LFS is not installed."""
+
+PAGE = "<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "pytorch_model.bin", "model-1.safetensors", "tokenizer.json", "tokenizer.model"],
+)
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [(POINTER, "is a pointer of Git LFS", "git lfs pull"), (PAGE, "is a web page", "/resolve/")],
+)
+def test_files_that_were_not_fetched(
+    content: str, message: str, hint: str, name: str, tmp_path: Path
+) -> None:
+    write(tmp_path, {})
+    if name.startswith("model-"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.subject == str(tmp_path / name)
+    assert hint in caught.value.hint
+
+
+def test_a_companion_that_was_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "eva_vit_g.pth").write_text(POINTER)
+    with pytest.raises(CheckpointError, match="is a pointer of Git LFS"):
+        open_checkpoint(tmp_path / "eva_vit_g.pth")
+
+
+def test_damaged_bytes_are_not_called_dangerous(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    for content in (b"", b"\0" * 100, b"garbage that is no pickle"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"is not a file of torch\.save") as caught:
+            open_checkpoint(tmp_path)
+        assert "fetch it again" in caught.value.hint
