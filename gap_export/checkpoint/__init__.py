@@ -9,7 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gap_export.checkpoint.forms import check_fetched, check_not_adapter, check_not_quantized
+from gap_export.checkpoint.forms import (
+    check_fetched,
+    check_not_adapter,
+    check_not_quantized,
+    in_place_of_weights,
+)
 from gap_export.checkpoint.safetensors import Derived, WeightLocation, read_header
 from gap_export.errors import CheckpointError, MissingRequirementError
 
@@ -138,8 +143,8 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     if not config_file.is_file() and len(bare) == 1:
         return Checkpoint(folder, name or str(folder), {}, dict(read_weights(bare[0])))
     if not config_file.is_file():
-        raise CheckpointError(
-            "has no config.json", subject=str(folder), hint="point at a checkpoint in Hugging Face layout"
+        raise _without(
+            "config.json", folder, "has no config.json", "point at a checkpoint in Hugging Face layout"
         )
     config = _read_json(config_file)
     weights: dict[str, WeightLocation | Derived] = {}
@@ -182,11 +187,20 @@ def _shards(folder: Path, config: Mapping[str, Any]) -> list[Path]:
         if (folder / name).is_file():
             return _listed(folder / name) if name.endswith(".json") else [folder / name]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_ARCHIVES))
-    raise CheckpointError(
+    raise _without(
+        str(named or _WEIGHT_FILES[0]),
+        folder,
         f"has no {named or _WEIGHT_FILES[0]}" + (f" (only {', '.join(others[:3])})" if others else ""),
-        subject=str(folder),
-        hint="download the weight files of the checkpoint, and their index where there are several",
+        "download the weight files of the checkpoint, and their index where there are several",
     )
+
+
+def _without(file: str, folder: Path, message: str, hint: str) -> CheckpointError:
+    """The error of a folder without a file that every checkpoint has; it says what is there in its place, where that is known."""
+    instead = in_place_of_weights(folder)
+    if instead is not None:
+        message, hint = f"{instead[0]}, and no {file}", instead[1]
+    return CheckpointError(message, subject=str(folder), hint=hint)
 
 
 def _listed(index: Path) -> list[Path]:

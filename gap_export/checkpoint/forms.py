@@ -17,14 +17,21 @@ from gap_export.errors import CheckpointError
 _ADAPTER = "adapter_config.json"
 """What peft writes beside `adapter_model.safetensors`."""
 
-_CONFIG_FIELDS = ("quantization_config", "compression_config")
+_CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
+"""The last one is MLX's."""
 _CONFIG_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Where older AutoGPTQ and AutoAWQ, and ModelOpt, say it in the place of config.json."""
 _STORED_PIECES = re.compile(
-    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight_zero_point|SCB"
-    r"|weight\.(absmax|quant_map|nested_absmax|quant_state\..+))$"
+    r"\.(qweight|qzeros|g_idx|scales|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight_scales|weight_zero_point|SCB|W_q"
+    r"|codebooks|weight\.(absmax|quant_map|nested_absmax|quant_state\..+|_data|_scale))$"
 )
-"""Keys of what a quantised weight is stored as: GPTQ and AWQ, compressed-tensors and fp8, bitsandbytes."""
+"""Keys of what a quantised weight is stored as: GPTQ, AWQ and MLX, compressed-tensors and fp8, EETQ, bitsandbytes, HQQ, AQLM, quanto."""
+
+_PROJECTOR = "mm_projector.bin"
+_BESIDE_ADAPTER = "non_lora_trainables.bin"
+_SAVED_STEPS = "checkpoint-*"
+_ZERO = "zero_to_fp32.py"
+"""What LLaVA's training, transformers' and DeepSpeed's leave in their output folders."""
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -70,12 +77,44 @@ def check_not_adapter(folder: Path) -> None:
     kind = str(described.get("peft_type") or "LoRA").replace("LORA", "LoRA")
     base = described.get("base_model_name_or_path") or "its base model"
     beside = "beside other weights" if (folder / "config.json").is_file() else "and not a model"
-    raise CheckpointError(
-        f"holds an adapter ({_ADAPTER}: {kind} over {base}) {beside}",
-        subject=str(folder),
-        hint=f"merge it into {base} and save both as one: peft's PeftModel.from_pretrained(...).merge_and_unload()"
-        ".save_pretrained(FOLDER); where that was done already, move adapter_* out of the folder",
+    hint = (
+        f"merge it into {base} and save both as one: peft's PeftModel.from_pretrained(...).merge_and_unload()"
+        ".save_pretrained(FOLDER); where that was done already, move adapter_* out of the folder"
     )
+    if (folder / _BESIDE_ADAPTER).is_file():
+        hint = (
+            f"merge it into {base} together with {_BESIDE_ADAPTER}, which peft does not read: LLaVA's scripts/merge_lora_weights.py "
+            f"--model-path {folder} --model-base {base} --save-model-path FOLDER"
+        )
+    raise CheckpointError(
+        f"holds an adapter ({_ADAPTER}: {kind} over {base}) {beside}", subject=str(folder), hint=hint
+    )
+
+
+def in_place_of_weights(folder: Path) -> tuple[str, str] | None:
+    """What a folder without weights holds in their place: (what it is, what to do), where it is known."""
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
+        return f"holds GGUF ({files[0]}), the format of llama.cpp", (
+            "use the checkpoint that it was made from, in safetensors, and choose a --precision"
+        )
+    if (folder / _ZERO).is_file():
+        return f"holds the pieces that DeepSpeed saved ({_ZERO} lies beside them)", (
+            f"join them: python {folder / _ZERO} {folder} {folder} --safe_serialization"
+        )
+    steps = sorted(
+        (path.name for path in folder.glob(_SAVED_STEPS) if path.is_dir()), key=lambda name: (len(name), name)
+    )
+    if steps:
+        return (
+            f"holds the checkpoints of a training ({', '.join(steps[-3:])})",
+            f"name one of them: {folder / steps[-1]}",
+        )
+    if (folder / _PROJECTOR).is_file():
+        return f"holds a projector alone ({_PROJECTOR}), which LLaVA's first stage of training leaves", (
+            "name the checkpoint of the whole model"
+        )
+    return None
 
 
 def check_not_quantized(folder: Path, config: Mapping[str, Any], keys: Iterable[str] = ()) -> None:

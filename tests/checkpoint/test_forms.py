@@ -58,6 +58,7 @@ def test_an_adapter_that_says_nothing_of_itself(content: str, tmp_path: Path) ->
             r"by awq \(text_config\.quantization_config",
         ),
         ({"compression_config": {"format": "int-quantized"}}, r"compression_config in config\.json"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"is quantised \(quantization in config\.json"),
     ],
 )
 def test_configs_that_say_so(config: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_files_that_say_so(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "piece",
     ["qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "weight.absmax", "SCB",
-     "weight.quant_state.bitsandbytes__nf4"],
+     "weight.quant_state.bitsandbytes__nf4", "scales", "W_q", "weight._data"],
 )  # fmt: skip
 def test_keys_that_say_so(piece: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"is quantised .*q_proj\.{piece}"):
@@ -130,3 +131,46 @@ def test_damaged_bytes_are_not_called_dangerous(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"is not a file of torch\.save") as caught:
             open_checkpoint(tmp_path)
         assert "fetch it again" in caught.value.hint
+
+
+# What lies in the place of weights
+
+
+@pytest.mark.parametrize("config", [None, {}])
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [
+        (["llava-q4_k_m.gguf"], r"holds GGUF \(llava-q4_k_m\.gguf\)", "the checkpoint that it was made from"),
+        (["checkpoint-900/config.json", "checkpoint-1000/config.json"],
+         r"holds the checkpoints of a training \(checkpoint-900, checkpoint-1000\)", "checkpoint-1000"),
+        (["zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt", "latest"], "pieces that DeepSpeed saved", "join them"),
+        (["mm_projector.bin", "trainer_state.json"], r"a projector alone \(mm_projector\.bin\)", "the whole model"),
+    ],
+)  # fmt: skip
+def test_what_is_there_instead_of_weights_is_named(
+    files: list[str], message: str, hint: str, config: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(write(tmp_path, config))
+    assert caught.value.subject == str(tmp_path)
+    assert hint in caught.value.hint
+
+
+def test_what_lies_beside_weights_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-10").mkdir()
+    for name in ("a.gguf", "mm_projector.bin", "zero_to_fp32.py"):
+        (tmp_path / name).write_text("")
+    assert set(open_checkpoint(write(tmp_path, {}, "a.weight")).weights) == {"a.weight"}
+
+
+def test_the_adapter_of_llava_has_more_beside_it(tmp_path: Path) -> None:
+    """Its projector is trained whole, and peft alone would leave it out."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    (tmp_path / "non_lora_trainables.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="adapter") as caught:
+        open_checkpoint(write(tmp_path, {}))
+    assert "merge_lora_weights.py" in caught.value.hint
+    assert "--model-base owner/base" in caught.value.hint
