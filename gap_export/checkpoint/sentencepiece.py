@@ -8,7 +8,8 @@ tokenizers those between added tokens, one by one, so that *every* piece of text
   prompt at their placeholder first. `legacy` of tokenizer_config.json, which is about text behind special tokens, changes nothing then.
 - Shikra (4.28) has its placeholder among the added tokens, and slow tokenizers before 4.34 strip blanks on both sides of such.
 
-transformers' own conversion puts `▁` before the first piece alone where `legacy` is false. Here a `tokenizer.model` is read with protobuf,
+transformers' own conversion puts `▁` before the first piece alone where `legacy` is false; older ones look for added tokens in normalised text,
+where `<s>[INST]` has no `▁` behind `<s>` (transformers issues 23818 and 24569). Here a `tokenizer.model` is read with protobuf,
 and no package of SentencePiece's is needed.
 """
 
@@ -79,7 +80,14 @@ def begin_every_piece(tokenizer: Tokenizer) -> Tokenizer:
         before = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([*before, *_blanks()])
         tokenizer.pre_tokenizer = None
-    return tokenizer
+    if not any(token.normalized for token in tokenizer.get_added_tokens_decoder().values()):
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    if '"Prepend"' in json.dumps(content["normalizer"]):
+        # Older conversions look for them in normalised text, as `▁<s>`, and take the mark of what follows with it.
+        for token in content["added_tokens"]:
+            token["normalized"] = False
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def strip_around(tokenizer: Tokenizer, names: Collection[str]) -> Tokenizer:

@@ -81,6 +81,22 @@ def test_a_converted_tokenizer_is_read_by_the_same_rule(family: str, tmp_path: P
         check_rows(family, converted, False)
 
 
+@pytest.mark.parametrize("mark", ["of every piece", "of the first piece"])
+@pytest.mark.parametrize("family", PLACEHOLDERS)
+def test_added_tokens_are_found_in_the_text_itself(family: str, mark: str, tmp_path: Path) -> None:
+    """Conversions of 2023, which many copies of Llama were published with, look for them in normalised text."""
+    opened = checkpoint(tmp_path, None, *(ADDED if family == "shikra" else ()))
+    converted = stored_tokenizer(opened)
+    if mark == "of the first piece":
+        converted.normalizer = None
+        converted.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    content = json.loads(converted.to_str())
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    check_rows(family, tokenizer_of(family, opened), None)
+
+
 def test_texts_come_back(tmp_path: Path) -> None:
     tokenizer = slow_tokenizer(checkpoint(tmp_path, None))
     for text in ("Please point out the red mug.", "naïve 猫 <3", "two  blanks"):
