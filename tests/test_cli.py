@@ -276,7 +276,7 @@ def without_end_token(checkpoint: Path) -> None:
         (without("preprocessor_config.json"), ["image processor"]),
         (edited("preprocessor_config.json", image_mean=[0.5]), ["preprocessor_config.json"]),
         (edited("preprocessor_config.json", image_std=[0.5, 0.5, 0]), ["preprocessor_config.json"]),
-        (without("tokenizer.json"), ["tokenizer.json", "does not exist"]),
+        (without("tokenizer.json"), ["tokenizer.json", "has no tokenizer"]),
         (with_text("tokenizer.json", "{}"), ["is not a tokenizer"]),
         (without_end_token, ["eos_token_id"]),
     ],

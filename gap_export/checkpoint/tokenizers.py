@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -13,6 +15,8 @@ from gap_export.errors import CheckpointError
 from gap_export.inputs.prompt import load_tokenizer
 
 TOKENIZER = "tokenizer.json"
+_DESCRIBED, _FLAGS = "added_tokens_decoder", ("lstrip", "rstrip", "single_word", "normalized", "special")
+_CONFIG, _PAIR = "tokenizer_config.json", ("vocab.json", "merges.txt")
 
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -21,10 +25,12 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     Raises:
         CheckpointError: none there, damaged, or in a form that cannot be converted here.
     """
-    folder = checkpoint.folder
-    if (folder / TOKENIZER).is_file() or not (folder / MODEL).is_file():
-        return load_tokenizer(folder / TOKENIZER)
-    config, added = checkpoint.json("tokenizer_config.json"), checkpoint.json("added_tokens.json")
+    folder, config = checkpoint.folder, checkpoint.json(_CONFIG)
+    if (folder / TOKENIZER).is_file():
+        return _with_described(load_tokenizer(folder / TOKENIZER), config)
+    if not (folder / MODEL).is_file():
+        raise _missing(folder)
+    added = checkpoint.json("added_tokens.json")
     return read_sentencepiece(folder / MODEL, config, added) or _converted(folder)
 
 
@@ -111,6 +117,31 @@ def token_id(tokenizer: Tokenizer, name: str) -> int:
             hint="use the tokenizer that the checkpoint was published with, not that of its base model",
         )
     return id_
+
+
+def _with_described(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer with its added tokens as tokenizer_config.json describes them, where it does: transformers adds what is missing or different."""
+    stored = tokenizer.get_added_tokens_decoder().values()
+    for _, described in sorted((config.get(_DESCRIBED) or {}).items(), key=lambda item: int(item[0])):
+        flags = {name: bool(described[name]) for name in _FLAGS if name in described}
+        token = AddedToken(described["content"], **flags)
+        if repr(token) not in {repr(each) for each in stored}:
+            tokenizer.add_tokens([token])
+    return tokenizer
+
+
+def _missing(folder: Path) -> CheckpointError:
+    """The error of a folder without a tokenizer that can be read."""
+    slow = all((folder / name).is_file() for name in _PAIR)
+    return CheckpointError(
+        f"has {' and '.join(_PAIR)}, and no {TOKENIZER}"
+        if slow
+        else f"has no tokenizer ({TOKENIZER} or {MODEL})",
+        subject=str(folder),
+        hint=f"save it in the other form: transformers' AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        if slow
+        else f"download the checkpoint's {TOKENIZER}",
+    )
 
 
 def _converted(folder: Path) -> Tokenizer:

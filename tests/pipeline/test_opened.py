@@ -151,6 +151,48 @@ def test_tokenizers_of_another_checkpoint(
     assert "published with" in error.hint
 
 
+@pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+@pytest.mark.parametrize("added", [(), ("<image>",)], ids=["missing", "without flags"])
+def test_added_tokens_are_as_tokenizer_config_describes_them(
+    added: tuple[str, ...], flags: dict[str, bool], checkpoint_copy: Path, opened: Callable[[], OpenedModel]
+) -> None:
+    """transformers adds those that tokenizer.json lacks, or has with other flags."""
+    from transformers import AutoTokenizer
+
+    tokenizer_with(checkpoint_copy, *added)
+    change_json(checkpoint_copy / "config.json", image_token_index=6)
+    described = {"content": "<image>", "normalized": False, "special": True, **flags}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"6": described}}
+    (checkpoint_copy / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = opened().tokenizer, AutoTokenizer.from_pretrained(checkpoint_copy)
+    for text in ("where <image> is", "<image>is", "<image>  <image>where"):
+        assert ours.encode(text).ids == theirs(text).input_ids
+    (mine,) = [token for token in ours.get_added_tokens_decoder().values() if token.content == "<image>"]
+    assert (mine.lstrip, mine.rstrip) == (bool(flags.get("lstrip")), bool(flags.get("rstrip")))
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [((), r"has no tokenizer \(tokenizer\.json or tokenizer\.model\)", "download"),
+     (("vocab.json", "merges.txt"), r"has vocab\.json and merges\.txt, and no tokenizer\.json", "save_pretrained")],
+)  # fmt: skip
+def test_a_checkpoint_without_a_tokenizer(
+    files: tuple[str, ...],
+    message: str,
+    hint: str,
+    checkpoint_copy: Path,
+    refused: Callable[[], CheckpointError],
+) -> None:
+    import re
+
+    (checkpoint_copy / "tokenizer.json").unlink()
+    for name in files:
+        (checkpoint_copy / name).write_text("{}")
+    error = refused()
+    assert re.search(message, error.message)
+    assert hint in error.hint
+
+
 def test_a_config_with_another_id(checkpoint_copy: Path, refused: Callable[[], CheckpointError]) -> None:
     change_json(checkpoint_copy / "config.json", image_token_index=1000)
     assert "gives <image> the id 4, config.json gives it 1000" in refused().message
