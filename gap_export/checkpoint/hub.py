@@ -15,6 +15,7 @@ from gap_export.errors import CheckpointError, MissingRequirementError
 from gap_export.progress import SILENT, Progress
 
 _DESCRIPTION = ["*.json", "*.model"]
+_LOOKED = "beside the recipe's file, then in the working folder"
 _SAFE, _ARCHIVES = ["*.safetensors"], ["*.bin", "*.pth"]
 
 
@@ -81,15 +82,15 @@ def _fetched(reference: str, progress: Progress) -> Path:
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(
-            "is not on the hub, or is private",
+            "is no folder, and is not on the hub, or is private",
             subject=reference,
-            hint="check the name; private ones need a token: hf auth login",
+            hint=f"check the name; folders are looked for {_LOOKED}; private ones need a token: hf auth login",
         ) from error
     except Exception as error:  # no network shows as errors of several libraries
         raise CheckpointError(
-            "is not in the local cache and could not be fetched from the hub",
+            "is no folder, is not in the local cache, and could not be fetched from the hub",
             subject=reference,
-            hint="download its *.json, *.safetensors and tokenizer.model files elsewhere and pass the folder: --checkpoint FOLDER; "
+            hint=f"folders are looked for {_LOOKED}; download its *.json, *.safetensors and tokenizer.model files elsewhere and pass the folder: --checkpoint FOLDER; "
             "for latency work alone: --weights random",
         ) from error
 

@@ -15,6 +15,21 @@ Prefixes = Mapping[str, Sequence[str]]
 _COMPUTED = re.compile(r"(^|[./])(position_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
 
+# Names that training programs give to what they wrap.
+_WRAPPED = (
+    (
+        re.compile(
+            r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\."
+        ),
+        "an adapter was saved with its base and not merged into it: save again behind peft's merge_and_unload()",
+    ),
+    (
+        re.compile(r"^(module|_orig_mod|_fsdp_wrapped_module|base_model\.model)\."),
+        "the model was saved from inside a wrapper (DataParallel, FSDP, torch.compile, peft): save the model that it wraps, or take the "
+        "prefix away from the names",
+    ),
+)
+
 _TABLE, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -88,8 +103,9 @@ def check_known(
     ]
     if left:
         named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        hint = "config and weights do not belong together, or the layout is not one of the published ones"
         raise CheckpointError(
             f"has weights that the model has no place for: {named}",
             subject=str(checkpoint.folder),
-            hint="config and weights do not belong together, or the layout is not one of the published ones",
+            hint=next((advice for pattern, advice in _WRAPPED if any(map(pattern.search, left))), hint),
         )

@@ -106,6 +106,34 @@ def _key(weights: Weights, part: str) -> str:
     return next(key for key in weights if part in key)
 
 
+def renamed(old: str, new: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {key.replace(old, new, 1): value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (renamed("", "module."), "wrapper"),
+        (renamed("", "_orig_mod."), "wrapper"),
+        (renamed("", "base_model.model."), "wrapper"),
+        (renamed("q_proj.weight", "q_proj.base_layer.weight"), "merge_and_unload"),
+        (lambda weights: {**weights, "language_model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((2, 32), np.float32)},
+         "merge_and_unload"),
+        (renamed("mlp.up_proj", "mlp.more"), "do not belong together"),
+    ],
+)  # fmt: skip
+def test_weights_that_were_saved_from_inside_a_wrapper(
+    change: Callable[[Weights], Weights],
+    hint: str,
+    checkpoint_copy: Path,
+    refused: Callable[[], CheckpointError],
+) -> None:
+    change_weights(checkpoint_copy, change)
+    error = refused()
+    assert "has weights that the model has no place for" in error.message
+    assert hint in error.hint
+
+
 def test_weights_that_no_graph_uses_may_be_missing(
     checkpoint_copy: Path, tiny_options: dict[str, Any], tmp_path: Path
 ) -> None:
