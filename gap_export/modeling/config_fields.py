@@ -1,9 +1,8 @@
 """The fields of published configurations, and what becomes of each: followed, fixed to the values that are supported, or without
 an effect on tokens, pixels and answers.
 
-A field with another value than the supported ones is refused by its name. A field that stands in no list here may
-change tokens or pixels, and the user is told so. `null` is the same as no field, but for fields whose supported
-values are listed.
+A field with another value than the supported ones is refused by its name. A field that stands in no list here may change tokens or pixels, and the
+user is told so. `null` is the same as no field, but for fields whose supported values are listed.
 
 Sources: the configuration classes and image processors of transformers; `llava/model/llava_arch.py`, `llava/mm_utils.py` and
 `llava/train/train.py` of haotian-liu/LLaVA; `mllm/models/builder/build_shikra.py` of shikras/shikra.
@@ -19,35 +18,10 @@ from typing import Any
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.processor import NESTED, PROCESSOR, stored_processor
 from gap_export.errors import CheckpointError
+from gap_export.modeling.fields import Fields, names
+from gap_export.modeling.generation_fields import GENERATED, OTHER_TOKENS, QWEN_GENERATED
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Of one object in a file.
-
-    Attributes:
-        followed: names of fields that the export goes by, or whose values a family checks itself.
-        only: name -> values that are supported.
-        without_effect: names of fields that change neither tokens nor pixels nor answers.
-    """
-
-    followed: frozenset[str] = frozenset()
-    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    without_effect: frozenset[str] = frozenset()
-
-    def __or__(self, other: Fields) -> Fields:
-        """Both: values of the other where both have some."""
-        return Fields(
-            self.followed | other.followed,
-            {**self.only, **other.only},
-            self.without_effect | other.without_effect,
-        )
-
-    def knows(self, name: str) -> bool:
-        """Whether the field stands in one of the lists."""
-        return name in self.followed or name in self.only or name in self.without_effect
 
 
 @dataclass(frozen=True)
@@ -59,12 +33,14 @@ class KnownFields:
         decoders: `model_type` -> of its `text_config`; other decoders are the family's to refuse.
         towers: `model_type` -> of its `vision_config`, "" where it names none.
         processor: of the image processor; None where the family reads none.
+        generation: of `generation_config.json`.
     """
 
     config: Fields
     decoders: Mapping[str, Fields] = field(default_factory=dict)
     towers: Mapping[str, Fields] = field(default_factory=dict)
     processor: Fields | None = None
+    generation: Fields = field(default_factory=lambda: GENERATED)
 
 
 def check_fields(checkpoint: Checkpoint, known: KnownFields) -> tuple[str, ...]:
@@ -75,8 +51,7 @@ def check_fields(checkpoint: Checkpoint, known: KnownFields) -> tuple[str, ...]:
         known: of its family.
 
     Returns:
-        names of the fields that are not known and not null, e.g. `text_config.attention_sink` or
-        `preprocessor_config.json: do_sharpen`.
+        names of the fields that are not known and not null, e.g. `text_config.attention_sink`, `processor_config.json: do_sharpen`.
 
     Raises:
         CheckpointError: a value that is not supported.
@@ -125,7 +100,7 @@ def _objects(checkpoint: Checkpoint, known: KnownFields) -> Iterator[tuple[str, 
         inner = config.get(name)
         if isinstance(inner, dict) and str(inner.get("model_type", "")) in kinds:
             yield CONFIG, f"{name}.", inner, kinds[str(inner.get("model_type", ""))]
-    yield GENERATION, "", checkpoint.json(GENERATION), GENERATED
+    yield GENERATION, "", checkpoint.json(GENERATION), known.generation
     if known.processor is None:
         return
     yield PROCESSOR, "", checkpoint.json(PROCESSOR), PROCESSING
@@ -159,27 +134,11 @@ def _same(value: Any, supported: Any) -> bool:
 # What transformers writes into any configuration
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Settings that change which token is the likeliest.
-_OTHER_TOKENS = {
-    "min_length": (0, None),
-    "no_repeat_ngram_size": (0, None),
-    "encoder_no_repeat_ngram_size": (0, None),
-    "bad_words_ids": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-}
-
 HOUSEKEEPING = Fields(
-    followed=_names("model_type auto_map quantization_config tie_word_embeddings eos_token_id"),
+    followed=names("model_type auto_map quantization_config tie_word_embeddings eos_token_id"),
     # In configs of older versions.
     only={
-        **_OTHER_TOKENS,
+        **OTHER_TOKENS,
         "repetition_penalty": (1.0,),
         "is_decoder": (False,),
         "is_encoder_decoder": (False,),
@@ -187,7 +146,7 @@ HOUSEKEEPING = Fields(
         "pruned_heads": ({},),
     },
     # Names, element types, training, sampling (answers are greedy), and other tasks than generation.
-    without_effect=_names(
+    without_effect=names(
         """_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset attn_implementation architectures
         transformers_version transformers.js_config torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss use_cache
         return_dict output_attentions output_hidden_states output_scores return_dict_in_generate chunk_size_feed_forward
@@ -199,80 +158,52 @@ HOUSEKEEPING = Fields(
     ),
 )
 
-# How to search and to sample, and how fast: answers here are the likeliest tokens one by one. Qwen publishes a penalty on
-# repetition together with its sampling.
-GENERATED = Fields(
-    followed=_names("eos_token_id"),
-    only={
-        **_OTHER_TOKENS,
-        "min_new_tokens": (0, None),
-        "encoder_repetition_penalty": (1.0, None),
-        "force_words_ids": (None,),
-        "constraints": (None,),
-        "sequence_bias": (None,),
-        "guidance_scale": (1.0, None),
-        "stop_strings": (None,),
-        "watermarking_config": (None,),
-    },
-    without_effect=_names(
-        """_from_model_config transformers_version bos_token_id pad_token_id decoder_start_token_id max_length max_new_tokens
-        max_time do_sample temperature top_k top_p top_h min_p typical_p epsilon_cutoff eta_cutoff penalty_alpha num_beams
-        num_beam_groups diversity_penalty length_penalty early_stopping repetition_penalty exponential_decay_length_penalty
-        renormalize_logits remove_invalid_values low_memory dola_layers num_return_sequences output_attentions
-        output_hidden_states output_scores output_logits return_dict_in_generate use_cache cache_implementation cache_config
-        max_cache_len prefill_chunk_size compile_config disable_compile continuous_batching_config is_assistant
-        num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit
-        assistant_ensemble_weight assistant_lookbehind target_lookbehind prompt_lookup_num_tokens max_matching_ngram_size
-        speculation_type token_healing use_mtp chat_format max_window_size"""
-    ),
-)
-
 # Decoders, by `model_type`
 
 _DECODER = HOUSEKEEPING | Fields(
-    _names(
+    names(
         """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
         hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor
         original_max_position_embeddings"""
     )
 )
-_WINDOW = Fields(_names("sliding_window use_sliding_window layer_types"), {}, _names("max_window_layers"))
-LLAMA = _DECODER | Fields(_names("attention_bias mlp_bias"), {}, _names("pretraining_tp max_sequence_length"))
-MISTRAL = _DECODER | Fields(_names("sliding_window"))
+_WINDOW = Fields(names("sliding_window use_sliding_window layer_types"), {}, names("max_window_layers"))
+LLAMA = _DECODER | Fields(names("attention_bias mlp_bias"), {}, names("pretraining_tp max_sequence_length"))
+MISTRAL = _DECODER | Fields(names("sliding_window"))
 QWEN2 = _DECODER | _WINDOW | Fields(only={"use_mrope": (False,)})
-QWEN3 = _DECODER | _WINDOW | Fields(_names("attention_bias"))
+QWEN3 = _DECODER | _WINDOW | Fields(names("attention_bias"))
 
 # Towers, by `model_type`
 
 _TOWER = HOUSEKEEPING | Fields(
-    _names(
+    names(
         """hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size hidden_act layer_norm_eps"""
     ),
     {"num_channels": (3,)},
 )
 # The projection and the vocabulary are those of the text tower's side.
-CLIP_TOWER = _TOWER | Fields(without_effect=_names("projection_dim vocab_size"))
-SIGLIP_TOWER = _TOWER | Fields(_names("vision_use_head"))
+CLIP_TOWER = _TOWER | Fields(without_effect=names("projection_dim vocab_size"))
+SIGLIP_TOWER = _TOWER | Fields(names("vision_use_head"))
 INTERN_TOWER = _TOWER | Fields(
-    _names("attention_bias use_qk_norm norm_type use_absolute_position_embeddings use_mean_pooling"),
+    names("attention_bias use_qk_norm norm_type use_absolute_position_embeddings use_mean_pooling"),
     {"use_mask_token": (False,)},
-    _names("layer_scale_init_value"),
+    names("layer_scale_init_value"),
 )
 # `spatial_patch_size` and `in_chans` are what transformers' classes do not read.
 QWEN_TOWER = HOUSEKEEPING | Fields(
-    _names(
+    names(
         """depth embed_dim hidden_size hidden_act intermediate_size mlp_ratio num_heads in_channels patch_size spatial_merge_size
         temporal_patch_size out_hidden_size window_size fullatt_block_indexes num_position_embeddings deepstack_visual_indexes
         rope_parameters"""
     ),
     {"in_chans": (3,)},
-    _names("spatial_patch_size tokens_per_second"),
+    names("spatial_patch_size tokens_per_second"),
 )
 
 # Image processors
 
 _PIXELS = Fields(
-    _names("image_mean image_std resample size"),
+    names("image_mean image_std resample size"),
     {
         "do_resize": (True,),
         "do_rescale": (True,),
@@ -281,32 +212,32 @@ _PIXELS = Fields(
         "do_convert_rgb": (True, None),
     },
     # What transformers' classes write of themselves, and of how arrays are handed over.
-    _names(
+    names(
         """image_processor_type feature_extractor_type processor_class _valid_processor_keys _processor_class data_format
         default_to_square disable_grouping return_tensors"""
     ),
 )
-# Whether images are cropped, padded or stretched is the recipe's `fit`; published processors crop, which cuts off what is to be found.
-_SQUARE_PIXELS = _PIXELS | Fields(_names("crop_size"), {}, _names("do_center_crop do_pad"))
+# Whether images are cropped, padded or stretched is the recipe's `fit`; published ones crop, which cuts off what is to be found.
+_SQUARE_PIXELS = _PIXELS | Fields(names("crop_size"), {}, names("do_center_crop do_pad"))
 # Tiles are as large as the crop, and whether a batch of them is padded changes none of them.
 _ANYRES_PIXELS = _PIXELS | Fields(
-    _names("crop_size image_grid_pinpoints"),
+    names("crop_size image_grid_pinpoints"),
     {"aspect_ratio_setting": ("anyres",)},
-    _names("do_center_crop do_pad"),
+    names("do_center_crop do_pad"),
 )
 # transformers' processor crops to tiles whatever `crop_to_patches` says (`processing_internvl.py`).
 _INTERN_PIXELS = _PIXELS | Fields(
-    _names("crop_size min_patches max_patches"), {}, _names("crop_to_patches do_center_crop do_pad")
+    names("crop_size min_patches max_patches"), {}, names("crop_to_patches do_center_crop do_pad")
 )
 _NATIVE_PIXELS = _PIXELS | Fields(
-    _names("min_pixels max_pixels patch_size merge_size temporal_patch_size"), {}, _names("do_center_crop")
+    names("min_pixels max_pixels patch_size merge_size temporal_patch_size"), {}, names("do_center_crop")
 )
 
 # Of `processor_config.json` beside the image processor's: how many placeholders stand for an image, which follows from `config.json`.
 PROCESSING = Fields(
     frozenset({NESTED}),
     {},
-    _names(
+    names(
         """processor_class auto_map tokenizer video_processor feature_extractor chat_template image_token video_token patch_size
         image_seq_length num_image_tokens num_additional_image_tokens vision_feature_select_strategy vision_aspect_ratio"""
     ),
@@ -315,23 +246,23 @@ PROCESSING = Fields(
 # Families
 
 _COMPOSED = HOUSEKEEPING | Fields(
-    _names(
+    names(
         """text_config vision_config image_token_index image_token_id projector_hidden_act multimodal_projector_bias
         vision_feature_layer vision_feature_select_strategy"""
     ),
     {},
     # The table's rows, and the number of tokens, follow from other fields.
-    _names("vocab_size hidden_size image_seq_length"),
+    names("vocab_size hidden_size image_seq_length"),
 )
-_ANYRES = _COMPOSED | Fields(_names("image_grid_pinpoints"), {"use_image_newline_parameter": (True,)})
+_ANYRES = _COMPOSED | Fields(names("image_grid_pinpoints"), {"use_image_newline_parameter": (True,)})
 # Videos are not read; their tokens are no part of a prompt.
-_VIDEO = Fields(without_effect=_names("video_token_index video_token_id"))
+_VIDEO = Fields(without_effect=names("video_token_index video_token_id"))
 _QWEN_TOKENS = Fields(
-    _names("image_token_id"),
+    names("image_token_id"),
     {},
-    _names("video_token_id vision_start_token_id vision_end_token_id vision_token_id"),
+    names("video_token_id vision_start_token_id vision_end_token_id vision_token_id"),
 )
-_TRAINING = _names(
+_TRAINING = names(
     """freeze_backbone freeze_mm_mlp_adapter freeze_mm_vision_resampler tune_mm_mlp_adapter tune_mm_vision_resampler
     unfreeze_mm_vision_tower mm_projector_lr mm_vision_tower_lr pretrain_mm_mlp_adapter mm_hidden_size tokenizer_padding_side
     tokenizer_model_max_length"""
@@ -341,10 +272,10 @@ _TRAINING = _names(
 def _qwen_vl(tower: str) -> KnownFields:
     """Decoder's fields stand outermost in what Qwen publishes, in `text_config` in what transformers writes."""
     decoder = QWEN2 | QWEN3 | _QWEN_TOKENS
-    outermost = decoder | Fields(_names("text_config vision_config"))
+    outermost = decoder | Fields(names("text_config vision_config"))
     return KnownFields(
         outermost, {f"{tower}_text": decoder, "": decoder}, {tower: QWEN_TOWER, f"{tower}_vision": QWEN_TOWER, "": QWEN_TOWER},
-        _NATIVE_PIXELS,
+        _NATIVE_PIXELS, QWEN_GENERATED,
     )  # fmt: skip
 
 
@@ -356,13 +287,13 @@ FAMILIES: dict[str, KnownFields] = {
         _ANYRES, {"llama": LLAMA, "mistral": MISTRAL}, {"clip_vision_model": CLIP_TOWER}, _ANYRES_PIXELS
     ),
     "llava_onevision": KnownFields(
-        _ANYRES | _VIDEO | Fields(_names("vision_aspect_ratio")),
+        _ANYRES | _VIDEO | Fields(names("vision_aspect_ratio")),
         {"qwen2": QWEN2},
         {"siglip_vision_model": SIGLIP_TOWER},
         _ANYRES_PIXELS,
     ),
     "internvl": KnownFields(
-        _COMPOSED | _VIDEO | Fields(_names("downsample_ratio image_seq_length")),
+        _COMPOSED | _VIDEO | Fields(names("downsample_ratio image_seq_length")),
         {"qwen2": QWEN2, "qwen3": QWEN3, "llama": LLAMA},
         {"internvl_vision": INTERN_TOWER, "": INTERN_TOWER},
         _INTERN_PIXELS,
@@ -373,7 +304,7 @@ FAMILIES: dict[str, KnownFields] = {
     "llava_original": KnownFields(
         LLAMA
         | Fields(
-            _names("mm_vision_tower mm_vision_select_layer"),
+            names("mm_vision_tower mm_vision_select_layer"),
             {
                 "mm_projector_type": ("mlp2x_gelu",),
                 "mm_vision_select_feature": ("patch",),
@@ -386,13 +317,13 @@ FAMILIES: dict[str, KnownFields] = {
                 "s2": (False,),
             },
             # Grids belong to `image_aspect_ratio: anyres`.
-            _TRAINING | _names("image_grid_pinpoints image_crop_resolution image_split_resolution"),
+            _TRAINING | names("image_grid_pinpoints image_crop_resolution image_split_resolution"),
         )
     ),
     "shikra": KnownFields(
         LLAMA
         | Fields(
-            _names("mm_vision_tower mm_vision_select_layer"),
+            names("mm_vision_tower mm_vision_select_layer"),
             {"mm_use_im_start_end": (True,), "use_mm_proj": (True,)},
             _TRAINING,
         )

@@ -17,7 +17,6 @@ from gap_export.modeling.config_fields import (
     CLIP_TOWER,
     CONFIG,
     FAMILIES,
-    GENERATED,
     GENERATION,
     LLAMA,
     check_companion_fields,
@@ -100,7 +99,7 @@ def test_values_that_are_not_supported_are_refused_by_name(
     known = FAMILIES[PUBLISHED[name]]
     content = published(name)
     if path[0] == GENERATION:
-        fields = GENERATED
+        fields = known.generation
     elif path[0] == PREPROCESSOR:
         assert known.processor is not None
         fields = known.processor
@@ -193,7 +192,7 @@ def test_what_transformers_writes_of_generation_is_known(tmp_path: Path) -> None
     """Every setting that there is, at its default, and those of Qwen's sampling."""
     from transformers import GenerationConfig
 
-    known, content = FAMILIES["llava"], published("llava-hf/llava-1.5-7b-hf")
+    known, content = FAMILIES["qwen2_5_vl"], published("Qwen/Qwen2.5-VL-7B-Instruct")
     settings = GenerationConfig(
         do_sample=True, temperature=1e-6, repetition_penalty=1.05, top_p=0.001, top_k=1
     ).to_dict()
@@ -216,3 +215,16 @@ def test_companions_are_looked_at_too(tmp_path: Path) -> None:
         check_companion_fields(Checkpoint(tmp_path, "clip", {**tower, "num_channels": 4}, {}), CLIP_TOWER)
     base = published("meta-llama/Llama-2-7b-chat-hf").config
     assert check_companion_fields(Checkpoint(tmp_path, "llama", base, {}), LLAMA) == ()
+
+
+def test_a_penalty_on_repetition_is_qwens_alone(tmp_path: Path) -> None:
+    """There it belongs to the sampling as published; elsewhere it changes greedy answers."""
+    for name, family in PUBLISHED.items():
+        checkpoint = opened(tmp_path, published(name).config, {}, {"repetition_penalty": 1.2})
+        if family.startswith("qwen"):
+            assert check_fields(checkpoint, FAMILIES[family]) == ()
+        else:
+            with pytest.raises(
+                CheckpointError, match=r"repetition_penalty is 1\.2 \(supported: 1\.0, None\)"
+            ):
+                check_fields(checkpoint, FAMILIES[family])
