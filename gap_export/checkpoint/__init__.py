@@ -142,6 +142,12 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     bare = sorted(folder.glob("*.pth"))
     if not config_file.is_file() and len(bare) == 1:
         return Checkpoint(folder, name or str(folder), {}, dict(read_weights(bare[0])))
+    if not config_file.is_file() and bare:
+        raise CheckpointError(
+            f"has no config.json, and several weight files ({', '.join(path.name for path in bare[:3])})",
+            subject=str(folder),
+            hint=f"name the one that is meant: {bare[0]}",
+        )
     if not config_file.is_file():
         raise _without(
             "config.json", folder, "has no config.json", "point at a checkpoint in Hugging Face layout"

@@ -145,7 +145,7 @@ HOUSEKEEPING = Fields(
         "add_cross_attention": (False,),
         "pruned_heads": ({},),
     },
-    # Names, element types, training, sampling (answers are greedy), and other tasks than generation.
+    # Names, element types, training and its programs, sampling (answers are greedy), and other tasks than generation.
     without_effect=names(
         """_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset attn_implementation architectures
         transformers_version transformers.js_config torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss use_cache
@@ -154,7 +154,7 @@ HOUSEKEEPING = Fields(
         attention_dropout dropout hidden_dropout_prob projection_dropout finetuning_task task_specific_params problem_type
         id2label label2id num_labels prefix tokenizer_class cross_attention_hidden_size tie_encoder_decoder do_sample
         early_stopping max_length temperature top_k top_p typical_p num_beams num_beam_groups diversity_penalty length_penalty
-        num_return_sequences exponential_decay_length_penalty remove_invalid_values"""
+        num_return_sequences exponential_decay_length_penalty remove_invalid_values unsloth_fixed unsloth_version"""
     ),
 )
 

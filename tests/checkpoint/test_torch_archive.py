@@ -51,8 +51,10 @@ def test_a_file_may_be_named_itself(tmp_path: Path) -> None:
     torch.save({"model": WEIGHTS}, tmp_path / "one.pth")
     torch.save({"model": {}}, tmp_path / "other.pth")
     assert set(opened(tmp_path / "one.pth").weights) == set(WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    message = r"has no config\.json, and several weight files \(one\.pth, other\.pth\)"
+    with pytest.raises(CheckpointError, match=message) as caught:
         opened(tmp_path)
+    assert str(tmp_path / "one.pth") in caught.value.hint
     with pytest.raises(CheckpointError, match="holds no tensors by name"):
         opened(tmp_path / "other.pth")
 

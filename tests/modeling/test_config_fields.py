@@ -123,6 +123,12 @@ def test_two_fields_are_told_in_one_sentence(tmp_path: Path) -> None:
     assert note.startswith("one, two: fields that are not known here")
 
 
+def test_what_training_programs_write_is_known(tmp_path: Path) -> None:
+    fields = {"unsloth_fixed": True, "unsloth_version": "2026.3.3", "_attn_implementation_autoset": True}
+    checkpoint = changed(tmp_path / "checkpoint", "Qwen/Qwen2.5-VL-7B-Instruct", (CONFIG,), **fields)
+    assert check_fields(checkpoint, FAMILIES["qwen2_5_vl"]) == ()
+
+
 def test_a_scale_with_fewer_digits_is_the_same(tmp_path: Path) -> None:
     name = "llava-hf/llava-1.5-7b-hf"
     known = FAMILIES["llava"]
