@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.processor import stored_processor
 from gap_export.errors import RecipeError
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import SquareLayout
@@ -70,11 +71,19 @@ class ClipLlama(Family):
 
     @override
     def check_fields(self) -> tuple[str, ...]:
-        tower = self.checkpoint.companions.get("vision_tower")
         beside = (
-            () if tower is None else config_fields.check_companion_fields(tower, config_fields.CLIP_TOWER)
+            ()
+            if self._tower is None
+            else config_fields.check_companion_fields(
+                self._tower, config_fields.CLIP_TOWER, config_fields.SQUARE_PIXELS
+            )
         )
         return super().check_fields() + beside
+
+    @property
+    def _tower(self) -> Checkpoint | None:
+        """The checkpoint of the vision tower, where it lies beside the model's."""
+        return self.checkpoint.companions.get("vision_tower")
 
     @abstractmethod
     @override
@@ -105,8 +114,12 @@ class ClipLlama(Family):
 
     @property
     def normalisation(self) -> tuple[Channels, Channels]:
-        """(mean, standard deviation) of the channels, after scaling to 0..1; those of the tower."""
-        return OPENAI_MEAN, OPENAI_STD
+        """(mean, standard deviation) of the channels, after scaling to 0..1; those of the tower, OpenAI's where it does not say."""
+        if self._tower is None or not stored_processor(self._tower)[2]:
+            return OPENAI_MEAN, OPENAI_STD
+        check = hf_config.ConfigCheck(self._tower, self.row.title)
+        settings = hf_config.checked_processor(self._tower, check, self.config.vision_config.image_size)
+        return tuple(settings["image_mean"]), tuple(settings["image_std"])
 
     @property
     def background(self) -> tuple[int, int, int]:

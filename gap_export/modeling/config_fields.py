@@ -62,12 +62,15 @@ def check_fields(checkpoint: Checkpoint, known: KnownFields) -> tuple[str, ...]:
     return tuple(unknown)
 
 
-def check_companion_fields(companion: Checkpoint, known: Fields) -> tuple[str, ...]:
+def check_companion_fields(
+    companion: Checkpoint, known: Fields, processor: Fields | None = None
+) -> tuple[str, ...]:
     """Go through the fields of a decoder or a vision tower in a checkpoint of its own, the tower perhaps with a text tower beside it.
 
     Args:
         companion: the checkpoint.
         known: its fields.
+        processor: those of its image processor, where it is read.
 
     Returns:
         as of `check_fields`, with the name of the checkpoint in front.
@@ -77,7 +80,11 @@ def check_companion_fields(companion: Checkpoint, known: Fields) -> tuple[str, .
     """
     inner = companion.config.get("vision_config")
     prefix, content = ("vision_config.", inner) if isinstance(inner, dict) else ("", companion.config)
-    return tuple(f"{companion.name}: {name}" for name in _unknown(companion, CONFIG, prefix, content, known))
+    unknown = _unknown(companion, CONFIG, prefix, content, known)
+    if processor is not None:
+        file, prefix, stored = stored_processor(companion)
+        unknown += _unknown(companion, file, prefix, stored, processor)
+    return tuple(f"{companion.name}: {name}" for name in unknown)
 
 
 def note_of(unknown: Iterable[str]) -> tuple[str, ...]:
@@ -218,7 +225,7 @@ _PIXELS = Fields(
     ),
 )
 # Whether images are cropped, padded or stretched is the recipe's `fit`; published ones crop, which cuts off what is to be found.
-_SQUARE_PIXELS = _PIXELS | Fields(names("crop_size"), {}, names("do_center_crop do_pad"))
+SQUARE_PIXELS = _PIXELS | Fields(names("crop_size"), {}, names("do_center_crop do_pad"))
 # Tiles are as large as the crop, and whether a batch of them is padded changes none of them.
 _ANYRES_PIXELS = _PIXELS | Fields(
     names("crop_size image_grid_pinpoints"),
@@ -281,7 +288,7 @@ def _qwen_vl(tower: str) -> KnownFields:
 
 FAMILIES: dict[str, KnownFields] = {
     "llava": KnownFields(
-        _COMPOSED, {"llama": LLAMA, "": LLAMA}, {"clip_vision_model": CLIP_TOWER}, _SQUARE_PIXELS
+        _COMPOSED, {"llama": LLAMA, "": LLAMA}, {"clip_vision_model": CLIP_TOWER}, SQUARE_PIXELS
     ),
     "llava_next": KnownFields(
         _ANYRES, {"llama": LLAMA, "mistral": MISTRAL}, {"clip_vision_model": CLIP_TOWER}, _ANYRES_PIXELS

@@ -330,6 +330,30 @@ def test_a_tokenizer_of_the_base_model(
     assert "has no token <im_patch>" in str(error)
 
 
+@pytest.mark.parametrize("which", ["llava_original", "shikra merged"])
+def test_images_are_prepared_as_the_tower_says(
+    which: str, options: dict[str, dict[str, Any]], tiny_text_tower: Path, tmp_path: Path
+) -> None:
+    """Both originals take the image processor from the tower's checkpoint; not all CLIP towers have OpenAI's mean."""
+    tower = Path(shutil.copytree(tiny_text_tower, tmp_path / "tower"))
+    file = tower / "preprocessor_config.json"
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 0.5], "size": 36, "crop_size": 36}
+
+    def opened(**fields: Any) -> Any:
+        file.write_text(json.dumps({**settings, **fields}))
+        return open_model(Recipe(name="x", **{**options[which], "vision_tower": str(tower)}))
+
+    model = opened()
+    assert (model.layout.mean, model.layout.std) == ((0.5, 0.4, 0.3), (0.25, 0.5, 0.5))
+    white = (255, 255, 255)
+    assert model.layout.background == ((127, 102, 76) if which == "llava_original" else white)
+    assert opened(sharpen=1).notes[0].startswith(f"{tower}: preprocessor_config.json: sharpen")
+    for fields in ({"size": 224}, {"resample": 2}, {"do_normalize": False}):
+        with pytest.raises(CheckpointError) as caught:
+            opened(**fields)
+        assert caught.value.subject == str(file)
+
+
 def test_a_tower_of_another_kind(
     options: dict[str, dict[str, Any]], shikra: dict[str, Path], tmp_path: Path
 ) -> None:
