@@ -161,3 +161,15 @@ def read_header(file: Path) -> dict[str, WeightLocation]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise broken("is damaged (its header does not describe tensors)") from error
     return locations
+
+
+def read_floats(location: WeightLocation) -> NDArray[np.float32] | None:
+    """The numbers of a small tensor; None where it is not stored as floating-point numbers."""
+    types = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
+    if location.dtype not in types:
+        return None
+    count = int(np.prod(location.shape, dtype=np.int64))
+    stored = np.fromfile(location.file, types[location.dtype], count, offset=location.offset)
+    if location.dtype == "BF16":  # the upper half of a float32
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32).reshape(location.shape)

@@ -42,12 +42,14 @@ class Companion:
         published: hub id of the one that the model's authors used.
         holds: what comes from it, for messages.
         required: whether there is no model without it.
+        used: whether anything comes from it; where not, it is left out though a recipe names it.
     """
 
     name: Literal["base", "vision_tower"]
     published: str
     holds: str
     required: bool = True
+    used: bool = True
 
 
 class Family(ABC):

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.derived import plus_base
+from gap_export.checkpoint.safetensors import WeightLocation, read_floats
 from gap_export.checkpoint.sentencepiece import strip_around
 from gap_export.checkpoint.tokenizers import slow_tokenizer, token_id
 from gap_export.checkpoint.weight_map import Prefixes
@@ -30,6 +31,7 @@ PLACEHOLDER, END = "<im_patch>", "</s>"
 ADDED = (PLACEHOLDER, "<im_start>", "<im_end>")
 FEATURE_LAYER = -2
 _PROJECTOR = "model.mm_projector."
+_AROUND_ZERO = 0.1
 
 
 class Shikra(ClipLlama):
@@ -56,13 +58,15 @@ class Shikra(ClipLlama):
     @staticmethod
     @override
     def companions(checkpoint: Checkpoint) -> tuple[Companion, ...]:
-        # Nothing in the files of a delta says that it is one, but its name does.
-        names = (checkpoint.name, str(checkpoint.config.get("_name_or_path", "")))
-        is_delta = any("delta" in name for name in names)
+        is_delta = _is_delta(checkpoint)
         return (
             Companion("vision_tower", "openai/clip-vit-large-patch14", "vision tower"),
             Companion(
-                "base", "huggyllama/llama-7b", "weights of its own: it is a delta over LLaMA-7B", is_delta
+                "base",
+                "huggyllama/llama-7b",
+                "weights of its own: it is a delta over LLaMA-7B",
+                required=is_delta,
+                used=is_delta,
             ),
         )
 
@@ -117,3 +121,13 @@ class Shikra(ClipLlama):
             ),
             image_token_id=token_id(slow_tokenizer(self.checkpoint), PLACEHOLDER),
         )
+
+
+def _is_delta(checkpoint: Checkpoint) -> bool:
+    """Whether weights are differences. No file says so, and folders are renamed; but weights of a norm lie around one, differences around zero."""
+    norm = checkpoint.weights.get("model.norm.weight")
+    values = read_floats(norm) if isinstance(norm, WeightLocation) else None
+    if values is None:
+        names = (checkpoint.name, str(checkpoint.config.get("_name_or_path", "")))
+        return any("delta" in name for name in names)
+    return abs(float(values.mean())) < _AROUND_ZERO

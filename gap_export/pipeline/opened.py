@@ -35,7 +35,7 @@ class OpenedModel:
     """What a build knows of a model before it traces.
 
     Attributes:
-        recipe: that it was opened for.
+        recipe: that it was opened for, without checkpoints that nothing comes from.
         family: opened on the checkpoint.
         spec: sizes of the model.
         tokenizer: of the prompt.
@@ -106,6 +106,8 @@ def open_model(
     if reads_text is None:
         reads_text = prune.row(recipe.pruner).needs_text
     kind = row.load()
+    unused = [companion.name for companion in kind.companions(checkpoint) if not companion.used]
+    recipe = recipe.model_copy(update=dict.fromkeys(unused))
     family = kind(row, _with_companions(checkpoint, kind, recipe, reads_text=reads_text))
     layout = family.layout(recipe)
     _check_max_pixels(layout, recipe)

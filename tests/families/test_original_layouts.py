@@ -295,6 +295,23 @@ def test_a_delta_needs_its_base(options: dict[str, dict[str, Any]], tmp_path: Pa
     assert "has no place in this model" in str(error)
 
 
+def test_a_delta_is_told_by_its_weights(
+    options: dict[str, dict[str, Any]], shikra: dict[str, Path], tmp_path: Path
+) -> None:
+    """Folders are renamed, and the recipe of the delta names a base, which must not be added to weights that are whole."""
+    renamed, whole = tmp_path / "shikra", tmp_path / "shikra-7b-delta-v1-merged"
+    shutil.copytree(shikra["shikra-7b-delta-v1"], renamed)
+    shutil.copytree(shikra["merged"], whole)
+    file = whole / "model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file)
+    error = refused({**options["shikra"], "checkpoint": str(renamed)}, tmp_path / "out", base=None)
+    assert "delta over LLaMA-7B" in str(error)
+    for base in ("huggyllama/llama-7b", options["shikra"]["base"]):
+        model = open_model(Recipe(name="x", **{**options["shikra"], "checkpoint": str(whole), "base": base}))
+        assert model.recipe.base is None
+        assert set(model.checkpoint.companions) == {"vision_tower"}
+
+
 @pytest.mark.parametrize("damage", ["width", "layers"])
 def test_a_delta_over_another_base(
     damage: str, options: dict[str, dict[str, Any]], shikra: dict[str, Path], tmp_path: Path
