@@ -121,11 +121,11 @@ def token_id(tokenizer: Tokenizer, name: str) -> int:
 
 def _with_described(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer with its added tokens as tokenizer_config.json describes them, where it does: transformers adds what is missing or different."""
-    stored = tokenizer.get_added_tokens_decoder().values()
+    stored = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
     for _, described in sorted((config.get(_DESCRIBED) or {}).items(), key=lambda item: int(item[0])):
         flags = {name: bool(described[name]) for name in _FLAGS if name in described}
         token = AddedToken(described["content"], **flags)
-        if repr(token) not in {repr(each) for each in stored}:
+        if repr(token) not in stored:
             tokenizer.add_tokens([token])
     return tokenizer
 

@@ -136,11 +136,11 @@ class InternVL(Family):
         self.check(
             "image_seq_length", self.config.image_seq_length == side * side, f"{side * side}, a tile's tokens"
         )
-        fewest, most = (
-            settings.get(field) or usual
-            for field, usual in zip(("min_patches", "max_patches"), _DEFAULT_TILES, strict=True)
+        minimum, maximum = (
+            settings.get(field) or default
+            for field, default in zip(("min_patches", "max_patches"), _DEFAULT_TILES, strict=True)
         )
-        bounded = isinstance(fewest, int) and isinstance(most, int) and 1 <= fewest <= most
+        bounded = isinstance(minimum, int) and isinstance(maximum, int) and 1 <= minimum <= maximum
         self.check(
             f"min_patches, max_patches{hf_config.OF_PROCESSOR}",
             bounded,
@@ -149,8 +149,8 @@ class InternVL(Family):
         return DynamicTilesLayout(
             size=size,
             tokens=side * side,
-            min_tiles=fewest,
-            max_tiles=most,
+            min_tiles=minimum,
+            max_tiles=maximum,
             mean=tuple(settings["image_mean"]),
             std=tuple(settings["image_std"]),
         )
