@@ -83,7 +83,9 @@ class Family(ABC):
         self.check = hf_config.ConfigCheck(checkpoint, row.title)
         self.unknown_fields = self.check_fields()
         self.config: Any = self.read_config()
-        rope.check(self.config.text_config, self.checkpoint.folder / "config.json")
+        config_file = self.checkpoint.folder / "config.json"
+        rope.check(self.config.text_config, config_file)
+        rope.check_spellings(self.checkpoint.config, self.config.text_config, config_file)
 
     # What is read from the checkpoint
 

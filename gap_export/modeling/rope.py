@@ -17,7 +17,7 @@ Shape letters: B batch, S tokens, D half of the head's width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,31 @@ def check(text_config: Any, file: Path) -> None:
             subject=str(file),
             hint="compare it with the model as published",
         )
+
+
+def check_spellings(config: Mapping[str, Any], text_config: Any, file: Path) -> None:
+    """Refuse a file with settings in both spellings, where the base in one of them is lost.
+
+    transformers takes `rope_scaling` whole where both stand there: settings for long contexts, entered into a file that it saved itself.
+
+    Args:
+        config: content of the file.
+        text_config: as transformers reads it.
+        file: for the message.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    for part in (config, config.get("text_config")):
+        stated = part.get("rope_parameters") if isinstance(part, dict) and part.get("rope_scaling") else None
+        base = stated.get("rope_theta") if isinstance(stated, dict) else None
+        taken = (text_config.rope_parameters or {}).get("rope_theta")
+        if base is not None and base != taken:
+            raise CheckpointError(
+                f"has rope_parameters and rope_scaling, of which transformers reads the second alone, with rope_theta {taken!r} and not {base!r}",
+                subject=str(file),
+                hint="write all of it into rope_parameters, and delete rope_scaling",
+            )
 
 
 def _fault(text_config: Any) -> str:

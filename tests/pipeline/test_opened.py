@@ -320,6 +320,23 @@ def test_the_length_that_a_decoder_was_first_trained_for_may_stand_beside_its_se
     assert model.family.config.text_config.rope_parameters["original_max_position_embeddings"] == 64
 
 
+def test_settings_in_both_spellings(checkpoint_copy: Path, opened: Callable[[], OpenedModel]) -> None:
+    """A model card's advice for long contexts, entered into a file that transformers 5 saved."""
+    file = checkpoint_copy / "config.json"
+    text = json.loads(file.read_text())["text_config"]
+    assert text["rope_parameters"]["rope_theta"] == 100.0
+    change_json(file, text_config={**text, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    with pytest.raises(CheckpointError, match=r"rope_parameters and rope_scaling.* 10000\.0 and not 100\.0"):
+        opened()
+    for fields in (
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 100.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 100.0},
+        {"rope_scaling": None},
+    ):
+        change_json(file, text_config={**text, **fields})
+        assert opened().family.config.text_config.rope_parameters["rope_theta"] == 100.0
+
+
 def test_a_llama_whose_fields_stand_outermost_is_held_to_the_same(tmp_path: Path) -> None:
     """As in LLaVA's own layout, in Shikra's, and in the language model of MiniGPT-v2. What is made of the config leaves it alone."""
     scaling = {"type": "linear", "factor": 2.0}
