@@ -115,7 +115,8 @@ def lint_graph(
     if kind != "decoder" or is_staged(flow):
         sentence = "only a decoder that keeps all its tokens can be run with other ids"
         return report.with_proof(Proof(outcome="not run here", sentence=sentence))
-    return report.with_proof(prove_by_running(source, flow, checked.ids, fades=checked.fades))
+    proof = prove_by_running(source, flow, checked.ids, tokens=checked.tokens, fades=checked.fades)
+    return report.with_proof(proof)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class _Checked:
         layers: attention operations found.
         may_be_idle: inputs that need not reach an output.
         ids: the position-ids input of a decoder.
+        tokens: the inputs of a decoder that carry its tokens.
         fades: whether a decoder's attention may fall with distance, in place of a rotary embedding.
     """
 
@@ -138,6 +140,7 @@ class _Checked:
     layers: int = 0
     may_be_idle: tuple[str, ...] = ()
     ids: ir.Value | None = None
+    tokens: tuple[ir.Value, ...] = ()
     fades: bool = False
 
 
@@ -176,6 +179,7 @@ def _check_decoder(
         good if renumbers else _good_decoder(decoder),
         len(decoder.sites),
         ids=decoder.ids,
+        tokens=tuple(value for value in flow.inputs if flow.bit(value) & decoder.tokens),
         fades=decoder.has_bias,
     )
 

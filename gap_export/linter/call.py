@@ -20,6 +20,8 @@ from gap_export.linter.dataflow import is_float, name_of
 
 Array = NDArray[Any]
 
+_MROPE = 3
+"""Ids of a token under M-RoPE: time, height, width."""
 SMALLEST_VOCABULARY = 16
 """Token ids stay below this."""
 _HIDDEN = -1e4
@@ -27,6 +29,7 @@ _HIDDEN = -1e4
 _PAST = re.compile(r"past|cache|key_value")
 _SLOT = re.compile(r"write_ind")
 """Inputs that say where in a buffer new keys go; the buffer is then longer than what is in it."""
+_MASK = re.compile(r"mask|(attn|attention|causal|position|score)_?bias|^bias$")
 _COUNTS = (
     (re.compile(r"write_ind|past_(sequence_length|length|lens?$)|start_pos|cur_len"), lambda c: c.past),
     (re.compile(r"seqlens?_k|past_seq_len"), lambda c: c.past + c.tokens - 1),
@@ -69,20 +72,31 @@ class Inputs:
         inputs: all that a caller feeds.
         ids: the position-ids input.
 
+        tokens: inputs that carry the tokens, whatever their names; by name where left out.
+
     Attributes:
         ids: the position-ids input.
+        tokens: inputs that carry the tokens.
     """
 
-    def __init__(self, inputs: Iterable[ir.Value], ids: ir.Value | None) -> None:
+    def __init__(
+        self, inputs: Iterable[ir.Value], ids: ir.Value | None, tokens: Iterable[ir.Value] = ()
+    ) -> None:
         self._inputs, self.ids = tuple(inputs), ids
+        given = set(tokens)
+        self.tokens = tuple(v for v in self._inputs if v in given or is_token(v))
         self._known: dict[str, int] = {}
         self._symbols: dict[str, str] = {}
         """Name of a dimension -> `rows`, `tokens`, `past` or `slots`."""
         by_slot = any(_SLOT.search(name_of(value).lower()) for value in self._inputs)
         for value in sorted(self._inputs, key=lambda v: v is not ids):
-            if value is ids or is_token(value):
-                self._name(value, -1 if value is ids or is_float(value) is False else 1, "tokens")
-                self._name(value, 0 if value is not ids or _rank(value) == 2 else -2, "rows")
+            if value is ids:
+                axes = [axis for axis in range(_rank(value)) if axis != self.component_axis]
+                for axis, what in zip(reversed(axes), ("tokens", "rows"), strict=False):
+                    self._name(value, axis, what)
+            elif value in self.tokens:
+                self._name(value, -1 if is_float(value) is False else 1, "tokens")
+                self._name(value, 0, "rows")
         for value in self._inputs:
             if self.is_past(value):
                 self._name(value, 0 if _rank(value) == 4 else 1, "rows")
@@ -97,16 +111,41 @@ class Inputs:
     def static(self, what: str) -> int | None:
         """The number of rows or of tokens, where the graph fixes it."""
         value = self.ids
-        axis = {"tokens": -1, "rows": -2}[what]
-        if value is None or value.shape is None or len(value.shape) < -axis:
+        if value is None or value.shape is None:
             return None
-        dim = value.shape[axis]
+        dims = [dim for axis, dim in enumerate(value.shape) if axis != self.component_axis]
+        place = {"tokens": 1, "rows": 2}[what]
+        dim = dims[-place] if len(dims) >= place else None
         return dim if isinstance(dim, int) else None
 
     @property
     def has_rows(self) -> bool:
         """Whether the ids are those of a batch."""
-        return self.ids is not None and _rank(self.ids) >= 2
+        return _rank(self.ids) - (self.component_axis is not None) >= 2
+
+    @property
+    def components(self) -> int:
+        """How many ids a token has: 3 under M-RoPE, or 4 with the place in the text before them; else 1."""
+        if self.component_axis is None or self.ids is None or self.ids.shape is None:
+            return 1
+        extent = self.ids.shape[self.component_axis]
+        return extent if isinstance(extent, int) else _MROPE
+
+    @property
+    def component_axis(self) -> int | None:
+        """Axis along which a token's ids lie where it has several: [3, B, S], wherever the 3 stands, or [3, S] of one sequence."""
+        shape = self.ids.shape if self.ids is not None else None
+        if shape is None or len(shape) not in (2, 3):
+            return None
+        if len(shape) == 3:
+            three = [axis for axis, dim in enumerate(shape) if dim == _MROPE]
+            return three[0] if three and not isinstance(shape[0], int) else 0
+        batches = [
+            v.shape[0] if len(v.shape) == (3 if is_float(v) else 2) else 1
+            for v in self.tokens
+            if v.shape is not None
+        ]
+        return 0 if shape[0] == _MROPE and batches and _MROPE not in batches else None
 
     @property
     def takes_past(self) -> bool:
@@ -140,12 +179,10 @@ class Inputs:
         name, dtype = name_of(value).lower(), (value.dtype or ir.DataType.INT64).numpy()
         total = call.past + call.tokens
         if value is self.ids:
-            return np.broadcast_to(ids[0] if _rank(value) < 2 else ids, self._shape(value, call)).astype(
-                dtype
-            )
+            return self._ids(value, call, ids).astype(dtype)
         if self.is_past(value):
             return self._past(value, call, seed).astype(dtype)
-        if "mask" in name:
+        if _MASK.search(name):
             shape = self._shape(value, call, last=total)
             return _mask(shape, call, dtype, additive=is_float(value) is not False)
         shape = self._shape(value, call)
@@ -156,10 +193,18 @@ class Inputs:
             return np.full(shape, call.past > 0, dtype)
         if "position" in name:  # cache_position: which slots the new tokens take
             return np.broadcast_to(np.arange(call.past, total), shape).astype(dtype)
-        if is_token(value):
+        if value in self.tokens:
             return draw.integers(1, SMALLEST_VOCABULARY, size=shape).astype(dtype)
         counted = next((count(call) for words, count in _COUNTS if words.search(name)), 0)
         return np.full(shape, counted, dtype)
+
+    def _ids(self, value: ir.Value, call: Call, ids: Array) -> Array:
+        shape, axis = self._shape(value, call), self.component_axis
+        if axis is None:
+            return np.broadcast_to(ids[0] if _rank(value) < 2 else ids, shape)
+        shape[axis] = self.components
+        each = ids if ids.ndim == 3 else np.broadcast_to(ids, (self.components, *ids.shape))
+        return np.broadcast_to(np.moveaxis(each if self.has_rows else each[:, 0], 0, axis), shape)
 
     def _past(self, value: ir.Value, call: Call, seed: int) -> Array:
         shape = self._shape(value, call)
@@ -202,5 +247,5 @@ def _mask(shape: list[int], call: Call, dtype: Any, *, additive: bool) -> Array:
     return np.broadcast_to(content, shape).astype(dtype)
 
 
-def _rank(value: ir.Value) -> int:
-    return 0 if value.shape is None else len(value.shape)
+def _rank(value: ir.Value | None) -> int:
+    return 0 if value is None or value.shape is None else len(value.shape)

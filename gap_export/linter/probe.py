@@ -126,6 +126,9 @@ class _Angles:
         Raises:
             CannotEvaluate: as `Part.evaluate`.
         """
+        rows = self.inputs.static("rows")
+        if rows is not None and ids.shape[-2] == 1:
+            ids = ids.repeat(rows, axis=-2)
         call = Call(ids.shape[-2], ids.shape[-1], past)
         given = {name_of(self.ids): ids.astype(np.int64)} if self._chosen else {}
         found = {v: part.evaluate(self.inputs, call, ids, given) for v, part in self._parts.items()}
@@ -225,31 +228,38 @@ def _after_a_past(part: _Angles, ids: Array, past: int) -> Outcome | None:
 
 
 def _per_row(part: _Angles, ids: Array, past: int) -> Outcome | None:
-    shape = part.ids.shape
-    rank = 2 if shape is None else len(shape)
-    if rank == 3 and shape is not None and shape[0] == 3:
-        base = np.stack([ids, ids, ids])
+    several = part.inputs.components
+    if several >= 3:
+        base = np.stack([ids] * several)
         before = part.run(base, past)
-        for component in range(3):
+        for component in range(several - 3, several):  # of four, the first is the place in the text
             if not any(_reads_row(part, base, before, component, step, past) for step in _ROW_STEPS):
                 return Outcome(False, f"row {component} of the ids is not read")
-    rows = shape[-2] if shape is not None and rank >= 2 else 1
-    if rank < 2 or (isinstance(rows, int) and rows < 2):
+    rows = part.inputs.static("rows") or 2
+    if not part.inputs.has_rows or rows < 2:
         return None
-    other = ids[:, ::-1]
+    own = np.concatenate([ids + row for row in range(rows)])  # no token has the id that it has in another row
     try:
-        together = part.run(np.concatenate([ids, other]), past)
-        apart = [part.run(each, past) for each in (ids, other)]
+        together = part.run(own, past)
+        looked_at = sorted({0, 1, rows - 1})
+        alone = {row: part.run(own[[row]].repeat(rows, axis=0), past) for row in looked_at}
     except CannotEvaluate:
         return None
-    batch = [
-        a for a, (n, m) in enumerate(zip(together.shape, apart[0].shape, strict=False)) if (n, m) == (2, 1)
-    ]
-    if together.ndim == apart[0].ndim and len(batch) == 1:
-        alike = all(_same(np.take(together, [row], batch[0]), apart[row]) for row in range(2))
-    else:  # rows one after the other
-        alike = _same(together.reshape(-1), np.concatenate(apart).reshape(-1))
-    return None if alike else Outcome(False, "a row of a batch does not get the angles of its own ids")
+    if any(each.shape != together.shape for each in alone.values()):
+        raise CannotEvaluate("its shape depends on the ids")
+    batch: list[int | None] = [axis for axis, extent in enumerate(together.shape) if extent == rows]
+    batch += [None] if together.size % rows == 0 else []  # rows one after the other
+    if any(
+        all(_same(_row(together, k, axis, rows), _row(each, k, axis, rows)) for k, each in alone.items())
+        for axis in batch
+    ):
+        return None
+    return Outcome(False, "a row of a batch does not get the angles of its own ids")
+
+
+def _row(angles: Array, row: int, axis: int | None, rows: int) -> Array:
+    """What one row of a batch has, along an axis or among rows one after the other."""
+    return np.asarray(angles.reshape(rows, -1)[row] if axis is None else np.take(angles, row, axis))
 
 
 def _reads_row(part: _Angles, base: Array, before: Array, component: int, step: int, past: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.errors import first_line
-from gap_export.linter.call import SMALLEST_VOCABULARY, Call, Inputs, is_token
+from gap_export.linter.call import SMALLEST_VOCABULARY, Call, Inputs
 from gap_export.linter.dataflow import Flow, is_float, is_op, name_of, operand
 
 Array = NDArray[Any]
@@ -37,6 +38,7 @@ class Feeding:
         hidden: tokens that the mask hides.
         kept: of the tokens of a longer call, those that this one has.
         longer: that call.
+        seed: of what tokens and past hold.
     """
 
     ids: Array
@@ -44,6 +46,7 @@ class Feeding:
     hidden: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
     longer: Call | None = None
+    seed: int = 0
 
 
 class Running:
@@ -53,6 +56,7 @@ class Running:
         session: of onnxruntime.
         flow: its data flow.
         ids: the position-ids input, if there is one.
+        tokens: inputs that carry the tokens.
 
     Attributes:
         inputs: how its inputs are made.
@@ -61,9 +65,11 @@ class Running:
         longest_ids: rows of the shortest table that the graph looks ids up in; beyond it there is nothing to tell apart.
     """
 
-    def __init__(self, session: Any, flow: Flow, ids: ir.Value | None) -> None:
+    def __init__(
+        self, session: Any, flow: Flow, ids: ir.Value | None, tokens: Iterable[ir.Value] = ()
+    ) -> None:
         self.open_session, self._fed = session, flow.inputs
-        self.inputs = Inputs(flow.inputs, ids)
+        self.inputs = Inputs(flow.inputs, ids, tokens)
         self._learn_heads(flow)
         self.runs = 0
         self.rounds_together = any(n.op_type == _QUANTIZES_ROWS_TOGETHER for n in flow.nodes)
@@ -84,7 +90,7 @@ class Running:
         if not logits:
             raise NotRun("it gives out no logits")
         self._logits = name_of(logits[0])
-        self._tokens = next((v for v in self._fed if is_token(v)), None)
+        self._tokens = next(iter(self.inputs.tokens), None)
         masks = [
             v for v in self._fed if "mask" in name_of(v).lower() and v.shape is not None and len(v.shape) == 2
         ]
@@ -109,7 +115,7 @@ class Running:
         Raises:
             NotRun: ONNX Runtime refuses.
         """
-        feeds = {name_of(v): self.inputs.feed(v, call, feeding.ids) for v in self._fed}
+        feeds = {name_of(v): self.inputs.feed(v, call, feeding.ids, feeding.seed) for v in self._fed}
         if feeding.disturbed is not None and self._tokens is not None:
             content = feeds[name_of(self._tokens)] = feeds[name_of(self._tokens)].copy()
             token = (
@@ -119,7 +125,7 @@ class Running:
             )
             token[...] = (token + 1) % SMALLEST_VOCABULARY if content.dtype.kind in "iu" else -token
         if feeding.longer is not None and self._tokens is not None:
-            content = self.inputs.feed(self._tokens, feeding.longer, feeding.ids)
+            content = self.inputs.feed(self._tokens, feeding.longer, feeding.ids, feeding.seed)
             axis = 1 if content.ndim > 1 else 0
             feeds[name_of(self._tokens)] = np.take(content, feeding.kept, axis=axis)
         if feeding.hidden and self.mask is not None:
