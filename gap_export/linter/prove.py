@@ -4,6 +4,7 @@ The graph is run whole, as a user runs it; every input but the ids is made from 
 a reference model. What must hold is read off the graph's own answers:
 
     a gap moves what comes after it    ids [0, 1, 2, 6, 7, 8]: logits before the gap stay, those after it move, wherever the gap is
+    gaps are taken                     ids that more tokens have are not refused where there are fewer
     ids are told apart                 logits of a token with id 300 are not those with id 44, nor 2049's those of 2050
     a gap hides nothing                a token that reached another token's logits without gaps reaches them with gaps
     a past is a distance away          where there is a past, all new ids further on move the logits
@@ -127,6 +128,15 @@ class _Case:
         by = np.abs(self.run(ids, token, seed=seed) - self.run(ids, seed=seed))
         return np.asarray(by.max(axis=(0, 2)) > self.least)
 
+    def takes(self, tokens: int) -> bool:
+        """Whether contiguous ids of more tokens are accepted."""
+        longer = Call(self.call.rows, tokens, self.call.past)
+        try:
+            self.decoder.logits(longer, Feeding(_base(longer)))
+        except NotRun:
+            return False
+        return True
+
     def moved(self, ids: Array) -> Array:
         """By how much other ids change the logits, for each token that has any."""
         return np.asarray(np.abs(self.run(ids) - self.baseline).max(axis=(0, 2)))
@@ -136,7 +146,12 @@ def _moves(case: _Case) -> str | None:
     """Whether a gap moves the logits after it and none before it."""
     call = case.call
     for gap in range(1 if call.past == 0 else 0, call.tokens):
-        by = case.moved(case.base + _GAP * (np.arange(call.tokens) >= gap))
+        try:
+            by = case.moved(case.base + _GAP * (np.arange(call.tokens) >= gap))
+        except NotRun as refused:
+            if not case.takes(call.tokens + _GAP):
+                raise
+            return f"a gap before token {gap} of {call.tokens} is refused, though more tokens have such ids ({refused})"
         every = len(by) == call.tokens
         after, before = (by[gap:], by[:gap]) if every else (by, by[:0])
         case.largest = max(case.largest, float(by.max()) / case.scale)

@@ -101,3 +101,18 @@ def test_a_mask_to_be_added_is_causal_whatever_its_name(parts: SimpleNamespace, 
     small = prompt(parts, mask=f"mask = Identity ({name})")
     small.inputs = (*small.inputs, f"float[B,1,S,T] {name}")
     assert outcomes(lint_graph(small.model(), prove=True)) == ("survive", "survive")
+
+
+def test_a_table_cut_to_the_sequence_has_no_angles_for_gaps(parts: SimpleNamespace) -> None:
+    # cos_cached[:seq_len][position_ids], as older models have it: contiguous ids are always found.
+    cut = """ids_int = Cast <to=7> (ids_BS) cos_cut = Slice (cos_table, at0, extent, ax0) sin_cut = Slice (sin_table, at0, extent, ax0)
+        cos3 = Gather (cos_cut, ids_int) sin3 = Gather (sin_cut, ids_int) cos = Unsqueeze (cos3, ax1) sin = Unsqueeze (sin3, ax1)"""
+    report = lint_graph(prompt(parts, rows=cut).model(), prove=True)
+    assert outcomes(report) == ("do not survive", "do not survive")
+    assert "cut to the length of the sequence" in report.verdict.reason
+    assert report.proof is not None
+    assert "more tokens have such ids" in report.proof.sentence
+    assert outcomes(lint_graph(prompt(parts, rows=parts.TABLE_ROWS).model(), prove=True)) == (
+        "survive",
+        "survive",
+    )
