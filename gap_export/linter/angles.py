@@ -66,10 +66,23 @@ def find_ids(flow: Flow, name: str, angles: list[AngleValue], tokens: int) -> ir
 
 
 def may_be_ids(flow: Flow, value: ir.Value, tokens: int) -> bool:
-    """Whether a graph input has the type and shape of position ids, and neither the name of a mask nor tokens in it."""
+    """Whether a graph input has the type and shape of position ids, and neither the name of a mask nor tokens in it.
+
+    One number is an id only where there is one token: a step.
+    """
     if is_float(value) is not False or flow.bit(value) & tokens or "mask" in (value.name or "").lower():
         return False
-    return value.shape is None or len(value.shape) >= 2 or (len(value.shape) == 1 and value.shape[0] != 1)
+    if value.shape is None or len(value.shape) >= 2 or (len(value.shape) == 1 and value.shape[0] != 1):
+        return True
+    carriers = [v for v in flow.inputs if flow.bit(v) & tokens and v.shape is not None]
+    return any(_is_one_token(v) for v in carriers)
+
+
+def _is_one_token(value: ir.Value) -> bool:
+    """Whether an input carries a single token: ids [B, 1], or a hidden state [B, 1, H]."""
+    shape = value.shape or ()
+    place = len(shape) - 2 if is_float(value) else len(shape) - 1
+    return 0 <= place < len(shape) and shape[place] == 1
 
 
 def absolute_lookups(flow: Flow, ids: ir.Value) -> list[ir.Value]:

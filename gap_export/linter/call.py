@@ -88,6 +88,8 @@ class Inputs:
         self._known: dict[str, int] = {}
         self._symbols: dict[str, str] = {}
         """Name of a dimension -> `rows`, `tokens`, `past` or `slots`."""
+        self._nameless: dict[tuple[ir.Value, int], str] = {}
+        """The same of dimensions without a name, which are told by where they stand."""
         by_slot = any(_SLOT.search(name_of(value).lower()) for value in self._inputs)
         for value in sorted(self._inputs, key=lambda v: v is not ids):
             if value is ids:
@@ -114,6 +116,8 @@ class Inputs:
         if value is None or value.shape is None:
             return None
         dims = [dim for axis, dim in enumerate(value.shape) if axis != self.component_axis]
+        if not dims and what == "tokens":  # one number is one token's
+            return 1
         place = {"tokens": 1, "rows": 2}[what]
         dim = dims[-place] if len(dims) >= place else None
         return dim if isinstance(dim, int) else None
@@ -201,7 +205,8 @@ class Inputs:
     def _ids(self, value: ir.Value, call: Call, ids: Array) -> Array:
         shape, axis = self._shape(value, call), self.component_axis
         if axis is None:
-            return np.broadcast_to(ids[0] if _rank(value) < 2 else ids, shape)
+            rank = _rank(value)
+            return np.broadcast_to(ids if rank >= 2 else ids[0] if rank else ids[0, -1], shape)
         shape[axis] = self.components
         each = ids if ids.ndim == 3 else np.broadcast_to(ids, (self.components, *ids.shape))
         return np.broadcast_to(np.moveaxis(each if self.has_rows else each[:, 0], 0, axis), shape)
@@ -222,6 +227,9 @@ class Inputs:
         if value.shape is None:
             return [call.rows, call.tokens]
         extents = [self.extent(dim, call) for dim in value.shape]
+        for (owner, axis), what in self._nameless.items():
+            if owner is value:
+                extents[axis] = int(getattr(call, what))
         if last is not None and extents and not isinstance(value.shape[-1], int):
             named = self._symbols.get(value.shape[-1].value or "")
             extents[-1] = call.tokens if named == "tokens" else last
@@ -233,7 +241,9 @@ class Inputs:
         if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
             return
         dim = value.shape[axis]
-        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isdigit():
+        if isinstance(dim, ir.SymbolicDim) and dim.value is None:
+            self._nameless.setdefault((value, axis % len(value.shape)), what)
+        elif isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isdigit():
             self._symbols.setdefault(dim.value, what)
 
 

@@ -138,7 +138,9 @@ class Part:
             [onnx.helper.make_empty_tensor_value_info(name_of(output))],
             initializers,
         )
-        opsets = [onnx.helper.make_opsetid(d, v) for d, v in flow.model.graph.opset_imports.items()]
+        _in_the_standard_domain(graph)
+        imports = {_standard(d): v for d, v in flow.model.graph.opset_imports.items()}
+        opsets = [onnx.helper.make_opsetid(d, v) for d, v in imports.items()]
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=flow.model.ir_version)
         try:
             return ReferenceEvaluator(model)
@@ -217,6 +219,19 @@ class Part:
                 return np.asarray(next(iter(self._evaluator.run(None, feeds))))
         except Exception as error:
             raise CannotEvaluate("the reference evaluator cannot run it") from error
+
+
+def _standard(domain: str) -> str:
+    """The evaluator knows the standard domain by one of its two names."""
+    return "" if domain in STANDARD_DOMAINS else domain
+
+
+def _in_the_standard_domain(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        node.domain = _standard(node.domain)
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _in_the_standard_domain(body)
 
 
 def _captured(body: ir.Graph) -> list[ir.Value]:

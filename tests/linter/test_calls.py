@@ -116,3 +116,37 @@ def test_a_table_cut_to_the_sequence_has_no_angles_for_gaps(parts: SimpleNamespa
         "survive",
         "survive",
     )
+
+
+def test_extents_without_a_name_are_told_by_where_they_stand(parts: SimpleNamespace) -> None:
+    for small in (prompt(parts), parts.Small()):
+        proto = small.proto()
+        for value in proto.graph.input:
+            for dim in value.type.tensor_type.shape.dim:
+                dim.ClearField("dim_param")
+        assert outcomes(lint_graph(ir.from_proto(proto), prove=True)) == ("survive", "survive")
+
+
+def test_the_standard_domain_has_two_names(parts: SimpleNamespace) -> None:
+    proto = prompt(parts).proto()
+    for entry in (*proto.graph.node, *proto.opset_import):
+        entry.domain = entry.domain or "ai.onnx"
+    assert lint_graph(ir.from_proto(proto)).verdict.survives
+
+
+@pytest.mark.parametrize(("shape", "axes"), [("int64[1]", "ax0"), ("int64", "at01")])
+def test_one_number_is_the_id_of_a_step(parts: SimpleNamespace, shape: str, axes: str) -> None:
+    inputs = (
+        "float[1,1,32] inputs_embeds",
+        f"{shape} input_pos",
+        "int64[1] write_index",
+        "int64[1] last_index",
+    )
+    angles = f"at01 = Constant <value_ints=[0, 1]> () ids = Cast <to=1> (input_pos) ids_BS = Unsqueeze (ids, {axes})"
+    step = parts.Small(angles=angles, inputs=inputs, past="float[1,1,12,16]", present="float[1,1,12,16]")
+    assert outcomes(lint_graph(step.model(), prove=True)) == ("survive", "survive")
+    # The same number is a count where it says how many tokens came before several.
+    inputs = ("float[1,S,32] inputs_embeds", *inputs[1:])
+    counted = "counted = Range (zero, length, one) all = Add (input_pos, counted) ids = Cast <to=1> (all) ids_BS = Unsqueeze (ids, ax0)"
+    report = lint_graph(parts.Small(**{**vars(step), "angles": counted, "inputs": inputs}).model())
+    assert report.verdict.answer == "do not survive"
