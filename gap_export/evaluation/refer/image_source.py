@@ -76,13 +76,14 @@ class Folder:
         return path
 
     def _path(self, name: str) -> Path | None:
-        """Never outside the folder, whatever an annotation says."""
-        last = Path(name).name
-        for candidate in (self._folder / name, self._folder / last):
+        """Never outside the folder, whatever an annotation says; links in it, as caches of data sets have, are the user's own."""
+        within = Path(name)
+        inside = not within.is_absolute() and ".." not in within.parts
+        for candidate in ((self._folder / within,) if inside else ()) + (self._folder / within.name,):
             try:
-                if candidate.is_file() and candidate.resolve().is_relative_to(self._folder.resolve()):
+                if candidate.is_file():
                     return candidate
-            except OSError:  # no file system has a name like that
+            except (OSError, ValueError):  # no file system has a name like that
                 continue
         return None
 

@@ -236,6 +236,10 @@ def test_images_of_a_folder_are_found_by_either_name(tmp_path: Path) -> None:
     assert folder.has("a.png")
     assert folder.has("coco/train2014/a.png")
     assert not folder.has("../secret.png")
+    assert not folder.has(str(tmp_path / "secret.png"))
+    (inside / "b.png").symlink_to(tmp_path / "secret.png")  # as caches of hubs and of data versions have it
+    assert folder.has("b.png")
+    assert folder.size("val/b.png") == (40, 30)
     assert folder.open("coco/a.png").size == (40, 30)
     with pytest.raises(InputError, match="is not a folder"):
         Folder(inside / "a.png")
