@@ -35,7 +35,7 @@ def photograph(stored: tuple[int, int], orientation: int, kind: str = "JPEG") ->
 
 
 def test_the_same_sizes_change_nothing() -> None:
-    source = InMemory({"a": Image.new("RGB", (40, 60)), "b": Image.new("RGB", (7, 7))})
+    source = InMemory({"a": Image.new("RGB", (40, 60)), "b": Image.new("RGB", (30, 40))})
     asked = [expression("a", (40, 60)), expression("b", None), expression("missing", (1, 1))]
     for rescale in (False, True):
         found = fitted(asked, source, rescale=rescale)
@@ -135,3 +135,27 @@ def test_sizes_that_are_none(tmp_path: Path) -> None:
         for size in (0, -1, 1.5, True, "640", 10**400):
             with pytest.raises(InputError, match=f"{field} is .*not a number of pixels"):
                 read_annotations(write(tmp_path / "data.jsonl", [{**row, field: size}]))
+
+
+def test_an_image_that_is_scaled_and_turned_is_not_rescaled(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(photograph((20, 30), 6))
+    stored = [expression("a.jpg", (40, 61))]
+    with pytest.raises(InputError, match="is 30x20 pixels, and its annotations are of 40x61") as caught:
+        fitted(stored, Folder(tmp_path), rescale=True)
+    assert "--ignore-exif" in caught.value.hint
+    found = fitted(stored, Folder(tmp_path, upright=False), rescale=True)
+    assert found.rescaled == ("a.jpg",)
+    # An image that was squashed is of neither shape, and boxes are squashed with it.
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    (squashed,) = fitted([expression("b.png", (64, 48))], Folder(tmp_path), rescale=True).expressions
+    assert squashed.box == (4.0, 8.0, 12.0, 20.0)
+
+
+def test_boxes_that_cannot_be_of_the_image_are_refused_where_no_size_is_given() -> None:
+    source = InMemory({"a": Image.new("RGB", (24, 30)), "b": Image.new("RGB", (8, 12))})
+    fitted([expression("a", None)], source)
+    with pytest.raises(
+        InputError, match=r"is 8x12 pixels.*expression b\.0 lies outside.* 1 of 2 images"
+    ) as caught:
+        fitted([expression("a", None), expression("b", None)], source, rescale=True)
+    assert "width and height" in caught.value.hint
