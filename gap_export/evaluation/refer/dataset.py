@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gap_export.boxes import scenes
+from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import FORMATS, Expression, SkippedRow, read_annotations
 from gap_export.evaluation.refer.image_source import Embedded, Folder, Scenes, Source
 
@@ -103,10 +104,21 @@ def _scenes(per_scene: int) -> Iterator[Expression]:
 
 
 def _sha256(path: Path, suffixes: Sequence[str]) -> str:
-    """Of a file, or of all files of a folder with these suffixes, in the order of their names."""
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in suffixes)
+    """Of a file, or of all files of a folder with these suffixes, in the order of their names.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    found = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in suffixes)
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            hashlib.file_digest(content, lambda: digest)
+    for file in found:
+        if not file.is_file():  # a folder of such a name, or a link to nothing
+            continue
+        try:
+            with file.open("rb") as content:
+                hashlib.file_digest(content, lambda: digest)
+        except OSError as error:
+            raise InputError(
+                f"cannot be read: {error.strerror}", subject=str(file), hint="check its permissions"
+            ) from error
     return digest.hexdigest()

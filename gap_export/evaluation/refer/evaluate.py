@@ -261,7 +261,7 @@ def evaluate_predictions(
     asked = dataset.expressions[:limit]
     sized = fitted(asked, dataset.source, rescale=rescale_boxes) if dataset.source else Fitted(asked, ())
     left_out = [each.id for each in dataset.expressions[len(asked) :]]
-    left_out += [row.id for row in dataset.skipped if row.id is not None]
+    left_out += [identity for row in dataset.skipped for identity in row.ids]
     answers = read_predictions(Path(predictions), sized.expressions, dataset.source, not_asked=left_out)
     scored = score_all(sized.expressions, answers, scoring)
     record = record_of(

@@ -114,9 +114,35 @@ def _content(path: Path) -> bytes:
         raise InputError(
             f"cannot be read: {error.strerror}", subject=str(path), hint="give a file that can be read"
         ) from error
+    packed(content, path)
     if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in content[:4]:
         raise InputError("is UTF-16 or UTF-32, not UTF-8", subject=f"{path}, line 1", hint="save it as UTF-8")
     return content.removeprefix(BOM_UTF8)
+
+
+_PACKED = {
+    b"version https://git-lfs": ("is the pointer of Git LFS to a file, not the file", "git lfs pull"),
+    b"\x1f\x8b": ("is compressed (gzip)", "unpack it first"),
+    b"PK\x03\x04": ("is an archive (zip)", "unpack it first, and give what is in it"),
+    b"\xfd7zXZ": ("is compressed (xz)", "unpack it first"),
+    b"\x28\xb5\x2f\xfd": ("is compressed (zstd)", "unpack it first"),
+}
+"""First bytes of files that stand for others -> what is wrong, and what to do."""
+
+
+def packed(content: bytes, path: Path) -> None:
+    """Refuse a file that stands for another one.
+
+    Args:
+        content: its first bytes, or all.
+        path: of the file.
+
+    Raises:
+        InputError: it is compressed, or a pointer of Git LFS.
+    """
+    for start, (message, hint) in _PACKED.items():
+        if content.startswith(start):
+            raise InputError(message, subject=str(path), hint=hint)
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -20,6 +20,7 @@ from gap_export.environment import cpu_name, versions
 from gap_export.errors import InputError, MissingRequirementError, first_line
 from gap_export.evaluation.refer.annotations import SkippedRow
 from gap_export.evaluation.refer.dataset import Dataset
+from gap_export.evaluation.refer.json_rows import escaped
 from gap_export.evaluation.refer.run import EvalRecord, Scored
 from gap_export.files import write_atomically
 from gap_export.records import Record
@@ -112,10 +113,10 @@ def store_results(
         BundleError: it cannot be written.
     """
     provenance = Provenance(
-        bundle=None if bundle is None else str(bundle.absolute()),
-        data=str(Path(dataset.data).absolute()) if Path(dataset.data).exists() else dataset.data,
+        bundle=None if bundle is None else escaped(str(bundle.absolute())),
+        data=escaped(str(Path(dataset.data).absolute()) if Path(dataset.data).exists() else dataset.data),
         split=dataset.split,
-        images=None if dataset.images is None else str(dataset.images.absolute()),
+        images=None if dataset.images is None else escaped(str(dataset.images.absolute())),
         ignore_exif=dataset.ignore_exif,
         skipped=dataset.skipped,
         processor=cpu_name(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 from dataclasses import replace
@@ -220,12 +221,12 @@ def test_bad_rows_are_refused_or_skipped_counted_and_listed(tmp_path: Path) -> N
     read = read_annotations(path, skip_bad_rows=True)
     # Ids are those that the rows have in the whole file, so that answers still belong to them.
     assert [each.id for each in read.expressions] == ["1.jpg.1", "2.jpg.1"]
-    assert [(row.id, row.why) for row in read.skipped] == [
-        (None, "is not UTF-8: byte 0xff at column 1"),
-        (None, "is not JSON: Expecting property name enclosed in double quotes"),
-        ("1.jpg.0", 'expression is " ", not a text'),
-        ("2.jpg.0", "bbox is [1], not four finite numbers"),
-        (None, "is 7, not an object"),
+    assert [(row.ids, row.why) for row in read.skipped] == [
+        ((), "is not UTF-8: byte 0xff at column 1"),
+        ((), "is not JSON: Expecting property name enclosed in double quotes"),
+        (("1.jpg.0",), 'expression is " ", not a text'),
+        (("2.jpg.0",), "bbox is [1], not four finite numbers"),
+        ((), "is 7, not an object"),
     ]
     assert [row.where.removeprefix(f"{path}, ") for row in read.skipped] == [
         "line 4",
@@ -254,10 +255,10 @@ def test_skipping_in_every_format(
     read = read_annotations(data, split="val", skip_bad_rows=True)
     assert content(read.expressions) == content([few[0], *few[2:]])
     assert len(read.skipped) == 1
-    assert read.skipped[0].id is not None
+    assert read.skipped[0].ids
     whole = read_annotations(writer(format_name, few, tmp_path / "whole"), split="val")
     assert [each.id for each in read.expressions] == [
-        each.id for each in whole.expressions if each.id != read.skipped[0].id
+        each.id for each in whole.expressions if each.id not in read.skipped[0].ids
     ]
 
 
@@ -336,3 +337,66 @@ def test_mdetr_of_several_objects_or_none(few: list[Expression], writer: Any, tm
     path.write_text(json.dumps({**file, "annotations": {"1": 2}}))
     with pytest.raises(InputError, match="not a list"):
         read_annotations(path)
+
+
+def test_answers_to_skipped_rows_are_passed_over(few: list[Expression], writer: Any, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    # A reference, or an object of a table, has several expressions.
+    for format_name in ("refer", "parquet"):
+        folder = tmp_path / format_name
+        folder.mkdir()
+        data = writer(format_name, few, folder)
+        whole = [each.id for each in read_annotations(data).expressions]
+        if format_name == "refer":
+            edited(data, lambda references: references[0].update(ann_id=[1, 2]))
+        else:
+            table = next(data.rglob("*.parquet"))
+            rows = parquet.read_table(table).to_pylist()
+            rows[0]["bbox"] = [1.0, 1.0, 0.0, 5.0]
+            parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+        read = read_annotations(data, skip_bad_rows=True)
+        (skipped,) = read.skipped
+        assert skipped.ids
+        assert sorted([*skipped.ids, *(each.id for each in read.expressions)]) == sorted(whole)
+
+
+def test_references_in_json_are_those_of_the_pickle(
+    few: list[Expression], writer: Any, tmp_path: Path
+) -> None:
+    folder = writer("refer", few, tmp_path)
+    pickled = read_annotations(folder).expressions
+    path = folder / "refs(unc).p"
+    (folder / "refs(unc).json").write_text(json.dumps(pickle.loads(path.read_bytes())))
+    assert read_annotations(folder / "refs(unc).json").expressions == pickled
+    path.unlink()
+    assert read_annotations(folder, split="val").expressions == pickled
+
+
+@pytest.mark.parametrize("name", ["rec.jsonl", "refs(unc).p", "val.parquet"])
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS", "git lfs pull"),
+        (gzip.compress(b"{}"), "gzip", "unpack"),
+        (b"PK\x03\x04" + bytes(40), "zip", "unpack"),
+    ],
+    ids=["lfs", "gzip", "zip"],
+)
+def test_files_that_stand_for_others(
+    name: str, content: bytes, message: str, hint: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path) if not name.endswith("l") else (tmp_path / name,):
+        with pytest.raises(InputError, match=message) as caught:
+            read_annotations(path)
+        assert hint in caught.value.hint
+
+
+def test_whole_numbers_of_pixels_may_be_floats(tmp_path: Path) -> None:
+    path = tmp_path / "rec.jsonl"
+    path.write_text(json.dumps(good(1, width=640.0, height=480.0)))
+    (read,) = read_annotations(path).expressions
+    assert (read.width, read.height) == (640, 480)
+    assert isinstance(read.width, int)

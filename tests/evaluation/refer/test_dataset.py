@@ -1,14 +1,17 @@
-"""Scenes as a data set: what a worker is handed draws them again."""
+"""Data sets: scenes, which a worker draws again, and folders, whatever else lies in them."""
 
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gap_export.boxes import scenes
 from gap_export.errors import InputError
+from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.refer.dataset import SCENES, open_dataset
 
 
@@ -34,3 +37,11 @@ def test_there_are_no_others(name: str) -> None:
     assert not source.has(name)
     with pytest.raises(InputError, match="is no scene"):
         source.open(name)
+
+
+def test_a_folder_with_more_than_files_in_it(few: list[Expression], writer: Any, tmp_path: Path) -> None:
+    folder = writer("refer", few, tmp_path)
+    identity = open_dataset(folder).identity
+    (folder / "old.json").mkdir()
+    (folder / ".#open.json").symlink_to("nowhere")
+    assert open_dataset(folder).identity == identity

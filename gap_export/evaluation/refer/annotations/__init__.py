@@ -20,6 +20,7 @@ from gap_export.evaluation.refer.annotations.format import (
     SkippedRow,
     shown,
 )
+from gap_export.evaluation.refer.json_rows import packed
 
 __all__ = [
     "FORMATS",
@@ -75,6 +76,7 @@ def read_annotations(path: Path, *, split: str | None = None, skip_bad_rows: boo
     if not path.exists():
         raise InputError("does not exist", subject=str(path), hint="give the annotation file (--data)")
     file = AnnotationFile(path, skip_bad_rows=skip_bad_rows)
+    packed(file.head, path)
     for row in FORMATS.values():
         if row.recognizes(file):
             read = replace(row.read(file, split), skipped=tuple(file.bad_rows.found))

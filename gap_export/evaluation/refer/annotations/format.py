@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from gap_export.boxes.codecs import Box
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.json_rows import JsonRow, json_rows
+from gap_export.evaluation.refer.json_rows import JsonRow, escaped, json_rows
 from gap_export.records import Record
 
 _HEAD_BYTES = 4096
@@ -48,12 +48,12 @@ class SkippedRow(Record):
     Attributes:
         where: file and row.
         why: what is wrong with it.
-        id: of its expression, where that could be told; None otherwise.
+        ids: of its expressions, where those could be told.
     """
 
     where: str
     why: str
-    id: str | None = None
+    ids: tuple[str, ...] = ()
 
 
 class BadRows:
@@ -71,11 +71,11 @@ class BadRows:
         self.found: list[SkippedRow] = []
 
     @contextmanager
-    def around(self, identity: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+    def around(self, identities: Callable[[], tuple[str, ...]] = tuple) -> Iterator[None]:
         """Around the reading of one row.
 
         Args:
-            identity: tells the id of the row's expression when the row turns out to be unusable.
+            identities: tells the ids of the row's expressions when the row turns out to be unusable.
 
         Raises:
             InputError: of the row, where it is not to be skipped.
@@ -85,7 +85,7 @@ class BadRows:
         except InputError as error:
             if not self._skip:
                 raise
-            self.found.append(SkippedRow(where=error.subject, why=error.message, id=identity()))
+            self.found.append(SkippedRow(where=escaped(error.subject), why=error.message, ids=identities()))
 
 
 class EmbeddedImages(Protocol):

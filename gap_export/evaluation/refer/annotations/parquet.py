@@ -16,6 +16,7 @@ from gap_export.evaluation.refer.annotations.format import (
     shown,
 )
 from gap_export.evaluation.refer.annotations.rows import RowReader, usable
+from gap_export.evaluation.refer.json_rows import packed
 
 COLUMNS = ("question_id", "answer", "bbox")
 
@@ -96,10 +97,12 @@ def _read_tables(file: AnnotationFile, files: Sequence[Path]) -> Annotations:
                 number += 1
                 reader = RowReader(path, number, row)
                 with usable(reader, file.bad_rows):
-                    identity, box = str(reader.key("question_id")), reader.extents("bbox")
+                    identity = str(reader.key("question_id"))
+                    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+                    reader.identities = tuple(f"{identity}.{count}" for count in range(len(answers)))
+                    box = reader.extents("bbox")
                     image = row.get("file_name") or identity
                     places.setdefault(image, _Place(path, group, within))
-                    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
                     for count, text in enumerate(answers):
                         answer = RowReader(path, number, {"answer": text})
                         answer.identity = f"{identity}.{count}"
@@ -139,6 +142,8 @@ def _opened(path: Path) -> Any:
             "is not installed", subject="pyarrow", hint="pip install 'gap-export[eval]'"
         ) from error
     try:
+        with path.open("rb") as file:
+            packed(file.read(32), path)
         return parquet.ParquetFile(path)
     except (OSError, ArrowException) as error:
         raise InputError(

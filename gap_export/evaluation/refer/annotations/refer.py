@@ -1,5 +1,7 @@
 """REFER's own files: `refs(unc).p` (or google, umd) and `instances.json` beside it. RefCOCO, RefCOCO+ and RefCOCOg are published so.
 
+The same references in JSON are read too; gRefCOCO has them.
+
 A pickle is a program. What makes one dangerous is that it may name any function; the reader here knows none, so pickles hold nothing but
 containers, texts and numbers, and whatever else one asks for is refused before anything runs.
 """
@@ -19,16 +21,21 @@ from gap_export.evaluation.refer.annotations.format import (
     shown,
 )
 from gap_export.evaluation.refer.annotations.rows import RowReader, usable
-from gap_export.evaluation.refer.json_rows import json_document
+from gap_export.evaluation.refer.json_rows import json_document, packed
 
 INSTANCES = "instances.json"
-_PICKLES = "*refs*.p"
-"""Also those of gRefCOCO, whose references are of REFER's layout."""
+_FILES = ("*refs*.p", "*refs*.json")
+"""Also those of gRefCOCO, whose references are of REFER's layout, in JSON."""
+_FIELDS = ("ann_id", "image_id", "sentences")
 
 
 def _recognizes(file: AnnotationFile) -> bool:
     if file.path.is_dir():
-        return any(file.path.glob(_PICKLES))
+        return any(any(file.path.glob(pattern)) for pattern in _FILES)
+    return _is_pickle(file) or file.holds(_FIELDS)
+
+
+def _is_pickle(file: AnnotationFile) -> bool:
     return file.path.suffix == ".p" or file.head[:1] == b"\x80" or file.head[:2] in (b"(l", b"]q")
 
 
@@ -36,19 +43,20 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
     """Read one split: train, val, test, testA or testB; all of them when left out.
 
     Raises:
-        InputError: several pickles, or no instances.json beside it.
+        InputError: several files of references, or no instances.json beside it.
     """
     path = file.path
     if path.is_dir():
-        pickles = sorted(path.glob(_PICKLES))
-        if len(pickles) > 1:
+        found = next(each for pattern in _FILES if (each := sorted(path.glob(pattern))))
+        if len(found) > 1:
             raise InputError(
-                f"holds annotations by several: {', '.join(each.name for each in pickles)}",
+                f"holds annotations by several: {', '.join(each.name for each in found)}",
                 subject=str(path),
                 hint="give the path of one of them",
             )
-        path = pickles[0]
-    references = _read_pickle(path)
+        path = found[0]
+    pickled = _is_pickle(file) if path == file.path else path.suffix == ".p"
+    references = _read_pickle(path) if pickled else json_document(path)
     if not isinstance(references, list) or not all(isinstance(each, dict) for each in references):
         raise InputError(
             f"holds {shown(type(references).__name__)}, not a list of references",
@@ -94,6 +102,7 @@ def _of_reference(
 ) -> list[Expression]:
     """The expressions of a reference; none where it is to be skipped."""
     row = RowReader(path, number, reference)
+    row.identities = _identities(reference.get("sentences"))
     found: list[Expression] = []
     with usable(row, file.bad_rows):
         ann_id, image_id = _only(row, reference, "ann_id"), _only(row, reference, "image_id")
@@ -112,6 +121,16 @@ def _of_reference(
                 reader.identity = str(reader.key("sent_id"))
                 found.append(whole.expression(reader.identity, image, reader.text("sent"), box))
     return found
+
+
+def _identities(sentences: Any) -> tuple[str, ...]:
+    """Of those sentences that have one."""
+    held = (
+        [each.get("sent_id") for each in sentences if isinstance(each, dict)]
+        if isinstance(sentences, list)
+        else []
+    )
+    return tuple(str(each) for each in held if isinstance(each, str | int) and not isinstance(each, bool))
 
 
 def _only(row: RowReader, reference: dict[str, Any], field: str) -> str | int:
@@ -147,6 +166,8 @@ def _read_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
+            packed(file.read(32), path)
+            file.seek(0)
             # Texts of Python 2 are bytes; those of REFER are UTF-8.
             return _NothingElse(file, encoding="utf-8").load()
     except _Refused as refused:
@@ -155,6 +176,8 @@ def _read_pickle(path: Path) -> Any:
             subject=str(path),
             hint="get the annotations from their authors",
         ) from refused
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle raises whatever its bytes make the reader do
         raise InputError(
             f"cannot be read as a pickle: {error}", subject=str(path), hint="get the file again"

@@ -30,11 +30,13 @@ class RowReader:
     Attributes:
         where: the place.
         identity: of the row's expression, once it is known.
+        identities: of all its expressions, where it may have several.
     """
 
     def __init__(self, path: Path, number: int, row: Any, *, where: str | None = None) -> None:
         self.where = where or f"{path}, row {number}"
         self.identity: str | None = None
+        self.identities: tuple[str, ...] = ()
         self._row: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
         self._is_object, self._shown = isinstance(row, Mapping), shown(row)
 
@@ -71,6 +73,8 @@ class RowReader:
         value = self._row.get(field)
         if value is None:
             return None
+        if isinstance(value, float) and value.is_integer():  # tables write whole numbers so
+            value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LONGEST_SIDE:
             raise self.error(f"{field} is {shown(value)}, not a number of pixels")
         return value
@@ -124,5 +128,5 @@ def usable(reader: RowReader, bad_rows: BadRows) -> Iterator[None]:
     Raises:
         InputError: of the row, where it is not to be skipped.
     """
-    with bad_rows.around(lambda: reader.identity):
+    with bad_rows.around(lambda: reader.identities or ((reader.identity,) if reader.identity else ())):
         yield
