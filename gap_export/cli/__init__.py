@@ -6,6 +6,7 @@ a traceback is a bug. Heavy imports happen inside the commands, so that `--help`
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from typing import Annotated, NoReturn, TextIO
@@ -60,6 +61,7 @@ _INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Entry point: run a command, turn a `GapExportError` into a message and exit code 2."""
+    _print_anything()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code = _run()
@@ -101,6 +103,12 @@ def _show_warning(
         console.print(f"[yellow]warning:[/] {plain(str(message))}", highlight=False, soft_wrap=True)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def _print_anything() -> None:
+    """Escape what standard output cannot show: names of files and texts of data sets are in any encoding, and the work is done."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _report(stage: str, subject: str, message: str, hint: str) -> int:

@@ -126,6 +126,33 @@ def test_what_cannot_work(
     assert "hint" in message
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+def test_names_in_any_encoding_are_printed_and_stored(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    row = {"image": "a.jpg", "sent": "mug", "bbox": [1, 2, 30, 40], "width": 100, "height": 100}
+    (folder / "rec.jsonl").write_text(json.dumps(row))
+    (folder / "answers.jsonl").write_text(json.dumps({"id": "a.jpg.0", "answer": "[[10, 20, 300, 400]]"}))
+    arguments = [
+        "--data",
+        folder / "rec.jsonl",
+        "--predictions",
+        folder / "answers.jsonl",
+        "--family",
+        "internvl",
+    ]
+    done = subprocess.run(
+        [*COMMAND, *arguments, "-o", folder / "out"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\udce9/out" in done.stdout
+    stored = json.loads((folder / "out" / "provenance.json").read_text())
+    assert stored["data"].endswith("caf\\udce9/rec.jsonl")
+
+
 def test_recommend(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     """A random model grounds nothing at any share, so that the smallest loses nothing."""
     folder = tmp_path / "bundle"
