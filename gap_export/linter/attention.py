@@ -1,7 +1,7 @@
 """Find the attention operations of a graph, whatever form an exporter gave them.
 
 Forms: the standard `Attention`, the fused operators of ONNX Runtime (`com.microsoft`), plugins whose name says attention,
-and the decomposed form MatMul(Q, K) -> scale, mask -> Softmax -> MatMul(., V).
+and the decomposed form MatMul(Q, K) -> scale, mask -> Softmax -> MatMul(., V), in whole numbers or between quantizers too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, is_float, is_op, operand
+from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, is_float, is_op, is_quantizing, operand
 
 Form = Literal["standard", "fused", "plugin", "decomposed"]
 
@@ -55,7 +55,15 @@ _SCORE_OPS = (
     "Slice",
 )
 _WEIGHT_OPS = ("Cast", "Where", "Dropout", "Identity", "Mul", "Div", "Slice", "Reshape", "IsNaN")
-_PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
+_PRODUCTS = {
+    "MatMul": (0, 1),
+    "Einsum": (0, 1),
+    "FusedMatMul": (0, 1),
+    "MatMulInteger": (0, 1),
+    "MatMulIntegerToFloat": (0, 1),
+    "QLinearMatMul": (0, 3),
+}
+"""Operators that multiply matrices -> operand numbers of the two."""
 
 
 @dataclass(frozen=True)
@@ -146,35 +154,63 @@ def _decomposed(flow: Flow, softmax: ir.Node) -> AttentionSite | None:
     while pending:
         for value in flow.definitions(pending.pop()):
             node = value.producer()
-            if node is None or (node.op_type not in _PRODUCTS and not is_op(node, *_SCORE_OPS)):
+            if node is None or not (_factors(node) or _keeps_scores(node)):
                 continue
-            if node.op_type in _PRODUCTS:
+            if _factors(node):
                 if product is None and _both_vary(flow, node):
                     product = node
                 continue
-            branches = [v for v in node.inputs if v is not None and not flow.is_constant(v)]
+            branches = [
+                v for v in node.inputs if v is not None and not flow.is_constant(v) and not _is_scale(flow, v)
+            ]
             ahead = [v for v in branches if _leads_to_product(flow, v)]
             masks += [v for v in branches if v not in ahead]
             pending += [v for v in ahead if v not in seen]
             seen.update(ahead)
     if product is None:
         return None
-    return AttentionSite(softmax, "decomposed", product.inputs[0], product.inputs[1], weighted, tuple(masks))
+    query, key = _factors(product) or (None, None)
+    return AttentionSite(softmax, "decomposed", query, key, weighted, tuple(masks))
+
+
+def _factors(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    """The two matrices that a node multiplies, in whole numbers or not; None where it does not."""
+    places = _PRODUCTS.get(node.op_type)
+    if places is None or (node.op_type == "Einsum" and len(node.inputs) != 2):
+        return None
+    first, second = (operand(node, place) for place in places)
+    return None if first is None or second is None else (first, second)
+
+
+def _keeps_scores(node: ir.Node) -> bool:
+    return is_op(node, *_SCORE_OPS) or is_quantizing(node)
+
+
+def _is_scale(flow: Flow, value: ir.Value) -> bool:
+    """Whether it is what whole numbers were measured in, by `DynamicQuantizeLinear`; constants among it count."""
+    node = value.producer()
+    if is_op(node, "DynamicQuantizeLinear") and node is not None:
+        return value is not node.outputs[0]
+    if not is_op(node, "Mul") or node is None:
+        return False
+    parts = [v for v in node.inputs if v is not None and not flow.is_constant(v)]
+    return bool(parts) and all(_is_scale(flow, v) for v in parts)
 
 
 def _leads_to_product(flow: Flow, value: ir.Value) -> bool:
     def step(node: ir.Node) -> Iterable[ir.Value | None]:
-        return node.inputs if is_op(node, *_SCORE_OPS) else ()
+        return node.inputs if _keeps_scores(node) else ()
 
     for found in flow.upstream(value, step):
         node = found.producer()
-        if node is not None and node.op_type in _PRODUCTS and _both_vary(flow, node):
+        if node is not None and _both_vary(flow, node):
             return True
     return False
 
 
 def _both_vary(flow: Flow, product: ir.Node) -> bool:
-    return len(product.inputs) == 2 and not any(v is None or flow.is_constant(v) for v in product.inputs)
+    factors = _factors(product)
+    return factors is not None and not any(flow.is_constant(v) for v in factors)
 
 
 def _weighted_sum(softmax: ir.Node) -> ir.Value | None:
@@ -183,9 +219,10 @@ def _weighted_sum(softmax: ir.Node) -> ir.Value | None:
     while pending:
         weights = pending.pop()
         for use in weights.uses():
-            if use.node.op_type in _PRODUCTS and use.idx == 0 and len(use.node.inputs) == 2:
-                return use.node.inputs[1]
-            if is_op(use.node, *_WEIGHT_OPS):
+            factors = _factors(use.node)
+            if factors is not None and use.idx == 0:
+                return factors[1]
+            if is_op(use.node, *_WEIGHT_OPS) or is_quantizing(use.node):
                 output = use.node.outputs[0]
                 if output not in seen:
                     seen.add(output)
@@ -225,6 +262,8 @@ def carried(node: ir.Node) -> Iterable[ir.Value | None]:
     """Operands through which a query or a key comes: up to its projection, through caches, norms and reshapes."""
     if node.op_type in BARRIERS or "attention" in node.op_type.lower():
         return ()
+    if is_quantizing(node):
+        return node.inputs[:1]
     return [v for v in node.inputs if v is not None and is_float(v) is not False]
 
 

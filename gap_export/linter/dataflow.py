@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 STANDARD_DOMAINS = ("", "ai.onnx")
 _OF_ONNX_RUNTIME = frozenset({"SimplifiedLayerNormalization"})
 """Operators that ONNX Runtime writes under the standard's name."""
+_QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+_QUANTIZING_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 COUNTING = frozenset({"Range", "CumSum"})
 REDUCING = COUNTING | frozenset(
@@ -278,6 +280,11 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 def is_op(node: ir.Node | None, *names: str) -> bool:
     """Whether a node is one of some operators of the standard domain."""
     return node is not None and node.domain in STANDARD_DOMAINS and node.op_type in names
+
+
+def is_quantizing(node: ir.Node | None) -> bool:
+    """Whether a node writes its first operand in few bits, or reads it back: it stays the same tensor."""
+    return node is not None and node.domain in _QUANTIZING_DOMAINS and node.op_type in _QUANTIZING
 
 
 def is_made_up(node: ir.Node) -> bool:

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from gap_export.linter.attention import AttentionSite, carried
 from gap_export.linter.call import Call
-from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, constant, is_float, is_op, operand
+from gap_export.linter.dataflow import (
+    STANDARD_DOMAINS,
+    Flow,
+    constant,
+    is_float,
+    is_op,
+    is_quantizing,
+    operand,
+)
 
 Array = NDArray[Any]
 
@@ -243,7 +251,9 @@ class RotaryFinder:
     def _product(self, value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
         """(activation, factor that does not depend on the tokens) of a product, seen through Cast and Reshape."""
         node = value.producer() if value is not None else None
-        while node is not None and is_op(node, "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Neg"):
+        while node is not None and (
+            is_op(node, "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Neg") or is_quantizing(node)
+        ):
             inner = operand(node, 0)
             node = inner.producer() if inner is not None else None
         if node is None or not is_op(node, "Mul"):
@@ -260,7 +270,7 @@ class RotaryFinder:
         """Where the elements of a tensor come from before they were moved about, and every stage on the way."""
 
         def step(node: ir.Node) -> Iterable[ir.Value | None]:
-            if node.op_type in _MOVEMENT:
+            if node.op_type in _MOVEMENT or is_quantizing(node):
                 return node.inputs[:1]
             if is_op(node, "Concat", "ScatterND", "ScatterElements"):
                 return node.inputs
