@@ -129,7 +129,7 @@ class _Checked:
         good: the reason for the verdict where nothing breaks the ids.
         layers: attention operations found.
         may_be_idle: inputs that need not reach an output.
-        ids: the position-ids input of a decoder.
+        ids: the position-ids input of a decoder; None where the caller hands in the angles.
         tokens: the inputs of a decoder that carry its tokens.
         fades: whether a decoder's attention may fall with distance, in place of a rotary embedding.
     """
@@ -178,7 +178,7 @@ def _check_decoder(
         (*DECODER_RULES, SEES, CACHE, FOLLOW),
         good if renumbers else _good_decoder(decoder),
         len(decoder.sites),
-        ids=decoder.ids,
+        ids=None if decoder.caller_rows is not None else decoder.ids,
         tokens=tuple(value for value in flow.inputs if flow.bit(value) & decoder.tokens),
         fades=decoder.has_bias,
     )

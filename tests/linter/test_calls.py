@@ -150,3 +150,18 @@ def test_one_number_is_the_id_of_a_step(parts: SimpleNamespace, shape: str, axes
     counted = "counted = Range (zero, length, one) all = Add (input_pos, counted) ids = Cast <to=1> (all) ids_BS = Unsqueeze (ids, ax0)"
     report = lint_graph(parts.Small(**{**vars(step), "angles": counted, "inputs": inputs}).model())
     assert report.verdict.answer == "do not survive"
+
+
+def test_a_window_that_lets_nothing_of_a_gap_through_is_no_contradiction(parts: SimpleNamespace) -> None:
+    near = """three_0 = Constant <value_int=3> () distance = Sub (rows_Q, columns_K) close = Less (distance, three_0)
+        not_later = GreaterOrEqual (distance, zero) mask = And (close, not_later)"""
+    mask = CAUSAL.replace("mask = LessOrEqual (columns_K, rows_Q)", near)
+    assert outcomes(lint_graph(prompt(parts, mask=mask).model(), prove=True)) == ("survive", "survive")
+    counted = prompt(parts, mask=mask, angles=parts.ANGLES["range"])
+    assert outcomes(lint_graph(counted.model(), prove=True)) == ("do not survive", "do not survive")
+
+
+def test_ids_that_play_no_part_beside_rows_of_the_caller_are_not_measured(parts: SimpleNamespace) -> None:
+    small = prompt(parts, angles="", rows="cos = Unsqueeze (cos_rows, ax1) sin = Unsqueeze (sin_rows, ax1)")
+    small.inputs = (*small.inputs, "float[B,S,16] cos_rows", "float[B,S,16] sin_rows")
+    assert outcomes(lint_graph(small.model(), prove=True)) == ("survive", "not run here")
