@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class Part:
         self.branches: list[ir.Node] = []
         self.tables: set[int] = set()
         self._flow, self._choices = flow, dict(choices or {})
-        nodes: dict[ir.Node, None] = {}
+        nodes: dict[ir.Node, list[ir.Value]] = {}
         initializers: list[onnx.TensorProto] = []
         pending, seen = [definitions[0]], {definitions[0]}
         while pending:
@@ -83,8 +84,8 @@ class Part:
                 continue
             if node in nodes:
                 continue
-            nodes[node] = None
-            for operand in self._operands(node):
+            nodes[node] = list(self._operands(node))
+            for operand in nodes[node]:
                 if operand not in seen:
                     seen.add(operand)
                     pending.append(operand)
@@ -118,12 +119,11 @@ class Part:
         return computed and is_float(value) is True and bool(self._flow.facts(value).values & tokens)
 
     def _model(
-        self, output: ir.Value, nodes: Iterable[ir.Node], initializers: list[onnx.TensorProto]
+        self, output: ir.Value, nodes: dict[ir.Node, list[ir.Value]], initializers: list[onnx.TensorProto]
     ) -> ReferenceEvaluator:
         flow = self._flow
-        order = {node: i for i, node in enumerate(flow.nodes)}
         protos = []
-        for node in sorted(nodes, key=lambda n: order[n]):
+        for node in _in_order(nodes):
             proto = ir.to_proto(node)
             if node in self._choices:
                 fixed = f"{name_of(node)} is fixed"
@@ -219,6 +219,22 @@ class Part:
                 return np.asarray(next(iter(self._evaluator.run(None, feeds))))
         except Exception as error:
             raise CannotEvaluate("the reference evaluator cannot run it") from error
+
+
+def _in_order(nodes: Mapping[ir.Node, list[ir.Value]]) -> list[ir.Node]:
+    """Every node after those whose results it reads; ONNX Runtime takes graphs in which they stand in another order.
+
+    Args:
+        nodes: node -> what it reads.
+
+    Raises:
+        CannotEvaluate: they depend on each other in a circle.
+    """
+    waits_for = {node: {v.producer() for v in read} & nodes.keys() for node, read in nodes.items()}
+    try:
+        return [node for node in TopologicalSorter(waits_for).static_order() if node is not None]
+    except CycleError as error:
+        raise CannotEvaluate("its nodes depend on each other in a circle") from error
 
 
 def _standard(domain: str) -> str:

@@ -165,3 +165,11 @@ def test_ids_that_play_no_part_beside_rows_of_the_caller_are_not_measured(parts:
     small = prompt(parts, angles="", rows="cos = Unsqueeze (cos_rows, ax1) sin = Unsqueeze (sin_rows, ax1)")
     small.inputs = (*small.inputs, "float[B,S,16] cos_rows", "float[B,S,16] sin_rows")
     assert outcomes(lint_graph(small.model(), prove=True)) == ("survive", "not run here")
+
+
+def test_nodes_may_stand_in_any_order(parts: SimpleNamespace) -> None:
+    proto = prompt(parts).proto()
+    nodes = list(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(reversed(nodes))
+    assert lint_graph(ir.from_proto(proto)).verdict.survives
