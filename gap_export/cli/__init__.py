@@ -6,7 +6,6 @@ a traceback is a bug. Heavy imports happen inside the commands, so that `--help`
 
 from __future__ import annotations
 
-import io
 import sys
 import warnings
 from typing import Annotated, NoReturn, TextIO
@@ -107,8 +106,9 @@ def _show_warning(
 
 def _print_anything() -> None:
     """Escape what standard output cannot show: names of files and texts of data sets are in any encoding, and the work is done."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # what stands in for it may have none
+    if reconfigure is not None and sys.stdout.errors == "strict":
+        reconfigure(errors="backslashreplace")
 
 
 def _report(stage: str, subject: str, message: str, hint: str) -> int:

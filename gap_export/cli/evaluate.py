@@ -139,6 +139,11 @@ def _warn_of_scoring(record: EvalRecord, protocol: str) -> None:
         warnings.append(
             f"[yellow]the true boxes of {record.rescaled_images} images were scaled[/] to the size of the image"
         )
+    if record.stretched_images:
+        warnings.append(
+            f"[yellow]{record.stretched_images} of these images have another shape than their annotations[/]: the boxes are right where "
+            "images were squashed, and wrong where they were cropped or padded"
+        )
     for warning in warnings:
         console.print(warning, highlight=False, soft_wrap=True)
 

@@ -63,6 +63,7 @@ class Prepared:
         protocol: of the scores.
         work: expressions by image, and what is left out.
         rescaled: images whose true boxes were scaled to their size.
+        stretched: those of them whose shape is another one.
         journal: answers that are there already; its folder is that of the evaluation.
     """
 
@@ -73,6 +74,7 @@ class Prepared:
     protocol: Protocol
     work: Work
     rescaled: tuple[str, ...]
+    stretched: tuple[str, ...]
     journal: Journal
 
 
@@ -175,7 +177,17 @@ def prepare(
     )
     folder = out or opened.runs / default_name(opened, dataset, options)
     journal = open_journal(folder, settings, replace=replace)
-    return Prepared(opened, dataset, dataset.source, options, protocol, work, expressions.rescaled, journal)
+    return Prepared(
+        opened,
+        dataset,
+        dataset.source,
+        options,
+        protocol,
+        work,
+        expressions.rescaled,
+        expressions.stretched,
+        journal,
+    )
 
 
 def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progress = SILENT) -> EvalRun:
@@ -203,6 +215,7 @@ def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progres
         work=prepared.work,
         skipped_rows=len(dataset.skipped),
         rescaled_images=len(prepared.rescaled),
+        stretched_images=len(prepared.stretched),
     )
     store_results(record, scored, dataset, bundle.folder, prepared.journal.folder)
     return open_run(prepared.journal.folder, options.protocol)
@@ -271,6 +284,7 @@ def evaluate_predictions(
         backend="predictions",
         skipped_rows=len(dataset.skipped),
         rescaled_images=len(sized.rescaled),
+        stretched_images=len(sized.stretched),
     )
     if out is not None:
         store_results(record, scored, dataset, None, Path(out))

@@ -180,6 +180,7 @@ class EvalRecord(Record):
         not_scored: expressions about those.
         skipped_rows: annotations that could not be used and were left out.
         rescaled_images: images whose true boxes were scaled to their size.
+        stretched_images: those of them whose shape is another one.
         boxes_are_read: whether the protocol reads boxes as the model's family writes them.
         mean_kept: visual tokens kept, on average.
         backend: that answered.
@@ -202,6 +203,7 @@ class EvalRecord(Record):
     backend: str
     skipped_rows: int = 0
     rescaled_images: int = 0
+    stretched_images: int = 0
     boxes_are_read: bool = True
 
 
@@ -253,6 +255,7 @@ def record_of(
     work: Work | None = None,
     skipped_rows: int = 0,
     rescaled_images: int = 0,
+    stretched_images: int = 0,
 ) -> EvalRecord:
     """Sum up.
 
@@ -264,6 +267,7 @@ def record_of(
         work: for what was left out.
         skipped_rows: annotations that were left out.
         rescaled_images: images whose true boxes were scaled.
+        stretched_images: those of them whose shape is another one.
 
     Raises:
         InputError: nothing was scored.
@@ -294,5 +298,6 @@ def record_of(
         backend=backend,
         skipped_rows=skipped_rows,
         rescaled_images=rescaled_images,
+        stretched_images=stretched_images,
         boxes_are_read=protocol.reads_the_codec,
     )

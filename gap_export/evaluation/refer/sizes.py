@@ -22,10 +22,12 @@ class Fitted:
     Attributes:
         expressions: as many as there were, in their order.
         rescaled: names of the images whose boxes were scaled.
+        stretched: those of them whose shape is another one: they were squashed, or else cropped or padded, which scaling does not mend.
     """
 
     expressions: tuple[Expression, ...]
     rescaled: tuple[str, ...]
+    stretched: tuple[str, ...] = ()
 
 
 def fitted(expressions: Sequence[Expression], source: Source, *, rescale: bool = False) -> Fitted:
@@ -60,11 +62,12 @@ def fitted(expressions: Sequence[Expression], source: Source, *, rescale: bool =
             each = _rescaled(each, size)
         found.append(each)
     if outside:
-        _refuse_outside(outside, len(sizes))
+        raise _outside(outside, len(sizes))
     turned = {name for name, (size, annotated) in differing.items() if _is_turned(size, annotated)}
     if differing and (not rescale or turned):
         _refuse({name: differing[name] for name in turned} if rescale else differing, len(sizes), rescale)
-    return Fitted(tuple(found), tuple(differing))
+    stretched = (name for name, (size, annotated) in differing.items() if not _is_scaled(size, annotated))
+    return Fitted(tuple(found), tuple(differing), tuple(stretched))
 
 
 def _is_turned(size: Size, annotated: Size) -> bool:
@@ -87,16 +90,12 @@ def _rescaled(each: Expression, size: Size) -> Expression:
     return replace(each, box=box, width=size[0], height=size[1])
 
 
-def _refuse_outside(outside: dict[str, tuple[Size, Expression]], images: int) -> None:
-    """Name the first image and count all.
-
-    Raises:
-        InputError: always.
-    """
-    name, (size, each) = next(iter(outside.items()))
+def _outside(found: dict[str, tuple[Size, Expression]], images: int) -> InputError:
+    """What to say of boxes that begin beyond the edge: the first image by name, and how many there are."""
+    name, (size, each) = next(iter(found.items()))
     box = ", ".join(f"{edge:g}" for edge in each.box)
-    raise InputError(
-        f"is {size[0]}x{size[1]} pixels, and the box ({box}) of expression {each.id} lies outside of it; so it is with {len(outside)} "
+    return InputError(
+        f"is {size[0]}x{size[1]} pixels, and the box ({box}) of expression {each.id} lies outside of it; so it is with {len(found)} "
         f"of {images} images, whose annotations do not say how large they were",
         subject=f"image {name}",
         hint="give the images that boxes were drawn on, or annotations with width and height, which --rescale-boxes needs; --ignore-exif "

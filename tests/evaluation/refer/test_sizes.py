@@ -144,11 +144,12 @@ def test_an_image_that_is_scaled_and_turned_is_not_rescaled(tmp_path: Path) -> N
         fitted(stored, Folder(tmp_path), rescale=True)
     assert "--ignore-exif" in caught.value.hint
     found = fitted(stored, Folder(tmp_path, upright=False), rescale=True)
-    assert found.rescaled == ("a.jpg",)
+    assert (found.rescaled, found.stretched) == (("a.jpg",), ())
     # An image that was squashed is of neither shape, and boxes are squashed with it.
     Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
-    (squashed,) = fitted([expression("b.png", (64, 48))], Folder(tmp_path), rescale=True).expressions
-    assert squashed.box == (4.0, 8.0, 12.0, 20.0)
+    found = fitted([expression("b.png", (64, 48))], Folder(tmp_path), rescale=True)
+    assert found.expressions[0].box == (4.0, 8.0, 12.0, 20.0)
+    assert found.rescaled == found.stretched == ("b.png",)
 
 
 def test_boxes_that_cannot_be_of_the_image_are_refused_where_no_size_is_given() -> None:
