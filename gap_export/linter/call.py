@@ -157,8 +157,8 @@ class Inputs:
         return any(self.is_past(value) for value in self._inputs)
 
     def is_past(self, value: ir.Value) -> bool:
-        """Whether an input is a cache of keys or values."""
-        return bool(_PAST.search(name_of(value).lower())) and is_float(value) is True and _rank(value) >= 3
+        """Whether an input is a cache of keys or values, in few bits or not."""
+        return bool(_PAST.search(name_of(value).lower())) and _rank(value) >= (3 if is_float(value) else 4)
 
     def extent(self, dim: int | ir.SymbolicDim, call: Call) -> int | None:
         """The extent of a dimension in a call; None where its name is not one that the inputs explain."""

@@ -55,3 +55,28 @@ def test_a_rotary_embedding_between_quantizers_is_recognised(parts: SimpleNamesp
     assert report.proof.outcome == "survive"
     counted = parts.Small(attention=STATIC, extra=STEPS, rotate=ROTATE, angles=parts.ANGLES["range"])
     assert "counted by Range" in lint_graph(counted.model()).verdict.reason
+
+
+def test_a_cache_in_few_bits_is_a_past(parts: SimpleNamespace) -> None:
+    signed = "fine = Constant <value_float=0.1> () middle_i = Constant <value_int=0> () middle = Cast <to=3> (middle_i)"
+    joined = """{n}{l}_new = QuantizeLinear ({new}, fine, middle) present.{l}.{kind} = Concat <axis=2> (past.{l}.{kind}, {n}{l}_new)
+        {n}{l}_all = DequantizeLinear (present.{l}.{kind}, fine, middle)"""
+    cache = joined.replace("{n}", "k").replace("{kind}", "key").replace("{new}", "k{l}_r")
+    cache += " " + joined.replace("{n}", "v").replace("{kind}", "value").replace("{new}", "v{l}")
+    mask = """past_1 = Shape <start=2, end=3> (past.0.key) past_0 = Squeeze (past_1) all = Add (past_0, length)
+        keys_T = Range (zero, all, one) queries_Q = Range (past_0, all, one) rows_Q = Unsqueeze (queries_Q, ax1)
+        columns_T = Unsqueeze (keys_T, ax0) mask = LessOrEqual (columns_T, rows_Q)"""
+    small = parts.Small(
+        extra=signed,
+        cache=cache,
+        mask=mask,
+        attention="a{l} = Attention <is_causal=0> (q{l}_r, k{l}_all, v{l}_all, mask)",
+        past="int8[B,1,P,16]",
+        present="int8[B,1,T,16]",
+        inputs=("inputs_embeds", "position_ids", "last_index"),
+    )
+    report = lint_graph(small.model(), prove=True)
+    assert report.proof is not None
+    assert (report.verdict.answer, report.proof.outcome) == ("survive", "survive")
+    small.angles = "before = Shape <start=2, end=3> (past.0.key) all_ids = Add (position_ids, before) ids_BS = Cast <to=1> (all_ids)"
+    assert "after a longer past" in lint_graph(small.model()).verdict.reason
