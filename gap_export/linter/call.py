@@ -27,6 +27,8 @@ SMALLEST_VOCABULARY = 16
 _HIDDEN = -1e4
 """What a mask that is added to scores holds where nothing may be seen; float16 holds it too."""
 _PAST = re.compile(r"past|cache|key_value")
+_KEYS = re.compile(r"(^|[^a-z])(k|v|kv|keys?|values?|prev(ious)?|mem(ory)?)([^a-z]|$)")
+"""Names of a cache that are one only where it has a row per head."""
 _SLOT = re.compile(r"write_ind")
 """Inputs that say where in a buffer new keys go; the buffer is then longer than what is in it."""
 _MASK = re.compile(r"mask|(attn|attention|causal|position|score)_?bias|^bias$")
@@ -158,7 +160,10 @@ class Inputs:
 
     def is_past(self, value: ir.Value) -> bool:
         """Whether an input is a cache of keys or values, in few bits or not."""
-        return bool(_PAST.search(name_of(value).lower())) and _rank(value) >= (3 if is_float(value) else 4)
+        name, rank = name_of(value).lower(), _rank(value)
+        if rank >= (3 if is_float(value) else 4) and _PAST.search(name):
+            return True
+        return rank >= 4 and "pixel" not in name and bool(_KEYS.search(name))
 
     def extent(self, dim: int | ir.SymbolicDim, call: Call) -> int | None:
         """The extent of a dimension in a call; None where its name is not one that the inputs explain."""

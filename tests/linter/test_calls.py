@@ -173,3 +173,20 @@ def test_nodes_may_stand_in_any_order(parts: SimpleNamespace) -> None:
     del proto.graph.node[:]
     proto.graph.node.extend(reversed(nodes))
     assert lint_graph(ir.from_proto(proto)).verdict.survives
+
+
+@pytest.mark.parametrize("name", ["past.", "layer_", "in_kv_", "prev_"])
+def test_a_past_is_told_by_more_than_one_name(parts: SimpleNamespace, name: str) -> None:
+    mask = """past_1 = Shape <start=2, end=3> (past.0.key) past_0 = Squeeze (past_1) all = Add (past_0, length)
+        keys_T = Range (zero, all, one) queries_Q = Range (past_0, all, one) rows_Q = Unsqueeze (queries_Q, ax1)
+        columns_T = Unsqueeze (keys_T, ax0) mask = LessOrEqual (columns_T, rows_Q)"""
+    cache = {"cache": parts.GROW, "past": "float[B,1,P,16]", "present": "float[B,1,T,16]"}
+    inputs = ("inputs_embeds", "position_ids", "last_index")
+    added = "before = Shape <start=2, end=3> (past.0.key) all_ids = Add (position_ids, before) ids_BS = Cast <to=1> (all_ids)"
+    for angles, reason in ((parts.ANGLES["ids"], "token by token"), (added, "after a longer past")):
+        proto = prompt(parts, **cache, mask=mask, inputs=inputs, angles=angles).proto()
+        for node in proto.graph.node:
+            node.input[:] = [each.replace("past.", name) for each in node.input]
+        for value in proto.graph.input:
+            value.name = value.name.replace("past.", name)
+        assert reason in lint_graph(ir.from_proto(proto)).verdict.reason
