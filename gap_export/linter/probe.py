@@ -120,6 +120,9 @@ class _Angles:
         self.ids, self._angle = ids, angle
         self.inputs = Inputs(flow.inputs, ids if ids in flow.inputs else None)
         self._chosen = ids not in flow.inputs
+        # Of ids that the graph chooses, or that have no shape, a batch is assumed.
+        unknown = ids.shape is None or (self._chosen and len(ids.shape) >= 2)
+        self.has_rows = unknown or self.inputs.has_rows
         facts = [flow.facts(value) for value in wanted]
         self._by_ids_alone = not any(f.values & ~flow.bit(ids) for f in facts)
 
@@ -255,7 +258,7 @@ def _per_row(part: _Angles, ids: Array, past: int) -> Outcome | None:
             if not any(_reads_row(part, base, before, component, step, past) for step in _ROW_STEPS):
                 return Outcome(False, f"row {component} of the ids is not read")
     rows = part.inputs.static("rows") or 2
-    if not part.inputs.has_rows or rows < 2:
+    if not part.has_rows or rows < 2:
         return None
     own = np.concatenate([ids + row for row in range(rows)])  # no token has the id that it has in another row
     try:
