@@ -222,9 +222,9 @@ def _listed(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(
-                f"points outside the checkpoint folder: {name!r}",
+                f"names a file that does not lie beside it: {name!r}",
                 subject=str(index),
-                hint="use a clean download",
+                hint="use a clean download, or put all files of weights beside the index and correct their names in it",
             )
         if not (index.parent / name).is_file():
             raise CheckpointError(

@@ -82,6 +82,7 @@ class Family(ABC):
         self.checkpoint = self.resolve_weights(checkpoint)
         self.check = hf_config.ConfigCheck(checkpoint, row.title)
         self.unknown_fields = self.check_fields()
+        hf_config.check_activations(checkpoint)
         self.config: Any = self.read_config()
         config_file = self.checkpoint.folder / "config.json"
         rope.check(self.config.text_config, config_file)

@@ -151,7 +151,7 @@ def row_of(checkpoint: Checkpoint) -> FamilyRow:
     Raises:
         CheckpointError: none does.
     """
-    if "auto_map" in checkpoint.config:
+    if checkpoint.config.get("auto_map"):
         raise CheckpointError(
             "requires remote code (auto_map), which is not supported",
             subject=str(checkpoint.folder / "config.json"),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig
+from transformers.activations import ACT2FN
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.processor import stored_processor
@@ -113,6 +114,27 @@ def read_config(checkpoint: Checkpoint) -> Any:
         CheckpointError: it is not one that transformers accepts.
     """
     return accepted(lambda: AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True), checkpoint)
+
+
+def check_activations(checkpoint: Checkpoint) -> None:
+    """Refuse activations that transformers has not.
+
+    Args:
+        checkpoint: whose `config.json` names them, outermost, in `text_config` and in `vision_config`.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    for part in ("", "text_config", "vision_config"):
+        fields = checkpoint.config.get(part) if part else checkpoint.config
+        for field in ("hidden_act", "hidden_activation", "projector_hidden_act"):
+            name = fields.get(field) if isinstance(fields, dict) else None
+            if name is not None and (not isinstance(name, str) or name not in ACT2FN):
+                raise CheckpointError(
+                    f"{part}{'.' if part else ''}{field} is {name!r}, which transformers has no activation of",
+                    subject=str(checkpoint.folder / "config.json"),
+                    hint=f"names are like {', '.join(sorted(ACT2FN)[:4])}; fetch the checkpoint's config.json again",
+                )
 
 
 def llama_config(checkpoint: Checkpoint, **fields: Any) -> LlamaConfig:
@@ -245,7 +267,7 @@ def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[tuple[int, ...
     """(Ids that end an answer, the file that says so), where transformers looks for them.
 
     Raises:
-        CheckpointError: the checkpoint names none.
+        CheckpointError: the checkpoint names none, or none that the model can write.
     """
     ends, file = checkpoint.json(GENERATION_CONFIG).get("eos_token_id"), GENERATION_CONFIG
     if ends is None:
@@ -256,6 +278,12 @@ def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[tuple[int, ...
             "names no token that ends an answer (eos_token_id)",
             subject=str(checkpoint.folder),
             hint="add eos_token_id to the checkpoint's generation_config.json",
+        )
+    if not any(0 <= end < text_config.vocab_size for end in ends):
+        raise CheckpointError(
+            f"eos_token_id is {', '.join(map(str, ends))}, and the vocabulary ends at {text_config.vocab_size - 1}: no answer would end",
+            subject=str(checkpoint.folder / file),
+            hint="correct it: the tokenizer that the checkpoint was published with says which token ends an answer",
         )
     return tuple(ends), file
 

@@ -367,3 +367,27 @@ def test_the_image_processor_is_read_where_transformers_reads_it(
     with pytest.raises(CheckpointError, match="size of the image processor is not supported") as caught:
         opened()
     assert caught.value.subject == str(checkpoint_copy / "processor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("config.json", {"projector_hidden_act": "nosuch"}, "projector_hidden_act is 'nosuch'"),
+        ("generation_config.json", {"eos_token_id": [9999, -1]}, "eos_token_id is 9999, -1, and the vocabulary ends at 63"),
+    ],
+)  # fmt: skip
+def test_names_and_ids_that_there_are_not(
+    file: str,
+    fields: dict[str, Any],
+    message: str,
+    checkpoint_copy: Path,
+    opened: Callable[[], OpenedModel],
+) -> None:
+    (checkpoint_copy / file).touch()
+    (checkpoint_copy / file).write_text(
+        json.dumps({**json.loads((checkpoint_copy / file).read_text() or "{}"), **fields})
+    )
+    with pytest.raises(CheckpointError) as caught:
+        opened()
+    assert caught.value.message.startswith(message)
+    assert caught.value.subject.endswith(file)
