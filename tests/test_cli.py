@@ -135,6 +135,22 @@ def test_a_bug_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_square_brackets_in_paths_are_shown(command: Command, tmp_path: Path) -> None:
     refused(command("inspect", tmp_path / "a[bold]b"), "a[bold]b")
+    refused(command("eval", tmp_path, "--data", "scenes:x"), "scenes:x")
+
+
+def test_square_brackets_in_folders_are_no_markup(
+    command: Command, tiny_bundle: BuildBundle, image_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "[/odd]"
+    shutil.copytree(tiny_bundle().folder, folder)
+    answer = folder / "answer.png"
+    for arguments in (
+        ("run", folder, "--image", image_file, "--refer", "the red one", "--draw", answer),
+        ("eval", folder, "--data", "scenes", "--limit", "1"),
+        ("bench", folder, "--requests", "1", "--new-tokens", "1", "--no-memory", "--threads", "1"),
+    ):
+        done = command(*arguments)
+        assert (done.code, "[/odd]" in done.out.replace("\n", "")) == (0, True), done
 
 
 def test_models(command: Command) -> None:

@@ -21,9 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-console = Console(stderr=True)
+# Without emoji: `scenes:x` is a name, and no cross.
+console = Console(stderr=True, emoji=False)
 """Messages go to standard error; standard output carries results."""
-out = Console(width=None if sys.stdout.isatty() else 140)
+out = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
 
 
 def plain(text: str) -> str:

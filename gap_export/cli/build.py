@@ -193,7 +193,7 @@ def _print(output: Path, built: BuildResult) -> None:
     manifest = built.bundle.manifest
     pruning = manifest.pruning
     out.print(
-        f"[bold green]built[/] {output}: {manifest.name}, {manifest.precision}, {keeping(pruning, manifest.spec.visual_tokens)} ({pruning.pruner}), "
+        f"[bold green]built[/] {plain(str(output))}: {plain(manifest.name)}, {manifest.precision}, {keeping(pruning, manifest.spec.visual_tokens)} ({pruning.pruner}), "
         f"positions {pruning.positions}, {cache_length(manifest)}",
         highlight=False,
         soft_wrap=True,

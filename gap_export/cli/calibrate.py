@@ -45,8 +45,8 @@ def calibrate(
         return
     name, largest = max(found.largest.items(), key=lambda each: each[1])
     out.print(
-        f"[bold green]measured[/] {output}: {len(found.largest)} layers over {found.samples} questions ({plain(found.source)}); "
-        f"the largest activation is {largest:.4g}, read by {name}",
+        f"[bold green]measured[/] {plain(str(output))}: {len(found.largest)} layers over {found.samples} questions ({plain(found.source)}); "
+        f"the largest activation is {largest:.4g}, read by {plain(name)}",
         highlight=False,
         soft_wrap=True,
     )

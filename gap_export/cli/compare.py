@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import out, print_json
+from gap_export.cli.app import out, plain, print_json
 from gap_export.cli.options import (
     AccuracyDropOption,
     AgreementOption,
@@ -78,8 +78,8 @@ def _print_comparison(result: Comparison) -> None:
         table = Table("expression", "image", "IoU of both boxes", "reference", "subject")
         for each in result.worst:
             table.add_row(
-                each.id,
-                each.image,
+                plain(each.id),
+                plain(each.image),
                 f"{each.iou:.3f}",
                 *("hit" if hit else "miss" for hit in (each.reference_hits, each.subject_hits)),
             )

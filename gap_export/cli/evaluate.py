@@ -166,13 +166,13 @@ def _say_unshared(bundle: Bundle) -> None:
 
     why = Grounder(bundle).unshared_because
     if why is not None:
-        console.print(f"every expression is answered whole: {why}", highlight=False, soft_wrap=True)
+        console.print(f"every expression is answered whole: {plain(why)}", highlight=False, soft_wrap=True)
 
 
 def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{dataset.name}, {record.split}: {record.description}")
+    table = Table(title=plain(f"{dataset.name}, {record.split}: {record.description}"))
     for name in (
         "accuracy",
         "95 % interval",
@@ -198,4 +198,4 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
     )
     out.print(table)
     if folder is not None:
-        out.print(f"  results in {folder}", highlight=False, soft_wrap=True)
+        out.print(f"  results in {plain(str(folder))}", highlight=False, soft_wrap=True)

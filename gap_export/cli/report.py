@@ -52,4 +52,4 @@ def report(
         )
     for note in written.notes:
         console.print(f"[yellow]{plain(note)}[/]", highlight=False, soft_wrap=True)
-    out.print(f"{output}: {written.bytes / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+    out.print(f"{plain(str(output))}: {written.bytes / 1e6:.1f} MB", highlight=False, soft_wrap=True)

@@ -71,7 +71,7 @@ def run(
         highlight=False,
     )
     if draw is not None:
-        out.print(f"  drawn to {draw}", highlight=False)
+        out.print(f"  drawn to {plain(str(draw))}", highlight=False, soft_wrap=True)
 
 
 def _save(image: Image.Image, target: Path) -> None:

@@ -75,7 +75,9 @@ def sweep(
         def finished(point: SweepPoint, answers: Answers) -> None:
             if not console.is_terminal:  # no bar is shown there
                 accuracy = sum(answers.hits) / limit
-                console.print(f"{point.label}: {accuracy:.3f}; {progress.time_left()}", highlight=False)
+                console.print(
+                    f"{plain(point.label)}: {accuracy:.3f}; {progress.time_left()}", highlight=False
+                )
 
         record = run(
             prepared, workers=workers, cluster=cluster, plot=plot, progress=progress, finished=finished

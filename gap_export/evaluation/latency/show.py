@@ -23,11 +23,12 @@ _DECODE = PALETTE["purple"]
 
 def tables(record: BenchRecord) -> list[Table]:
     """The record for the screen: the cost card, one column per candidate, then one per pair of them."""
+    from rich.markup import escape
     from rich.table import Table
 
     cards = [] if record.roofline is None else [_card(record, record.roofline)]
 
-    rows = Table("", *(row.name for row in record.rows))
+    rows = Table("", *(escape(row.name) for row in record.rows))
     rows.title = f"median over {record.requests} requests, ms (90th percentile in brackets)"
     rows.add_row("visual tokens", *(f"keep {row.kept} of {row.visual_tokens}" for row in record.rows))
     rows.add_row("cache slots", *(f"prompt {row.prompt_slots} of {row.capacity}" for row in record.rows))
@@ -38,7 +39,7 @@ def tables(record: BenchRecord) -> list[Table]:
         return [*cards, rows]
     pairs = list(combinations([row.name for row in record.rows], 2))
     found = {(each.numerator, each.denominator, each.quantity): each for each in record.ratios}
-    ratios = Table("", *(f"{one} / {other}" for one, other in pairs))
+    ratios = Table("", *(escape(f"{one} / {other}") for one, other in pairs))
     ratios.title = "ratio of medians, same rounds (95% interval)"
     for quantity, label in QUANTITIES.items():
         shown = [found.get((*pair, quantity)) for pair in pairs]
@@ -50,9 +51,10 @@ def tables(record: BenchRecord) -> list[Table]:
 
 
 def _card(record: BenchRecord, device: Device) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
-    card = Table("cost", *(row.name for row in record.rows))
+    card = Table("cost", *(escape(row.name) for row in record.rows))
     card.title = f"this machine at its best: {device.flops_per_second / 1e9:.0f} GFLOP/s, {device.bytes_per_second / 1e9:.1f} GB/s"
 
     def line(label: str, values: Iterable[str]) -> None:

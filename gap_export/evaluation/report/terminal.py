@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gap_export.bundle.folder import Bundle, open_bundle
@@ -19,7 +20,11 @@ from gap_export.evaluation.parity import ParityReport
 def print_parity(report: ParityReport, console: Console) -> None:
     """Gates, controls and the grounding table."""
     gates = Table(
-        "gate", "measured", "required", "", title=f"{report.bundle} in {report.backend} against PyTorch"
+        "gate",
+        "measured",
+        "required",
+        "",
+        title=escape(f"{report.bundle} in {report.backend} against PyTorch"),
     )
     for gate in report.gates:
         gates.add_row(
@@ -45,7 +50,12 @@ def grounding_table(report: ParityReport) -> Table:
         f"{grounding.kept:g}/{grounding.visual_tokens}",
     )
     table = Table(
-        "positions", "tokens", "acc@0.5", "of full", "std. error", title=f"{report.bundle}, {report.backend}"
+        "positions",
+        "tokens",
+        "acc@0.5",
+        "of full",
+        "std. error",
+        title=escape(f"{report.bundle}, {report.backend}"),
     )
     for name, tokens, accuracy in (
         ("none (unpruned)", whole, grounding.full),
@@ -188,7 +198,7 @@ def stages(pruning: Pruning) -> list[dict[str, Any]]:
 def print_bundle(facts: dict[str, Any], console: Console) -> None:
     """The record of `bundle_facts`, for people."""
     console.print(
-        f"[bold]{facts['name']}[/] ({facts['family']}, {facts['precision']}): {facts['keep']} "
+        f"[bold]{escape(facts['name'])}[/] ({facts['family']}, {facts['precision']}): {facts['keep']} "
         f"({facts['pruner']}), positions {facts['positions']}, {facts['cache']}",
         highlight=False,
         soft_wrap=True,

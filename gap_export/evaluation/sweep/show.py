@@ -14,6 +14,7 @@ _COMPARED = ("gap - shifted (95 %)", "gap beats shifted")
 
 def tables(record: SweepRecord) -> list[Table]:
     """Accuracy of every point, one line per pruner and count; then what was skipped, where anything was."""
+    from rich.markup import escape
     from rich.table import Table
 
     policies = list(dict.fromkeys(row.positions for row in record.rows[1:]))
@@ -22,7 +23,7 @@ def tables(record: SweepRecord) -> list[Table]:
     lines = list(dict.fromkeys((row.pruner, row.kept) for row in record.rows[1:]))
     table = Table("pruner", "keep", *policies, *(_COMPARED if compared else ()))
     table.title = (
-        f"accuracy@0.5 of {record.model} in {record.settings.backend}, {record.settings.cases} held-out scenes; "
+        f"accuracy@0.5 of {escape(record.model)} in {record.settings.backend}, {record.settings.cases} held-out scenes; "
         f"unpruned: {record.full:.3f}"
     )
     for pruner, kept in lines:
@@ -41,7 +42,7 @@ def tables(record: SweepRecord) -> list[Table]:
         reasons.setdefault(key, []).append(each.positions)
     skipped = Table("skipped", "keep", "positions", "why")
     for (pruner, count, reason), positions in reasons.items():
-        skipped.add_row(pruner, count, ", ".join(positions), reason)
+        skipped.add_row(pruner, count, ", ".join(positions), escape(reason))
     return [table, skipped]
 
 
@@ -76,8 +77,8 @@ def page(record: SweepRecord, plot: str | None) -> str:
     from rich.console import Console
 
     text = StringIO()
-    console = Console(file=text, width=1000)
-    console.print(f"# Sweep of {record.model}\n\n{verdict(record)}", highlight=False)
+    console = Console(file=text, width=1000, emoji=False)
+    console.print(f"# Sweep of {record.model}\n\n{verdict(record)}", highlight=False, markup=False)
     if plot:
         console.print(f"\n![accuracy against the number of visual tokens]({plot})", markup=False)
     for table in tables(record):
