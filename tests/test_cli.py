@@ -96,10 +96,17 @@ def test_help_and_version(command: Command) -> None:
     assert (version.code, version.out.strip()) == (0, cli.__version__)
 
 
+def test_the_name_alone_shows_help(command: Command) -> None:
+    shown = command()
+    assert shown.code == 2
+    assert "usage: command line" not in shown.err
+    assert "lint" in shown.out + shown.err
+
+
 def test_unknown_commands_and_options_are_the_users_error(command: Command) -> None:
     refused(command("buidl"), "buidl")
     refused(command("build", "--modle", "shapes"), "--modle")
-    refused(command("build", "--output", "x"), "--model")
+    refused(command("build", "--output", "x"), "--model", "see gap-export build --help")
     refused(command("build", "--model", "shapes", "-o", "x", "--keep", "half"), "keep 'half'")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -85,8 +85,19 @@ def _run() -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
             raise
-        return _report("usage", "command line", error.format_message(), "see gap-export --help")
+        return _usage(error)
     return code
+
+
+def _usage(error: Any) -> int:
+    """A command line that cannot be parsed; without a message, help was printed already: that is the name alone."""
+    message = error.format_message()
+    if not message:
+        return 2
+    context = getattr(error, "ctx", None)
+    alone = context is None or context.parent is None
+    told = "gap-export" if alone else f"gap-export {context.info_name}"
+    return _report("usage", "command line", message, f"see {told} --help")
 
 
 def _show_warning(
