@@ -157,7 +157,7 @@ def _check_decoder(
         raise LintError(
             "is taken for a decoder but holds no attention that lint recognises",
             subject=subject,
-            hint="give the decoder graph, or name its kind with the `kind`",
+            hint="give the decoder graph, or say what the graph is (--kind)",
         )
     renumbers = is_staged(flow) and policy is not PositionPolicy.GAP
     # The verdict names the first finding: ids dropped by another index are the cause of rotary embeddings not found.

@@ -266,8 +266,8 @@ def evaluate_predictions(
     check_pyarrow()
     if family not in families.names():
         raise InputError(
-            "is not a family",
-            subject=f"family {family}",
+            "is not a family" if family else "is not given, and answers alone do not tell it",
+            subject=f"family {family!r}" if family else "--family",
             hint=f"say whose way to write boxes the answers have: {', '.join(families.names())}",
         )
     scoring = protocol_of(protocol, families.row(family).box)

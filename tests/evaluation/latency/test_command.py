@@ -63,6 +63,7 @@ def test_memory_of_each(tiny_bundle: Callable[..., Bundle]) -> None:
         (["--batch", "one"], "not a list of counts"),
         (["--keep", "half"], "not a list of fractions"),
         (["--keep", "0.5"], "cannot be chosen"),
+        (["--keep", "1.0", "--new-tokens", "12"], "cannot be chosen"),  # and not: the cache is too short
         (["--backend", "jax"], "unknown backend"),
     ],
 )

@@ -111,7 +111,8 @@ def test_prompts_with_the_expression_before_the_image_are_answered_whole(
         (["--data", "scenes", "BUNDLE", "--backend", "jax"], "unknown backend"),
         (["--data", "ANSWERS", "BUNDLE"], "brings no images"),
         (["--data", "ANSWERS", "BUNDLE", "--images", "."], "none of the 1 images is there"),
-        (["--data", "ANSWERS", "--predictions", "x"], "not a family"),
+        (["--data", "ANSWERS", "--predictions", "x"], "--family: is not given"),
+        (["--data", "ANSWERS", "--predictions", "x", "--family", "lava"], "not a family"),
     ],
     ids=str,
 )
