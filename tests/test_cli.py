@@ -417,7 +417,7 @@ def test_measured_ranges_make_a_bundle_in_fp8(
     assert result.code == 0, result.err
     assert json.loads(result.out) == json.loads(ranges.read_text())
     spoken = command("calibrate", tiny_bundle().folder, "-o", ranges, "--limit", "2")
-    assert "15 layers over 2 questions (scenes)" in spoken.out
+    assert "15 layers over 2 expressions (scenes)" in spoken.out
     low = ("build", "--model", recipe_file, "-o", tmp_path / "low", "--precision", "fp8")
     refused(command(*low), "needs activation ranges", "gap-export calibrate")
     refused(command(*low, "--ranges", recipe_file), "cannot be read")
@@ -468,6 +468,8 @@ def test_run_answers(command: Command, tiny_bundle: BuildBundle, image_file: Pat
     assert result.code == 0, result.err
     record = json.loads(result.out)
     assert set(record) >= {"box", "answer", "kept", "kept_indices", "image_size", "unknown_words", "backend"}
+    assert record["visual_tokens"] == 36
+    assert record["finish_reason"] in ("stop", "length")
     assert record["kept"] == len(record["kept_indices"]) == 9
     assert record["kept_indices"] == sorted(set(record["kept_indices"]))
     assert record["image_size"] == [48, 40]

@@ -24,7 +24,9 @@ def bench(
     against: Annotated[str, typer.Option(help="Further backends to compare with, for example torch.")] = "",
     keep: Annotated[
         str,
-        typer.Option(help="Fractions of visual tokens, separated by commas, in bundles built with a range."),
+        typer.Option(
+            help="Fractions of visual tokens to keep, separated by commas, in bundles built with a range."
+        ),
     ] = "",
     batch: Annotated[str, typer.Option(help="Images per request; several, separated by commas.")] = "1",
     requests: Annotated[int, typer.Option(min=1, help="Requests measured, per candidate.")] = 100,
@@ -38,7 +40,7 @@ def bench(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Latency and cost of a request, stage by stage; candidates are measured in interleaved rounds."""
+    """Latency and cost of a request, part by part; candidates are measured in interleaved rounds."""
     from gap_export.evaluation import plotting
     from gap_export.evaluation.latency.bench import bench as measured
 

@@ -15,7 +15,7 @@ from gap_export.cli.progress import progress_shown
 def calibrate(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, for `build --ranges`.")],
-    limit: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, help="Number of expressions.")] = 128,
     data: Annotated[
         str | None,
         typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),
@@ -45,7 +45,7 @@ def calibrate(
         return
     name, largest = max(found.largest.items(), key=lambda each: each[1])
     out.print(
-        f"[bold green]measured[/] {plain(str(output))}: {len(found.largest)} layers over {found.samples} questions ({plain(found.source)}); "
+        f"[bold green]measured[/] {plain(str(output))}: {len(found.largest)} layers over {found.samples} expressions ({plain(found.source)}); "
         f"the largest activation is {largest:.4g}, read by {plain(name)}",
         highlight=False,
         soft_wrap=True,

@@ -59,7 +59,7 @@ def _print_comparison(result: Comparison) -> None:
 
     out.print(
         f"{result.expressions} expressions about {result.images} images, {result.protocol}: "
-        f"{100 * result.reference_accuracy:.2f} -> {100 * result.subject_accuracy:.2f} "
+        f"accuracy {100 * result.reference_accuracy:.2f} -> {100 * result.subject_accuracy:.2f} % "
         f"({100 * result.difference:+.2f}, 95 % interval {100 * result.low:+.2f} to {100 * result.high:+.2f}); "
         f"{result.gained} gained, {result.lost} lost, McNemar p {result.mcnemar_p:.3g}",
         highlight=False,

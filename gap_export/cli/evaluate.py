@@ -174,7 +174,7 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
 
     table = Table(title=plain(f"{dataset.name}, {record.split}: {record.description}"))
     for name in (
-        "accuracy",
+        "accuracy, %",
         "95 % interval",
         "mean IoU",
         "expressions",

@@ -27,7 +27,11 @@ def progress_shown() -> Iterator[Bar]:
         BarColumn(),
         TextColumn("{task.fields[amount]}"),
     )
-    with _interruptible() as interrupted, Progress(*columns, console=console, transient=True) as shown:
+    silent = not console.is_terminal  # a display that shows nothing would still end with an empty line
+    with (
+        _interruptible() as interrupted,
+        Progress(*columns, console=console, transient=True, disable=silent) as shown,
+    ):
         yield Bar(shown, interrupted)
 
 

@@ -95,8 +95,8 @@ def _print_recommendation(result: Recommendation) -> None:
     table = Table(
         "keep",
         "tokens",
-        "accuracy",
-        "loss",
+        "accuracy, %",
+        "loss, points",
         "95 % interval",
         "first token",
         "",
@@ -122,7 +122,7 @@ def _print_recommendation(result: Recommendation) -> None:
     out.print(table)
     if result.chosen is None:
         out.print(
-            f"no smaller share is sure to lose at most {100 * result.max_accuracy_drop:g} points; more expressions narrow the intervals",
+            f"no smaller keep ratio is sure to lose at most {100 * result.max_accuracy_drop:g} points; more expressions narrow the intervals",
             highlight=False,
             soft_wrap=True,
         )

@@ -41,7 +41,7 @@ def run(
         unknown = model.unknown_words(refer)
         prompt = images[0] if len(images) == 1 else tuple(images)
         answer = model.ground(prompt, refer, keep=keep, max_new_tokens=max_new_tokens)
-    last, ended = images[-1], answer.finish_reason == "stop"
+    last = images[-1]
     if draw is not None:
         _save(model.draw(last, answer, caption=refer), draw)
     box = None if answer.box is None else [round(float(edge), 2) for edge in answer.box]
@@ -50,7 +50,8 @@ def run(
             {
                 "box": box,
                 "answer": answer.text,
-                "ended": ended,
+                "finish_reason": answer.finish_reason,
+                "visual_tokens": answer.visual_tokens,
                 "kept": len(answer.kept_indices),
                 "kept_indices": answer.kept_indices.tolist(),
                 "image_size": list(last.size),
@@ -59,7 +60,7 @@ def run(
             }
         )
         return
-    if not ended:
+    if answer.finish_reason == "length":
         console.print(f"[yellow]the answer was cut off[/] after {answer.new_tokens} tokens")
     if unknown:
         console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)

@@ -31,7 +31,7 @@ def validate(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate fails."""
+    """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate is not met."""
     import gap_export as gap
 
     with progress_shown() as progress:

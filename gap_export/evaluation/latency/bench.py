@@ -61,7 +61,7 @@ def bench(
     threads: int = 0,
     progress: Progress = SILENT,
 ) -> BenchRecord:
-    """Latency and cost of a request, stage by stage. Candidates are measured in interleaved rounds, so that their ratios hold.
+    """Latency and cost of a request, part by part. Candidates are measured in interleaved rounds, so that their ratios hold.
 
     Args:
         bundles: one, or several to compare in one run.

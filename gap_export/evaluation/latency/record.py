@@ -5,7 +5,7 @@ from __future__ import annotations
 from gap_export.records import Record
 
 QUANTITIES = {
-    "encode_ms": "encode",
+    "encode_ms": "vision",
     "splice_ms": "splice",
     "prefill_ms": "prefill",
     "ttft_ms": "time to first token",

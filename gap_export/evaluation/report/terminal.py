@@ -39,7 +39,7 @@ def print_parity(report: ParityReport, console: Console) -> None:
     console.print(controls)
     console.print(grounding_table(report))
     verdict = "[bold green]all gates met[/]" if report.ok else "[bold red]a gate was not met[/]"
-    console.print(f"{verdict} on {report.measurement.cases} held-out cases", highlight=False)
+    console.print(f"{verdict} on {report.measurement.cases} held-out scenes", highlight=False)
 
 
 def grounding_table(report: ParityReport) -> Table:
