@@ -1,6 +1,6 @@
 """Drive a bundle with ONNX Runtime, NumPy, Pillow and tokenizers alone: what docs/positions.md says, as a program.
 
-python docs/drive_a_bundle.py BUNDLE PICTURE "the small red circle"
+python docs/drive_a_bundle.py BUNDLE IMAGE "the small red circle"
 """
 
 import json
@@ -12,6 +12,8 @@ import onnxruntime as ort
 from PIL import Image
 from tokenizers import Tokenizer
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 folder, image, expression = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 manifest = json.loads((folder / "manifest.json").read_text())
 sizes, prompt, fit = manifest["spec"], manifest["prompt"], manifest["layout"]
@@ -20,6 +22,8 @@ graph = {
 }
 if "decoder" not in graph:
     sys.exit("this bundle drops tokens inside the decoder: see the section on stages in docs/positions.md")
+if (fit["kind"], fit.get("fit")) != ("square", "pad"):
+    sys.exit("this bundle does not pad images to a square: docs/positions.md says which inputs it takes besides")
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 # The image: padded to a square, resized, scaled, normalised.

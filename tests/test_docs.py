@@ -172,3 +172,11 @@ def test_the_example_program_answers_like_the_package(
     (answer,) = Grounder(bundle).ground(session, [load_image(image)], [expression]).answers
     assert answer.text
     assert said == answer.text
+
+
+def test_the_example_program_says_how_it_is_called() -> None:
+    program = [sys.executable, str(ROOT / "docs" / "drive_a_bundle.py"), "a bundle alone"]
+    done = subprocess.run(program, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "drive_a_bundle.py BUNDLE IMAGE" in done.stderr
+    assert "Traceback" not in done.stderr

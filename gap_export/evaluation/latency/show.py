@@ -40,7 +40,7 @@ def tables(record: BenchRecord) -> list[Table]:
     pairs = list(combinations([row.name for row in record.rows], 2))
     found = {(each.numerator, each.denominator, each.quantity): each for each in record.ratios}
     ratios = Table("", *(escape(f"{one} / {other}") for one, other in pairs))
-    ratios.title = "ratio of medians, same rounds (95% interval)"
+    ratios.title = "ratio of medians, same rounds (95 % interval)"
     for quantity, label in QUANTITIES.items():
         shown = [found.get((*pair, quantity)) for pair in pairs]
         ratios.add_row(
