@@ -23,7 +23,9 @@ graph = {
 if "decoder" not in graph:
     sys.exit("this bundle drops tokens inside the decoder: see the section on stages in docs/positions.md")
 if (fit["kind"], fit.get("fit")) != ("square", "pad"):
-    sys.exit("this bundle does not pad images to a square: docs/positions.md says which inputs it takes besides")
+    sys.exit(
+        "this bundle does not pad images to a square: docs/positions.md says which inputs it takes besides"
+    )
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 # The image: padded to a square, resized, scaled, normalised.

@@ -30,7 +30,7 @@ from gap_export.inputs.prompt import (
 )
 from gap_export.positions import PAD, Ids
 from gap_export.runtime.generate import Adjust, Generation, Timings, check_overflow, generate
-from gap_export.runtime.session import Session
+from gap_export.runtime.session import Session, vision_inputs
 from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared, unshared_because
 
 
@@ -345,31 +345,47 @@ def keep_counts(
         keep: fraction that the request asks for, or None for the bundle's own.
 
     Raises:
-        InputError: a fraction outside the range that the bundle was built for.
+        InputError: a fraction that the bundle was not built for.
         RecipeError: no fraction.
     """
+    check_keep(pruning, model, keep)
     if model.token_range is None:
-        # (`vision_inputs` refuses counts that exceed the bundle's capacity.)
         count = None if keep is None else prune.kept_count(keep, model.visual_tokens)
         return [count] * len(batch.calls)
-    if keep is not None and pruning.keep_range is None and keep != pruning.keep:
+    share, at_least = pruning.keep if keep is None else keep, pruning.pruner_min_tokens
+    return [prune.share_of(share, int(tokens), at_least) for tokens in batch.prunable]
+
+
+def check_keep(pruning: Pruning, model: ModelSpec, keep: float | None) -> None:
+    """Refuse a fraction of visual tokens that requests to a bundle cannot choose.
+
+    Args:
+        pruning: of the bundle.
+        model: sizes of the bundle's model.
+        keep: fraction that the request asks for, or None for the bundle's own.
+
+    Raises:
+        InputError: a fraction that the bundle was not built for.
+        RecipeError: no fraction.
+    """
+    if keep is None:
+        return
+    if model.token_range is None:
+        count = prune.kept_count(keep, model.visual_tokens)
+        vision_inputs(pruning, reads_text=False, text_ids_BL=None, keep_count=count)
+        return
+    if pruning.keep_range is None and keep != pruning.keep:
         raise InputError(
             f"cannot be chosen: this bundle keeps {pruning.keep:g} of every image",
             subject=f"keep {keep:g}",
             hint="build it with a range: --keep 0.1:1.0",
         )
-    if (
-        keep is not None
-        and pruning.keep_range is not None
-        and not pruning.keep_range[0] <= keep <= pruning.keep_range[1]
-    ):
+    if pruning.keep_range is not None and not pruning.keep_range[0] <= keep <= pruning.keep_range[1]:
         raise InputError(
             f"is outside {pruning.keep_range[0]:g} to {pruning.keep_range[1]:g}, which this bundle was built for",
             subject=f"keep {keep:g}",
             hint="choose within the range, or build with a wider --keep",
         )
-    share, at_least = pruning.keep if keep is None else keep, pruning.pruner_min_tokens
-    return [prune.share_of(share, int(tokens), at_least) for tokens in batch.prunable]
 
 
 def _trimmed(ids_BT: Ids) -> Ids:

@@ -67,7 +67,9 @@ def test_images_of_one_size_are_counted_in_one_call() -> None:
     square = MODEL.model_copy(update={"token_range": None, "grid": (6, 10)})
     batch = of_one_size(np.zeros((3, 3, 2, 2), np.float32), 60)
     assert keep_counts(pruning(keep_mode="fixed"), square, batch, None) == [None]
-    assert keep_counts(pruning(keep_mode="dynamic"), square, batch, 0.5) == [30]
+    assert keep_counts(pruning(keep_mode="dynamic", max_tokens=30), square, batch, 0.5) == [30]
+    with pytest.raises(InputError, match="outside 1 to 15"):
+        keep_counts(pruning(keep_mode="dynamic"), square, batch, 0.5)
 
 
 class Padding:

@@ -16,7 +16,7 @@ from gap_export.inputs.batch import ImageBatch
 from gap_export.inputs.prompt import encode_prompts, encode_text, load_tokenizer
 from gap_export.positions import Ids
 from gap_export.runtime.grounder import keep_counts
-from gap_export.runtime.session import Session, vision_inputs
+from gap_export.runtime.session import Session
 
 EXPRESSION = "the small red circle on the left"
 IMAGE = (480, 640)
@@ -106,8 +106,4 @@ def candidate(
             load_tokenizer(bundle.text_tokenizer_path), manifest.text_tower, [EXPRESSION] * batch
         )
     counts = keep_counts(manifest.pruning, manifest.spec, images, keep)
-    for (
-        count
-    ) in counts:  # refused here: later, the cache of a bundle with one count would be called too short
-        vision_inputs(manifest.pruning, reads_text=False, text_ids_BL=None, keep_count=count)
     return Candidate(name, bundle, session, images, prompts.input_ids, text_ids, counts, keep)

@@ -21,6 +21,7 @@ from gap_export.evaluation.refer.sizes import Fitted, fitted
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session, row
+from gap_export.runtime.grounder import check_keep
 
 ALL = "all"
 """Name of the split where none was asked for."""
@@ -159,6 +160,7 @@ def prepare(
     check_pyarrow()
     row(options.backend)
     opened = open_bundle(bundle)
+    check_keep(opened.manifest.pruning, opened.manifest.spec, options.keep)
     protocol = protocol_of(options.protocol, opened.manifest.box)
     if dataset.source is None:
         raise InputError(

@@ -109,6 +109,7 @@ def test_prompts_with_the_expression_before_the_image_are_answered_whole(
         (["--data", "nowhere.json", "BUNDLE"], "does not exist"),
         (["--data", "scenes", "BUNDLE", "--protocol", "coco"], "not a protocol"),
         (["--data", "scenes", "BUNDLE", "--backend", "jax"], "unknown backend"),
+        (["--data", "scenes", "BUNDLE", "--keep", "0.5"], "cannot be chosen"),
         (["--data", "ANSWERS", "BUNDLE"], "brings no images"),
         (["--data", "ANSWERS", "BUNDLE", "--images", "."], "none of the 1 images is there"),
         (["--data", "ANSWERS", "--predictions", "x"], "--family: is not given"),
@@ -125,6 +126,7 @@ def test_what_cannot_work(
     message = evaluate(*[names.get(each, each) for each in arguments], "-o", str(tmp_path / "out"), code=2)
     assert words in message
     assert "hint" in message
+    assert not (tmp_path / "out").exists(), "an evaluation that cannot be was begun"
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
