@@ -95,8 +95,7 @@ def _usage(error: Any) -> int:
     if not message:
         return 2
     context = getattr(error, "ctx", None)
-    alone = context is None or context.parent is None
-    told = "gap-export" if alone else f"gap-export {context.info_name}"
+    told = "gap-export" if context is None or context.parent is None else f"gap-export {context.info_name}"
     return _report("usage", "command line", message, f"see {told} --help")
 
 
