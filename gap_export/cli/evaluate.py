@@ -73,7 +73,10 @@ def evaluate(
     output: _OutputOption = None,
     replace: ReplaceOption = False,
     ray: RayOption = False,
-    workers: Annotated[int, typer.Option(min=1, help="With --ray: workers of the cluster.")] = 2,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: workers of the cluster.", show_default="2"),
+    ] = None,
     ray_address: RayAddressOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
@@ -86,6 +89,12 @@ def evaluate(
     if (bundle is None) == (predictions is None):
         hint = "gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ..."
         raise InputError("give one of them", subject="a bundle, or --predictions", hint=hint)
+    if workers is not None and not ray:
+        raise InputError(
+            "is of a Ray cluster: without one, images are answered in this process",
+            subject=f"--workers {workers}",
+            hint="add --ray",
+        )
     dataset = open_dataset(
         data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
     )
@@ -113,7 +122,7 @@ def evaluate(
             threads=threads,
             rescale_boxes=rescale_boxes,
         )
-        cluster = cluster_of(ray, workers, ray_address)
+        cluster = cluster_of(ray, workers or 2, ray_address)
         prepared = prepare(bundle, dataset, options, out=output, replace=replace)
         _warn_of_missing(prepared.work)
         if options.share:

@@ -106,6 +106,6 @@ def _label(plot: Figure, first: Axes, record: SweepRecord) -> None:
         ncols=len(shown),
         frameon=False,
         fontsize=9,
-        title=f"{record.model}: {record.settings.cases} held-out scenes, exported graphs in {record.settings.backend}",
+        title=f"{record.model}: {record.settings.limit} held-out scenes, exported graphs in {record.settings.backend}",
         title_fontsize=10,
     )

@@ -23,7 +23,7 @@ class Settings(Record):
         checkpoint_sha256: over all files of the checkpoint that a build reads.
         text_tower_sha256: hash of the text tower's files, where a pruner looks at the expression.
         backend: runtime.
-        cases: scenes per point.
+        limit: scenes per point.
         scenes_seed: which scenes.
         batch: images per call.
         threads: of ONNX Runtime.
@@ -35,7 +35,7 @@ class Settings(Record):
     checkpoint_sha256: str
     text_tower_sha256: str | None = None
     backend: str
-    cases: int
+    limit: int
     scenes_seed: int
     batch: int
     threads: int

@@ -135,7 +135,7 @@ class Store:
             "it is missing or damaged: delete it, and run the same command again: that point is computed anew"
         )
         answers = Answers.read(path, hint=hint, error=BundleError)
-        if len(answers.ious) != self.settings.cases:
+        if len(answers.ious) != self.settings.limit:
             raise BundleError(f"holds answers to {len(answers.ious)} scenes", subject=str(path), hint=hint)
         return answers
 
@@ -338,7 +338,7 @@ def _settings(request: SweepRequest, checkpoint: Checkpoint) -> Settings:
         checkpoint_sha256=_hash_of(checkpoint),
         text_tower_sha256=None if text_tower is None else _hash_of(text_tower),
         backend=request.backend,
-        cases=request.limit,
+        limit=request.limit,
         scenes_seed=scenes.HELD_OUT_SEED,
         batch=min(request.batch, request.recipe.max_batch),
         threads=request.threads,

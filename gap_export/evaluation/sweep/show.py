@@ -23,7 +23,7 @@ def tables(record: SweepRecord) -> list[Table]:
     lines = list(dict.fromkeys((row.pruner, row.kept) for row in record.rows[1:]))
     table = Table("pruner", "keep", *policies, *(_COMPARED if compared else ()))
     table.title = (
-        f"accuracy@0.5 of {escape(record.model)} in {record.settings.backend}, {record.settings.cases} held-out scenes; "
+        f"accuracy@0.5 of {escape(record.model)} in {record.settings.backend}, {record.settings.limit} held-out scenes; "
         f"unpruned: {record.full:.3f}"
     )
     for pruner, kept in lines:

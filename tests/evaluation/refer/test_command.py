@@ -110,6 +110,7 @@ def test_prompts_with_the_expression_before_the_image_are_answered_whole(
         (["--data", "scenes", "BUNDLE", "--protocol", "coco"], "not a protocol"),
         (["--data", "scenes", "BUNDLE", "--backend", "jax"], "unknown backend"),
         (["--data", "scenes", "BUNDLE", "--keep", "0.5"], "cannot be chosen"),
+        (["--data", "scenes", "BUNDLE", "--workers", "2"], "add --ray"),
         (["--data", "ANSWERS", "BUNDLE"], "brings no images"),
         (["--data", "ANSWERS", "BUNDLE", "--images", "."], "none of the 1 images is there"),
         (["--data", "ANSWERS", "--predictions", "x"], "--family: is not given"),

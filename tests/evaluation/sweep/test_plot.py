@@ -35,7 +35,7 @@ def record(pruners: int) -> SweepRecord:
         for p, policy in enumerate(PositionPolicy)
     ]
     settings = Settings(
-        recipe={}, checkpoint_sha256="0", backend="onnxruntime", cases=500, scenes_seed=1, batch=16, threads=1, versions={}
+        recipe={}, checkpoint_sha256="0", backend="onnxruntime", limit=500, scenes_seed=1, batch=16, threads=1, versions={}
     )  # fmt: skip
     return SweepRecord(
         model="shapes", visual_tokens=144, full=0.91, rows=(row("none", 144, FULL, 0.91), *rows),

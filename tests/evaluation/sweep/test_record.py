@@ -24,7 +24,7 @@ from gap_export.positions import PositionPolicy
 GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED
 CASES = 40
 SETTINGS = Settings(
-    recipe={"name": "tiny"}, checkpoint_sha256="0", backend="onnxruntime", cases=CASES, scenes_seed=1, batch=4, threads=1, versions={}
+    recipe={"name": "tiny"}, checkpoint_sha256="0", backend="onnxruntime", limit=CASES, scenes_seed=1, batch=4, threads=1, versions={}
 )  # fmt: skip
 
 

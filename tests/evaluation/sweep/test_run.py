@@ -192,7 +192,7 @@ def test_a_folder_belongs_to_one_checkpoint_and_one_set_of_scenes(
     sweep.prepare(request_of(options), tmp_path / "out")
     more = request_of(options, pruners=("random",), keeps=(0.5, 0.25), positions=(PositionPolicy.GAP,))
     sweep.prepare(more, tmp_path / "out")  # other points of the same settings
-    with pytest.raises(GapExportError, match="cases 6 there, 7 here"):
+    with pytest.raises(GapExportError, match="limit 6 there, 7 here"):
         sweep.prepare(request_of(options, limit=7), tmp_path / "out")
     weights = checkpoint_copy / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -13,7 +13,7 @@ from gap_export.evaluation.sweep.run import Store, open_store
 from gap_export.positions import PositionPolicy
 
 SETTINGS = Settings(
-    recipe={"name": "tiny", "seed": 0}, checkpoint_sha256="abc", backend="onnxruntime", cases=2, scenes_seed=1, batch=4, threads=1,
+    recipe={"name": "tiny", "seed": 0}, checkpoint_sha256="abc", backend="onnxruntime", limit=2, scenes_seed=1, batch=4, threads=1,
     versions={"torch": "2"},
 )  # fmt: skip
 POINT = SweepPoint(pruner="random", keep=0.25, kept=9, positions=PositionPolicy.GAP)
@@ -66,7 +66,7 @@ def test_a_damaged_point_is_not_taken_for_an_unfinished_one(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"cases": 500}, "cases 2 there, 500 here"),
+        ({"limit": 500}, "limit 2 there, 500 here"),
         ({"checkpoint_sha256": "def"}, "checkpoint sha256 abc there, def here"),
         ({"versions": {"torch": "3"}}, "versions torch 2 there, 3 here"),
         ({"versions": {"torch": "2", "onnx": "1"}}, "versions onnx None there, 1 here"),
