@@ -37,7 +37,7 @@ from gap_export.linter.running import Running, open_session  # noqa: E402
 
 GAPPED = np.array([[0, 1, 6, 7, 11, 20]])
 STORED = {
-    "transformers": "plain/prefill plain/decode cpu/prefill cpu/decode cpu-batch/prefill cuda/prefill cuda/decode webgpu/prefill",
+    "transformers": "plain/prefill plain/decode cpu/prefill cpu/decode cpu-batch/prefill cpu-batch/decode cuda/prefill cuda/decode webgpu/prefill",
     "genai": "cpu-fp32/model dml-fp16/model",
     "mobius": "cpu/model default/model",
     "optimum": "text-generation-with-past/model",

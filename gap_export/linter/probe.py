@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -171,14 +172,10 @@ def _examined(part: _Angles) -> Outcome:
 
 def _examine(part: _Angles, tokens: int) -> Outcome:
     base = np.arange(tokens)[None]
-    past = 0
-    try:
-        before = part.run(base)
-    except CannotEvaluate:
-        if not part.inputs.takes_past:
-            raise
-        past = _PAST  # a graph of decode steps alone
-        before = part.run(base, past)
+    # One token at a time is a step, which has a past; other graphs may be of steps too.
+    takes_past, step = part.inputs.takes_past, part.inputs.static("tokens") == 1
+    pasts = (0, _PAST) if takes_past and not step else (_PAST,) if takes_past else (0,)
+    past, before = _first_evaluated(part, base, pasts)
     axes = [axis for axis, extent in enumerate(before.shape) if extent == tokens]
     if tokens == 1 or not axes:
         return _one_token(part, tokens, past)
@@ -207,6 +204,14 @@ def _examine(part: _Angles, tokens: int) -> Outcome:
         return Outcome(False, "the angle of a token depends on where it stands, not only on its id")
     wrong = _after_a_past(part, gapped, past) or _per_row(part, gapped, past)
     return wrong or _exactness(part, tokens, past, axis)
+
+
+def _first_evaluated(part: _Angles, ids: Array, pasts: Sequence[int]) -> tuple[int, Array]:
+    """The first of some pasts after which the angles can be evaluated, and the angles."""
+    for past in pasts[:-1]:
+        with suppress(CannotEvaluate):
+            return past, part.run(ids, past)
+    return pasts[-1], part.run(ids, pasts[-1])
 
 
 def _one_token(part: _Angles, tokens: int, past: int) -> Outcome:
