@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,23 @@ from pydantic import ConfigDict
 from gap_export.bundle.hashes import verify
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError
-from gap_export.files import sha256_of
+from gap_export.files import FolderKind, sha256_of
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 from gap_export.records import Record
 
 MANIFEST, REPORTS = "manifest.json", "reports"
+
+
+def _written(manifest: dict[str, Any]) -> Iterator[re.Pattern[str]]:
+    """Of a manifest of any schema: the files that it lists, itself, and reports, which a rebuild takes over."""
+    files = manifest["files"]
+    for name in (MANIFEST, *(files if isinstance(files, dict) else ())):
+        yield re.compile(re.escape(name))
+    yield re.compile(f"{REPORTS}/.*")
+
+
+BUNDLE = FolderKind("bundle", MANIFEST, frozenset({"schema_version", "recipe", "files"}), _written)
+"""How folders of bundles are told."""
 
 _IN_FILES_ALONE = {
     "name",

@@ -29,6 +29,8 @@ def calibrate(
     import gap_export as gap
     from gap_export.errors import InputError
     from gap_export.evaluation.refer.dataset import open_dataset
+    from gap_export.files import check_output_file
+    from gap_export.recipe.ranges import is_ranges
 
     if data is None and (split is not None or images is not None):
         raise InputError(
@@ -36,6 +38,8 @@ def calibrate(
             subject="--split" if split is not None else "--images",
             hint="name one with --data, or leave it out to measure on generated scenes",
         )
+    read = [bundle, *([] if data is None else [Path(data)])]
+    check_output_file(output, inputs=read, ours=is_ranges, holds="activation ranges")
     dataset = None if data is None else open_dataset(data, split=split, images=images)
     with progress_shown() as progress:
         found = gap.calibrate(bundle, limit=limit, dataset=dataset, threads=threads, progress=progress)

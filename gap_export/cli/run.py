@@ -33,9 +33,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Find what an expression refers to in an image (the last one, of several)."""
+    from gap_export.files import check_output_file
     from gap_export.inputs.images import load_image
     from gap_export.runtime.model import load
 
+    if draw is not None:
+        check_output_file(draw, inputs=[*image, bundle])
     images = [load_image(path) for path in image]
     with load(bundle, backend=backend, threads=threads) as model:
         unknown = model.unknown_words(refer)

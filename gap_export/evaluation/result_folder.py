@@ -11,42 +11,43 @@ from __future__ import annotations
 from pathlib import Path
 
 from gap_export.errors import BundleError
-from gap_export.files import atomic_folder, check_folder
+from gap_export.files import FolderKind, atomic_folder, check_folder
 from gap_export.records import Record
 
 SETTINGS = "settings.json"
 
 
-def open_result_folder(folder: Path, settings: Record, *, holds: str, replace: bool) -> bool:
+def open_result_folder(folder: Path, settings: Record, kind: FolderKind, *, replace: bool) -> bool:
     """Make the folder of a run, or find it to go on with.
 
     Args:
         folder: absent, empty, or of a run of the same kind.
         settings: what all results in it have in common.
-        holds: the kind of run, in a word: `sweep`, `evaluation`.
+        kind: of run.
         replace: throw a run of other settings away.
 
     Returns:
         Whether results of the same settings may lie in it already.
 
     Raises:
-        BundleError: something else is there, or a run of other settings.
+        BundleError: something else is there, a run of other settings, or files of others in one that is to be replaced.
     """
-    there = check_folder(folder, mark=SETTINGS, holds=holds)
+    there = check_folder(folder, kind, replaced=False)
     if there:
         difference = _difference(folder / SETTINGS, settings)
         if difference is None:
             return True
         if not replace:
             raise BundleError(
-                f"holds another {holds}: {difference}",
+                f"holds another {kind.name}: {difference}",
                 subject=str(folder),
                 hint="choose another output folder, or pass --replace to throw that one away",
             )
     if folder.is_dir() and not there:
         settings.write(folder / SETTINGS)  # an empty folder may be where others write too: it stays
         return False
-    with atomic_folder(folder) as fresh:
+    check_folder(folder, kind)
+    with atomic_folder(folder, check=lambda: check_folder(folder, kind)) as fresh:
         settings.write(fresh / SETTINGS)
     return False
 

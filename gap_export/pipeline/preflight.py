@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gap_export.bundle.folder import MANIFEST, open_bundle
+from gap_export.bundle.folder import BUNDLE, open_bundle
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import WeightLocation
@@ -55,7 +55,7 @@ def check_output(out: Path, recipe: Recipe, replace: bool) -> None:
     Raises:
         BundleError: the folder holds something else.
     """
-    if not check_folder(out, mark=MANIFEST, holds="bundle") or replace:
+    if not check_folder(out, BUNDLE) or replace:
         return
     try:
         same = open_bundle(out).manifest.recipe == recipe

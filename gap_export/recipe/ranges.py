@@ -68,6 +68,15 @@ CALIBRATE = (
 )
 
 
+def is_ranges(path: Path) -> bool:
+    """Whether a file holds ranges, of this version."""
+    try:
+        read_ranges(path)
+    except RecipeError:
+        return False
+    return True
+
+
 def read_ranges(path: Path) -> Ranges:
     """Read a file of ranges.
 

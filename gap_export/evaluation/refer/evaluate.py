@@ -15,9 +15,10 @@ from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
 from gap_export.evaluation.refer.predictions import read_predictions
 from gap_export.evaluation.refer.protocols import Protocol, protocol_of
-from gap_export.evaluation.refer.results import EvalRun, check_pyarrow, open_run, store_results
+from gap_export.evaluation.refer.results import SCORED, EvalRun, check_pyarrow, open_run, store_results
 from gap_export.evaluation.refer.run import EvalRecord, Work, answer_all, record_of, score_all, work_of
 from gap_export.evaluation.refer.sizes import Fitted, fitted
+from gap_export.files import check_folder
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session, row
@@ -264,8 +265,11 @@ def evaluate_predictions(
 
     Raises:
         InputError: an unknown family or protocol, a line that cannot be used, an expression without an answer.
+        BundleError: something else lies in `out`.
     """
     check_pyarrow()
+    if out is not None:
+        check_folder(Path(out), SCORED, replaced=False)
     if family not in families.names():
         raise InputError(
             "is not a family" if family else "is not given, and answers alone do not tell it",

@@ -7,15 +7,25 @@ write left is cut off. So no expression is answered twice, and none is lost.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from gap_export.errors import BundleError
 from gap_export.evaluation.result_folder import SETTINGS, open_result_folder
-from gap_export.files import write_atomically
+from gap_export.files import FolderKind, write_atomically
 from gap_export.records import Record
 
 ANSWERS = "answers.jsonl"
+EVALUATION = FolderKind(
+    "evaluation",
+    SETTINGS,
+    frozenset({"manifest_sha256", "annotations", "backend"}),
+    lambda _: [
+        re.compile(r"settings\.json|answers\.jsonl|provenance\.json|[a-z-]+-(results\.parquet|eval\.json)")
+    ],
+)
+"""How folders of evaluations are told; the protocols' results are named after them."""
 
 
 class Settings(Record):
@@ -106,7 +116,7 @@ def open_journal(folder: Path, settings: Settings, *, replace: bool = False) -> 
     Raises:
         BundleError: something else is there, an evaluation of other settings, or a damaged one.
     """
-    there = open_result_folder(folder, settings, holds="evaluation", replace=replace)
+    there = open_result_folder(folder, settings, EVALUATION, replace=replace)
     return Journal(folder, _whole_rows(folder / ANSWERS) if there else [])
 
 

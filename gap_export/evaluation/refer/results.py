@@ -8,6 +8,7 @@ provenance.json             bundle, data and machine, for those who read the res
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,17 @@ from gap_export.evaluation.refer.annotations import SkippedRow
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.json_rows import escaped
 from gap_export.evaluation.refer.run import EvalRecord, Scored
-from gap_export.files import write_atomically
+from gap_export.files import FolderKind, write_atomically
 from gap_export.records import Record
 
 PROVENANCE = "provenance.json"
+SCORED = FolderKind(
+    "evaluation",
+    PROVENANCE,
+    frozenset({"data", "split", "processor", "versions"}),
+    lambda _: [re.compile(r"provenance\.json|[a-z-]+-(results\.parquet|eval\.json)")],
+)
+"""How folders of scored answers from a file are told."""
 
 
 def check_pyarrow() -> None:

@@ -13,10 +13,12 @@ from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report.page import AskPruners, check_packages, page
 from gap_export.evaluation.report.runs import ReportedRuns, open_runs
-from gap_export.files import write_atomically
+from gap_export.files import check_output_file, write_atomically
 from gap_export.progress import SILENT, Progress
 
 LEFT_OUT = "left out (--no-pruners)"
+_GENERATOR, _HEAD = b'<meta name="generator" content="gap-export">', 2000
+"""How pages are told from other files, and within how many bytes."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def report(
     """
     check_packages()
     folders = [runs] if isinstance(runs, Path | str) else list(runs)
+    check_output_file(Path(out), inputs=map(Path, folders), ours=_is_page, holds="page of gap-export")
     progress.stage("reading the evaluations")
     reported = open_runs([Path(folder) for folder in folders], protocol)
     thresholds = thresholds_on(
@@ -93,6 +96,12 @@ def report(
     )
     write_atomically(Path(out), text)
     return WrittenPage(Path(out), len(text.encode()), (note,) if note else ())
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page that `report` wrote."""
+    with path.open("rb") as file:
+        return _GENERATOR in file.read(_HEAD)
 
 
 def _source(reported: ReportedRuns, images: Path | None) -> tuple[Source | None, str]:

@@ -8,6 +8,7 @@ depend on the pruner, nor the vision graph on how the kept tokens are numbered, 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError, GapExportError
 from gap_export.evaluation import plotting, runner
-from gap_export.evaluation.result_folder import open_result_folder
+from gap_export.evaluation.result_folder import SETTINGS, open_result_folder
 from gap_export.evaluation.sweep.plot import figure
 from gap_export.evaluation.sweep.record import (
     Answers,
@@ -34,7 +35,7 @@ from gap_export.evaluation.sweep.record import (
 )
 from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
 from gap_export.evaluation.sweep.show import page
-from gap_export.files import scratch_folder, sha256_of, write_atomically
+from gap_export.files import FolderKind, scratch_folder, sha256_of, write_atomically
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
 from gap_export.pipeline.build import build
@@ -47,6 +48,13 @@ from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.grounder import Grounded, Grounder
 
 RECORD, PAGE, PLOT = "sweep.json", "sweep.md", "sweep.png"
+SWEEP = FolderKind(
+    "sweep",
+    SETTINGS,
+    frozenset({"checkpoint_sha256", "scenes_seed", "backend"}),
+    lambda _: [re.compile(r"settings\.json|sweep\.(json|md|png)|points/[^/]+\.json")],
+)
+"""How folders of sweeps are told."""
 
 
 def sweep(
@@ -153,7 +161,7 @@ class Store:
 
 def open_store(folder: Path, settings: Settings, *, replace: bool) -> Store:
     """Make the folder of a sweep, or go on with it; see `open_result_folder`."""
-    open_result_folder(folder, settings, holds="sweep", replace=replace)
+    open_result_folder(folder, settings, SWEEP, replace=replace)
     return Store(folder, settings)
 
 

@@ -1,0 +1,226 @@
+"""Folders that appear whole or not at all, whatever ends the process that makes them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gap_export.errors import BundleError
+from gap_export.files import atomic_folder, scratch_folder
+from gap_export.files import folder as module
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def old_bundle(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    return folder
+
+
+# Folders
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "out"
+    with atomic_folder(target) as scratch:
+        (scratch / "a").write_text("1")
+        assert not target.exists()
+        assert scratch.stat().st_dev == target.parent.stat().st_dev, "so that renaming and linking work"
+    assert listing(target) == ["a"]
+    assert listing(target.parent) == ["out"]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_leaves_everything_as_it_was(
+    error: type[BaseException], existing: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    if existing:
+        old_bundle(target)
+
+    def fail(scratch: Path) -> None:
+        (scratch / "half").write_text("written")
+        raise error
+
+    with pytest.raises(error), atomic_folder(target) as scratch:
+        fail(scratch)
+    assert listing(tmp_path) == (["out"] if existing else [])
+    if existing:
+        assert listing(target) == ["old"]
+
+
+def test_an_existing_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = old_bundle(tmp_path / "out")
+    with atomic_folder(target) as scratch:
+        (scratch / "new").touch()
+        assert listing(target) == ["old"]
+    assert listing(target) == ["new"]
+    assert listing(tmp_path) == ["out"]
+
+
+@pytest.fixture(params=[True, False], ids=["exchanged", "moved aside"])
+def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With and without a system that exchanges two folders in one step."""
+    if not request.param:
+        monkeypatch.setattr(module, "_exchanged", lambda *_: False)
+    return bool(request.param)
+
+
+def test_links_and_empty_folders(exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a link leads to is replaced, not the link; an empty folder stays, for somebody may work in it."""
+    old_bundle(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("new")
+    (tmp_path / "empty").mkdir()
+    inode = (tmp_path / "empty").stat().st_ino
+    monkeypatch.chdir(tmp_path / "empty")
+    for name in ("link", "dangling", "empty/."):
+        with atomic_folder(tmp_path / name) as scratch:
+            (scratch / "a.json").touch()
+    assert listing(tmp_path) == ["dangling", "empty", "link", "new", "real"]
+    assert all(listing(tmp_path / name) == ["a.json"] for name in ("real", "new", "empty"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = old_bundle(tmp_path / "out")
+    rename = os.rename
+
+    def refuse(source: Any, destination: Any) -> None:
+        if Path(destination) == target and not (Path(source) / "old").exists():
+            raise error
+        rename(source, destination)
+
+    monkeypatch.setattr(module, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(module.os, "rename", refuse)
+    with pytest.raises((BundleError, KeyboardInterrupt)), atomic_folder(target) as scratch:
+        (scratch / "new").touch()
+    assert listing(tmp_path) == ["out"]
+    assert listing(target) == ["old"]
+
+
+def test_what_is_checked_last_may_refuse(exchanges: bool, tmp_path: Path) -> None:
+    target = old_bundle(tmp_path / "out")
+
+    def refuse() -> None:
+        raise BundleError("holds something now", subject="out", hint="")
+
+    with pytest.raises(BundleError, match="holds something now"), atomic_folder(target, check=refuse):
+        pass
+    assert listing(tmp_path) == ["out"]
+    assert listing(target) == ["old"]
+
+
+# Processes that were killed
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gap_export.files import folder as module
+target, moment = Path(sys.argv[1]), sys.argv[2]
+rename, count = os.rename, 0
+
+def killing(source, destination):
+    global count
+    rename(source, destination)
+    count += 1
+    if moment == f"rename {count}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+module.os.rename = killing
+if "exchange" not in moment:
+    module._exchanged = lambda *_: False
+else:
+    exchange = module._exchanged
+    module._exchanged = lambda *both: (exchange(*both), os.kill(os.getpid(), signal.SIGKILL))
+with module.atomic_folder(target) as scratch:
+    (scratch / "new").write_text("new")
+    if moment == "inside":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["inside", "rename 1", "rename 2", "exchange"])
+@pytest.mark.parametrize("name", ["out", "out[1]", "o*t"])
+def test_a_kill_at_any_moment_loses_nothing(moment: str, name: str, tmp_path: Path) -> None:
+    target = old_bundle(tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", _KILLED, target, moment], check=False)
+    assert done.returncode == -9
+    assert len(listing(tmp_path)) == (1 if moment == "rename 1" else 2)
+    neighbours = [tmp_path / f".{name}.building-x", tmp_path / f".{name}1.building-x"]
+    for neighbour in neighbours:
+        neighbour.mkdir()
+        (neighbour / "precious").touch()
+    with scratch_folder(beside=target, purpose="other"):
+        whole = listing(target)
+    assert whole in (["old"], ["new"])
+    assert whole == (["old"] if moment in ("inside", "rename 1") else ["new"])
+    assert listing(tmp_path) == sorted([*(path.name for path in neighbours), name])
+
+
+def test_the_folder_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> None:
+    with scratch_folder(beside=tmp_path / "out", purpose="building") as mine:
+        (mine / "half").touch()
+        with atomic_folder(tmp_path / "out") as other:
+            (other / "a").touch()
+        assert (mine / "half").exists()
+    assert listing(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"host": "another"}, {"target": "/elsewhere/out"}, {"pid": -1}, {"pid": "one"}, {"more": 1}],
+    ids=str,
+)
+def test_a_folder_of_unknown_fate_is_left_alone(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of another machine, for another target, or with a record that nobody can have written; the control is of a dead process."""
+    for number, change in enumerate(({}, changes)):
+        leftover = tmp_path / f".out.building-{number}"
+        leftover.mkdir()
+        owner = {"target": str(tmp_path / "out"), "host": module.platform.node(), "boot": module._boot()}
+        owner |= {"pid": os.getpid(), "began": 1, **change}
+        (leftover / "owner.json").write_text(json.dumps(owner))
+    with scratch_folder(beside=tmp_path / "out", purpose="building"):
+        pass
+    assert listing(tmp_path) == [".out.building-1"]
+
+
+def test_a_process_is_told_from_another_of_the_same_number() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        began = module._began(child.pid)
+        assert began is not None
+        mine = module._began(os.getpid())
+        assert mine is not None
+        assert began >= mine
+    finally:
+        child.communicate(b"\n")
+    deadline = time.monotonic() + 10
+    while module._began(child.pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert module._began(child.pid) is None
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="cannot be created"), atomic_folder(tmp_path / "file" / "out"):
+        pass
+    with pytest.raises(BundleError, match="null byte"), atomic_folder(tmp_path / "null\0byte"):
+        pass
