@@ -9,10 +9,12 @@ from gap_export.files.file import (
     writing,
 )
 from gap_export.files.folder import atomic_folder, scratch_folder
+from gap_export.files.lock import FolderLock
 from gap_export.files.ownership import FolderKind, check_folder
 
 __all__ = [
     "FolderKind",
+    "FolderLock",
     "atomic_folder",
     "check_folder",
     "check_output_file",

@@ -69,7 +69,7 @@ def check_folder(folder: Path, kind: FolderKind, *, replaced: bool = True) -> bo
         raise BundleError(
             f"is not empty and holds no {kind.name}",
             subject=str(folder),
-            hint="choose another output folder",
+            hint="choose another output folder, or empty this one yourself",
         )
     if not replaced:
         return True

@@ -17,7 +17,7 @@ from gap_export.bundle.folder import BUNDLE, MANIFEST, REPORTS, Bundle, open_bun
 from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
-from gap_export.files import atomic_folder, check_folder
+from gap_export.files import FolderLock, atomic_folder, check_folder
 from gap_export.pipeline.opened import TOKENIZER, OpenedModel, open_model
 from gap_export.pipeline.preflight import check_machine, check_output, check_prompt
 from gap_export.plan import Plan, plan_for
@@ -106,7 +106,10 @@ def build(
 
     from gap_export.pipeline.graphs import trace_graphs, write_graphs  # torch is not needed to come so far
 
-    with atomic_folder(out, kept=(REPORTS,), check=lambda: check_folder(out, BUNDLE)) as folder:
+    with (
+        FolderLock(out),
+        atomic_folder(out, kept=(REPORTS,), check=lambda: check_folder(out, BUNDLE)) as folder,
+    ):
         traced = trace_graphs(model, plan, tracer=tracer, progress=progress)
         written = write_graphs(traced, model, plan, folder, self_contained=self_contained, progress=progress)
         _write_tokenizers(model, folder)

@@ -18,7 +18,7 @@ from gap_export.evaluation.refer.protocols import Protocol, protocol_of
 from gap_export.evaluation.refer.results import SCORED, EvalRun, check_pyarrow, open_run, store_results
 from gap_export.evaluation.refer.run import EvalRecord, Work, answer_all, record_of, score_all, work_of
 from gap_export.evaluation.refer.sizes import Fitted, fitted
-from gap_export.files import check_folder
+from gap_export.files import FolderLock, check_folder
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session, row
@@ -67,6 +67,7 @@ class Prepared:
         rescaled: images whose true boxes were scaled to their size.
         stretched: those of them whose shape is another one.
         journal: answers that are there already; its folder is that of the evaluation.
+        lock: of the folder, until the evaluation has run.
     """
 
     bundle: Bundle
@@ -78,6 +79,7 @@ class Prepared:
     rescaled: tuple[str, ...]
     stretched: tuple[str, ...]
     journal: Journal
+    lock: FolderLock
 
 
 def evaluate(
@@ -179,6 +181,7 @@ def prepare(
         ignore_exif=dataset.ignore_exif,
     )
     folder = out or opened.runs / default_name(opened, dataset, options)
+    lock = FolderLock(folder)
     journal = open_journal(folder, settings, replace=replace)
     return Prepared(
         opened,
@@ -190,6 +193,7 @@ def prepare(
         expressions.rescaled,
         expressions.stretched,
         journal,
+        lock,
     )
 
 
@@ -204,6 +208,11 @@ def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progres
     Raises:
         GapExportError: an image cannot be read, or the runtime or the cluster failed. What was answered stays.
     """
+    with prepared.lock:
+        return _run(prepared, cluster, progress)
+
+
+def _run(prepared: Prepared, cluster: Cluster | None, progress: Progress) -> EvalRun:
     bundle, dataset, options = prepared.bundle, prepared.dataset, prepared.options
     make = partial(make_evaluator, bundle.folder, options)
     answer_all(make, prepared.work, prepared.source, prepared.journal, cluster=cluster, progress=progress)

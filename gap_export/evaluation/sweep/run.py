@@ -35,7 +35,7 @@ from gap_export.evaluation.sweep.record import (
 )
 from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
 from gap_export.evaluation.sweep.show import page
-from gap_export.files import FolderKind, scratch_folder, sha256_of, write_atomically
+from gap_export.files import FolderKind, FolderLock, scratch_folder, sha256_of, write_atomically
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
 from gap_export.pipeline.build import build
@@ -175,6 +175,7 @@ class Sweep:
         visual_tokens: before pruning.
         points: in the order of the table, the unpruned one first.
         skipped: points that cannot be.
+        lock: of the folder, until the sweep has run.
     """
 
     request: SweepRequest
@@ -182,6 +183,7 @@ class Sweep:
     visual_tokens: int
     points: tuple[SweepPoint, ...]
     skipped: tuple[Skipped, ...]
+    lock: FolderLock
 
     def remaining(self) -> list[SweepPoint]:
         """Points that are not finished."""
@@ -206,8 +208,9 @@ def prepare(request: SweepRequest, out: Path, *, replace: bool = False, plot: bo
     reads_text = any(prune.row(name).needs_text for name in request.pruners)
     model = open_model(request.recipe, reads_text=reads_text)
     points, skipped = plan_points(request, model.spec, model.text_tower)
+    lock = FolderLock(out)
     store = open_store(out, _settings(request, model.checkpoint), replace=replace)
-    return Sweep(request, store, model.spec.visual_tokens, tuple(points), tuple(skipped))
+    return Sweep(request, store, model.spec.visual_tokens, tuple(points), tuple(skipped), lock)
 
 
 def run(
@@ -233,7 +236,7 @@ def run(
         GapExportError: a point could not be built or answered. Points finished before are kept.
     """
     store, request = sweep.store, sweep.request
-    with scratch_folder(beside=store.folder, purpose="sweeping") as scratch:
+    with sweep.lock, scratch_folder(beside=store.folder, purpose="sweeping") as scratch:
         make_worker = partial(_PointWorker, request, scratch)
         tasks = _grouped(sweep.remaining(), request.keeps)
         progress.stage("starting", total=request.limit * sum(map(len, tasks)))
@@ -249,18 +252,18 @@ def run(
             for point, answers in results:
                 store.save(point, answers)
                 finished(point, answers)
-    record = record_from_answers(
-        request.recipe.name,
-        sweep.visual_tokens,
-        [(point, store.answers(point)) for point in sweep.points],
-        sweep.skipped,
-        store.settings,
-    )
-    record.write(store.folder / RECORD)
-    write_atomically(store.folder / PAGE, page(record, PLOT if plot else None))
-    if plot:
-        write_atomically(store.folder / PLOT, plotting.png(figure(record)))
-    return record
+        record = record_from_answers(
+            request.recipe.name,
+            sweep.visual_tokens,
+            [(point, store.answers(point)) for point in sweep.points],
+            sweep.skipped,
+            store.settings,
+        )
+        record.write(store.folder / RECORD)
+        write_atomically(store.folder / PAGE, page(record, PLOT if plot else None))
+        if plot:
+            write_atomically(store.folder / PLOT, plotting.png(figure(record)))
+        return record
 
 
 class _PointWorker:
