@@ -60,7 +60,7 @@ def writing(
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8) so that readers see the old content or the new, never a part.
 
-    What is written first has a name that nobody can guess and is made anew, so that no link that was put there is followed.
+    What is written first has an unguessable name and is made anew, so that no link that was put there is followed.
 
     Raises:
         BundleError: it cannot be written, or something else than a file has its name.

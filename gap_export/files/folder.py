@@ -1,6 +1,6 @@
 """Folders that appear complete or not at all, and the hidden ones beside them in which they are made.
 
-A hidden folder has a name that nobody can guess, and says in a record whose it is. Those of processes that died are found again by that
+A hidden folder has an unguessable name, and says in a record whose it is. Those of processes that died are found again by that
 record, never by their name: what a killed rebuild had moved aside is put back, the rest is removed.
 """
 

@@ -31,7 +31,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        with writing(folder, what="cannot be locked"):
+        with writing(folder, what="cannot be created", hint="choose a folder you can write to"):
             folder = folder.resolve()
             folder.parent.mkdir(parents=True, exist_ok=True)
             self.path = folder.with_name(f".{folder.name[:100]}.lock")
@@ -78,7 +78,7 @@ def _locked(path: Path, folder: Path) -> int:
         except OSError as error:
             held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             if not held and error.errno in _NO_LOCKS and made:
-                return descriptor  # made by nobody else: that it is there is the lock
+                return descriptor  # not there before: that it is there now is the lock
             said = os.pread(descriptor, _LONGEST_TEXT, 0).decode("utf-8", "replace").strip()
             os.close(descriptor)
             if not held and error.errno not in _NO_LOCKS:

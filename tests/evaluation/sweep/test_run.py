@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.errors import GapExportError, InputError, MissingRequirementError, RecipeError, SessionError
 from gap_export.evaluation import runner
 from gap_export.evaluation.sweep import run as sweep
-from gap_export.evaluation.sweep.record import SweepPoint, SweepRecord
+from gap_export.evaluation.sweep.record import SweepRecord
 from gap_export.evaluation.sweep.request import (
     SweepRequest,
     keeps_from,
@@ -457,20 +459,24 @@ def test_on_a_cluster_whose_worker_is_killed(
     request = request_of(tiny_options, positions=(PositionPolicy.GAP,))
     prepared = sweep.prepare(request, tmp_path / "out", plot=False)
     killed: list[int] = []
-    recorded = Recorded()
+    recorded, over = Recorded(), threading.Event()
 
-    def finished(point: SweepPoint, answers: Any) -> None:
-        """One group is done, the other is at work."""
-        if not killed:
-            killed.extend(
-                process.pid
-                for process in psutil.Process().children(recursive=True)
-                if process.name().startswith("ray::_Worker.do")
-            )
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
+    def kill_one() -> None:
+        """As soon as one is at work."""
+        while not killed and not over.wait(0.05):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if not killed and process.name().startswith("ray::_Worker.do"):
+                        process.kill()
+                        killed.append(process.pid)
 
-    record = sweep.run(prepared, cluster=Cluster(2), plot=False, progress=recorded, finished=finished)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        record = sweep.run(prepared, cluster=Cluster(2), plot=False, progress=recorded)
+    finally:
+        over.set()
+        killer.join()
     assert killed
     assert len(record.rows) == 2
     assert sum(recorded.counts) == 2 * CASES, "nothing is counted twice"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,12 +88,20 @@ def test_a_sweep_of_other_settings_is_replaced_only_on_demand(
     assert [path.name for path in store.folder.parent.iterdir()] == ["sweep"]
 
 
-def test_damaged_settings_are_other_settings(store: Store) -> None:
-    (store.folder / "settings.json").write_text("{}")
-    with pytest.raises(BundleError, match="damaged"):
+def test_settings_of_another_version_are_other_settings(store: Store) -> None:
+    path = store.folder / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_another_version": 1}))
+    with pytest.raises(BundleError, match="damaged or was written by another version"):
         open_store(store.folder, SETTINGS, replace=False)
     open_store(store.folder, SETTINGS, replace=True)
     open_store(store.folder, SETTINGS, replace=False)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_settings_that_do_not_say_so_make_no_sweep(replace: bool, store: Store) -> None:
+    (store.folder / "settings.json").write_text("{}")
+    with pytest.raises(BundleError, match="holds no sweep"):
+        open_store(store.folder, SETTINGS, replace=replace)
 
 
 @pytest.mark.parametrize("replace", [False, True])
