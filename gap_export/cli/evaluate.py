@@ -89,12 +89,7 @@ def evaluate(
     if (bundle is None) == (predictions is None):
         hint = "gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ..."
         raise InputError("give one of them", subject="a bundle, or --predictions", hint=hint)
-    if workers is not None and not ray:
-        raise InputError(
-            "is of a Ray cluster: without one, images are answered in this process",
-            subject=f"--workers {workers}",
-            hint="add --ray",
-        )
+    _check_workers(workers, ray)
     dataset = open_dataset(
         data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
     )
@@ -155,6 +150,17 @@ def _warn_of_scoring(record: EvalRecord, protocol: str) -> None:
         )
     for warning in warnings:
         console.print(warning, highlight=False, soft_wrap=True)
+
+
+def _check_workers(workers: int | None, ray: bool) -> None:
+    from gap_export.errors import InputError
+
+    if workers is not None and not ray:
+        raise InputError(
+            "is of a Ray cluster: without one, images are answered in this process",
+            subject=f"--workers {workers}",
+            hint="add --ray",
+        )
 
 
 def _warn_of_missing(work: Work) -> None:
