@@ -60,8 +60,10 @@ class TestPatches:
         black = how(kind).model_copy(update={"background": (0, 0, 0)})
         seen = np.asarray(fit(Image.fromarray(levels), black))[..., 0].astype(float)
         if not (0 <= column < grid[1] and 0 <= row < grid[0]):
-            # Resampling spreads a dot beside the crop a little into it.
-            assert seen.max() < 255
+            # Resampling spreads a dot beside the crop a little into it; one on its edge lies half in it.
+            beside_x = x + 1 <= columns_x[0] or x >= columns_x[-1]
+            beside_y = y + 1 <= rows_y[0] or y >= rows_y[-1]
+            assert not (beside_x or beside_y) or seen.max() < 255
             return
         light = seen.reshape(grid[0], 96 // grid[0], grid[1], 96 // grid[1]).sum(axis=(1, 3))
         clear = min(abs(columns_x - x - 0.5).min(), abs(rows_y - y - 0.5).min()) > 1.0

@@ -21,6 +21,8 @@ from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.reference import open_torch
 from tests.recorded import Recorded
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 3
 
 

@@ -17,6 +17,8 @@ from gap_export.pipeline.build import BuildResult, build
 from gap_export.recipe.recipe import Recipe
 from tests.recorded import Recorded
 
+pytestmark = pytest.mark.slow
+
 BuildBundle = Callable[..., Bundle]
 
 

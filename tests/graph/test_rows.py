@@ -96,6 +96,7 @@ def rows_of_products(model: ir.Model) -> list[Any]:
 
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**31), skip=st.integers(0, 2), masked=st.booleans(), computed=st.booleans())
+@pytest.mark.slow
 def test_the_numbers_are_the_same(seed: int, skip: int, masked: bool, computed: bool) -> None:
     moved, plain = traced(skip=skip, masked=masked, computed=computed)
     rng = np.random.default_rng(seed)

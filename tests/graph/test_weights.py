@@ -16,13 +16,13 @@ from onnx import external_data_helper
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from gap_export import files
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.hashes import record_of
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.safetensors import read_header
 from gap_export.errors import CheckpointError, MissingRequirementError
 from gap_export.families import open_family
+from gap_export.files import file
 from gap_export.graph.weights import WeightStore
 from gap_export.precision import precision as row_of
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_on_another_file_system_is_copied(
         raise OSError(18, "Invalid cross-device link")
 
     store = store_of(tmp_path, {"a": np.arange(3, dtype=np.float32)}, "fp32")
-    monkeypatch.setattr(files.os, "link", refuse)
+    monkeypatch.setattr(file.os, "link", refuse)
     assert stored_values(store, "a").tolist() == [0, 1, 2]
     assert store.written_bytes > 0
 
