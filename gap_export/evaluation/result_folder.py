@@ -46,7 +46,6 @@ def open_result_folder(folder: Path, settings: Record, kind: FolderKind, *, repl
     if folder.is_dir() and not there:
         settings.write(folder / SETTINGS)  # an empty folder may be where others write too: it stays
         return False
-    check_folder(folder, kind)
     with atomic_folder(folder, check=lambda: check_folder(folder, kind)) as fresh:
         settings.write(fresh / SETTINGS)
     return False

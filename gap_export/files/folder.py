@@ -81,7 +81,7 @@ def scratch_folder(*, beside: Path, purpose: str) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=f".{beside.name[:100]}.{purpose}-", dir=beside.parent))
         pid = os.getpid()
         owner = _Owner(
-            target=os.fsencode(beside).decode("utf-8", "backslashreplace"),
+            target=_written(beside),
             host=platform.node(),
             boot=_boot(),
             pid=pid,
@@ -172,16 +172,17 @@ def _clear(beside: Path) -> None:
     """Remove the hidden folders that dead processes left for the same target; what one had moved aside is put back first."""
     for leftover in beside.parent.glob(f".{glob.escape(beside.name[:100])}.*"):
         owner = _owner_of(leftover)
-        if (
-            owner is None
-            or owner.target != os.fsencode(beside).decode("utf-8", "backslashreplace")
-            or not owner.is_dead
-        ):
+        if owner is None or owner.target != _written(beside) or not owner.is_dead:
             continue
         retired = leftover / _WORK / _RETIRED
         if retired.is_dir() and not beside.exists():
             os.rename(retired, beside)
         _remove(leftover)
+
+
+def _written(path: Path) -> str:
+    """A path as a record holds it, in whatever encoding it is."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _owner_of(folder: Path) -> _Owner | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import BundleError
+from gap_export.files.file import writing
 
 _MOST_NAMED = 10
 _HALF_WRITTEN = re.compile(r"(.*/)?\.[^/]+\.[0-9a-f]{16}\.writing")
@@ -54,16 +55,11 @@ def check_folder(folder: Path, kind: FolderKind, *, replaced: bool = True) -> bo
     Raises:
         BundleError: a file is there, a folder of something else, or files in it that were not written by commands.
     """
-    try:
+    with writing(folder, what="cannot be used", hint="choose another output folder"):
         if folder.exists() and not folder.is_dir():
             raise BundleError("is a file", subject=str(folder), hint="choose another output folder")
         if not folder.is_dir() or not any(folder.iterdir()):
             return False
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte; no permission
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise BundleError(
-            f"cannot be used: {reason}", subject=str(folder), hint="choose another output folder"
-        ) from error
     content = _mark_of(folder, kind)
     if content is None:
         raise BundleError(
