@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, linked where that is possible, hashed; nothing of somebody else's is ever touched."""
+"""Files and folders: read within bounds, written whole or not at all, hashed; nothing of somebody else's is ever touched."""
 
 from gap_export.files.file import (
     check_output_file,
@@ -9,16 +9,40 @@ from gap_export.files.file import (
     writing,
 )
 from gap_export.files.folder import atomic_folder, scratch_folder
+from gap_export.files.kinds import FileKind
 from gap_export.files.lock import FolderLock
 from gap_export.files.ownership import FolderKind, check_folder
+from gap_export.files.read import (
+    check_readable,
+    decoded,
+    is_file,
+    is_folder,
+    opened,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    read_yaml,
+)
 
 __all__ = [
+    "FileKind",
     "FolderKind",
     "FolderLock",
     "atomic_folder",
     "check_folder",
     "check_output_file",
+    "check_readable",
+    "decoded",
+    "is_file",
+    "is_folder",
+    "opened",
+    "parse_json",
     "place_file",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "read_yaml",
     "readable_size",
     "scratch_folder",
     "sha256_of",
