@@ -7,39 +7,54 @@ understood. What a file or a mapping has wrong is said in one place, `explain`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gap_export.errors import GapExportError, InputError
-from gap_export.files import write_atomically
+from gap_export.files import FileKind, parse_json, read_bytes, write_atomically
+from gap_export.files.kinds import REPORT
 
 _LONGEST_SHOWN = 80
 """Characters of a value that is repeated in a message."""
 
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+"""Of a whole: an accuracy, an overlap, a probability. Here and below, a number in quotes is none."""
+Change = Annotated[float, Field(ge=-1, le=1, strict=True)]
+"""One share less another."""
+Count = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
+"""How many; the bound is that of whole numbers in JSON."""
+Amount = Annotated[float, Field(ge=0, strict=True)]
+"""Of time, or of whatever else cannot be less than nothing."""
+Flag = Annotated[bool, Field(strict=True)]
+"""Whether; a 1 is no `true`."""
+Text = Annotated[str, Field(min_length=1)]
+"""With something in it: an id, a name."""
+
 
 class Record(BaseModel):
-    """Base of everything that is written to disk: immutable, unknown keys refused."""
+    """Base of everything that is written to disk: immutable, unknown keys refused, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
-    def read(cls, path: Path, *, hint: str, error: type[GapExportError] = InputError) -> Self:
+    def read(
+        cls, path: Path, *, hint: str, error: type[GapExportError] = InputError, kind: FileKind = REPORT
+    ) -> Self:
         """Read a JSON file that `write` wrote.
 
         Args:
             path: of the file.
             hint: what to do where it cannot be read.
             error: what is raised then.
+            kind: of the file, for how large it may be.
 
         Raises:
-            GapExportError: of that type: the file is missing, damaged, or of another version.
+            GapExportError: of that type: the file is missing, no file, too large, damaged, or of another version.
         """
-        try:
-            content = path.read_bytes()
-        except OSError as reason:
-            raise error(f"cannot be read: {reason.strerror}", subject=str(path), hint=hint) from reason
+        content = read_bytes(path, replace(kind, hint=hint, error=error))
         return cls.parse(content, subject=str(path), hint=hint, error=error)
 
     @classmethod
@@ -58,9 +73,13 @@ class Record(BaseModel):
             GapExportError: of that type.
         """
         try:
-            return cls.model_validate_json(content)
+            record = cls.model_validate_json(content)
         except ValidationError as reason:
             raise error(f"cannot be read: {explain(reason)}", subject=subject, hint=hint) from reason
+        parse_json(
+            content, subject, replace(REPORT, hint=hint, error=error)
+        )  # keys stand once, or say the same
+        return record
 
     @classmethod
     def checked(

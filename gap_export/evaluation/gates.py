@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gap_export.errors import GateError
 from gap_export.precision import Thresholds
-from gap_export.records import Record
+from gap_export.records import Flag, Record
 
 GROUNDING = Thresholds(max_accuracy_drop=0.05, min_box_iou=0.90, min_prediction_agreement=0.95)
 """What one evaluation must meet against another where nothing else is said: those of NVIDIA's own checks of grounding models."""
@@ -19,7 +19,7 @@ def _not_a_number(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-Measured = Annotated[float, BeforeValidator(_not_a_number)]
+Measured = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_not_a_number)]
 """A float that may be anything. JSON has no word for what is no finite number: it is stored as null, and read as NaN."""
 
 
@@ -38,7 +38,16 @@ class Gate(Record):
     comparison: Literal["<=", ">="]
     limit: float
     measured: Measured
-    passed: bool
+    passed: Flag
+
+    @model_validator(mode="after")
+    def _says_what_was_measured(self) -> Self:
+        met = self.measured <= self.limit if self.comparison == "<=" else self.measured >= self.limit
+        if self.passed != met:
+            raise ValueError(
+                f"{self.name} {self.measured:g} {self.comparison} {self.limit:g} is not {self.passed}"
+            )
+        return self
 
 
 def at_most(name: str, measured: float, limit: float) -> Gate:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+from pydantic import model_validator
 
 from gap_export.boxes import metrics
 from gap_export.boxes.scenes import Case
@@ -22,7 +24,7 @@ from gap_export.evaluation.gates import Gate, Measured, at_least, at_most, check
 from gap_export.evaluation.runner import accuracy_of, boxes_of
 from gap_export.positions import Placement, place
 from gap_export.precision import Thresholds, precision
-from gap_export.records import Record
+from gap_export.records import Amount, Count, Flag, Record, Share
 from gap_export.runtime.generate import Generation
 from gap_export.runtime.grounder import Grounded
 
@@ -51,18 +53,18 @@ class Measurement(Record):
         accuracy: accuracy@0.5 of the run.
     """
 
-    cases: int
-    kept_sets_equal: float
-    position_ids_equal: float
+    cases: Count
+    kept_sets_equal: Share
+    position_ids_equal: Share
     max_logit_difference: Measured
     min_logit_cosine: Measured
     max_norm_deviation: Measured
-    token_agreement: float
-    first_diverging_token: int | None
-    mean_box_iou: float
-    identical_boxes: float
-    reference_accuracy: float
-    accuracy: float
+    token_agreement: Share
+    first_diverging_token: Count | None
+    mean_box_iou: Share
+    identical_boxes: Share
+    reference_accuracy: Share
+    accuracy: Share
 
 
 class Control(Record):
@@ -75,8 +77,14 @@ class Control(Record):
     """
 
     name: str
-    caught: bool
+    caught: Flag
     by: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _caught_by_something(self) -> Self:
+        if self.caught != bool(self.by):
+            raise ValueError(f"{self.name}: caught is {self.caught}, by {len(self.by)} gates")
+        return self
 
 
 class Grounding(Record):
@@ -92,13 +100,13 @@ class Grounding(Record):
         visual_tokens: before.
     """
 
-    full: float
-    shifted: float
-    permuted: float
-    gap: float
-    cases: int
-    kept: float
-    visual_tokens: int
+    full: Share
+    shifted: Share
+    permuted: Share
+    gap: Share
+    cases: Count
+    kept: Amount
+    visual_tokens: Count
 
 
 class ParityReport(Record):
@@ -118,7 +126,7 @@ class ParityReport(Record):
         versions: package -> version.
     """
 
-    ok: bool
+    ok: Flag
     manifest_sha256: str
     bundle: str
     backend: str
@@ -129,6 +137,13 @@ class ParityReport(Record):
     inapplicable_controls: list[str]
     grounding: Grounding
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _ok_as_measured(self) -> Self:
+        met = all(gate.passed for gate in self.gates) and all(control.caught for control in self.controls)
+        if self.ok != met:
+            raise ValueError(f"ok is {self.ok}, which its gates and controls contradict")
+        return self
 
     def raise_for_gates(self) -> None:
         """Go on only where every gate was met and every control was caught.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from gap_export.errors import LintError
 from gap_export.records import Record
@@ -83,7 +85,7 @@ class Proof(Record):
 
     outcome: Outcome
     sentence: str
-    moved: float | None = None
+    moved: Annotated[float, Field(allow_inf_nan=True)] | None = None
     whole: bool = False
     runs: int = 0
 

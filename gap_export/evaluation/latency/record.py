@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gap_export.records import Record
+from gap_export.records import Amount, Record
 
 QUANTITIES = {
     "encode_ms": "vision",
@@ -18,9 +18,9 @@ QUANTITIES = {
 class Percentiles(Record):
     """Over all rounds, in milliseconds, linearly interpolated."""
 
-    p50: float
-    p90: float
-    p99: float
+    p50: Amount
+    p90: Amount
+    p99: Amount
 
 
 class Device(Record):

@@ -19,7 +19,7 @@ from gap_export.errors import InputError
 from gap_export.evaluation.gates import GROUNDING, Gate, at_least, at_most, check_gates
 from gap_export.evaluation.refer.results import PROVENANCE, EvalRun, open_run, read_provenance
 from gap_export.precision import Thresholds
-from gap_export.records import Record
+from gap_export.records import Change, Count, Record, Share
 
 RESAMPLES = 10000
 
@@ -29,7 +29,7 @@ class Disagreement(Record):
 
     id: str
     image: str
-    iou: float
+    iou: Share
     reference_hits: bool
     subject_hits: bool
 
@@ -57,19 +57,19 @@ class Comparison(Record):
     """
 
     protocol: str
-    expressions: int
-    images: int
-    reference_accuracy: float
-    subject_accuracy: float
-    difference: float
-    low: float
-    high: float
-    gained: int
-    lost: int
-    mcnemar_p: float
-    agreement: float
-    mean_box_iou: float
-    identical: float
+    expressions: Count
+    images: Count
+    reference_accuracy: Share
+    subject_accuracy: Share
+    difference: Change
+    low: Change
+    high: Change
+    gained: Count
+    lost: Count
+    mcnemar_p: Share
+    agreement: Share
+    mean_box_iou: Share
+    identical: Share
     gates: tuple[Gate, ...]
     worst: tuple[Disagreement, ...]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
 
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import InputError
@@ -16,7 +19,7 @@ from gap_export.evaluation.refer.evaluate import evaluate
 from gap_export.evaluation.refer.results import EvalRun
 from gap_export.precision import Thresholds
 from gap_export.progress import SILENT, Prefixed, Progress
-from gap_export.records import Record
+from gap_export.records import Amount, Change, Count, Flag, Record, Share
 from gap_export.runtime.backends import open_session
 
 KEEPS = (1.0, 0.5, 0.35, 0.25, 0.15, 0.1)
@@ -41,15 +44,15 @@ class Point(Record):
         speedup: time to the first token of the largest share over that of this one.
     """
 
-    keep: float
-    mean_kept: float
-    accuracy: float
-    difference: float
-    low: float
-    high: float
-    inside: bool
-    ttft_ms: float | None = None
-    speedup: float | None = None
+    keep: Share
+    mean_kept: Amount
+    accuracy: Share
+    difference: Change
+    low: Change
+    high: Change
+    inside: Flag
+    ttft_ms: Amount | None = None
+    speedup: Amount | None = None
 
 
 class Recommendation(Record):
@@ -67,9 +70,23 @@ class Recommendation(Record):
     manifest_sha256: str
     protocol: str
     max_accuracy_drop: float
-    expressions: int
+    expressions: Count
     points: tuple[Point, ...]
-    chosen: float | None
+    chosen: Share | None
+
+    @model_validator(mode="after")
+    def _says_what_was_measured(self) -> Self:
+        keeps = [point.keep for point in self.points]
+        if len(keeps) < 2 or keeps != sorted(set(keeps), reverse=True):
+            raise ValueError("points are not at least two shares, from the largest to the smallest")
+        for point in self.points:
+            if point.inside != (point.low >= -self.max_accuracy_drop):
+                raise ValueError(
+                    f"inside is {point.inside} at keep {point.keep:g}, where low is {point.low:g}"
+                )
+        if self.chosen != min((point.keep for point in self.points[1:] if point.inside), default=None):
+            raise ValueError(f"chosen {self.chosen} is not the smallest share inside")
+        return self
 
 
 def recommend(

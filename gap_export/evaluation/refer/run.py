@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
+from pydantic import model_validator
 
 from gap_export.boxes import metrics
 from gap_export.errors import InputError
@@ -23,10 +25,12 @@ from gap_export.inputs.batch import ImageLayout
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
-from gap_export.records import Record
+from gap_export.records import Amount, Count, Flag, Record, Share, Text
 
 Group = tuple[Expression, ...]
 """Expressions about one image."""
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -186,25 +190,43 @@ class EvalRecord(Record):
         backend: that answered.
     """
 
-    protocol: str
+    protocol: Text
     description: str
-    split: str
-    expressions: int
-    images: int
-    accuracy: float
-    low: float
-    high: float
-    mean_iou: float
-    unparsable: int
-    refused: int
-    missing_images: int
-    not_scored: int
-    mean_kept: float
-    backend: str
-    skipped_rows: int = 0
-    rescaled_images: int = 0
-    stretched_images: int = 0
-    boxes_are_read: bool = True
+    split: Text
+    expressions: Count
+    images: Count
+    accuracy: Share
+    low: Share
+    high: Share
+    mean_iou: Share
+    unparsable: Count
+    refused: Count
+    missing_images: Count
+    not_scored: Count
+    mean_kept: Amount
+    backend: Text
+    skipped_rows: Count = 0
+    rescaled_images: Count = 0
+    stretched_images: Count = 0
+    boxes_are_read: Flag = True
+
+    @model_validator(mode="after")
+    def _counts_within_each_other(self) -> Self:
+        for part, whole in (
+            ("images", "expressions"),
+            ("unparsable", "expressions"),
+            ("refused", "unparsable"),
+            ("missing_images", "not_scored"),
+            ("rescaled_images", "images"),
+            ("stretched_images", "rescaled_images"),
+        ):
+            if getattr(self, part) > getattr(self, whole):
+                raise ValueError(f"{part} {getattr(self, part)} is more than {whole} {getattr(self, whole)}")
+        if not self.low - _ROUNDING <= self.accuracy <= self.high + _ROUNDING:
+            raise ValueError(
+                f"accuracy {self.accuracy:g} is not within low {self.low:g} to high {self.high:g}"
+            )
+        return self
 
 
 def score_all(

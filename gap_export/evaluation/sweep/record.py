@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from gap_export.boxes import metrics
 from gap_export.positions import PositionPolicy
-from gap_export.records import Record
+from gap_export.records import Change, Count, Flag, Record, Share
 
 FULL: Literal["full"] = "full"
 Positions = PositionPolicy | Literal["full"]
@@ -35,10 +37,10 @@ class Settings(Record):
     checkpoint_sha256: str
     text_tower_sha256: str | None = None
     backend: str
-    limit: int
-    scenes_seed: int
-    batch: int
-    threads: int
+    limit: Count
+    scenes_seed: Count
+    batch: Count
+    threads: Count
     versions: dict[str, str]
 
 
@@ -53,8 +55,8 @@ class SweepPoint(Record):
     """
 
     pruner: str
-    keep: float
-    kept: int
+    keep: Share
+    kept: Count
     positions: Positions
 
     @property
@@ -79,9 +81,20 @@ class Answers(Record):
     """
 
     texts: tuple[str, ...]
-    ious: tuple[float, ...]
-    without_box: int
-    cut_off: int
+    ious: tuple[Share, ...]
+    without_box: Count
+    cut_off: Count
+
+    @model_validator(mode="after")
+    def _of_the_same_scenes(self) -> Self:
+        scenes = len(self.ious)
+        if len(self.texts) != scenes:
+            raise ValueError(f"texts are {len(self.texts)}, ious {scenes}")
+        if max(self.cut_off, self.without_box) > scenes:
+            raise ValueError(
+                f"cut_off is {self.cut_off} and without_box {self.without_box}, of {scenes} scenes"
+            )
+        return self
 
     @property
     def hits(self) -> list[bool]:
@@ -104,15 +117,15 @@ class Row(SweepPoint):
         cases: how many scenes.
     """
 
-    visual_tokens: int
-    accuracy: float
-    standard_error: float
-    low: float
-    high: float
-    mean_iou: float
-    without_box: int
-    cut_off: int
-    cases: int
+    visual_tokens: Count
+    accuracy: Share
+    standard_error: Share
+    low: Share
+    high: Share
+    mean_iou: Share
+    without_box: Count
+    cut_off: Count
+    cases: Count
 
 
 class Skipped(SweepPoint):
@@ -137,14 +150,14 @@ class Comparison(Record):
     """
 
     pruner: str
-    keep: float
-    kept: int
-    difference: float
-    low: float
-    high: float
-    gained: int
-    lost: int
-    beats: bool
+    keep: Share
+    kept: Count
+    difference: Change
+    low: Change
+    high: Change
+    gained: Count
+    lost: Count
+    beats: Flag
 
 
 class SweepRecord(Record):
@@ -162,8 +175,8 @@ class SweepRecord(Record):
     """
 
     model: str
-    visual_tokens: int
-    full: float
+    visual_tokens: Count
+    full: Share
     rows: tuple[Row, ...]
     gap_against_shifted: tuple[Comparison, ...]
     gap_does_not_beat_shifted: tuple[Comparison, ...]
