@@ -23,6 +23,8 @@ DEEPEST = 64
 LONGEST_NUMBER = 1000
 """Digits; more would take seconds to convert, or be refused by Python with a message of its own."""
 
+_PIECE_BYTES = 2**16
+
 _OTHERS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -92,10 +94,12 @@ def read_bytes(path: Path, kind: FileKind) -> bytes:
         GapExportError: see `opened`.
     """
     with opened(path, kind) as file:
-        largest = -1 if kind.largest is None else kind.largest + 1
-        content = file.read(largest)  # a file of /proc has no size until it is read
-        if kind.largest is not None and len(content) > kind.largest:
-            raise kind.error("is too large", subject=str(path), hint="give the file that is meant")
+        # Room is made for what is asked for, so no more is asked for than there is; a file of /proc has no size until it is read.
+        asked, content = os.fstat(file.fileno()).st_size + 1, b""
+        while piece := file.read(max(asked, _PIECE_BYTES)):
+            content += piece
+            if kind.largest is not None and len(content) > kind.largest:
+                raise kind.error("is too large", subject=str(path), hint="give the file that is meant")
         return content
 
 
@@ -108,8 +112,14 @@ def read_text(path: Path, kind: FileKind) -> str:
     return decoded(read_bytes(path, kind), str(path), kind)
 
 
-def decoded(content: bytes, subject: str, kind: FileKind) -> str:
+def decoded(content: bytes, subject: str, kind: FileKind, *, line: int | None = None) -> str:
     """Bytes in UTF-8 as text, without a byte order mark.
+
+    Args:
+        content: of a file.
+        subject: where it is from, for the message.
+        kind: of the file.
+        line: number of the first line, where the content is a part of a file that can do without it.
 
     Raises:
         GapExportError: of the kind's type, with the line.
@@ -118,12 +128,12 @@ def decoded(content: bytes, subject: str, kind: FileKind) -> str:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         before = content[: error.start]
-        line = before.count(b"\n") + 1
+        number = before.count(b"\n") + (line or 1)
         column = error.start - (before.rfind(b"\n") + 1) + 1
         raise kind.error(
             f"is not UTF-8: byte {content[error.start]:#04x} at column {column}",
-            subject=f"{subject}, line {line}",
-            hint="save it as UTF-8",
+            subject=f"{subject}, line {number}",
+            hint="save it as UTF-8" if line is None else f"save it as UTF-8, or {kind.hint}",
         ) from error
 
 
@@ -136,32 +146,43 @@ def read_json(path: Path, kind: FileKind) -> Any:
     return parse_json(read_text(path, kind), str(path), kind)
 
 
-def parse_json(text: str | bytes, subject: str, kind: FileKind) -> Any:
+def parse_json(
+    text: str | bytes, subject: str, kind: FileKind, *, line: int | None = None, nan: bool = False
+) -> Any:
     """Parse JSON as its standard has it: no NaN, no infinity, no key twice in an object with different values.
 
     Args:
         text: one JSON value.
         subject: where it is from, for the message.
         kind: of the file.
+        line: its number in the file, where it is one of many.
+        nan: take NaN and infinity for numbers, which Python writes where a table has none.
 
     Raises:
         GapExportError: of the kind's type.
     """
     if isinstance(text, bytes):
-        text = decoded(text, subject, kind)
+        text = decoded(text, subject, kind, line=line)
+    place = subject if line is None else f"{subject}, line {line}"
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_no_number, parse_int=_int, parse_float=_float
+            text,
+            object_pairs_hook=_object,
+            parse_int=_int,
+            parse_constant=None if nan else _no_number,
+            parse_float=None if nan else _float,
         )
     except json.JSONDecodeError as error:
         raise kind.error(
-            f"is not JSON: {error.msg}", subject=f"{subject}, line {error.lineno}", hint=kind.hint
+            f"is not JSON: {error.msg}",
+            subject=f"{subject}, line {error.lineno + (line or 1) - 1}",
+            hint=kind.hint,
         ) from error
     except RecursionError as error:
-        raise _too_deep(subject, kind) from error
+        raise _too_deep(place, kind) from error
     except ValueError as error:
-        raise kind.error(f"cannot be read as JSON: {error}", subject=subject, hint=kind.hint) from error
-    check_depth(value, subject, kind)
+        raise kind.error(f"cannot be read as JSON: {error}", subject=place, hint=kind.hint) from error
+    check_depth(value, place, kind)
     return value
 
 

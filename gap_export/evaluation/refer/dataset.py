@@ -14,8 +14,11 @@ from gap_export.boxes import scenes
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import FORMATS, Expression, SkippedRow, read_annotations
 from gap_export.evaluation.refer.image_source import Embedded, Folder, Scenes, Source
+from gap_export.files import is_file, opened
+from gap_export.files.kinds import ANNOTATION_TABLE
 
 SCENES = 2000
+_PIECE_BYTES = 2**20
 _SCENES = re.compile(r"scenes(?::([1-9]\d*))?")
 
 
@@ -64,11 +67,15 @@ def open_dataset(
         skip_bad_rows: leave out annotations that cannot be used; they are listed in the result's `skipped`.
 
     Raises:
-        InputError: annotations that cannot be read, or no folder of images.
+        InputError: annotations that cannot be read, a split of scenes, or no folder of images.
     """
     data, images = str(data), None if images is None else Path(images)
     built_in = _SCENES.fullmatch(data)
     if built_in:
+        if split is not None:
+            raise InputError(
+                "is not there: scenes have no splits", subject=f"split {split}", hint="leave --split out"
+            )
         per_scene = int(built_in[1] or 1)
         expressions = tuple(_scenes(per_scene))
         return Dataset(data, data, expressions, Scenes(SCENES), data=data, split=split, images=images)
@@ -109,16 +116,11 @@ def _sha256(path: Path, suffixes: Sequence[str]) -> str:
     Raises:
         InputError: one of them cannot be read.
     """
-    found = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in suffixes)
+    found = [path] if is_file(path) else sorted(each for each in path.rglob("*") if each.suffix in suffixes)
     digest = hashlib.sha256()
     for file in found:
-        if not file.is_file():  # a folder of such a name, or a link to nothing
-            continue
-        try:
-            with file.open("rb") as content:
-                hashlib.file_digest(content, lambda: digest)
-        except OSError as error:
-            raise InputError(
-                f"cannot be read: {error.strerror}", subject=str(file), hint="check its permissions"
-            ) from error
+        if is_file(file):  # else a folder of such a name, or a link to nothing
+            with opened(file, ANNOTATION_TABLE) as content:
+                while piece := content.read(_PIECE_BYTES):
+                    digest.update(piece)
     return digest.hexdigest()

@@ -287,7 +287,10 @@ def evaluate_predictions(
         )
     scoring = protocol_of(protocol, families.row(family).box)
     asked = dataset.expressions[:limit]
-    sized = fitted(asked, dataset.source, rescale=rescale_boxes) if dataset.source else Fitted(asked, ())
+    sized = Fitted(asked, ())
+    if dataset.source is not None:
+        work_of(asked, dataset.source)  # refuses a folder that holds none of the images
+        sized = fitted(asked, dataset.source, rescale=rescale_boxes)
     left_out = [each.id for each in dataset.expressions[len(asked) :]]
     left_out += [identity for row in dataset.skipped for identity in row.ids]
     answers = read_predictions(Path(predictions), sized.expressions, dataset.source, not_asked=left_out)

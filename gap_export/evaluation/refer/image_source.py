@@ -11,6 +11,8 @@ from PIL import Image
 from gap_export.boxes import scenes
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import EmbeddedImages
+from gap_export.evaluation.refer.image_folder import FolderIndex
+from gap_export.files import is_folder
 from gap_export.inputs.images import image_size, load_image
 
 
@@ -39,7 +41,7 @@ class Source(Protocol):
 
 
 class Folder:
-    """Files below a folder, found by the name that annotations give or by the last part of it.
+    """Files below a folder, found by the name that annotations give, or by as much of its end as there is.
 
     Args:
         folder: e.g. of COCO's train2014.
@@ -50,15 +52,20 @@ class Folder:
     """
 
     def __init__(self, folder: Path, *, upright: bool = True) -> None:
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise InputError(
                 "is not a folder", subject=str(folder), hint="give the folder with the images (--images)"
             )
         self._folder, self._upright = folder, upright
+        self._index = FolderIndex(folder)
 
     def has(self, name: str) -> bool:
-        """Whether the image is there."""
-        return self._path(name) is not None
+        """Whether the image is there.
+
+        Raises:
+            InputError: it may be either of two files, or the file is that of another image.
+        """
+        return self._index.find(name) is not None
 
     def open(self, name: str) -> Image.Image:
         """The image, RGB."""
@@ -70,22 +77,10 @@ class Folder:
         return image_size(path, name=str(path), upright=self._upright)
 
     def _there(self, name: str) -> Path:
-        path = self._path(name)
+        path = self._index.find(name)
         if path is None:
             raise InputError("is not there", subject=str(self._folder / name), hint="see --images")
         return path
-
-    def _path(self, name: str) -> Path | None:
-        """Never outside the folder, whatever an annotation says; links in it, as caches of data sets have, are the user's own."""
-        within = Path(name)
-        inside = not within.is_absolute() and ".." not in within.parts
-        for candidate in ((self._folder / within,) if inside else ()) + (self._folder / within.name,):
-            try:
-                if candidate.is_file():
-                    return candidate
-            except (OSError, ValueError):  # no file system has a name like that
-                continue
-        return None
 
 
 class Embedded:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gap_export.errors import InputError
-
-_MARK = "\ufeff"
+from gap_export.files import FileKind, parse_json, read_bytes
+from gap_export.files.kinds import ANNOTATIONS
 
 
 @dataclass(frozen=True)
@@ -25,76 +25,66 @@ class JsonRow:
 
     Attributes:
         where: the file and the place in it, for messages.
-        value: of the row.
+        value: of the row; `Damaged` where it is no JSON, and was let pass.
     """
 
     where: str
     value: Any
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """A line that cannot be read.
+
+    Attributes:
+        content: of the line.
+    """
+
+    content: bytes
+
+
 def json_rows(
     path: Path,
+    kind: FileKind = ANNOTATIONS,
     *,
-    hint: str = "get the file again",
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[JsonRow]:
     """Read a JSON list, JSON lines, or one JSON object.
 
     Args:
         path: of the file.
-        hint: what to do about a line that cannot be used.
+        kind: of the file.
         around: a context for every line, which may let an unusable one pass.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8 or not JSON.
+        GapExportError: of the kind's type: the file cannot be read, is not UTF-8 or not JSON.
     """
-    content = _content(path)
+    content = _content(path, kind)
     start = content.lstrip()[:1]
     if start == b"[":
-        rows = json_value(_decoded(content, path, hint), str(path), hint)
+        rows = parse_json(content, str(path), kind, nan=True)
         return [JsonRow(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
-    if start == b"{" and (value := _one_object(content)) is not None:
-        return [JsonRow(f"{path}, row 1", value)]
+    if start == b"{" and _is_one_object(content):
+        return [JsonRow(f"{path}, row 1", parse_json(content, str(path), kind, nan=True))]
     found: list[JsonRow] = []
+    read = 0
     for number, line in _lines(content):
+        row = JsonRow(f"{path}, line {number}", Damaged(line))
         with around():
-            where = f"{path}, row {len(found) + 1} (line {number})"
-            text = _decoded(line, path, hint, first_line=number).strip().removeprefix(_MARK)
-            if text:
-                found.append(JsonRow(where, json_value(text, f"{path}, line {number}", hint)))
+            value = parse_json(line.strip().removeprefix(BOM_UTF8), str(path), kind, line=number, nan=True)
+            read += 1
+            row = JsonRow(f"{path}, row {read} (line {number})", value)
+        found.append(row)
     return found
 
 
-def json_document(path: Path, *, hint: str = "get the file again") -> Any:
+def json_document(path: Path, kind: FileKind = ANNOTATIONS) -> Any:
     """Read a file that is one JSON value.
 
     Raises:
-        InputError: it cannot be read, is not UTF-8 or not JSON.
+        GapExportError: of the kind's type: it cannot be read, is not UTF-8 or not JSON.
     """
-    return json_value(_decoded(_content(path), path, hint), str(path), hint)
-
-
-def json_value(text: str, where: str, hint: str) -> Any:
-    """Parse JSON.
-
-    Args:
-        text: one JSON value.
-        where: it is from, for the message.
-        hint: what to do where it cannot be parsed.
-
-    Raises:
-        InputError: it is not JSON, or no Python value can be made of it.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        # (A message about one line names it already; a document's own line is worth naming.)
-        place = where if ", line " in where else f"{where}, line {error.lineno}"
-        raise InputError(f"is not JSON: {error.msg}", subject=place, hint=hint) from error
-    except RecursionError as error:
-        raise InputError("is nested too deeply", subject=where, hint=hint) from error
-    except ValueError as error:  # a number of thousands of digits
-        raise InputError(f"cannot be read: {error}", subject=where, hint=hint) from error
+    return parse_json(_content(path, kind), str(path), kind, nan=True)
 
 
 def escaped(text: str) -> str:
@@ -102,18 +92,13 @@ def escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, kind: FileKind) -> bytes:
     """All bytes without the byte order mark.
 
     Raises:
-        InputError: the file cannot be read, or is plainly of another encoding.
+        GapExportError: the file cannot be read, or is plainly of another encoding.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"cannot be read: {error.strerror}", subject=str(path), hint="give a file that can be read"
-        ) from error
+    content = read_bytes(path, kind)
     packed(content, path)
     if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in content[:4]:
         raise InputError("is UTF-16 or UTF-32, not UTF-8", subject=f"{path}, line 1", hint="save it as UTF-8")
@@ -148,36 +133,19 @@ def packed(content: bytes, path: Path) -> None:
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers from 1."""
     for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
+        if line.strip().removeprefix(BOM_UTF8):
             yield number, line
 
 
-def _decoded(content: bytes, path: Path, hint: str, *, first_line: int = 1) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        before = content[: error.start]
-        line = first_line + before.count(b"\n")
-        column = error.start - (before.rfind(b"\n") + 1) + 1
-        raise InputError(
-            f"is not UTF-8: byte {content[error.start]:#04x} at column {column}",
-            subject=f"{path}, line {line}",
-            hint=f"save it as UTF-8, or {hint}",
-        ) from error
-
-
-def _one_object(content: bytes) -> dict[str, Any] | None:
-    """The object that stands on several lines; None where lines are values of their own, or nothing is JSON."""
+def _is_one_object(content: bytes) -> bool:
+    """Whether it is an object that stands on several lines; False where lines are values of their own, or nothing is JSON."""
     _, first = next(_lines(content))
-    if _parsed(first) is not None:
-        return None
-    value = _parsed(content)
-    return value if isinstance(value, dict) else None
+    return not _is_json(first) and _is_json(content)
 
 
-def _parsed(content: bytes) -> Any:
-    """A JSON value; None where it is none."""
+def _is_json(content: bytes) -> bool:
     try:
-        return json.loads(content)
+        json.loads(content)
     except (ValueError, RecursionError):
-        return None
+        return False
+    return True

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gap_export.boxes.codecs import Size
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import Expression
+from gap_export.evaluation.refer.annotations.format import shown
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.refer.journal import AnswerRow
 from gap_export.evaluation.refer.json_rows import JsonRow, escaped, json_rows
+from gap_export.files.kinds import PREDICTIONS
 
 
 def read_predictions(
@@ -35,13 +38,11 @@ def read_predictions(
         InputError: a line that cannot be used, an id that the data set does not have or that comes twice, an image whose size is
             not known.
     """
-    if not path.is_file():
-        raise InputError("is not a file", subject=str(path), hint="give a file of JSON lines: id, answer")
     known = {expression.id: expression for expression in expressions}
     passed_over = frozenset(not_asked)
     seen: set[str] = set()
     rows = []
-    for row in json_rows(path, hint="mend the line that is not {id, answer}"):
+    for row in json_rows(path, replace(PREDICTIONS, hint="mend the line that is not {id, answer}")):
         identity, answer = _fields(row)
         if identity in seen:
             raise _unusable(row, f"answers {identity} again")
@@ -72,7 +73,9 @@ def _fields(row: JsonRow) -> tuple[str, str]:
         raise InputError("is not {id, answer}", subject=row.where, hint="one answer per line")
     identity, answer = given["id"], given["answer"]
     if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise _unusable(row, f"has the id {identity!r}, which is neither a text nor a whole number")
+        raise _unusable(row, f"has the id {shown(identity)}, which is neither a text nor a whole number")
+    if isinstance(identity, int) and not -(2**63) <= identity < 2**63:
+        raise _unusable(row, "has an id of more than 64 bits")
     if not isinstance(answer, str):
         raise _unusable(row, "has an answer that is no text")
     return str(identity), answer

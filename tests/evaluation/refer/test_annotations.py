@@ -50,13 +50,13 @@ def test_images_of_a_table_are_read_one_group_at_a_time(
 ) -> None:
     from pyarrow import parquet
 
-    read_group, asked = parquet.ParquetFile.read_row_group, []
+    read_pieces, asked = parquet.ParquetFile.iter_batches, []
 
-    def watched(self: Any, group: int, columns: list[str]) -> Any:
-        asked.append((group, tuple(columns)))
-        return read_group(self, group, columns=columns)
+    def watched(self: Any, count: int, *, row_groups: list[int], columns: list[str]) -> Any:
+        asked.extend((group, tuple(columns)) for group in row_groups)
+        return read_pieces(self, count, row_groups=row_groups, columns=columns)
 
-    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", watched)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", watched)
     read = read_annotations(writer("parquet", few, tmp_path), split="val")
     assert all("image" not in columns for _, columns in asked), "images were read with the annotations"
     asked.clear()

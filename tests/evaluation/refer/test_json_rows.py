@@ -107,7 +107,7 @@ def test_one_object_of_one_line_or_of_many(mark: bytes, indent: int | None, tmp_
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder, not annotations"):
         json_rows(tmp_path)
 
 

@@ -6,6 +6,7 @@ boxes are pixels of the original image.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from gap_export.evaluation.refer.annotations.format import (
     SkippedRow,
     shown,
 )
-from gap_export.evaluation.refer.json_rows import packed
+from gap_export.evaluation.refer.json_rows import Damaged, packed
+from gap_export.files import is_folder
 
 __all__ = [
     "FORMATS",
@@ -73,7 +75,7 @@ def read_annotations(path: Path, *, split: str | None = None, skip_bad_rows: boo
             twice, a split that is not there (with those that are).
         MissingRequirementError: parquet, and pyarrow is not installed.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError("does not exist", subject=str(path), hint="give the annotation file (--data)")
     file = AnnotationFile(path, skip_bad_rows=skip_bad_rows)
     packed(file.head, path)
@@ -114,21 +116,22 @@ def _unknown(file: AnnotationFile) -> InputError:
     Raises:
         InputError: it is not even JSON.
     """
-    if file.path.is_dir():
+    if is_folder(file.path):
         found = sorted(each.name for each in file.path.iterdir())[:5]
         return InputError(
             f"holds annotations of no known format, but {', '.join(found) or 'nothing'}",
             subject=str(file.path),
             hint="give the annotation file itself (--data)",
         )
-    if not file.rows:
+    readable = [row for row in file.rows if not isinstance(row.value, Damaged)]
+    if not readable:
         return InputError(
             "holds no expressions", subject=str(file.path), hint="the file is empty: get it again"
         )
     for fields, what in _MISTAKEN.items():
         if file.holds(fields):
             return InputError(f"looks like {what}", subject=str(file.path), hint="see docs/evaluation.md")
-    first = file.rows[0].value
+    first = readable[0].value
     return InputError(
         f"is of no known format: its first row has {shown(sorted(first) if isinstance(first, dict) else first)}",
         subject=str(file.path),

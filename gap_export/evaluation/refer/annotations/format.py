@@ -6,17 +6,20 @@ import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from gap_export.boxes.codecs import Box
 from gap_export.errors import InputError
-from gap_export.evaluation.refer.json_rows import JsonRow, escaped, json_rows
+from gap_export.evaluation.refer.json_rows import Damaged, JsonRow, escaped, json_rows
+from gap_export.files import is_folder, opened
+from gap_export.files.kinds import ANNOTATION_TABLE, ANNOTATIONS
 from gap_export.records import Record
 
 _HEAD_BYTES = 4096
+_LONGEST_SHOWN = 80
 _FIRST_ROWS = 100
 """Rows of a file that are looked at to tell its format: a few of them may be damaged."""
 
@@ -86,6 +89,13 @@ class BadRows:
             if not self._skip:
                 raise
             self.found.append(SkippedRow(where=escaped(error.subject), why=error.message, ids=identities()))
+
+    def name(self, where: str, identity: str) -> None:
+        """Say which expression it is that a row holds that was left out before that could be told."""
+        self.found = [
+            each.model_copy(update={"ids": (*each.ids, identity)}) if each.where == escaped(where) else each
+            for each in self.found
+        ]
 
 
 class EmbeddedImages(Protocol):
@@ -159,28 +169,20 @@ class AnnotationFile:
     @cached_property
     def head(self) -> bytes:
         """The first bytes of a file, without a byte order mark; nothing of a folder."""
-        if self.path.is_dir():
+        if is_folder(self.path):
             return b""
-        try:
-            with self.path.open("rb") as file:
-                return file.read(_HEAD_BYTES).removeprefix(BOM_UTF8)
-        except OSError as error:
-            raise InputError(
-                f"cannot be read: {error.strerror}", subject=str(self.path), hint="check its permissions"
-            ) from error
+        with opened(self.path, ANNOTATION_TABLE) as file:
+            return file.read(_HEAD_BYTES).removeprefix(BOM_UTF8)
 
     @cached_property
     def rows(self) -> list[JsonRow]:
-        """What a JSON list, JSON lines or a JSON object hold.
+        """What a JSON list, JSON lines or a JSON object hold; `Damaged` for lines that are none and are to be skipped.
 
         Raises:
             InputError: it is neither.
         """
-        return json_rows(
-            self.path,
-            hint="mend that line, or leave out all such lines (--skip-bad-rows)",
-            around=self.bad_rows.around,
-        )
+        hint = "mend that line, or leave out all such lines (--skip-bad-rows)"
+        return json_rows(self.path, replace(ANNOTATIONS, hint=hint), around=self.bad_rows.around)
 
     def holds(self, fields: Collection[str]) -> bool:
         """Whether it is JSON with rows that have these fields."""
@@ -194,16 +196,20 @@ class AnnotationFile:
 
     @cached_property
     def _first_rows(self) -> list[JsonRow]:
-        """The first rows of JSON; none where it is not JSON."""
+        """The first rows of JSON that can be read; none where it is not JSON."""
         if self.head.lstrip().removeprefix(BOM_UTF8)[:1] not in (b"[", b"{"):
             return []
         try:
-            return self.rows[:_FIRST_ROWS]
+            return [row for row in self.rows[:_FIRST_ROWS] if not isinstance(row.value, Damaged)]
         except InputError:
             return []
 
 
 def shown(value: object) -> str:
-    """What was found, short, for messages."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """What was found, short, for messages; of what is long, no more is looked at than is shown."""
+    text = ""
+    for part in json.JSONEncoder(default=str, skipkeys=True).iterencode(value):
+        text += part[: _LONGEST_SHOWN + 1]
+        if len(text) > _LONGEST_SHOWN:
+            return text[: _LONGEST_SHOWN - 3] + "..."
+    return text

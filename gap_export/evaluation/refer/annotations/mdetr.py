@@ -21,14 +21,14 @@ from gap_export.evaluation.refer.annotations.rows import RowReader, usable
 def _recognizes(file: AnnotationFile) -> bool:
     if not file.holds(("images", "annotations")):
         return False
-    images = file.first["images"] if isinstance(file.first, dict) else None
+    images = file.first.get("images") if isinstance(file.first, dict) else None
     return isinstance(images, list) and any(isinstance(each, dict) and "caption" in each for each in images)
 
 
 def _read(file: AnnotationFile, split: str | None) -> Annotations:
     content = file.first
     boxes: defaultdict[Any, list[Any]] = defaultdict(list)
-    annotations = content["annotations"]
+    annotations = content.get("annotations")
     if not isinstance(annotations, list):
         raise InputError(
             f"annotations is {shown(annotations)}, not a list",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gap_export.errors import InputError, MissingRequirementError, first_line
+from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations.format import (
     AnnotationFile,
     AnnotationFormat,
@@ -16,7 +17,9 @@ from gap_export.evaluation.refer.annotations.format import (
     shown,
 )
 from gap_export.evaluation.refer.annotations.rows import RowReader, usable
-from gap_export.evaluation.refer.json_rows import packed
+from gap_export.evaluation.refer.tables import Table
+from gap_export.files import is_folder
+from gap_export.files.kinds import ANNOTATION_TABLE
 
 COLUMNS = ("question_id", "answer", "bbox")
 
@@ -31,23 +34,46 @@ class _Place:
 
 
 class TableImages:
-    """Images of a table, read one by one: a file may hold gigabytes of them."""
+    """Images of a table, read one by one: a file may hold gigabytes of them.
 
-    def __init__(self, places: dict[str, _Place]) -> None:
+    Args:
+        places: name of an image -> all places where one of that name lies.
+    """
+
+    def __init__(self, places: dict[str, list[_Place]]) -> None:
         self._places = places
-        self._group: tuple[Path, int, Any] | None = None  # the last one read: rows of an image lie together
+        self._group: tuple[Path, int, list[Any]] | None = (
+            None  # the last one read: rows of an image lie together
+        )
 
     def names(self) -> Sequence[str]:
         """Names of all images."""
         return list(self._places)
 
     def read(self, image: str) -> bytes:
-        """One image, encoded."""
-        place = self._places[image]
+        """One image, encoded.
+
+        Raises:
+            InputError: no image lies there, or two that are not the same have that name.
+        """
+        first, *others = self._places[image]
+        content = self._content(first, image)
+        for other in others:
+            if self._content(other, image) != content:
+                raise InputError(
+                    f"is the name of two different images: in row {first.row + 1} of group {first.group + 1} of {first.file.name}, and "
+                    f"in row {other.row + 1} of group {other.group + 1} of {other.file.name}",
+                    subject=f"image {image} of {first.file.parent}",
+                    hint="give one split of the data set, or rename one of them",
+                )
+        self._places[image] = [first]  # that they are the same need not be seen again
+        return content
+
+    def _content(self, place: _Place, image: str) -> bytes:
         if self._group is None or self._group[:2] != (place.file, place.group):
-            column = _read_group(_opened(place.file), place.file, place.group, ["image"]).column("image")
-            self._group = (place.file, place.group, column)
-        content = self._group[2][place.row].as_py()
+            rows = Table(place.file, ANNOTATION_TABLE).rows(["image"], groups=[place.group])
+            self._group = (place.file, place.group, [row["image"] for row in rows])
+        content = self._group[2][place.row]
         content = content.get("bytes") if isinstance(content, dict) else content
         if not isinstance(content, bytes):
             raise InputError(
@@ -57,12 +83,12 @@ class TableImages:
 
 
 def _recognizes(file: AnnotationFile) -> bool:
-    return any(file.path.rglob("*.parquet")) if file.path.is_dir() else file.head[:4] == b"PAR1"
+    return any(file.path.rglob("*.parquet")) if is_folder(file.path) else file.head[:4] == b"PAR1"
 
 
 def _read(file: AnnotationFile, split: str | None) -> Annotations:
     """A split is all files whose names begin with it, up to the first hyphen."""
-    if not file.path.is_dir():
+    if not is_folder(file.path):
         return _read_tables(file, [file.path])
     tables = sorted(file.path.rglob("*.parquet"))
     wanted = [each for each in tables if split is None or each.name.partition("-")[0] == split]
@@ -78,11 +104,11 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
 
 def _read_tables(file: AnnotationFile, files: Sequence[Path]) -> Annotations:
     expressions: list[Expression] = []
-    places: dict[str, _Place] = {}
+    places: defaultdict[str, list[_Place]] = defaultdict(list)
     embedded = True
     for path in files:
-        table = _opened(path)
-        names = table.schema_arrow.names
+        table = Table(path, ANNOTATION_TABLE)
+        names = table.schema.names
         if not set(COLUMNS) <= set(names):
             raise InputError(
                 f"has columns {shown(names)}, not {', '.join(COLUMNS)}",
@@ -92,8 +118,8 @@ def _read_tables(file: AnnotationFile, files: Sequence[Path]) -> Annotations:
         embedded = embedded and "image" in names
         wanted = [name for name in (*COLUMNS, "file_name") if name in names]
         number = 0
-        for group in range(table.num_row_groups):
-            for within, row in enumerate(_rows(table, path, group, wanted)):
+        for group in range(table.groups):
+            for within, row in enumerate(table.rows(wanted, groups=[group])):
                 number += 1
                 reader = RowReader(path, number, row)
                 with usable(reader, file.bad_rows):
@@ -101,8 +127,8 @@ def _read_tables(file: AnnotationFile, files: Sequence[Path]) -> Annotations:
                     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
                     reader.identities = tuple(f"{identity}.{count}" for count in range(len(answers)))
                     box = reader.extents("bbox")
-                    image = row.get("file_name") or identity
-                    places.setdefault(image, _Place(path, group, within))
+                    image = reader.text("file_name") if row.get("file_name") else identity
+                    places[image].append(_Place(path, group, within))
                     for count, text in enumerate(answers):
                         answer = RowReader(path, number, {"answer": text})
                         answer.identity = f"{identity}.{count}"
@@ -110,45 +136,7 @@ def _read_tables(file: AnnotationFile, files: Sequence[Path]) -> Annotations:
                             expressions.append(
                                 reader.expression(answer.identity, image, answer.text("answer"), box)
                             )
-    return Annotations("parquet", tuple(expressions), TableImages(places) if embedded else None)
-
-
-def _rows(table: Any, path: Path, group: int, columns: Sequence[str]) -> list[dict[str, Any]]:
-    try:
-        rows: list[dict[str, Any]] = _read_group(table, path, group, columns).to_pylist()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"holds text that is not UTF-8: {error.reason}", subject=str(path), hint="get the file again"
-        ) from error
-    return rows
-
-
-def _read_group(table: Any, path: Path, group: int, columns: Sequence[str]) -> Any:
-    from pyarrow import ArrowException
-
-    try:
-        return table.read_row_group(group, columns=columns)
-    except (OSError, ArrowException) as error:
-        raise InputError(
-            f"cannot be read: {first_line(error)}", subject=str(path), hint="get the file again"
-        ) from error
-
-
-def _opened(path: Path) -> Any:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise MissingRequirementError(
-            "is not installed", subject="pyarrow", hint="pip install 'gap-export[eval]'"
-        ) from error
-    try:
-        with path.open("rb") as file:
-            packed(file.read(32), path)
-        return parquet.ParquetFile(path)
-    except (OSError, ArrowException) as error:
-        raise InputError(
-            f"cannot be read: {first_line(error)}", subject=str(path), hint="get the file again"
-        ) from error
+    return Annotations("parquet", tuple(expressions), TableImages(dict(places)) if embedded else None)
 
 
 FORMAT = AnnotationFormat(

@@ -1,16 +1,12 @@
 """REFER's own files: `refs(unc).p` (or google, umd) and `instances.json` beside it. RefCOCO, RefCOCO+ and RefCOCOg are published so.
 
 The same references in JSON are read too; gRefCOCO has them.
-
-A pickle is a program. What makes one dangerous is that it may name any function; the reader here knows none, so pickles hold nothing but
-containers, texts and numbers, and whatever else one asks for is refused before anything runs.
 """
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations.format import (
@@ -20,8 +16,10 @@ from gap_export.evaluation.refer.annotations.format import (
     Expression,
     shown,
 )
+from gap_export.evaluation.refer.annotations.plain_pickle import read_plain_pickle
 from gap_export.evaluation.refer.annotations.rows import RowReader, usable
-from gap_export.evaluation.refer.json_rows import json_document, packed
+from gap_export.evaluation.refer.json_rows import json_document
+from gap_export.files import is_file, is_folder
 
 INSTANCES = "instances.json"
 _FILES = ("*refs*.p", "*refs*.json")
@@ -30,7 +28,7 @@ _FIELDS = ("ann_id", "image_id", "sentences")
 
 
 def _recognizes(file: AnnotationFile) -> bool:
-    if file.path.is_dir():
+    if is_folder(file.path):
         return any(any(file.path.glob(pattern)) for pattern in _FILES)
     return _is_pickle(file) or file.holds(_FIELDS)
 
@@ -46,7 +44,7 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
         InputError: several files of references, or no instances.json beside it.
     """
     path = file.path
-    if path.is_dir():
+    if is_folder(path):
         found = next(each for pattern in _FILES if (each := sorted(path.glob(pattern))))
         if len(found) > 1:
             raise InputError(
@@ -56,7 +54,7 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
             )
         path = found[0]
     pickled = _is_pickle(file) if path == file.path else path.suffix == ".p"
-    references = _read_pickle(path) if pickled else json_document(path)
+    references = read_plain_pickle(path) if pickled else json_document(path)
     if not isinstance(references, list) or not all(isinstance(each, dict) for each in references):
         raise InputError(
             f"holds {shown(type(references).__name__)}, not a list of references",
@@ -64,7 +62,7 @@ def _read(file: AnnotationFile, split: str | None) -> Annotations:
             hint="known formats: see docs/evaluation.md",
         )
     instances = path.parent / INSTANCES
-    if not instances.is_file():
+    if not is_file(instances):
         raise InputError(
             "is not there",
             subject=str(instances),
@@ -144,44 +142,6 @@ def _only(row: RowReader, reference: dict[str, Any], field: str) -> str | int:
             "and one box per expression is scored"
         )
     return row.key(field)
-
-
-class _NothingElse(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise _Refused(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise _Refused(f"an object from elsewhere ({pid!r})")
-
-
-class _Refused(Exception):
-    """What a pickle asked for."""
-
-
-def _read_pickle(path: Path) -> Any:
-    """Read a pickle of plain data, of Python 2 or 3.
-
-    Raises:
-        InputError: it asks for a class or a function, or is damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            packed(file.read(32), path)
-            file.seek(0)
-            # Texts of Python 2 are bytes; those of REFER are UTF-8.
-            return _NothingElse(file, encoding="utf-8").load()
-    except _Refused as refused:
-        raise InputError(
-            f"asks for {refused}: it holds more than plain data, and nothing of it was run",
-            subject=str(path),
-            hint="get the annotations from their authors",
-        ) from refused
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle raises whatever its bytes make the reader do
-        raise InputError(
-            f"cannot be read as a pickle: {error}", subject=str(path), hint="get the file again"
-        ) from error
 
 
 FORMAT = AnnotationFormat(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gap_export.boxes.codecs import Box
@@ -16,6 +16,9 @@ HINT = "mend that row, or leave out all such rows (--skip-bad-rows counts and li
 
 _LONGEST_SIDE = 1_000_000
 """Pixels; a larger number is a mistake, and arithmetic on it may overflow."""
+
+_LONGEST_TEXT = 10_000
+"""Characters: a table can name one text of megabytes in every row."""
 
 
 class RowReader:
@@ -38,13 +41,15 @@ class RowReader:
         self.identity: str | None = None
         self.identities: tuple[str, ...] = ()
         self._row: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
-        self._is_object, self._shown = isinstance(row, Mapping), shown(row)
+        self._given = row
 
     def text(self, field: str) -> str:
         """A string with something in it."""
         value = self._field(field)
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{field} is {shown(value)}, not a text")
+        if len(value) > _LONGEST_TEXT:
+            raise self.error(f"{field} has {len(value)} characters")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -56,6 +61,8 @@ class RowReader:
         value = self._field(field)
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise self.error(f"{field} is {shown(value)}, not an id")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise self.error(f"{field} is a number of more than 64 bits, not an id")
         return self.text(field) if isinstance(value, str) else value
 
     def corners(self, field: str) -> Box:
@@ -80,7 +87,9 @@ class RowReader:
         return value
 
     def expression(self, identity: str, image: str, text: str, box: Box) -> Expression:
-        """Put together; a box wholly outside of the image is no box of it."""
+        """Put together; a box wholly outside of the image is no box of it, and a name that leads out of a folder is no image in it."""
+        if _leads_out(image):
+            raise self.error(f"the image {shown(image)} leads out of the folder of images")
         width, height = self.pixels("width"), self.pixels("height")
         x1, y1, x2, y2 = box
         outside = (
@@ -95,8 +104,8 @@ class RowReader:
         return InputError(message, subject=self.where, hint=HINT)
 
     def _field(self, field: str) -> Any:
-        if not self._is_object:
-            raise self.error(f"is {self._shown}, not an object")
+        if not isinstance(self._given, Mapping):
+            raise self.error(f"is {shown(self._given)}, not an object")
         if field not in self._row:
             raise self.error(f"has no {field}, but {shown(sorted(map(str, self._row)))}")
         return self._row[field]
@@ -115,6 +124,16 @@ class RowReader:
         if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
             raise self.error(f"{field} {shown(self._row[field])} has no area")
         return box
+
+
+def _leads_out(image: str) -> bool:
+    """Whether a relative name climbs out of the folder that it is looked for in."""
+    depth = 0
+    for part in PurePosixPath(image).parts:
+        depth += -1 if part == ".." else 1
+        if depth < 0:
+            return True
+    return False
 
 
 @contextmanager
