@@ -91,7 +91,7 @@ def read_bytes(path: Path, kind: FileKind) -> bytes:
     """All bytes of a file.
 
     Raises:
-        GapExportError: see `opened`.
+        GapExportError: of the kind's type: nothing there, no regular file, too large, not readable.
     """
     with opened(path, kind) as file:
         # Room is made for what is asked for, so no more is asked for than there is; a file of /proc has no size until it is read.
@@ -107,7 +107,7 @@ def read_text(path: Path, kind: FileKind) -> str:
     """A file in UTF-8, without its byte order mark.
 
     Raises:
-        GapExportError: see `opened`; or it is not UTF-8: the message names the line.
+        GapExportError: of the kind's type: it cannot be read, or is not UTF-8, with the line.
     """
     return decoded(read_bytes(path, kind), str(path), kind)
 
@@ -141,7 +141,7 @@ def read_json(path: Path, kind: FileKind) -> Any:
     """A file that is one JSON value, whose keys stand once and whose numbers are finite.
 
     Raises:
-        GapExportError: see `read_text` and `parse_json`.
+        GapExportError: of the kind's type: it cannot be read, or is not such JSON.
     """
     return parse_json(read_text(path, kind), str(path), kind)
 
@@ -190,7 +190,7 @@ def read_yaml(path: Path, kind: FileKind) -> Any:
     """A YAML file of plain values: no aliases (of which a kilobyte makes gigabytes), no merge keys, no key twice, no tags of types.
 
     Raises:
-        GapExportError: see `read_text`; or it is not such YAML.
+        GapExportError: of the kind's type: it cannot be read, or is not such YAML.
     """
     import yaml
 
@@ -201,16 +201,15 @@ def read_yaml(path: Path, kind: FileKind) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 raise kind.error(
                     f"has an alias (*{event.anchor})",
-                    subject=f"{path}, line {event.start_mark.line + 1}",
+                    subject=_line_of(path, event.start_mark),
                     hint="write the value out",
                 )
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
-                raise _too_deep(f"{path}, line {event.start_mark.line + 1}", kind)
+                raise _too_deep(_line_of(path, event.start_mark), kind)
         return yaml.load(text, Loader=_unique_keys())
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
+        place = _line_of(path, getattr(error, "problem_mark", None))
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise kind.error(f"is not YAML: {problem}", subject=place, hint=kind.hint) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, dates that do not exist
@@ -234,6 +233,11 @@ def check_depth(value: Any, subject: str, kind: FileKind) -> None:
         if not level:
             return
     raise _too_deep(subject, kind)
+
+
+def _line_of(path: Path, mark: Any) -> str:
+    """A place of YAML; the file alone where the parser tells none."""
+    return str(path) if mark is None else f"{path}, line {mark.line + 1}"
 
 
 def _unique_keys() -> Any:
