@@ -21,6 +21,7 @@ PACKAGE = Path(gap_export.__file__).parent
 LAYERS = (
     "errors",
     "environment",
+    "terminal",
     "files",
     "records",
     "progress",
@@ -64,6 +65,7 @@ HEAVY = {
 RUN_TIME_LAYERS = (
     "errors",
     "environment",
+    "terminal",
     "files",
     "records",
     "progress",

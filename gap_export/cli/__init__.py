@@ -28,8 +28,9 @@ from gap_export.cli import (
     sweep,
     validate,
 )
-from gap_export.cli.app import app, console, out, plain
+from gap_export.cli.app import app, console, out
 from gap_export.errors import CheckpointWarning, GapExportError
+from gap_export.terminal import one_line
 
 __all__ = ["__version__", "app", "main"]
 
@@ -80,7 +81,7 @@ def _run() -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.print("[yellow]interrupted[/]: no partial output was left; rerun the same command")
+        console.say(("interrupted", "yellow"), ": no partial output was left; rerun the same command")
         return _INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
@@ -109,7 +110,7 @@ def _show_warning(
 ) -> None:
     """Ours as a sentence; those of libraries as Python shows them."""
     if issubclass(category, CheckpointWarning):
-        console.print(f"[yellow]warning:[/] {plain(str(message))}", highlight=False, soft_wrap=True)
+        console.say(("warning:", "yellow"), f" {message}")
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
@@ -122,15 +123,13 @@ def _print_anything() -> None:
 
 
 def _report(stage: str, subject: str, message: str, hint: str) -> int:
-    console.print(
-        f"[bold red]{stage}[/]: {plain(subject)}: {plain(message)}", highlight=False, soft_wrap=True
-    )
-    console.print(f"  [cyan]hint[/]: {plain(hint)}", highlight=False, soft_wrap=True)
+    console.say((stage, "bold red"), f": {one_line(subject)}: {one_line(message)}")
+    console.say("  ", ("hint", "cyan"), f": {one_line(hint)}")
     return 2
 
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        out.print(__version__, highlight=False)
+        out.print(__version__)
         raise typer.Exit

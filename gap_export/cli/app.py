@@ -7,7 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
+
+from gap_export.terminal import Terminal
 
 if TYPE_CHECKING:
     from gap_export.evaluation.refer.dataset import Dataset
@@ -21,15 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Without emoji: `scenes:x` is a name, and no cross.
-console = Console(stderr=True, emoji=False)
+console = Terminal(stderr=True)
 """Messages go to standard error; standard output carries results."""
-out = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
-
-
-def plain(text: str) -> str:
-    """Square brackets in paths and node names are not markup, and half a character (a lone surrogate) is written as an escape."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("[", r"\[")
+out = Terminal(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
 
 
 def print_json(record: dict[str, Any]) -> None:
@@ -40,9 +35,9 @@ def print_json(record: dict[str, Any]) -> None:
 def list_skipped(dataset: Dataset) -> None:
     """Say which rows of annotations were left out, and why each."""
     if dataset.skipped:
-        console.print(f"[yellow]{len(dataset.skipped)} rows were skipped[/]:", highlight=False)
+        console.say((f"{len(dataset.skipped)} rows were skipped", "yellow"), ":")
     for row in dataset.skipped:
-        console.print(f"  {plain(row.where)}: {plain(row.why)}", highlight=False, soft_wrap=True)
+        console.say(f"  {row.where}: {row.why}")
 
 
 def cluster_of(ray: bool, workers: int, ray_address: str | None) -> Cluster | None:

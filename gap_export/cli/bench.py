@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import console, out, plain, print_json
+from gap_export.cli.app import console, out, print_json
 from gap_export.cli.options import JsonOption, ThreadsOption
 from gap_export.cli.progress import progress_shown
 from gap_export.runtime.backends import names
@@ -57,7 +57,7 @@ def bench(
             progress=progress,
         )
     if not plotting.available():
-        console.print("no plot is drawn: matplotlib is not installed (pip install 'gap-export[report]')")
+        console.say("no plot is drawn: matplotlib is not installed (pip install 'gap-export[report]')")
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
@@ -96,8 +96,4 @@ def _print(record: BenchRecord) -> None:
     for row in record.rows:
         per_second = 1e3 / row.total_ms.p50 if row.total_ms.p50 else 0.0
         tokens = row.batch * 1e3 / row.tpot_ms.p50 if row.tpot_ms.p50 else 0.0
-        out.print(
-            f"{plain(row.name)}: {row.batch * per_second:.2f} requests/s, {tokens:.1f} tokens/s while decoding",
-            highlight=False,
-            soft_wrap=True,
-        )
+        out.say(f"{row.name}: {row.batch * per_second:.2f} requests/s, {tokens:.1f} tokens/s while decoding")

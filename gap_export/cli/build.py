@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gap_export.cli.app import out, plain, print_json
+from gap_export.cli.app import out, print_json
 from gap_export.cli.options import JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
@@ -192,16 +192,15 @@ def _print(output: Path, built: BuildResult) -> None:
 
     manifest = built.bundle.manifest
     pruning = manifest.pruning
-    out.print(
-        f"[bold green]built[/] {plain(str(output))}: {plain(manifest.name)}, {manifest.precision}, {keeping(pruning, manifest.spec.visual_tokens)} ({pruning.pruner}), "
-        f"positions {pruning.positions}, {cache_length(manifest)}",
-        highlight=False,
-        soft_wrap=True,
+    kept = f"{keeping(pruning, manifest.spec.visual_tokens)} ({pruning.pruner})"
+    out.say(
+        ("built", "bold green"),
+        f" {output}: {manifest.name}, {manifest.precision}, {kept}, positions {pruning.positions}, {cache_length(manifest)}",
     )
     for assumption in built.assumptions:
-        out.print(f"  {plain(assumption)}", highlight=False, soft_wrap=True)
+        out.say(f"  {assumption}")
     for name, engines in manifest.engines.items():
-        out.print(f"  {name} engines: {', '.join(engines)}", highlight=False)
+        out.say(f"  {name} engines: {', '.join(engines)}")
     if built.cached:
-        out.print(f"  from the trace cache: {', '.join(built.cached)}", highlight=False)
-    out.print(f"  {readable_size(built.written_bytes)} written besides linked weights", highlight=False)
+        out.say(f"  from the trace cache: {', '.join(built.cached)}")
+    out.say(f"  {readable_size(built.written_bytes)} written besides linked weights")

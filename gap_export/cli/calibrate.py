@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import out, plain, print_json
+from gap_export.cli.app import out, print_json
 from gap_export.cli.options import BundleArgument, JsonOption, ThreadsOption
 from gap_export.cli.progress import progress_shown
 
@@ -48,9 +48,8 @@ def calibrate(
         print_json(found.model_dump())
         return
     name, largest = max(found.largest.items(), key=lambda each: each[1])
-    out.print(
-        f"[bold green]measured[/] {plain(str(output))}: {len(found.largest)} layers over {found.samples} expressions ({plain(found.source)}); "
-        f"the largest activation is {largest:.4g}, read by {plain(name)}",
-        highlight=False,
-        soft_wrap=True,
+    out.say(
+        ("measured", "bold green"),
+        f" {output}: {len(found.largest)} layers over {found.samples} expressions ({found.source}); "
+        f"the largest activation is {largest:.4g}, read by {name}",
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import out, plain, print_json
+from gap_export.cli.app import out, print_json
 from gap_export.cli.options import (
     AccuracyDropOption,
     AgreementOption,
@@ -15,6 +15,7 @@ from gap_export.cli.options import (
     JsonOption,
     ProtocolOption,
 )
+from gap_export.terminal import styled
 
 if TYPE_CHECKING:
     from gap_export.evaluation.refer.compare import Comparison
@@ -57,13 +58,11 @@ def compare(
 def _print_comparison(result: Comparison) -> None:
     from rich.table import Table
 
-    out.print(
+    out.say(
         f"{result.expressions} expressions about {result.images} images, {result.protocol}: "
         f"accuracy {100 * result.reference_accuracy:.2f} -> {100 * result.subject_accuracy:.2f} % "
         f"({100 * result.difference:+.2f}, 95 % interval {100 * result.low:+.2f} to {100 * result.high:+.2f}); "
         f"{result.gained} gained, {result.lost} lost, McNemar p {result.mcnemar_p:.3g}",
-        highlight=False,
-        soft_wrap=True,
     )
     gates = Table("gate", "measured", "required", "")
     for gate in result.gates:
@@ -71,15 +70,15 @@ def _print_comparison(result: Comparison) -> None:
             gate.name,
             f"{gate.measured:.4f}",
             f"{gate.comparison} {gate.limit:g}",
-            "ok" if gate.passed else "[red]no[/]",
+            "ok" if gate.passed else styled(("no", "red")),
         )
     out.print(gates)
     if result.worst:
         table = Table("expression", "image", "IoU of both boxes", "reference", "subject")
         for each in result.worst:
             table.add_row(
-                plain(each.id),
-                plain(each.image),
+                each.id,
+                each.image,
                 f"{each.iou:.3f}",
                 *("hit" if hit else "miss" for hit in (each.reference_hits, each.subject_hits)),
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import cluster_of, console, list_skipped, out, plain, print_json
+from gap_export.cli.app import cluster_of, console, list_skipped, out, print_json
 from gap_export.cli.options import (
     AnyBackendOption,
     DataOption,
@@ -134,22 +134,30 @@ def evaluate(
 
 def _warn_of_scoring(record: EvalRecord, protocol: str) -> None:
     """What else than the answers decided about hits."""
-    warnings = []
+    warnings: list[tuple[str, str]] = []
     if not record.boxes_are_read:
         warnings.append(
-            f"[yellow]{protocol} does not read boxes as this family writes them[/]: nearly all answers are misses under it"
+            (
+                f"{protocol} does not read boxes as this family writes them",
+                ": nearly all answers are misses under it",
+            )
         )
     if record.rescaled_images:
         warnings.append(
-            f"[yellow]the true boxes of {record.rescaled_images} images were scaled[/] to the size of the image"
+            (
+                f"the true boxes of {record.rescaled_images} images were scaled",
+                " to the size of the image",
+            )
         )
     if record.stretched_images:
         warnings.append(
-            f"[yellow]{record.stretched_images} of these images have another shape than their annotations[/]: the boxes are right where "
-            "images were squashed, and wrong where they were cropped or padded"
+            (
+                f"{record.stretched_images} of these images have another shape than their annotations",
+                ": the boxes are right where images were squashed, and wrong where they were cropped or padded",
+            )
         )
-    for warning in warnings:
-        console.print(warning, highlight=False, soft_wrap=True)
+    for warning, consequence in warnings:
+        console.say((warning, "yellow"), consequence)
 
 
 def _check_workers(workers: int | None, ray: bool) -> None:
@@ -166,12 +174,10 @@ def _check_workers(workers: int | None, ray: bool) -> None:
 def _warn_of_missing(work: Work) -> None:
     if not work.missing:
         return
-    named = plain(", ".join(work.missing[:_SHOWN])) + (" ..." if len(work.missing) > _SHOWN else "")
-    console.print(
-        f"[yellow]{len(work.missing)} images are not there[/], so {len(work.not_asked)} expressions are neither asked nor "
-        f"scored: {named}",
-        highlight=False,
-        soft_wrap=True,
+    named = ", ".join(work.missing[:_SHOWN]) + (" ..." if len(work.missing) > _SHOWN else "")
+    console.say(
+        (f"{len(work.missing)} images are not there", "yellow"),
+        f", so {len(work.not_asked)} expressions are neither asked nor scored: {named}",
     )
 
 
@@ -181,13 +187,13 @@ def _say_unshared(bundle: Bundle) -> None:
 
     why = Grounder(bundle).unshared_because
     if why is not None:
-        console.print(f"every expression is answered whole: {plain(why)}", highlight=False, soft_wrap=True)
+        console.say(f"every expression is answered whole: {why}")
 
 
 def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
     from rich.table import Table
 
-    table = Table(title=plain(f"{dataset.name}, {record.split}: {record.description}"))
+    table = Table(title=f"{dataset.name}, {record.split}: {record.description}")
     for name in (
         "accuracy, %",
         "95 % interval",
@@ -213,4 +219,4 @@ def _print(record: EvalRecord, dataset: Dataset, folder: Path | None) -> None:
     )
     out.print(table)
     if folder is not None:
-        out.print(f"  results in {plain(str(folder))}", highlight=False, soft_wrap=True)
+        out.say(f"  results in {folder}")

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import console, out, plain, print_json
+from gap_export.cli.app import console, out, print_json
 from gap_export.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from gap_export.linter import Proof
 
-_ANSWERS = {
-    "survive": "gapped ids [bold green]survive[/]",
-    "do not survive": "gapped ids [bold red]do not survive[/]",
-    "cannot tell": "[bold yellow]cannot tell[/] whether gapped ids survive",
+_ANSWERS: dict[str, tuple[str | tuple[str, str], ...]] = {
+    "survive": ("gapped ids ", ("survive", "bold green")),
+    "do not survive": ("gapped ids ", ("do not survive", "bold red")),
+    "cannot tell": (("cannot tell", "bold yellow"), " whether gapped ids survive"),
 }
 
 
@@ -41,24 +41,20 @@ def lint(
         print_json(report.model_dump(mode="json"))
     else:
         verdict = report.verdict
-        out.print(
-            f"{plain(report.subject)}: {_ANSWERS[verdict.answer]}: {plain(verdict.reason)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        out.say(f"{report.subject}: ", *_ANSWERS[verdict.answer], f": {verdict.reason}")
         if report.proof is not None:
-            out.print(f"  {_proof(report.proof)}", highlight=False, soft_wrap=True)
+            out.say(f"  {_proof(report.proof)}")
         for finding in report.findings:
-            console.print(f"  {plain(str(finding))}", highlight=False, soft_wrap=True)
+            console.say(f"  {finding}")
     raise typer.Exit(0 if report.verdict.survives and not report.errors else 1)
 
 
 def _proof(proof: Proof) -> str:
     if proof.outcome == "not run here":
-        return f"not run here: {plain(proof.sentence)}"
+        return f"not run here: {proof.sentence}"
     aside = (
         ""
         if proof.whole or proof.outcome != "survive"
         else "; no input hides tokens, so that less was seen than the graph tells"
     )
-    return f"run in ONNX Runtime ({proof.runs} times): gapped ids {proof.outcome}: {plain(proof.sentence)}{aside}"
+    return f"run in ONNX Runtime ({proof.runs} times): gapped ids {proof.outcome}: {proof.sentence}{aside}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
-from gap_export.cli.app import out, plain, print_json
+from gap_export.cli.app import out, print_json
 from gap_export.cli.options import JsonOption
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def models(as_json: JsonOption = False) -> None:
         table.add_row(
             recipe["name"],
             recipe["family"],
-            plain(_boxes(CODECS[recipe["box_format"]["codec"]], recipe["box_format"]["frame"])),
+            _boxes(CODECS[recipe["box_format"]["codec"]], recipe["box_format"]["frame"]),
             "\n".join(checkpoints),
             ", ".join(name for name in prune.names() if name not in recipe["pruners"]) or "-",
         )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gap_export.cli.app import console
+from gap_export.terminal import one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, Task
@@ -56,7 +57,7 @@ class Bar:
         self._raise_if_interrupted()
         if total is not None:
             self._shown.reset(self._line, total=total)
-        self._shown.update(self._line, description=f"{message} ...")
+        self._shown.update(self._line, description=f"{one_line(message)} ...")
         self._show_amount()
 
     def advance(self, count: int = 1) -> None:

@@ -23,6 +23,7 @@ from gap_export.cli.options import (
     ThreadsOption,
 )
 from gap_export.cli.progress import progress_shown
+from gap_export.terminal import styled
 
 if TYPE_CHECKING:
     from gap_export.evaluation.refer.recommend import Recommendation
@@ -104,11 +105,11 @@ def _print_recommendation(result: Recommendation) -> None:
     )
     for point in result.points:
         mark = (
-            "[bold green]<- this one[/]"
+            styled(("<- this one", "bold green"))
             if point.keep == result.chosen
             else ""
             if point.inside
-            else "[red]may lose more[/]"
+            else styled(("may lose more", "red"))
         )
         table.add_row(
             f"{point.keep:g}",
@@ -121,8 +122,6 @@ def _print_recommendation(result: Recommendation) -> None:
         )
     out.print(table)
     if result.chosen is None:
-        out.print(
-            f"no smaller keep ratio is sure to lose at most {100 * result.max_accuracy_drop:g} points; more expressions narrow the intervals",
-            highlight=False,
-            soft_wrap=True,
+        out.say(
+            f"no smaller keep ratio is sure to lose at most {100 * result.max_accuracy_drop:g} points; more expressions narrow the intervals"
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gap_export.cli.app import console, out, plain
+from gap_export.cli.app import console, out
 from gap_export.cli.options import AccuracyDropOption, AgreementOption, BoxIouOption, ProtocolOption
 from gap_export.cli.progress import progress_shown
 
@@ -51,5 +51,5 @@ def report(
             progress=progress,
         )
     for note in written.notes:
-        console.print(f"[yellow]{plain(note)}[/]", highlight=False, soft_wrap=True)
-    out.print(f"{plain(str(output))}: {written.bytes / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+        console.say((note, "yellow"))
+    out.say(f"{output}: {written.bytes / 1e6:.1f} MB")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import console, out, plain, print_json
+from gap_export.cli.app import console, out, print_json
 from gap_export.cli.options import AnyBackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
 
 if TYPE_CHECKING:
@@ -64,18 +64,15 @@ def run(
         )
         return
     if answer.finish_reason == "length":
-        console.print(f"[yellow]the answer was cut off[/] after {answer.new_tokens} tokens")
+        console.say(("the answer was cut off", "yellow"), f" after {answer.new_tokens} tokens")
     if unknown:
-        console.print(f"[yellow]the model has no word for[/] {', '.join(unknown)}", highlight=False)
+        console.say(("the model has no word for", "yellow"), f" {', '.join(unknown)}")
     size = f"{last.width} x {last.height}"
     shown = f"no box on the image ({size})" if box is None else f"box {box} in pixels of {size}"
-    out.print(f"{plain(shown)}", highlight=False)
-    out.print(
-        f"  answer {plain(answer.text)}, keep {len(answer.kept_indices)} of {answer.visual_tokens}",
-        highlight=False,
-    )
+    out.say(shown)
+    out.say(f"  answer {answer.text}, keep {len(answer.kept_indices)} of {answer.visual_tokens}")
     if draw is not None:
-        out.print(f"  drawn to {plain(str(draw))}", highlight=False, soft_wrap=True)
+        out.say(f"  drawn to {draw}")
 
 
 def _save(image: Image.Image, target: Path) -> None:

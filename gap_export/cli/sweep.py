@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gap_export.cli.app import cluster_of, console, out, plain, print_json
+from gap_export.cli.app import cluster_of, console, out, print_json
 from gap_export.cli.options import BackendOption, JsonOption, LimitOption, RayAddressOption, RayOption
 from gap_export.cli.progress import progress_shown
 
@@ -69,15 +69,13 @@ def sweep(
     prepared = prepare(request, output, replace=replace, plot=plot)
     left = len(prepared.remaining())
     if left < len(prepared.points):
-        console.print(f"{len(prepared.points) - left} of {len(prepared.points)} points are finished already")
+        console.say(f"{len(prepared.points) - left} of {len(prepared.points)} points are finished already")
     with progress_shown() as progress:
 
         def finished(point: SweepPoint, answers: Answers) -> None:
             if not console.is_terminal:  # no bar is shown there
                 accuracy = sum(answers.hits) / limit
-                console.print(
-                    f"{plain(point.label)}: {accuracy:.3f}; {progress.time_left()}", highlight=False
-                )
+                console.say(f"{point.label}: {accuracy:.3f}; {progress.time_left()}")
 
         record = run(
             prepared, workers=workers, cluster=cluster, plot=plot, progress=progress, finished=finished
@@ -87,5 +85,5 @@ def sweep(
         return
     for table in tables(record):
         out.print(table)
-    out.print(verdict(record), highlight=False, soft_wrap=True)
-    out.print(f"  stored in {plain(str(output))}", highlight=False, soft_wrap=True)
+    out.say(verdict(record))
+    out.say(f"  stored in {output}")

@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from gap_export.errors import MissingRequirementError
+from gap_export.terminal import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +55,11 @@ def hide_frame(axes: Axes) -> None:
     """Leave two of the four sides, and faint lines to read values by."""
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def without_math(text: str) -> str:
+    """Text from outside for a title or a label: dollars begin no formula there, and what cannot be seen is written as escapes."""
+    return one_line(text).replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

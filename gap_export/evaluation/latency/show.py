@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from gap_export.evaluation.latency.record import QUANTITIES, BenchRecord, Device
-from gap_export.evaluation.plotting import PALETTE
+from gap_export.evaluation.plotting import PALETTE, without_math
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,12 +23,11 @@ _DECODE = PALETTE["purple"]
 
 def tables(record: BenchRecord) -> list[Table]:
     """The record for the screen: the cost card, one column per candidate, then one per pair of them."""
-    from rich.markup import escape
     from rich.table import Table
 
     cards = [] if record.roofline is None else [_card(record, record.roofline)]
 
-    rows = Table("", *(escape(row.name) for row in record.rows))
+    rows = Table("", *(row.name for row in record.rows))
     rows.title = f"median over {record.requests} requests, ms (90th percentile in brackets)"
     rows.add_row("visual tokens", *(f"keep {row.kept} of {row.visual_tokens}" for row in record.rows))
     rows.add_row("cache slots", *(f"prompt {row.prompt_slots} of {row.capacity}" for row in record.rows))
@@ -39,7 +38,7 @@ def tables(record: BenchRecord) -> list[Table]:
         return [*cards, rows]
     pairs = list(combinations([row.name for row in record.rows], 2))
     found = {(each.numerator, each.denominator, each.quantity): each for each in record.ratios}
-    ratios = Table("", *(escape(f"{one} / {other}") for one, other in pairs))
+    ratios = Table("", *(f"{one} / {other}" for one, other in pairs))
     ratios.title = "ratio of medians, same rounds (95 % interval)"
     for quantity, label in QUANTITIES.items():
         shown = [found.get((*pair, quantity)) for pair in pairs]
@@ -51,10 +50,9 @@ def tables(record: BenchRecord) -> list[Table]:
 
 
 def _card(record: BenchRecord, device: Device) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
-    card = Table("cost", *(escape(row.name) for row in record.rows))
+    card = Table("cost", *(row.name for row in record.rows))
     card.title = f"this machine at its best: {device.flops_per_second / 1e9:.0f} GFLOP/s, {device.bytes_per_second / 1e9:.1f} GB/s"
 
     def line(label: str, values: Iterable[str]) -> None:
@@ -122,7 +120,7 @@ def figure(record: BenchRecord) -> Figure:
             later.plot(
                 [row.cost.decode.roofline_ms] * 2, [place - 0.4, place + 0.4], color="#222222", linewidth=2
             )
-    first.set_yticks(list(places), [row.name for row in rows])
+    first.set_yticks(list(places), [without_math(row.name) for row in rows])
     first.invert_yaxis()
     first.set_xlabel("time to the first token, ms (black: the least this machine allows)")
     later.set_xlabel("per token, ms")

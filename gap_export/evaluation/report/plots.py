@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gap_export.evaluation.plotting import MARKS, PALETTE, hide_frame
+from gap_export.evaluation.plotting import MARKS, PALETTE, hide_frame, without_math
 from gap_export.evaluation.report.runs import Evaluated, ReportedRuns
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _draw(
             [point.tokens for point in points],
             [point.value for point in points],
             yerr=_bars(points),
-            label=label,
+            label=without_math(label),
             color=_COLOURS[number % len(_COLOURS)],
             marker=MARKS[number % len(MARKS)],
             capsize=3,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.bundle.manifest import Manifest, Pruning
@@ -15,16 +14,17 @@ from gap_export.bundle.spec import TensorSpec
 from gap_export.engine.inspect import engine_facts
 from gap_export.evaluation import bundle_reports
 from gap_export.evaluation.parity import ParityReport
+from gap_export.terminal import Terminal, styled
 
 
-def print_parity(report: ParityReport, console: Console) -> None:
+def print_parity(report: ParityReport, console: Terminal) -> None:
     """Gates, controls and the grounding table."""
     gates = Table(
         "gate",
         "measured",
         "required",
         "",
-        title=escape(f"{report.bundle} in {report.backend} against PyTorch"),
+        title=f"{report.bundle} in {report.backend} against PyTorch",
     )
     for gate in report.gates:
         gates.add_row(
@@ -38,8 +38,8 @@ def print_parity(report: ParityReport, console: Console) -> None:
         controls.add_row(name, "changes nothing in this bundle", "-")
     console.print(controls)
     console.print(grounding_table(report))
-    verdict = "[bold green]all gates met[/]" if report.ok else "[bold red]a gate was not met[/]"
-    console.print(f"{verdict} on {report.measurement.cases} held-out scenes", highlight=False)
+    verdict = ("all gates met", "bold green") if report.ok else ("a gate was not met", "bold red")
+    console.say(verdict, f" on {report.measurement.cases} held-out scenes")
 
 
 def grounding_table(report: ParityReport) -> Table:
@@ -55,7 +55,7 @@ def grounding_table(report: ParityReport) -> Table:
         "acc@0.5",
         "of full",
         "std. error",
-        title=escape(f"{report.bundle}, {report.backend}"),
+        title=f"{report.bundle}, {report.backend}",
     )
     for name, tokens, accuracy in (
         ("none (unpruned)", whole, grounding.full),
@@ -195,13 +195,12 @@ def stages(pruning: Pruning) -> list[dict[str, Any]]:
     ]
 
 
-def print_bundle(facts: dict[str, Any], console: Console) -> None:
+def print_bundle(facts: dict[str, Any], console: Terminal) -> None:
     """The record of `bundle_facts`, for people."""
-    console.print(
-        f"[bold]{escape(facts['name'])}[/] ({facts['family']}, {facts['precision']}): {facts['keep']} "
-        f"({facts['pruner']}), positions {facts['positions']}, {facts['cache']}",
-        highlight=False,
-        soft_wrap=True,
+    console.say(
+        (facts["name"], "bold"),
+        f" ({facts['family']}, {facts['precision']}): {facts['keep']} ({facts['pruner']}), positions {facts['positions']}, "
+        f"{facts['cache']}",
     )
     rule = Table("token", "position id", "cache slot")
     for row in facts["ids_and_slots"]:
@@ -248,7 +247,7 @@ def print_bundle(facts: dict[str, Any], console: Console) -> None:
         files.add_row(name, f"{size:,}")
     console.print(files)
     for name, state in facts["reports"].items():
-        console.print(f"reports/{name}: {state}", highlight=False)
+        console.say(f"reports/{name}: {state}")
 
 
 def _shown(tensor: TensorSpec) -> str:
@@ -258,8 +257,8 @@ def _shown(tensor: TensorSpec) -> str:
 
 def _some(lines: list[str]) -> str:
     shown = lines if len(lines) <= 7 else [*lines[:6], f"... and {len(lines) - 6} more like the last"]
-    return "\n".join(line.replace("[", r"\[") for line in shown)
+    return "\n".join(shown)
 
 
-def _mark(passed: bool) -> str:
-    return "[green]ok[/]" if passed else "[bold red]FAILED[/]"
+def _mark(passed: bool) -> Text:
+    return styled(("ok", "green")) if passed else styled(("FAILED", "bold red"))

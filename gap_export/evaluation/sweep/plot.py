@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gap_export.evaluation.plotting import PALETTE, hide_frame
+from gap_export.evaluation.plotting import PALETTE, hide_frame, without_math
 from gap_export.evaluation.sweep.record import Positions, Row, SweepRecord
 from gap_export.positions import PositionPolicy
 
@@ -59,7 +59,7 @@ def _draw(panel: Axes, pruner: str, record: SweepRecord) -> None:
         )
         if rows:
             _draw_line(panel, rows, str(policy), colour, mark)
-    panel.set_title(pruner, fontsize=9)
+    panel.set_title(without_math(pruner), fontsize=9)
     hide_frame(panel)
 
 
@@ -106,6 +106,8 @@ def _label(plot: Figure, first: Axes, record: SweepRecord) -> None:
         ncols=len(shown),
         frameon=False,
         fontsize=9,
-        title=f"{record.model}: {record.settings.limit} held-out scenes, exported graphs in {record.settings.backend}",
+        title=without_math(
+            f"{record.model}: {record.settings.limit} held-out scenes, exported graphs in {record.settings.backend}"
+        ),
         title_fontsize=10,
     )
