@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import console, out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import JsonOption, ThreadsOption
 from gap_export.cli.progress import progress_shown
 from gap_export.runtime.backends import names
@@ -29,10 +31,15 @@ def bench(
         ),
     ] = "",
     batch: Annotated[str, typer.Option(help="Images per request; several, separated by commas.")] = "1",
-    requests: Annotated[int, typer.Option(min=1, help="Requests measured, per candidate.")] = 100,
+    requests: Annotated[
+        int, typer.Option(**number(bounds.REQUESTS), help="Requests measured, per candidate.")
+    ] = 100,
     new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens generated per request; by default the bundles' lowest limit."),
+        typer.Option(
+            **number(bounds.TOKENS),
+            help="Tokens generated per request; by default the bundles' lowest limit.",
+        ),
     ] = None,
     memory: Annotated[
         bool, typer.Option(help="Measure peak memory, each candidate in an isolated process.")
@@ -48,8 +55,8 @@ def bench(
         record = measured(
             bundles,
             backends=_words(f"{backend},{against}"),
-            keeps=_fractions(keep),
-            batches=_counts(batch),
+            keeps=bounds.several(keep, bounds.FRACTION, "--keep") if keep else [None],
+            batches=[int(each) for each in bounds.several(batch, bounds.BATCH, "--batch")],
             requests=requests,
             new_tokens=new_tokens,
             memory=memory,
@@ -66,26 +73,6 @@ def bench(
 
 def _words(text: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def _fractions(text: str) -> list[float | None]:
-    from gap_export.errors import InputError
-
-    try:
-        return [float(word) for word in _words(text)] or [None]
-    except ValueError as error:
-        raise InputError(
-            "is not a list of fractions", subject=f"--keep {text}", hint="for example 1.0,0.5,0.25"
-        ) from error
-
-
-def _counts(text: str) -> list[int]:
-    from gap_export.errors import InputError
-
-    words = _words(text)
-    if not words or not all(word.isdigit() and int(word) for word in words):
-        raise InputError("is not a list of counts", subject=f"--batch {text}", hint="for example 1,4")
-    return [int(word) for word in words]
 
 
 def _print(record: BenchRecord) -> None:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
@@ -28,13 +30,17 @@ KeepOption = Annotated[
 ]
 KeepBoundOption = Annotated[
     float | None,
-    typer.Option(help="Upper bound on the fraction of an image's tokens that --keep adaptive keeps."),
+    typer.Option(
+        **number(bounds.FRACTION),
+        help="Upper bound on the fraction of an image's tokens that --keep adaptive keeps.",
+    ),
 ]
 PrunerOption = Annotated[str | None, typer.Option(help="Pruner; see `gap-export models`.")]
 PruneLayersOption = Annotated[
     list[int] | None,
     typer.Option(
-        help="Decoder layer before which tokens are dropped, for pruners that do so inside the decoder; repeatable."
+        **number(bounds.LAYER),
+        help="Decoder layer before which tokens are dropped, for pruners that do so inside the decoder; repeatable.",
     ),
 ]
 PositionsOption = Annotated[str | None, typer.Option(help="gap (default), shifted or permuted.")]
@@ -74,17 +80,23 @@ CheckpointOption = Annotated[
 CapacityOption = Annotated[
     int | None,
     typer.Option(
-        help="Make the cache static, with this number of slots; by default it has as many as a request needs."
+        **number(bounds.SLOTS),
+        help="Make the cache static, with this number of slots; by default it has as many as a request needs.",
     ),
 ]
 MaxPixelsOption = Annotated[
     int | None,
     typer.Option(
-        help="Scale larger images down, in models that take them at their own size; bounds the cache too."
+        **number(bounds.PIXELS),
+        help="Scale larger images down, in models that take them at their own size; bounds the cache too.",
     ),
 ]
-MaxNewTokensOption = Annotated[int | None, typer.Option(help="Maximum length of an answer, in tokens.")]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of pruners that choose at random.")]
+MaxNewTokensOption = Annotated[
+    int | None, typer.Option(**number(bounds.TOKENS), help="Maximum length of an answer, in tokens.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(**number(bounds.SEED), help="Seed of pruners that choose at random.")
+]
 SelfContainedOption = Annotated[bool, typer.Option(help="Copy weights instead of linking them.")]
 ReplaceOption = Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")]
 

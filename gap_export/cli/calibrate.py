@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import BundleArgument, JsonOption, ThreadsOption
 from gap_export.cli.progress import progress_shown
 
@@ -15,7 +17,7 @@ from gap_export.cli.progress import progress_shown
 def calibrate(
     bundle: BundleArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, for `build --ranges`.")],
-    limit: Annotated[int, typer.Option(min=1, help="Number of expressions.")] = 128,
+    limit: Annotated[int, typer.Option(**number(bounds.COUNT), help="Number of expressions.")] = 128,
     data: Annotated[
         str | None,
         typer.Option(help="Annotations to take them from, as for `eval`; generated scenes when left out."),

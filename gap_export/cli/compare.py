@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     AccuracyDropOption,
     AgreementOption,
@@ -30,7 +32,9 @@ def compare(
     max_accuracy_drop: AccuracyDropOption = None,
     min_prediction_agreement: AgreementOption = None,
     min_box_iou: BoxIouOption = None,
-    worst: Annotated[int, typer.Option(min=0, help="How many of the worst disagreements to list.")] = 20,
+    worst: Annotated[
+        int, typer.Option(**number(bounds.SHOWN), help="How many of the worst disagreements to list.")
+    ] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Two evaluations expression by expression; exit 1 when a gate is not met."""

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import cluster_of, console, list_skipped, out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     AnyBackendOption,
     DataOption,
@@ -64,7 +66,9 @@ def evaluate(
     backend: AnyBackendOption = "onnxruntime",
     keep: KeepOption = None,
     limit: ExpressionLimitOption = None,
-    rows: Annotated[int, typer.Option(min=1, help="Maximum number of expressions per call.")] = 8,
+    rows: Annotated[
+        int, typer.Option(**number(bounds.BATCH), help="Maximum number of expressions per call.")
+    ] = 8,
     one_by_one: Annotated[
         bool, typer.Option(help="Run every prompt separately and in full; for comparison.")
     ] = False,
@@ -75,7 +79,7 @@ def evaluate(
     ray: RayOption = False,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="With --ray: workers of the cluster.", show_default="2"),
+        typer.Option(**number(bounds.WORKERS), help="With --ray: workers of the cluster.", show_default="2"),
     ] = None,
     ray_address: RayAddressOption = None,
     threads: ThreadsOption = 0,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from gap_export import bounds
+from gap_export.cli.numbers import number
 from gap_export.runtime.backends import names
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
@@ -23,18 +25,21 @@ AnyBackendOption = Annotated[
 KeepOption = Annotated[
     float | None,
     typer.Option(
-        help="Fraction of visual tokens to keep, in bundles built with a range; by default the bundle's own."
+        **number(bounds.FRACTION),
+        help="Fraction of visual tokens to keep, in bundles built with a range; by default the bundle's own.",
     ),
 ]
-LimitOption = Annotated[int, typer.Option(min=1, help="Number of held-out scenes.")]
+LimitOption = Annotated[int, typer.Option(**number(bounds.COUNT), help="Number of held-out scenes.")]
 RayOption = Annotated[bool, typer.Option("--ray", help="Dispatch the work to the workers of a Ray cluster.")]
 RayAddressOption = Annotated[
     str | None,
     typer.Option(help="With --ray: address of a running cluster; by default one is started on this machine."),
 ]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 lets it choose.")]
+ThreadsOption = Annotated[
+    int, typer.Option(**number(bounds.THREADS), help="ONNX Runtime threads; 0 lets it choose.")
+]
 ExpressionLimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Use only the first N expressions.")
+    int | None, typer.Option("--limit", **number(bounds.COUNT), help="Use only the first N expressions.")
 ]
 DataOption = Annotated[
     str,
@@ -68,15 +73,22 @@ ReplaceOption = Annotated[
 
 # Where they are left out: the recipe's where a bundle is compared with PyTorch, otherwise those of NVIDIA's grounding checks.
 AccuracyDropOption = Annotated[
-    float | None, typer.Option(help="Largest loss of accuracy; the recipe's against PyTorch, else 0.05.")
+    float | None,
+    typer.Option(
+        **number(bounds.SHARE), help="Largest loss of accuracy; the recipe's against PyTorch, else 0.05."
+    ),
 ]
 AgreementOption = Annotated[
     float | None,
     typer.Option(
-        help="Smallest fraction of expressions whose two boxes have an IoU of at least 0.5; 0.95 by default."
+        **number(bounds.SHARE),
+        help="Smallest fraction of expressions whose two boxes have an IoU of at least 0.5; 0.95 by default.",
     ),
 ]
 BoxIouOption = Annotated[
     float | None,
-    typer.Option(help="Smallest mean IoU of the two boxes; the recipe's against PyTorch, else 0.90."),
+    typer.Option(
+        **number(bounds.SHARE),
+        help="Smallest mean IoU of the two boxes; the recipe's against PyTorch, else 0.90.",
+    ),
 ]

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import list_skipped, out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     BackendOption,
     BundleArgument,
@@ -34,7 +36,10 @@ def recommend(
     data: DataOption = "scenes:7",
     max_accuracy_drop: Annotated[
         float,
-        typer.Option(help="Accuracy tolerance: the whole 95 % interval of the loss must lie within it."),
+        typer.Option(
+            **number(bounds.SHARE),
+            help="Accuracy tolerance: the whole 95 % interval of the loss must lie within it.",
+        ),
     ] = 0.02,
     keep: Annotated[
         str,
@@ -47,23 +52,18 @@ def recommend(
     skip_bad_rows: SkipBadRowsOption = False,
     protocol: ProtocolOption = "unc",
     limit: ExpressionLimitOption = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests measured per fraction.")] = 30,
+    requests: Annotated[
+        int, typer.Option(**number(bounds.REQUESTS), help="Requests measured per fraction.")
+    ] = 30,
     backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = 0,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """The smallest keep ratio within the accuracy tolerance, and its speedup; exit 1 when there is none."""
-    from gap_export.errors import InputError
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.evaluation.refer.recommend import recommend as recommended
 
-    try:
-        keeps = [float(fraction) for fraction in keep.split(",")]
-    except ValueError as error:
-        raise InputError(
-            "is not a list of fractions", subject=f"--keep {keep}", hint="for example 1.0,0.5,0.25"
-        ) from error
     dataset = open_dataset(
         data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
     )
@@ -72,7 +72,7 @@ def recommend(
         result = recommended(
             bundle,
             dataset,
-            keeps=keeps,
+            keeps=bounds.several(keep, bounds.FRACTION, "--keep"),
             max_accuracy_drop=max_accuracy_drop,
             protocol=protocol,
             limit=limit,

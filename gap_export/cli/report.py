@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import console, out
+from gap_export.cli.numbers import number
 from gap_export.cli.options import AccuracyDropOption, AgreementOption, BoxIouOption, ProtocolOption
 from gap_export.cli.progress import progress_shown
 
@@ -23,9 +25,14 @@ def report(
     protocol: ProtocolOption = "unc",
     images: Annotated[Path | None, typer.Option(help="Folder of the images, if they moved.")] = None,
     worst: Annotated[
-        int, typer.Option(min=0, help="How many of the expressions with the largest differences to show.")
+        int,
+        typer.Option(
+            **number(bounds.SHOWN), help="How many of the expressions with the largest differences to show."
+        ),
     ] = 12,
-    drawn: Annotated[int, typer.Option(min=0, help="How many randomly chosen expressions to show.")] = 12,
+    drawn: Annotated[
+        int, typer.Option(**number(bounds.SHOWN), help="How many randomly chosen expressions to show.")
+    ] = 12,
     pruners: Annotated[
         bool, typer.Option(help="Show what every pruner would keep; loads the PyTorch model.")
     ] = True,

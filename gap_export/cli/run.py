@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import console, out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import AnyBackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def run(
     keep: KeepOption = None,
     backend: AnyBackendOption = "onnxruntime",
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum length of an answer, in tokens.")
+        int | None, typer.Option(**number(bounds.TOKENS), help="Maximum length of an answer, in tokens.")
     ] = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import cluster_of, console, out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import BackendOption, JsonOption, LimitOption, RayAddressOption, RayOption
 from gap_export.cli.progress import progress_shown
 
@@ -31,12 +33,19 @@ def sweep(
         Path, typer.Option("--output", "-o", help="Folder of the sweep; finished points in it are kept.")
     ] = Path("out/sweep"),
     backend: BackendOption = "onnxruntime",
-    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 16,
+    batch: Annotated[int, typer.Option(**number(bounds.BATCH), help="Images per call.")] = 16,
     threads: Annotated[
-        int, typer.Option(min=0, help="ONNX Runtime threads of every process; 0 lets it choose.")
+        int,
+        typer.Option(
+            **number(bounds.THREADS), help="ONNX Runtime threads of every process; 0 lets it choose."
+        ),
     ] = 1,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes that points are dispatched to; results do not depend on it.")
+        int,
+        typer.Option(
+            **number(bounds.WORKERS),
+            help="Processes that points are dispatched to; results do not depend on it.",
+        ),
     ] = 2,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from gap_export import bounds
 from gap_export.cli.app import out, print_json
+from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     BackendOption,
     BundleArgument,
@@ -27,7 +29,7 @@ def validate(
     backend: BackendOption = "onnxruntime",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
     text_tower: Annotated[Path | None, typer.Option(help="The text tower's, if they moved.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 16,
+    batch: Annotated[int, typer.Option(**number(bounds.BATCH), help="Images per call.")] = 16,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:

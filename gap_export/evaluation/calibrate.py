@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from gap_export import __version__
+from gap_export import __version__, bounds
 from gap_export.boxes.scenes import DEV_SEED, Case, cases
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import BundleError, InputError
@@ -54,6 +54,7 @@ def calibrate(
         InputError: the data set has no images.
         SessionError: a graph does not run.
     """
+    bounds.check(limit=limit, threads=threads)
     bundle = open_bundle(bundle)
     manifest = bundle.manifest
     row = precision(manifest.precision)

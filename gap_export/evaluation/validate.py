@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from gap_export import bounds
 from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.checkpoint.hub import resolve
@@ -96,6 +97,7 @@ def validate(
     check_build_extra("validating a bundle")
     from gap_export.runtime.torch.reference import open_torch
 
+    bounds.check(limit=limit, batch=batch, threads=threads)
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
     bundle = open_bundle(bundle, every_hash=True)
     manifest = bundle.manifest

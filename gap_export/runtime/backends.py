@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gap_export import bounds
 from gap_export.errors import MissingRequirementError, SessionError
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", *, threads: int =
         SessionError: there is no such backend, it refuses, or the bundle has nothing for it.
         MissingRequirementError: no GPU, or the runtime is not installed.
     """
+    bounds.check(threads=threads)
     found = row(backend)
     module, _, attribute = found.loader.partition(":")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -208,6 +209,9 @@ class OnnxRuntimeSession(Lifetime):
     def _load(self, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
+        if self._threads > (os.cpu_count() or 1):
+            # Threads that wait spin for a while, and keep those from running that they wait for.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from gap_export import bounds
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.environment import peak_rss_bytes
 from gap_export.errors import MissingRequirementError
@@ -80,6 +81,9 @@ def bench(
     Raises:
         GapExportError: a bundle cannot be opened, or not be asked in that way.
     """
+    bounds.check(requests=requests, new_tokens=new_tokens, threads=threads)
+    for batch in batches:
+        bounds.check(batch=batch)
     given = [bundles] if isinstance(bundles, Bundle | Path | str) else bundles
     opened = [open_bundle(each) for each in given]
     specs = candidate_specs([bundle.folder for bundle in opened], backends, keeps, batches)

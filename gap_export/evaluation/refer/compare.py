@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gap_export import bounds
 from gap_export.boxes import metrics
 from gap_export.bundle.folder import MANIFEST, open_bundle
 from gap_export.errors import InputError
@@ -179,6 +180,7 @@ def thresholds_on(reference: EvalRun, subject: EvalRun, **given: float | None) -
     Raises:
         InputError: a threshold that nothing could meet.
     """
+    bounds.check(**given)
     base, bundle = GROUNDING, _bundle_folder(subject)
     if reference.record.backend == "torch" and bundle is not None and bundle == _bundle_folder(reference):
         base = open_bundle(bundle).manifest.gates

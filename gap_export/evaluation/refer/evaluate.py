@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gap_export import families
+from gap_export import bounds, families
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.dataset import Dataset
@@ -51,6 +51,9 @@ class EvalOptions:
     share: bool = True
     threads: int = 0
     rescale_boxes: bool = False
+
+    def __post_init__(self) -> None:
+        bounds.check(limit=self.limit, rows=self.rows, threads=self.threads)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import model_validator
 
+from gap_export import bounds
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.bundle_reports import RECOMMENDATION
@@ -129,6 +130,7 @@ def recommend(
         InputError: fewer than two shares, one that the bundle was not built for, or a data set without images.
         GapExportError: the bundle could not be asked.
     """
+    bounds.check(max_accuracy_drop=max_accuracy_drop, limit=limit, requests=requests, threads=threads)
     shares = sorted(set(keeps), reverse=True)
     if len(shares) < 2:
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from gap_export import bounds
 from gap_export.errors import GapExportError
 from gap_export.evaluation.refer.compare import thresholds_on
 from gap_export.evaluation.refer.dataset import open_dataset
@@ -71,6 +72,7 @@ def report(
         InputError: no evaluation under that protocol, or evaluations of different expressions.
         BundleError: the file cannot be written.
     """
+    bounds.check(worst=worst, drawn=drawn)
     check_packages()
     folders = [runs] if isinstance(runs, Path | str) else list(runs)
     check_output_file(Path(out), inputs=map(Path, folders), ours=_is_page, holds="page of gap-export")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gap_export import prune
+from gap_export import bounds, prune
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.errors import InputError, RecipeError
+from gap_export.errors import RecipeError
 from gap_export.evaluation.sweep.record import FULL, Skipped, SweepPoint
 from gap_export.inputs.prompt import TextTower
 from gap_export.plan import plan_for
@@ -57,12 +57,7 @@ class SweepRequest:
         _check_pruners(self.pruners)
         _check_keeps(self.keeps)
         _check_distinct(self.positions, "positions")
-        if self.limit < 1 or self.batch < 1:
-            raise InputError(
-                "must be at least 1",
-                subject=f"limit {self.limit}, batch {self.batch}",
-                hint="500 scenes give a standard error of at most 0.022",
-            )
+        bounds.check(limit=self.limit, batch=self.batch, threads=self.threads)
 
     def recipe_of(self, point: SweepPoint) -> Recipe:
         """The recipe of one point's bundle."""
@@ -97,18 +92,9 @@ def keeps_from(text: str) -> tuple[float, ...]:
     """Fractions in a list with commas.
 
     Raises:
-        RecipeError: not a number, outside (0, 1], an empty list, a fraction twice.
+        InputError: not a number, outside (0, 1], an empty list, a fraction twice.
     """
-    keeps = []
-    for entry in _entries(text, "keep"):
-        try:
-            keeps.append(float(entry))
-        except ValueError as error:
-            raise RecipeError(
-                "is not a number", subject=f"keep {entry!r}", hint="a list looks like 0.5,0.25,0.11"
-            ) from error
-    _check_keeps(keeps)
-    return tuple(keeps)
+    return tuple(bounds.several(text, bounds.FRACTION, "--keep"))
 
 
 def positions_from(text: str) -> tuple[PositionPolicy, ...]:

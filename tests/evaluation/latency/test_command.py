@@ -60,8 +60,8 @@ def test_memory_of_each(tiny_bundle: Callable[..., Bundle]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--batch", "one"], "not a list of counts"),
-        (["--keep", "half"], "not a list of fractions"),
+        (["--batch", "one"], "is not a whole number from 1"),
+        (["--keep", "half"], "is not a number above 0"),
         (["--keep", "0.5"], "cannot be chosen"),
         (["--keep", "1.0", "--new-tokens", "12"], "cannot be chosen"),  # and not: the cache is too short
         (["--backend", "jax"], "unknown backend"),
