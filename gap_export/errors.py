@@ -10,6 +10,7 @@
     ├── InputError         an image, an expression or a data file from the user
     ├── SessionError       a runtime refused to load or run a bundle
     ├── GateError          a run does not do what was required of it
+    ├── OutputError        standard output takes nothing more
     └── MissingRequirementError   an optional dependency, memory, disk or device that is not there
 
 The command line prints these without a traceback and exits with 2. Any other exception is a bug; please report it.
@@ -103,6 +104,12 @@ class GateError(GapExportError):
     """A run differs more from the one that it is compared with than its thresholds allow."""
 
     stage = "gate"
+
+
+class OutputError(GapExportError):
+    """Standard output is closed, full, or a pipe that nobody reads any longer."""
+
+    stage = "output"
 
 
 class MissingRequirementError(GapExportError):

@@ -5,11 +5,17 @@ Square brackets are no markup here, and control characters are written as escape
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+from gap_export.errors import OutputError
 
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
@@ -31,9 +37,49 @@ class Terminal(Console):
         """Every plain string that is printed passes here, in tables and titles too."""
         return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print to a stream; where messages cannot be written, nobody reads them, and work goes on.
+
+        Raises:
+            OutputError: results cannot be written.
+        """
+        with self._writing():
+            super().print(*objects, **options)
+
+    def write_line(self, text: str) -> None:
+        """Write a line as it is, for programs.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._writing():
+            self.file.write(f"{text}\n")
+            self.file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.stderr:
+                raise lost_output(error) from error
+
+    def on_broken_pipe(self) -> None:
+        """Say so as of any other stream that takes no more; rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
     def say(self, *parts: str | tuple[str, str]) -> None:
         """Print parts of one paragraph, each plain or `(text, style)`; the terminal breaks it, not we, so that it can be copied."""
         self.print(styled(*parts), soft_wrap=True)
+
+
+def lost_output(error: OSError) -> OutputError:
+    """The error of an answer that could not be written to standard output."""
+    return OutputError(
+        f"cannot be written: {error.strerror}",
+        subject="standard output",
+        hint="the answer is not complete; what was written to files is",
+    )
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:

@@ -6,6 +6,7 @@ a traceback is a bug. Heavy imports happen inside the commands, so that `--help`
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Annotated, Any, NoReturn, TextIO
@@ -25,12 +26,13 @@ from gap_export.cli import (
     recommend,
     report,
     run,
+    streams,
     sweep,
     validate,
 )
 from gap_export.cli.app import app, console, out
-from gap_export.errors import CheckpointWarning, GapExportError
-from gap_export.terminal import one_line
+from gap_export.errors import CheckpointWarning, GapExportError, OutputError
+from gap_export.terminal import lost_output, one_line
 
 __all__ = ["__version__", "app", "main"]
 
@@ -61,33 +63,63 @@ _INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Entry point: run a command, turn a `GapExportError` into a message and exit code 2."""
-    _print_anything()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        code = _run()
+        code, lost = streams.finish(_run())
+    if lost is not None:
+        _failed(lost_output(lost))
     sys.exit(code)
 
 
 def _run() -> int:
     """Exit code of the command that was asked for."""
     try:
+        streams.check_surroundings(sys.argv[1:])
         # Outside standalone mode, typer gives the code of a raised Exit back, and for Ctrl-C the shell's.
         result = app(standalone_mode=False)
         code = result if isinstance(result, int) else 0
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
     except GapExportError as error:
-        return _report(error.stage, error.subject, error.message, error.hint)
+        return _failed(error)
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         console.say(("interrupted", "yellow"), ": no partial output was left; rerun the same command")
         return _INTERRUPTED
+    except OSError as error:
+        return _system(error)
+    except MemoryError:
+        return _report(
+            "environment",
+            "memory",
+            "there is not enough for this",
+            "choose a smaller model or --batch, or use a machine with more",
+        )
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a click usage error knows how to show itself
+        if not hasattr(error, "format_message"):  # a usage error knows how to show itself
             raise
         return _usage(error)
     return code
+
+
+def _system(error: OSError) -> int:
+    """What the system refused and nothing nearer has said: a stream, or a file whose name comes from outside."""
+    if streams.is_lost_output(error):
+        return _failed(lost_output(error))
+    subject = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)
+    return _report(
+        "system",
+        subject or type(error).__name__,
+        error.strerror or str(error),
+        "check the path, its permissions and the space that is left",
+    )
+
+
+def _failed(error: GapExportError) -> int:
+    if isinstance(error, OutputError):
+        streams.discard(sys.stdout)  # or what it still holds would be written at the end, in vain
+    return _report(error.stage, error.subject, error.message, error.hint)
 
 
 def _usage(error: Any) -> int:
@@ -112,14 +144,9 @@ def _show_warning(
     if issubclass(category, CheckpointWarning):
         console.say(("warning:", "yellow"), f" {message}")
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-
-def _print_anything() -> None:
-    """Escape what standard output cannot show: names of files and texts of data sets are in any encoding, and the work is done."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)  # what stands in for it may have none
-    if reconfigure is not None and sys.stdout.errors == "strict":
-        reconfigure(errors="backslashreplace")
+        console.print(
+            warnings.formatwarning(message, category, filename, lineno, line), end="", soft_wrap=True
+        )
 
 
 def _report(stage: str, subject: str, message: str, hint: str) -> int:

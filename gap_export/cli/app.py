@@ -29,7 +29,7 @@ out = Terminal(width=None if sys.stdout is not None and sys.stdout.isatty() else
 
 def print_json(record: dict[str, Any]) -> None:
     """The record alone, as one line."""
-    print(json.dumps(record, allow_nan=False))
+    out.write_line(json.dumps(record, allow_nan=False))
 
 
 def list_skipped(dataset: Dataset) -> None:
