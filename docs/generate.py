@@ -15,6 +15,8 @@ from pathlib import Path
 from gap_export import families, prune
 from gap_export.boxes.codecs import CODECS
 from gap_export.evaluation.refer.annotations import FORMATS
+from gap_export.files import readable_size
+from gap_export.files.kinds import FILE_KINDS
 from gap_export.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,11 +110,22 @@ def formats() -> str:
     return "\n".join(rows)
 
 
+def limits() -> str:
+    """The kinds of files that are read, and the most bytes of one."""
+    rows = ["| file | at most |", "|---|---|"]
+    rows += [
+        f"| {kind.name} | {'no limit: mapped, or read in pieces' if kind.largest is None else readable_size(kind.largest)} |"
+        for kind in FILE_KINDS
+    ]
+    return "\n".join(rows)
+
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models),
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),
     "formats": (ROOT / "docs" / "evaluation.md", formats),
+    "limits": (ROOT / "SECURITY.md", limits),
     "pruners": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=False)),
     "pruners inside the decoder": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=True)),
 }

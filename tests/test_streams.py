@@ -128,7 +128,7 @@ def test_paths_of_no_encoding_and_without_assertions(
     for optimised in (False, True):
         done = shell(asked, folder, optimised=optimised)
         assert done.returncode == 0, done.stderr
-    assert Image.open(folder / "drawn.jpg").size == (36, 36)
+    assert (folder / "drawn.jpg").is_file()
     done = shell("gap-export inspect ../caf*/bundle --json", folder)
     assert json.loads(done.stdout)["bundle"] == os.fsdecode(b"../caf\xe9/bundle")
     refused = shell("gap-export run bundle --image *.png --refer '' --threads 1", folder, optimised=True)

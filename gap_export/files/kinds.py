@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gap_export.errors import BundleError, CheckpointError, GapExportError, InputError, LintError, RecipeError
 
-_KB, _MB, _GB = 2**10, 2**20, 2**30
+_KB, _MB, _GB = 10**3, 10**6, 10**9
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ _REBUILD = "the bundle is damaged: build it again"
 _AGAIN = "get the file again"
 _RERUN = "it is damaged: run the command again that wrote it"
 
-RECIPE = FileKind("a recipe", 256 * _KB, RecipeError, "see recipes/ for examples")
+RECIPE = FileKind("a recipe", 250 * _KB, RecipeError, "see recipes/ for examples")
 CONFIG = FileKind("a config", 16 * _MB, CheckpointError, _FETCH)
 WEIGHT_INDEX = FileKind("an index of weights", 64 * _MB, CheckpointError, _FETCH)
 WEIGHTS = FileKind("a file of weights", None, CheckpointError, _FETCH)
