@@ -107,7 +107,7 @@ class GateError(GapExportError):
 
 
 class OutputError(GapExportError):
-    """Standard output is closed, full, or a pipe that nobody reads any longer."""
+    """Standard output is closed, full, or a pipe whose reader has ended."""
 
     stage = "output"
 

@@ -38,7 +38,7 @@ class Terminal(Console):
         return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print to a stream; where messages cannot be written, nobody reads them, and work goes on.
+        """Print to a stream; messages that cannot be written are let go, and the work is finished.
 
         Raises:
             OutputError: results cannot be written.

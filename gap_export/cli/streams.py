@@ -92,7 +92,7 @@ def discard(stream: object) -> None:
 
 
 def is_lost_output(error: OSError) -> bool:
-    """Whether a system error is that of a stream; files of ours are written by functions that name them."""
+    """Whether a system error is that of a stream; functions that write files name them."""
     return error.errno in _LOST and error.filename is None
 
 
