@@ -141,15 +141,15 @@ def off_transformers(path: Path, folder: Path) -> float | None:
         return None
     known = np.load(reference)
     try:
-        session = open_session(path)
-        how = Running(session, flow, inputs.get("position_ids")).inputs
-        if how.static("tokens") not in (None, 6):
-            return None
-        call = Call(how.static("rows") or 1, 6, 0)
-        ids = GAPPED.repeat(call.rows, axis=0)
-        feeds = {name: how.feed(value, call, ids) for name, value in inputs.items()}
-        feeds["input_ids"] = known["input_ids"].repeat(call.rows, axis=0).astype(feeds["input_ids"].dtype)
-        logits = np.asarray(session.run(["logits"], feeds)[0], np.float64)[0]
+        with open_session(path, flow.model) as session:
+            how = Running(session, flow, inputs.get("position_ids")).inputs
+            if how.static("tokens") not in (None, 6):
+                return None
+            call = Call(how.static("rows") or 1, 6, 0)
+            ids = GAPPED.repeat(call.rows, axis=0)
+            feeds = {name: how.feed(value, call, ids) for name, value in inputs.items()}
+            feeds["input_ids"] = known["input_ids"].repeat(call.rows, axis=0).astype(feeds["input_ids"].dtype)
+            logits = np.asarray(session.run(["logits"], feeds)[0], np.float64)[0]
     except Exception as error:  # what the runtime has not, or does not take
         print(f"not run: {path}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
         return None

@@ -17,6 +17,7 @@ _ANSWERS: dict[str, tuple[str | tuple[str, str], ...]] = {
     "survive": ("gapped ids ", ("survive", "bold green")),
     "do not survive": ("gapped ids ", ("do not survive", "bold red")),
     "cannot tell": (("cannot tell", "bold yellow"), " whether gapped ids survive"),
+    "no position ids": (("no position ids", "bold yellow"), " here"),
 }
 
 
@@ -33,7 +34,8 @@ def lint(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Would gapped position ids survive this graph? Exit 1 when they would not, or when lint cannot tell."""
+    """Would gapped position ids survive this graph? Exit 1 when they would not, when lint cannot tell, or when a graph of
+    a decoder's name has none."""
     import gap_export as gap
 
     report = gap.lint(graph, kind=kind, strict=strict, ids_input=ids_input, prove=prove)  # type: ignore[arg-type]

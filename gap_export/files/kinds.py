@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gap_export.errors import BundleError, CheckpointError, GapExportError, InputError, LintError, RecipeError
+from gap_export.errors import BundleError, CheckpointError, GapExportError, InputError, RecipeError
 
 _KB, _MB, _GB = 10**3, 10**6, 10**9
 
@@ -41,7 +41,7 @@ WEIGHTS = FileKind("a file of weights", None, CheckpointError, _FETCH)
 TOKENIZER = FileKind("a tokenizer", 256 * _MB, CheckpointError, _FETCH)
 MANIFEST = FileKind("a manifest", 64 * _MB, BundleError, _REBUILD)
 BUNDLE_TOKENIZER = FileKind("a bundle's tokenizer", 256 * _MB, BundleError, _REBUILD)
-GRAPH = FileKind("a graph", 2 * _GB, LintError, "export it again, with weights of more than 2 GB beside it")
+GRAPH = FileKind("a graph", 2 * _GB, InputError, "export it again, with weights of more than 2 GB beside it")
 ENGINE = FileKind("an engine", None, BundleError, "build it again")
 RANGES = FileKind("a file of ranges", 64 * _MB, RecipeError, "write it with gap-export calibrate")
 REPORT = FileKind("a report", 256 * _MB, InputError, _RERUN)

@@ -16,10 +16,9 @@ from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from gap_export.errors import InputError, LintError
-from gap_export.linter.attention import find_attention
+from gap_export.errors import GapExportError, InputError, LintError, first_line
 from gap_export.linter.cache import CACHE, check_cache
-from gap_export.linter.dataflow import Flow, is_float, is_op
+from gap_export.linter.dataflow import Flow
 from gap_export.linter.decoder import DECODER_RULES, Decoder, check_decoder, read_decoder
 from gap_export.linter.general import (
     SPLICED,
@@ -29,13 +28,15 @@ from gap_export.linter.general import (
     check_splice,
     check_standard_ops,
 )
+from gap_export.linter.kind import kind_of, kind_without_ids, no_ids, taken_for_decoder
+from gap_export.linter.limits import too_much
 from gap_export.linter.load import load
 from gap_export.linter.mask import SEES, check_mask, declared_mask
 from gap_export.linter.opaque import check_out_of_sight
 from gap_export.linter.prove import prove as prove_by_running
 from gap_export.linter.report import Finding, GraphKind, Proof, Report, Rule, Severity, Verdict, verdict_of
 from gap_export.linter.stages import FOLLOW, check_kept_inside, is_staged
-from gap_export.linter.vision import ASCENDING, EMBEDS, KEPT, check_vision
+from gap_export.linter.vision import ASCENDING, KEPT, check_vision
 from gap_export.positions import AttentionMask, PositionPolicy
 
 __all__ = ["RULES", "Finding", "GraphKind", "Proof", "Report", "Rule", "Severity", "Verdict", "lint_graph"]
@@ -76,13 +77,49 @@ def lint_graph(
 
     Raises:
         InputError: no such kind, or the file is not there, not ONNX, damaged or empty.
-        LintError: the graph is invalid, of no kind that lint knows, or a decoder without attention; or what was measured
-            contradicts what was read from the graph.
+        LintError: the graph is invalid, asks for more than any decoder (`limits`), is of no kind that lint knows, or a decoder
+            without attention; or what was measured contradicts what was read from the graph.
     """
     if kind not in KINDS:
         raise InputError(
             "is not a kind of graph", subject=repr(kind), hint=f"choose one of {', '.join(KINDS)}"
         )
+    question = _Question(kind, strict, policy, mask, ids_input, prove)
+    try:
+        return _answer(source, question)
+    except GapExportError:
+        raise
+    except RecursionError as error:
+        raise too_much(
+            "has nodes that depend on each other too deeply to be analysed", _name(source)
+        ) from error
+    except Exception as error:
+        # What is known of invalid graphs is checked before (`structure`); the ways to build one have no end.
+        raise LintError(
+            f"cannot be analysed: {type(error).__name__}: {first_line(error)[:200]}",
+            subject=_name(source),
+            hint="check the file with onnx.checker; if it is valid, report this",
+        ) from error
+
+
+def _name(source: Path | str | ir.Model) -> str:
+    return (source.graph.name or "graph") if isinstance(source, ir.Model) else str(source)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of a graph; see `lint_graph`."""
+
+    kind: GraphKind | Literal["auto"]
+    strict: bool
+    policy: PositionPolicy
+    mask: AttentionMask | None
+    ids_input: str
+    prove: bool
+
+
+def _answer(source: Path | str | ir.Model, question: _Question) -> Report:
+    strict, policy, ids_input = question.strict, question.policy, question.ids_input
     subject, flow = load(source)
     if ids_input != IDS and ids_input not in {value.name for value in flow.inputs}:
         raise InputError(
@@ -90,10 +127,17 @@ def lint_graph(
             subject=subject,
             hint=f"its inputs: {', '.join(value.name or '' for value in flow.inputs)}",
         )
-    if kind == "auto":
-        kind = _kind(subject, flow, ids_input)
+    other = None
+    if taken_for_decoder(source, question.kind):
+        other = kind_without_ids(subject, flow, ids_input)
+    if other is not None:
+        report = Report(
+            subject=subject, kind=other, strict=strict, attention_layers=0, rules=(), verdict=no_ids(other)
+        )
+        return report.with_proof(_NOT_RUN) if question.prove else report
+    kind = kind_of(subject, flow, ids_input) if question.kind == "auto" else question.kind
     if kind == "decoder":
-        checked = _check_decoder(subject, flow, strict, ids_input, policy, mask)
+        checked = _check_decoder(subject, flow, strict, ids_input, policy, question.mask)
     elif kind == "vision":
         checked = _check_vision(flow, policy)
     elif kind == "splice":
@@ -110,13 +154,17 @@ def lint_graph(
         rules=(*checked.rules, *GENERAL_RULES),
         verdict=verdict_of(findings, good=checked.good),
     )
-    if not prove:
+    if not question.prove:
         return report
     if kind != "decoder" or is_staged(flow):
-        sentence = "only a decoder that keeps all its tokens can be run with other ids"
-        return report.with_proof(Proof(outcome="not run here", sentence=sentence))
+        return report.with_proof(_NOT_RUN)
     proof = prove_by_running(source, flow, checked.ids, tokens=checked.tokens, fades=checked.fades)
     return report.with_proof(proof)
+
+
+_NOT_RUN = Proof(
+    outcome="not run here", sentence="only a decoder that keeps all its tokens can be run with other ids"
+)
 
 
 @dataclass(frozen=True)
@@ -210,29 +258,3 @@ def _good_decoder(decoder: Decoder) -> str:
     if rotated < len(decoder.sites):
         layers = f"{rotated} of {len(decoder.sites)} attention layers"
     return f"{name} reach the rotary angles of {layers}, token by token"
-
-
-def _kind(subject: str, flow: Flow, ids_input: str) -> GraphKind:
-    """Which kind of graph this is, by its inputs and outputs."""
-    inputs = {v.name or "" for v in flow.inputs}
-    outputs = {v.name or "" for v in flow.outputs}
-    if inputs & {KEPT, EMBEDS}:
-        return "splice"
-    if outputs & {KEPT, EMBEDS}:
-        return "vision"
-    caches = any(word in name for name in inputs for word in ("past", "cache"))
-    tokens = inputs & {"inputs_embeds", "input_ids", ids_input}
-    if caches or "logits" in outputs or ids_input in inputs:
-        return "decoder"
-    images = any("pixel" in name or name in ("image", "images") for name in inputs)
-    if find_attention(flow) and (tokens or not images):
-        return "decoder"
-    if images:
-        return "vision"
-    if any(is_op(n, "Gather") and n.inputs[0] is not None and is_float(n.inputs[0]) for n in flow.nodes):
-        return "embed"
-    raise LintError(
-        f"is of no kind that lint knows: inputs {', '.join(sorted(inputs)) or 'none'}",
-        subject=subject,
-        hint="decoder, vision, splice or embed: name it with the `kind`",
-    )

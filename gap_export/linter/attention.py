@@ -12,7 +12,15 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from gap_export.linter.dataflow import STANDARD_DOMAINS, Flow, is_float, is_op, is_quantizing, operand
+from gap_export.linter.dataflow import (
+    STANDARD_DOMAINS,
+    Flow,
+    integer,
+    is_float,
+    is_op,
+    is_quantizing,
+    operand,
+)
 
 Form = Literal["standard", "fused", "plugin", "decomposed"]
 
@@ -93,7 +101,7 @@ class AttentionSite:
     @property
     def rotates_inside(self) -> bool:
         """Whether the operator itself applies rotary embeddings."""
-        return self.node.attributes.get_int("do_rotary", 0) != 0
+        return integer(self.node, "do_rotary", 0) != 0
 
 
 def find_attention(flow: Flow) -> list[AttentionSite]:
@@ -144,7 +152,7 @@ def _present(node: ir.Node, places: Iterable[int]) -> tuple[ir.Value, ...]:
 
 def _decomposed(flow: Flow, softmax: ir.Node) -> AttentionSite | None:
     """The attention around a Softmax, or None where it is not one (a router, a sampler)."""
-    weighted = _weighted_sum(softmax)
+    weighted = _weighted_sum(flow, softmax)
     scores = operand(softmax, 0)
     if weighted is None or scores is None:
         return None
@@ -188,13 +196,23 @@ def _keeps_scores(node: ir.Node) -> bool:
 
 def _is_scale(flow: Flow, value: ir.Value) -> bool:
     """Whether it is what whole numbers were measured in, by `DynamicQuantizeLinear`; constants among it count."""
-    node = value.producer()
-    if is_op(node, "DynamicQuantizeLinear") and node is not None:
-        return value is not node.outputs[0]
-    if not is_op(node, "Mul") or node is None:
-        return False
-    parts = [v for v in node.inputs if v is not None and not flow.is_constant(v)]
-    return bool(parts) and all(_is_scale(flow, v) for v in parts)
+    pending, seen = [value], {value}
+    while pending:
+        current = pending.pop()
+        flow.work.take()
+        node = current.producer()
+        if node is not None and is_op(node, "DynamicQuantizeLinear"):
+            if current is node.outputs[0]:
+                return False
+            continue
+        if node is None or not is_op(node, "Mul"):
+            return False
+        parts = [v for v in node.inputs if v is not None and not flow.is_constant(v)]
+        if not parts:
+            return False
+        pending += [v for v in parts if v not in seen]
+        seen.update(parts)
+    return True
 
 
 def _leads_to_product(flow: Flow, value: ir.Value) -> bool:
@@ -213,20 +231,20 @@ def _both_vary(flow: Flow, product: ir.Node) -> bool:
     return factors is not None and not any(flow.is_constant(v) for v in factors)
 
 
-def _weighted_sum(softmax: ir.Node) -> ir.Value | None:
+def _weighted_sum(flow: Flow, softmax: ir.Node) -> ir.Value | None:
     """The values that the attention weights are multiplied with."""
-    pending, seen = [softmax.outputs[0]], set(softmax.outputs)
+    pending, seen = list(softmax.outputs[:1]), set(softmax.outputs)
     while pending:
         weights = pending.pop()
         for use in weights.uses():
+            flow.work.take()
             factors = _factors(use.node)
             if factors is not None and use.idx == 0:
                 return factors[1]
             if is_op(use.node, *_WEIGHT_OPS) or is_quantizing(use.node):
-                output = use.node.outputs[0]
-                if output not in seen:
-                    seen.add(output)
-                    pending.append(output)
+                fresh = [output for output in use.node.outputs[:1] if output not in seen]
+                seen.update(fresh)
+                pending += fresh
     return None
 
 

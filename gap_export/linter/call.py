@@ -7,8 +7,9 @@ tools and this project.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gap_export.errors import first_line
 from gap_export.linter.dataflow import is_float, name_of
+from gap_export.linter.limits import MOST_FED
 
 Array = NDArray[Any]
 
@@ -40,6 +43,10 @@ _COUNTS = (
     (re.compile(r"logits_to_keep|query_len|seq_len|sequence_length"), lambda c: c.tokens),
 )
 """What integers of one value, or one per row, count; the first that matches."""
+
+
+class CannotFeed(Exception):
+    """An input cannot be made up; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Inputs:
             return 1
         place = {"tokens": 1, "rows": 2}[what]
         dim = dims[-place] if len(dims) >= place else None
-        return dim if isinstance(dim, int) else None
+        return dim if isinstance(dim, int) and dim > 0 else None
 
     @property
     def has_rows(self) -> bool:
@@ -168,8 +175,10 @@ class Inputs:
     def extent(self, dim: int | ir.SymbolicDim, call: Call) -> int | None:
         """The extent of a dimension in a call; None where its name is not one that the inputs explain."""
         if isinstance(dim, int):
-            return dim
-        if (dim.value or "").isdigit():  # torch names some extents by their number
+            return dim if dim >= 0 else None  # -1 is how some exporters say that it varies
+        if (dim.value or "").isdecimal() and len(
+            dim.value or ""
+        ) < 20:  # torch names some extents by their number
             return int(dim.value or 0)
         if dim.value in self._known:
             return self._known[dim.value]
@@ -184,7 +193,16 @@ class Inputs:
             call: extents.
             ids: int64 [B, S], the position ids.
             seed: of embeddings, past and token ids.
+
+        Raises:
+            CannotFeed: it is too large, of a type without numbers, or of a shape that contradicts those of the others.
         """
+        try:
+            return self._feed(value, call, ids, seed)
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            raise CannotFeed(f"{name_of(value)} cannot be made up: {first_line(error)}") from error
+
+    def _feed(self, value: ir.Value, call: Call, ids: Array, seed: int) -> Array:
         name, dtype = name_of(value).lower(), (value.dtype or ir.DataType.INT64).numpy()
         total = call.past + call.tokens
         if value is self.ids:
@@ -240,7 +258,9 @@ class Inputs:
             extents[-1] = call.tokens if named == "tokens" else last
         if extents and extents[0] is None:
             extents[0] = call.rows
-        return [1 if extent is None else extent for extent in extents]
+        shape = [1 if extent is None else extent for extent in extents]
+        check_fed(value, shape)
+        return shape
 
     def _name(self, value: ir.Value, axis: int, what: str) -> None:
         if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
@@ -250,6 +270,16 @@ class Inputs:
             self._nameless.setdefault((value, axis % len(value.shape)), what)
         elif isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isdigit():
             self._symbols.setdefault(dim.value, what)
+
+
+def check_fed(value: ir.Value, shape: Sequence[int]) -> None:
+    """Refuse to make up an input that would take too much memory.
+
+    Raises:
+        CannotFeed: it names the input.
+    """
+    if math.prod(shape) > MOST_FED:
+        raise CannotFeed(f"{name_of(value)} has {math.prod(shape)} elements")
 
 
 def _mask(shape: list[int], call: Call, dtype: Any, *, additive: bool) -> Array:

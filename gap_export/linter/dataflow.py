@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from gap_export.errors import LintError
+from gap_export.linter.limits import Work
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 _OF_ONNX_RUNTIME = frozenset({"SimplifiedLayerNormalization"})
@@ -76,14 +80,20 @@ class Flow:
         inputs: graph inputs that a caller feeds (initializers listed as inputs are not).
         outputs: graph outputs.
         nodes: every node, those of If/Loop/Scan bodies before the node that holds them.
+        work: what has been done so far; every walk through the graph counts its steps there.
 
     Args:
-        model: functions already inlined.
+        model: functions already inlined, and checked (`structure`).
         regarded: values inside the graph whose facts are those of an input, for rules that have proved where they come from.
+        work: that of an earlier flow of the same graph, to go on counting.
+
+    Raises:
+        CycleError: its nodes depend on each other in a circle.
     """
 
-    def __init__(self, model: ir.Model, regarded: Iterable[ir.Value] = ()) -> None:
+    def __init__(self, model: ir.Model, regarded: Iterable[ir.Value] = (), work: Work | None = None) -> None:
         self.model = model
+        self.work = work if work is not None else Work(model.graph.name or "graph")
         graph = model.graph
         self.inputs = tuple(v for v in graph.inputs if v.name not in graph.initializers)
         self.outputs = tuple(graph.outputs)
@@ -93,6 +103,7 @@ class Flow:
         """Scan -> what it goes through: its extent, though not its values, decides how many steps there are."""
         self._loop_counters: set[ir.Value] = set()
         self.nodes: tuple[ir.Node, ...] = tuple(self._flatten(graph))
+        self._ordered = in_order(self.nodes)
         self._bits = {value: 1 << i for i, value in enumerate((*self.inputs, *regarded))}
         self._facts: dict[ir.Value, Facts] = {}
         self._solve()
@@ -111,11 +122,11 @@ class Flow:
     def _connect(self, node: ir.Node, bodies: list[ir.Graph]) -> None:
         """Record which values of a control-flow node and of its bodies are one and the same."""
         operands = [v for v in node.inputs if v is not None]
-        if node.op_type == "If":
+        if is_op(node, "If"):
             self._controls[node] = tuple(operands)
             for i, output in enumerate(node.outputs):
                 self._aliases[output] = tuple(b.outputs[i] for b in bodies if i < len(b.outputs))
-        elif node.op_type == "Loop":
+        elif is_op(node, "Loop"):
             body, carried = bodies[0], list(node.inputs)[2:]
             self._controls[node] = tuple(v for v in node.inputs[:2] if v is not None)
             self._loop_counters.update(body.inputs[:1])
@@ -125,7 +136,7 @@ class Flow:
                 self._aliases[node.outputs[i]] = both
             for i in range(len(carried), len(node.outputs)):
                 self._aliases[node.outputs[i]] = (body.outputs[1 + i],)
-        elif node.op_type == "Scan":
+        elif is_op(node, "Scan"):
             body, scanned = bodies[0], node.attributes["num_scan_inputs"].as_int()
             states = len(node.inputs) - scanned
             for i, (inner, outer) in enumerate(zip(body.inputs, node.inputs, strict=False)):
@@ -152,9 +163,10 @@ class Flow:
         changed = True
         while changed:
             changed = False
+            self.work.take(len(self.nodes))
             for inner in (v for v in self._aliases if v.producer() is None):
                 changed |= self._update(inner, self._joined(self._aliases[inner]))
-            for node in self.nodes:
+            for node in self._ordered:
                 for output in node.outputs:
                     changed |= self._update(output, self._transfer(node, output))
 
@@ -193,6 +205,7 @@ class Flow:
     def bit(self, *values: ir.Value | None) -> int:
         """The bit mask of some graph inputs, or of values regarded as such."""
         mask = 0
+        self.work.take(len(values))
         for value in values:
             mask |= self._bits.get(value, 0) if value is not None else 0
         return mask
@@ -215,6 +228,7 @@ class Flow:
         pending = [value]
         while pending:
             current = pending.pop()
+            self.work.take()
             if current in seen:
                 continue
             seen.add(current)
@@ -227,12 +241,19 @@ class Flow:
 
     def alternatives(self, value: ir.Value) -> list[ir.Value]:
         """The values that a value may be, by the branches that are taken: itself, unless an If gives it out."""
-        node = value.producer()
-        if not is_op(node, "If"):
-            return [value]
-        return list(
-            dict.fromkeys(found for each in self._aliases[value] for found in self.alternatives(each))
-        )
+        found: dict[ir.Value, None] = {}
+        seen: set[ir.Value] = set()
+        pending = [value]
+        while pending:
+            current = pending.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if is_op(current.producer(), "If"):
+                pending.extend(reversed(self._aliases[current]))
+            else:
+                found[current] = None
+        return list(found)
 
     def upstream(
         self, start: ir.Value, step: Callable[[ir.Node], Iterable[ir.Value | None]]
@@ -257,6 +278,7 @@ class Flow:
                 node = value.producer()
                 if node is not None:
                     pending.extend(step(node))
+                    self.work.take(len(node.inputs))
 
     def ancestors(self, start: ir.Value) -> Iterator[ir.Value]:
         """Every value that `start` depends on, itself included."""
@@ -320,4 +342,58 @@ def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > LARGEST_CONSTANT:
         return None
-    return np.asarray(tensor.numpy())
+    try:
+        return np.asarray(tensor.numpy())
+    except Exception as error:  # it is decoded in many ways, by type; `structure` looks at the small ones
+        raise LintError(
+            "is a constant that cannot be read", subject=name_of(value), hint="export the graph again"
+        ) from error
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An attribute of a node, for operators that the standard does not check.
+
+    Raises:
+        LintError: it is of another type.
+    """
+    attribute = node.attributes.get(name)
+    if attribute is None:
+        return default
+    if attribute.type != ir.AttributeType.INT:
+        raise LintError(
+            f"its attribute {name!r} is of type {attribute.type.name}, and should be INT",
+            subject=name_of(node),
+            hint="export the graph again",
+        )
+    return attribute.as_int()
+
+
+def in_order(nodes: tuple[ir.Node, ...]) -> tuple[ir.Node, ...]:
+    """Every node after those whose results it reads, with its bodies; ONNX Runtime takes graphs in another order.
+
+    Args:
+        nodes: those of bodies before the node that holds them.
+
+    Raises:
+        CycleError: they depend on each other in a circle.
+    """
+    read = {node: _read(node) for node in nodes}
+    done: set[ir.Node] = set()
+    for node in nodes:
+        if any(maker in read and maker not in done for maker in read[node]):
+            break
+        done.add(node)
+    else:
+        return nodes
+    return tuple(
+        TopologicalSorter({node: makers & read.keys() for node, makers in read.items()}).static_order()
+    )
+
+
+def _read(node: ir.Node) -> set[ir.Node]:
+    """The nodes that come before one: makers of what it reads, and all that is in its bodies."""
+    makers = {maker for value in node.inputs if value is not None and (maker := value.producer()) is not None}
+    for body in subgraphs(node):
+        makers.update(body)
+        makers.update(maker for value in body.outputs if (maker := value.producer()) is not None)
+    return makers

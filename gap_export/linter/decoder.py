@@ -91,7 +91,7 @@ def read_decoder(flow: Flow, ids_name: str) -> Decoder:
     named = next((v for v in flow.inputs if v.name == ids_name), None)
     stages = find_stage_ids(flow, named, tokens) if named is not None else StageIds()
     if stages.values:
-        flow = Flow(flow.model, regarded=stages.values)
+        flow = Flow(flow.model, regarded=stages.values, work=flow.work)
     ids_of_any_name = [v for v in flow.inputs if named is None and may_be_ids(flow, v, tokens)]
     finder = RotaryFinder(flow, tokens, flow.bit(named, *stages.values, *ids_of_any_name))
     rotary = [_rotations(finder, site) for site in sites]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gap_export.linter.dataflow import Flow, name_of
 from gap_export.linter.decoder import Decoder
+from gap_export.linter.limits import MOST_FED
 from gap_export.linter.part import CannotEvaluate, Part
 from gap_export.linter.report import Finding, Rule
 from gap_export.positions import AttentionMask, Ids, visible
@@ -68,9 +69,12 @@ def _difference(flow: Flow, value: ir.Value, mask: AttentionMask) -> str | None:
     slots = _size(past, 2) or _SLOTS
     tokens = _size(embeds, 1) or _TOKENS
     rows, images = _size(write_index, 0) or 2, by_name.get(IMAGE_SLOTS)
+    blocks_each = 1 if images is None else _size(images, 1) or 1
+    if max(tokens * slots, blocks_each) > MOST_FED:
+        return "is too large to be evaluated"
     try:
         part = Part(flow, value)
-        for starts, blocks in _calls(1 if images is None else _size(images, 1) or 1, tokens):
+        for starts, blocks in _calls(blocks_each, tokens):
             first, image_slots = starts[:rows], blocks[:rows]
             last = np.array([tokens - 1, min(2, tokens - 1)])[:rows]
             given = {WRITE_INDEX: first, IMAGE_SLOTS: image_slots, "last_index": last}
@@ -105,7 +109,7 @@ def _as_bool(mask: NDArray[np.generic]) -> NDArray[np.bool_]:
 
 def _size(value: ir.Value, axis: int) -> int | None:
     dim = value.shape[axis] if value.shape is not None else None
-    return dim if isinstance(dim, int) else None
+    return dim if isinstance(dim, int) and dim > 0 else None
 
 
 def _named(value: ir.Value, axis: int, extent: int) -> dict[str, int]:

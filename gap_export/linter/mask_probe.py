@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from gap_export.linter.call import Call, Inputs
 from gap_export.linter.dataflow import Flow
+from gap_export.linter.limits import MOST_FED
 from gap_export.linter.part import CannotEvaluate, Part
 
 _TOKENS, _PASTS = 8, (0, 3)
@@ -38,6 +39,8 @@ def follows_gaps(flow: Flow, ids: ir.Value, mask: ir.Value) -> bool | None:
     inputs = Inputs(flow.inputs, ids)
     tokens, rows = inputs.static("tokens") or _TOKENS, inputs.static("rows") or 1
     evaluated = False
+    if tokens * rows > MOST_FED:
+        return None
     try:
         for value in flow.alternatives(mask):
             part = Part(flow, value)

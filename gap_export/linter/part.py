@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from gap_export.linter.call import Call, Inputs, is_token
+from gap_export.errors import LintError
+from gap_export.files.read import is_file
+from gap_export.linter.call import Call, CannotFeed, Inputs, check_fed, is_token
 from gap_export.linter.dataflow import (
     LARGEST_CONSTANT,
     STANDARD_DOMAINS,
@@ -28,6 +31,7 @@ from gap_export.linter.dataflow import (
     name_of,
     subgraphs,
 )
+from gap_export.linter.evaluator import Budget, TooMuch, evaluator_of
 
 Array = NDArray[Any]
 
@@ -70,6 +74,7 @@ class Part:
         self.branches: list[ir.Node] = []
         self.tables: set[int] = set()
         self._flow, self._choices = flow, dict(choices or {})
+        self._budget = Budget(flow.work)
         nodes: dict[ir.Node, list[ir.Value]] = {}
         initializers: list[onnx.TensorProto] = []
         pending, seen = [definitions[0]], {definitions[0]}
@@ -124,7 +129,12 @@ class Part:
         flow = self._flow
         protos = []
         for node in _in_order(nodes):
-            proto = ir.to_proto(node)
+            try:
+                proto = ir.to_proto(node)
+            except (
+                Exception
+            ) as error:  # attributes that cannot be written: text that is no text, tensors without content
+                raise CannotEvaluate(f"{name_of(node)} cannot be written") from error
             if node in self._choices:
                 fixed = f"{name_of(node)} is fixed"
                 proto.input[0] = fixed
@@ -143,7 +153,9 @@ class Part:
         opsets = [onnx.helper.make_opsetid(d, v) for d, v in imports.items()]
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=flow.model.ir_version)
         try:
-            return ReferenceEvaluator(model)
+            return evaluator_of(model, self._budget)
+        except LintError:
+            raise
         except Exception as error:  # an operator or opset it does not know
             raise CannotEvaluate("the reference evaluator does not know its operators") from error
 
@@ -154,6 +166,8 @@ class Part:
         if tensor.size > LARGEST_CONSTANT:
             raise CannotEvaluate(f"{name_of(value)} is too large")
         try:
+            if isinstance(tensor, ir.ExternalTensor) and not is_file(Path(tensor.path)):
+                raise FileNotFoundError(tensor.path)  # or a pipe, or a device
             return ir.to_proto(ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name))
         except Exception as error:  # the file is missing, truncated, elsewhere
             if not isinstance(tensor, ir.ExternalTensor) or not tensor.dtype.is_floating_point():
@@ -176,12 +190,13 @@ class Part:
         feeds: dict[str, Array] = {}
         for value in self.inputs:
             shape = [_extent(dim, extents) for dim in value.shape] if value.shape is not None else [1]
-            fed = np.zeros(shape, (value.dtype or ir.DataType.INT64).numpy())
-            if name_of(value) in given:
-                try:
+            try:
+                check_fed(value, shape)
+                fed = np.zeros(shape, (value.dtype or ir.DataType.INT64).numpy())
+                if name_of(value) in given:
                     fed[...] = given[name_of(value)]
-                except ValueError as error:
-                    raise CannotEvaluate(f"{name_of(value)} has another shape") from error
+            except (CannotFeed, ValueError, TypeError) as error:
+                raise CannotEvaluate(f"{name_of(value)} has another shape") from error
             feeds[name_of(value)] = fed
         return self._run(feeds)
 
@@ -203,20 +218,29 @@ class Part:
         for value in self.inputs:
             if name_of(value) in feeds:
                 continue
-            if value in self._flow.inputs:
-                feeds[name_of(value)] = inputs.feed(value, call, ids)
-                continue
-            extents = [inputs.extent(dim, call) for dim in value.shape or ()]
-            if None in extents:
+            try:
+                if value in self._flow.inputs:
+                    feeds[name_of(value)] = inputs.feed(value, call, ids)
+                    continue
+                extents = [e for dim in value.shape or () if (e := inputs.extent(dim, call)) is not None]
+                check_fed(value, extents)
+            except CannotFeed as error:
+                raise CannotEvaluate(str(error)) from error
+            if len(extents) < len(value.shape or ()):
                 raise CannotEvaluate(f"the shape of {name_of(value)} is not known")
-            feeds[name_of(value)] = np.zeros([e for e in extents if e is not None], np.float32)
+            feeds[name_of(value)] = np.zeros(extents, np.float32)
         return self._run(feeds)
 
     def _run(self, feeds: dict[str, Array]) -> Array:
+        self._budget.start()
         try:
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
                 return np.asarray(next(iter(self._evaluator.run(None, feeds))))
+        except LintError:
+            raise
+        except TooMuch as error:
+            raise CannotEvaluate(str(error)) from error
         except Exception as error:
             raise CannotEvaluate("the reference evaluator cannot run it") from error
 

@@ -119,6 +119,7 @@ class _Angles:
         self.branches = list(dict.fromkeys(n for part in self._parts.values() for n in part.branches))
         self.tables = {rows for part in self._parts.values() for rows in part.tables}
         self.ids, self._angle = ids, angle
+        flow.work.take(len(flow.inputs))
         self.inputs = Inputs(flow.inputs, ids if ids in flow.inputs else None)
         self._chosen = ids not in flow.inputs
         # Of ids that the graph chooses, or that have no shape, a batch is assumed.
@@ -161,6 +162,8 @@ def _examined(part: _Angles) -> Outcome:
     fixed = part.inputs.static("tokens")
     if fixed is not None and fixed > _LARGEST_STATIC:
         return Outcome(None, f"it takes {fixed} tokens at a time")
+    if (part.inputs.static("rows") or 1) > _LARGEST_STATIC:
+        return Outcome(None, f"it takes {part.inputs.static('rows')} rows at a time")
     reason = ""
     for tokens in _TOKENS if fixed is None else (fixed,):
         try:

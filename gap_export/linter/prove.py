@@ -72,8 +72,8 @@ def prove(
     try:
         if ids is None:
             raise NotRun("there is no position-ids input that reaches the angles")
-        decoder = Running(open_session(source), flow, ids, tokens)
-        return _measure(decoder, fades)
+        with open_session(source, flow.model) as session:
+            return _measure(Running(session, flow, ids, tokens), fades)
     except NotRun as reason:
         return Proof(outcome="not run here", sentence=str(reason))
 
@@ -188,6 +188,8 @@ def _calls(decoder: Running) -> list[tuple[Call, Array]]:
     tokens, rows = decoder.inputs.static("tokens"), decoder.inputs.static("rows")
     if (tokens or 0) > _LARGEST_STATIC:
         raise NotRun(f"it takes {tokens} tokens at a time")
+    if (rows or 0) > _LARGEST_STATIC:
+        raise NotRun(f"it takes {rows} rows at a time")
     refused: NotRun | None = None
     accepted: list[tuple[Call, Array]] = []
     for tried in _CALLS:

@@ -12,7 +12,7 @@ from gap_export.records import Record
 Severity = Literal["error", "warning"]
 GraphKind = Literal["decoder", "vision", "splice", "embed"]
 Outcome = Literal["survive", "do not survive", "not run here"]
-Answer = Literal["survive", "do not survive", "cannot tell"]
+Answer = Literal["survive", "do not survive", "cannot tell", "no position ids"]
 
 
 class Finding(Record):
@@ -60,7 +60,8 @@ class Verdict(Record):
 
     Attributes:
         survives: the ids that a caller feeds are the ids that RoPE uses, token by token. False where lint cannot tell.
-        answer: `cannot tell` where an operator that lint does not know reads the ids or turns queries and keys.
+        answer: `cannot tell` where an operator that lint does not know reads the ids or turns queries and keys; `no position ids`
+            where a graph goes by a decoder's name and is a vision tower or an embedding.
         reason: one line.
         findings: everything the rules found, errors first.
     """

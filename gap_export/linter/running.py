@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.errors import first_line
-from gap_export.linter.call import SMALLEST_VOCABULARY, Call, Inputs
-from gap_export.linter.dataflow import Flow, is_float, is_op, name_of, operand
+from gap_export.linter.call import SMALLEST_VOCABULARY, Call, CannotFeed, Inputs
+from gap_export.linter.dataflow import Flow, integer, is_float, is_op, name_of, operand
+from gap_export.linter.isolated import Failed, Session, bytes_of
 
 Array = NDArray[Any]
 
@@ -53,7 +55,7 @@ class Running:
     """A decoder in ONNX Runtime.
 
     Args:
-        session: of onnxruntime.
+        session: the graph in ONNX Runtime.
         flow: its data flow.
         ids: the position-ids input, if there is one.
         tokens: inputs that carry the tokens.
@@ -66,7 +68,7 @@ class Running:
     """
 
     def __init__(
-        self, session: Any, flow: Flow, ids: ir.Value | None, tokens: Iterable[ir.Value] = ()
+        self, session: Session, flow: Flow, ids: ir.Value | None, tokens: Iterable[ir.Value] = ()
     ) -> None:
         self.open_session, self._fed = session, flow.inputs
         self.inputs = Inputs(flow.inputs, ids, tokens)
@@ -99,14 +101,14 @@ class Running:
     def _learn_heads(self, flow: Flow) -> None:
         """The extent of a head, where the inputs leave it open and a fused attention tells it."""
         for node in flow.nodes:
-            heads = node.attributes.get_int("kv_num_heads", 0)
+            heads = integer(node, "kv_num_heads", 0)
             query, key, past = (operand(node, place) for place in (0, 1, 3))
             if not heads or past is None or past.shape is None:
                 continue
             if key is None:  # queries, keys and values are packed into one
-                key, heads = query, node.attributes.get_int("num_heads", 0) + 2 * heads
+                key, heads = query, integer(node, "num_heads", 0) + 2 * heads
             width = key.shape[-1] if key is not None and key.shape is not None else None
-            if isinstance(width, int):
+            if isinstance(width, int) and heads > 0:
                 self.inputs.learn(past.shape[-1], width // heads)
 
     def logits(self, call: Call, feeding: Feeding) -> Array:
@@ -115,7 +117,10 @@ class Running:
         Raises:
             NotRun: ONNX Runtime refuses.
         """
-        feeds = {name_of(v): self.inputs.feed(v, call, feeding.ids, feeding.seed) for v in self._fed}
+        try:
+            feeds = {name_of(v): self.inputs.feed(v, call, feeding.ids, feeding.seed) for v in self._fed}
+        except CannotFeed as error:
+            raise NotRun(str(error)) from error
         if feeding.disturbed is not None and self._tokens is not None:
             content = feeds[name_of(self._tokens)] = feeds[name_of(self._tokens)].copy()
             token = (
@@ -134,38 +139,39 @@ class Running:
         self.runs += 1
         try:
             (found,) = self.open_session.run([self._logits], feeds)
-        except Exception as error:
+        except Failed as error:
             raise NotRun(f"ONNX Runtime refuses the inputs made for it: {_plain(error)}") from error
         logits = np.asarray(found).astype(np.float64)
+        if logits.ndim not in (2, 3) or not logits.size:
+            raise NotRun(f"its logits are of shape {list(logits.shape)}")
         if not np.isfinite(logits).all():
             raise NotRun("its logits are not finite numbers")
         return np.asarray(logits[:, None] if logits.ndim == 2 else logits)
 
 
-def open_session(source: Path | str | ir.Model) -> Any:
+def open_session(source: Path | str | ir.Model, model: ir.Model) -> Session:
     """The graph in ONNX Runtime, as it stands: without the fusion that drops ids on the way.
+
+    Args:
+        source: a file, or a model in memory.
+        model: what was read from it.
 
     Raises:
         NotRun: it is not installed, or does not take the graph.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise NotRun("onnxruntime is not installed") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    how = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": ["GroupQueryAttentionFusion"]}
+    if find_spec("onnxruntime") is None:
+        raise NotRun("onnxruntime is not installed")
     try:
         if not isinstance(source, ir.Model):
-            return onnxruntime.InferenceSession(str(source), options, **how)
+            return Session(Path(source), bytes_of(Path(source), model))
         with tempfile.TemporaryDirectory(prefix="gap-export-lint-") as folder:
             path = Path(folder) / "graph.onnx"
             ir.save(source.clone(), path, external_data="weights.bin")
-            return onnxruntime.InferenceSession(str(path), options, **how)
-    except (
-        Exception
-    ) as error:  # operators it does not know, weights that are not there: it raises what it likes
+            return Session(path, sum(file.stat().st_size for file in Path(folder).iterdir()))
+    except Failed as error:
         raise NotRun(f"ONNX Runtime does not take the graph: {_plain(error)}") from error
+    except (OSError, ValueError) as error:  # external weights that cannot be copied
+        raise NotRun(f"it cannot be written for ONNX Runtime: {first_line(error)}") from error
 
 
 def _plain(error: Exception) -> str:

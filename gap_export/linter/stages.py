@@ -53,7 +53,7 @@ def find_stage_ids(flow: Flow, ids: ir.Value, tokens: int) -> StageIds:
         tokens: bit mask of the inputs that carry the tokens.
     """
     hidden = {
-        _plain(node.inputs[1])
+        _plain(flow, node.inputs[1])
         for node in flow.nodes
         if is_op(node, "GatherElements") and _carries(flow, operand(node, 0), tokens)
     }
@@ -63,9 +63,9 @@ def find_stage_ids(flow: Flow, ids: ir.Value, tokens: int) -> StageIds:
         if not is_op(node, "GatherElements") or data is None or index is None:
             continue
         # A choice depends on what the tokens say; other gathers of ids (a row of three, a last one) do not.
-        if _plain(data) not in known or not flow.facts(index).values & tokens:
+        if _plain(flow, data) not in known or not flow.facts(index).values & tokens:
             continue
-        if _plain(index) in hidden:
+        if _plain(flow, index) in hidden:
             known.append(node.outputs[0])
             indices.append(index)
         else:
@@ -107,7 +107,7 @@ def check_kept_inside(flow: Flow, stages: StageIds, *, keeps_ids: bool, sorted_w
         maker = kept.producer()
         places = operand(maker, 1) if maker is not None and is_op(maker, "GatherElements") else None
         made_with = {value for index in stages.indices for value in flow.ancestors(index)}
-        if stages.indices and (places is None or _plain(places) not in made_with):
+        if stages.indices and (places is None or _plain(flow, places) not in made_with):
             findings.append(
                 _finding(
                     name_of(kept),
@@ -122,9 +122,10 @@ def _carries(flow: Flow, value: ir.Value | None, tokens: int) -> bool:
     return value is not None and is_float(value) is not False and bool(flow.facts(value).values & tokens)
 
 
-def _plain(value: ir.Value | None) -> ir.Value | None:
+def _plain(flow: Flow, value: ir.Value | None) -> ir.Value | None:
     """What a tensor was before it was reshaped, repeated or cast."""
     while value is not None and is_op(value.producer(), *_RESHAPING):
+        flow.work.take()
         node = value.producer()
         value = operand(node, 0) if node is not None else None
     return value

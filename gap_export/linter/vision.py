@@ -95,12 +95,19 @@ class _Order:
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
+        self._known: dict[ir.Value, tuple[int, str]] = {}
 
     def of(self, value: ir.Value) -> tuple[int, str]:
         """(1 ascending, -1 descending, 0 neither shown; why not ascending)."""
+        if value not in self._known:
+            self._known[value] = self._of(value)
+        return self._known[value]
+
+    def _of(self, value: ir.Value) -> tuple[int, str]:
         sign = 1
         current = value
         for _ in range(len(self.flow.nodes) + 1):
+            self.flow.work.take()
             definitions = self.flow.definitions(current)
             if len(definitions) > 1:
                 results = [self.of(v) for v in definitions]
@@ -275,6 +282,7 @@ class _Order:
 
     def _behind(self, value: ir.Value | None) -> ir.Value | None:
         while value is not None and is_op(value.producer(), *_ORDER_KEEPING):
+            self.flow.work.take()
             node = value.producer()
             value = operand(node, 0) if node is not None else None
         return value
