@@ -5,6 +5,7 @@ A bundle may be built anew in the same folder; its reports stay there, and are s
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 from pydantic import ConfigDict
@@ -34,7 +35,7 @@ def read_report(bundle: Bundle, name: str, kind: type[R], *, command: str) -> R 
         InputError: it is of this build and cannot be read.
     """
     path = bundle.reports / name
-    if not path.is_file() or state_of(bundle, name) == STALE:
+    if not os.path.lexists(path) or state_of(bundle, name) == STALE:
         return None
     hint = f"it is damaged or was written by another version: run gap-export {command} again"
     return kind.read(path, hint=hint)

@@ -7,6 +7,7 @@ Field and Welsh 2007). McNemar's test asks whether gains and losses could be a c
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gap_export.bundle.folder import MANIFEST, open_bundle
 from gap_export.errors import InputError
 from gap_export.evaluation.gates import GROUNDING, Gate, at_least, at_most, check_gates
 from gap_export.evaluation.refer.results import PROVENANCE, EvalRun, open_run, read_provenance
+from gap_export.files import is_file
 from gap_export.precision import Thresholds
 from gap_export.records import Change, Count, Record, Share
 
@@ -194,10 +196,10 @@ def thresholds_on(reference: EvalRun, subject: EvalRun, **given: float | None) -
 
 def _bundle_folder(run: EvalRun) -> Path | None:
     """Of the bundle that answered, where it is still there."""
-    if not (run.folder / PROVENANCE).is_file():
+    if not os.path.lexists(run.folder / PROVENANCE):
         return None
     folder = read_provenance(run.folder).bundle
-    return Path(folder) if folder is not None and (Path(folder) / MANIFEST).is_file() else None
+    return Path(folder) if folder is not None and is_file(Path(folder) / MANIFEST) else None
 
 
 def bootstrap_interval(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from gap_export import bounds, families
 from gap_export.bundle.folder import Bundle, open_bundle
-from gap_export.errors import InputError
+from gap_export.errors import BundleError, InputError
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.evaluator import Evaluator
 from gap_export.evaluation.refer.image_source import Source
@@ -18,6 +19,7 @@ from gap_export.evaluation.refer.protocols import Protocol, protocol_of
 from gap_export.evaluation.refer.results import SCORED, EvalRun, check_pyarrow, open_run, store_results
 from gap_export.evaluation.refer.run import EvalRecord, Work, answer_all, record_of, score_all, work_of
 from gap_export.evaluation.refer.sizes import Fitted, fitted
+from gap_export.evaluation.result_folder import SETTINGS
 from gap_export.files import FolderLock, check_folder
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
@@ -186,6 +188,7 @@ def prepare(
     folder = out or opened.runs / default_name(opened, dataset, options)
     lock = FolderLock(folder)
     journal = open_journal(folder, settings, replace=replace)
+    journal.check(work.expressions, opened.manifest.spec.visual_tokens)
     return Prepared(
         opened,
         dataset,
@@ -232,8 +235,9 @@ def _run(prepared: Prepared, cluster: Cluster | None, progress: Progress) -> Eva
         rescaled_images=len(prepared.rescaled),
         stretched_images=len(prepared.stretched),
     )
-    store_results(record, scored, dataset, bundle.folder, prepared.journal.folder)
-    return open_run(prepared.journal.folder, options.protocol)
+    journal = prepared.journal
+    store_results(record, scored, dataset, bundle.folder, journal.folder, answers=journal.digest)
+    return open_run(journal.folder, options.protocol)
 
 
 def default_name(bundle: Bundle, dataset: Dataset, options: EvalOptions) -> str:
@@ -282,6 +286,12 @@ def evaluate_predictions(
     check_pyarrow()
     if out is not None:
         check_folder(Path(out), SCORED, replaced=False)
+        if os.path.lexists(Path(out) / SETTINGS):
+            raise BundleError(
+                "holds the evaluation of a model",
+                subject=str(out),
+                hint="choose another output folder: results of a model and of a file do not mix",
+            )
     if family not in families.names():
         raise InputError(
             "is not a family" if family else "is not given, and answers alone do not tell it",

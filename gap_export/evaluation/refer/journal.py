@@ -1,7 +1,8 @@
 """The folder of an evaluation while it runs: what was asked, and one line per answer, in the order in which they came.
 
 Lines of one image are written and flushed to the disk together. A run that was killed resumes after the last whole line; what a torn
-write left is cut off. So no expression is answered twice, and none is lost.
+write left is cut off. So no expression is answered twice, and none is lost. Every line holds a running digest: one that is damaged or
+changed anywhere else than at the torn end is an error.
 """
 
 from __future__ import annotations
@@ -9,14 +10,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from pathlib import Path
+from typing import Annotated
 
-from gap_export.errors import BundleError
+from pydantic import Field
+
+from gap_export.errors import BundleError, GapExportError, InputError
+from gap_export.evaluation.digests import first_digest, sealed, unsealed
+from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.result_folder import SETTINGS, open_result_folder
-from gap_export.files import FolderKind, write_atomically
-from gap_export.records import Record
+from gap_export.files import FolderKind, read_bytes, write_atomically, writing
+from gap_export.files.kinds import JOURNAL
+from gap_export.records import Amount, Count, Flag, Record, Share, Text
 
 ANSWERS = "answers.jsonl"
+Side = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+"""Of an image, pixels."""
 EVALUATION = FolderKind(
     "evaluation",
     SETTINGS,
@@ -41,13 +52,13 @@ class Settings(Record):
         ignore_exif: whether images were taken as they are stored.
     """
 
-    manifest_sha256: str
-    annotations: str
-    split: str
-    backend: str
-    keep: float | None
-    share: bool
-    ignore_exif: bool = False
+    manifest_sha256: Text
+    annotations: Text
+    split: Text
+    backend: Text
+    keep: Share | None
+    share: Flag
+    ignore_exif: Flag = False
 
 
 class AnswerRow(Record):
@@ -65,15 +76,15 @@ class AnswerRow(Record):
         seconds: of the image's work, in equal parts among its expressions.
     """
 
-    id: str
-    image: str
-    width: int
-    height: int
+    id: Text
+    image: Text
+    width: Side
+    height: Side
     answer: str
     refused: str | None = None
-    tokens: int
-    kept_indices: tuple[int, ...] = ()
-    seconds: float
+    tokens: Count
+    kept_indices: tuple[Count, ...] = ()
+    seconds: Amount
 
     @property
     def kept(self) -> int:
@@ -81,28 +92,84 @@ class AnswerRow(Record):
         return len(self.kept_indices)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The lines of a journal.
+
+    Attributes:
+        rows: one per line.
+        digests: of the settings, and then of every line: the running one.
+    """
+
+    rows: list[AnswerRow]
+    digests: list[str]
+
+
 class Journal:
     """The opened folder.
 
     Args:
         folder: made or checked by `open_journal`.
-        rows: what lies in it.
+        answers: what lies in it.
     """
 
-    def __init__(self, folder: Path, rows: list[AnswerRow]) -> None:
+    def __init__(self, folder: Path, answers: Answers) -> None:
         self.folder = folder
-        self.rows = rows
-        self.known = {row.id for row in rows}
+        self.rows = answers.rows
+        self.known = {row.id for row in answers.rows}
+        self.digest = answers.digests[-1]
 
     def add(self, rows: Sequence[AnswerRow]) -> None:
-        """Keep answers; they are on the disk when this returns."""
-        text = "".join(row.model_dump_json() + "\n" for row in rows)
-        with (self.folder / ANSWERS).open("a", encoding="utf-8") as out:
-            out.write(text)
+        """Keep answers; they are on the disk when this returns.
+
+        Raises:
+            BundleError: they cannot be written.
+        """
+        lines, digest = [], self.digest
+        for row in rows:
+            line, digest = sealed(row, digest)
+            lines.append(line + "\n")
+        path = self.folder / ANSWERS
+        with writing(path), path.open("a", encoding="utf-8") as out:
+            out.write("".join(lines))
             out.flush()
             os.fsync(out.fileno())
+        self.digest = digest
         self.rows.extend(rows)
         self.known.update(row.id for row in rows)
+
+    def check(self, expressions: Sequence[Expression], visual_tokens: int) -> None:
+        """Refuse answers that are not to these expressions.
+
+        Args:
+            expressions: that are asked now; answers to others are not looked at.
+            visual_tokens: of the model.
+
+        Raises:
+            BundleError: an answer about another image, or one of another size, or of tokens that there are not.
+        """
+        asked = {each.id: each for each in expressions}
+        for number, row in enumerate(self.rows, 1):
+            expression = asked.get(row.id)
+            if expression is None:
+                continue
+            size = (
+                row.width if expression.width is None else expression.width,
+                expression.height or row.height,
+            )
+            wrong = ""
+            if row.image != expression.image:
+                wrong = f"image {row.image}, which is {expression.image} in the annotations"
+            elif (row.width, row.height) != size:
+                wrong = f"width and height {row.width}x{row.height}, which are {size[0]}x{size[1]} in the annotations"
+            elif max(row.kept_indices, default=0) >= visual_tokens:
+                wrong = f"kept_indices up to {max(row.kept_indices)}, and the model has {visual_tokens} visual tokens"
+            if wrong:
+                raise BundleError(
+                    f"has {wrong} (expression {row.id})",
+                    subject=f"{self.folder / ANSWERS}, line {number}",
+                    hint=_START_AGAIN,
+                )
 
 
 def open_journal(folder: Path, settings: Settings, *, replace: bool = False) -> Journal:
@@ -117,7 +184,27 @@ def open_journal(folder: Path, settings: Settings, *, replace: bool = False) -> 
         BundleError: something else is there, an evaluation of other settings, or a damaged one.
     """
     there = open_result_folder(folder, settings, EVALUATION, replace=replace)
-    return Journal(folder, _whole_rows(folder / ANSWERS) if there else [])
+    path = folder / ANSWERS
+    if not there or not os.path.lexists(path):
+        return Journal(folder, Answers([], [first_digest(settings)]))
+    content = _content(path, BundleError)
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):  # the end of a write that was cut short
+        write_atomically(path, whole)
+    return Journal(folder, _answers(whole, path, settings, BundleError))
+
+
+def read_journal(folder: Path, settings: Settings) -> Answers | None:
+    """The answers in a folder, where its journal is still there.
+
+    Raises:
+        InputError: it is damaged, or was changed.
+    """
+    path = folder / ANSWERS
+    if not os.path.lexists(path):
+        return None
+    content = _content(path, InputError)
+    return _answers(content[: content.rfind(b"\n") + 1], path, settings, InputError)
 
 
 def read_settings(folder: Path) -> Settings | None:
@@ -128,31 +215,33 @@ def read_settings(folder: Path) -> Settings | None:
     """
     path = folder / SETTINGS
     hint = "it is damaged or was written by another version: run the same evaluation again, with --replace"
-    return Settings.read(path, hint=hint) if path.is_file() else None
+    return Settings.read(path, hint=hint) if os.path.lexists(path) else None
 
 
-def _whole_rows(path: Path) -> list[AnswerRow]:
-    """Rows of the journal; the end of a write that was cut short is removed from the file."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        write_atomically(path, whole)
-    rows, known = [], set[str]()
-    for number, line in enumerate(whole.splitlines(), 1):
-        row = AnswerRow.parse(
-            line,
-            subject=f"{path}, line {number}",
-            hint="it is damaged: delete the folder, or start the evaluation again with --replace",
-            error=BundleError,
-        )
+_START_AGAIN = "start the evaluation again with --replace, or with another -o"
+
+
+def _content(path: Path, error: type[GapExportError]) -> bytes:
+    return read_bytes(path, changed(JOURNAL, error=error))
+
+
+def _answers(whole: bytes, path: Path, settings: Settings, error: type[GapExportError]) -> Answers:
+    """Rows of whole lines, each of which must follow from the one before."""
+    rows, digests, known = list[AnswerRow](), [first_digest(settings)], set[str]()
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        subject = f"{path}, line {number}"
+        try:
+            content, digest = unsealed(line, digests[-1])
+        except ValueError as reason:
+            raise error(str(reason), subject=subject, hint=_START_AGAIN) from reason
+        row = AnswerRow.parse(content, subject=subject, hint=_START_AGAIN, error=error)
         if row.id in known:
-            raise BundleError(
-                f"holds the answer to {row.id} twice (line {number})",
-                subject=str(path),
-                hint="two evaluations wrote into it at once: start again with --replace",
+            raise error(
+                f"holds the answer to {row.id} twice",
+                subject=subject,
+                hint=f"two evaluations wrote into it at once: {_START_AGAIN}",
             )
         known.add(row.id)
         rows.append(row)
-    return rows
+        digests.append(digest)
+    return Answers(rows, digests)

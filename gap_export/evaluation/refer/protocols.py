@@ -77,17 +77,26 @@ class Score:
     hit: bool
 
 
+def check_protocol(name: str) -> None:
+    """Refuse what is no name of a protocol: files are called by it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in NAMES:
+        raise InputError("is not a protocol", subject=repr(name), hint=f"choose one of {', '.join(NAMES)}")
+
+
 def protocol_of(name: str, box: BoxFormat) -> Protocol:
     """The protocol of that name, for models that write boxes so.
 
     Raises:
         InputError: there is none.
     """
+    check_protocol(name)
     if name == "unc":
         return Protocol("unc", metric_of(CODECS[box.codec]), box.frame, box.codec)
-    if name == "lmms-eval":
-        return Protocol("lmms-eval", LMMS_EVAL, "image", box.codec)
-    raise InputError("is not a protocol", subject=repr(name), hint=f"choose one of {', '.join(NAMES)}")
+    return Protocol("lmms-eval", LMMS_EVAL, "image", box.codec)
 
 
 def score(answer: str, truth: Box, size: Size, protocol: Protocol, *, seen: Size | None = None) -> Score:

@@ -2,29 +2,38 @@
 
 PROTOCOL-results.parquet    what was answered and how it scored
 PROTOCOL-eval.json          the record; it is written last: where it is, all is
-provenance.json             bundle, data and machine, for those who read the results later
+provenance.json             bundle, data and machine, for those who read the results later, and hashes of the two above
+
+Whoever reads results need not be who wrote them. Nothing in them is believed that something else in them contradicts.
 """
 
 from __future__ import annotations
 
-import io
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from gap_export.boxes.codecs import Box
 from gap_export.environment import cpu_name, versions
-from gap_export.errors import InputError, MissingRequirementError, first_line
+from gap_export.errors import InputError, MissingRequirementError
+from gap_export.evaluation.digests import sha256_of_bytes
 from gap_export.evaluation.refer.annotations import SkippedRow
+from gap_export.evaluation.refer.consistency import AGAIN, check_answers, check_record
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.json_rows import escaped
+from gap_export.evaluation.refer.protocols import check_protocol
+from gap_export.evaluation.refer.result_table import ResultRow, read_table, table_of
 from gap_export.evaluation.refer.run import EvalRecord, Scored
-from gap_export.files import FolderKind, write_atomically
-from gap_export.records import Record
+from gap_export.files import FolderKind, read_bytes, write_atomically
+from gap_export.files.kinds import REPORT
+from gap_export.records import Flag, Record, Text
 
 PROVENANCE = "provenance.json"
 SCORED = FolderKind(
@@ -61,6 +70,7 @@ class EvalRun:
         images: that they are about.
         hits: [N] bool.
         boxes: None without one.
+        rows: all of these, and what else is in the table.
     """
 
     folder: Path
@@ -69,6 +79,21 @@ class EvalRun:
     images: list[str]
     hits: NDArray[np.bool_]
     boxes: list[Box | None]
+    rows: tuple[ResultRow, ...] = ()
+
+
+class Hashes(Record):
+    """Of the results under one protocol.
+
+    Attributes:
+        results: SHA-256 of the table.
+        record: SHA-256 of the record.
+        answers: last digest of the journal; None where answers came from a file.
+    """
+
+    results: Text
+    record: Text
+    answers: Text | None
 
 
 class Provenance(Record):
@@ -83,16 +108,18 @@ class Provenance(Record):
         skipped: rows of the annotations that could not be used and were left out.
         processor: of the machine that scored.
         versions: of Python and of the packages that run bundles.
+        hashes: protocol -> of its results.
     """
 
     bundle: str | None
     data: str
     split: str | None
     images: str | None
-    ignore_exif: bool = False
+    ignore_exif: Flag = False
     skipped: tuple[SkippedRow, ...] = ()
     processor: str
     versions: dict[str, str]
+    hashes: dict[str, Hashes] = Field(default_factory=dict)
 
 
 def results_path(folder: Path, protocol: str) -> Path:
@@ -106,7 +133,13 @@ def record_path(folder: Path, protocol: str) -> Path:
 
 
 def store_results(
-    record: EvalRecord, scored: Sequence[Scored], dataset: Dataset, bundle: Path | None, folder: Path
+    record: EvalRecord,
+    scored: Sequence[Scored],
+    dataset: Dataset,
+    bundle: Path | None,
+    folder: Path,
+    *,
+    answers: str | None = None,
 ) -> None:
     """Write where results are from, the results, and last the record.
 
@@ -116,102 +149,119 @@ def store_results(
         dataset: that they are of.
         bundle: folder of the one that answered; None where answers came from a file.
         folder: of the evaluation.
+        answers: last digest of the journal, where there is one.
 
     Raises:
         BundleError: it cannot be written.
     """
+    table = table_of(map(_row, scored))
+    text = record.model_dump_json(indent=2) + "\n"
+    hashes = Hashes(results=sha256_of_bytes(table), record=sha256_of_bytes(text.encode()), answers=answers)
     provenance = Provenance(
         bundle=None if bundle is None else escaped(str(bundle.absolute())),
-        data=escaped(str(Path(dataset.data).absolute()) if Path(dataset.data).exists() else dataset.data),
+        data=escaped(str(Path(dataset.data).absolute()) if os.path.exists(dataset.data) else dataset.data),
         split=dataset.split,
         images=None if dataset.images is None else escaped(str(dataset.images.absolute())),
         ignore_exif=dataset.ignore_exif,
         skipped=dataset.skipped,
         processor=cpu_name(),
         versions=versions(),
+        hashes={record.protocol: hashes},
     )
+    provenance = _with_other_protocols(provenance, folder)
     provenance.write(folder / PROVENANCE)
-    write_results(scored, results_path(folder, record.protocol))
-    record.write(record_path(folder, record.protocol))
+    write_atomically(results_path(folder, record.protocol), table)
+    write_atomically(record_path(folder, record.protocol), text)
+
+
+def _with_other_protocols(provenance: Provenance, folder: Path) -> Provenance:
+    """Keep hashes of results that are from the same place under other protocols; those from elsewhere are not vouched for."""
+    with suppress(InputError):
+        before = read_provenance(folder)
+        if all(getattr(before, name) == getattr(provenance, name) for name in _PLACES):
+            return provenance.model_copy(update={"hashes": {**before.hashes, **provenance.hashes}})
+    return provenance
+
+
+_PLACES = ("bundle", "data", "split", "images", "ignore_exif", "skipped")
+
+
+def _row(each: Scored) -> ResultRow:
+    return ResultRow(
+        id=each.expression.id,
+        image=each.expression.image,
+        expression=each.expression.text,
+        answer=each.row.answer,
+        truth=each.expression.box,
+        box=each.score.box,
+        iou=each.score.iou,
+        hit=each.score.hit,
+        no_box_because=each.row.refused or each.score.reason,
+        tokens=each.row.tokens,
+        kept_indices=each.row.kept_indices,
+        seconds=each.row.seconds,
+    )
 
 
 def write_results(scored: Sequence[Scored], path: Path) -> None:
-    """One row per expression: id, image, expression, answer, true box, box, IoU, whether it hits, why there is no box, tokens
-    generated, raster indices of the visual tokens kept, seconds."""
-    import pyarrow
-    from pyarrow import parquet
+    """The table alone, for those who need no more.
 
-    box = pyarrow.list_(pyarrow.float64(), 4)
-    schema = pyarrow.schema(
-        [
-            ("id", pyarrow.string()),
-            ("image", pyarrow.string()),
-            ("expression", pyarrow.string()),
-            ("answer", pyarrow.string()),
-            ("truth", box),
-            ("box", box),
-            ("iou", pyarrow.float64()),
-            ("hit", pyarrow.bool_()),
-            ("no_box_because", pyarrow.string()),
-            ("tokens", pyarrow.int64()),
-            ("kept_indices", pyarrow.list_(pyarrow.int32())),
-            ("seconds", pyarrow.float64()),
-        ]
-    )
-    rows = [
-        {
-            "id": each.expression.id,
-            "image": each.expression.image,
-            "expression": each.expression.text,
-            "answer": each.row.answer,
-            "truth": list(each.expression.box),
-            "box": None if each.score.box is None else list(each.score.box),
-            "iou": each.score.iou,
-            "hit": each.score.hit,
-            "no_box_because": each.row.refused or each.score.reason,
-            "tokens": each.row.tokens,
-            "kept_indices": list(each.row.kept_indices),
-            "seconds": each.row.seconds,
-        }
-        for each in scored
-    ]
-    target = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), target)
-    write_atomically(path, target.getvalue())
+    Raises:
+        BundleError: it cannot be written.
+    """
+    write_atomically(path, table_of(map(_row, scored)))
 
 
 def open_run(folder: Path | str, protocol: str = "unc") -> EvalRun:
     """Read an evaluation.
 
     Raises:
-        InputError: none there, not finished, or not under this protocol.
+        InputError: none there, not finished, or not under this protocol; or its files are damaged, were changed, or contradict each
+            other.
     """
-    from pyarrow import ArrowException, parquet
-
+    check_protocol(protocol)
     folder = Path(folder)
-    path, record = results_path(folder, protocol), record_path(folder, protocol)
-    if not (path.is_file() and record.is_file()):
+    path, record_file = results_path(folder, protocol), record_path(folder, protocol)
+    if not (os.path.lexists(path) and os.path.lexists(record_file)):
         raise InputError(
             f"holds no finished evaluation under {protocol}",
             subject=str(folder),
             hint="run gap-export eval with this --protocol and -o; rerun the same command to resume",
         )
-    stored = EvalRecord.read(record, hint="run the evaluation again")
-    try:
-        rows = parquet.read_table(path, columns=["id", "image", "hit", "box"]).to_pylist()
-    except (OSError, ArrowException) as error:
+    content = read_bytes(record_file, REPORT)
+    record = EvalRecord.parse(content, subject=str(record_file), hint=AGAIN)
+    if record.protocol != protocol:
         raise InputError(
-            f"cannot be read: {first_line(error)}",
-            subject=str(path),
-            hint="run the evaluation again",
-        ) from error
+            f"protocol is {record.protocol}, not {protocol}", subject=str(record_file), hint=AGAIN
+        )
+    rows, table = read_table(path)
+    check_record(record, rows, record_file)
+    hashes = read_provenance(folder).hashes.get(protocol)
+    if hashes is None:
+        raise InputError(
+            f"hashes holds none of the results under {protocol}",
+            subject=str(folder / PROVENANCE),
+            hint=AGAIN,
+        )
+    for file, now, written in (
+        (path, table, hashes.results),
+        (record_file, content, hashes.record),
+    ):
+        if sha256_of_bytes(now) != written:
+            raise InputError(
+                f"was changed since it was written: its SHA-256 is not the one in {PROVENANCE}",
+                subject=str(file),
+                hint=AGAIN,
+            )
+    check_answers(record, rows, hashes.answers, folder)
     return EvalRun(
         folder=folder,
-        record=stored,
-        ids=[row["id"] for row in rows],
-        images=[row["image"] for row in rows],
-        hits=np.array([row["hit"] for row in rows], np.bool_),
-        boxes=[None if row["box"] is None else tuple(row["box"]) for row in rows],
+        record=record,
+        ids=[row.id for row in rows],
+        images=[row.image for row in rows],
+        hits=np.array([row.hit for row in rows], np.bool_),
+        boxes=[row.box for row in rows],
+        rows=tuple(rows),
     )
 
 

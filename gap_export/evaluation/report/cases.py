@@ -13,7 +13,7 @@ from PIL import Image
 from gap_export.boxes.draw import TINY, patch_edges
 from gap_export.boxes.metrics import box_overlaps
 from gap_export.bundle.manifest import Manifest
-from gap_export.errors import GapExportError
+from gap_export.errors import GapExportError, InputError
 from gap_export.evaluation.refer.compare import Disagreement
 from gap_export.evaluation.refer.image_source import Source
 from gap_export.evaluation.report.runs import Answer, ReportedRuns
@@ -162,11 +162,20 @@ def pruned_path(kept_indices: Sequence[int], width: int, height: int, manifest: 
 
     Returns:
         Empty where tokens do not lie on one grid, or all were kept.
+
+    Raises:
+        InputError: an index lies beyond the grid.
     """
     grid = token_grid(width, height, manifest)
     if grid is None:
         return ""
     rows, columns = grid
+    if max(kept_indices) >= rows * columns:
+        raise InputError(
+            f"keep visual token {max(kept_indices)}, and an image of {width}x{height} pixels has {rows * columns}",
+            subject="kept_indices",
+            hint="run the evaluation again, with the images that were answered",
+        )
     kept_RC = np.zeros(rows * columns, np.bool_)
     kept_RC[np.array(kept_indices, np.int64)] = True
     if kept_RC.all():

@@ -30,7 +30,7 @@ from gap_export.evaluation.refer.results import (
     read_provenance,
     results_path,
 )
-from gap_export.files import sha256_of
+from gap_export.files import is_file, sha256_of
 
 
 @dataclass(frozen=True)
@@ -102,23 +102,20 @@ class Evaluated:
     @cached_property
     def answers(self) -> dict[str, Answer]:
         """By id."""
-        from pyarrow import parquet
-
-        path = results_path(self.run.folder, self.run.record.protocol)
         return {
-            row["id"]: Answer(
-                id=row["id"],
-                image=row["image"],
-                expression=row["expression"],
-                text=row["answer"],
-                truth=tuple(row["truth"]),
-                box=None if row["box"] is None else tuple(row["box"]),
-                iou=row["iou"],
-                hit=row["hit"],
-                kept_indices=tuple(row["kept_indices"]),
-                seconds=row["seconds"],
+            row.id: Answer(
+                id=row.id,
+                image=row.image,
+                expression=row.expression,
+                text=row.answer,
+                truth=row.truth,
+                box=row.box,
+                iou=row.iou,
+                hit=row.hit,
+                kept_indices=row.kept_indices,
+                seconds=row.seconds,
             )
-            for row in parquet.read_table(path).to_pylist()
+            for row in self.run.rows
         }
 
     @property
@@ -189,7 +186,7 @@ def open_runs(folders: Sequence[Path], protocol: str) -> ReportedRuns:
     Raises:
         InputError: no evaluation under that protocol, or evaluations of different expressions.
     """
-    if len(folders) == 1 and (folders[0] / MANIFEST).is_file():
+    if len(folders) == 1 and is_file(folders[0] / MANIFEST):
         return _of_bundle(open_bundle(folders[0]), protocol)
     runs = tuple(_evaluated(folder, protocol) for folder in folders)
     for other in runs[1:]:
@@ -245,9 +242,28 @@ def _evaluated(folder: Path, protocol: str, bundle: Bundle | None = None) -> Eva
     """An evaluation, with the bundle that answered: the one given, if it is that build, or what lies where it lay."""
     run, provenance = open_run(folder, protocol), read_provenance(folder)
     settings = read_settings(folder)
-    if bundle is not None and settings is not None and settings.manifest_sha256 == bundle.manifest_sha256:
-        return Evaluated(run, provenance, settings, bundle, "")
-    return Evaluated(run, provenance, settings, *_bundle(provenance, settings))
+    lacks = ""
+    if bundle is None or settings is None or settings.manifest_sha256 != bundle.manifest_sha256:
+        bundle, lacks = _bundle(provenance, settings)
+    if bundle is not None:
+        _check_tokens(run, bundle)
+    return Evaluated(run, provenance, settings, bundle, lacks)
+
+
+def _check_tokens(run: EvalRun, bundle: Bundle) -> None:
+    """Refuse answers of tokens that the bundle does not have.
+
+    Raises:
+        InputError: there are some.
+    """
+    count = bundle.manifest.spec.visual_tokens
+    for number, row in enumerate(run.rows, 1):
+        if max(row.kept_indices, default=0) >= count:
+            raise InputError(
+                f"kept_indices has {max(row.kept_indices)}, and the bundle has {count} visual tokens",
+                subject=f"{results_path(run.folder, run.record.protocol)}, row {number}",
+                hint="run the evaluation again",
+            )
 
 
 def _bundle(provenance: Provenance, settings: Settings | None) -> tuple[Bundle | None, str]:
@@ -255,7 +271,7 @@ def _bundle(provenance: Provenance, settings: Settings | None) -> tuple[Bundle |
     if provenance.bundle is None or settings is None:
         return None, "answers came from a file"
     folder = Path(provenance.bundle)
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         return None, f"its bundle is not at {folder} any more"
     if sha256_of(folder / MANIFEST) != settings.manifest_sha256:
         return None, f"its bundle at {folder} was built anew since"

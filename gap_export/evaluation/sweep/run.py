@@ -7,7 +7,9 @@ depend on the pruner, nor the vision graph on how the kept tokens are numbered, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -23,6 +25,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError, GapExportError
 from gap_export.evaluation import plotting, runner
+from gap_export.evaluation.digests import first_digest, sealed, unsealed
 from gap_export.evaluation.result_folder import SETTINGS, open_result_folder
 from gap_export.evaluation.sweep.plot import figure
 from gap_export.evaluation.sweep.record import (
@@ -35,7 +38,8 @@ from gap_export.evaluation.sweep.record import (
 )
 from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
 from gap_export.evaluation.sweep.show import page
-from gap_export.files import FolderKind, FolderLock, scratch_folder, sha256_of, write_atomically
+from gap_export.files import FolderKind, FolderLock, read_bytes, scratch_folder, sha256_of, write_atomically
+from gap_export.files.kinds import REPORT
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
 from gap_export.pipeline.build import build
@@ -130,7 +134,7 @@ class Store:
         Raises:
             BundleError: its file is damaged.
         """
-        return self._path(point).is_file() and bool(self.answers(point))
+        return os.path.lexists(self._path(point)) and bool(self.answers(point))
 
     def answers(self, point: SweepPoint) -> Answers:
         """Of a finished point.
@@ -142,9 +146,20 @@ class Store:
         hint = (
             "it is missing or damaged: delete it, and run the same command again: that point is computed anew"
         )
-        answers = Answers.read(path, hint=hint, error=BundleError)
+        line = read_bytes(path, dataclasses.replace(REPORT, error=BundleError, hint=hint))
+        try:
+            content, _ = unsealed(line.removesuffix(b"\n"), self._before(point))
+        except ValueError as reason:
+            raise BundleError(str(reason), subject=str(path), hint=hint) from reason
+        answers = Answers.parse(content, subject=str(path), hint=hint, error=BundleError)
         if len(answers.ious) != self.settings.limit:
             raise BundleError(f"holds answers to {len(answers.ious)} scenes", subject=str(path), hint=hint)
+        if answers.without_box > answers.ious.count(0.0):
+            raise BundleError(
+                f"without_box is {answers.without_box}, and {answers.ious.count(0.0)} of ious are 0",
+                subject=str(path),
+                hint=hint,
+            )
         return answers
 
     def save(self, point: SweepPoint, answers: Answers) -> None:
@@ -153,7 +168,12 @@ class Store:
         Raises:
             BundleError: it cannot be written.
         """
-        write_atomically(self._path(point), answers.model_dump_json() + "\n")
+        line, _ = sealed(answers, self._before(point))
+        write_atomically(self._path(point), line + "\n")
+
+    def _before(self, point: SweepPoint) -> str:
+        """Answers belong to this point of a sweep of these settings."""
+        return first_digest(self.settings, point.name)
 
     def _path(self, point: SweepPoint) -> Path:
         return self.folder / "points" / f"{point.name}.json"

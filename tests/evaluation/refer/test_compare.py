@@ -24,6 +24,7 @@ from gap_export.evaluation.refer.compare import (
     mcnemar,
     thresholds_on,
 )
+from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.journal import AnswerRow
 from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.results import (
@@ -31,6 +32,7 @@ from gap_export.evaluation.refer.results import (
     EvalRun,
     Provenance,
     open_run,
+    store_results,
     write_results,
 )
 from gap_export.evaluation.refer.run import EvalRecord, record_of, score_all
@@ -165,7 +167,7 @@ def test_runs_are_read_back(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished evaluation under unc"):
         open_run(tmp_path, "unc")
     record = record_of(scored, protocol, split="val", backend="torch")
-    (tmp_path / "unc-eval.json").write_text(record.model_dump_json())
+    store_results(record, scored, Dataset("d", "0", tuple(expressions), None, data="d"), None, tmp_path)
     run = open_run(tmp_path, "unc")
     assert run.hits.tolist() == [True, False, False]
     assert run.boxes == [(0.0, 0.0, 5.0, 5.0), None, (0.0, 0.0, 10.0, 10.0)]

@@ -70,8 +70,12 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [("{}\n", "line 2"), (None, "answer to a twice")])
 def test_damage_is_named(text: str | None, message: str, tmp_path: Path) -> None:
-    open_journal(tmp_path, SETTINGS).add([row("a")])
-    with (tmp_path / ANSWERS).open("a") as out:
-        out.write(row("a").model_dump_json() + "\n" if text is None else text)
+    journal = open_journal(tmp_path, SETTINGS)
+    journal.add([row("a")])
+    if text is None:
+        journal.add([row("a")])
+    else:
+        with (tmp_path / ANSWERS).open("a") as out:
+            out.write(text)
     with pytest.raises(BundleError, match=message):
         open_journal(tmp_path, SETTINGS)
