@@ -198,7 +198,7 @@ def test_keep_outside_its_range(keep: str, command: Command, recipe_file: Path, 
         (["--target", "tpu"], ["targets", "tpu"]),
         (["--capacity", "30"], ["capacity 30", "at least 38"]),
         (["--capacity", "0"], ["capacity"]),
-        (["--max-new-tokens", "0"], ["max_new_tokens"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens", "from 1 to"]),
         (["--max-new-tokens", "500"], ["max_new_tokens", "256"]),
         (["--seed", "-1"], ["seed"]),
         (["--prune-layers", "2"], ["cls_attention", "no layer to choose"]),
@@ -503,7 +503,7 @@ def test_run_refuses_bad_input(
     refused(run(refer="red " * 40), "shorten the expression")
     refused(run(refer="a <image> mug"), "<image>")
     refused(run(image_file, "the mug", "--backend", "tflite"), "tflite", "onnxruntime")
-    refused(run(image_file, "the mug", "--max-new-tokens", "0"), "max_new_tokens")
+    refused(run(image_file, "the mug", "--max-new-tokens", "0"), "--max-new-tokens", "from 1 to")
     refused(run(image_file, "the mug", "--max-new-tokens", "400"), "capacity")
     refused(run(image_file, "the mug", "--threads", "-1"), "threads")
     refused(run(image_file, "the mug", "--draw", str(tmp_path / "no folder" / "x.png")), "x.png")

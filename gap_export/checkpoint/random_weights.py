@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.errors import CheckpointError, MissingRequirementError
-from gap_export.files import readable_size
+from gap_export.files import atomic_folder, is_folder, readable_size
 from gap_export.progress import SILENT, Progress
 
 Shapes = dict[str, tuple[int, ...]]
@@ -117,7 +117,7 @@ def random_checkpoint(repository: str, progress: Progress = SILENT) -> Path:
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gap-export" / "random"
     folder = cache / repository.replace("/", "--")
-    if not folder.exists():
+    if not is_folder(folder):
         write_checkpoint(folder, content, progress)
     return folder
 
@@ -127,15 +127,10 @@ def write_checkpoint(folder: Path, content: Published, progress: Progress = SILE
 
     Raises:
         MissingRequirementError: no space on the disk.
+        BundleError: it cannot be written.
     """
-    scratch = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        _write(scratch, content, progress)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with atomic_folder(folder) as fresh:
+        _write(fresh, content, progress)
 
 
 def _write(folder: Path, content: Published, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ from gap_export.runtime.grounder import check_keep
 
 ALL = "all"
 """Name of the split where none was asked for."""
+
+_NO_NAME = re.compile(r"[^A-Za-z0-9._-]|^\.+")
+_LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
@@ -241,13 +245,16 @@ def _run(prepared: Prepared, cluster: Cluster | None, progress: Progress) -> Eva
 
 
 def default_name(bundle: Bundle, dataset: Dataset, options: EvalOptions) -> str:
-    """Of the folder that results go to where none is given: data, split, position ids, backend, and what is unusual."""
-    data = Path(dataset.data).stem.replace(":", "-")
+    """Of the folder that results go to where none is given: data, split, position ids, backend, and what is unusual.
+
+    Data and splits are named by whoever made them: what is no letter, digit, point, underscore or hyphen becomes a hyphen.
+    """
+    data = Path(dataset.data).stem
     parts = [data, dataset.split or ALL, str(bundle.manifest.pruning.positions), options.backend]
     parts += [] if options.keep is None else [f"keep{options.keep:g}"]
     parts += [] if options.share else ["one-by-one"]
     parts += ["as-stored"] if dataset.ignore_exif else []
-    return "-".join(parts)
+    return _NO_NAME.sub("-", "-".join(parts))[:_LONGEST_NAME]
 
 
 def make_evaluator(folder: Path, options: EvalOptions) -> Evaluator:
