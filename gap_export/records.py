@@ -28,6 +28,8 @@ Count = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
 """How many; the bound is that of whole numbers in JSON."""
 Amount = Annotated[float, Field(ge=0, strict=True)]
 """Of time, or of whatever else cannot be less than nothing."""
+Number = Annotated[float, Field(strict=True)]
+"""Any that is finite."""
 Flag = Annotated[bool, Field(strict=True)]
 """Whether; a 1 is no `true`."""
 Text = Annotated[str, Field(min_length=1)]

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from gap_export.errors import GateError
 from gap_export.precision import Thresholds
-from gap_export.records import Flag, Record
+from gap_export.records import Flag, Number, Record
 
 GROUNDING = Thresholds(max_accuracy_drop=0.05, min_box_iou=0.90, min_prediction_agreement=0.95)
 """What one evaluation must meet against another where nothing else is said: those of NVIDIA's own checks of grounding models."""
@@ -19,7 +19,7 @@ def _not_a_number(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-Measured = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_not_a_number)]
+Measured = Annotated[float, Field(allow_inf_nan=True, strict=True), BeforeValidator(_not_a_number)]
 """A float that may be anything. JSON has no word for what is no finite number: it is stored as null, and read as NaN."""
 
 
@@ -36,7 +36,7 @@ class Gate(Record):
 
     name: str
     comparison: Literal["<=", ">="]
-    limit: float
+    limit: Number
     measured: Measured
     passed: Flag
 

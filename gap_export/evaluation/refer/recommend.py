@@ -20,7 +20,7 @@ from gap_export.evaluation.refer.evaluate import evaluate
 from gap_export.evaluation.refer.results import EvalRun
 from gap_export.precision import Thresholds
 from gap_export.progress import SILENT, Prefixed, Progress
-from gap_export.records import Amount, Change, Count, Flag, Record, Share
+from gap_export.records import Amount, Change, Count, Flag, Number, Record, Share
 from gap_export.runtime.backends import open_session
 
 KEEPS = (1.0, 0.5, 0.35, 0.25, 0.15, 0.1)
@@ -70,7 +70,7 @@ class Recommendation(Record):
 
     manifest_sha256: str
     protocol: str
-    max_accuracy_drop: float
+    max_accuracy_drop: Number
     expressions: Count
     points: tuple[Point, ...]
     chosen: Share | None
@@ -83,7 +83,8 @@ class Recommendation(Record):
         for point in self.points:
             if point.inside != (point.low >= -self.max_accuracy_drop):
                 raise ValueError(
-                    f"inside is {point.inside} at keep {point.keep:g}, where low is {point.low:g}"
+                    f"inside is {point.inside} at keep {point.keep:g}, where low is {point.low:g} and max_accuracy_drop "
+                    f"{self.max_accuracy_drop:g}"
                 )
         if self.chosen != min((point.keep for point in self.points[1:] if point.inside), default=None):
             raise ValueError(f"chosen {self.chosen} is not the smallest share inside")

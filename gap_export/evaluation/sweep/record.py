@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from gap_export.boxes import metrics
 from gap_export.positions import PositionPolicy
@@ -32,7 +32,7 @@ class Settings(Record):
         versions: package -> version.
     """
 
-    schema_version: int = 1
+    schema_version: Annotated[int, Field(ge=1, le=1, strict=True)] = 1
     recipe: dict[str, Any]
     checkpoint_sha256: str
     text_tower_sha256: str | None = None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gap_export.bundle.folder import Bundle
+from gap_export.errors import InputError
 from gap_export.evaluation.refer.compare import Disagreement
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.report.cases import Album, pruned_path, random_cases, token_grid, worst_cases
@@ -95,6 +96,11 @@ def test_what_is_shaded_was_pruned(
 
 def test_nothing_is_shaded_where_all_is_kept(tiny_bundle: Callable[..., Bundle]) -> None:
     assert pruned_path(range(36), 20, 30, tiny_bundle().manifest) == ""
+
+
+def test_tokens_that_an_image_does_not_have(tiny_bundle: Callable[..., Bundle]) -> None:
+    with pytest.raises(InputError, match="keep visual token 36, and an image of 20x30 pixels has 36"):
+        pruned_path([1, 36], 20, 30, tiny_bundle().manifest)
 
 
 def test_grids_follow_the_image_at_native_resolution(tiny_bundle: Callable[..., Bundle]) -> None:
