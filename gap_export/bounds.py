@@ -5,7 +5,6 @@ Bounds are far beyond what makes sense and low enough that nothing hangs or asks
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,9 +54,8 @@ class Bound:
 
     def holds(self, value: float) -> bool:
         """Whether it is such a number."""
-        if isinstance(value, bool) or not math.isfinite(value) or (self.whole and value != int(value)):
-            return False
-        return (self.least < value if self.above else self.least <= value) and value <= self.most
+        within = (self.least < value if self.above else self.least <= value) and value <= self.most
+        return within and not isinstance(value, bool) and not (self.whole and value != int(value))
 
 
 THREADS = Bound(0, 256)
@@ -67,6 +65,8 @@ BATCH = Bound(1, 4096)
 WORKERS = Bound(1, 1024)
 REQUESTS = Bound(1, 1_000_000)
 TOKENS = Bound(1, 1_000_000)
+TEXT = Bound(2, 1_000_000)
+IMAGES = Bound(1, 64)
 LAYER = Bound(0, 10_000)
 SLOTS = Bound(1, 10_000_000)
 PIXELS = Bound(1, 1_000_000_000)

@@ -18,8 +18,13 @@ The command line prints these without a traceback and exits with 2. Any other ex
 
 from __future__ import annotations
 
+import reprlib
 from functools import partial
 from typing import Any
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+_SHOWN.maxlevel = 3
 
 
 class GapExportError(Exception):
@@ -50,6 +55,16 @@ class GapExportError(Exception):
 def first_line(error: BaseException) -> str:
     """What a library said, for a message: the first line of it, or the error's type where it said nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shown(value: Any) -> str:
+    """A value that comes from outside, for a message: as Python writes it, on one line, shortened where it is long."""
+    return _SHOWN.repr(value)
+
+
+def named(name: str) -> str:
+    """A name that comes from outside, for a message: as it is, or as `shown` where it is long or cannot be printed."""
+    return name if len(name) <= 200 and name.isprintable() else shown(name)
 
 
 class RecipeError(GapExportError):

@@ -64,7 +64,7 @@ class Thresholds:
         ValueError: a share above 1, a negative loss of accuracy, or another bound that is not above 0.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid", "allow_inf_nan": False}
 
     min_kept_sets_equal: float = 1.0
     max_logit_difference: float = 1e-3

@@ -20,6 +20,29 @@ from gap_export.files.kinds import REPORT
 _LONGEST_SHOWN = 80
 """Characters of a value that is repeated in a message."""
 
+_WORDS = (
+    ("Value error, ", ""),
+    ("Field required", "is missing"),
+    ("Extra inputs are not permitted", "is not a field here"),
+    ("Input should be ", "must be "),
+    ("Input should have ", "must have "),
+    ("a valid integer, unable to parse string as an integer", "a whole number"),
+    ("a valid integer, got a number with a fractional part", "a whole number"),
+    ("a valid integer", "a whole number"),
+    ("a valid number, unable to parse string as a number", "a number"),
+    ("a valid number", "a number"),
+    ("a valid string", "text"),
+    ("a valid boolean", "true or false"),
+    ("a valid tuple", "a list"),
+    ("a valid list", "a list"),
+    ("a valid dictionary", "an object"),
+    ("a dictionary or an instance of ", "an object of fields of "),
+    ("String should match pattern", "must be as in"),
+    ("String should have", "must have"),
+    ("Tuple should have", "must have"),
+)
+"""Of pydantic's messages -> what is said in their place."""
+
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 """Of a whole: an accuracy, an overlap, a probability. Here and below, a number in quotes is none."""
 Change = Annotated[float, Field(ge=-1, le=1, strict=True)]
@@ -112,13 +135,22 @@ class Record(BaseModel):
         write_atomically(path, self.model_dump_json(indent=2) + "\n")
 
 
+def _in_words(message: str) -> str:
+    """What pydantic says, as one would say it of a file."""
+    for theirs, ours in _WORDS:
+        message = message.replace(theirs, ours)
+    return message
+
+
 def explain(error: ValidationError) -> str:
     """The first thing that is wrong with a record: the field, the value if it is short, and why it cannot be."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     given = first["input"]
-    message = first["msg"].removeprefix("Value error, ")
+    message = _in_words(first["msg"])
     if not field:
         return message
+    if len(field) > _LONGEST_SHOWN:
+        field = field[:_LONGEST_SHOWN] + "..."
     short = isinstance(given, str | int | float) and len(repr(given)) <= _LONGEST_SHOWN
     return f"{field} {given!r}: {message}" if short else f"{field}: {message}"

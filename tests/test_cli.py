@@ -226,7 +226,7 @@ def test_unknown_model(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[1, 2", ["cannot be read as YAML"]),
+        ("[1, 2", ["is not YAML"]),
         ("just words", ["is not a mapping"]),
         ("", ["is not a mapping"]),
         ("checkpoint: x\nkep: 0.5\n", ["kep"]),
@@ -290,7 +290,7 @@ def without_end_token(checkpoint: Path) -> None:
         (emptied, ["not a safetensors file", "0 bytes"]),
         (without("model.safetensors"), ["has no model.safetensors"]),
         (without("config.json"), ["has no config.json"]),
-        (with_text("config.json", "{"), ["cannot be read as JSON"]),
+        (with_text("config.json", "{"), ["config.json, line 1", "is not JSON"]),
         (edited("config.json", model_type="paligemma"), ["paligemma", "supported: internvl, llava"]),
         (edited("config.json", auto_map={"AutoModel": "x.Y"}), ["auto_map"]),
         (edited("config.json", text_config__model_type="mistral"), ["text_config.model_type"]),

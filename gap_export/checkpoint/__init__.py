@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from gap_export.checkpoint.forms import (
     check_fetched,
     check_not_adapter,
     check_not_quantized,
+    in_folder,
     in_place_of_weights,
 )
 from gap_export.checkpoint.safetensors import Derived, WeightLocation, read_header
-from gap_export.errors import CheckpointError, MissingRequirementError
+from gap_export.errors import CheckpointError, MissingRequirementError, named, shown
+from gap_export.files import FileKind, is_file, is_folder, kinds, read_json, sha256_of
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -28,6 +31,7 @@ _WEIGHT_FILES = (
 `save_pretrained` twice into a folder leaves a single file beside an index of shards that are no longer meant."""
 _NAMED_IN_CONFIG = "transformers_weights"
 """Field of config.json that names the weight file in the place of these."""
+_LONGEST_NAME = 256
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _ARCHIVES = (".bin", ".pth", ".pt")
 """Files of torch.save; see `torch_archive.py`."""
@@ -91,8 +95,8 @@ class Checkpoint:
             of the same of the companions. Where the checkpoint lies and what its weights are makes no difference.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for path in sorted(self.folder.glob("*.json")):
-            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        for path in filter(is_file, in_folder(self.folder, ".json")):
+            digest.update(os.fsencode(path.name) + f" {sha256_of(path)}\n".encode())
         for key, weight in sorted(self.weights.items()):
             if key.partition("/")[0] not in self.companions:
                 dtype = weight.dtype if isinstance(weight, WeightLocation) else "derived"
@@ -105,12 +109,17 @@ class Checkpoint:
     @property
     def model_type(self) -> str:
         """`model_type` of `config.json`."""
-        return str(self.config.get("model_type", ""))
+        stated = self.config.get("model_type", "")
+        return named(stated) if isinstance(stated, str) else shown(stated)
 
     def json(self, file: str) -> dict[str, Any]:
-        """Parse one of the checkpoint's JSON files; an absent file is an empty dict."""
+        """Parse one of the checkpoint's JSON files; an absent file is an empty dict.
+
+        Raises:
+            CheckpointError: what lies there is no JSON object.
+        """
         path = self.folder / file
-        return _read_json(path) if path.is_file() else {}
+        return _json_object(path) if os.path.lexists(path) else {}
 
 
 def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
@@ -125,9 +134,9 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         CheckpointError: something is missing, truncated, quantised, an adapter without its base, or stored in a form that could
             execute code.
     """
-    if folder.is_file() and folder.suffix in _ARCHIVES:
+    if is_file(folder) and folder.suffix in _ARCHIVES:
         return Checkpoint(folder.parent, name or str(folder), {}, dict(read_weights(folder)))
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(
             "is not a folder",
             subject=str(folder),
@@ -136,23 +145,23 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         )
     check_not_adapter(folder)
     for path in (folder / name for name in _TOKENIZERS):
-        if path.is_file():
+        if os.path.lexists(path):
             check_fetched(path)
     config_file = folder / "config.json"
-    bare = sorted(folder.glob("*.pth"))
-    if not config_file.is_file() and len(bare) == 1:
+    bare = in_folder(folder, ".pth")
+    if not os.path.lexists(config_file) and len(bare) == 1:
         return Checkpoint(folder, name or str(folder), {}, dict(read_weights(bare[0])))
-    if not config_file.is_file() and bare:
+    if not os.path.lexists(config_file) and bare:
         raise CheckpointError(
             f"has no config.json, and several weight files ({', '.join(path.name for path in bare[:3])})",
             subject=str(folder),
             hint=f"name the one that is meant: {bare[0]}",
         )
-    if not config_file.is_file():
+    if not os.path.lexists(config_file):
         raise _without(
             "config.json", folder, "has no config.json", "point at a checkpoint in Hugging Face layout"
         )
-    config = _read_json(config_file)
+    config = _json_object(config_file)
     weights: dict[str, WeightLocation | Derived] = {}
     check_not_quantized(folder, config)
     for shard in _shards(folder, config):
@@ -183,16 +192,16 @@ def read_weights(file: Path) -> dict[str, WeightLocation]:
 def _shards(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """The files that hold the weights."""
     named = config.get(_NAMED_IN_CONFIG)
-    for name in (str(named),) if named else _WEIGHT_FILES:
-        if Path(name).name != name:
+    for name in (named,) if named else _WEIGHT_FILES:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise CheckpointError(
-                f"{_NAMED_IN_CONFIG} points outside the checkpoint folder: {name!r}",
+                f"{_NAMED_IN_CONFIG} points outside the checkpoint folder: {shown(name)}",
                 subject=str(folder / "config.json"),
                 hint="use a clean download",
             )
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             return _listed(folder / name) if name.endswith(".json") else [folder / name]
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_ARCHIVES))
+    others = [path.name for path in in_folder(folder, ".safetensors", *_ARCHIVES)]
     raise _without(
         str(named or _WEIGHT_FILES[0]),
         folder,
@@ -210,8 +219,8 @@ def _without(file: str, folder: Path, message: str, hint: str) -> CheckpointErro
 
 
 def _listed(index: Path) -> list[Path]:
-    """The shards that an index lists."""
-    listed = _read_json(index).get("weight_map")
+    """The shards that an index lists, beside it or in folders below."""
+    listed = _json_object(index, kinds.WEIGHT_INDEX).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise CheckpointError(
             "does not say which file holds which weight (weight_map)",
@@ -220,28 +229,26 @@ def _listed(index: Path) -> list[Path]:
         )
     names = sorted(set(listed.values()))
     for name in names:
-        if Path(name).name != name:
+        inside = Path(name)
+        if inside.is_absolute() or ".." in inside.parts or not inside.parts:
             raise CheckpointError(
-                f"names a file that does not lie beside it: {name!r}",
+                f"names a file outside its folder: {shown(name)}",
                 subject=str(index),
                 hint="use a clean download, or put all files of weights beside the index and correct their names in it",
             )
-        if not (index.parent / name).is_file():
+        if not is_file(index.parent / name):
             raise CheckpointError(
-                f"lists {name}, which is not there",
+                f"lists {name}, which is not there"
+                if len(name) < _LONGEST_NAME
+                else f"lists {shown(name)}, which is no name",
                 subject=str(index),
-                hint=f"download {name} again: the checkpoint is incomplete",
+                hint="download it again: the checkpoint is incomplete",
             )
     return [index.parent / name for name in names]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "cannot be read as JSON", subject=str(path), hint="fetch the checkpoint again"
-        ) from error
+def _json_object(path: Path, kind: FileKind = kinds.CONFIG) -> dict[str, Any]:
+    value = read_json(path, kind)
     if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", subject=str(path), hint="fetch the checkpoint again")
+        raise CheckpointError("is not a JSON object", subject=str(path), hint=kind.hint)
     return value

@@ -6,13 +6,13 @@ They would otherwise end in a missing or a foreign weight, long after the build 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, named
+from gap_export.files import is_file, is_folder, kinds, opened, read_json
 
 _ADAPTER = "adapter_config.json"
 """What peft writes beside `adapter_model.safetensors`."""
@@ -44,7 +44,7 @@ def check_fetched(file: Path) -> None:
     Raises:
         CheckpointError: names which, and how to fetch the file.
     """
-    with file.open("rb") as stream:
+    with opened(file, kinds.WEIGHTS) as stream:
         beginning = stream.read(64).lstrip().lower()
     if beginning.startswith(_POINTER):
         raise CheckpointError(
@@ -67,21 +67,20 @@ def check_not_adapter(folder: Path) -> None:
         CheckpointError: names the base, and how to merge.
     """
     file = folder / _ADAPTER
-    if not file.is_file():
+    if not is_file(file):
         return
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        described = read_json(file, kinds.CONFIG)
+    except CheckpointError:  # an adapter it is all the same
         described = {}
-    described = described if isinstance(described, dict) else {}
-    kind = str(described.get("peft_type") or "LoRA").replace("LORA", "LoRA")
-    base = described.get("base_model_name_or_path") or "its base model"
-    beside = "beside other weights" if (folder / "config.json").is_file() else "and not a model"
+    kind = _plain(described, "peft_type", "LoRA").replace("LORA", "LoRA")
+    base = _plain(described, "base_model_name_or_path", "its base model")
+    beside = "beside other weights" if is_file(folder / "config.json") else "and not a model"
     hint = (
         f"merge it into {base} and save both as one: peft's PeftModel.from_pretrained(...).merge_and_unload()"
         ".save_pretrained(FOLDER); where that was done already, move adapter_* out of the folder"
     )
-    if (folder / _BESIDE_ADAPTER).is_file():
+    if is_file(folder / _BESIDE_ADAPTER):
         hint = (
             f"merge it into {base} together with {_BESIDE_ADAPTER}, which peft does not read: LLaVA's scripts/merge_lora_weights.py "
             f"--model-path {folder} --model-base {base} --save-model-path FOLDER"
@@ -93,24 +92,25 @@ def check_not_adapter(folder: Path) -> None:
 
 def in_place_of_weights(folder: Path) -> tuple[str, str] | None:
     """What a folder without weights holds in their place: (what it is, what to do), where it is known."""
-    files = sorted(path.name for path in folder.glob("*.gguf"))
+    files = in_folder(folder, ".gguf")
     if files:
-        return f"holds GGUF ({files[0]}), the format of llama.cpp", (
+        return f"holds GGUF ({files[0].name}), the format of llama.cpp", (
             "use the checkpoint that it was made from, in safetensors, and choose a --precision"
         )
-    if (folder / _ZERO).is_file():
+    if is_file(folder / _ZERO):
         return f"holds the pieces that DeepSpeed saved ({_ZERO} lies beside them)", (
             f"join them: python {folder / _ZERO} {folder} {folder} --safe_serialization"
         )
     steps = sorted(
-        (path.name for path in folder.glob(_SAVED_STEPS) if path.is_dir()), key=lambda name: (len(name), name)
+        (path.name for path in folder.glob(_SAVED_STEPS) if is_folder(path)),
+        key=lambda name: (len(name), name),
     )
     if steps:
         return (
             f"holds the checkpoints of a training ({', '.join(steps[-3:])})",
             f"name one of them: {folder / steps[-1]}",
         )
-    if (folder / _PROJECTOR).is_file():
+    if is_file(folder / _PROJECTOR):
         return f"holds a projector alone ({_PROJECTOR}), which LLaVA's first stage of training leaves", (
             "name the checkpoint of the whole model"
         )
@@ -130,7 +130,7 @@ def check_not_quantized(folder: Path, config: Mapping[str, Any], keys: Iterable[
     """
     where, method = _quantization(folder, config)
     if where is None:
-        where = next((key for key in keys if _STORED_PIECES.search(key)), None)
+        where = next((named(key) for key in keys if _STORED_PIECES.search(key)), None)
     if where is None:
         return
     raise CheckpointError(
@@ -148,6 +148,26 @@ def _quantization(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, 
         for field in _CONFIG_FIELDS:
             said = part.get(field)
             if said:
-                method = said.get("quant_method") if isinstance(said, dict) else None
-                return f"{prefix}{field} in config.json", f" by {method}" if method else ""
-    return next((name for name in _CONFIG_FILES if (folder / name).is_file()), None), ""
+                method = _plain(said, "quant_method", "")
+                return f"{named(prefix)}{field} in config.json", f" by {method}" if method else ""
+    return next((name for name in _CONFIG_FILES if is_file(folder / name)), None), ""
+
+
+def _plain(described: Any, field: str, otherwise: str) -> str:
+    """A name that a file gives, for a message; something else where it gives none."""
+    name = described.get(field) if isinstance(described, dict) else None
+    return name if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() else otherwise
+
+
+def in_folder(folder: Path, *suffixes: str) -> list[Path]:
+    """What lies in a checkpoint's folder under names that end so, in their order.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read: {error.strerror}", subject=str(folder), hint="see who may read the folder"
+        ) from error

@@ -7,11 +7,13 @@ everywhere. Messages never quote the library's: theirs may hold addresses and he
 from __future__ import annotations
 
 import io
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from gap_export.errors import CheckpointError, MissingRequirementError
+from gap_export.files import is_file, is_folder
 from gap_export.progress import SILENT, Progress
 
 _DESCRIPTION = ["*.json", "*.model"]
@@ -38,8 +40,10 @@ def resolve(reference: str, progress: Progress = SILENT) -> Path:
     if reference.startswith("bundled:"):
         return bundled(reference.removeprefix("bundled:"))
     path = Path(reference)
-    if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        return path.expanduser()
+    if is_file(path) or is_folder(path):
+        return path
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
+        return Path(os.path.expanduser(reference))  # (pathlib's raises where there is no such user)
     return _fetched(reference, progress)
 
 

@@ -8,8 +8,9 @@ torch.save are read by `torch_archive.py`.
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, shown
+from gap_export.files import kinds, opened, parse_json
 
-BYTES_PER_ELEMENT = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F64": 8,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "F8_E4M3": 1,
-    "BOOL": 1,
+BITS_PER_ELEMENT = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-_LARGEST_HEADER = 100 * 2**20
+"""The element types of the format."""
+_LARGEST_HEADER = 25 * 10**6
+"""Bytes, of two hundred thousand tensors. The format's own limit is four times as much, which takes a gigabyte to parse."""
+_LARGEST_EXTENT = 2**64
+_ENTRY = {"dtype", "shape", "data_offsets"}
+FILLER = "alignment."
+"""Beginning of the names of tensors that only make others begin at multiples of 64 bytes."""
 _ALIGNMENT = 64
 
 
@@ -105,8 +108,11 @@ def lay_out(parts: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int], int]:
     header: dict[str, object] = {}
     starts: dict[str, int] = {}
     end = 0
-    for part in parts:
+    for number, part in enumerate(parts):
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        if start > end:  # the format knows no holes
+            filler = {"dtype": "U8", "shape": [start - end], "data_offsets": [end, start]}
+            header[f"{FILLER}{number}"] = filler
         end = start + part.length
         starts[part.name] = start
         header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [start, end]}
@@ -117,50 +123,98 @@ def lay_out(parts: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int], int]:
 
 
 def read_header(file: Path) -> dict[str, WeightLocation]:
-    """Parse the header of one safetensors file and check it against the file's size.
+    """Parse the header of one safetensors file and check it against the file's size, as strictly as the format's own package does.
 
     Raises:
-        CheckpointError: not a safetensors file, or cut short.
+        CheckpointError: not a safetensors file, cut short, or one whose tensors overlap or leave parts of it out.
     """
-
-    def broken(message: str) -> CheckpointError:
-        return CheckpointError(
-            message, subject=str(file), hint="the download is incomplete or damaged: fetch it again"
-        )
-
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with opened(file, kinds.WEIGHTS) as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise broken(f"is not a safetensors file ({size} bytes)")
-        (header_length,) = struct.unpack("<Q", prefix)
-        if header_length > min(size - 8, _LARGEST_HEADER):
-            raise broken("is truncated or not a safetensors file (its header is longer than the file)")
-        try:
-            header = json.loads(stream.read(header_length))
-        except ValueError as error:
-            raise broken("is not a safetensors file (its header is not JSON)") from error
-    base = 8 + header_length
-    locations: dict[str, WeightLocation] = {}
+            raise _broken(file, f"is not a safetensors file ({size} bytes)")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > size - 8:
+            raise _broken(file, "is truncated or not a safetensors file (its header is longer than the file)")
+        if length > _LARGEST_HEADER:
+            raise _broken(file, f"has a header of {length} bytes ({_LARGEST_HEADER} at most)")
+        text = stream.read(length)
     try:
-        for key, entry in header.items():
-            if key == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            shape = tuple(int(extent) for extent in entry["shape"])
-            expected = BYTES_PER_ELEMENT.get(entry["dtype"], 0)
-            for extent in shape:
-                expected *= extent
-            if not 0 <= start <= end:
-                raise broken(f"is damaged: {key} lies from byte {start} to byte {end} of its data")
-            if end > size - base:
-                raise broken(f"is truncated: {key} ends at byte {base + end} of {size}")
-            if expected and end - start != expected:
-                raise broken(f"is damaged: {key} has {end - start} bytes where its shape needs {expected}")
-            locations[key] = WeightLocation(file, entry["dtype"], shape, base + start, end - start)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise broken("is damaged (its header does not describe tensors)") from error
+        header = parse_json(text, str(file), kinds.WEIGHTS)
+    except CheckpointError as error:
+        raise _broken(file, f"is not a safetensors file (its header {error.message})") from error
+    if not isinstance(header, dict) or not text.lstrip().startswith(b"{"):
+        raise _broken(file, "is not a safetensors file (its header is no JSON object)")
+    described = header.pop("__metadata__", None)
+    if not (
+        described is None
+        or (isinstance(described, dict) and all(isinstance(each, str) for each in described.values()))
+    ):
+        raise _broken(file, "is damaged: its __metadata__ is more than text by name")
+    start = 8 + length
+    locations = {key: _location(file, key, entry, start) for key, entry in header.items()}
+    _check_covered(file, locations, start, size)
     return locations
+
+
+def _location(file: Path, key: str, entry: Any, base: int) -> WeightLocation:
+    """A tensor, from its entry in the header.
+
+    Raises:
+        CheckpointError: the entry describes no tensor.
+    """
+    if not (isinstance(entry, dict) and set(entry) == _ENTRY):
+        raise _broken(file, f"is damaged: {shown(key)} is not described by {', '.join(sorted(_ENTRY))}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (isinstance(dtype, str) and dtype in BITS_PER_ELEMENT):
+        raise _broken(file, f"stores {shown(key)} as {shown(dtype)}, an element type that is not known")
+    if not (_are_extents(shape) and _are_extents(offsets) and len(offsets) == 2):
+        raise _broken(
+            file, f"is damaged: {shown(key)} has the shape {shown(shape)} and lies at {shown(offsets)}"
+        )
+    bits, (start, end) = BITS_PER_ELEMENT[dtype], offsets
+    for extent in shape:
+        bits *= extent
+        if bits >= 8 * _LARGEST_EXTENT:
+            raise _broken(file, f"is damaged: {shown(key)} has the shape {shown(shape)}")
+    if start > end or bits != 8 * (end - start):
+        raise _broken(
+            file,
+            f"is damaged: {shown(key)} lies from byte {start} to byte {end} where its shape needs {bits / 8:g} bytes",
+        )
+    return WeightLocation(file, dtype, tuple(shape), base + start, end - start)
+
+
+def _check_covered(file: Path, locations: Mapping[str, WeightLocation], start: int, size: int) -> None:
+    """Refuse tensors that do not follow each other, without holes and overlaps, from the header to the end of the file.
+
+    Raises:
+        CheckpointError: names one.
+    """
+    end = start
+    for key, each in sorted(locations.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if each.offset + each.length > size:
+            raise _broken(
+                file, f"is truncated: {shown(key)} ends at byte {each.offset + each.length} of {size}"
+            )
+        if each.offset != end:
+            fault = "overlaps what lies before it" if each.offset < end else "leaves a hole before it"
+            raise _broken(file, f"is damaged: {shown(key)} {fault}")
+        end = each.offset + each.length
+    if end != size:
+        raise _broken(file, f"is damaged: {size - end} bytes at its end belong to no tensor")
+
+
+def _are_extents(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < _LARGEST_EXTENT for value in values
+    )
+
+
+def _broken(file: Path, message: str) -> CheckpointError:
+    return CheckpointError(
+        message, subject=str(file), hint="the download is incomplete or damaged: fetch it again"
+    )
 
 
 def read_floats(location: WeightLocation) -> NDArray[np.float32] | None:

@@ -22,22 +22,27 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from gap_export.errors import CheckpointError, MissingRequirementError
+from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.added_tokens import described_tokens, named_ids, truth
+from gap_export.errors import CheckpointError, MissingRequirementError, named
+from gap_export.files import kinds, read_bytes
+from gap_export.inputs.prompt import tokenizer_errors
 
 MODEL = "tokenizer.model"
 _BLANK = "▁"
 _BPE = 2
+_LONGEST_PIECE = 1000
+"""Characters; of those that are merged, SentencePiece makes at most 16 by default, and each is split at every place."""
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Types of models and of pieces in sentencepiece_model.proto."""
 
 
-def read_sentencepiece(file: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> Tokenizer | None:
+def read_sentencepiece(checkpoint: Checkpoint) -> Tokenizer | None:
     """A tokenizer from a model of SentencePiece.
 
     Args:
-        file: `tokenizer.model`.
-        config: tokenizer_config.json beside it; says whether texts begin and end with special tokens, and which were added.
-        added: added_tokens.json beside it: further tokens and their ids.
+        checkpoint: with `tokenizer.model`; tokenizer_config.json beside it says whether texts begin and end with special tokens, and
+            which were added, added_tokens.json has further ones and their ids.
 
     Returns:
         The tokenizer; None where the model is not BPE, the kind that Llama's is.
@@ -46,9 +51,15 @@ def read_sentencepiece(file: Path, config: Mapping[str, Any], added: Mapping[str
         CheckpointError: not such a file, or added tokens whose ids leave gaps.
         MissingRequirementError: protobuf is not installed.
     """
+    file = checkpoint.folder / MODEL
     proto = _parsed(file)
     if proto.trainer_spec.model_type != _BPE:
         return None
+    with tokenizer_errors(str(file), "is not a model of SentencePiece that tokenizers takes"):
+        return _bpe(proto, checkpoint)
+
+
+def _bpe(proto: Any, checkpoint: Checkpoint) -> Tokenizer:
     pieces = proto.pieces
     vocabulary = {piece.piece: id_ for id_, piece in enumerate(pieces)}
     unknown = next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None)
@@ -65,8 +76,8 @@ def read_sentencepiece(file: Path, config: Mapping[str, Any], added: Mapping[str
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    _add_tokens(tokenizer, pieces, config, added, file)
-    _add_ends(tokenizer, proto.trainer_spec, config)
+    _add_tokens(tokenizer, pieces, checkpoint)
+    _add_ends(tokenizer, proto.trainer_spec, checkpoint)
     return tokenizer
 
 
@@ -109,10 +120,14 @@ def _parsed(file: Path) -> Any:
             f"is needed to read {file.name}", subject="protobuf", hint="pip install protobuf"
         ) from error
     try:
-        proto.ParseFromString(file.read_bytes())
+        proto.ParseFromString(read_bytes(file, kinds.TOKENIZER))
+    except CheckpointError:
+        raise
     except Exception as error:  # protobuf has an error of its own in every version
         raise _damaged(file) from error
-    if not proto.pieces:
+    if not proto.pieces or any(
+        len(piece.piece) > _LONGEST_PIECE for piece in proto.pieces if piece.type == _NORMAL
+    ):
         raise _damaged(file)
     return proto
 
@@ -153,36 +168,32 @@ def _normalizer(spec: Any) -> Any:
     return normalizers.Sequence([*steps, *(blanks if spec.add_dummy_prefix else blanks[1:])])
 
 
-def _add_tokens(
-    tokenizer: Tokenizer, pieces: Any, config: Mapping[str, Any], added: Mapping[str, int], file: Path
-) -> None:
+def _add_tokens(tokenizer: Tokenizer, pieces: Any, checkpoint: Checkpoint) -> None:
     """Special pieces of the model, and what was added to it later."""
-    for piece in pieces:
-        if piece.type in (_UNKNOWN, _CONTROL):
-            tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
-        elif piece.type == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False)])
-    later: dict[int, AddedToken] = {
-        id_: AddedToken(name, special=True, normalized=False) for name, id_ in added.items()
+    own = [
+        AddedToken(piece.piece, special=piece.type != _USER_DEFINED, normalized=False)
+        for piece in pieces
+        if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    later = {
+        id_: AddedToken(name, special=True, normalized=False) for name, id_ in named_ids(checkpoint).items()
     }
-    for id_, described in (config.get("added_tokens_decoder") or {}).items():
-        flags = {name: bool(described.get(name)) for name in ("lstrip", "rstrip", "single_word", "special")}
-        later[int(id_)] = AddedToken(described["content"], normalized=False, **flags)
-    for id_, token in sorted(later.items()):
-        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
-        add([token])
+    later |= described_tokens(checkpoint, normalized=False)
+    in_order = [later[id_] for id_ in sorted(later)]
+    tokenizer.add_tokens([*own, *in_order])  # at once: every call looks through all that there are
+    for id_, token in later.items():
         if tokenizer.token_to_id(token.content) != id_:
             raise CheckpointError(
-                f"has pieces up to id {len(pieces) - 1}, and {token.content} is to have the id {id_}",
-                subject=str(file),
+                f"has pieces up to id {len(pieces) - 1}, and {named(token.content)} is to have the id {id_}",
+                subject=str(checkpoint.folder / MODEL),
                 hint="tokenizer.model and added_tokens.json or tokenizer_config.json do not belong together",
             )
 
 
-def _add_ends(tokenizer: Tokenizer, trained: Any, config: Mapping[str, Any]) -> None:
+def _add_ends(tokenizer: Tokenizer, trained: Any, checkpoint: Checkpoint) -> None:
     """Special tokens around every text, as Llama's tokenizer has them: one at the beginning where nothing else is said."""
-    begin = trained.bos_piece if config.get("add_bos_token", True) else ""
-    end = trained.eos_piece if config.get("add_eos_token", False) else ""
+    begin = trained.bos_piece if truth(checkpoint, "add_bos_token", True) else ""
+    end = trained.eos_piece if truth(checkpoint, "add_eos_token", False) else ""
     names = [name for name in (begin, end) if name and tokenizer.token_to_id(name) is not None]
     if names:
         single = " ".join([*names[: bool(begin)], "$A", *names[bool(begin) :]])

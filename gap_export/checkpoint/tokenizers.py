@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+import os
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.added_tokens import described_tokens
 from gap_export.checkpoint.sentencepiece import MODEL, begin_every_piece, read_sentencepiece
-from gap_export.errors import CheckpointError
-from gap_export.inputs.prompt import load_tokenizer
+from gap_export.errors import CheckpointError, named
+from gap_export.files import is_file
+from gap_export.inputs.prompt import load_tokenizer, tokenizer_errors
 
 TOKENIZER = "tokenizer.json"
-_DESCRIBED, _FLAGS = "added_tokens_decoder", ("lstrip", "rstrip", "single_word", "normalized", "special")
-_CONFIG, _PAIR = "tokenizer_config.json", ("vocab.json", "merges.txt")
+_PAIR = ("vocab.json", "merges.txt")
 
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -25,13 +24,14 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     Raises:
         CheckpointError: none there, damaged, or in a form that cannot be converted here.
     """
-    folder, config = checkpoint.folder, checkpoint.json(_CONFIG)
-    if (folder / TOKENIZER).is_file():
-        return _with_described(load_tokenizer(folder / TOKENIZER), config)
-    if not (folder / MODEL).is_file():
+    folder = checkpoint.folder
+    if os.path.lexists(folder / TOKENIZER):
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        with tokenizer_errors(str(folder / TOKENIZER)):
+            return _with_described(tokenizer, checkpoint)
+    if not os.path.lexists(folder / MODEL):
         raise _missing(folder)
-    added = checkpoint.json("added_tokens.json")
-    return read_sentencepiece(folder / MODEL, config, added) or _converted(folder)
+    return read_sentencepiece(checkpoint) or _converted(folder)
 
 
 def slow_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -40,7 +40,8 @@ def slow_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     Raises:
         CheckpointError: none there, damaged, or in a form that cannot be converted here.
     """
-    return begin_every_piece(stored_tokenizer(checkpoint))
+    with tokenizer_errors(str(checkpoint.folder)):
+        return begin_every_piece(stored_tokenizer(checkpoint))
 
 
 def with_placeholder(tokenizer: Tokenizer, name: str, id_: int) -> Tokenizer:
@@ -54,7 +55,8 @@ def with_placeholder(tokenizer: Tokenizer, name: str, id_: int) -> Tokenizer:
     Raises:
         CheckpointError: the tokenizer gives it another id.
     """
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    with tokenizer_errors(TOKENIZER):
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
     given = tokenizer.token_to_id(name)
     if given != id_:
         raise CheckpointError(
@@ -103,6 +105,44 @@ def check_placeholder(
     )
 
 
+def check_in_vocabulary(
+    tokenizer: Tokenizer, image_token_id: int, vocabulary: int, checkpoint: Checkpoint
+) -> None:
+    """Refuse a tokenizer that gives words ids for which the model has no embedding.
+
+    Tokens that were added may have such ids: original LLaVA's placeholder is none of the model's, and no prompt has others.
+
+    Args:
+        tokenizer: of the prompt.
+        image_token_id: of the placeholder; it is the model's own where config.json names it.
+        vocabulary: rows of the embedding.
+        checkpoint: that both come from, for messages.
+
+    Raises:
+        CheckpointError: names the token.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    beyond = [
+        (id_, word)
+        for word, id_ in tokenizer.get_vocab(with_added_tokens=False).items()
+        if id_ >= vocabulary and id_ not in added
+    ]
+    if beyond:
+        id_, word = min(beyond)
+        raise CheckpointError(
+            f"gives {named(word)} the id {id_}, and the model has embeddings up to {vocabulary - 1} (vocab_size)",
+            subject=str(checkpoint.folder / TOKENIZER),
+            hint="use the tokenizer that the checkpoint was published with",
+        )
+    named_in = [name for name in ("image_token_index", "image_token_id") if name in checkpoint.config]
+    if named_in and image_token_id >= vocabulary:
+        raise CheckpointError(
+            f"{named_in[0]} is {image_token_id}, and the vocabulary ends at {vocabulary - 1} (vocab_size)",
+            subject=str(checkpoint.folder / "config.json"),
+            hint="compare it with the model as published",
+        )
+
+
 def token_id(tokenizer: Tokenizer, name: str) -> int:
     """Id of a token.
 
@@ -119,20 +159,18 @@ def token_id(tokenizer: Tokenizer, name: str) -> int:
     return id_
 
 
-def _with_described(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+def _with_described(tokenizer: Tokenizer, checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer with its added tokens as tokenizer_config.json describes them, where it does: transformers adds what is missing or different."""
     stored = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
-    for _, described in sorted((config.get(_DESCRIBED) or {}).items(), key=lambda item: int(item[0])):
-        flags = {name: bool(described[name]) for name in _FLAGS if name in described}
-        token = AddedToken(described["content"], **flags)
-        if repr(token) not in stored:
-            tokenizer.add_tokens([token])
+    tokenizer.add_tokens(
+        [token for token in described_tokens(checkpoint).values() if repr(token) not in stored]
+    )
     return tokenizer
 
 
 def _missing(folder: Path) -> CheckpointError:
     """The error of a folder without a tokenizer that can be read."""
-    slow = all((folder / name).is_file() for name in _PAIR)
+    slow = all(is_file(folder / name) for name in _PAIR)
     return CheckpointError(
         f"has {' and '.join(_PAIR)}, and no {TOKENIZER}"
         if slow
@@ -148,13 +186,14 @@ def _converted(folder: Path) -> Tokenizer:
     """SentencePiece to `tokenizers`, by transformers' own converter."""
     from transformers import AutoTokenizer
 
-    with contextlib.suppress(Exception):  # whatever is missing or damaged, the advice is the same
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        backend = getattr(found, "backend_tokenizer", None)
-        if isinstance(backend, Tokenizer):
-            return backend
-    raise CheckpointError(
-        f"has only {MODEL}, which could not be converted to {TOKENIZER}",
-        subject=str(folder),
-        hint="pip install sentencepiece protobuf, or save the tokenizer with transformers' save_pretrained",
-    )
+    try:
+        with tokenizer_errors(str(folder / MODEL)):
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+            assert isinstance(found, Tokenizer)
+            return found
+    except CheckpointError as error:  # whatever is missing or damaged, the advice is the same
+        raise CheckpointError(
+            f"has only {MODEL}, which could not be converted to {TOKENIZER}",
+            subject=str(folder),
+            hint="pip install sentencepiece protobuf, or save the tokenizer with transformers' save_pretrained",
+        ) from error

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, named
 
 Prefixes = Mapping[str, Sequence[str]]
 """Prefix of a module's parameters -> prefixes under which published checkpoints keep them, the most common one first."""
@@ -102,10 +102,10 @@ def check_known(
         if key not in known and not _COMPUTED.search(key) and not pattern.match(key)
     ]
     if left:
-        named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        some = ", ".join(map(named, left[:3])) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         hint = "config and weights do not belong together, or the layout is not one of the published ones"
         raise CheckpointError(
-            f"has weights that the model has no place for: {named}",
+            f"has weights that the model has no place for: {some}",
             subject=str(checkpoint.folder),
             hint=next((advice for pattern, advice in _WRAPPED if any(map(pattern.search, left))), hint),
         )

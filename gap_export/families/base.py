@@ -24,7 +24,7 @@ from gap_export.families.table import FamilyRow
 from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower
-from gap_export.modeling import config_fields, hf_config, rope, selection
+from gap_export.modeling import config_fields, hf_config, rope, selection, sizes
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip_text import TEXT_TOWER
 from gap_export.modeling.components import Component, ModelParts, build_components, torch_dtype
@@ -82,11 +82,12 @@ class Family(ABC):
         self.checkpoint = self.resolve_weights(checkpoint)
         self.check = hf_config.ConfigCheck(checkpoint, row.title)
         self.unknown_fields = self.check_fields()
-        hf_config.check_activations(checkpoint)
+        hf_config.check_activations(self.decoder_checkpoint)
         self.config: Any = self.read_config()
-        config_file = self.checkpoint.folder / "config.json"
-        rope.check(self.config.text_config, config_file)
-        rope.check_spellings(self.checkpoint.config, self.config.text_config, config_file)
+        decoder = self.decoder_checkpoint
+        sizes.check_decoder(self.config.text_config, hf_config.ConfigCheck(decoder, row.title))
+        rope.check(self.config.text_config, decoder.folder / "config.json")
+        rope.check_spellings(decoder.config, self.config.text_config, decoder.folder / "config.json")
 
     # What is read from the checkpoint
 
@@ -118,6 +119,11 @@ class Family(ABC):
         """
         known = config_fields.FAMILIES.get(self.row.name)
         return () if known is None else config_fields.check_fields(self.checkpoint, known)
+
+    @property
+    def decoder_checkpoint(self) -> Checkpoint:
+        """The one whose `config.json` describes the decoder."""
+        return self.checkpoint
 
     @property
     def notes(self) -> tuple[str, ...]:

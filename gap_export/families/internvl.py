@@ -22,7 +22,7 @@ from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import DynamicTilesLayout
-from gap_export.modeling import hf_config, selection
+from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.tiles import Gather, features_of_image, pixel_values
 from gap_export.plan import Plan
@@ -122,6 +122,7 @@ class InternVL(Family):
         check("vision_feature_select_strategy", default, "default")
         check("vision_config.image_size", len({*vision.image_size}) == 1, "squares")
         check("vision_config.patch_size", len({*vision.patch_size}) == 1, "squares")
+        sizes.check_square_tower(vision, check)
         patches, step = vision.image_size[0] // vision.patch_size[0], 1 / config.downsample_ratio
         divides = step.is_integer() and patches % step == 0
         check("downsample_ratio", divides, "one that divides the patches of a tile")

@@ -13,7 +13,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from typing_extensions import override
 
 from gap_export.families.clip_llama import Channels, ClipLlama, ClipLlamaConfig
-from gap_export.modeling import hf_config
+from gap_export.modeling import hf_config, sizes
 
 GROUNDING_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -34,6 +34,7 @@ class Llava(ClipLlama):
         check("vision_feature_select_strategy", default, "default")
         check("vision_config.model_type", config.vision_config.model_type == "clip_vision_model", "CLIP")
         check("text_config.model_type", config.text_config.model_type == "llama", "llama")
+        sizes.check_square_tower(config.vision_config, check)
         return ClipLlamaConfig(
             vision_config=config.vision_config,
             text_config=config.text_config,

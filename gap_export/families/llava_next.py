@@ -22,7 +22,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.inputs.prompt import TextTower
-from gap_export.modeling import hf_config, selection
+from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.clip import ClipVision
 from gap_export.modeling.clip_text import published_tower, read_text_tower, text_tower_of
 from gap_export.modeling.components import ModelParts
@@ -96,7 +96,7 @@ class LlavaNext(Family):
         check("text_config.sliding_window", getattr(text, "sliding_window", None) is None, "null")
         default = config.vision_feature_select_strategy == "default"
         check("vision_feature_select_strategy", default, "default")
-        check("image_size", vision.image_size % vision.patch_size == 0, "a multiple of patch_size")
+        sizes.check_square_tower(vision, check)
         hf_config.check_whole_tiles(config, check)
         return config
 

@@ -21,7 +21,7 @@ from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
-from gap_export.modeling import hf_config, selection
+from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.tiles import anyres_inputs, corners_gather, with_newlines
 from gap_export.plan import Plan
@@ -94,8 +94,9 @@ class LlavaOnevision(Family):
         layer = hf_config.feature_layer(config.vision_feature_layer, vision, check)
         check("vision_feature_layer", layer == vision.num_hidden_layers, "-1, the last")
         check("vision_feature_select_strategy", config.vision_feature_select_strategy == "full", "full")
-        counted = re.fullmatch(r"anyres_max_[1-9]\d*", config.vision_aspect_ratio) is not None
+        counted = re.fullmatch(r"anyres_max_[1-9][0-9]{0,2}", config.vision_aspect_ratio) is not None
         check("vision_aspect_ratio", counted, "anyres_max_9 or another number")
+        sizes.check_square_tower(vision, check, cuts_off=True)
         hf_config.check_whole_tiles(config, check)
         return config
 

@@ -132,6 +132,11 @@ class MiniGpt(Family):
     def check_fields(self) -> tuple[str, ...]:
         return config_fields.check_companion_fields(self.checkpoint.companions["base"], config_fields.LLAMA)
 
+    @property
+    @override
+    def decoder_checkpoint(self) -> Checkpoint:
+        return self.checkpoint.companions["base"]
+
     @override
     def read_config(self) -> MiniGptConfig:
         base = self.checkpoint.companions["base"]

@@ -32,7 +32,7 @@ from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import RecipeError
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import NativeResolutionLayout
-from gap_export.modeling import hf_config
+from gap_export.modeling import hf_config, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.decoder import DecoderHooks
 from gap_export.modeling.native import native_inputs
@@ -62,6 +62,7 @@ class QwenVL(Family):
         layer_types = {*(getattr(text, "layer_types", None) or ["full_attention"])}
         check("text_config.use_sliding_window", layer_types == {"full_attention"}, "false")
         check("vision_config.in_channels", config.vision_config.in_channels == 3, "3")
+        sizes.check_native_tower(config.vision_config, text, check)
         return config
 
     @override
@@ -141,7 +142,11 @@ class QwenVL(Family):
         least: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most: Any = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         bounded = isinstance(least, int) and isinstance(most, int) and 0 < least <= most
-        check(f"size{hf_config.OF_PROCESSOR}", bounded, "a smallest and a largest number of pixels")
+        check(
+            f"size{hf_config.OF_PROCESSOR}",
+            bounded,
+            "a smallest and a largest number of pixels, also as min_pixels and max_pixels",
+        )
         return NativeResolutionLayout(
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,

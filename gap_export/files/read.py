@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ LONGEST_NUMBER = 1000
 """Digits; more would take seconds to convert, or be refused by Python with a message of its own."""
 
 _PIECE_BYTES = 2**16
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 _OTHERS = {
     stat.S_IFDIR: "a folder",
@@ -183,6 +185,8 @@ def parse_json(
     except ValueError as error:
         raise kind.error(f"cannot be read as JSON: {error}", subject=place, hint=kind.hint) from error
     check_depth(value, place, kind)
+    if _HALF_PAIR.search(text):
+        _check_unicode(value, place, kind)
     return value
 
 
@@ -238,6 +242,14 @@ def check_depth(value: Any, subject: str, kind: FileKind) -> None:
 def _line_of(path: Path, mark: Any) -> str:
     """A place of YAML; the file alone where the parser tells none."""
     return str(path) if mark is None else f"{path}, line {mark.line + 1}"
+
+
+def _check_unicode(value: Any, subject: str, kind: FileKind) -> None:
+    """Refuse text with half of a surrogate pair, which JSON can write and nothing else can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise kind.error("has text that is not Unicode", subject=subject, hint=kind.hint) from error
 
 
 def _unique_keys() -> Any:

@@ -8,6 +8,7 @@ Shape letters: as in `prune/__init__.py`; L tokens of the expression.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.modeling import selection
 from gap_export.modeling.clip_text import ClipText
-from gap_export.modeling.hf_config import accepted
+from gap_export.modeling.hf_config import ConfigCheck, accepted, check_activations
+from gap_export.modeling.sizes import check_square_tower
 from gap_export.plan import Plan
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -155,5 +157,8 @@ def read_vision_config(companion: Checkpoint) -> CLIPVisionConfig:
             hint="--vision-tower names the CLIP checkpoint that the model was trained on",
         )
     kind = kinds[companion.model_type]
-    config = accepted(lambda: kind.from_pretrained(companion.folder, local_files_only=True), companion)
-    return config.vision_config if isinstance(config, CLIPConfig) else config
+    check_activations(companion)
+    config = accepted(lambda: kind.from_dict(deepcopy(companion.config)), companion)
+    vision = config.vision_config if isinstance(config, CLIPConfig) else config
+    check_square_tower(vision, ConfigCheck(companion, "CLIP"))
+    return vision

@@ -9,6 +9,7 @@ Shape letters: B batch, L tokens of the expression, E width of the text tower, P
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,9 @@ from gap_export.errors import CheckpointError
 from gap_export.inputs.prompt import TextTower
 from gap_export.modeling.attention import slot_mask
 from gap_export.modeling.components import torch_dtype
+from gap_export.modeling.config_fields import check_values
 from gap_export.modeling.fake import fake
-from gap_export.modeling.hf_config import accepted
+from gap_export.modeling.hf_config import ConfigCheck, accepted, check_activations
 from gap_export.modeling.selection import tower_attention
 from gap_export.plan import Plan
 
@@ -35,6 +37,7 @@ _PUBLISHED = {
     (768, 12, 224, 16): "openai/clip-vit-base-patch16",
     (768, 12, 224, 32): "openai/clip-vit-base-patch32",
 }
+_MOST_CONTEXT = 10**5
 _NEEDED = ("text_projection.weight", "visual_projection.weight", "text_model.final_layer_norm.weight")
 
 
@@ -68,10 +71,10 @@ def read_text_tower(part: Checkpoint, *, tower_width: int) -> TextTower:
             subject=subject,
             hint="use a CLIP checkpoint with its text tower and projections",
         )
-    width = part.weights["visual_projection.weight"].shape[-1]
-    if width != tower_width:
+    shape = part.weights["visual_projection.weight"].shape
+    if shape[-1:] != (tower_width,):
         raise CheckpointError(
-            f"projects patches of width {width}, the vision tower gives {tower_width}",
+            f"projects patches of width {shape[-1] if shape else 1}, the vision tower gives {tower_width}",
             subject=subject,
             hint="--text-tower names the CLIP checkpoint that the vision tower was taken from",
         )
@@ -156,4 +159,12 @@ class ClipText(nn.Module):
 
 
 def _config(part: Checkpoint) -> CLIPConfig:
-    return accepted(lambda: CLIPConfig.from_pretrained(part.folder, local_files_only=True), part)
+    check_values(part)
+    check_activations(part)
+    config = accepted(lambda: CLIPConfig.from_dict(deepcopy(part.config)), part)
+    text, check = config.text_config, ConfigCheck(part, "CLIP")
+    divides = text.hidden_size % text.num_attention_heads == 0
+    check("text_config.num_attention_heads", divides, f"a divisor of hidden_size {text.hidden_size}")
+    fits = 3 <= text.max_position_embeddings <= _MOST_CONTEXT
+    check("text_config.max_position_embeddings", fits, f"3 to {_MOST_CONTEXT}")
+    return config

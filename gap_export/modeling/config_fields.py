@@ -1,7 +1,8 @@
 """The fields of published configurations, and what becomes of each: followed, fixed to the values that are supported, or without
 an effect on tokens, pixels and answers.
 
-A field with another value than the supported ones is refused by its name. A field that stands in no list here may change tokens or pixels, and the
+A field with another value than the supported ones is refused by its name, and so is one whose value is of another kind or out of all bounds
+(`field_values.py`). A field that stands in no list here may change tokens or pixels, and the
 user is told so. `null` is the same as no field, but for fields whose supported values are listed.
 
 Sources: the configuration classes and image processors of transformers; `llava/model/llava_arch.py`, `llava/mm_utils.py` and
@@ -17,11 +18,15 @@ from typing import Any
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.processor import NESTED, PROCESSOR, stored_processor
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, named, shown
+from gap_export.modeling.field_values import PATCH, SIDE, division_fault, fault, is_number, several
 from gap_export.modeling.fields import Fields, names
 from gap_export.modeling.generation_fields import GENERATED, OTHER_TOKENS, QWEN_GENERATED
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+_PARTS = ("text_config", "vision_config")
+_MOST_TOLD = 10
+_NOT_AS_PUBLISHED = "this is not how models of this family are published; see `gap-export models`"
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class KnownFields:
 
     Attributes:
         config: of `config.json`, outermost.
-        decoders: `model_type` -> of its `text_config`; other decoders are the family's to refuse.
-        towers: `model_type` -> of its `vision_config`, "" where it names none.
+        decoders: `model_type` -> of its `text_config`, "" where it names none; others are refused.
+        towers: `model_type` -> of its `vision_config`, "" where it names none; others are refused.
         processor: of the image processor; None where the family reads none.
         generation: of `generation_config.json`.
     """
@@ -87,14 +92,30 @@ def check_companion_fields(
     return tuple(f"{companion.name}: {name}" for name in unknown)
 
 
+def check_values(companion: Checkpoint) -> None:
+    """Refuse values of another kind or out of all bounds in the configuration of a checkpoint whose fields are not known one by one.
+
+    Args:
+        companion: whose `config.json` it is; `text_config` and `vision_config` in it are gone through too.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+    for name in ("", *_PARTS):
+        content = companion.config.get(name) if name else companion.config
+        if content is not None:
+            _unknown(companion, CONFIG, f"{name}." if name else "", content, Fields())
+
+
 def note_of(unknown: Iterable[str]) -> tuple[str, ...]:
     """What the user is told of fields that are not known: one sentence, or none."""
-    names = tuple(unknown)
+    names = tuple(map(named, unknown))
     if not names:
         return ()
-    one = len(names) == 1
+    one, more = len(names) == 1, len(names) - _MOST_TOLD
+    listed = ", ".join(names[:_MOST_TOLD]) + (f" and {more} more" if more > 0 else "")
     return (
-        f"{', '.join(names)}: {'a field that is' if one else 'fields that are'} not known here and not followed; where "
+        f"{listed}: {'a field that is' if one else 'fields that are'} not known here and not followed; where "
         f"{'it changes' if one else 'they change'} tokens or pixels, answers are not the model's",
     )
 
@@ -103,10 +124,18 @@ def _objects(checkpoint: Checkpoint, known: KnownFields) -> Iterator[tuple[str, 
     """(File, prefix of names, content, its fields) of every object whose fields are known."""
     config = checkpoint.config
     yield CONFIG, "", config, known.config
-    for name, kinds in (("text_config", known.decoders), ("vision_config", known.towers)):
+    for name, kinds in zip(_PARTS, (known.decoders, known.towers), strict=True):
         inner = config.get(name)
-        if isinstance(inner, dict) and str(inner.get("model_type", "")) in kinds:
-            yield CONFIG, f"{name}.", inner, kinds[str(inner.get("model_type", ""))]
+        if not isinstance(inner, dict) or not kinds:
+            continue
+        model_type = inner.get("model_type") or ""
+        if not isinstance(model_type, str) or model_type not in kinds:
+            raise CheckpointError(
+                f"{name}.model_type is not supported (supported: {', '.join(filter(None, kinds))}): it is {shown(model_type)}",
+                subject=str(checkpoint.folder / CONFIG),
+                hint=_NOT_AS_PUBLISHED,
+            )
+        yield CONFIG, f"{name}.", inner, kinds[model_type]
     yield GENERATION, "", checkpoint.json(GENERATION), known.generation
     if known.processor is None:
         return
@@ -123,17 +152,33 @@ def _unknown(
         supported = fields.only.get(name)
         if supported is not None and not any(_same(value, other) for other in supported):
             raise CheckpointError(
-                f"{prefix}{name} is {value!r} (supported: {', '.join(map(repr, supported))})",
+                f"{prefix}{name} is {shown(value)} (supported: {', '.join(map(repr, supported))})",
                 subject=str(checkpoint.folder / file),
-                hint="this is not how models of this family are published; see `gap-export models`",
+                hint=_NOT_AS_PUBLISHED,
             )
+        wanted = fault(name, value, fields.values)
+        if wanted is not None:
+            raise _wrong(checkpoint, file, f"{prefix}{name}", value, wanted)
         if value is not None and not fields.knows(name):
             unknown.append(f"{prefix}{name}" if file == CONFIG else f"{file}: {prefix}{name}")
+    uneven = division_fault(content)
+    if uneven is not None:
+        raise _wrong(checkpoint, file, f"{prefix}{uneven[0]}", content[uneven[0]], uneven[1])
     return unknown
 
 
+def _wrong(checkpoint: Checkpoint, file: str, name: str, value: Any, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is {shown(value)} (expected: {wanted})",
+        subject=str(checkpoint.folder / file),
+        hint="fetch the file again, or compare it with the model as published",
+    )
+
+
 def _same(value: Any, supported: Any) -> bool:
-    if isinstance(supported, float) and isinstance(value, int | float):
+    if isinstance(value, bool) or isinstance(supported, bool):
+        return value is supported  # True is no 1
+    if isinstance(supported, float) and is_number(value):
         return math.isclose(value, supported, rel_tol=1e-6)  # written with fewer digits
     return bool(value == supported)
 
@@ -151,6 +196,7 @@ HOUSEKEEPING = Fields(
         "is_encoder_decoder": (False,),
         "add_cross_attention": (False,),
         "pruned_heads": ({},),
+        "configuration_files": ([], None),  # transformers would read another file in the place of this one
     },
     # Names, element types, training and its programs, sampling (answers are greedy), and other tasks than generation.
     without_effect=names(
@@ -195,6 +241,7 @@ INTERN_TOWER = _TOWER | Fields(
     names("attention_bias use_qk_norm norm_type use_absolute_position_embeddings use_mean_pooling"),
     {"use_mask_token": (False,)},
     names("layer_scale_init_value"),
+    {"image_size": SIDE | several(SIDE, 2, 2), "patch_size": PATCH | several(PATCH, 2, 2)},
 )
 # `spatial_patch_size` and `in_chans` are what transformers' classes do not read.
 QWEN_TOWER = HOUSEKEEPING | Fields(
@@ -286,22 +333,22 @@ def _qwen_vl(tower: str) -> KnownFields:
     )  # fmt: skip
 
 
+_CLIP_TOWERS = {"clip_vision_model": CLIP_TOWER, "": CLIP_TOWER}
+
 FAMILIES: dict[str, KnownFields] = {
-    "llava": KnownFields(
-        _COMPOSED, {"llama": LLAMA, "": LLAMA}, {"clip_vision_model": CLIP_TOWER}, SQUARE_PIXELS
-    ),
+    "llava": KnownFields(_COMPOSED, {"llama": LLAMA, "": LLAMA}, _CLIP_TOWERS, SQUARE_PIXELS),
     "llava_next": KnownFields(
-        _ANYRES, {"llama": LLAMA, "mistral": MISTRAL}, {"clip_vision_model": CLIP_TOWER}, _ANYRES_PIXELS
+        _ANYRES, {"llama": LLAMA, "mistral": MISTRAL, "": LLAMA}, _CLIP_TOWERS, _ANYRES_PIXELS
     ),
     "llava_onevision": KnownFields(
         _ANYRES | _VIDEO | Fields(names("vision_aspect_ratio")),
-        {"qwen2": QWEN2},
-        {"siglip_vision_model": SIGLIP_TOWER},
+        {"qwen2": QWEN2, "": QWEN2},
+        {"siglip_vision_model": SIGLIP_TOWER, "": SIGLIP_TOWER},
         _ANYRES_PIXELS,
     ),
     "internvl": KnownFields(
         _COMPOSED | _VIDEO | Fields(names("downsample_ratio image_seq_length")),
-        {"qwen2": QWEN2, "qwen3": QWEN3, "llama": LLAMA},
+        {"qwen2": QWEN2, "qwen3": QWEN3, "llama": LLAMA, "": QWEN2},
         {"internvl_vision": INTERN_TOWER, "": INTERN_TOWER},
         _INTERN_PIXELS,
     ),

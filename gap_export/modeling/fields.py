@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gap_export.modeling.field_values import Value
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -15,11 +17,13 @@ class Fields:
         followed: names of fields that the export goes by, or whose values a family checks itself.
         only: name -> values that are supported.
         without_effect: names of fields that change neither tokens nor pixels nor answers.
+        values: name -> what the value must be, of fields that are not what `field_values.VALUES` says of their name.
     """
 
     followed: frozenset[str] = frozenset()
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     without_effect: frozenset[str] = frozenset()
+    values: Mapping[str, Value] = field(default_factory=dict)
 
     def __or__(self, other: Fields) -> Fields:
         """Both: values of the other where both have some."""
@@ -27,6 +31,7 @@ class Fields:
             self.followed | other.followed,
             {**self.only, **other.only},
             self.without_effect | other.without_effect,
+            {**self.values, **other.values},
         )
 
     def knows(self, name: str) -> bool:

@@ -4,20 +4,21 @@ where transformers keeps its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.activations import ACT2FN
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.processor import stored_processor
 from gap_export.checkpoint.weight_map import Prefixes
-from gap_export.errors import CheckpointError, first_line
+from gap_export.errors import CheckpointError, first_line, shown
 from gap_export.inputs.layouts import AnyResLayout
+from gap_export.modeling.field_values import VALUES
 from gap_export.modeling.rope import max_positions
 
 PREFIXES: Prefixes = {
@@ -59,13 +60,39 @@ class ConfigCheck:
         """
         if not holds:
             of_images = field.endswith(OF_PROCESSOR)
-            file = stored_processor(self.checkpoint)[0] if of_images else "config.json"
+            file, _, content = (
+                stored_processor(self.checkpoint)
+                if of_images
+                else ("config.json", "", self.checkpoint.config)
+            )
+            found = _found(content, field.removesuffix(OF_PROCESSOR))
             raise CheckpointError(
-                f"{field} is not supported (supported: {wanted})",
+                f"{field} is not supported (supported: {wanted}){found}",
                 subject=str(self.checkpoint.folder / file),
                 hint=f"this model is not {self.model} as published; see `gap-export models`",
             )
 
+    def path(self, part: str, field: str) -> str:
+        """How a field of the decoder or the tower is called in the file: some files have the fields of a part outermost.
+
+        Args:
+            part: `text_config` or `vision_config`.
+            field: name in it.
+        """
+        return f"{part}.{field}" if isinstance(self.checkpoint.config.get(part), dict) else field
+
+
+def _found(content: Mapping[str, Any], field: str) -> str:
+    """What a file says, for the end of a message; "" where it leaves the field to its default."""
+    value: Any = content
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return "" if value is None else f": it is {shown(value)}"
+
+
+_LONGEST_REASON = 300
+MOST_TILES = 100
+"""Along a side of a grid."""
 
 BICUBIC = 3
 """Pillow's number, which is what is stored."""
@@ -89,31 +116,29 @@ def accepted(make: Callable[[], Config], checkpoint: Checkpoint) -> Config:
     """
     try:
         return make()
-    except (
-        ArithmeticError,
-        AttributeError,
-        KeyError,
-        OSError,
-        StrictDataclassError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # transformers raises what it meets
         # What validates fields puts the reason into a second line, and what was tried behind the reason.
         cause = (error.__cause__ or error) if isinstance(error, StrictDataclassError) else error
         raise CheckpointError(
-            f"is not a configuration transformers accepts: {first_line(cause).partition('. Errors: ')[0]}",
+            f"is not a configuration transformers accepts: {first_line(cause).partition('. Errors: ')[0][:_LONGEST_REASON]}",
             subject=str(checkpoint.folder / "config.json"),
             hint="fetch the checkpoint's config.json again, or compare it with the model as published",
         ) from error
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
-    """The configuration as transformers reads it.
+    """The configuration as transformers makes it of what was read of the file; the file is not read again.
 
     Raises:
         CheckpointError: it is not one that transformers accepts.
     """
-    return accepted(lambda: AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True), checkpoint)
+    kind = CONFIG_MAPPING[checkpoint.model_type]
+    return accepted(lambda: kind.from_dict(_given(checkpoint.config)), checkpoint)
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy: transformers writes into the settings of rotary embeddings."""
+    return deepcopy(dict(config))
 
 
 def check_activations(checkpoint: Checkpoint) -> None:
@@ -131,7 +156,7 @@ def check_activations(checkpoint: Checkpoint) -> None:
             name = fields.get(field) if isinstance(fields, dict) else None
             if name is not None and (not isinstance(name, str) or name not in ACT2FN):
                 raise CheckpointError(
-                    f"{part}{'.' if part else ''}{field} is {name!r}, which transformers has no activation of",
+                    f"{part}{'.' if part else ''}{field} is {shown(name)}, which transformers has no activation of",
                     subject=str(checkpoint.folder / "config.json"),
                     hint=f"names are like {', '.join(sorted(ACT2FN)[:4])}; fetch the checkpoint's config.json again",
                 )
@@ -147,9 +172,7 @@ def llama_config(checkpoint: Checkpoint, **fields: Any) -> LlamaConfig:
     Raises:
         CheckpointError: it is not one that transformers accepts.
     """
-    # (A copy: transformers writes into the settings of rotary embeddings.)
-    given = {**deepcopy(checkpoint.config), **fields}
-    return accepted(lambda: LlamaConfig.from_dict(given), checkpoint)
+    return accepted(lambda: LlamaConfig.from_dict({**_given(checkpoint.config), **fields}), checkpoint)
 
 
 def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -161,17 +184,19 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
     file, prefix, stored = stored_processor(checkpoint)
     mean, std = stored.get("image_mean"), stored.get("image_std")
     if mean is None or std is None:
+        absent = f"{prefix}{'image_mean' if mean is None else 'image_std'}"
         raise CheckpointError(
-            "has no image processor settings (preprocessor_config.json)",
-            subject=str(checkpoint.folder),
-            hint="download the checkpoint's preprocessor_config.json",
+            "has no image processor settings" + (f": no {absent}" if stored else f" ({file})"),
+            subject=str(checkpoint.folder / file) if stored else str(checkpoint.folder),
+            hint=f"download the checkpoint's {file}",
         )
-    if not (_is_rgb(mean) and _is_rgb(std) and min(std) > 0):
-        raise CheckpointError(
-            f"{prefix}image_mean and {prefix}image_std must be three numbers each, and no image_std may be 0",
-            subject=str(checkpoint.folder / file),
-            hint=f"fetch the checkpoint's {file} again",
-        )
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        if not VALUES[name].holds(value):
+            raise CheckpointError(
+                f"{prefix}{name} is {shown(value)} (expected: {VALUES[name].wanted})",
+                subject=str(checkpoint.folder / file),
+                hint=f"fetch the checkpoint's {file} again",
+            )
     return stored
 
 
@@ -187,13 +212,12 @@ def checked_processor(checkpoint: Checkpoint, check: ConfigCheck, size: int) -> 
         CheckpointError: no sound settings, another size or another filter.
     """
     settings = image_processor(checkpoint)
-    extents = [settings.get(name) or {} for name in ("size", "crop_size")]
-    sides = [
-        side for extent in extents for side in (extent.values() if isinstance(extent, dict) else [extent])
-    ]
     check(f"resample{OF_PROCESSOR}", settings.get("resample", BICUBIC) == BICUBIC, "3, bicubic")
-    fits = all(side == size for side in sides)
-    check(f"size{OF_PROCESSOR}", fits, f"{size}, as of the vision tower")
+    for name in ("size", "crop_size"):
+        extent = settings.get(name) or {}
+        sides = extent.values() if isinstance(extent, dict) else [extent]
+        fits = all(side in (size, None) for side in sides)
+        check(f"{name}{OF_PROCESSOR}", fits, f"{size}, as of the vision tower")
     return settings
 
 
@@ -211,7 +235,7 @@ def anyres_layout(checkpoint: Checkpoint, config: Any, check: ConfigCheck) -> An
     vision = config.vision_config
     settings = checked_processor(checkpoint, check, vision.image_size)
     grids = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
-    same = settings.get("image_grid_pinpoints", config.image_grid_pinpoints)
+    same = settings.get("image_grid_pinpoints") or config.image_grid_pinpoints
     check(
         "image_grid_pinpoints",
         sorted(map(tuple, same)) == sorted(grids),
@@ -233,8 +257,10 @@ def check_whole_tiles(config: Any, check: ConfigCheck) -> None:
         CheckpointError: there is one.
     """
     size = config.vision_config.image_size
-    whole = all(extent % size == 0 for grid in config.image_grid_pinpoints for extent in grid)
-    check("image_grid_pinpoints", whole, "multiples of image_size")
+    extents = [extent for grid in config.image_grid_pinpoints for extent in grid]
+    check("image_grid_pinpoints", all(extent % size == 0 for extent in extents), "multiples of image_size")
+    few = all(extent <= MOST_TILES * size for extent in extents)
+    check("image_grid_pinpoints", few, f"at most {MOST_TILES} times image_size")
 
 
 def feature_layer(
@@ -254,7 +280,7 @@ def feature_layer(
     if isinstance(number, list) and len(number) == 1:
         number = number[0]
     layers = int(vision_config.num_hidden_layers)
-    check(field, isinstance(number, int), "one layer, not several")
+    check(field, type(number) is int, "one layer, not several")
     run = number if number >= 0 else layers + 1 + number
     check(field, 1 <= run <= layers, f"one of the tower's {layers} layers")
     return int(run)
@@ -273,15 +299,16 @@ def end_tokens(checkpoint: Checkpoint, text_config: Any) -> tuple[tuple[int, ...
     if ends is None:
         ends, file = text_config.eos_token_id, "config.json"
     ends = ends if isinstance(ends, list) else [ends]
-    if not ends or not all(isinstance(end, int) for end in ends):
+    if not ends or not all(type(end) is int for end in ends):
         raise CheckpointError(
             "names no token that ends an answer (eos_token_id)",
             subject=str(checkpoint.folder),
             hint="add eos_token_id to the checkpoint's generation_config.json",
         )
-    if not any(0 <= end < text_config.vocab_size for end in ends):
+    if not all(0 <= end < text_config.vocab_size for end in ends):
         raise CheckpointError(
-            f"eos_token_id is {', '.join(map(str, ends))}, and the vocabulary ends at {text_config.vocab_size - 1}: no answer would end",
+            f"eos_token_id is {', '.join(map(str, ends[:9]))}, and the vocabulary ends at {text_config.vocab_size - 1}: no answer would end "
+            "there",
             subject=str(checkpoint.folder / file),
             hint="correct it: the tokenizer that the checkpoint was published with says which token ends an answer",
         )
@@ -305,11 +332,3 @@ def decoder_sizes(text_config: Any) -> dict[str, Any]:
         "vocabulary": text_config.vocab_size,
         "max_positions": max_positions(text_config),
     }
-
-
-def _is_rgb(values: Any) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == 3
-        and all(isinstance(value, int | float) for value in values)
-    )

@@ -25,10 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gap_export.errors import CheckpointError, first_line
+from gap_export.errors import CheckpointError, first_line, shown
+from gap_export.modeling.field_values import ROPE_BASE, is_number
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Values of `rope_type` that decoders can have here."""
+
+_MOST_FACTOR = 10**6
 
 BY_LENGTH = ("dynamic", "longrope")
 """Those whose frequencies depend on the length of a row."""
@@ -87,13 +90,14 @@ def _fault(text_config: Any) -> str:
     rope = text_config.rope_parameters or {}
     kind = rope.get("rope_type")
     if kind not in KINDS:
-        return f"{kind!r} is not supported (supported: {', '.join(KINDS)})"
+        return f"{shown(kind)} is not supported (supported: {', '.join(KINDS)})"
     base: Any = rope.get("rope_theta")
-    if not (_is_number(base) and base > 0):
-        return f"{kind} with rope_theta {base!r}: a number above 0 is expected"
+    low, high = ROPE_BASE
+    if not (is_number(base) and low <= base <= high):
+        return f"{kind} with rope_theta {shown(base)}: a number from {low:g} to {high:g} is expected"
     factor = rope.get("factor")
-    if factor is not None and not (_is_number(factor) and factor >= 1):
-        return f"{kind} with factor {factor!r}: a number of at least 1 is expected"
+    if factor is not None and not (is_number(factor) and 1 <= factor <= _MOST_FACTOR):
+        return f"{kind} with factor {shown(factor)}: a number from 1 to {_MOST_FACTOR} is expected"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return f"{kind} with partial_rotary_factor {rope['partial_rotary_factor']!r}: heads are rotated whole here"
     if kind == "default":
@@ -115,13 +119,13 @@ def _fault_of_sections(text_config: Any) -> str:
         getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     )
     sections = text_config.rope_parameters.get("mrope_section", _SECTIONS)
-    are_counts = isinstance(sections, list) and all(isinstance(count, int) for count in sections)
+    are_counts = isinstance(sections, list) and all(type(count) is int and count >= 0 for count in sections)
     if are_counts and len(sections) == 3 and sum(sections) == width // 2:
         return ""
     stated = (
         "" if "mrope_section" in text_config.rope_parameters else ", which is not stated and by default is"
     )
-    return f"mrope_section{stated} {sections!r}: three numbers that add up to {width // 2} are expected, half of the width of a head"
+    return f"mrope_section{stated} {shown(sections)}: three numbers that add up to {width // 2} are expected, half of the width of a head"
 
 
 def max_positions(text_config: Any) -> int:
@@ -239,7 +243,3 @@ class _LongRope(nn.Module):
 def _both_halves(values: Tensor) -> Tensor:
     """[..., D] -> [..., 2 D]: both halves of a head turn by the same angles."""
     return torch.cat((values, values), dim=-1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,7 @@ from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
 from gap_export.checkpoint.random_weights import random_checkpoint
-from gap_export.checkpoint.tokenizers import check_placeholder
+from gap_export.checkpoint.tokenizers import check_in_vocabulary, check_placeholder
 from gap_export.errors import CheckpointError, CheckpointWarning, RecipeError
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer, load_tokenizer
@@ -120,6 +120,7 @@ def open_model(
         prompt=prompt.grounding,
         checkpoint=family.checkpoint,
     )
+    check_in_vocabulary(tokenizer, prompt.image_token_id, spec.vocabulary, family.checkpoint)
     text_tower, companion = None, family.checkpoint.companions.get("text_tower")
     if companion is not None:
         text_tower = family.text_tower(companion)

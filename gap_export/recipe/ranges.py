@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gap_export.errors import RecipeError
+from gap_export.files.kinds import RANGES as RANGES_FILE
 from gap_export.records import Record
 
 RANGES = "ranges.json"
@@ -38,9 +39,9 @@ class Ranges(Record):
     bundle: str
     family: str
     checkpoint: str
-    samples: int = Field(ge=1)
+    samples: int = Field(ge=1, lt=2**53, strict=True)
     source: str
-    largest: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    largest: dict[str, Annotated[float, Field(ge=0, strict=True)]]
 
     def check_covers(self, parameters: Collection[str], family: str) -> None:
         """Refuse ranges that are of another model.
@@ -83,4 +84,4 @@ def read_ranges(path: Path) -> Ranges:
     Raises:
         RecipeError: it is not there, or is no such file.
     """
-    return Ranges.read(path, hint=CALIBRATE, error=RecipeError)
+    return Ranges.read(path, hint=CALIBRATE, error=RecipeError, kind=RANGES_FILE)

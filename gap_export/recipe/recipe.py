@@ -7,14 +7,18 @@ family's defaults.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from gap_export.errors import RecipeError, first_line
+from gap_export import bounds
+from gap_export.bounds import Bound
+from gap_export.errors import RecipeError, shown
+from gap_export.files import is_folder, kinds, read_yaml
 from gap_export.positions import MergedId, PositionPolicy
 from gap_export.precision import Thresholds, known, precision
 from gap_export.records import Record
@@ -30,6 +34,33 @@ USUAL_DEVICES = ("8.6", "8.9", "12.0")
 """Compute capabilities of GPUs that TensorRT-RTX is for."""
 
 
+LONGEST_NAME = 100
+_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._+@-]{{0,{LONGEST_NAME - 1}}}")
+
+
+def _plain(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"becomes the name of files: it has at most {LONGEST_NAME} letters, digits and _ . - + @, and begins with one of the first three"
+        )
+    return name
+
+
+def _within(bound: Bound) -> BeforeValidator:
+    """Of a number: not in quotes, no truth value, within bounds."""
+
+    def checked(value: Any) -> Any:
+        if not (isinstance(value, int | float) and bound.holds(value)):
+            raise ValueError(f"is not {bound.range}")
+        return value
+
+    return BeforeValidator(checked)
+
+
+_Text = Annotated[str, Field(max_length=4096)]
+_Layer = Annotated[int, _within(bounds.LAYER)]
+_Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")]
+
 _PLACES = ("checkpoint", "base", "vision_tower", "text_tower", "ranges")
 """Fields that name a file or a folder, or what is fetched in its place."""
 
@@ -38,7 +69,7 @@ class Recipe(Record):
     """One build.
 
     Attributes:
-        name: of the recipe.
+        name: of the recipe: letters, digits and `_ . - + @`, as it becomes the name of files.
         family: name in the table of families; found from the checkpoint when left out.
         checkpoint: `bundled:NAME`, a folder, or a hub id. In a recipe file, relative names here, in `base`, `vision_tower`,
             `text_tower` and `ranges` are looked for beside the file first, then in the working folder.
@@ -74,33 +105,33 @@ class Recipe(Record):
         gates: for `validate`; by default those of the precision.
     """
 
-    name: str
-    family: str | None = None
-    checkpoint: str
-    summary: str = ""
+    name: Annotated[str, AfterValidator(_plain)]
+    family: _Text | None = None
+    checkpoint: _Text
+    summary: _Text = ""
     keep: Keep = USUAL_KEEP
-    keep_bound: float = Field(default=0.5, gt=0, le=1)
-    pruner: str = "cls_attention"
-    prune_layers: tuple[int, ...] = ()
+    keep_bound: Annotated[float, _within(bounds.FRACTION)] = 0.5
+    pruner: _Text = "cls_attention"
+    prune_layers: Annotated[tuple[_Layer, ...], Field(max_length=100)] = ()
     positions: PositionPolicy = PositionPolicy.GAP
     merged_id: MergedId = MergedId.LAST_VISUAL
-    seed: int = Field(default=0, ge=0)
+    seed: Annotated[int, _within(bounds.SEED)] = 0
     weights: Literal["checkpoint", "random"] = "checkpoint"
-    base: str | None = None
-    vision_tower: str | None = None
-    text_tower: str | None = None
+    base: _Text | None = None
+    vision_tower: _Text | None = None
+    text_tower: _Text | None = None
     precision: Annotated[str, AfterValidator(known)] = "fp32"
-    ranges: str | None = None
-    max_new_tokens: int = Field(default=32, ge=1)
-    max_text: int = Field(default=128, ge=2)
-    max_batch: int = Field(default=8, ge=1)
-    capacity: int | None = Field(default=None, ge=1)
-    prompt: str | None = None
-    images: int = Field(default=1, ge=1)
+    ranges: _Text | None = None
+    max_new_tokens: Annotated[int, _within(bounds.TOKENS)] = 32
+    max_text: Annotated[int, _within(bounds.TEXT)] = 128
+    max_batch: Annotated[int, _within(bounds.BATCH)] = 8
+    capacity: Annotated[int, _within(bounds.SLOTS)] | None = None
+    prompt: Annotated[str, Field(max_length=100_000)] | None = None
+    images: Annotated[int, _within(bounds.IMAGES)] = 1
     fit: Literal["pad", "crop", "stretch"] | None = None
-    max_pixels: int | None = Field(default=None, ge=1)
-    targets: tuple[Target, ...] = ("onnx",)
-    compute_capabilities: tuple[str, ...] | None = None
+    max_pixels: Annotated[int, _within(bounds.PIXELS)] | None = None
+    targets: Annotated[tuple[Target, ...], Field(max_length=10)] = ("onnx",)
+    compute_capabilities: Annotated[tuple[_Capability, ...], Field(max_length=20)] | None = None
     gates: Thresholds | None = None
 
     @field_validator("keep", mode="before")
@@ -110,16 +141,14 @@ class Recipe(Record):
         if keep == "adaptive":
             return keep
         parts = keep.split(":") if isinstance(keep, str) else keep
-        if isinstance(parts, list | tuple):
-            try:
-                parts = [float(part) for part in parts]
-            except (TypeError, ValueError) as error:
-                raise ValueError("is a fraction, a range such as 0.1:1.0, or adaptive") from error
-        else:
-            parts = [parts]
+        parts = list(parts) if isinstance(parts, list | tuple) else [parts]
         if not 1 <= len(parts) <= 3:
             raise ValueError("is a fraction, a range such as 0.1:1.0, or adaptive")
-        if not all(isinstance(part, int | float) and 0 < part <= 1 for part in parts):
+        try:
+            parts = [bounds.FRACTION.read(part.strip()) if isinstance(part, str) else part for part in parts]
+        except ValueError as error:
+            raise ValueError("is a fraction, a range such as 0.1:1.0, or adaptive") from error
+        if not all(isinstance(part, int | float) and bounds.FRACTION.holds(part) for part in parts):
             raise ValueError("is the fraction of visual tokens kept and must be above 0 and at most 1")
         if len(parts) == 1:
             return parts[0]
@@ -163,6 +192,12 @@ class Recipe(Record):
         return _validated({**self.model_dump(), **given}, subject=self.name)
 
 
+def plain_name(name: str) -> str:
+    """A name for a recipe that has none of its own, from that of a folder, a file or a repository: other characters become `-`."""
+    plain = re.sub(r"[^A-Za-z0-9._+@-]+", "-", name).lstrip(".+@-")
+    return plain[:LONGEST_NAME].rstrip("-") or "model"
+
+
 def known_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that come with the package."""
     folder = Path(str(resources.files("gap_export"))) / "recipes"
@@ -184,24 +219,21 @@ def load_recipe(model: str) -> Recipe:
     path = Path(model)
     if model in recipes:
         path = recipes[model]
-    elif model and path.is_dir():
-        return Recipe(name=path.resolve().name, checkpoint=str(path.resolve()))
+    elif model and is_folder(path):
+        return Recipe(name=plain_name(path.resolve().name), checkpoint=str(path.resolve()))
     elif path.suffix not in (".yaml", ".yml"):
         if model.count("/") == 1 and not model.startswith((".", "/")):
-            return Recipe(name=model.rpartition("/")[2], checkpoint=model)
-        near = difflib.get_close_matches(model, recipes, n=1)
+            return Recipe(name=plain_name(model.rpartition("/")[2]), checkpoint=model)
+        near = difflib.get_close_matches(model[:LONGEST_NAME], recipes, n=1)
         raise RecipeError(
             "is not a recipe, a folder or a hub id" + (f"; did you mean {near[0]!r}?" if near else ""),
-            subject=repr(model),
+            subject=shown(model),
             hint=f"recipes: {', '.join(recipes)}",
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError("cannot be read as YAML", subject=str(path), hint=first_line(error)) from error
+    content = read_yaml(path, kinds.RECIPE)
     if not isinstance(content, dict):
         raise RecipeError("is not a mapping", subject=str(path), hint="see recipes/shapes.yaml")
-    return _validated({"name": path.stem, **content, **_beside(path, content)}, subject=str(path))
+    return _validated({"name": plain_name(path.stem), **content, **_beside(path, content)}, subject=str(path))
 
 
 def _beside(recipe: Path, content: dict[str, Any]) -> dict[str, str]:
@@ -212,7 +244,9 @@ def _beside(recipe: Path, content: dict[str, Any]) -> dict[str, str]:
     }
     # A link itself is not followed: files of caches have their suffix in the name of the link alone.
     return {
-        field: str(place.parent.resolve() / place.name) for field, place in places.items() if place.exists()
+        field: str(place.parent.resolve() / place.name)
+        for field, place in places.items()
+        if os.path.lexists(place)
     }
 
 

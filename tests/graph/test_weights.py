@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.hashes import record_of
 from gap_export.checkpoint import Checkpoint, open_checkpoint
-from gap_export.checkpoint.safetensors import read_header
+from gap_export.checkpoint.safetensors import FILLER, read_header
 from gap_export.errors import CheckpointError, MissingRequirementError
 from gap_export.families import open_family
 from gap_export.files import file
@@ -82,7 +82,8 @@ def test_converted_weights_are_a_file_of_the_bundles_own(tiny_bundle: Callable[.
     weights = {path.name for path in bundle.folder.iterdir() if path.suffix == ".safetensors"}
     assert weights == {"weights-fp16.safetensors"}
     header = read_header(bundle.folder / "weights-fp16.safetensors")
-    assert all(location.offset % 64 == 0 for location in header.values())
+    tensors = {key: location for key, location in header.items() if not key.startswith(FILLER)}
+    assert all(location.offset % 64 == 0 for location in tensors.values())
 
 
 # The store by itself

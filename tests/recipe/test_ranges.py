@@ -31,7 +31,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("", "cannot be read"),
-        ("{}", "Field required"),
+        ("{}", "is missing"),
         (json.dumps({**RANGES.model_dump(), "largest": {"a.weight": -1}}), "largest.a.weight"),
         (RANGES.model_dump_json().replace("3.5", "1e999"), "largest.a.weight"),
         (json.dumps({**RANGES.model_dump(), "more": 1}), "more"),
