@@ -110,7 +110,7 @@ def compare(
         seed: of the resampling.
 
     Raises:
-        InputError: other expressions, or no finished evaluation in a folder.
+        InputError: other expressions, other images or true boxes of the same ids, or no finished evaluation in a folder.
     """
     reference, subject = _opened(reference, protocol), _opened(subject, protocol)
     if thresholds is None:
@@ -124,6 +124,7 @@ def compare(
             hint="compare runs over the same data, split and --limit",
         )
     picked = [order[identity] for identity in reference.ids]
+    _check_same_questions(reference, subject, picked)
     hits, boxes = subject.hits[picked], [subject.boxes[row] for row in picked]
     change = hits.astype(np.float64) - reference.hits
     low, high = bootstrap_interval(change, reference.images, seed=seed)
@@ -164,6 +165,31 @@ def compare(
             if overlaps[row] < 1
         ),
     )
+
+
+def _check_same_questions(reference: EvalRun, subject: EvalRun, picked: list[int]) -> None:
+    """Refuse ids that stand for something else in either run: other images, or other true boxes.
+
+    Args:
+        reference: one run.
+        subject: the other.
+        picked: its rows, in the order of the reference.
+
+    Raises:
+        InputError: one does.
+    """
+    for mine, theirs in enumerate(picked):
+        what = ""
+        if reference.images[mine] != subject.images[theirs]:
+            what = f"about {reference.images[mine]} in one and {subject.images[theirs]} in the other"
+        elif reference.rows and subject.rows and reference.rows[mine].truth != subject.rows[theirs].truth:
+            what = f"of the box {reference.rows[mine].truth} in one and {subject.rows[theirs].truth} in the other"
+        if what:
+            raise InputError(
+                f"expression {reference.ids[mine]} is {what}",
+                subject=f"{reference.folder} and {subject.folder}",
+                hint="compare runs over the same annotations, and images of the same size",
+            )
 
 
 def _opened(run: EvalRun | Path | str, protocol: str) -> EvalRun:

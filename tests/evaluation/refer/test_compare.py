@@ -145,6 +145,12 @@ def test_other_expressions_are_refused() -> None:
         compare(run_of([True] * 3), run_of([True] * 2), GROUNDING)
 
 
+def test_ids_that_stand_for_something_else_are_refused() -> None:
+    first, second = run_of([True] * 3), run_of([True] * 3, images=["p0", "p0", "p7"])
+    with pytest.raises(InputError, match="expression e2 is about p1 in one and p7 in the other"):
+        compare(first, second, GROUNDING)
+
+
 def test_runs_are_read_back(tmp_path: Path) -> None:
     expressions = [Expression(f"e{n}", "a.jpg", "mug", (0.0, 0.0, 5.0, 5.0), 10, 10) for n in range(3)]
     answers = ["[0.00, 0.00, 0.50, 0.50]", "nothing", "[0.00, 0.00, 1.00, 1.00]"]
@@ -173,6 +179,9 @@ def test_runs_are_read_back(tmp_path: Path) -> None:
     assert run.boxes == [(0.0, 0.0, 5.0, 5.0), None, (0.0, 0.0, 10.0, 10.0)]
     assert run.record == record
     assert compare(run, run, GROUNDING).passed
+    others = tuple(replace(row, truth=(1.0, 0.0, 5.0, 5.0)) for row in run.rows)
+    with pytest.raises(InputError, match=r"expression e0 is of the box \(0\.0, .* in one and \(1\.0"):
+        compare(run, replace(run, rows=others), GROUNDING)
     (tmp_path / "unc-results.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match="cannot be read"):
         open_run(tmp_path, "unc")

@@ -71,9 +71,10 @@ class TableImages:
 
     def _content(self, place: _Place, image: str) -> bytes:
         if self._group is None or self._group[:2] != (place.file, place.group):
-            rows = Table(place.file, ANNOTATION_TABLE).rows(["image"], groups=[place.group])
-            self._group = (place.file, place.group, [row["image"] for row in rows])
-        content = self._group[2][place.row]
+            found = Table(place.file, ANNOTATION_TABLE).rows(["image"], groups=[place.group])
+            self._group = (place.file, place.group, [row["image"] for row in found])
+        rows = self._group[2]
+        content = rows[place.row] if place.row < len(rows) else None  # the file may be another by now
         content = content.get("bytes") if isinstance(content, dict) else content
         if not isinstance(content, bytes):
             raise InputError(
