@@ -208,7 +208,7 @@ def test_thresholds_against_pytorch_are_those_of_the_recipe(
     assert tight.min_prediction_agreement == GROUNDING.min_prediction_agreement
     given = thresholds_on(torch, engine, min_box_iou=0.5, max_accuracy_drop=None)
     assert (given.max_accuracy_drop, given.min_box_iou) == (0.005, 0.5)
-    with pytest.raises(InputError, match=r"min_box_iou is 1\.1"):
+    with pytest.raises(InputError, match=r"min_box_iou 1\.1: is not a number from 0 to 1"):
         thresholds_on(torch, engine, min_box_iou=1.1)
 
     assert thresholds_on(engine, engine) == GROUNDING, "the first is not PyTorch's"
