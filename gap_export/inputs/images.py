@@ -10,21 +10,21 @@ import io
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from gap_export.errors import InputError
+from gap_export.errors import InputError, first_line
+from gap_export.files.kinds import IMAGE
+from gap_export.files.read import opened
 from gap_export.inputs.batch import ImageLayout
+from gap_export.inputs.image_memory import check_icon, check_memory
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 """What an image can be given as: a path, the content of a file, an image of Pillow, or pixels [height, width, 3] uint8."""
-
-PIXEL_LIMIT = 100_000_000
-"""Most pixels of an image that is decoded or made on the way: about 300 MB of RGB. A file of a few bytes can
-claim to be far larger."""
 
 SIDE_LIMIT = 32_768
 """Longest side in pixels. Padding an image to a square takes work in the square of its longer side."""
@@ -40,8 +40,18 @@ FILTERS = {
 }
 T = TypeVar("T")
 
-_TURNS = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> how an image is turned upright; those from 5 on exchange width and height."""
+_STRIP_PIXELS = 2**18
+"""Converted at a time, so that copies on the way take little."""
 # Pillow's 32-bit mode holds 16-bit samples for these formats; for others its range is unknown.
 _WIDE_GREY_FORMATS = ("PPM", "PNG")
 
@@ -66,8 +76,9 @@ def load_image(source: ImageSource, *, name: str | None = None, upright: bool = 
         An RGB image, fully decoded; a file that was opened here is closed.
 
     Raises:
-        InputError: missing, empty, truncated, not an image, too large, of a pixel type without a defined
-            range (floating point, 32-bit integers), or an array of another type or shape.
+        InputError: missing, no regular file, empty, truncated, not an image, of more memory than an image may take
+            (`image_memory`), of a pixel type without a defined range (floating point, 32-bit integers), or an array of another
+            type or shape.
     """
     if isinstance(source, str | os.PathLike):
         return _from_file(source, name or str(source), upright)
@@ -78,7 +89,8 @@ def load_image(source: ImageSource, *, name: str | None = None, upright: bool = 
         return _decoded(io.BytesIO(source), name, upright)
     if isinstance(source, Image.Image):
         name = name or f"image of {source.width}x{source.height} pixels"
-        return _guarded(lambda: _to_8_bit_rgb(source, name, upright), name)
+        made = _guarded(lambda: _to_8_bit_rgb(source, name, upright), name)
+        return made.copy() if made is source else made
     if isinstance(source, np.ndarray):
         return _from_pixels(source, name or "array")
     raise InputError(
@@ -103,42 +115,32 @@ def image_size(source: str | os.PathLike[str] | bytes, *, name: str, upright: bo
         InputError: missing, empty, or not an image.
     """
 
-    def measured() -> tuple[int, int]:
-        with _opened(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    def measured(file: BinaryIO) -> tuple[int, int]:
+        with _opened(file, name) as image:
             _check_size(image, name)
             if image.format == "TIFF":  # Pillow itself turns these, when it decodes them
                 image.load()
-            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNS
-            return (image.height, image.width) if turned else image.size
+            exchanged = upright and _orientation(image) >= 5
+            return (image.height, image.width) if exchanged else image.size
 
     if isinstance(source, bytes):
         if not source:
             raise _empty(name)
-    else:
-        _check_file(source, name)
-    return _guarded(measured, name)
+        return _guarded(lambda: measured(io.BytesIO(source)), name)
+    with opened(Path(source), IMAGE) as file:
+        _check_not_empty(file, name)
+        return _guarded(lambda: measured(file), name)
 
 
 def _from_file(path: str | os.PathLike[str], name: str, upright: bool) -> Image.Image:
-    _check_file(path, name)
-    return _decoded(path, name, upright)
+    with opened(Path(path), IMAGE) as file:
+        _check_not_empty(file, name)
+        return _decoded(file, name, upright)
 
 
-def _check_file(path: str | os.PathLike[str], name: str) -> None:
-    try:
-        if not os.path.isfile(path):
-            exists = os.path.exists(path)
-            raise InputError(
-                "is not a file" if exists else "does not exist",
-                subject=name,
-                hint="give the path of an image",
-            )
-        if os.path.getsize(path) == 0:
-            raise _empty(name)
-    except OSError as error:
-        raise InputError(
-            f"cannot be read: {error.strerror}", subject=name, hint="check its permissions"
-        ) from error
+def _check_not_empty(file: BinaryIO, name: str) -> None:
+    if os.fstat(file.fileno()).st_size == 0:
+        raise _empty(name)
 
 
 def _from_pixels(pixels: NDArray[Any], name: str) -> Image.Image:
@@ -157,7 +159,7 @@ def _empty(subject: str) -> InputError:
     return InputError("is empty (0 bytes)", subject=subject, hint="the download or copy failed: get it again")
 
 
-def _decoded(source: str | os.PathLike[str] | BinaryIO, subject: str, upright: bool) -> Image.Image:
+def _decoded(source: BinaryIO, subject: str, upright: bool) -> Image.Image:
     return _guarded(lambda: _decode(source, subject, upright), subject)
 
 
@@ -172,50 +174,65 @@ def _guarded(work: Callable[[], T], subject: str) -> T:
             "is not an image in a known format", subject=subject, hint=f"use one of {', '.join(FORMATS)}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(subject) from error
+        raise InputError(
+            f"has more pixels than Pillow decodes: {first_line(error)}",
+            subject=subject,
+            hint="scale it down first; the model sees a few hundred pixels a side",
+        ) from error
+    except MemoryError as error:
+        raise InputError(
+            "takes more memory than there is",
+            subject=subject,
+            hint="scale it down first, or close other programs",
+        ) from error
     # Decoders raise whatever the broken bytes make them raise: OSError, SyntaxError, struct.error, zlib.error.
     except Exception as error:
         raise InputError(
-            f"cannot be decoded: {error}",
+            f"cannot be decoded: {first_line(error)}",
             subject=subject,
             hint="the file is damaged or cut short: get it again",
         ) from error
 
 
-def _decode(path: str | os.PathLike[str] | BinaryIO, subject: str, upright: bool) -> Image.Image:
-    with _opened(path) as opened:
-        return _to_8_bit_rgb(opened, subject, upright)
+def _decode(file: BinaryIO, subject: str, upright: bool) -> Image.Image:
+    with _opened(file, subject) as image:
+        return _to_8_bit_rgb(image, subject, upright)
 
 
-def _opened(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+def _opened(file: BinaryIO, subject: str) -> Image.Image:
+    check_icon(file, subject)
     Image.init()  # fills Image.OPEN; a Pillow built without one of the formats does not list it
     with warnings.catch_warnings():
         # The limit below is checked before any pixel is decoded; Pillow's own warning would say it twice.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _to_8_bit_rgb(image: Image.Image, subject: str, upright: bool) -> Image.Image:
     _check_size(image, subject)
+    _check_range(image, image.format, subject)
     image.load()
-    file_format = image.format  # a transposed copy has none
-    return _to_rgb(ImageOps.exif_transpose(image) if upright else image, file_format, subject)
+    turn = _TURNS.get(_orientation(image)) if upright else None
+    made = _to_rgb(image, image.format, subject)
+    return made if turn is None else made.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none, or one that cannot be read, which viewers pass over too."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # whatever the broken bytes make the parser raise
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _check_size(image: Image.Image, subject: str) -> None:
     if not image.width * image.height:
         raise InputError("has no pixels", subject=subject, hint="give an image of at least one pixel")
-    if image.width * image.height > PIXEL_LIMIT:
-        raise _too_large(subject)
     _check_long_side(image, subject)
-
-
-def _too_large(subject: str) -> InputError:
-    return InputError(
-        f"has more than {PIXEL_LIMIT // 10**6} million pixels",
-        subject=subject,
-        hint="scale it down first; the model sees a few hundred pixels a side",
-    )
+    check_memory(image, subject)
 
 
 def _check_long_side(image: Image.Image, subject: str) -> None:
@@ -229,20 +246,40 @@ def _check_long_side(image: Image.Image, subject: str) -> None:
 
 def _to_rgb(image: Image.Image, file_format: str | None, subject: str) -> Image.Image:
     """8-bit RGB, transparency over white. `file_format` decides what Pillow's mode "I" means."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in _WIDE_GREY_FORMATS):
-        return _grey_from_16_bits(image).convert("RGB")
-    if image.mode.startswith(("I", "F")):
+    _check_range(image, file_format, subject)
+    if _is_wide_grey(image, file_format):
+        return _in_strips(image, _grey_from_16_bits)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        return _in_strips(image, _over_white)
+    return image if image.mode == "RGB" else _in_strips(image, lambda strip: strip.convert("RGB"))
+
+
+def _is_wide_grey(image: Image.Image, file_format: str | None) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and file_format in _WIDE_GREY_FORMATS)
+
+
+def _check_range(image: Image.Image, file_format: str | None, subject: str) -> None:
+    if image.mode.startswith(("I", "F")) and not _is_wide_grey(image, file_format):
         raise InputError(
             f"has pixels of type {image.mode!r}, whose range is not defined",
             subject=subject,
             hint="save it with 8 or 16 bits a channel",
         )
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert(
-            "RGB"
-        )
-    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """RGB of an image, converted pixel by pixel, some rows at a time."""
+    made = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        made.paste(convert(strip), (0, top))
+    return made
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
 
 
 def _grey_from_16_bits(image: Image.Image) -> Image.Image:

@@ -24,10 +24,12 @@ from pydantic import Field
 
 from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageBatch, ImageLayout, Size, of_one_size
-from gap_export.inputs.images import FILTERS, PIXEL_LIMIT, normalised, rgb
+from gap_export.inputs.images import FILTERS, normalised, rgb
 
 STRIP_PIXELS = 2**22
 """Pixels of the padded square that are held at a time."""
+SCALED_LIMIT = 100_000_000
+"""Most pixels of an image whose short side is scaled up to the model's: a thread of pixels becomes gigabytes."""
 
 
 class SquareLayout(ImageLayout):
@@ -126,7 +128,7 @@ def _pad_and_resize(
 
 def _resize_and_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     width, height = crop_size(*image.size, size)
-    if width * height > PIXEL_LIMIT:
+    if width * height > SCALED_LIMIT:
         raise InputError(
             f"would be {width}x{height} pixels with its short side scaled to {size}",
             subject=f"image of {image.width}x{image.height} pixels",

@@ -317,10 +317,10 @@ class TestRefused:
         return caught.value
 
     def test_missing(self, tmp_path: Path) -> None:
-        assert "does not exist" in self.refusal(tmp_path / "none.png").message
+        assert "No such file" in self.refusal(tmp_path / "none.png").message
 
     def test_folder(self, tmp_path: Path) -> None:
-        assert "is not a file" in self.refusal(tmp_path).message
+        assert "is a folder" in self.refusal(tmp_path).message
 
     def test_impossible_path(self) -> None:
         self.refusal("a\0b.png")
@@ -360,12 +360,12 @@ class TestRefused:
             assert load_image(path).mode == "RGB"
 
     def test_claimed_extent(self, tmp_path: Path) -> None:
-        for extent in (
-            (60_000, 60_000),
-            (12_000, 9_000),
-        ):  # above Pillow's own limit, and between it and ours
+        for extent, said in (  # above Pillow's own limit, and between it and ours
+            ((60_000, 60_000), "more pixels than Pillow decodes"),
+            ((12_000, 12_000), "12000x12000 pixels would take"),
+        ):
             (tmp_path / "a.png").write_bytes(png_claiming(*extent))
-            assert "million pixels" in self.refusal(tmp_path / "a.png").message
+            assert said in self.refusal(tmp_path / "a.png").message
         (tmp_path / "a.png").write_bytes(png_claiming(40_000, 1))
         assert "40000x1" in self.refusal(tmp_path / "a.png").message
 
