@@ -11,9 +11,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Generic
@@ -99,11 +102,16 @@ def results_of(
         return
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(tasks))
-    processes = dict(_started(context, make_worker) for _ in range(workers))
+    processes: dict[Connection, SpawnProcess] = {}
     try:
+        for _ in range(workers):
+            with _undisturbed():
+                connection, process = _started(context, make_worker)
+                processes[connection] = process
         while processes:
-            for connection in wait(list(processes)):
-                assert isinstance(connection, Connection)
+            for ready in wait(list(processes)):
+                assert isinstance(ready, Connection)
+                connection = ready
                 try:
                     message = connection.recv()
                 except (EOFError, ConnectionError) as error:
@@ -122,17 +130,37 @@ def results_of(
                     connection.close()
                     processes.pop(connection).join()
     finally:
-        for process in processes.values():
-            process.terminate()
-        for process in processes.values():
-            process.join(_SHUTDOWN_TIMEOUT_S)
-            process.kill()
-            process.join()
+        with _undisturbed():
+            _end(processes.values())
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended: a process must not be lost that was just started, nor one be left that is to end.
+
+    Processes that are started in the block begin without it, so that none is interrupted while it imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(processes: Iterable[SpawnProcess]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
 
 
 def _started(
     context: SpawnContext, make_worker: Callable[[], Worker[Task, Result]]
 ) -> tuple[Connection, SpawnProcess]:
+    resource_tracker.ensure_running()  # starting it lets Ctrl-C through again
     mine, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, make_worker), daemon=True)
     process.start()
