@@ -132,7 +132,11 @@ class Record(BaseModel):
         Raises:
             BundleError: it cannot be written.
         """
-        write_atomically(path, self.model_dump_json(indent=2) + "\n")
+        write_atomically(path, self.text())
+
+    def text(self) -> str:
+        """What `write` writes."""
+        return self.model_dump_json(indent=2) + "\n"
 
 
 def _in_words(message: str) -> str:

@@ -28,8 +28,8 @@ from gap_export.bundle.folder import open_bundle
 from gap_export.evaluation import parity, validate
 from gap_export.evaluation.refer import evaluate
 from gap_export.evaluation.refer.evaluator import Answered
-from gap_export.evaluation.refer.journal import Settings, open_journal
-from gap_export.evaluation.refer.results import open_run
+from gap_export.evaluation.refer.journal import Settings, read_journal
+from gap_export.evaluation.refer.results import open_run, read_provenance
 from gap_export.evaluation.report import write
 from gap_export.evaluation.sweep import run as sweep
 from gap_export.evaluation.sweep.record import Answers, SweepRecord
@@ -307,11 +307,12 @@ def answers_of_one_evaluation(root: Path) -> None:
     """Whatever the settings are, what lies beside them is of them: the old ones keep 6 answers and results."""
     settings = Settings.read(root / "out" / "settings.json", hint="")
     journal = root / "out" / "answers.jsonl"
-    if settings.split == "old":
+    if settings.ignore_exif:
         assert len(journal.read_text().splitlines()) == 6
-        assert open_run(root / "out").record.split == "old"
-    elif (root / "out" / "unc-eval.json").exists():
-        assert open_run(root / "out").record.split == "all"
+        assert open_run(root / "out").record.expressions == 6
+        assert read_provenance(root / "out").ignore_exif
+    elif journal.exists():
+        assert read_journal(root / "out", settings) is not None, "answers are sealed with the settings"
 
 
 def swept(root: Path) -> None:
@@ -395,13 +396,7 @@ def cases(interrupted: Interrupted) -> dict[str, Case]:
 
 def _store_old(interrupted: Interrupted, made: dict[str, Case], inputs: Path) -> None:
     """Finished results of other settings, and some for `report`."""
-    for name, case in (("eval", "eval"), ("old sweep", "sweep")):
-        assert interrupted.events_of(made[case])
+    old = replace(made["eval"], line=f"{made['eval'].line} --ignore-exif")
+    for name, case in (("eval", made["eval"]), ("old eval", old), ("old sweep", made["sweep"])):
+        assert interrupted.events_of(case)
         shutil.copytree(interrupted._folder / "root" / "out", inputs / name)
-    shutil.copytree(inputs / "eval", inputs / "old eval")
-    old = inputs / "old eval"
-    for file in ("settings.json", "unc-eval.json"):
-        (old / file).write_text((old / file).read_text().replace('"split": "all"', '"split": "old"'))
-    (old / "files.json").unlink()
-    settings = Settings.read(old / "settings.json", hint="")
-    open_journal(old, settings).results.write("settings.json", settings.text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,35 @@ from pydantic import ConfigDict
 from gap_export.bundle.hashes import verify
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError
-from gap_export.files import FolderKind, sha256_of
+from gap_export.files import FolderKind, Listed, sha256_of
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 from gap_export.records import Record
 
 MANIFEST, REPORTS = "manifest.json", "reports"
 
 
-def _written(manifest: dict[str, Any]) -> Iterator[re.Pattern[str]]:
-    """Of a manifest of any schema: the files that it lists, itself, and reports, which a rebuild takes over."""
+def _listed(_: Path, manifest: dict[str, Any]) -> Mapping[str, Listed]:
+    """Of a manifest of any schema: the files that it lists; any content will do where it lists no hash."""
     files = manifest["files"]
-    for name in (MANIFEST, *(files if isinstance(files, dict) else ())):
-        yield re.compile(re.escape(name))
-    yield re.compile(f"{REPORTS}/.*")
+    listed = {}
+    for name, record in files.items() if isinstance(files, dict) else ():
+        size, sha256 = (
+            (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else (None, None)
+        )
+        listed[name] = Listed(
+            frozenset({sha256} if isinstance(sha256, str) else ()), size if isinstance(size, int) else None
+        )
+    return listed
 
 
-BUNDLE = FolderKind("bundle", MANIFEST, frozenset({"schema_version", "recipe", "files"}), _written)
+BUNDLE = FolderKind(
+    "bundle",
+    MANIFEST,
+    frozenset({"schema_version", "recipe", "files"}),
+    names=re.compile(re.escape(MANIFEST)),
+    unlisted=re.compile(f"{REPORTS}/.*", re.DOTALL),  # a rebuild takes them over
+    listed=_listed,
+)
 """How folders of bundles are told."""
 
 _IN_FILES_ALONE = {
@@ -84,7 +97,8 @@ class Bundle:
     @property
     def runs(self) -> Path:
         """Folder beside the bundle that its evaluations go to by default."""
-        return self.folder.with_name(f"{self.folder.name}.runs")
+        folder = self.folder if self.folder.name not in ("", "..") else self.folder.resolve()
+        return folder.with_name(f"{folder.name}.runs")
 
     @cached_property
     def manifest_sha256(self) -> str:

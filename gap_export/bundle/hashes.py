@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gap_export.errors import BundleError
-from gap_export.files import sha256_of
+from gap_export.files import HASHED, sha256_of
 from gap_export.records import Record
 
-HASHED_ON_OPEN = 64 * 2**20
+HASHED_ON_OPEN = HASHED
 """Files up to this many bytes are hashed whenever a bundle is opened; larger ones have their size checked, and their
 hash only by `validate` and `inspect --verify`, so that opening a 13 GB bundle takes no seconds."""
 
@@ -47,11 +47,11 @@ def verify(folder: Path, files: dict[str, FileRecord], *, every_hash: bool) -> N
             raise BundleError(
                 f"has {size} bytes where the manifest says {expected.bytes}",
                 subject=str(path),
-                hint="the file was changed or cut short: build the bundle again",
+                hint="the file was changed or cut short: move it away, and build the bundle again",
             )
         if (every_hash or size <= HASHED_ON_OPEN) and sha256_of(path) != expected.sha256:
             raise BundleError(
                 "does not have the hash that the manifest lists",
                 subject=str(path),
-                hint="the file was changed after the build: build the bundle again",
+                hint="the file was changed after the build: move it away, and build the bundle again",
             )

@@ -49,7 +49,9 @@ _FamilyOption = Annotated[
 _OutputOption = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="Folder of the results; by default beside the bundle, in BUNDLE.runs."
+        "--output",
+        "-o",
+        help="Folder of the results; by default beside the bundle, in BUNDLE.runs.",
     ),
 ]
 
@@ -88,12 +90,21 @@ def evaluate(
     """Referring expression comprehension on a data set. Can be interrupted; rerun the same command to resume."""
     from gap_export.errors import InputError
     from gap_export.evaluation.refer.dataset import open_dataset
-    from gap_export.evaluation.refer.evaluate import EvalOptions, evaluate_predictions, prepare, run
+    from gap_export.evaluation.refer.evaluate import (
+        EvalOptions,
+        check_output,
+        evaluate_predictions,
+        prepare,
+        run,
+    )
+    from gap_export.evaluation.refer.journal import EVALUATION
+    from gap_export.evaluation.refer.results import SCORED
 
     if (bundle is None) == (predictions is None):
         hint = "gap-export eval BUNDLE --data ..., or gap-export eval --predictions FILE --family llava --data ..."
         raise InputError("give one of them", subject="a bundle, or --predictions", hint=hint)
     _check_workers(workers, ray)
+    check_output(output, EVALUATION if predictions is None else SCORED)
     dataset = open_dataset(
         data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
     )

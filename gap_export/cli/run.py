@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from gap_export import bounds
 from gap_export.cli.app import console, out, print_json
 from gap_export.cli.numbers import number
 from gap_export.cli.options import AnyBackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 def run(
@@ -35,12 +32,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Find what an expression refers to in an image (the last one, of several)."""
-    from gap_export.files import check_output_file
+    from gap_export.boxes.image_file import check_drawing, save_drawing
     from gap_export.inputs.images import load_image
     from gap_export.runtime.model import load
 
     if draw is not None:
-        check_output_file(draw, inputs=[*image, bundle])
+        check_drawing(draw, images=image, bundle=bundle)
     images = [load_image(path) for path in image]
     with load(bundle, backend=backend, threads=threads) as model:
         unknown = model.unknown_words(refer)
@@ -48,7 +45,7 @@ def run(
         answer = model.ground(prompt, refer, keep=keep, max_new_tokens=max_new_tokens)
     last = images[-1]
     if draw is not None:
-        _save(model.draw(last, answer, caption=refer), draw)
+        save_drawing(model.draw(last, answer, caption=refer), draw)
     box = None if answer.box is None else [round(float(edge), 2) for edge in answer.box]
     if as_json:
         print_json(
@@ -75,16 +72,3 @@ def run(
     out.say(f"  answer {answer.text}, keep {len(answer.kept_indices)} of {answer.visual_tokens}")
     if draw is not None:
         out.say(f"  drawn to {draw}")
-
-
-def _save(image: Image.Image, target: Path) -> None:
-    from gap_export.errors import InputError
-
-    try:
-        image.save(target)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot be written: {error}",
-            subject=str(target),
-            hint="use a .png or .jpg path in a folder that exists",
-        ) from error

@@ -6,18 +6,23 @@ A bundle may be built anew in the same folder; its reports stay there, and are s
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ConfigDict
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import GapExportError
+from gap_export.files import check_output_file
 from gap_export.records import Record
 
 R = TypeVar("R", bound=Record)
 
 PARITY, BENCH, BENCH_PLOT, RECOMMENDATION = "parity.json", "bench.json", "bench.png", "recommend.json"
 """What `validate`, `bench` and `recommend` leave there."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 CURRENT, STALE, UNREADABLE = "current", "stale: taken on another build of this bundle", "cannot be read"
 
@@ -37,8 +42,34 @@ def read_report(bundle: Bundle, name: str, kind: type[R], *, command: str) -> R 
     path = bundle.reports / name
     if not os.path.lexists(path) or state_of(bundle, name) == STALE:
         return None
-    hint = f"it is damaged or was written by another version: run gap-export {command} again"
+    hint = (
+        f"it is damaged or was written by another version: move it away, and run gap-export {command} again"
+    )
     return kind.read(path, hint=hint)
+
+
+def check_reports_can_be_written(bundle: Bundle, *names: str) -> None:
+    """Refuse, before the work, where a report is to go and something else is, or nothing can be written.
+
+    Args:
+        bundle: opened.
+        names: of the files.
+
+    Raises:
+        BundleError: the file there is no report, or the folder cannot be written.
+    """
+    for name in names:
+        check_output_file(bundle.reports / name, ours=_is_report, holds="report of gap-export")
+
+
+def _is_report(path: Path) -> bool:
+    """By its content: a record names a build, and a plot is a PNG image."""
+    if path.suffix == ".json":
+        with suppress(GapExportError):
+            return bool(_Head.read(path, hint="").manifest_sha256)
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_PNG)) == _PNG
 
 
 def state_of(bundle: Bundle, name: str) -> str:

@@ -1,5 +1,6 @@
 """A folder that a long run fills and can go on with: what all results in it have in common, and the results themselves.
 
+    files.json         what was written, with hashes
     settings.json      what the run was asked; results of other settings never mix
     ...                results, each of which appears whole or not at all
 
@@ -10,15 +11,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gap_export.bundle.folder import BUNDLE
 from gap_export.errors import BundleError
-from gap_export.files import FolderKind, atomic_folder, check_folder
+from gap_export.files import FILES, FolderKind, ListedFolder, atomic_folder, check_folder, is_file, visible
 from gap_export.records import Record
 
 SETTINGS = "settings.json"
 
 
-def open_result_folder(folder: Path, settings: Record, kind: FolderKind, *, replace: bool) -> bool:
-    """Make the folder of a run, or find it to go on with.
+def open_result_folder(
+    folder: Path, settings: Record, kind: FolderKind, *, replace: bool
+) -> tuple[ListedFolder, bool]:
+    """Make the folder of a run, or find it to go on with. Its lock must be held.
 
     Args:
         folder: absent, empty, or of a run of the same kind.
@@ -27,36 +31,46 @@ def open_result_folder(folder: Path, settings: Record, kind: FolderKind, *, repl
         replace: throw a run of other settings away.
 
     Returns:
-        Whether results of the same settings may lie in it already.
+        The folder, and whether results of the same settings may lie in it already.
 
     Raises:
-        BundleError: something else is there, a run of other settings, or files of others in one that is to be replaced.
+        BundleError: something else is there, a run of other settings, files of others in one that is to be replaced, or files under the
+            names of its own that were changed since they were written.
     """
-    there = check_folder(folder, kind, replaced=False)
+    there = check_folder(folder, kind, replaced=False, outside=(BUNDLE,))
     if there:
-        difference = _difference(folder / SETTINGS, settings)
+        results = ListedFolder(folder, kind)
+        difference = _difference(results, settings)
         if difference is None:
-            return True
+            if not is_file(folder / SETTINGS):
+                results.write(SETTINGS, settings.text())
+            if not is_file(folder / FILES):
+                results.write_listing()
+            return results, True
         if not replace:
             raise BundleError(
                 f"holds another {kind.name}: {difference}",
                 subject=str(folder),
                 hint="choose another output folder, or pass --replace to throw that one away",
             )
-    if folder.is_dir() and not there:
-        settings.write(folder / SETTINGS)  # an empty folder may be where others write too: it stays
-        return False
+    if folder.is_dir() and not there:  # an empty folder may be where somebody works: it stays
+        results = ListedFolder(folder, kind)
+        results.write(SETTINGS, settings.text())
+        return results, False
     with atomic_folder(folder, check=lambda: check_folder(folder, kind)) as fresh:
-        settings.write(fresh / SETTINGS)
-    return False
+        ListedFolder(fresh, kind).write(SETTINGS, settings.text())
+    return ListedFolder(folder, kind), False
 
 
-def _difference(path: Path, wanted: Record) -> str | None:
+def _difference(results: ListedFolder, wanted: Record) -> str | None:
     """The first setting in which a stored run differs, as a message."""
+    path = results.path / SETTINGS
+    if not is_file(path) and all(each.name == FILES for each in visible(results.path)):
+        return None  # killed before they were written: nothing else is there
     try:
         there = type(wanted).read(path, hint="", error=BundleError)
     except BundleError:
-        return f"its {SETTINGS} is damaged or was written by another version"
+        return f"its {SETTINGS} is missing, damaged or was written by another version"
     for name in type(wanted).model_fields:
         mine, theirs = getattr(wanted, name), getattr(there, name)
         if isinstance(mine, dict) and mine != theirs:

@@ -22,7 +22,7 @@ from gap_export.checkpoint.hub import resolve
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError
 from gap_export.evaluation import parity, runner
-from gap_export.evaluation.bundle_reports import PARITY
+from gap_export.evaluation.bundle_reports import PARITY, check_reports_can_be_written
 from gap_export.evaluation.controls import applies, check_control, controls
 from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, build
@@ -100,6 +100,7 @@ def validate(
     bounds.check(limit=limit, batch=batch, threads=threads)
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
     bundle = open_bundle(bundle, every_hash=True)
+    check_reports_can_be_written(bundle, PARITY)
     manifest = bundle.manifest
     recipe = _recipe_here(bundle, checkpoint, text_tower, keep)
     batch = min(batch, recipe.max_batch)

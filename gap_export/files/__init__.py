@@ -9,9 +9,11 @@ from gap_export.files.file import (
     writing,
 )
 from gap_export.files.folder import atomic_folder, scratch_folder
+from gap_export.files.hidden import visible
 from gap_export.files.kinds import FileKind
+from gap_export.files.listing import FILES, ListedFolder, results_kind
 from gap_export.files.lock import FolderLock
-from gap_export.files.ownership import FolderKind, check_folder
+from gap_export.files.ownership import HASHED, FolderKind, Listed, check_folder
 from gap_export.files.read import (
     check_readable,
     decoded,
@@ -26,9 +28,13 @@ from gap_export.files.read import (
 )
 
 __all__ = [
+    "FILES",
+    "HASHED",
     "FileKind",
     "FolderKind",
     "FolderLock",
+    "Listed",
+    "ListedFolder",
     "atomic_folder",
     "check_folder",
     "check_output_file",
@@ -44,8 +50,10 @@ __all__ = [
     "read_text",
     "read_yaml",
     "readable_size",
+    "results_kind",
     "scratch_folder",
     "sha256_of",
+    "visible",
     "write_atomically",
     "writing",
 ]

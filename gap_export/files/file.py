@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gap_export.errors import BundleError, GapExportError
+from gap_export.files.hidden import WRITING, abandoned, hidden_path
 
 
 def sha256_of(path: Path) -> str:
@@ -60,7 +60,8 @@ def writing(
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8) so that readers see the old content or the new, never a part.
 
-    What is written first has an unguessable name and is made anew, so that no link that was put there is followed.
+    What is written first has an unguessable name and is made anew, so that no link that was put there is followed. What killed processes
+    left of the same file is removed.
 
     Raises:
         BundleError: it cannot be written, or something else than a file has its name.
@@ -68,7 +69,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_replaceable(path)
-        scratch = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.writing")
+        for leftover in abandoned(path):
+            with contextlib.suppress(OSError):
+                if is_plain(leftover):
+                    leftover.unlink()
+        scratch = hidden_path(path, WRITING)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
             with open(descriptor, "wb") as file:
@@ -78,6 +83,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 scratch.unlink()
             raise
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a regular file is there, and no link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def check_output_file(
@@ -113,17 +126,39 @@ def check_output_file(
                 subject=str(path),
                 hint="write to another file, or move this one away",
             )
-        parent = next(each for each in place.parents if each.exists())
-        if not parent.is_dir():
-            raise BundleError(
-                f"cannot be written: {parent} is no folder", subject=str(path), hint="write to another file"
-            )
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise BundleError(
-                f"cannot be written: no permission to write into {parent}",
-                subject=str(path),
-                hint="choose a folder you can write to",
-            )
+        check_place(place.parent, path)
+
+
+def check_place(folder: Path, subject: Path) -> None:
+    """Refuse a folder in which nothing can be made: no permission, a read-only or full disk, a path below a file.
+
+    Args:
+        folder: which need not exist; then the nearest above it that does.
+        subject: that is to be made there, for the message.
+
+    Raises:
+        BundleError: no permission, a disk that is full or read-only, or a file in the way.
+        OSError: it cannot be looked at.
+    """
+    parent = next(each for each in (folder, *folder.parents) if each.exists())
+    if not parent.is_dir():
+        raise BundleError(
+            f"cannot be written: {parent} is no folder", subject=str(subject), hint="choose another place"
+        )
+    disk = os.statvfs(parent)
+    if disk.f_flag & os.ST_RDONLY:
+        why = f"{parent} is on a read-only disk"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        why = f"no permission to write into {parent}"
+    elif (disk.f_blocks and not disk.f_bfree) or (disk.f_files and not disk.f_ffree):
+        why = f"no space left on the disk of {parent}"
+    else:
+        return
+    raise BundleError(
+        f"cannot be written: {why}",
+        subject=str(subject),
+        hint="free disk space, or choose a folder you can write to",
+    )
 
 
 def check_replaceable(path: Path) -> None:

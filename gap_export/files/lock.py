@@ -10,13 +10,18 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gap_export.errors import BundleError
 from gap_export.files.file import writing
+from gap_export.files.hidden import shortened
 
 _LONGEST_TEXT = 500
+_SAID = re.compile(r"process [0-9]+ on (?P<machine>.*) since [0-9: +-]+\n", re.DOTALL)
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -34,13 +39,19 @@ class FolderLock:
         with writing(folder, what="cannot be created", hint="choose a folder you can write to"):
             folder = folder.resolve()
             folder.parent.mkdir(parents=True, exist_ok=True)
-            self.path = folder.with_name(f".{folder.name[:100]}.lock")
-            self._descriptor = _locked(self.path, folder)
-            said = (
-                f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n"
-            )
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, said.encode(), 0)
+            self.path = folder.with_name(f".{shortened(folder.name)}.lock")
+            descriptor = _locked(self.path, folder)
+            try:
+                _check_left(descriptor, self.path, folder)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._descriptor = descriptor
+            with self.kept():
+                os.ftruncate(descriptor, 0)
+                os.pwrite(
+                    descriptor, f"process {os.getpid()} on {platform.node()} since {_now()}\n".encode(), 0
+                )
 
     def release(self) -> None:
         """Let others in; releasing again does nothing."""
@@ -52,6 +63,15 @@ class FolderLock:
                 )  # while it is held: who waits looks whether it is still there
             finally:
                 os.close(descriptor)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Release it if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     def __enter__(self) -> FolderLock:
         return self
@@ -93,6 +113,32 @@ def _locked(path: Path, folder: Path) -> int:
         if _is_there(path, descriptor):
             return descriptor
         os.close(descriptor)  # its holder has just removed it: take the new one
+
+
+def _check_left(descriptor: int, path: Path, folder: Path) -> None:
+    """Refuse a file that is locked now and that no process of this machine left: it holds something else, or is held elsewhere.
+
+    Raises:
+        BundleError: the file is not empty and holds no line of a lock, or one of another machine.
+    """
+    content = os.pread(descriptor, _LONGEST_TEXT, 0)
+    said = _SAID.fullmatch(content.decode("utf-8", "replace"))
+    if said is None and content:
+        raise BundleError(
+            "is there and is no lock of gap-export",
+            subject=str(path),
+            hint="move it away, or choose another output folder",
+        )
+    if said is not None and said["machine"] != platform.node():
+        raise BundleError(
+            f"is being written by {content.decode().strip()}, or was until that ended",
+            subject=str(folder),
+            hint=f"if it has ended, delete {path}: from this machine that cannot be told",
+        )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
 def _opened(path: Path) -> tuple[bool, int]:

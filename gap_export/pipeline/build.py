@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gap_export import __version__
-from gap_export.bundle.folder import BUNDLE, MANIFEST, REPORTS, Bundle, open_bundle, write_manifest
+from gap_export.bundle.folder import MANIFEST, REPORTS, Bundle, open_bundle, write_manifest
 from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
-from gap_export.files import FolderLock, atomic_folder, check_folder
+from gap_export.files import FolderLock, atomic_folder
 from gap_export.pipeline.opened import TOKENIZER, OpenedModel, open_model
 from gap_export.pipeline.preflight import check_machine, check_output, check_prompt
 from gap_export.plan import Plan, plan_for
@@ -108,7 +108,7 @@ def build(
 
     with (
         FolderLock(out),
-        atomic_folder(out, kept=(REPORTS,), check=lambda: check_folder(out, BUNDLE)) as folder,
+        atomic_folder(out, kept=(REPORTS,), check=lambda: check_output(out, recipe, replace)) as folder,
     ):
         traced = trace_graphs(model, plan, tracer=tracer, progress=progress)
         written = write_graphs(traced, model, plan, folder, self_contained=self_contained, progress=progress)

@@ -55,7 +55,7 @@ def check_output(out: Path, recipe: Recipe, replace: bool) -> None:
     Raises:
         BundleError: the folder holds something else.
     """
-    if not check_folder(out, BUNDLE) or replace:
+    if not check_folder(out, BUNDLE, outside=(BUNDLE,)) or replace:
         return
     try:
         same = open_bundle(out).manifest.recipe == recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from gap_export.errors import BundleError
-from gap_export.files import atomic_folder, scratch_folder
+from gap_export.files import atomic_folder, hidden, scratch_folder
 from gap_export.files import folder as module
 
 
@@ -184,38 +183,96 @@ def test_the_folder_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> Non
     assert listing(tmp_path) == ["out"]
 
 
+def test_a_half_filled_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are moved one by one into an empty folder that must stay; a kill between two of them leaves some."""
+    target = tmp_path / "out"
+    target.mkdir()
+    code = """
+import os, signal, sys
+from pathlib import Path
+from gap_export.files import folder as module
+with module.atomic_folder(Path(sys.argv[1])) as scratch:
+    for name in ("a", "b", "c.json"):
+        (scratch / name).write_text(name)
+    rename, left = os.rename, int(sys.argv[2])
+    def killing(source, destination):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, destination)
+    module.os.rename = killing
+"""
+    assert subprocess.run([sys.executable, "-c", code, target, "2"], check=False).returncode == -9
+    assert listing(target) == ["a"]
+    module.recover(target)
+    assert listing(target) == ["a", "b", "c.json"]
+    assert listing(tmp_path) == ["out"]
+
+
+def test_what_is_all_that_is_left_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that was moved aside and cannot be put back stays where it is."""
+    monkeypatch.setattr(hidden, "_is_dead", lambda _: True)
+    scratch = hidden.hidden_path(tmp_path / "out", "building")
+    for name in ("fresh", "retired"):
+        (scratch / name).mkdir(parents=True)
+    (scratch / "retired" / "old").touch()
+    (tmp_path / "out").mkdir()  # made by somebody in the meantime
+    module.recover(tmp_path / "out")
+    assert (scratch / "retired" / "old").exists()
+    (tmp_path / "out").rmdir()
+    module.recover(tmp_path / "out")
+    assert listing(tmp_path) == ["out"]
+    assert listing(tmp_path / "out") == ["old"]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"host": "another"}, {"target": "/elsewhere/out"}, {"pid": -1}, {"pid": "one"}, {"more": 1}],
-    ids=str,
+    "changed",
+    ["machine", "target", "pid", "purpose", "short"],
 )
-def test_a_folder_of_unknown_fate_is_left_alone(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Of another machine, for another target, or with a record that nobody can have written; the control is of a dead process."""
-    for number, change in enumerate(({}, changes)):
-        leftover = tmp_path / f".out.building-{number}"
-        leftover.mkdir()
-        owner = {"target": str(tmp_path / "out"), "host": module.platform.node(), "boot": module._boot()}
-        owner |= {"pid": os.getpid(), "began": 1, **change}
-        (leftover / "owner.json").write_text(json.dumps(owner))
+def test_a_folder_of_unknown_fate_is_left_alone(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another machine, for another target, or under a name that nobody can have given; the control is of a dead process."""
+    monkeypatch.setattr(hidden, "_began", lambda _: 1)
+    dead = hidden.hidden_path(tmp_path / "out", "building")
+    monkeypatch.undo()
+    name = dead.name
+    owner = name.removeprefix(".out.").removesuffix(".building").split("-")
+    if changed in ("machine", "target", "pid"):
+        place = {"target": 0, "machine": 1, "pid": 3}[changed]
+        owner[place] = "0" * len(owner[place])
+        name = f".out.{'-'.join(owner)}.building"
+    else:
+        name = name.replace(".building", "") if changed == "purpose" else name.replace(owner[-1], "abc")
+    for each in (dead.name, name):
+        (tmp_path / each).mkdir()
     with scratch_folder(beside=tmp_path / "out", purpose="building"):
         pass
-    assert listing(tmp_path) == [".out.building-1"]
+    assert listing(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u732b" * 85, "name with\nline", "[1]*"])
+def test_names_as_long_as_they_may_be(name: str, tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / name) as scratch:
+        (scratch / "new").touch()
+    assert listing(tmp_path) == [name]
 
 
 def test_a_process_is_told_from_another_of_the_same_number() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        began = module._began(child.pid)
+        began = hidden._began(child.pid)
         assert began is not None
-        mine = module._began(os.getpid())
+        mine = hidden._began(os.getpid())
         assert mine is not None
         assert began >= mine
     finally:
         child.communicate(b"\n")
     deadline = time.monotonic() + 10
-    while module._began(child.pid) is not None and time.monotonic() < deadline:
+    while hidden._began(child.pid) is not None and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert module._began(child.pid) is None
+    assert hidden._began(child.pid) is None
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,37 @@ def test_where_there_are_no_locks_nothing_is_taken_over_by_guess(
         FolderLock(tmp_path / "out")
     assert f"delete {tmp_path / '.out.lock'}" in caught.value.hint
     FolderLock(tmp_path / "out").release()
+
+
+@pytest.mark.parametrize(
+    "content", ["my notes\n", "process 12 on\n", "\0" * 9, "process 1 on me since 2020\nmore"]
+)
+def test_a_file_of_that_name_that_is_no_lock_stays(content: str, tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").write_text(content)
+    with pytest.raises(BundleError, match="is there and is no lock of gap-export"):
+        FolderLock(tmp_path / "out")
+    assert (tmp_path / ".out.lock").read_text() == content
+
+
+def test_what_another_machine_left_is_not_taken_over(tmp_path: Path) -> None:
+    said = f"process 12 on another since {module._now()}\n"
+    (tmp_path / ".out.lock").write_text(said)
+    with pytest.raises(BundleError, match="is being written by process 12 on another") as caught:
+        FolderLock(tmp_path / "out")
+    assert f"delete {tmp_path / '.out.lock'}" in caught.value.hint
+    assert (tmp_path / ".out.lock").read_text() == said
+
+
+@pytest.mark.parametrize("content", ["", f"process 12 on {platform.node()} since {module._now()}\n"])
+def test_what_a_killed_process_left_is_taken_over(content: str, tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").write_text(content)
+    with FolderLock(tmp_path / "out") as lock:
+        assert lock.path.read_text().startswith(f"process {os.getpid()} on")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_released_when_what_follows_fails(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "out")
+    with pytest.raises(KeyError), lock.kept():
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from gap_export.errors import BundleError
 from gap_export.evaluation.refer.journal import EVALUATION
 from gap_export.evaluation.refer.results import SCORED
 from gap_export.evaluation.sweep.run import SWEEP
-from gap_export.files import FolderKind, check_folder
+from gap_export.files import FolderKind, ListedFolder, check_folder
+from gap_export.files import ownership as module
+from gap_export.files.hidden import hidden_path
 
 KINDS = (BUNDLE, EVALUATION, SCORED, SWEEP)
 NAMES = {
@@ -26,8 +29,16 @@ NAMES = {
 }
 
 
+CONTENT = b"weights"
+HASH = hashlib.sha256(CONTENT).hexdigest()
+
+
 def content_of(kind: FolderKind, **changes: Any) -> dict[str, Any]:
-    return {**dict.fromkeys(kind.fields, 1), "files": {"a.onnx": {"sha256": "0"}}, **changes}
+    return {
+        **dict.fromkeys(kind.fields, 1),
+        "files": {"a.onnx": {"sha256": HASH, "bytes": len(CONTENT)}},
+        **changes,
+    }
 
 
 def folder_of(kind: FolderKind, folder: Path) -> Path:
@@ -49,11 +60,11 @@ def test_a_folder_of_ours_is_told(kind: FolderKind, tmp_path: Path) -> None:
     assert not check_folder(tmp_path / "absent", kind)
     assert not check_folder(tmp_path, kind)
     folder = folder_of(kind, tmp_path / "ours")
-    (folder / f".x.{'0' * 16}.writing").touch()  # what a killed process left
+    hidden_path(folder / "x", "writing").touch()  # what a killed process left
     assert check_folder(folder, kind)
     for name in NAMES.get(kind.name, ("provenance.json", "unc-results.parquet", "lmms-eval-eval.json")):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).exists() or (folder / name).touch()
+        (folder / name).exists() or (folder / name).write_bytes(CONTENT)
     assert check_folder(folder, kind)
 
 
@@ -131,6 +142,87 @@ def test_names_in_a_manifest_are_no_patterns(tmp_path: Path) -> None:
     (folder / "notes").touch()
     with pytest.raises(BundleError, match="notes"):
         check_folder(folder, BUNDLE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(b"WEIGHTS"), "changed since they were written: a.onnx"),
+        (lambda path: path.write_bytes(CONTENT + b"x"), "changed since they were written: a.onnx"),
+        (lambda path: (path.unlink(), path.symlink_to("../elsewhere")), "no command wrote .*: a.onnx"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "no command wrote .*: a.onnx"),
+        (lambda path: (path.unlink(), path.mkdir()), "no command wrote .*: a.onnx/"),
+        (lambda path: path.unlink(), None),
+        (lambda path: path.touch(), None),
+    ],
+    ids=["changed", "longer", "a link", "a pipe", "a folder", "gone", "touched"],
+)
+def test_a_listed_file_is_ours_as_it_was_written(damage: Any, words: str | None, tmp_path: Path) -> None:
+    folder = folder_of(BUNDLE, tmp_path / "ours")
+    (folder / "a.onnx").write_bytes(CONTENT)
+    damage(folder / "a.onnx")
+    if words is None:
+        assert check_folder(folder, BUNDLE)
+        return
+    with pytest.raises(BundleError, match=words):
+        check_folder(folder, BUNDLE)
+
+
+def test_large_files_are_told_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(BUNDLE, tmp_path / "ours")
+    (folder / "a.onnx").write_bytes(b"WEIGHTS")
+    monkeypatch.setattr(module, "HASHED", 3)
+    assert check_folder(folder, BUNDLE)
+    (folder / "a.onnx").write_bytes(b"WEIGHTS and more")
+    with pytest.raises(BundleError, match="changed since"):
+        check_folder(folder, BUNDLE)
+
+
+def test_reports_are_anything_but_devices_and_pipes(tmp_path: Path) -> None:
+    """They are copied into the new bundle, and copying a pipe waits for ever."""
+    folder = folder_of(BUNDLE, tmp_path / "ours")
+    (folder / "reports" / "mine").mkdir(parents=True)
+    (folder / "reports" / "mine" / "notes.txt").touch()
+    (folder / "reports" / "link").symlink_to(tmp_path)
+    assert check_folder(folder, BUNDLE)
+    os.mkfifo(folder / "reports" / "pipe")
+    with pytest.raises(BundleError, match="reports/pipe"):
+        check_folder(folder, BUNDLE)
+
+
+def test_nothing_is_put_into_a_bundle(tmp_path: Path) -> None:
+    folder = folder_of(BUNDLE, tmp_path / "ours")
+    for place in ("out", "deep/er/out", "../ours/out", "reports/out"):
+        with pytest.raises(BundleError, match=r"lies in the bundle .*/ours") as caught:
+            check_folder(folder / place, SWEEP, outside=(BUNDLE,))
+        assert "ours.runs" in caught.value.hint
+    assert not check_folder(tmp_path / "ours.runs" / "out", SWEEP, outside=(BUNDLE,))
+
+
+def test_a_listing_tells_whose_a_folder_is_and_what_is_in_it(tmp_path: Path) -> None:
+    results = ListedFolder(tmp_path, SWEEP)
+    results.write("settings.json", "{}")
+    results.write("points/a.json", "1")
+    results.write("points/a.json", "2")
+    assert check_folder(tmp_path, SWEEP)
+    (tmp_path / "points" / "a.json").write_text("1")  # a write that did not come to its end
+    assert check_folder(tmp_path, SWEEP)
+    (tmp_path / "points" / "b.json").write_text("not written by a command")
+    for replaced in (True, False):
+        with pytest.raises(BundleError, match=r"no command wrote .*: points/b.json"):
+            check_folder(tmp_path, SWEEP, replaced=replaced)
+    with pytest.raises(BundleError, match="holds no evaluation"):
+        check_folder(tmp_path, EVALUATION)
+
+
+def test_without_the_comparison_of_hashes_a_change_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: what makes `check_folder` refuse is the hash."""
+    folder = folder_of(BUNDLE, tmp_path / "ours")
+    (folder / "a.onnx").write_bytes(b"WEIGHTS")
+    monkeypatch.setattr(module.Listed, "is_in", lambda *_: True)
+    assert check_folder(folder, BUNDLE)
 
 
 def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:

@@ -81,11 +81,17 @@ def test_the_same_recipe_may_be_built_over_its_own_bundle(
         build(other, out)
     with pytest.raises(Reached):
         build(other, out, replace=True)
-    (out / "splice.onnx").write_bytes(b"damaged")
+    whole = (out / "splice.onnx").read_bytes()
+    (out / "splice.onnx").write_bytes(b"changed by somebody")
+    for replace in (False, True):
+        with pytest.raises(BundleError, match=r"changed since they were written: splice.onnx"):
+            build(recipe, out, replace=replace)
+    (out / "splice.onnx").unlink()
     with pytest.raises(BundleError, match="another bundle"):
         build(recipe, out)
     with pytest.raises(Reached):
         build(recipe, out, replace=True)
+    (out / "splice.onnx").write_bytes(whole)
     (tmp_path / "empty").mkdir()
     with pytest.raises(Reached):
         build(recipe, tmp_path / "empty")

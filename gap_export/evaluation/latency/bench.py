@@ -16,7 +16,7 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.environment import peak_rss_bytes
 from gap_export.errors import MissingRequirementError
 from gap_export.evaluation import plotting
-from gap_export.evaluation.bundle_reports import BENCH, BENCH_PLOT
+from gap_export.evaluation.bundle_reports import BENCH, BENCH_PLOT, check_reports_can_be_written
 from gap_export.evaluation.latency.candidate import Candidate, candidate
 from gap_export.evaluation.latency.cost import measure_device
 from gap_export.evaluation.latency.measure import measure, time_request
@@ -86,6 +86,8 @@ def bench(
         bounds.check(batch=batch)
     given = [bundles] if isinstance(bundles, Bundle | Path | str) else bundles
     opened = [open_bundle(each) for each in given]
+    for bundle in opened:
+        check_reports_can_be_written(bundle, BENCH, BENCH_PLOT)
     specs = candidate_specs([bundle.folder for bundle in opened], backends, keeps, batches)
     progress.stage("measuring what this machine can do")
     roofline = measure_device(threads)

@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 
 from gap_export import bounds, families
-from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.bundle.folder import BUNDLE, Bundle, open_bundle
 from gap_export.errors import BundleError, InputError
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.evaluator import Evaluator
 from gap_export.evaluation.refer.image_source import Source
-from gap_export.evaluation.refer.journal import Journal, Settings, open_journal
+from gap_export.evaluation.refer.journal import EVALUATION, Journal, Settings, open_journal
 from gap_export.evaluation.refer.predictions import read_predictions
 from gap_export.evaluation.refer.protocols import Protocol, protocol_of
 from gap_export.evaluation.refer.results import SCORED, EvalRun, check_pyarrow, open_run, store_results
 from gap_export.evaluation.refer.run import EvalRecord, Work, answer_all, record_of, score_all, work_of
 from gap_export.evaluation.refer.sizes import Fitted, fitted
 from gap_export.evaluation.result_folder import SETTINGS
-from gap_export.files import FolderLock, check_folder
+from gap_export.files import FolderKind, FolderLock, check_folder
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session, row
@@ -170,6 +170,7 @@ def prepare(
         GapExportError: the bundle, the data set, an option or the folder cannot be used.
     """
     check_pyarrow()
+    check_output(out, EVALUATION)
     row(options.backend)
     opened = open_bundle(bundle)
     check_keep(opened.manifest.pruning, opened.manifest.spec, options.keep)
@@ -190,9 +191,11 @@ def prepare(
         ignore_exif=dataset.ignore_exif,
     )
     folder = out or opened.runs / default_name(opened, dataset, options)
+    check_output(folder, EVALUATION)
     lock = FolderLock(folder)
-    journal = open_journal(folder, settings, replace=replace)
-    journal.check(work.expressions, opened.manifest.spec.visual_tokens)
+    with lock.kept():
+        journal = open_journal(folder, settings, replace=replace)
+        journal.check(work.expressions, opened.manifest.spec.visual_tokens)
     return Prepared(
         opened,
         dataset,
@@ -205,6 +208,20 @@ def prepare(
         journal,
         lock,
     )
+
+
+def check_output(out: Path | None, kind: FolderKind) -> None:
+    """Refuse a folder that results cannot be written to, before anything else is looked at.
+
+    Args:
+        out: None where it is not given.
+        kind: `EVALUATION` or `SCORED`.
+
+    Raises:
+        BundleError: it holds something else, lies in a bundle, or cannot be written.
+    """
+    if out is not None:
+        check_folder(out, kind, replaced=False, outside=(BUNDLE,))
 
 
 def run(prepared: Prepared, *, cluster: Cluster | None = None, progress: Progress = SILENT) -> EvalRun:
@@ -291,14 +308,13 @@ def evaluate_predictions(
         BundleError: something else lies in `out`.
     """
     check_pyarrow()
-    if out is not None:
-        check_folder(Path(out), SCORED, replaced=False)
-        if os.path.lexists(Path(out) / SETTINGS):
-            raise BundleError(
-                "holds the evaluation of a model",
-                subject=str(out),
-                hint="choose another output folder: results of a model and of a file do not mix",
-            )
+    check_output(None if out is None else Path(out), SCORED)
+    if out is not None and os.path.lexists(Path(out) / SETTINGS):
+        raise BundleError(
+            "holds the evaluation of a model",
+            subject=str(out),
+            hint="choose another output folder: results of a model and of a file do not mix",
+        )
     if family not in families.names():
         raise InputError(
             "is not a family" if family else "is not given, and answers alone do not tell it",
@@ -325,5 +341,7 @@ def evaluate_predictions(
         stretched_images=len(sized.stretched),
     )
     if out is not None:
-        store_results(record, scored, dataset, None, Path(out))
+        with FolderLock(Path(out)):
+            check_output(Path(out), SCORED)
+            store_results(record, scored, dataset, None, Path(out))
     return record

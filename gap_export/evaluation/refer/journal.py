@@ -8,7 +8,6 @@ changed anywhere else than at the torn end is an error.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -21,20 +20,19 @@ from gap_export.errors import BundleError, GapExportError, InputError
 from gap_export.evaluation.digests import first_digest, sealed, unsealed
 from gap_export.evaluation.refer.annotations import Expression
 from gap_export.evaluation.result_folder import SETTINGS, open_result_folder
-from gap_export.files import FolderKind, read_bytes, write_atomically, writing
+from gap_export.files import read_bytes, results_kind, write_atomically, writing
 from gap_export.files.kinds import JOURNAL
 from gap_export.records import Amount, Count, Flag, Record, Share, Text
 
 ANSWERS = "answers.jsonl"
 Side = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 """Of an image, pixels."""
-EVALUATION = FolderKind(
+EVALUATION = results_kind(
     "evaluation",
     SETTINGS,
     frozenset({"manifest_sha256", "annotations", "backend"}),
-    lambda _: [
-        re.compile(r"settings\.json|answers\.jsonl|provenance\.json|[a-z-]+-(results\.parquet|eval\.json)")
-    ],
+    r"settings\.json|answers\.jsonl|provenance\.json|[a-z-]+-(results\.parquet|eval\.json)",
+    unlisted=r"answers\.jsonl",  # it grows
 )
 """How folders of evaluations are told; the protocols' results are named after them."""
 
@@ -123,14 +121,15 @@ class Journal:
         """Keep answers; they are on the disk when this returns.
 
         Raises:
-            BundleError: they cannot be written.
+            BundleError: they cannot be written. What a full disk took of them is cut off when the journal is opened again.
         """
         lines, digest = [], self.digest
         for row in rows:
             line, digest = sealed(row, digest)
             lines.append(line + "\n")
         path = self.folder / ANSWERS
-        with writing(path), path.open("a", encoding="utf-8") as out:
+        hint = "what was answered before is kept: free disk space, and run the same command again"
+        with writing(path, hint=hint), path.open("a", encoding="utf-8") as out:
             out.write("".join(lines))
             out.flush()
             os.fsync(out.fileno())
@@ -183,7 +182,7 @@ def open_journal(folder: Path, settings: Settings, *, replace: bool = False) -> 
     Raises:
         BundleError: something else is there, an evaluation of other settings, or a damaged one.
     """
-    there = open_result_folder(folder, settings, EVALUATION, replace=replace)
+    _, there = open_result_folder(folder, settings, EVALUATION, replace=replace)
     path = folder / ANSWERS
     if not there or not os.path.lexists(path):
         return Journal(folder, Answers([], [first_digest(settings)]))

@@ -11,7 +11,7 @@ from pydantic import model_validator
 from gap_export import bounds
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import InputError
-from gap_export.evaluation.bundle_reports import RECOMMENDATION
+from gap_export.evaluation.bundle_reports import RECOMMENDATION, check_reports_can_be_written
 from gap_export.evaluation.latency.candidate import candidate
 from gap_export.evaluation.latency.measure import measure
 from gap_export.evaluation.refer.compare import compare
@@ -140,6 +140,7 @@ def recommend(
             hint="give at least two: losses are against the largest",
         )
     opened = open_bundle(bundle)
+    check_reports_can_be_written(opened, RECOMMENDATION)
     asked = dataset or open_dataset("scenes:7")
     asking = len(asked.expressions[:limit])
     progress.stage("evaluating", total=len(shares) * asking)

@@ -10,7 +10,6 @@ Whoever reads results need not be who wrote them. Nothing in them is believed th
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,16 +30,16 @@ from gap_export.evaluation.refer.json_rows import escaped
 from gap_export.evaluation.refer.protocols import check_protocol
 from gap_export.evaluation.refer.result_table import ResultRow, read_table, table_of
 from gap_export.evaluation.refer.run import EvalRecord, Scored
-from gap_export.files import FolderKind, read_bytes, write_atomically
+from gap_export.files import ListedFolder, read_bytes, results_kind, write_atomically
 from gap_export.files.kinds import REPORT
 from gap_export.records import Flag, Record, Text
 
 PROVENANCE = "provenance.json"
-SCORED = FolderKind(
-    "evaluation",
+SCORED = results_kind(
+    "evaluation of answers from a file",
     PROVENANCE,
     frozenset({"data", "split", "processor", "versions"}),
-    lambda _: [re.compile(r"provenance\.json|[a-z-]+-(results\.parquet|eval\.json)")],
+    r"provenance\.json|[a-z-]+-(results\.parquet|eval\.json)",
 )
 """How folders of scored answers from a file are told."""
 
@@ -155,7 +154,7 @@ def store_results(
         BundleError: it cannot be written.
     """
     table = table_of(map(_row, scored))
-    text = record.model_dump_json(indent=2) + "\n"
+    text = record.text()
     hashes = Hashes(results=sha256_of_bytes(table), record=sha256_of_bytes(text.encode()), answers=answers)
     provenance = Provenance(
         bundle=None if bundle is None else escaped(str(bundle.absolute())),
@@ -169,9 +168,10 @@ def store_results(
         hashes={record.protocol: hashes},
     )
     provenance = _with_other_protocols(provenance, folder)
-    provenance.write(folder / PROVENANCE)
-    write_atomically(results_path(folder, record.protocol), table)
-    write_atomically(record_path(folder, record.protocol), text)
+    results = ListedFolder(folder, SCORED)
+    results.write(PROVENANCE, provenance.text())
+    results.write(results_path(folder, record.protocol).name, table)
+    results.write(record_path(folder, record.protocol).name, text)
 
 
 def _with_other_protocols(provenance: Provenance, folder: Path) -> Provenance:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from gap_export import prune
 from gap_export.boxes import metrics, scenes
+from gap_export.bundle.folder import BUNDLE
 from gap_export.checkpoint import Checkpoint
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError, GapExportError
@@ -38,7 +38,15 @@ from gap_export.evaluation.sweep.record import (
 )
 from gap_export.evaluation.sweep.request import KEEPS, SweepRequest, all_pruners, plan_points
 from gap_export.evaluation.sweep.show import page
-from gap_export.files import FolderKind, FolderLock, read_bytes, scratch_folder, sha256_of, write_atomically
+from gap_export.files import (
+    FolderLock,
+    ListedFolder,
+    check_folder,
+    read_bytes,
+    results_kind,
+    scratch_folder,
+    sha256_of,
+)
 from gap_export.files.kinds import REPORT
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
@@ -52,11 +60,11 @@ from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.grounder import Grounded, Grounder
 
 RECORD, PAGE, PLOT = "sweep.json", "sweep.md", "sweep.png"
-SWEEP = FolderKind(
+SWEEP = results_kind(
     "sweep",
     SETTINGS,
     frozenset({"checkpoint_sha256", "scenes_seed", "backend"}),
-    lambda _: [re.compile(r"settings\.json|sweep\.(json|md|png)|points/[^/]+\.json")],
+    r"settings\.json|sweep\.(json|md|png)|points/([^/]+\.json)?",
 )
 """How folders of sweeps are told."""
 
@@ -120,12 +128,13 @@ class Store:
     """The opened folder of a sweep.
 
     Args:
-        folder: made or checked by `open_store`.
+        results: the folder, made or checked by `open_store`.
         settings: of all its points.
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder = folder
+    def __init__(self, results: ListedFolder, settings: Settings) -> None:
+        self.results = results
+        self.folder = results.path
         self.settings = settings
 
     def __contains__(self, point: SweepPoint) -> bool:
@@ -169,20 +178,23 @@ class Store:
             BundleError: it cannot be written.
         """
         line, _ = sealed(answers, self._before(point))
-        write_atomically(self._path(point), line + "\n")
+        self.results.write(self._name(point), line + "\n")
 
     def _before(self, point: SweepPoint) -> str:
         """Answers belong to this point of a sweep of these settings."""
         return first_digest(self.settings, point.name)
 
     def _path(self, point: SweepPoint) -> Path:
-        return self.folder / "points" / f"{point.name}.json"
+        return self.folder / self._name(point)
+
+    def _name(self, point: SweepPoint) -> str:
+        return f"points/{point.name}.json"
 
 
 def open_store(folder: Path, settings: Settings, *, replace: bool) -> Store:
     """Make the folder of a sweep, or go on with it; see `open_result_folder`."""
-    open_result_folder(folder, settings, SWEEP, replace=replace)
-    return Store(folder, settings)
+    results, _ = open_result_folder(folder, settings, SWEEP, replace=replace)
+    return Store(results, settings)
 
 
 @dataclass(frozen=True)
@@ -225,11 +237,13 @@ def prepare(request: SweepRequest, out: Path, *, replace: bool = False, plot: bo
     check_build_extra("a sweep")
     if plot:
         plotting.check_matplotlib("pip install 'gap-export[report]', or pass --no-plot")
+    check_folder(out, SWEEP, replaced=False, outside=(BUNDLE,))
     reads_text = any(prune.row(name).needs_text for name in request.pruners)
     model = open_model(request.recipe, reads_text=reads_text)
     points, skipped = plan_points(request, model.spec, model.text_tower)
     lock = FolderLock(out)
-    store = open_store(out, _settings(request, model.checkpoint), replace=replace)
+    with lock.kept():
+        store = open_store(out, _settings(request, model.checkpoint), replace=replace)
     return Sweep(request, store, model.spec.visual_tokens, tuple(points), tuple(skipped), lock)
 
 
@@ -279,10 +293,10 @@ def run(
             sweep.skipped,
             store.settings,
         )
-        record.write(store.folder / RECORD)
-        write_atomically(store.folder / PAGE, page(record, PLOT if plot else None))
+        store.results.write(RECORD, record.text())
+        store.results.write(PAGE, page(record, PLOT if plot else None))
         if plot:
-            write_atomically(store.folder / PLOT, plotting.png(figure(record)))
+            store.results.write(PLOT, plotting.png(figure(record)))
         return record
 
 
@@ -298,8 +312,10 @@ class _PointWorker:
         from gap_export.graph.trace_cache import Tracer
         from gap_export.graph.trace_folder import user_folder
 
-        # On another machine of a cluster the caller's folder need not be there.
-        self._request, self._scratch = request, scratch if scratch.is_dir() else Path(tempfile.mkdtemp())
+        self._request, self._scratch = request, scratch
+        if not scratch.is_dir():  # on another machine of a cluster; the folder goes when this worker does
+            self._own = tempfile.TemporaryDirectory(prefix="gap-export-sweep-", ignore_cleanup_errors=True)
+            self._scratch = Path(self._own.name)
         self._questions = list(scenes.cases(request.limit))
         self._tracer = Tracer(user_folder())
 

@@ -186,6 +186,7 @@ def test_evaluations_lie_beside_the_bundle(tiny_bundle: Callable[..., Bundle], t
     run = tmp_path / "bundle.runs" / "scenes-all-gap-onnxruntime"
     assert sorted(path.name for path in run.iterdir()) == [
         "answers.jsonl",
+        "files.json",
         "provenance.json",
         "settings.json",
         "unc-eval.json",

@@ -333,6 +333,7 @@ def test_answers_are_scored_against_the_true_boxes(swept: Swept) -> None:
 def test_what_lies_in_the_folder(swept: Swept) -> None:
     names = sorted(str(path.relative_to(swept.folder)) for path in swept.folder.rglob("*.*"))
     assert names == [
+        "files.json",
         "points/cls_attention-9-gap.json",
         "points/cls_attention-9-permuted.json",
         "points/cls_attention-9-shifted.json",

@@ -84,13 +84,13 @@ def test_a_sweep_of_other_settings_is_replaced_only_on_demand(
     assert "--replace" in caught.value.hint
     assert POINT in open_store(store.folder, SETTINGS, replace=True), "same settings: nothing to replace"
     assert POINT not in open_store(store.folder, other, replace=True)
-    assert [path.name for path in store.folder.iterdir()] == ["settings.json"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["files.json", "settings.json"]
     assert [path.name for path in store.folder.parent.iterdir()] == ["sweep"]
 
 
 def test_settings_of_another_version_are_other_settings(store: Store) -> None:
     path = store.folder / "settings.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "of_another_version": 1}))
+    store.results.write(path.name, json.dumps({**json.loads(path.read_text()), "of_another_version": 1}))
     with pytest.raises(BundleError, match="damaged or was written by another version"):
         open_store(store.folder, SETTINGS, replace=False)
     open_store(store.folder, SETTINGS, replace=True)
@@ -100,8 +100,51 @@ def test_settings_of_another_version_are_other_settings(store: Store) -> None:
 @pytest.mark.parametrize("replace", [False, True])
 def test_settings_that_do_not_say_so_make_no_sweep(replace: bool, store: Store) -> None:
     (store.folder / "settings.json").write_text("{}")
+    (store.folder / "files.json").unlink()
     with pytest.raises(BundleError, match="holds no sweep"):
         open_store(store.folder, SETTINGS, replace=replace)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("name", ["settings.json", "points/random-9-gap.json", "sweep.md"])
+def test_what_somebody_changed_is_not_replaced(name: str, replace: bool, store: Store) -> None:
+    store.save(POINT, ANSWERS)
+    store.results.write("sweep.md", "# Sweep")
+    with (store.folder / name).open("a") as file:
+        file.write(" ")
+    with pytest.raises(BundleError, match=f"changed since they were written: {name}"):
+        open_store(store.folder, SETTINGS, replace=replace)
+    with pytest.raises(BundleError, match="was changed since it was written"):
+        store.results.write(name, "new")
+    (store.folder / name).unlink()
+    if name != "settings.json":
+        open_store(store.folder, SETTINGS, replace=replace)
+        return
+    with pytest.raises(BundleError, match=r"its settings.json is missing"):
+        open_store(store.folder, SETTINGS, replace=False)
+    assert POINT not in open_store(store.folder, SETTINGS, replace=True)
+
+
+def test_a_sweep_of_an_older_version_goes_on(store: Store) -> None:
+    """It listed nothing; the names decide, and from now on there is a listing."""
+    store.save(POINT, ANSWERS)
+    (store.folder / "files.json").unlink()
+    again = open_store(store.folder, SETTINGS, replace=False)
+    assert POINT in again
+    again.save(OTHER, ANSWERS)
+    open_store(store.folder, SETTINGS, replace=False)
+    assert len(list((store.folder / "points").iterdir())) == 2
+    (store.folder / "points" / "random-9-gap.json").write_text("mine")
+    with pytest.raises(BundleError, match="changed since"):
+        open_store(store.folder, SETTINGS, replace=False)
+
+
+def test_a_damaged_listing_is_named(store: Store) -> None:
+    (store.folder / "files.json").write_text('{"kind": "sweep"')
+    for replace in (False, True):
+        with pytest.raises(BundleError, match=r"files.json: is damaged") as caught:
+            open_store(store.folder, SETTINGS, replace=replace)
+        assert "delete this file" in caught.value.hint
 
 
 @pytest.mark.parametrize("replace", [False, True])
