@@ -27,7 +27,7 @@ from gap_export.inputs.square import mean_colour
 from gap_export.modeling import config_fields, hf_config
 from gap_export.modeling.attention import IMPLEMENTATION
 from gap_export.modeling.clip import OPENAI_MEAN, OPENAI_STD, ClipVision
-from gap_export.modeling.clip_text import published_tower, read_text_tower, text_tower_of
+from gap_export.modeling.clip_text import fits_name, published_tower, read_text_tower, text_tower_of
 from gap_export.modeling.components import ModelParts, square_images, torch_dtype
 from gap_export.modeling.fake import fake, fake_mode
 from gap_export.modeling.selection import tower_attention
@@ -84,6 +84,19 @@ class ClipLlama(Family):
     def _tower(self) -> Checkpoint | None:
         """The checkpoint of the vision tower, where it lies beside the model's."""
         return self.checkpoint.companions.get("vision_tower")
+
+    def check_named_tower(self, vision: CLIPVisionConfig) -> None:
+        """Refuse a tower beside the model whose sizes are those of another published one than `mm_vision_tower` names.
+
+        Raises:
+            CheckpointError: it is.
+        """
+        named = self.checkpoint.config.get("mm_vision_tower")
+        self.check(
+            "mm_vision_tower",
+            fits_name(vision, named),
+            f"{published_tower(vision)}, whose sizes the given tower has",
+        )
 
     @abstractmethod
     @override

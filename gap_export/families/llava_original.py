@@ -48,10 +48,21 @@ class LlavaOriginal(ClipLlama):
     def tokenizer(self) -> Tokenizer:
         return with_placeholder(slow_tokenizer(self.checkpoint), PLACEHOLDER, self.image_token_id)
 
+    @property
+    @override
+    def notes(self) -> tuple[str, ...]:
+        if self.checkpoint.config.get("image_aspect_ratio") is not None:
+            return super().notes
+        return (
+            *super().notes,
+            "image_aspect_ratio is not stated: images are padded, as LLaVA-1.5 was trained; models of before saw the centre alone",
+        )
+
     @override
     def read_config(self) -> ClipLlamaConfig:
         config = self.checkpoint.config
         vision = read_vision_config(self.checkpoint.companions["vision_tower"])
+        self.check_named_tower(vision)
         text = hf_config.llama_config(self.checkpoint, model_type="llama")
         width: Any = vision.hidden_size
 

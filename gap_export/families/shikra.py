@@ -106,6 +106,7 @@ class Shikra(ClipLlama):
     @override
     def read_config(self) -> ClipLlamaConfig:
         vision = read_vision_config(self.checkpoint.companions["vision_tower"])
+        self.check_named_tower(vision)
         text = hf_config.llama_config(
             self.checkpoint, model_type="llama", bos_token_id=1, eos_token_id=2, pad_token_id=0
         )

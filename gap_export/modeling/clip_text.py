@@ -47,6 +47,11 @@ def published_tower(vision: CLIPVisionConfig) -> str | None:
     return _PUBLISHED.get(cast(tuple[int, int, int, int], sizes))
 
 
+def fits_name(vision: CLIPVisionConfig, name: Any) -> bool:
+    """Whether a tower may be the published one of that name: False where its sizes are those of another."""
+    return name not in _PUBLISHED.values() or published_tower(vision) in (None, name)
+
+
 def read_text_tower(part: Checkpoint, *, tower_width: int) -> TextTower:
     """Facts about the text tower in a CLIP checkpoint.
 

@@ -168,6 +168,35 @@ def test_siglips_image_is_no_multiple_of_its_patch(tmp_path: Path, tiny_checkpoi
     assert checkpoint.open().layout.side == 7  # type: ignore[union-attr]
 
 
+def test_original_layouts_name_their_tower_and_how_images_are_fitted(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    checkpoint = small(tmp_path / "x", "llava_original", tiny_checkpoint / "tokenizer.json")
+    assert checkpoint.open().notes == ()
+    checkpoint.write(
+        CONFIG,
+        {name: value for name, value in checkpoint.files[CONFIG].items() if name != "image_aspect_ratio"},
+    )
+    assert "image_aspect_ratio is not stated" in checkpoint.open().notes[0]
+    checkpoint.write(CONFIG, checkpoint.files[CONFIG])
+    sizes = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    checkpoint.write("tower/config.json", {**checkpoint.files["tower/config.json"], **sizes})
+    checkpoint.write(
+        "tower/preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 224}
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"mm_vision_tower is not supported \(supported: openai/clip-vit-large-patch14, ",
+    ):
+        checkpoint.open()
+
+
 def test_without_the_table_wrong_values_come_through(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

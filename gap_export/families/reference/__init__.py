@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from gap_export import families
-from gap_export.errors import CheckpointError, first_line
+from gap_export.checkpoint import open_checkpoint
+from gap_export.errors import CheckpointError, GapExportError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
 from gap_export.prune import VisionFeatures
@@ -88,17 +88,34 @@ def open_model(family: str, checkpoint: Path, companions: Mapping[str, Path]) ->
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    found = families.row(family).load_reference()
+    row = families.row(family)
+    _check(row, checkpoint, companions)
     try:
         with quiet_loading():
-            model: ReferenceModel = found(checkpoint, torch.float32, companions)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            model: ReferenceModel = row.load_reference()(checkpoint, torch.float32, companions)
+    except GapExportError:
+        raise
+    except Exception as error:  # transformers raises what it meets
         raise CheckpointError(
             f"could not be loaded by transformers: {first_line(error)}",
             subject=str(checkpoint),
             hint="the reference needs the checkpoint the bundle was built from",
         ) from error
     return model
+
+
+def _check(row: families.FamilyRow, folder: Path, companions: Mapping[str, Path]) -> None:
+    """Refuse what a build would refuse, before transformers reads it: files that are none, fields and weights that lie.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or of another model.
+    """
+    kind, checkpoint = row.load(), open_checkpoint(folder)
+    used = [companion.name for companion in kind.companions(checkpoint) if companion.used]
+    for name in used:
+        if name in companions:
+            checkpoint = checkpoint.with_companion(name, open_checkpoint(companions[name]))
+    kind(row, checkpoint)
 
 
 @contextmanager

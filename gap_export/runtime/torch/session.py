@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, DynamicCache
 
 from gap_export.bundle.manifest import Pruning
+from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import CheckpointError, first_line
 from gap_export.families.reference import ImageFeatures, ReferenceModel, quiet_loading
 from gap_export.inputs.batch import PixelInputs
 from gap_export.inputs.prompt import TextTower, text_lengths
+from gap_export.modeling.config_fields import check_values
 from gap_export.positions import PAD, AttentionMask, Ids, Placement, place, visible
 from gap_export.prune import VisionFeatures, reference
 from gap_export.prune.reference import Floats
@@ -62,6 +64,7 @@ class TextReference:
 
     def __init__(self, checkpoint: Path, facts: TextTower) -> None:
         self.aligned_inversely = facts.aligned_inversely
+        check_values(open_checkpoint(checkpoint))
         try:
             with quiet_loading():  # it would report what else a CLIP checkpoint holds
                 self._model = CLIPTextModelWithProjection.from_pretrained(
@@ -74,7 +77,7 @@ class TextReference:
                 for stored in [safe_open(file, framework="pt")]
                 if "visual_projection.weight" in stored.keys()  # noqa: SIM118  (not a dict)
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # transformers raises what it meets
             raise CheckpointError(
                 f"could not be loaded by transformers: {first_line(error)}",
                 subject=str(checkpoint),
