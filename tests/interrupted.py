@@ -125,6 +125,15 @@ class Interrupted:
             return f"does not go on ({ended.said!r}): {again.said} {tree(root)}"
         return self._wrong(case, root)
 
+    def finished(self, name: str, case: Case) -> Path:
+        """What a case leaves in the end, under a name among the inputs; made on first use."""
+        target = self._inputs / name
+        if not target.exists():
+            there = Interrupted(self._folder / name, self._inputs)
+            there.events_of(case)
+            shutil.copytree(self._folder / name / "root" / "out", target)
+        return target
+
     def _wrong(self, case: Case, root: Path) -> str | None:
         if sorted(path.name for path in root.iterdir()) != sorted({*_tops(FOREIGN), *case.left}):
             return f"left behind: {tree(root)}"
@@ -343,6 +352,10 @@ def cases(interrupted: Interrupted) -> dict[str, Case]:
     def empty(root: Path) -> None:
         (root / "out").mkdir()
 
+    def an_old_page(root: Path) -> None:
+        interrupted.finished("eval", made["eval"])
+        (root / "out.html").write_text(PAGE + "old")
+
     build = "build --model {inputs}/tiny.yaml -o {root}/out --keep 0.5"
     score = (
         "eval {inputs}/bundle --data {inputs}/questions.jsonl --images {inputs}/images --json -o {root}/out"
@@ -359,16 +372,19 @@ def cases(interrupted: Interrupted) -> dict[str, Case]:
     made["eval"] = Case(score, ("out",), evaluated)
     made["eval into an empty folder"] = Case(score, ("out",), evaluated, before=empty)
     made["sweep"] = Case(points, ("out",), swept)
-    _store_old(interrupted, made, inputs)
+    other = replace(made["eval"], line=f"{score} --ignore-exif")
     made["eval --replace"] = Case(
         f"{score} --replace",
         ("out",),
         evaluated,
-        before=copied("old eval", "out"),
+        before=lambda root: shutil.copytree(interrupted.finished("other eval", other), root / "out"),
         whole=answers_of_one_evaluation,
     )
     made["sweep --replace"] = Case(
-        f"{points} --replace --batch 3", ("out",), swept, before=copied("old sweep", "out")
+        f"{points} --replace --batch 3",
+        ("out",),
+        swept,
+        before=lambda root: shutil.copytree(interrupted.finished("sweep", made["sweep"]), root / "out"),
     )
     made["calibrate"] = Case(
         "calibrate {inputs}/bundle -o {root}/out.json --limit 1",
@@ -381,7 +397,7 @@ def cases(interrupted: Interrupted) -> dict[str, Case]:
         "report {inputs}/eval {inputs}/eval --no-pruners -o {root}/out.html",
         ("out.html",),
         lambda root: page_or_other(root),
-        before=lambda root: (root / "out.html").write_text(PAGE + "old"),
+        before=an_old_page,
         whole=page_or_other,
     )
     made["validate"] = Case(
@@ -392,11 +408,3 @@ def cases(interrupted: Interrupted) -> dict[str, Case]:
         whole=whole_bundle,
     )
     return made
-
-
-def _store_old(interrupted: Interrupted, made: dict[str, Case], inputs: Path) -> None:
-    """Finished results of other settings, and some for `report`."""
-    old = replace(made["eval"], line=f"{made['eval'].line} --ignore-exif")
-    for name, case in (("eval", made["eval"]), ("old eval", old), ("old sweep", made["sweep"])):
-        assert interrupted.events_of(case)
-        shutil.copytree(interrupted._folder / "root" / "out", inputs / name)
