@@ -27,7 +27,8 @@ def plus_base(checkpoint: Checkpoint, delta_key: str, base_key: str) -> Derived:
         CheckpointError: the base has no such weight, or one of another shape.
     """
     delta, base = checkpoint.stored(delta_key), checkpoint.stored(base_key)
-    if delta.shape[1:] != base.shape[1:] or delta.shape[0] < base.shape[0]:
+    fits = delta.shape[1:] == base.shape[1:] and len(base.shape) > 0 and delta.shape[:1] >= base.shape[:1]
+    if not fits:
         raise CheckpointError(
             f"is not what the delta was taken from: {base_key.rpartition('/')[2]} is {_extents(base)} where the delta is "
             f"{_extents(delta)}",
@@ -66,10 +67,11 @@ def with_low_rank(
         CheckpointError: one of them is missing, or shapes or rank do not fit.
     """
     weight, a, b = (checkpoint.stored(key) for key in (weight_key, a_key, b_key))
-    if a.shape != (rank, weight.shape[1]) or b.shape != (weight.shape[0], rank):
+    outputs, inputs = weight.shape if len(weight.shape) == 2 else (0, 0)
+    if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise CheckpointError(
             f"does not fit: {a_key} is {_extents(a)} and {b_key} is {_extents(b)}, where rank {rank} on {_extents(weight)} "
-            f"needs {rank} x {weight.shape[1]} and {weight.shape[0]} x {rank}",
+            f"needs {rank} x {inputs} and {outputs} x {rank}",
             subject=str(a.file),
             hint="the update belongs to another base model, or has another rank",
         )

@@ -120,7 +120,14 @@ class MiniGpt(Family):
             )
         table = checkpoint.stored(f"{_TOWER}pos_embed")
         side = SIZE // eva_sizes(checkpoint, _TOWER).patch
-        if table.shape[1] != 1 + side * side:
+        trained = round((table.shape[1] - 1) ** 0.5) if len(table.shape) == 3 and table.shape[1] > 1 else 0
+        if table.shape[:2] != (1, 1 + trained * trained) or not trained:
+            raise CheckpointError(
+                f"has a pos_embed of shape {list(table.shape)}, which is no square of patches behind a class token",
+                subject=str(table.file),
+                hint="give EVA-CLIP's eva_vit_g.pth",
+            )
+        if trained != side:
             changed[f"{_TOWER}pos_embed"] = Derived(
                 (1, 1 + side * side, table.shape[2]),
                 (table,),

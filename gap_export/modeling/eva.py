@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from gap_export.checkpoint import Checkpoint
+from gap_export.errors import CheckpointError
 
 HEAD_WIDTH = 88
 MOST_BLOCKS = 39
 EPS = 1e-6
+_LARGEST_PATCH = 64
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,15 @@ def eva_sizes(checkpoint: Checkpoint, prefix: str) -> EvaSizes:
     """Sizes of the tower whose weights are called `prefix...`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or its weights are of other shapes.
     """
-    patches = checkpoint.stored(f"{prefix}patch_embed.proj.weight").shape
+    patches = _shape(checkpoint, f"{prefix}patch_embed.proj.weight", 4)
+    if patches[0] % HEAD_WIDTH or not 0 < patches[-1] <= _LARGEST_PATCH:
+        raise CheckpointError(
+            f"has patches of {patches[-1]} pixels and a width of {patches[0]}, where {HEAD_WIDTH} divides EVA-CLIP's",
+            subject=str(checkpoint.stored(f"{prefix}patch_embed.proj.weight").file),
+            hint="give EVA-CLIP's eva_vit_g.pth",
+        )
     blocks = {
         key.removeprefix(f"{prefix}blocks.").partition(".")[0]
         for key in checkpoint.weights
@@ -58,9 +66,21 @@ def eva_sizes(checkpoint: Checkpoint, prefix: str) -> EvaSizes:
     return EvaSizes(
         width=patches[0],
         blocks=min(len(blocks), MOST_BLOCKS),
-        hidden=checkpoint.stored(f"{prefix}blocks.0.mlp.fc1.weight").shape[0],
+        hidden=_shape(checkpoint, f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
         patch=patches[-1],
     )
+
+
+def _shape(checkpoint: Checkpoint, key: str, axes: int) -> tuple[int, ...]:
+    """Of a weight with so many axes."""
+    stored = checkpoint.stored(key)
+    if len(stored.shape) != axes or 0 in stored.shape:
+        raise CheckpointError(
+            f"has a {key.rpartition('/')[2]} of shape {list(stored.shape)}",
+            subject=str(stored.file),
+            hint="give EVA-CLIP's eva_vit_g.pth",
+        )
+    return stored.shape
 
 
 class _Patches(nn.Module):
