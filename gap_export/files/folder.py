@@ -132,7 +132,10 @@ def _clear(scratch: Path, target: Path) -> None:
             os.rename(retired, target)
         if (retired.is_dir() and fresh.is_dir()) or (filling.is_dir() and any(filling.iterdir())):
             return
-        shutil.rmtree(scratch, ignore_errors=True)
+        for _ in range(
+            2
+        ):  # a removal that fails once is tried again; what is left then, the next start removes
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _fill(target: Path, fresh: Path, filling: Path) -> None:
