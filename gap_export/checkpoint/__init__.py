@@ -165,7 +165,9 @@ def open_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
     weights: dict[str, WeightLocation | Derived] = {}
     check_not_quantized(folder, config)
     for shard in _shards(folder, config):
-        weights.update(read_weights(shard))
+        found = read_weights(shard)
+        _check_once(weights, found, shard)
+        weights.update(found)
     check_not_quantized(folder, config, weights)
     return Checkpoint(folder=folder, name=name or str(folder), config=config, weights=weights)
 
@@ -187,6 +189,16 @@ def read_weights(file: Path) -> dict[str, WeightLocation]:
             f"is needed to read {file.name}", subject="torch", hint="pip install 'gap-export[build]'"
         ) from error
     return read_torch_archive(file)
+
+
+def _check_once(before: Mapping[str, object], found: Collection[str], shard: Path) -> None:
+    twice = next((key for key in found if key in before), None)
+    if twice is not None:
+        raise CheckpointError(
+            f"has {shown(twice)}, which another file of weights has too: which of them is meant cannot be told",
+            subject=str(shard),
+            hint="fetch the checkpoint again, or take one of them out",
+        )
 
 
 def _shards(folder: Path, config: Mapping[str, Any]) -> list[Path]:

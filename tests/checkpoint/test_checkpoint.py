@@ -74,6 +74,15 @@ def test_shards_are_read_together(folder: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_a_weight_in_two_shards_is_refused(folder: Path) -> None:
+    for number in (1, 2):
+        save_file({"a": np.zeros(number, np.float32)}, folder / f"model-{number}.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="'a', which another file of weights has too"):
+        open_checkpoint(folder)
+
+
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
 
 
