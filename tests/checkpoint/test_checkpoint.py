@@ -75,6 +75,7 @@ def test_shards_are_read_together(folder: Path) -> None:
 
 
 def test_a_weight_in_two_shards_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     for number in (1, 2):
         save_file({"a": np.zeros(number, np.float32)}, folder / f"model-{number}.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
