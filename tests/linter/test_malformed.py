@@ -64,9 +64,9 @@ def end_all(goods: list[bytes], seeds: range, path: Path, **options: Any) -> Cou
     for seed in seeds:
         what, content = mutated(goods[seed % len(goods)], seed)
         path.write_bytes(content)
-        start = time.monotonic()
+        start = time.process_time()
         counts[ended(path, **options)] += 1
-        assert time.monotonic() - start < 10, (seed, what)
+        assert time.process_time() - start < 10, (seed, what)
     print(len(seeds), "malformed graphs:", dict(counts))
     return counts
 
