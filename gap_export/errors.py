@@ -67,6 +67,12 @@ def named(name: str) -> str:
     return name if len(name) <= 200 and name.isprintable() else shown(name)
 
 
+def in_one_line(text: str, longest: int = 400) -> str:
+    """Text from outside in a message: what cannot be printed is escaped, and what is too long ends in dots."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:longest])
+    return shown if len(text) <= longest and len(shown) <= longest else f"{shown[: longest - 4]} ..."
+
+
 class RecipeError(GapExportError):
     """A recipe or an option is unknown, out of range or contradicts another."""
 

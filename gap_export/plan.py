@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from gap_export import prune
 from gap_export.bundle.cache_layout import CacheLayout, in_slot_steps
+from gap_export.bundle.graph_specs import GraphSpecs
 from gap_export.bundle.manifest import KeepMode, ModelSpec, Pruning, Stage
-from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
 from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.prompt import TextTower
@@ -32,7 +32,6 @@ class Plan:
         static_cache: whether the cache always has all of them, and not as many as a request needs.
         max_text: text tokens of the longest prompt, placeholder included.
         max_batch: most rows per call.
-        never_pruned: most tokens of an image that no pruner may drop; K counts them.
         images: images in one prompt; all other numbers of visual tokens are those of one image.
     """
 
@@ -43,47 +42,27 @@ class Plan:
     static_cache: bool
     max_text: int
     max_batch: int
-    never_pruned: int = 0
     images: int = 1
 
     def cache_layout(self, layers: int) -> CacheLayout:
         """Of a decoder with so many layers."""
         return self.pruning.cache_layout(layers, self.capacity, static=self.static_cache)
 
-    @property
-    def kept_dim(self) -> Dim:
-        """K as a dimension that varies between calls."""
-        pruning = self.pruning
-        return Dim(name="kept", minimum=pruning.min_tokens, optimum=pruning.kept, maximum=pruning.max_tokens)
+    def graph_specs(self, model: ModelSpec) -> GraphSpecs:
+        """What the graphs take and give.
 
-    @property
-    def row_dim(self) -> Dim:
-        """Visual tokens of a prompt, all images together, as a dimension that varies between calls."""
-        one, images = self.kept_dim, self.images
-        if images == 1:
-            return one
-        return Dim(
-            name="row",
-            minimum=one.minimum * images,
-            optimum=one.optimum * images,
-            maximum=one.maximum * images,
-        )
-
-    def spliced(self, kept: int) -> int:
-        """Slots of the longest prompt whose images keep so many tokens each."""
-        return self.max_text - self.images + self.images * kept
-
-    @property
-    def count_dim(self) -> Dim:
-        """What calls of the vision graph are told: K without the tokens that are never pruned."""
-        kept, never = self.kept_dim, self.never_pruned
-        if not never:
-            return kept
-        return Dim(
-            name="chosen",
-            minimum=kept.minimum,
-            optimum=max(kept.minimum, kept.optimum - never),
-            maximum=kept.maximum - never,
+        Args:
+            model: its sizes.
+        """
+        return GraphSpecs(
+            model=model,
+            dtype=self.activations.dtype,
+            pruning=self.pruning,
+            text_tower=self.text_tower,
+            cache=self.cache_layout(model.layers),
+            max_text=self.max_text,
+            max_batch=self.max_batch,
+            images=self.images,
         )
 
 
@@ -151,10 +130,9 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
         pruning=pruning,
         text_tower=text_tower,
         capacity=capacity,
-        static_cache=recipe.capacity is not None or any(target != "onnx" for target in recipe.targets),
+        static_cache=recipe.has_static_cache,
         max_text=recipe.max_text,
         max_batch=recipe.max_batch,
-        never_pruned=spec.token_range.never_pruned if spec.token_range else 0,
         images=recipe.images,
     )
 

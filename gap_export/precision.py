@@ -8,6 +8,7 @@ NumPy or ONNX at hand look the names up there.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -61,7 +62,7 @@ class Thresholds:
             `compare`, which sees no logits.
 
     Raises:
-        ValueError: a share above 1, a negative loss of accuracy, or another bound that is not above 0.
+        ValueError: no finite number, a share above 1, a negative loss of accuracy, or another bound that is not above 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid", "allow_inf_nan": False}
@@ -78,7 +79,8 @@ class Thresholds:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            # Written so that NaN fails too.
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value} and must be a number")
             if field.name.startswith("min_") and not value <= 1:
                 raise ValueError(f"{field.name} is {value} and must be at most 1")
             if field.name == "max_accuracy_drop":

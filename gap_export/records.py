@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gap_export.errors import GapExportError, InputError
+from gap_export.errors import GapExportError, InputError, in_one_line
 from gap_export.files import FileKind, parse_json, read_bytes, write_atomically
 from gap_export.files.kinds import REPORT
 
@@ -84,7 +84,13 @@ class Record(BaseModel):
 
     @classmethod
     def parse(
-        cls, content: bytes, *, subject: str, hint: str, error: type[GapExportError] = InputError
+        cls,
+        content: bytes,
+        *,
+        subject: str,
+        hint: str,
+        error: type[GapExportError] = InputError,
+        strict: bool | None = None,
     ) -> Self:
         """Read a record from JSON.
 
@@ -93,12 +99,13 @@ class Record(BaseModel):
             subject: where it is from, for the message.
             hint: what to do where it cannot be read.
             error: what is raised then.
+            strict: whether every value must be of the very type that it is written as: no number in quotes.
 
         Raises:
             GapExportError: of that type.
         """
         try:
-            record = cls.model_validate_json(content)
+            record = cls.model_validate_json(content, strict=strict)
         except ValidationError as reason:
             raise error(f"cannot be read: {explain(reason)}", subject=subject, hint=hint) from reason
         parse_json(
@@ -153,8 +160,8 @@ def explain(error: ValidationError) -> str:
     given = first["input"]
     message = _in_words(first["msg"])
     if not field:
-        return message
+        return in_one_line(message)
     if len(field) > _LONGEST_SHOWN:
         field = field[:_LONGEST_SHOWN] + "..."
     short = isinstance(given, str | int | float) and len(repr(given)) <= _LONGEST_SHOWN
-    return f"{field} {given!r}: {message}" if short else f"{field}: {message}"
+    return in_one_line(f"{field} {given!r}: {message}" if short else f"{field}: {message}")

@@ -200,7 +200,7 @@ def text_ids(tiny_text_tower: Path) -> NDArray[np.int64]:
     """[4, 7] int64: four expressions for the tiny text tower, short ones filled with the token that ends them."""
     from gap_export.inputs.prompt import TextTower, encode_text, load_tokenizer
 
-    tower = TextTower(checkpoint="tiny", context=12, width=16, aligned_inversely=True)
+    tower = TextTower(checkpoint="tiny", context=12, width=16, vocabulary=64, aligned_inversely=True)
     expressions = ["the red mug", "a cat", "the small blue circle left", "square"]
     return encode_text(load_tokenizer(tiny_text_tower / "tokenizer.json"), tower, expressions)
 
@@ -275,7 +275,9 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
         if key not in sessions:
             text_tower = None
             if prune.row(pruning.pruner).needs_text:
-                facts = TextTower(checkpoint="tiny", context=12, width=16, aligned_inversely=True)
+                facts = TextTower(
+                    checkpoint="tiny", context=12, width=16, vocabulary=64, aligned_inversely=True
+                )
                 text_tower = TextReference(tiny_text_tower, facts)
             sessions[key] = open_reference("llava", tiny_checkpoint, pruning, text_tower=text_tower)
         return sessions[key]

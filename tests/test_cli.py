@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gap_export.bundle.manifest import Manifest
 from gap_export.checkpoint.hub import resolve
 from gap_export.cli import models
 from gap_export.evaluation import validate
+from gap_export.precision import PRECISIONS
 
 BuildBundle = Callable[..., Bundle]
 
@@ -531,12 +532,12 @@ def test_damaged_bundles_are_refused_by_every_command(
     refused(command(which, bundle_copy / "nowhere", *options), "is not a bundle")
 
 
-def test_a_bundle_in_bf16_says_where_it_can_run(
-    command: Command, bundle_copy: Path, image_file: Path
+def test_a_precision_without_cpu_kernels_says_where_it_can_run(
+    command: Command, bundle_copy: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = open_bundle(bundle_copy).manifest
-    write_manifest(bundle_copy, manifest.model_copy(update={"precision": "bf16"}))
-    refused(command("run", bundle_copy, "--image", image_file, "--refer", "the mug"), "bf16", "TensorRT")
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], cpu=False))
+    result = command("run", bundle_copy, "--image", image_file, "--refer", "the mug")
+    refused(result, "fp32 graphs have no CPU kernels", "TensorRT")
 
 
 # Inspect and lint
@@ -699,12 +700,16 @@ def test_validate_passes_a_right_bundle(command: Command, tiny_bundle: BuildBund
 
 
 def with_graph_of(folder: Path, name: str, other: Bundle) -> None:
-    """Another bundle's graph in place of this one's, entered in the manifest with everything that hides it."""
-    shutil.copyfile(other.graph_path(name), folder / f"{name}.onnx")
+    """Another bundle's graph in place of this one's, with everything that hides it: its hash, and inputs that nothing reads."""
+    own, foreign = (
+        onnx.load(str(path / f"{name}.onnx"), load_external_data=False) for path in (folder, other.folder)
+    )
+    there = {value.name for value in foreign.graph.input}
+    foreign.graph.input.extend(value for value in own.graph.input if value.name not in there)
+    (folder / f"{name}.onnx").write_bytes(foreign.SerializeToString())
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
     files = {**manifest.files, f"{name}.onnx": record_of(folder / f"{name}.onnx")}
-    graphs = {**manifest.graphs, name: other.manifest.graphs[name]}
-    write_manifest(folder, manifest.model_copy(update={"files": files, "graphs": graphs}))
+    write_manifest(folder, manifest.model_copy(update={"files": files}))
 
 
 @pytest.mark.usefixtures("ready_baselines")
@@ -748,7 +753,10 @@ def test_validate_needs_the_checkpoint_the_bundle_was_built_from(
 ) -> None:
     refused(command("validate", bundle_copy, "--checkpoint", tmp_path / "gone"), "gone")
     manifest = open_bundle(bundle_copy).manifest
-    write_manifest(bundle_copy, manifest.model_copy(update={"checkpoint": "/moved/away"}))
+    recipe = manifest.recipe.model_copy(update={"checkpoint": "/moved/away"})
+    write_manifest(
+        bundle_copy, manifest.model_copy(update={"checkpoint": recipe.checkpoint, "recipe": recipe})
+    )
     refused(command("validate", bundle_copy), "/moved/away")
 
 

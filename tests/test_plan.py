@@ -91,7 +91,7 @@ def test_a_range_has_room_for_its_largest() -> None:
         576,
     )
     assert plan.capacity >= 39 + 576 + 8
-    assert plan.kept_dim == Dim(name="kept", minimum=58, optimum=144, maximum=576)
+    assert plan.graph_specs(FACTS).kept_dim == Dim(name="kept", minimum=58, optimum=144, maximum=576)
 
 
 def test_adaptive_has_room_for_its_bound() -> None:
@@ -122,7 +122,7 @@ def test_a_strategy_that_looks_at_the_expression_names_what_to_add() -> None:
         plan_for(recipe_with(pruner="text_similarity"), published)
     assert "--text-tower openai/clip-vit-large-patch14-336" in caught.value.hint
     assert "spatial" in caught.value.hint
-    tower = TextTower(checkpoint="x", context=77, width=768, aligned_inversely=True)
+    tower = TextTower(checkpoint="x", context=77, width=768, vocabulary=64, aligned_inversely=True)
     assert plan_for(recipe_with(pruner="text_similarity"), FACTS, tower).text_tower == tower
 
 
@@ -208,7 +208,8 @@ def test_every_image_keeps_the_same_share(keep: float) -> None:
     assert plan.pruning.keep_mode == "ratio"
     assert plan.pruning.max_tokens == max(1, int(keep * 560 + 0.5)) + 40
     assert plan.pruning.min_tokens == max(1, int(keep * 4 + 0.5))
-    assert plan.count_dim.maximum + 40 == plan.kept_dim.maximum
+    specs = plan.graph_specs(MANY)
+    assert specs.count_dim.maximum + 40 == specs.kept_dim.maximum
     assert plan.capacity >= 127 + plan.pruning.max_tokens + 32 + 1
 
 
@@ -228,7 +229,7 @@ def test_requests_may_choose_the_share() -> None:
     ],
 )
 def test_what_needs_images_of_one_size(changes: dict[str, Any], message: str) -> None:
-    tower = TextTower(checkpoint="x", context=8, width=4, aligned_inversely=True)
+    tower = TextTower(checkpoint="x", context=8, width=4, vocabulary=64, aligned_inversely=True)
     with pytest.raises(RecipeError, match=message):
         plan_for(recipe_with(**changes), MANY, tower if changes["pruner"] == "trim" else None)
 

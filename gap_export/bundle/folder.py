@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from gap_export.bundle.check import check_graphs, check_manifest
 from gap_export.bundle.hashes import verify
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError
-from gap_export.files import FolderKind, Listed, sha256_of
+from gap_export.files import FolderKind, Listed, is_file, kinds, read_bytes, sha256_of
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 from gap_export.records import Record
 
@@ -118,22 +119,25 @@ def open_bundle(bundle: Bundle | Path | str, *, every_hash: bool = False) -> Bun
     """
     folder = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         raise BundleError(
             "is not a bundle (no manifest.json)",
             subject=str(folder),
             hint="build one: gap-export build --help",
         )
-    damaged = "the bundle is damaged: build it again"
-    head = _Head.read(path, hint=damaged, error=BundleError)
+    content = read_bytes(path, kinds.MANIFEST)
+    damaged = kinds.MANIFEST.hint
+    head = _Head.parse(content, subject=str(path), hint=damaged, error=BundleError)
     if head.schema_version != SCHEMA_VERSION:
         raise BundleError(
             f"has schema {head.schema_version}, this version reads {SCHEMA_VERSION}",
             subject=str(path),
             hint=f"build it again: {_build_command(head.recipe, folder)}",
         )
-    manifest = Manifest.read(path, hint=damaged, error=BundleError)
+    manifest = Manifest.parse(content, subject=str(path), hint=damaged, error=BundleError, strict=True)
+    check_manifest(manifest, subject=str(path))
     verify(folder, manifest.files, every_hash=every_hash)
+    check_graphs(folder, manifest)
     return Bundle(folder, manifest)
 
 

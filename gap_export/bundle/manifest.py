@@ -6,10 +6,11 @@ transformers is needed to read it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
+from gap_export.boxes.codecs import Frame
 from gap_export.bundle.cache_layout import CacheLayout, CacheRun
 from gap_export.bundle.hashes import FileRecord
 from gap_export.bundle.spec import Dim, GraphSpec
@@ -20,7 +21,7 @@ from gap_export.precision import Thresholds, known
 from gap_export.recipe.recipe import Recipe
 from gap_export.records import Record
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised once for every change of what a manifest says; bundles of another number are built again."""
 _SLOT_AXIS = 2
 
@@ -39,7 +40,7 @@ class BoxFormat(Record):
     """
 
     codec: str
-    frame: Literal["padded_square", "image"]
+    frame: Frame
 
 
 class ModelSpec(Record):
@@ -119,8 +120,8 @@ class Pruning(Record):
             is left after the last stage, where there are stages.
         kept: how many enter the decoder: the count that `keep` gives, or all of them, where tokens are dropped inside it.
         keep_mode: who says how many.
-        min_tokens: smallest count.
-        max_tokens: largest count; the capacity of cache and engines.
+        min_tokens: smallest count; left out, the only one.
+        max_tokens: largest count; the capacity of cache and engines. Left out, the only one.
         keep_range: (smallest, largest) fraction that requests may choose; None where they have no choice.
         pruner_min_tokens: smallest number of tokens that the pruner can keep of an image.
         positions: numbering policy.
@@ -134,8 +135,8 @@ class Pruning(Record):
     keep: float
     kept: int
     keep_mode: KeepMode = "fixed"
-    min_tokens: int
-    max_tokens: int
+    min_tokens: int = Field(default_factory=lambda given: int(given["kept"]))
+    max_tokens: int = Field(default_factory=lambda given: int(given["kept"]))
     keep_range: tuple[float, float] | None = None
     pruner_min_tokens: int = Field(default=1, ge=1)
     positions: PositionPolicy
@@ -174,14 +175,6 @@ class Pruning(Record):
             CacheRun(stage.layers, stage.capacity, self.stages[0].kept - stage.kept) for stage in self.stages
         )
         return CacheLayout(runs or (CacheRun(layers, capacity),), static)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fixed_unless_said(cls, given: Any) -> Any:
-        """A fixed count is its own smallest and largest."""
-        if isinstance(given, dict) and "kept" in given:
-            return {"min_tokens": given["kept"], "max_tokens": given["kept"], **given}
-        return given
 
 
 class FlopTerm(Record):

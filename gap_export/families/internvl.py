@@ -20,11 +20,12 @@ from typing_extensions import override
 
 from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
+from gap_export.bundle.vision_inputs import tile_pixels
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import DynamicTilesLayout
 from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
-from gap_export.modeling.tiles import Gather, features_of_image, pixel_values
+from gap_export.modeling.tiles import Gather, features_of_image
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -170,7 +171,7 @@ class InternVL(Family):
         model = self.fake_model(InternVLForConditionalGeneration, plan)
         return ModelParts(
             vision=InternVLVision(model, plan),
-            vision_inputs=(pixel_values(self._tiles),),
+            vision_inputs=(tile_pixels(self._tiles),),
             language_model=model.model.language_model,
             lm_head=model.lm_head,
         )

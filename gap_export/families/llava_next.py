@@ -18,6 +18,7 @@ from transformers import LlavaNextForConditionalGeneration
 from typing_extensions import override
 
 from gap_export.bundle.manifest import ModelSpec
+from gap_export.bundle.vision_inputs import anyres_inputs
 from gap_export.checkpoint import Checkpoint
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
@@ -27,7 +28,7 @@ from gap_export.modeling.clip import ClipVision
 from gap_export.modeling.clip_text import published_tower, read_text_tower, text_tower_of
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.fake import fake_mode
-from gap_export.modeling.tiles import anyres_inputs, features_of_image, token_gather, with_newlines
+from gap_export.modeling.tiles import features_of_image, token_gather, with_newlines
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 

@@ -19,11 +19,12 @@ from typing_extensions import override
 
 from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
+from gap_export.bundle.vision_inputs import anyres_inputs
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
-from gap_export.modeling.tiles import anyres_inputs, corners_gather, with_newlines
+from gap_export.modeling.tiles import corners_gather, with_newlines
 from gap_export.plan import Plan
 from gap_export.prune.order import take
 from gap_export.recipe.recipe import Recipe

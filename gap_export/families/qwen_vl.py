@@ -28,6 +28,7 @@ from transformers import (
 from typing_extensions import override
 
 from gap_export.bundle.manifest import ModelSpec
+from gap_export.bundle.vision_inputs import native_inputs
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import RecipeError
 from gap_export.families.base import Family
@@ -35,7 +36,6 @@ from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.modeling import hf_config, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.decoder import DecoderHooks
-from gap_export.modeling.native import native_inputs
 from gap_export.modeling.qwen_vl import Qwen2VLVision, Qwen3VLVision, Qwen25VLVision, add_deepstack
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe

@@ -39,9 +39,10 @@ CONFIG = FileKind("a config", 16 * _MB, CheckpointError, _FETCH)
 WEIGHT_INDEX = FileKind("an index of weights", 64 * _MB, CheckpointError, _FETCH)
 WEIGHTS = FileKind("a file of weights", None, CheckpointError, _FETCH)
 TOKENIZER = FileKind("a tokenizer", 256 * _MB, CheckpointError, _FETCH)
-MANIFEST = FileKind("a manifest", 64 * _MB, BundleError, _REBUILD)
+MANIFEST = FileKind("a manifest", 16 * _MB, BundleError, _REBUILD)
 BUNDLE_TOKENIZER = FileKind("a bundle's tokenizer", 256 * _MB, BundleError, _REBUILD)
 GRAPH = FileKind("a graph", 2 * _GB, InputError, "export it again, with weights of more than 2 GB beside it")
+BUNDLE_GRAPH = FileKind("a bundle's graph", 2 * _GB, BundleError, _REBUILD)
 ENGINE = FileKind("an engine", None, BundleError, "build it again")
 RANGES = FileKind("a file of ranges", 64 * _MB, RecipeError, "write it with gap-export calibrate")
 REPORT = FileKind("a report", 256 * _MB, InputError, _RERUN)
@@ -61,6 +62,7 @@ FILE_KINDS = (
     MANIFEST,
     BUNDLE_TOKENIZER,
     GRAPH,
+    BUNDLE_GRAPH,
     ENGINE,
     RANGES,
     REPORT,

@@ -94,15 +94,6 @@ class NativeResolutionLayout(ImageLayout):
         rows, columns = self.token_grid(TYPICAL_SIZE)
         return TokenRange(min_tokens=least, typical_tokens=rows * columns, max_tokens=most), most
 
-    def typical_windows(self, window: int) -> int:
-        """Windows of a typical image.
-
-        Args:
-            window: side in tokens.
-        """
-        rows, columns = self.token_grid(TYPICAL_SIZE)
-        return -(-rows // window) * -(-columns // window)
-
 
 def resized(width: int, height: int, layout: NativeResolutionLayout) -> tuple[int, int]:
     """(width, height) in pixels of an image as the model sees it: multiples of a token's side, within the number of pixels.
@@ -194,3 +185,16 @@ def most_windows(tokens: TokenRange, window: int) -> int:
     longest = 1.5 * MOST_ASPECT + 1
     sides = min(tokens.max_tokens + 1, math.sqrt(longest * tokens.max_tokens) * (1 + 1 / longest) + 2)
     return math.floor(tokens.max_tokens / window**2 + sides / window + 1)
+
+
+def typical_windows(tokens: TokenRange, window: int) -> int:
+    """Windows of a typical image.
+
+    Args:
+        tokens: of images, as `token_range` gives it.
+        window: side in tokens.
+    """
+    width, height = TYPICAL_SIZE
+    rows = max(1, round(math.sqrt(tokens.typical_tokens * height / width)))
+    columns = -(-tokens.typical_tokens // rows)
+    return -(-rows // window) * -(-columns // window)

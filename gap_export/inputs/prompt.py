@@ -39,12 +39,14 @@ class TextTower(Record):
         context: most tokens of an expression, those that begin and end it included. Short rows are filled with the token
             that ends them; the tower reads its answer at the first one.
         width: of the space shared by patches and text.
+        vocabulary: rows of its token embedding.
         aligned_inversely: whether patches that match the text are less similar to it than others.
     """
 
     checkpoint: str
     context: int = Field(ge=3)
     width: int
+    vocabulary: int
     aligned_inversely: bool
 
 
@@ -157,6 +159,7 @@ def encode_prompts(
     template: PromptTemplate,
     expressions: Sequence[str],
     *,
+    vocabulary: int,
     kept: int,
     capacity: int,
     max_new_tokens: int,
@@ -167,6 +170,7 @@ def encode_prompts(
         tokenizer: from `load_tokenizer`.
         template: of the bundle.
         expressions: at least one.
+        vocabulary: rows of the decoder's token embedding.
         kept: visual tokens of an image after pruning (K); they take its placeholder's place.
         capacity: slots of the cache.
         max_new_tokens: slots to leave free for the answer.
@@ -175,15 +179,17 @@ def encode_prompts(
         Prompts that fit into the cache, with their visual tokens and answers.
 
     Raises:
-        InputError: an expression that is empty, not text, names a special token, or does not fit.
-        BundleError: a template without exactly one `{expression}`, or with another number of placeholders than it says.
+        InputError: an expression that is empty, not text, names a special token, has a token that the model has no embedding of, or does
+            not fit.
+        BundleError: a template without exactly one `{expression}`, with another number of placeholders than it says, or with a token that
+            the model has no embedding of.
         TypeError: a bare string for `expressions`, which would be taken letter by letter.
     """
     if isinstance(expressions, str):
         raise TypeError("expressions is a sequence of strings, not one string")
     if not expressions:
         raise ValueError("a batch needs at least one expression")
-    fault = template_fault(tokenizer, template)
+    fault = template_fault(tokenizer, template, vocabulary)
     if fault is not None:
         raise BundleError(
             fault, subject="prompt template", hint="build the bundle again from a recipe with a whole prompt"
@@ -200,6 +206,7 @@ def encode_prompts(
         row = _encode(tokenizer, template, expression)
         if _count(row, guarded) != expected:
             raise _names_special_token(expression, "a special token")
+        _check_embedded(tokenizer, row, vocabulary, expression, apart_from=template.image_token_id)
         text_tokens = len(row) - images
         if text_tokens > fitting:
             fixed = len(empty) - images
@@ -222,19 +229,25 @@ def encode_prompts(
     )
 
 
-def template_fault(tokenizer: Tokenizer, template: PromptTemplate) -> str | None:
-    """What is wrong with a template: not exactly one `{expression}`, or another number of placeholders than it has images.
+def template_fault(tokenizer: Tokenizer, template: PromptTemplate, vocabulary: int) -> str | None:
+    """What is wrong with a template: not exactly one `{expression}`, another number of placeholders than it has images, or a token that
+    the model has no embedding of.
 
     Args:
         tokenizer: from `load_tokenizer`.
         template: to be asked.
+        vocabulary: rows of the decoder's token embedding.
 
     Returns:
         a phrase, e.g. "gives 2 image placeholders instead of one"; None where all is well.
     """
     if template.grounding.count(SLOT) != 1:
         return f"has {template.grounding.count(SLOT)} times {SLOT} instead of once"
-    found = _encode(tokenizer, template, "").count(template.image_token_id)
+    ids = _encode(tokenizer, template, "")
+    beyond = _not_embedded(tokenizer, ids, vocabulary, apart_from=template.image_token_id)
+    if beyond is not None:
+        return f"has {beyond}"
+    found = ids.count(template.image_token_id)
     if found != template.images:
         wanted = "one" if template.images == 1 else str(template.images)
         return f"gives {found} image placeholders instead of {wanted}"
@@ -276,13 +289,15 @@ def encode_text(tokenizer: Tokenizer, tower: TextTower, expressions: Sequence[st
         [B, L] int64, short rows filled with the token that ends them.
 
     Raises:
-        InputError: an expression that is empty, not text, names a special token, or is longer than the tower reads.
+        InputError: an expression that is empty, not text, names a special token, has a token that the tower has no embedding of, or is
+            longer than the tower reads.
     """
     rows = []
     for raw in expressions:
         expression = clean_expression(raw)
         _check_special_text(tokenizer, set(), expression)
         row = list(tokenizer.encode(expression).ids)
+        _check_embedded(tokenizer, row, tower.vocabulary, expression)
         if len(row) > tower.context:
             raise InputError(
                 f"has {len(row)} tokens for the text tower, which reads {tower.context}",
@@ -342,6 +357,34 @@ def _encode(tokenizer: Tokenizer, template: PromptTemplate, expression: str) -> 
     return list(tokenizer.encode(text, add_special_tokens=template.add_special_tokens).ids)
 
 
+def _not_embedded(
+    tokenizer: Tokenizer, ids: Sequence[int], vocabulary: int, *, apart_from: int | None = None
+) -> str | None:
+    """The first token that lies outside the embedding, in words; None where there is none. Nothing looks up a placeholder."""
+    for id_ in ids:
+        if id_ >= vocabulary and id_ != apart_from:
+            name = _quoted_text(tokenizer.id_to_token(id_) or "")
+            return f"the token {id_} ({name}), and the model has an embedding of {vocabulary} tokens"
+    return None
+
+
+def _check_embedded(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    vocabulary: int,
+    expression: str,
+    *,
+    apart_from: int | None = None,
+) -> None:
+    beyond = _not_embedded(tokenizer, ids, vocabulary, apart_from=apart_from)
+    if beyond is not None:
+        raise InputError(
+            f"has {beyond}",
+            subject=_quoted(expression),
+            hint="use other words: tokenizer and model do not belong together",
+        )
+
+
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
     return {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
@@ -382,5 +425,9 @@ def _names_special_token(expression: str, name: str) -> InputError:
 
 def _quoted(expression: str) -> str:
     """An expression as the subject of a message: printable and short."""
-    shown = expression if len(expression) <= 60 else expression[:57] + "..."
-    return f"expression {ascii(shown) if not shown.isprintable() else repr(shown)}"
+    return f"expression {_quoted_text(expression)}"
+
+
+def _quoted_text(text: str) -> str:
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    return ascii(shown) if not shown.isprintable() else repr(shown)

@@ -95,6 +95,7 @@ def read_text_tower(part: Checkpoint, *, tower_width: int) -> TextTower:
         checkpoint=part.name,
         context=config.text_config.max_position_embeddings,
         width=config.projection_dim,
+        vocabulary=config.text_config.vocab_size,
         aligned_inversely=similarity == "inverse",
     )
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gap_export.bundle import vision_inputs
 from gap_export.bundle.manifest import ModelSpec
-from gap_export.bundle.spec import Dim, GraphName, GraphSpec, TensorSpec, float_spec, int64_spec
+from gap_export.bundle.spec import Dim, GraphName, GraphSpec, TensorSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder, DecoderHooks
@@ -76,7 +77,7 @@ def torch_dtype(plan: Plan) -> torch.dtype:
 
 def square_images(plan: Plan, size: int) -> TensorSpec:
     """pixel_values [B, 3, size, size] of images that all have one size."""
-    return float_spec("pixel_values", "float32", _batch(plan), 3, size, size)
+    return vision_inputs.square_images(size, Dim(name="batch", minimum=1, optimum=1, maximum=plan.max_batch))
 
 
 def build_components(
@@ -100,7 +101,7 @@ def build_components(
         image_token_id: id of the placeholder.
         weight_key: name of a parameter of any graph -> key in the checkpoint.
     """
-    specs, embedding = _Specs(spec, plan), parts.language_model.get_input_embeddings()
+    specs, embedding = plan.graph_specs(spec), parts.language_model.get_input_embeddings()
     parts.language_model.rotary_emb = by_row(parts.language_model.rotary_emb)
     graphs: list[tuple[GraphSpec, nn.Module]] = [
         (specs.vision(parts.vision_inputs), parts.vision),
@@ -108,16 +109,8 @@ def build_components(
         (specs.embed, Embed(embedding, deepstack_levels=spec.deepstack_levels)),
     ]
     if plan.pruning.stages:
-        past, present = specs.cache
-        graphs += staged.decoder_graphs(
-            parts.language_model,
-            parts.lm_head,
-            plan,
-            embeds=specs.inputs_embeds,
-            logits=specs.logits,
-            past=past,
-            present=present,
-        )
+        modules = staged.decoder_modules(parts.language_model, parts.lm_head, plan)
+        graphs += zip((specs.prefill, specs.decode), modules, strict=True)
     else:
         decoder = Decoder(
             parts.language_model,
@@ -151,178 +144,6 @@ def _splice(embedding: nn.Embedding, spec: ModelSpec, plan: Plan, image_token_id
         **placing,
     )
     return splice
-
-
-def _batch(plan: Plan) -> Dim:
-    return Dim(name="batch", minimum=1, optimum=1, maximum=plan.max_batch)
-
-
-@dataclass(frozen=True)
-class _Specs:
-    """What the graphs take and give."""
-
-    model: ModelSpec
-    plan: Plan
-
-    @cached_property
-    def _differ(self) -> bool:
-        """Whether images differ in how many visual tokens they have."""
-        return self.model.token_range is not None
-
-    @cached_property
-    def _images(self) -> tuple[int | Dim, ...]:
-        """Shape of what there is once for every image."""
-        batch, plan = _batch(self.plan), self.plan
-        return (batch,) if plan.images == 1 else (batch, plan.images)
-
-    @cached_property
-    def _ids_rows(self) -> tuple[int, ...]:
-        return (3,) if self.model.position_rows == 3 else ()
-
-    def _embeds(self, name: str, extent: int | Dim) -> TensorSpec:
-        return float_spec(
-            name, self.plan.activations.dtype, _batch(self.plan), extent, self.model.embedding_width
-        )
-
-    @cached_property
-    def _spliced(self) -> Dim:
-        """Slots of a prompt with its visual tokens in place."""
-        plan = self.plan
-        return Dim(
-            name="spliced",
-            minimum=plan.images * plan.pruning.min_tokens + 1,
-            optimum=plan.spliced(plan.pruning.kept),
-            maximum=plan.spliced(plan.pruning.max_tokens),
-        )
-
-    @cached_property
-    def inputs_embeds(self) -> TensorSpec:
-        """Of a prompt with its visual tokens in place."""
-        return self._embeds("inputs_embeds", self._spliced)
-
-    @cached_property
-    def _image_slots(self) -> tuple[TensorSpec, ...]:
-        """What splice gives and the decoder takes where the mask looks at images."""
-        if not self.model.reads_image_slots:
-            return ()
-        return (int64_spec("image_slots", _batch(self.plan), self.plan.images, 2),)
-
-    @cached_property
-    def logits(self) -> TensorSpec:
-        """Of one row per prompt."""
-        return float_spec("logits", "float32", _batch(self.plan), self.model.vocabulary)
-
-    @cached_property
-    def cache(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
-        """(past, present): key and value of every layer, with the capacity of the layer's stage."""
-        model, batch = self.model, _batch(self.plan)
-        shapes = [
-            (f"{layer}.{part}", (batch, model.kv_heads, slots, model.head_dim))
-            for layer, slots in enumerate(self.plan.cache_layout(model.layers).layer_extents)
-            for part in ("key", "value")
-        ]
-        past, present = (
-            [float_spec(f"{when}.{name}", self.plan.activations.dtype, *shape) for name, shape in shapes]
-            for when in ("past", "present")
-        )
-        return past, present
-
-    def _visual(self, extent: int | Dim) -> tuple[TensorSpec, ...]:
-        """What vision gives and splice takes, in this order."""
-        has_counts = self.plan.pruning.keep_mode == "adaptive" or self._differ
-        return (
-            self._embeds("visual_embeds", extent),
-            int64_spec("kept_indices", _batch(self.plan), extent),
-            *((int64_spec("kept_counts", *self._images),) if has_counts else ()),
-        )
-
-    def vision(self, inputs: tuple[TensorSpec, ...]) -> GraphSpec:
-        """Of the vision graph, whose own inputs the family knows."""
-        plan = self.plan
-        text = self._expression(1 if self._differ else _batch(plan))
-        count = (
-            (TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=plan.count_dim),)
-            if plan.pruning.count_is_given
-            else ()
-        )
-        kept = self._visual(plan.kept_dim if plan.pruning.count_is_given else plan.pruning.max_tokens)
-        return GraphSpec(
-            name="vision", inputs=(*inputs, *text, *count), outputs=kept[: 2 if self._differ else None]
-        )
-
-    def _expression(self, batch: int | Dim) -> tuple[TensorSpec, ...]:
-        if self.plan.text_tower is None:
-            return ()
-        longest = self.plan.text_tower.context
-        tokens = Dim(name="expression", minimum=3, optimum=min(16, longest), maximum=longest)
-        return (int64_spec("text_ids", batch, tokens),)
-
-    @cached_property
-    def splice(self) -> GraphSpec:
-        """Of the splice."""
-        plan, batch = self.plan, _batch(self.plan)
-        text = Dim(name="text", minimum=1 + plan.images, optimum=plan.max_text, maximum=plan.max_text)
-        visual = self._visual(plan.pruning.max_tokens if plan.pruning.keep_mode == "fixed" else plan.row_dim)
-        return GraphSpec(
-            name="splice",
-            inputs=(
-                int64_spec("input_ids", batch, text),
-                *(
-                    given
-                    for given in visual
-                    # Policies that renumber do not look at which tokens were kept.
-                    if given.name != "kept_indices" or plan.pruning.positions is PositionPolicy.GAP
-                ),
-                *self._unpruned(),
-            ),
-            outputs=(
-                self.inputs_embeds,
-                int64_spec("position_ids", *self._ids_rows, batch, self._spliced),
-                int64_spec("next_position", batch),
-                int64_spec("next_slot", batch),
-                *self._image_slots,
-                *(staged.splice_outputs(plan, batch) if plan.pruning.stages else ()),
-            ),
-        )
-
-    def _unpruned(self) -> tuple[TensorSpec, ...]:
-        """What splice must know of each unpruned image, where images differ. Policies that renumber need not know it."""
-        if not self._differ or self.plan.pruning.positions is not PositionPolicy.GAP:
-            return ()
-        if self.model.position_rows == 3:
-            return (int64_spec("image_grid", *self._images, 2),)
-        return (int64_spec("visual_counts", *self._images),)
-
-    @cached_property
-    def embed(self) -> GraphSpec:
-        """Of the token embedding."""
-        text = Dim(name="text", minimum=1, optimum=1, maximum=self.plan.max_text)
-        return GraphSpec(
-            name="embed",
-            inputs=(int64_spec("input_ids", _batch(self.plan), text),),
-            outputs=(self._embeds("inputs_embeds", text),),
-        )
-
-    @cached_property
-    def decoder(self) -> GraphSpec:
-        """Of the decoder, for prefill and decode."""
-        batch, (past, present) = _batch(self.plan), self.cache
-        sequence = Dim(
-            name="sequence", minimum=1, optimum=self._spliced.optimum, maximum=self._spliced.maximum
-        )
-        return GraphSpec(
-            name="decoder",
-            inputs=(
-                self._embeds("inputs_embeds", sequence),
-                int64_spec("position_ids", *self._ids_rows, batch, sequence),
-                int64_spec("write_index", batch),
-                int64_spec("last_index", batch),
-                *self._image_slots,
-                *past,
-            ),
-            outputs=(self.logits, *present),
-            aliased={out.name: into.name for out, into in zip(present, past, strict=True)},
-        )
 
 
 @dataclass(frozen=True)

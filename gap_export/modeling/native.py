@@ -17,16 +17,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from gap_export.bundle.spec import Dim, TensorSpec, float_spec, int64_spec
-from gap_export.inputs.batch import PIXELS, TokenRange
-from gap_export.inputs.native_resolution import (
-    PATCH_POSITIONS,
-    TOKEN_SLOTS,
-    WINDOW_TOKENS,
-    NativeResolutionLayout,
-    most_windows,
-)
-
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, [P, D] each."""
 
@@ -107,31 +97,3 @@ def _attended(attention: Any, hidden_PE: Tensor, rotary: Rotary, windows: Window
         context_PAD = windows.joined(context_WSAD)
     output_PE: Tensor = attention.proj(context_PAD.flatten(1))
     return output_PE
-
-
-def native_inputs(layout: NativeResolutionLayout, tokens: TokenRange) -> tuple[TensorSpec, ...]:
-    """Inputs of the vision graph for one image, in the order in which modules take them.
-
-    Args:
-        layout: of the model; its bounds on the number of pixels do not count.
-        tokens: how many visual tokens images have.
-    """
-    several = Dim(
-        name="tokens", minimum=tokens.min_tokens, optimum=tokens.typical_tokens, maximum=tokens.max_tokens
-    )
-    patches, window = layout.merge**2, layout.window
-    samples = 3 * layout.frames * layout.patch**2
-    inputs = (
-        float_spec(PIXELS, "float32", several, patches, samples),
-        int64_spec(PATCH_POSITIONS, several, patches, 2),
-    )
-    if window is None:
-        return inputs
-    most = most_windows(tokens, window)
-    typical = min(layout.typical_windows(window), most)
-    windows = Dim(name="windows", minimum=1, optimum=typical, maximum=most)
-    return (
-        *inputs,
-        int64_spec(WINDOW_TOKENS, windows, window**2),
-        int64_spec(TOKEN_SLOTS, several),
-    )

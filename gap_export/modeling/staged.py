@@ -15,7 +15,6 @@ Shape letters: B batch, S tokens of a stage, N visual tokens of the stage before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gap_export.bundle.manifest import Stage
-from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec, int64_spec
 from gap_export.modeling.attention import AttentionProbe, SlotCache, slot_mask
 from gap_export.modeling.rope import RowRotary, own_ids
 from gap_export.modeling.splice import Splice
@@ -271,66 +269,14 @@ class Decode(_StagedDecoder):
         return (self._logits(hidden_B1H[:, 0]), *present)
 
 
-def splice_outputs(plan: Plan, batch: Dim) -> tuple[TensorSpec, ...]:
-    """What `StagedSplice` gives besides the outputs of `Splice`."""
-    names = ("image_start", *(f"next_slot.{number}" for number in range(1, len(plan.pruning.stages))))
-    return tuple(TensorSpec(name=name, dtype="int64", shape=(batch,)) for name in names)
-
-
-def decoder_graphs(
-    language_model: PreTrainedModel,
-    lm_head: nn.Module,
-    plan: Plan,
-    *,
-    embeds: TensorSpec,
-    logits: TensorSpec,
-    past: Sequence[TensorSpec],
-    present: Sequence[TensorSpec],
-) -> list[tuple[GraphSpec, nn.Module]]:
-    """`prefill` and `decode`.
+def decoder_modules(
+    language_model: PreTrainedModel, lm_head: nn.Module, plan: Plan
+) -> tuple[Prefill, Decode]:
+    """Of the graphs `prefill` and `decode`.
 
     Args:
         language_model: of transformers, without weights.
         lm_head: hidden states to logits, without weights.
         plan: with stages.
-        embeds: inputs_embeds [B, S, H] of a prompt with every visual token.
-        logits: [B, V].
-        past: caches, with the capacity of their layer's stage.
-        present: names of the layers' keys and values, as outputs.
     """
-    batch, sequence, hidden = embeds.shape
-    later = range(1, len(plan.pruning.stages))
-
-    aliased = {out.name: into.name for out, into in zip(present, past, strict=True)}
-    prefill = GraphSpec(
-        name="prefill",
-        inputs=(
-            embeds,
-            int64_spec("position_ids", batch, sequence),
-            int64_spec("last_index", batch),
-            int64_spec("image_start", batch),
-            *past,
-        ),
-        outputs=(
-            logits,
-            *(int64_spec(f"kept_indices.{s}", batch, plan.pruning.stages[s].kept) for s in later),
-            *present,
-        ),
-        aliased=aliased,
-    )
-    decode = GraphSpec(
-        name="decode",
-        inputs=(
-            TensorSpec(name="inputs_embeds", dtype=embeds.dtype, shape=(batch, 1, hidden)),
-            int64_spec("position_ids", batch, 1),
-            int64_spec("write_index", batch),
-            *(int64_spec(f"write_index.{s}", batch) for s in later),
-            *past,
-        ),
-        outputs=(logits, *present),
-        aliased=aliased,
-    )
-    return [
-        (prefill, Prefill(language_model, lm_head, plan)),
-        (decode, Decode(language_model, lm_head, plan)),
-    ]
+    return Prefill(language_model, lm_head, plan), Decode(language_model, lm_head, plan)

@@ -18,18 +18,6 @@ import torch
 from torch import Tensor
 
 from gap_export import prune
-from gap_export.bundle.spec import Dim, TensorSpec, float_spec, int64_spec
-from gap_export.inputs.batch import PIXELS, TYPICAL_SIZE
-from gap_export.inputs.tiles import (
-    CORNERS,
-    NEWLINES,
-    PLACES,
-    TOKEN_INDEX,
-    WEIGHTS,
-    AnyResLayout,
-    DynamicTilesLayout,
-    anyres_places,
-)
 from gap_export.plan import Plan
 from gap_export.prune import order
 
@@ -119,28 +107,3 @@ def with_newlines(
     ordered = order.in_decoder_order(both, plan.pruning.positions)
     assert ordered.patches_BKE is not None
     return ordered.patches_BKE, ordered.indices_BK
-
-
-def anyres_inputs(layout: AnyResLayout) -> tuple[TensorSpec, ...]:
-    """Inputs of the vision graph for one image of AnyResLayout tiles, in the order in which modules take them."""
-    tokens, _ = layout.token_range()
-    prunable = Dim(
-        name="prunable", minimum=tokens.min_tokens, optimum=tokens.typical_tokens, maximum=tokens.max_tokens
-    )
-    typical_lines = len(anyres_places(*TYPICAL_SIZE, layout)[NEWLINES])
-    lines = Dim(name="lines", minimum=1, optimum=typical_lines, maximum=tokens.never_pruned)
-
-    sources = (
-        (int64_spec(TOKEN_INDEX, prunable),)
-        if layout.max_tiles is None
-        else (int64_spec(CORNERS, prunable, 4), float_spec(WEIGHTS, "float32", prunable, 4))
-    )
-    return (pixel_values(layout), int64_spec(PLACES, prunable), int64_spec(NEWLINES, lines), *sources)
-
-
-def pixel_values(layout: AnyResLayout | DynamicTilesLayout) -> TensorSpec:
-    """Tiles of one image."""
-    typical, most = layout.tile_counts()
-    tiles = Dim(name="tiles", minimum=1, optimum=typical, maximum=most)
-    size = layout.size
-    return float_spec(PIXELS, "float32", tiles, 3, size, size)

@@ -17,6 +17,7 @@ from gap_export.bundle.folder import MANIFEST, REPORTS, Bundle, open_bundle, wri
 from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
+from gap_export.errors import BundleError
 from gap_export.files import FolderLock, atomic_folder
 from gap_export.pipeline.opened import TOKENIZER, OpenedModel, open_model
 from gap_export.pipeline.preflight import check_machine, check_output, check_prompt
@@ -115,11 +116,13 @@ def build(
         _write_tokenizers(model, folder)
         engines = build_engines(written.graphs, recipe, folder, progress)
         progress.stage("writing the manifest")
-        write_manifest(folder, manifest_of(model, plan, written.graphs, engines, folder))
+        manifest = manifest_of(model, plan, written.graphs, engines, folder)
+        write_manifest(folder, manifest)
+        _check_written(folder, recipe)
         written_bytes = written.weight_bytes + _bytes_besides_weights(folder)
     cached = tuple(graph.name for graph in traced if graph.cached)
     return BuildResult(
-        open_bundle(out), written_bytes, cached, notes=model.notes, assumptions=model.assumptions
+        Bundle(out, manifest), written_bytes, cached, notes=model.notes, assumptions=model.assumptions
     )
 
 
@@ -200,6 +203,22 @@ def manifest_of(
         versions=versions(BUILD_PACKAGES),
         recipe=recipe,
     )
+
+
+def _check_written(folder: Path, recipe: Recipe) -> None:
+    """Open what was written, as everybody will, before it takes the place of another.
+
+    Raises:
+        BundleError: it cannot be opened.
+    """
+    try:
+        open_bundle(folder)
+    except BundleError as error:
+        raise BundleError(
+            f"makes a bundle that cannot be opened: {Path(error.subject).name} {error.message}",
+            subject=recipe.name,
+            hint="change what the message names; where nothing of it is yours, please report this",
+        ) from error
 
 
 def _write_tokenizers(model: OpenedModel, folder: Path) -> None:

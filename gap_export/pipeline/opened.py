@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from gap_export import families, prune
+from gap_export.bundle.check import layout_faults, model_faults, visual_faults
 from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.hub import resolve
@@ -19,6 +23,7 @@ from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_token
 from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import Ranges, read_ranges
 from gap_export.recipe.recipe import Recipe
+from gap_export.records import explain
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -109,9 +114,8 @@ def open_model(
     unused = [companion.name for companion in kind.companions(checkpoint) if not companion.used]
     recipe = recipe.model_copy(update=dict.fromkeys(unused))
     family = kind(row, _with_companions(checkpoint, kind, recipe, reads_text=reads_text))
-    layout = family.layout(recipe)
-    _check_max_pixels(layout, recipe)
-    spec, tokenizer = family.spec(recipe), family.tokenizer()
+    layout, spec = _layout_and_spec(family, recipe)
+    tokenizer = family.tokenizer()
     prompt = family.prompt(recipe).model_copy(update={"images": recipe.images})
     check_placeholder(
         tokenizer,
@@ -168,6 +172,31 @@ def _with_companions(
         if where is not None:
             checkpoint = checkpoint.with_companion(name, open_checkpoint(resolve(where), name=where))
     return checkpoint
+
+
+def _layout_and_spec(family: Family, recipe: Recipe) -> tuple[Layout, ModelSpec]:
+    """How images are laid out, and the sizes of the model.
+
+    Raises:
+        CheckpointError: numbers that no model has, or that contradict each other.
+        RecipeError: a bound on pixels that this model has no use for.
+    """
+    try:
+        layout = family.layout(recipe)
+        _check_max_pixels(layout, recipe)
+        spec = family.spec(recipe)
+    except ValidationError as error:
+        fault: str | None = explain(error)
+    else:
+        faults = itertools.chain(model_faults(spec), layout_faults(layout), visual_faults(spec, layout))
+        fault = next(faults, None)
+        if fault is None:
+            return layout, spec
+    raise CheckpointError(
+        f"has numbers that no model has: {fault}",
+        subject=str(family.checkpoint.folder),
+        hint="see its config.json and preprocessor_config.json, or fetch it again",
+    )
 
 
 def _check_max_pixels(layout: Layout, recipe: Recipe) -> None:

@@ -75,28 +75,22 @@ def check_prompt(model: OpenedModel, plan: Plan) -> None:
     Raises:
         GapExportError: the prompt does not fit the model, the plan or the pruner.
     """
-    fault = template_fault(model.tokenizer, model.prompt)
+    fault = template_fault(model.tokenizer, model.prompt, model.spec.vocabulary)
     if fault is not None:
         raise RecipeError(
             f"{fault}: {model.prompt.grounding!r}",
             subject="prompt",
-            hint=f"write {SLOT} once into it, and {model.family.placeholder} once for every image",
+            hint=f"write {SLOT} once into it, and {model.family.placeholder} once for every image; the tokenizer is the checkpoint's own",
         )
     prompts = encode_prompts(
         model.tokenizer,
         model.prompt,
         ["object"],
+        vocabulary=model.spec.vocabulary,
         kept=plan.pruning.max_tokens,
         capacity=plan.capacity,
         max_new_tokens=model.recipe.max_new_tokens,
     )
-    ids = prompts.input_ids[prompts.input_ids != model.prompt.image_token_id]
-    if ids.max(initial=0) >= model.spec.vocabulary:
-        raise RecipeError(
-            f"has a token with the id {ids.max()}, and the model has embeddings up to {model.spec.vocabulary - 1}",
-            subject="prompt",
-            hint="leave tokens that were added to the tokenizer out of it, or use the tokenizer that the checkpoint was published with",
-        )
     if plan.pruning.stages and not prompts.text_after[0]:
         raise RecipeError(
             "goes by what text after the image attends to, and this prompt ends with the image",

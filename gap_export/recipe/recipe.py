@@ -165,6 +165,11 @@ class Recipe(Record):
         return self.compute_capabilities or tuple(each for each in USUAL_DEVICES if float(each) >= smallest)
 
     @property
+    def has_static_cache(self) -> bool:
+        """Whether the cache always has all its slots, as engines want it, and not as many as a request needs."""
+        return self.capacity is not None or any(target != "onnx" for target in self.targets)
+
+    @property
     def thresholds(self) -> Thresholds:
         """The gates in force."""
         return self.gates or precision(self.precision).gates

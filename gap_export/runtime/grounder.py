@@ -282,6 +282,7 @@ class Grounder:
             self._tokenizer,
             self._manifest.prompt,
             expressions,
+            vocabulary=self._manifest.spec.vocabulary,
             kept=self._manifest.pruning.max_tokens,
             capacity=self._manifest.capacity,
             max_new_tokens=self._manifest.max_new_tokens if max_new_tokens is None else max_new_tokens,

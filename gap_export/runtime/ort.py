@@ -13,8 +13,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from gap_export.bundle.folder import Bundle
+from gap_export.bundle.interface import interface_fault
+from gap_export.bundle.onnx_header import Interface, Tensor
 from gap_export.bundle.spec import TensorSpec
-from gap_export.errors import GapExportError, SessionError, first_line
+from gap_export.errors import GapExportError, SessionError, first_line, in_one_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.precision import precision
@@ -35,6 +37,15 @@ _LAYOUTS_KEPT = 8
 
 # Fusions that put rotary into attention read only the first position id (see docs/positions.md).
 _FORBIDDEN_FUSIONS = ["GroupQueryAttentionFusion"]
+
+_ELEMENTS = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+"""What ONNX Runtime calls an element type -> what specs call it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class OnnxRuntimeSession(Lifetime):
         threads: intra-op threads; 0 lets ONNX Runtime choose.
 
     Raises:
-        SessionError: a graph does not load, or its precision has no CPU kernels.
+        SessionError: a graph does not load, is another than the manifest says, or its precision has no CPU kernels.
     """
 
     backend = "onnxruntime"
@@ -216,8 +227,9 @@ class OnnxRuntimeSession(Lifetime):
         # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
-            return ort.InferenceSession(
-                self._model_of(name, options),
+            model = self._model_of(name, options)
+            session = ort.InferenceSession(
+                model,
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=_FORBIDDEN_FUSIONS,
@@ -230,6 +242,19 @@ class OnnxRuntimeSession(Lifetime):
                 subject=str(self._bundle.graph_path(name)),
                 hint="check the bundle with `gap-export inspect --verify`, or build it again with this version",
             ) from error
+        # What was given as content was changed on purpose, to be looked into.
+        fault = (
+            interface_fault(self._bundle.manifest.graphs[name].spec, _interface_of(session))
+            if isinstance(model, str)
+            else None
+        )
+        if fault is not None:
+            raise SessionError(
+                in_one_line(fault),
+                subject=str(self._bundle.graph_path(name)),
+                hint="graph and manifest do not belong together: build the bundle again",
+            )
+        return session
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
         """Path or content of a graph; content needs options that say where its weights lie."""
@@ -348,6 +373,15 @@ def _extents_of_one_token(tensor: TensorSpec, batch: int) -> tuple[int, ...]:
     """Shape of an input of the decoder in a call with one token per row."""
     extents = {"batch": batch, "sequence": 1}
     return tuple(dim if isinstance(dim, int) else extents[dim.name] for dim in tensor.shape)
+
+
+def _interface_of(session: ort.InferenceSession) -> Interface:
+    """What the loaded graph itself takes and gives."""
+    inputs, outputs = (
+        tuple(Tensor(value.name, _ELEMENTS.get(value.type, value.type), tuple(value.shape)) for value in side)
+        for side in (session.get_inputs(), session.get_outputs())
+    )
+    return Interface(inputs, outputs)
 
 
 def _element_type(bundle: Bundle) -> str:

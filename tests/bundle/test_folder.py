@@ -92,7 +92,7 @@ def test_an_old_manifest_names_the_command_that_builds_the_bundle_again(
     changes: dict[str, Any], command: str, change: Callable[..., Path]
 ) -> None:
     folder = change(old({**load_recipe("shapes").model_dump(mode="json"), **changes}))
-    with pytest.raises(BundleError, match="has schema 1, this version reads 2") as caught:
+    with pytest.raises(BundleError, match="has schema 1, this version reads 3") as caught:
         open_bundle(folder)
     assert caught.value.hint.startswith("build it again: gap-export build --model ")
     assert command in caught.value.hint

@@ -129,6 +129,7 @@ def test_every_stand_in_is_what_its_family_takes(name: str, tmp_path: Path) -> N
         load_tokenizer(folder / "tokenizer.json"),
         family.prompt(recipe),
         ["object"],
+        vocabulary=sizes.vocabulary,
         kept=plan.pruning.max_tokens,
         capacity=plan.capacity,
         max_new_tokens=recipe.max_new_tokens,

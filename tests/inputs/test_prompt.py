@@ -13,11 +13,14 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE, WordLevel
 
 from gap_export.errors import BundleError, CheckpointError, InputError
+from gap_export.inputs import prompt
 from gap_export.inputs.prompt import (
     PromptTemplate,
+    TextTower,
     clean_expression,
     decode_answer,
     encode_prompts,
+    encode_text,
     load_tokenizer,
     unknown_words,
 )
@@ -61,9 +64,15 @@ def tokenizer() -> Tokenizer:
 
 
 def encode(
-    tokenizer: Tokenizer, *expressions: str, template: PromptTemplate = TEMPLATE, capacity: int = 64
+    tokenizer: Tokenizer,
+    *expressions: str,
+    template: PromptTemplate = TEMPLATE,
+    capacity: int = 64,
+    vocabulary: int = len(TOKEN_ID),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return encode_prompts(tokenizer, template, expressions, kept=8, capacity=capacity, max_new_tokens=12)
+    return encode_prompts(
+        tokenizer, template, expressions, vocabulary=vocabulary, kept=8, capacity=capacity, max_new_tokens=12
+    )
 
 
 def ids_of(*tokens: str) -> list[int]:
@@ -112,7 +121,7 @@ class TestEncode:
 
     def test_a_bare_string_is_not_taken_letter_by_letter(self, tokenizer: Tokenizer) -> None:
         with pytest.raises(TypeError, match="one string"):
-            encode_prompts(tokenizer, TEMPLATE, "mug", kept=8, capacity=64, max_new_tokens=12)
+            encode_prompts(tokenizer, TEMPLATE, "mug", vocabulary=500, kept=8, capacity=64, max_new_tokens=12)
 
     def test_empty_batch(self, tokenizer: Tokenizer) -> None:
         with pytest.raises(ValueError, match="at least one"):
@@ -231,6 +240,66 @@ class TestRefused:
             assert row.count(TOKEN_ID["<s>"]) == 1
             assert TOKEN_ID["</s>"] not in row
             assert row[before[0]] == TOKEN_ID["<image>"]
+
+
+class TestEmbedding:
+    """Splice and embed take any number for a row of their table: what lies beyond it must not get there."""
+
+    @pytest.mark.parametrize("words", ["mug", "the small red mug", "left ?", "on"])
+    def test_tokens_beyond_the_embedding_are_refused_at_every_size(
+        self, words: str, tokenizer: Tokenizer
+    ) -> None:
+        template = [TOKEN_ID[token] for token in (*BEFORE, "where", "is", *AFTER)]
+        expression = [TOKEN_ID[word] for word in words.split()]
+        outcomes = {"template": 0, "expression": 0, "fine": 0}
+        for vocabulary in range(len(TOKEN_ID) + 1):
+            if max(template) >= vocabulary:
+                with pytest.raises(
+                    BundleError, match=f"and the model has an embedding of {vocabulary} tokens"
+                ):
+                    encode(tokenizer, words, vocabulary=vocabulary)
+                outcomes["template"] += 1
+            elif max(expression) >= vocabulary:
+                with pytest.raises(
+                    InputError, match=f"and the model has an embedding of {vocabulary} tokens"
+                ):
+                    encode(tokenizer, words, vocabulary=vocabulary)
+                outcomes["expression"] += 1
+            else:
+                assert encode(tokenizer, words, vocabulary=vocabulary)[0].max() < vocabulary
+                outcomes["fine"] += 1
+        assert sum(outcomes.values()) == len(TOKEN_ID) + 1
+        assert outcomes["template"]
+        assert outcomes["fine"]
+
+    def test_the_placeholder_itself_need_not_be_in_it(self, tokenizer: Tokenizer) -> None:
+        tokenizer.add_special_tokens(["<photo>"])
+        placeholder = tokenizer.token_to_id("<photo>")
+        template = TEMPLATE.model_copy(
+            update={
+                "image_token_id": placeholder,
+                "grounding": TEMPLATE.grounding.replace("<image>", "<photo>"),
+            }
+        )
+        assert placeholder == len(TOKEN_ID)
+        assert placeholder in encode(tokenizer, "mug", template=template)[0]
+
+    def test_the_text_tower_has_a_table_of_its_own(self, tokenizer: Tokenizer) -> None:
+        for vocabulary in range(len(TOKEN_ID) + 1):
+            tower = TextTower(
+                checkpoint="x", context=9, width=4, vocabulary=vocabulary, aligned_inversely=False
+            )
+            if TOKEN_ID["left"] < vocabulary:
+                assert encode_text(tokenizer, tower, ["left"]).max() < vocabulary
+                continue
+            with pytest.raises(InputError, match="has the token"):
+                encode_text(tokenizer, tower, ["left"])
+
+    def test_without_the_check_they_get_through(
+        self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(prompt, "_not_embedded", lambda *_, **__: None)
+        assert encode(tokenizer, "left", vocabulary=1)[0].max() >= 1
 
 
 class TestUnknownWords:

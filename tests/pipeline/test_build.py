@@ -150,6 +150,39 @@ def _traced_once(trace: Any) -> Callable[[Any], Any]:
     return graph
 
 
+def test_what_was_built_is_opened_before_it_takes_a_place(
+    bundle_copy: Path,
+    tiny_options: dict[str, Any],
+    tracer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gap_export.pipeline import build as module
+
+    original = module.manifest_of
+
+    def contradicting(*arguments: Any) -> Any:
+        return original(*arguments).model_copy(update={"capacity": 8})
+
+    recipe = Recipe.model_validate(tiny_options)
+    before = {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(module, "manifest_of", contradicting)
+    for out in (bundle_copy, tmp_path / "new"):
+        with pytest.raises(
+            BundleError, match=r"makes a bundle that cannot be opened: manifest\.json"
+        ) as caught:
+            build(recipe, out, replace=True, tracer=tracer)
+        assert caught.value.subject == "tiny"
+    assert {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(
+        module, "_check_written", lambda *_: None
+    )  # the control: it would have been put there
+    build(recipe, tmp_path / "new", tracer=tracer)
+    with pytest.raises(BundleError, match="capacity is 8"):
+        open_bundle(tmp_path / "new")
+
+
 def test_errors_of_ours_print_on_one_line() -> None:
     error = GapExportError("broke", subject="a thing", hint="mend it")
     assert str(error) == "gap-export: a thing: broke (mend it)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,29 @@ def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
 
 def change_json(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image_std": [float("inf")] * 3}, "Infinity|std"),
+        ({"image_std": [1e999, 1, 1]}, "Infinity|std"),
+        ({"image_std": [0, 0, 0]}, "std"),
+        ({"image_std": [1e-30, 1, 1]}, r"layout\.std\.0 is 1e-30, and is from 0\.001 to 1000\.0"),
+        ({"image_std": [-1, 1, 1]}, "std"),
+        ({"image_mean": [127.5, 127.5, 127.5]}, "a number from 0 to 1"),
+    ],
+)
+def test_images_that_no_model_takes(
+    fields: dict[str, Any], words: str, checkpoint_copy: Path, refused: Callable[[], CheckpointError]
+) -> None:
+    change_json(checkpoint_copy / "preprocessor_config.json", **fields)
+    error = refused()
+    assert re.search(words, str(error)), error
+    assert str(error).isprintable()
 
 
 # Weights

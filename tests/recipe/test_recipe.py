@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from gap_export.precision import PRECISIONS, Thresholds
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 
 
-def recipe(**fields: Any) -> Recipe:
-    return Recipe.model_validate({"name": "x", "checkpoint": "y", **fields})
+def recipe(**given: Any) -> Recipe:
+    return Recipe.model_validate({"name": "x", "checkpoint": "y", **given})
 
 
 @pytest.mark.parametrize("name", sorted(known_recipes()))
@@ -107,6 +108,17 @@ def test_gates_are_those_of_the_precision_unless_given(precision: str) -> None:
     assert strict.thresholds.max_logit_difference == 1e-6
     with pytest.raises(ValidationError):
         recipe(gates={"max_logit_diference": 1e-6})
+
+
+@pytest.mark.parametrize("field", [each.name for each in fields(Thresholds)])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), ".inf", 1e400])
+def test_gates_are_numbers(field: str, value: Any) -> None:
+    """JSON has no word for others: a bundle that stored one could not be read."""
+    with pytest.raises(ValidationError):
+        recipe(gates={field: value})
+    if isinstance(value, float):
+        with pytest.raises(ValueError, match="must be a number"):
+            Thresholds(**{field: value})
 
 
 def test_no_default_gate_lets_everything_pass() -> None:

@@ -169,7 +169,7 @@ class HostEngine:
 def small(tmp_path: Path, write_small_bundle: Any) -> Bundle:
     engines = {
         name: Engine(
-            file=f"{name}.onnx",
+            file=f"{name}.engine",
             target="tensorrt-rtx",
             version="1",
             compute_capabilities=("8.6",),

@@ -89,6 +89,7 @@ def candidate(
         load_tokenizer(bundle.tokenizer_path),
         manifest.prompt,
         [EXPRESSION] * batch,
+        vocabulary=manifest.spec.vocabulary,
         kept=manifest.pruning.kept,
         capacity=manifest.capacity,
         max_new_tokens=manifest.max_new_tokens,
