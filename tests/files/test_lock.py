@@ -129,7 +129,9 @@ def test_what_another_machine_left_is_not_taken_over(tmp_path: Path) -> None:
     assert (tmp_path / ".out.lock").read_text() == said
 
 
-@pytest.mark.parametrize("content", ["", f"process 12 on {platform.node()} since {module._now()}\n"])
+@pytest.mark.parametrize(
+    "content", ["", f"process 12 on {platform.node()} since {module._now()}\n"], ids=["empty", "said"]
+)
 def test_what_a_killed_process_left_is_taken_over(content: str, tmp_path: Path) -> None:
     (tmp_path / ".out.lock").write_text(content)
     with FolderLock(tmp_path / "out") as lock:
