@@ -24,7 +24,7 @@ test: $(INSTALLED)  ## What continuous integration runs.
 test-fast: $(INSTALLED)  ## For development: without the tests that build many graphs or engines.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m 'not slow and not long'
 
-test-long: $(INSTALLED)  ## Soak and kill tests.
+test-long: $(INSTALLED)  ## Soak and kill tests, and thousands of hostile inputs; their table is printed.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 check: $(INSTALLED)  ## Format, lint, types.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Pruning
 from gap_export.recipe.recipe import Recipe
+from tests.guard import GUARD, Guard
 from tests.trace_count import TraceCount
 
 if TYPE_CHECKING:
@@ -47,11 +49,40 @@ pytest.register_assert_rewrite(
 
 BuildBundle = Callable[..., Bundle]
 
+GUARD.install()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Graphs that were traced in an earlier run are taken from there, by all processes; those of the user are left alone."""
-    os.environ.setdefault("GAP_EXPORT_TRACE_CACHE", str(config.rootpath / ".pytest_cache" / "traces"))
+    kept = config.rootpath / ".pytest_cache"
+    os.environ.setdefault("GAP_EXPORT_TRACE_CACHE", str(kept / "traces"))
+    os.environ.setdefault("MPLCONFIGDIR", str(kept / "matplotlib"))
     config.pluginmanager.register(TraceCount(), "trace-count")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guarded(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Guard]:
+    """Nothing is written outside the folders of this run; see `tests/guard.py` for what it cannot see."""
+    kept = [pytestconfig.rootpath / name for name in (".pytest_cache", ".hypothesis")]
+    folders = [tmp_path_factory.getbasetemp(), Path("/proc"), *kept]
+    system = Path(tempfile.mkdtemp(prefix="gap-export-"))  # a short name: sockets are made in it
+    before = os.environ.get("TMPDIR"), tempfile.tempdir
+    os.environ["TMPDIR"], tempfile.tempdir = str(system), None
+    GUARD.allow([*folders, system])
+    yield GUARD
+    GUARD.allow([])
+    os.environ.pop("TMPDIR")
+    if before[0] is not None:
+        os.environ["TMPDIR"] = before[0]
+    tempfile.tempdir = before[1]
+    shutil.rmtree(system, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_written_outside(guarded: Guard) -> Iterator[None]:
+    """A test fails that was kept from writing outside."""
+    yield
+    guarded.check()
 
 
 def _save_tokenizer(folder: Path) -> None:

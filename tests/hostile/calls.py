@@ -1,0 +1,418 @@
+"""Harmless calls of every command: hostile inputs are made of them, and held against them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tests.hostile.commands import Parameter
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command line that is accepted, in a folder with what it needs: what hostile ones are held against.
+
+    Attributes:
+        command: first word.
+        arguments: by place.
+        options: flag -> its value, all of its values, or True for a switch.
+        needs: entries of the prepared files that it reads.
+        makes: patterns of paths that it may make, also where it ends with a refusal half way.
+        rewrites: patterns of paths that it may change or remove.
+        further: words at the end of the line.
+        label: tells calls of one command apart.
+    """
+
+    command: str
+    arguments: tuple[str, ...] = ()
+    options: dict[str, str | tuple[str, ...] | bool] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    rewrites: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+        return f"{self.command} {self.label}".strip()
+
+    @property
+    def line(self) -> tuple[str, ...]:
+        """Words after `gap-export`."""
+        words = [self.command, *self.arguments]
+        for flag, value in self.options.items():
+            if value is True:
+                words.append(flag)
+            else:
+                for each in value if isinstance(value, tuple) else (value,):
+                    words += [flag, str(each)]
+        return (*words, *self.further)
+
+    def given(self, parameter: Parameter, value: str) -> Call:
+        """The same with another value of an option or argument."""
+        if not parameter.is_argument:
+            return replace(self, options={**self.options, parameter.flag: value})
+        place = _PLACES.get(parameter.name, 0)
+        arguments = list(self.arguments) or [value]
+        arguments[place] = value
+        return replace(self, arguments=tuple(arguments))
+
+
+_PLACES = {"compare subject": 1}
+
+_ONE = {"--threads": "1"}
+_BUILD = ("recipe.yaml", "checkpoint", "tower")
+_RUN = ("bundle", "image.png")
+_EVAL = {"--data": "scenes:3", "--limit": "6", **_ONE}
+_RUNS = ("bundle.runs/*", "dynamic.runs/*")
+_ANNOTATED = ("bundle", "annotations", "images")
+
+
+def _build(label: str, *needs: str, model: str = "recipe.yaml", **options: Any) -> Call:
+    given = {"--model": model, "--output": "out"} | {
+        f"--{name.replace('_', '-')}": value for name, value in options.items()
+    }
+    return Call("build", (), given, (*_BUILD, *needs), ("out", "out/*"), label=label)
+
+
+def _run(
+    label: str, *needs: str, bundle: str = "bundle", makes: tuple[str, ...] = (), **options: Any
+) -> Call:
+    given = {"--image": "image.png", "--refer": "the red mug", **_ONE} | {
+        f"--{name.replace('_', '-')}": value for name, value in options.items()
+    }
+    return Call("run", (bundle,), given, (bundle, "image.png", *needs), makes, label=label)
+
+
+def _eval(label: str, *needs: str, makes: tuple[str, ...] = ("out", "out/*"), **options: Any) -> Call:
+    """Options that are None are left out."""
+    given: dict[str, Any] = {**_EVAL, "--output": "out"}
+    for name, value in options.items():
+        given[f"--{name.replace('_', '-')}"] = value
+    given = {flag: value for flag, value in given.items() if value is not None}
+    return Call("eval", ("bundle",), given, ("bundle", *needs), makes, label=label)
+
+
+def _data(name: str) -> Call:
+    """An evaluation of annotations in one of the formats."""
+    data = f"annotations/{name}"
+    return _eval(name, "annotations", "images", data=data, images="images", limit=None)
+
+
+CALLS: tuple[Call, ...] = (
+    Call("models"),
+    Call("models", (), {"--json": True}, label="--json"),
+    _build(""),
+    _build("--json", json=True, keep="0.25", pruner="divprune", seed="3", positions="shifted"),
+    _build("range", keep="0.1:0.3:1.0", merged_id="last_visual", max_new_tokens="4", self_contained=True),
+    _build("adaptive", keep="adaptive", keep_bound="0.5", pruner="prumerge"),
+    _build("capacity", capacity="80", max_new_tokens="4"),
+    _build("text", pruner="text_similarity", text_tower="tower", checkpoint="checkpoint"),
+    _build("weights", weights="checkpoint", target="onnx", precision="fp32", prune_layers=()),
+    _build("fp8", "ranges.json", precision="fp8", ranges="ranges.json"),
+    _build("sharded", "sharded", checkpoint="sharded"),
+    _build("folder", model="checkpoint"),
+    Call(
+        "build",
+        (),
+        {"--model": "recipe.yaml", "--output": "bundle", "--keep": "0.25", "--replace": True},
+        (*_BUILD, "bundle"),
+        ("bundle/*",),
+        ("bundle/*",),
+        label="--replace",
+    ),
+    Call(
+        "calibrate",
+        ("bundle",),
+        {"--output": "found.json", "--limit": "3", **_ONE},
+        ("bundle",),
+        ("found.json",),
+    ),
+    Call(
+        "calibrate",
+        ("bundle",),
+        {
+            "--output": "ranges.json",
+            "--limit": "3",
+            "--data": "annotations/minigpt4.json",
+            "--images": "images",
+            "--split": "val",
+            "--json": True,
+            **_ONE,
+        },
+        (*_ANNOTATED, "ranges.json"),
+        rewrites=("ranges.json",),
+        label="--data",
+    ),
+    Call(
+        "validate",
+        ("bundle",),
+        {"--limit": "2", "--batch": "2", "--checkpoint": "checkpoint", "--text-tower": "tower", **_ONE},
+        ("bundle", "checkpoint", "tower"),
+        ("bundle/reports", "bundle/reports/*"),
+        ("bundle/reports/*",),
+    ),
+    Call(
+        "validate",
+        ("dynamic",),
+        {"--limit": "1", "--keep": "0.5", "--backend": "onnxruntime", "--json": True, **_ONE},
+        ("dynamic",),
+        ("dynamic/reports", "dynamic/reports/*"),
+        ("dynamic/reports/*",),
+        label="--keep",
+    ),
+    _run(""),
+    _run("--json", json=True, max_new_tokens="3", backend="onnxruntime"),
+    _run("--draw", makes=("drawn.png",), draw="drawn.png"),
+    _run("--keep", bundle="dynamic", keep="0.5"),
+    _run("torch", "checkpoint", backend="torch"),
+    Call(
+        "bench",
+        ("bundle",),
+        {"--requests": "1", "--new-tokens": "1", "--no-memory": True, **_ONE},
+        ("bundle",),
+        ("bundle/reports", "bundle/reports/*"),
+        ("bundle/reports/*",),
+    ),
+    Call(
+        "bench",
+        ("dynamic",),
+        {
+            "--requests": "1",
+            "--new-tokens": "1",
+            "--no-memory": True,
+            "--keep": "1.0,0.5",
+            "--batch": "1,2",
+            "--against": "torch",
+            "--backend": "onnxruntime",
+            "--json": True,
+            **_ONE,
+        },
+        ("dynamic", "checkpoint"),
+        ("dynamic/reports", "dynamic/reports/*"),
+        ("dynamic/reports/*",),
+        label="--keep",
+    ),
+    Call(
+        "sweep",
+        (),
+        {
+            "--model": "recipe.yaml",
+            "--pruners": "divprune",
+            "--keep": "0.25",
+            "--positions": "gap",
+            "--limit": "2",
+            "--batch": "2",
+            "--workers": "1",
+            "--no-plot": True,
+            "--output": "swept",
+            "--backend": "onnxruntime",
+            **_ONE,
+        },
+        _BUILD,
+        ("swept", "swept/*"),
+    ),
+    Call(
+        "sweep",
+        (),
+        {
+            "--model": "recipe.yaml",
+            "--pruners": "divprune",
+            "--keep": "0.25",
+            "--positions": "gap",
+            "--limit": "2",
+            "--workers": "1",
+            "--output": "sweep",
+            "--replace": True,
+            "--json": True,
+            **_ONE,
+        },
+        (*_BUILD, "sweep"),
+        ("sweep/*",),
+        ("sweep/*",),
+        label="finished",
+    ),
+    _eval(""),
+    _eval(
+        "--json",
+        json=True,
+        rows="2",
+        one_by_one=True,
+        protocol="lmms-eval",
+        backend="onnxruntime",
+        skip_bad_rows=True,
+        rescale_boxes=True,
+        ignore_exif=True,
+    ),
+    Call(
+        "eval",
+        ("dynamic",),
+        {**_EVAL, "--keep": "0.5"},
+        ("dynamic",),
+        ("dynamic.runs", *_RUNS),
+        label="--keep",
+    ),
+    Call(
+        "eval",
+        ("bundle",),
+        {**_EVAL, "--output": "one"},
+        ("bundle", "one"),
+        ("one/*",),
+        ("one/*",),
+        label="again",
+    ),
+    Call(
+        "eval",
+        ("bundle",),
+        {**_EVAL, "--data": "scenes:2", "--output": "one", "--replace": True},
+        ("bundle", "one"),
+        ("one/*",),
+        ("one/*",),
+        label="--replace",
+    ),
+    _data("minigpt4.json"),
+    _data("shikra.jsonl"),
+    _data("internvl.jsonl"),
+    _data("mdetr.json"),
+    _eval(
+        "refer", "annotations", "images", data="annotations/refer", split="val", images="images", limit=None
+    ),
+    _eval("parquet", "annotations", data="annotations/parquet", split="val", limit=None),
+    Call(
+        "eval",
+        (),
+        {
+            "--data": "annotations/minigpt4.json",
+            "--predictions": "predictions.jsonl",
+            "--family": "llava",
+            "--output": "out",
+        },
+        ("annotations", "predictions.jsonl"),
+        ("out", "out/*"),
+        label="--predictions",
+    ),
+    Call("compare", ("one", "two"), {}, ("one", "two")),
+    Call(
+        "compare",
+        ("one", "two"),
+        {
+            "--json": True,
+            "--protocol": "unc",
+            "--worst": "3",
+            "--max-accuracy-drop": "0.5",
+            "--min-prediction-agreement": "0.1",
+            "--min-box-iou": "0.1",
+        },
+        ("one", "two"),
+        label="--json",
+    ),
+    Call(
+        "recommend",
+        ("dynamic",),
+        {
+            "--data": "scenes:3",
+            "--limit": "6",
+            "--keep": "1.0,0.5",
+            "--requests": "1",
+            "--max-accuracy-drop": "0.5",
+            "--protocol": "unc",
+            "--backend": "onnxruntime",
+            **_ONE,
+        },
+        ("dynamic",),
+        ("dynamic.runs", *_RUNS, "dynamic/reports", "dynamic/reports/*"),
+        ("dynamic/reports/*",),
+    ),
+    Call(
+        "recommend",
+        ("dynamic",),
+        {
+            "--data": "annotations/refer",
+            "--split": "val",
+            "--images": "images",
+            "--keep": "1.0,0.5",
+            "--requests": "1",
+            "--rescale-boxes": True,
+            "--ignore-exif": True,
+            "--skip-bad-rows": True,
+            "--replace": True,
+            "--json": True,
+            **_ONE,
+        },
+        ("dynamic", "annotations", "images"),
+        ("dynamic.runs", *_RUNS, "dynamic/reports", "dynamic/reports/*"),
+        ("dynamic/reports/*",),
+        label="--data",
+    ),
+    Call(
+        "report",
+        ("one", "two"),
+        {"--output": "page.html", "--no-pruners": True},
+        ("one", "two"),
+        ("page.html",),
+    ),
+    Call(
+        "report",
+        ("one", "two"),
+        {
+            "--output": "report.html",
+            "--protocol": "unc",
+            "--images": "images",
+            "--worst": "2",
+            "--drawn": "2",
+            "--max-accuracy-drop": "0.5",
+            "--min-prediction-agreement": "0.1",
+            "--min-box-iou": "0.1",
+            "--no-pruners": True,
+        },
+        ("one", "two", "images", "report.html"),
+        rewrites=("report.html",),
+        label="again",
+    ),
+    Call("inspect", ("bundle",), {}, ("bundle",)),
+    Call("inspect", ("bundle",), {"--verify": True, "--json": True}, ("bundle",), label="--json"),
+    Call("inspect", ("measured",), {}, ("measured",), label="measured"),
+    Call(
+        "report",
+        ("measured",),
+        {"--output": "page.html", "--no-pruners": True},
+        ("measured", "measured.runs", "annotations", "images"),
+        ("page.html",),
+        label="measured",
+    ),
+    Call("inspect", ("engines",), {}, ("engines",), label="engines"),
+    Call("lint", ("bundle/decoder.onnx",), {}, ("bundle",)),
+    Call(
+        "lint",
+        ("bundle/decoder.onnx",),
+        {"--prove": True, "--kind": "decoder", "--ids-input": "position_ids", "--json": True},
+        ("bundle",),
+        label="--prove",
+    ),
+    Call(
+        "lint", ("bundle/vision.onnx",), {"--strict": True, "--kind": "vision"}, ("bundle",), label="vision"
+    ),
+)
+
+UNUSED = {
+    "--ray": "it starts a cluster of processes, which forked children cannot end",
+    "--ray-address": "it belongs to --ray",
+    "eval --workers": "it belongs to --ray",
+    "--max-pixels": "it belongs to families that take images at their own size",
+    "--base": "it belongs to checkpoints that are deltas",
+    "--vision-tower": "it belongs to checkpoints that are published without one",
+}
+"""Options that no harmless call has, and why; hostile values they are given all the same."""
+
+
+def calls_of(parameter: Parameter) -> list[Call]:
+    """Calls of a command, those first that have the parameter."""
+    calls = [call for call in CALLS if call.command == parameter.command]
+    return sorted(calls, key=lambda call: not parameter.is_argument and parameter.flag not in call.options)
+
+
+def call(name: str) -> Call:
+    """By its name."""
+    (found,) = (each for each in CALLS if each.name == name)
+    return found
