@@ -263,7 +263,9 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, toke
     smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
     least = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
     typical = prune.share_of(default, tokens.typical_tokens, pruner.min_tokens) + tokens.never_pruned
+    # The image with most patches is not the one with most rows, and neither has more tokens than the largest.
     most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
+    most = min(most, spec.visual_tokens)
     keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
     return _Counts(keep_mode, default, least, typical, most)
 

@@ -64,7 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def guarded(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Guard]:
     """Nothing is written outside the folders of this run; see `tests/guard.py` for what it cannot see."""
     kept = [pytestconfig.rootpath / name for name in (".pytest_cache", ".hypothesis")]
-    folders = [tmp_path_factory.getbasetemp(), Path("/proc"), *kept]
+    traces = Path(os.environ["GAP_EXPORT_TRACE_CACHE"])  # another where the caller says so
+    folders = [tmp_path_factory.getbasetemp(), Path("/proc"), traces, *kept]
     system = Path(tempfile.mkdtemp(prefix="gap-export-"))  # a short name: sockets are made in it
     before = os.environ.get("TMPDIR"), tempfile.tempdir
     os.environ["TMPDIR"], tempfile.tempdir = str(system), None

@@ -27,6 +27,8 @@ Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
 Keep = float | tuple[float, float, float] | Literal["adaptive"]
 """A fraction; (smallest, default, largest) of what a request may choose; or what each image needs."""
 
+_KEEP = "is the fraction of visual tokens kept, above 0 and at most 1; a range such as 0.1:1.0; or adaptive"
+
 USUAL_KEEP = 0.25
 """The default of a range that leaves it out, if it lies within."""
 
@@ -143,13 +145,13 @@ class Recipe(Record):
         parts = keep.split(":") if isinstance(keep, str) else keep
         parts = list(parts) if isinstance(parts, list | tuple) else [parts]
         if not 1 <= len(parts) <= 3:
-            raise ValueError("is a fraction, a range such as 0.1:1.0, or adaptive")
+            raise ValueError(_KEEP)
         try:
             parts = [bounds.FRACTION.read(part.strip()) if isinstance(part, str) else part for part in parts]
         except ValueError as error:
-            raise ValueError("is a fraction, a range such as 0.1:1.0, or adaptive") from error
+            raise ValueError(_KEEP) from error
         if not all(isinstance(part, int | float) and bounds.FRACTION.holds(part) for part in parts):
-            raise ValueError("is the fraction of visual tokens kept and must be above 0 and at most 1")
+            raise ValueError(_KEEP)
         if len(parts) == 1:
             return parts[0]
         low, high = float(parts[0]), float(parts[-1])

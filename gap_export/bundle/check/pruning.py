@@ -62,7 +62,7 @@ def _counts(pruning: Pruning, visual_tokens: int, tokens: TokenRange | None) -> 
     return (
         share_of(smallest, tokens.min_tokens),
         share_of(pruning.keep, tokens.typical_tokens) + never,
-        share_of(largest, tokens.max_tokens) + never,
+        min(visual_tokens, share_of(largest, tokens.max_tokens) + never),
     )
 
 
