@@ -162,3 +162,16 @@ def test_files_of_the_same_name_do_not_meet(tiny_bundle: Callable[..., Bundle]) 
     assert len(weights) == 2
     assert "text_tokenizer.json" in files
     assert isinstance(tiny_bundle(pruner="trim").manifest.text_tower, TextTower)
+
+
+@pytest.mark.parametrize(
+    "field", ["projection_dim", "text_config.vocab_size", "text_config.max_position_embeddings"]
+)
+def test_sizes_that_are_null_are_named(field: str, tower_copy: Path) -> None:
+    path = tower_copy / "config.json"
+    config = json.loads(path.read_text())
+    place, _, name = field.rpartition(".")
+    (config[place] if place else config)[name] = None
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{field}.* null|None"):
+        read_text_tower(open_checkpoint(tower_copy), tower_width=32)
