@@ -184,4 +184,5 @@ def _config(part: Checkpoint) -> CLIPConfig:
     check("text_config.num_attention_heads", divides, f"a divisor of hidden_size {text.hidden_size}")
     fits = 3 <= text.max_position_embeddings <= _MOST_CONTEXT
     check("text_config.max_position_embeddings", fits, f"3 to {_MOST_CONTEXT}")
+    check("projection_dim", config.projection_dim is not None, "the width of what both towers project to")
     return config

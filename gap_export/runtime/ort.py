@@ -223,7 +223,7 @@ class OnnxRuntimeSession(Lifetime):
         if self._threads > (os.cpu_count() or 1):
             # Threads that wait spin for a while, and keep those from running that they wait for.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised too
         # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
