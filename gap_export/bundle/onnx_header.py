@@ -26,7 +26,8 @@ MOST_VALUES = 2**14
 MOST_FIELDS = 2**19
 """Nodes, weights and what describes them; decoders have some thousands."""
 
-_MODEL_GRAPH, _GRAPH_WEIGHT, _GRAPH_INPUT, _GRAPH_OUTPUT = 7, 5, 11, 12
+_MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
+_GRAPH_WEIGHT, _GRAPH_INPUT, _GRAPH_OUTPUT = 5, 11, 12
 _WEIGHT_ELSEWHERE, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
 _LOCATION = b"location"
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR = 1, 2, 1
@@ -88,7 +89,15 @@ def read_interface(path: Path) -> Interface:
     try:
         with opened(path, kinds.BUNDLE_GRAPH) as file:
             message = _Message(_Window(file), 0, os.fstat(file.fileno()).st_size)
-            graphs = [part for _, part in message.parts((_MODEL_GRAPH,))]
+            parts = list(message.parts((_MODEL_GRAPH, _MODEL_FUNCTION)))
+            graphs = [part for number, part in parts if number == _MODEL_GRAPH]
+            if len(parts) > len(graphs):
+                # Each may call the one before twice: written out, as runtimes do, thirty of them are a billion nodes.
+                raise BundleError(
+                    "defines functions, as no graph of a bundle does",
+                    subject=str(path),
+                    hint=kinds.BUNDLE_GRAPH.hint,
+                )
             if len(graphs) != 1:
                 raise _Malformed(f"it has {len(graphs)} graphs")
             return _interface(graphs[0])

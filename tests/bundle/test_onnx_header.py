@@ -185,6 +185,21 @@ def test_files_that_are_no_onnx(content: bytes, words: str, tmp_path: Path) -> N
         read_interface(tmp_path / "bad.onnx")
 
 
+def test_functions_are_refused(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    """A runtime writes them out: each may call another twice."""
+    model = onnx.load(tiny_bundle().graph_path("splice"), load_external_data=False)
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    opset = [onnx.helper.make_opsetid("", 24)]
+    model.functions.append(onnx.helper.make_function("f", "f", ["x"], ["y"], [node], opset))
+    path = tmp_path / "made.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="defines functions"):
+        read_interface(path)
+    del model.functions[:]
+    path.write_bytes(model.SerializeToString())
+    read_interface(path)
+
+
 def test_nodes_and_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of half a gigabyte that is all hole takes no longer than its few fields."""
     path, nbytes = tmp_path / "large.onnx", 2**29
