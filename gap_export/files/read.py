@@ -149,7 +149,7 @@ def read_json(path: Path, kind: FileKind) -> Any:
 
 
 def parse_json(
-    text: str | bytes, subject: str, kind: FileKind, *, line: int | None = None, nan: bool = False
+    text: str | bytes, subject: str, kind: FileKind, *, line: int | None = None, as_python: bool = False
 ) -> Any:
     """Parse JSON as its standard has it: no NaN, no infinity, no key twice in an object with different values.
 
@@ -158,7 +158,8 @@ def parse_json(
         subject: where it is from, for the message.
         kind: of the file.
         line: its number in the file, where it is one of many.
-        nan: take NaN and infinity for numbers, which Python writes where a table has none.
+        as_python: take what Python writes too: NaN and infinity, where a table has no number, and halves of surrogate pairs, where an
+            answer was cut off.
 
     Raises:
         GapExportError: of the kind's type.
@@ -171,8 +172,8 @@ def parse_json(
             text,
             object_pairs_hook=_object,
             parse_int=_int,
-            parse_constant=None if nan else _no_number,
-            parse_float=None if nan else _float,
+            parse_constant=None if as_python else _no_number,
+            parse_float=None if as_python else _float,
         )
     except json.JSONDecodeError as error:
         raise kind.error(
@@ -185,7 +186,7 @@ def parse_json(
     except ValueError as error:
         raise kind.error(f"cannot be read as JSON: {error}", subject=place, hint=kind.hint) from error
     check_depth(value, place, kind)
-    if _HALF_PAIR.search(text):
+    if not as_python and _HALF_PAIR.search(text):
         _check_unicode(value, place, kind)
     return value
 

@@ -149,7 +149,7 @@ VALUES = _table(
     ("bos_token_id pad_token_id", _ANY_ID | several(_ANY_ID, 0, 1000)),
     ("eos_token_id", _ANY_ID | several(_ANY_ID, 1, 1000)),
     ("vision_feature_layer", LAYER | several(LAYER, 1, 1000)),
-    ("mm_vision_select_layer", LAYER),
+    ("mm_vision_select_layer", LAYER | several(LAYER, 1, 1000)),
     ("image_size", SIDE),
     ("patch_size", PATCH),
     ("spatial_merge_size merge_size temporal_patch_size", whole(1, 64)),

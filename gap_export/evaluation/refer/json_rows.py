@@ -62,16 +62,18 @@ def json_rows(
     content = _content(path, kind)
     start = content.lstrip()[:1]
     if start == b"[":
-        rows = parse_json(content, str(path), kind, nan=True)
+        rows = parse_json(content, str(path), kind, as_python=True)
         return [JsonRow(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
     if start == b"{" and _is_one_object(content):
-        return [JsonRow(f"{path}, row 1", parse_json(content, str(path), kind, nan=True))]
+        return [JsonRow(f"{path}, row 1", parse_json(content, str(path), kind, as_python=True))]
     found: list[JsonRow] = []
     read = 0
     for number, line in _lines(content):
         row = JsonRow(f"{path}, line {number}", Damaged(line))
         with around():
-            value = parse_json(line.strip().removeprefix(BOM_UTF8), str(path), kind, line=number, nan=True)
+            value = parse_json(
+                line.strip().removeprefix(BOM_UTF8), str(path), kind, line=number, as_python=True
+            )
             read += 1
             row = JsonRow(f"{path}, row {read} (line {number})", value)
         found.append(row)
@@ -84,7 +86,7 @@ def json_document(path: Path, kind: FileKind = ANNOTATIONS) -> Any:
     Raises:
         GapExportError: of the kind's type: it cannot be read, is not UTF-8 or not JSON.
     """
-    return parse_json(_content(path, kind), str(path), kind, nan=True)
+    return parse_json(_content(path, kind), str(path), kind, as_python=True)
 
 
 def escaped(text: str) -> str:
