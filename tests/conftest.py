@@ -230,7 +230,8 @@ def tiny_text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_ids(tiny_text_tower: Path) -> NDArray[np.int64]:
     """[4, 7] int64: four expressions for the tiny text tower, short ones filled with the token that ends them."""
-    from gap_export.inputs.prompt import TextTower, encode_text, load_tokenizer
+    from gap_export.inputs.prompt import TextTower, encode_text
+    from gap_export.inputs.tokenizer import load_tokenizer
 
     tower = TextTower(checkpoint="tiny", context=12, width=16, vocabulary=64, aligned_inversely=True)
     expressions = ["the red mug", "a cat", "the small blue circle left", "square"]

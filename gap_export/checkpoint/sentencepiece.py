@@ -26,7 +26,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.added_tokens import described_tokens, named_ids, truth
 from gap_export.errors import CheckpointError, MissingRequirementError, named
 from gap_export.files import kinds, read_bytes
-from gap_export.inputs.prompt import tokenizer_errors
+from gap_export.inputs.tokenizer import tokenizer_errors
 
 MODEL = "tokenizer.model"
 _BLANK = "▁"

@@ -12,7 +12,7 @@ from gap_export.checkpoint.added_tokens import described_tokens
 from gap_export.checkpoint.sentencepiece import MODEL, begin_every_piece, read_sentencepiece
 from gap_export.errors import CheckpointError, named
 from gap_export.files import is_file
-from gap_export.inputs.prompt import load_tokenizer, tokenizer_errors
+from gap_export.inputs.tokenizer import load_tokenizer, tokenizer_errors
 
 TOKENIZER = "tokenizer.json"
 _PAIR = ("vocab.json", "merges.txt")

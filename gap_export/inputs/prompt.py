@@ -11,24 +11,19 @@ Shape letters: B batch, T tokens of the longest prompt, placeholder included.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from gap_export.errors import BundleError, CheckpointError, GapExportError, InputError, first_line
-from gap_export.files import check_readable, kinds
+from gap_export.errors import BundleError, CheckpointError, InputError
 from gap_export.positions import PAD, Ids
 from gap_export.records import Record
 
 SLOT = "{expression}"
-_LONGEST_REASON = 200
 
 
 class TextTower(Record):
@@ -82,49 +77,6 @@ class Prompts(NamedTuple):
     text_before: Ids
     text_after: Ids
     between: Ids
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`; truncation and padding stored in it are switched off.
-
-    Raises:
-        CheckpointError: missing or unreadable.
-    """
-    if not os.path.lexists(path):
-        raise CheckpointError("does not exist", subject=str(path), hint="the folder needs a tokenizer.json")
-    check_readable(path, kinds.TOKENIZER)
-    with tokenizer_errors(str(path)):
-        tokenizer = Tokenizer.from_file(str(path))
-    # Silent truncation would cut the end of the prompt, and padding would put real tokens where PAD belongs.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-@contextmanager
-def tokenizer_errors(subject: str, says: str = "is not a tokenizer") -> Iterator[None]:
-    """Turn whatever `tokenizers` raises inside the block into one kind of error.
-
-    Args:
-        subject: what is read, for the message.
-        says: what is wrong with it then.
-
-    Raises:
-        CheckpointError: the library has no types of errors: it raises plain exceptions, and for damage that it does not expect a panic,
-            which is no `Exception`.
-    """
-    try:
-        yield
-    except GapExportError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(
-            f"{says}: {first_line(error)[:_LONGEST_REASON]}",
-            subject=subject,
-            hint="save it again with save_pretrained",
-        ) from error
 
 
 def clean_expression(expression: str) -> str:

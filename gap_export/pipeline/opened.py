@@ -19,7 +19,8 @@ from gap_export.checkpoint.random_weights import random_checkpoint
 from gap_export.checkpoint.tokenizers import check_in_vocabulary, check_placeholder
 from gap_export.errors import CheckpointError, CheckpointWarning, RecipeError
 from gap_export.inputs.layouts import Layout
-from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer, load_tokenizer
+from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer
+from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import Ranges, read_ranges
 from gap_export.recipe.recipe import Recipe

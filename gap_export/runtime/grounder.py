@@ -20,14 +20,8 @@ from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageBatch
-from gap_export.inputs.prompt import (
-    Prompts,
-    decode_answer,
-    encode_prompts,
-    encode_text,
-    load_tokenizer,
-    unknown_words,
-)
+from gap_export.inputs.prompt import Prompts, decode_answer, encode_prompts, encode_text, unknown_words
+from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import PAD, Ids
 from gap_export.runtime.generate import Adjust, Generation, Timings, check_overflow, generate
 from gap_export.runtime.session import Session, vision_inputs

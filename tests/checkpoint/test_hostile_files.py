@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.checkpoint.tokenizers import check_in_vocabulary, slow_tokenizer, stored_tokenizer
 from gap_export.errors import CheckpointError
-from gap_export.inputs.prompt import load_tokenizer, tokenizer_errors
+from gap_export.inputs.tokenizer import load_tokenizer, tokenizer_errors
 from tests.modeling.hostile_values import Small, small
 
 

@@ -102,7 +102,8 @@ def test_every_stand_in_is_what_its_family_takes(name: str, tmp_path: Path) -> N
     """At full size, as headers over holes: its keys and shapes, its prompt, its preprocessing, and the recipe that it belongs to."""
     from gap_export.checkpoint.random_weights import _shapes, _write_tokenizer
     from gap_export.families import open_family
-    from gap_export.inputs.prompt import encode_prompts, load_tokenizer
+    from gap_export.inputs.prompt import encode_prompts
+    from gap_export.inputs.tokenizer import load_tokenizer
     from gap_export.plan import plan_for
     from tests.families.published.files import write
 

@@ -18,7 +18,7 @@ from gap_export.evaluation.bundle_reports import UNREADABLE, read_report, state_
 from gap_export.evaluation.parity import Control, Grounding, Measurement, ParityReport
 from gap_export.evaluation.refer.recommend import Point, Recommendation
 from gap_export.evaluation.sweep.record import Answers, Settings, SweepPoint
-from gap_export.evaluation.sweep.run import Store, open_store
+from gap_export.evaluation.sweep.store import Store, open_store
 from gap_export.positions import PositionPolicy
 from gap_export.records import Record
 

@@ -17,7 +17,7 @@ from gap_export.bundle.folder import BUNDLE
 from gap_export.errors import BundleError
 from gap_export.evaluation.refer.journal import EVALUATION
 from gap_export.evaluation.refer.results import SCORED
-from gap_export.evaluation.sweep.run import SWEEP
+from gap_export.evaluation.sweep.store import SWEEP
 from gap_export.files import FolderKind, ListedFolder, check_folder
 from gap_export.files import ownership as module
 from gap_export.files.hidden import hidden_path

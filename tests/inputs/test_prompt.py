@@ -21,9 +21,9 @@ from gap_export.inputs.prompt import (
     decode_answer,
     encode_prompts,
     encode_text,
-    load_tokenizer,
     unknown_words,
 )
+from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import PAD
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]

@@ -173,5 +173,5 @@ def test_sizes_that_are_null_are_named(field: str, tower_copy: Path) -> None:
     place, _, name = field.rpartition(".")
     (config[place] if place else config)[name] = None
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=rf"{field}.* null|None"):
+    with pytest.raises(CheckpointError, match=name):
         read_text_tower(open_checkpoint(tower_copy), tower_width=32)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from gap_export.bundle.folder import Bundle
 from gap_export.inputs.batch import ImageBatch
-from gap_export.inputs.prompt import encode_prompts, encode_text, load_tokenizer
+from gap_export.inputs.prompt import encode_prompts, encode_text
+from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import Ids
 from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.session import Session

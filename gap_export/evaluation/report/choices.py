@@ -20,7 +20,8 @@ from gap_export.boxes.draw import patch_edges
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import GapExportError
 from gap_export.evaluation.report.cases import token_grid
-from gap_export.inputs.prompt import encode_text, load_tokenizer
+from gap_export.inputs.prompt import encode_text
+from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.pipeline.opened import TOKENIZER, open_model
 from gap_export.positions import Ids
 from gap_export.runtime.grounder import keep_counts

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features
 from gap_export.inputs.batch import PixelInputs
-from gap_export.inputs.prompt import load_tokenizer
+from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import Ids
 from gap_export.prune import VisionFeatures
 from gap_export.prune.reference import Choice

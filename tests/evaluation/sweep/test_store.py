@@ -10,7 +10,7 @@ import pytest
 
 from gap_export.errors import BundleError
 from gap_export.evaluation.sweep.record import Answers, Settings, SweepPoint
-from gap_export.evaluation.sweep.run import Store, open_store
+from gap_export.evaluation.sweep.store import Store, open_store
 from gap_export.positions import PositionPolicy
 
 SETTINGS = Settings(

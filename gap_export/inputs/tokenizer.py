@@ -1,0 +1,58 @@
+"""A tokenizer from its file: whatever the file holds, and however the library fails over it, in one kind of error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from gap_export.errors import CheckpointError, GapExportError, first_line
+from gap_export.files import check_readable, kinds
+
+_LONGEST_REASON = 200
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`; truncation and padding stored in it are switched off.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+    """
+    if not os.path.lexists(path):
+        raise CheckpointError("does not exist", subject=str(path), hint="the folder needs a tokenizer.json")
+    check_readable(path, kinds.TOKENIZER)
+    with tokenizer_errors(str(path)):
+        tokenizer = Tokenizer.from_file(str(path))
+    # Silent truncation would cut the end of the prompt, and padding would put real tokens where PAD belongs.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@contextmanager
+def tokenizer_errors(subject: str, says: str = "is not a tokenizer") -> Iterator[None]:
+    """Turn whatever `tokenizers` raises inside the block into one kind of error.
+
+    Args:
+        subject: what is read, for the message.
+        says: what is wrong with it then.
+
+    Raises:
+        CheckpointError: the library has no types of errors: it raises plain exceptions, and for damage that it does not expect a panic,
+            which is no `Exception`.
+    """
+    try:
+        yield
+    except GapExportError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"{says}: {first_line(error)[:_LONGEST_REASON]}",
+            subject=subject,
+            hint="save it again with save_pretrained",
+        ) from error
