@@ -106,8 +106,6 @@ def test_numbers_of_tiles_are_an_interval(tiny_checkpoint: Path, tmp_path: Path)
     folder = save_checkpoint(tmp_path / "checkpoint", internvl, tiny_checkpoint / "tokenizer.json")
     for fields in ({"min_patches": 20}, {"max_patches": "12"}, {"max_patches": -1}):
         (folder / "preprocessor_config.json").write_text(json.dumps({**internvl.processor, **fields}))
-        with pytest.raises(
-            CheckpointError, match="min_patches, max_patches of the image processor"
-        ) as caught:
+        with pytest.raises(CheckpointError, match=next(iter(fields))) as caught:
             open_model(Recipe(name="x", checkpoint=str(folder)))
         assert caught.value.subject == str(folder / "preprocessor_config.json")
