@@ -52,7 +52,10 @@ def writing(
     """
     try:
         yield
-    except (OSError, ValueError) as error:  # a ValueError where a path holds a null byte
+    # A ValueError where a path holds a null byte, a RuntimeError where pathlib follows a link that leads to itself.
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Symlink loop" not in str(error):
+            raise
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise kind(f"{what}: {reason}", subject=str(path), hint=hint) from error
 

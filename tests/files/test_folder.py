@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from gap_export.bundle.folder import BUNDLE
 from gap_export.errors import BundleError
-from gap_export.files import atomic_folder, hidden, scratch_folder
+from gap_export.files import FolderLock, atomic_folder, check_folder, hidden, scratch_folder
 from gap_export.files import folder as module
 
 
@@ -281,3 +282,19 @@ def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> N
         pass
     with pytest.raises(BundleError, match="null byte"), atomic_folder(tmp_path / "null\0byte"):
         pass
+
+
+def _entered(path: Path) -> None:
+    with atomic_folder(path):
+        pass
+
+
+@pytest.mark.parametrize(
+    "use", [lambda path: FolderLock(path), lambda path: check_folder(path, BUNDLE), _entered]
+)
+def test_a_link_that_leads_to_itself_is_the_users_error(use: Any, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("link")
+    with pytest.raises(BundleError, match="link"):
+        use(link)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]

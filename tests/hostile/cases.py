@@ -149,6 +149,7 @@ def _lines(parameter: Parameter, twin: Call) -> Iterator[Case]:
 
 _UNREAD = {
     "validate --text-tower": "a bundle whose pruner reads no expression has none",
+    "report --images": "a page without images says so",
     "eval --images": "images that are not there are skipped, and said to be",
 }
 """Paths that a call need not read, and why."""
@@ -157,6 +158,7 @@ _UNREAD = {
 def _reading(parameter: Parameter, twin: Call, node: Node) -> Case:
     place = "placed" + _SUFFIXES.get(parameter.name, "")
     typed = node.given(place)
+    expect = "" if parameter.name in _UNREAD else node.expect
     if parameter.is_argument and typed.startswith("-"):
         typed = f"./{typed}"
     return Case(
@@ -164,9 +166,9 @@ def _reading(parameter: Parameter, twin: Call, node: Node) -> Case:
         node.name,
         parameter.name,
         twin,
-        replace(twin.given(parameter, typed), rewrites=()),
+        replace(twin.given(parameter, typed), rewrites=() if expect else twin.rewrites),
         lambda work: node.make(work, place),
-        "" if parameter.name in _UNREAD else node.expect,
+        expect,
     )
 
 

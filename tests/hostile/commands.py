@@ -76,7 +76,7 @@ MEANINGS: dict[str, Meaning] = {
     "--text-tower": Meaning.READ_FOLDER,
     "--backend": Meaning.NAME,
     "--protocol": Meaning.NAME,
-    "--split": Meaning.NAME,
+    "--split": Meaning.TEXT,
     "--ray-address": Meaning.ADDRESS,
 }
 """`COMMAND OPTION`, or an option that means the same wherever it is -> what it stands for."""
