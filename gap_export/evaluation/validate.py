@@ -20,7 +20,7 @@ from gap_export.boxes import scenes
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.checkpoint.hub import resolve
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, InputError
 from gap_export.evaluation import parity, runner
 from gap_export.evaluation.bundle_reports import PARITY, check_reports_can_be_written
 from gap_export.evaluation.controls import applies, check_control, controls
@@ -203,6 +203,12 @@ def _recipe_here(
         )
     if recipe.ranges is not None:
         recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
+    if text_tower is not None and manifest.text_tower is None:
+        raise InputError(
+            "belongs to a bundle whose pruner reads the expression, and this one has no text tower",
+            subject=f"text_tower {text_tower}",
+            hint="leave it out",
+        )
     if manifest.text_tower is not None:
         recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
     if manifest.pruning.keep_mode == "dynamic":  # baselines differ in one thing, and the count is not it

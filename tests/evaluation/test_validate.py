@@ -11,6 +11,7 @@ import pytest
 
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.hashes import record_of
+from gap_export.errors import InputError
 from gap_export.evaluation import validate
 from gap_export.evaluation.parity import ParityReport
 from gap_export.pipeline.build import BuildResult, build
@@ -143,3 +144,10 @@ def test_baselines_take_the_ranges_that_the_bundle_brings(
     report_of(bundle.folder, limit=2)
     assert len(asked) == 3
     assert all(read_ranges(Path(str(each.ranges))) == expected for each in asked)
+
+
+def test_a_text_tower_that_nothing_reads_is_refused(
+    tiny_bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="has no text tower"):
+        validate.validate(tiny_bundle(), limit=1, text_tower=tmp_path / "tower")

@@ -25,6 +25,7 @@ from gap_export.evaluation.latency.show import figure
 from gap_export.files import write_atomically
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session
+from gap_export.runtime.backends import row as backend_row
 from gap_export.runtime.session import Session
 
 _WARMUP = 10
@@ -84,6 +85,8 @@ def bench(
     bounds.check(requests=requests, new_tokens=new_tokens, threads=threads)
     for batch in batches:
         bounds.check(batch=batch)
+    for backend in backends:
+        backend_row(backend)  # an unknown one is refused before the machine is measured
     given = [bundles] if isinstance(bundles, Bundle | Path | str) else bundles
     opened = [open_bundle(each) for each in given]
     for bundle in opened:

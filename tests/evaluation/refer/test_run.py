@@ -85,7 +85,7 @@ def test_prompts_of_stages_are_not_shared() -> None:
 
     manifest = type("Manifest", (), {})()
     stage = Stage(first_layer=0, layers=1, kept=4, capacity=16)
-    manifest.pruning = Pruning.model_construct(pruner="fastv", stages=(stage, stage))
+    manifest.pruning = Pruning.model_construct(pruner="fastv", kept=4, stages=(stage, stage))
     assert "fastv drops tokens inside the decoder" in str(unshared_because(manifest, Tokenizer(BPE())))
 
 
