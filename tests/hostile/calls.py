@@ -148,10 +148,19 @@ CALLS: tuple[Call, ...] = (
     Call(
         "validate",
         ("bundle",),
-        {"--limit": "2", "--batch": "2", "--checkpoint": "checkpoint", "--text-tower": "tower", **_ONE},
-        ("bundle", "checkpoint", "tower"),
+        {"--limit": "2", "--batch": "2", "--checkpoint": "checkpoint", **_ONE},
+        ("bundle", "checkpoint"),
         ("bundle/reports", "bundle/reports/*"),
         ("bundle/reports/*",),
+    ),
+    Call(
+        "validate",
+        ("worded",),
+        {"--limit": "1", "--checkpoint": "checkpoint", "--text-tower": "tower", **_ONE},
+        ("worded", "checkpoint", "tower"),
+        ("worded/reports", "worded/reports/*"),
+        ("worded/reports/*",),
+        label="--text-tower",
     ),
     Call(
         "validate",

@@ -148,7 +148,6 @@ def _lines(parameter: Parameter, twin: Call) -> Iterator[Case]:
 
 
 _UNREAD = {
-    "validate --text-tower": "a bundle whose pruner reads no expression has none",
     "report --images": "a page without images says so",
     "eval --images": "images that are not there are skipped, and said to be",
 }

@@ -179,6 +179,12 @@ def _engines(world: World, _: Materials) -> None:
     )
 
 
+def _worded(world: World, _: Materials) -> None:
+    """A bundle whose pruner reads the expression."""
+    made = call("build text")
+    world.run(replace(made, options={**made.options, "--output": "worded"}), "worded")
+
+
 def _image(world: World, _: Materials) -> None:
     _noise(1).save(world.folder / "image.png")
 
@@ -285,6 +291,7 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "measured": _measured,
     "measured.runs": _measured_runs,
     "engines": _engines,
+    "worded": _worded,
     "image.png": _image,
     "images": _images,
     "annotations": _annotations,
