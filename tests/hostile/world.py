@@ -174,9 +174,9 @@ def _engines(world: World, _: Materials) -> None:
             compute_capabilities=("8.6",),
             graph_sha256=files[graph.file].sha256,
         )
-    write_manifest(
-        folder, bundle.manifest.model_copy(update={"files": files, "engines": {"tensorrt": engines}})
-    )
+    recipe = bundle.manifest.recipe.model_copy(update={"targets": ("onnx", "tensorrt")})
+    engined = {"files": files, "engines": {"tensorrt": engines}, "recipe": recipe}
+    write_manifest(folder, bundle.manifest.model_copy(update=engined))
 
 
 def _worded(world: World, _: Materials) -> None:
