@@ -32,6 +32,9 @@ from gap_export.runtime.session import (
     vision_inputs,
 )
 
+_FATAL = 4
+"""ONNX Runtime's level of logging at which it says nothing of what it raises."""
+
 _LAYOUTS_KEPT = 8
 """Bound calls are small, and requests of similar length share one."""
 
@@ -223,7 +226,9 @@ class OnnxRuntimeSession(Lifetime):
         if self._threads > (os.cpu_count() or 1):
             # Threads that wait spin for a while, and keep those from running that they wait for.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # what goes wrong is raised too
+        # What goes wrong is raised too; what the runtime says beside it, of sessions and of its allocators, is in colours.
+        options.log_severity_level = _FATAL
+        ort.set_default_logger_severity(_FATAL)
         # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
