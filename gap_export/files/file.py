@@ -97,13 +97,19 @@ def is_plain(path: Path) -> bool:
 
 
 def check_output_file(
-    path: Path, *, inputs: Iterable[Path] = (), ours: Callable[[Path], bool] | None = None, holds: str = ""
+    path: Path,
+    *,
+    inputs: Iterable[Path] = (),
+    bundle: Path | None = None,
+    ours: Callable[[Path], bool] | None = None,
+    holds: str = "",
 ) -> None:
     """Refuse an output file before the work that is to fill it.
 
     Args:
         path: to be written.
         inputs: files that the work reads, which must stay; a folder stands for everything in it.
+        bundle: folder of the bundle that the work reads, in which nothing else is put: it could not be built again over it.
         ours: whether a file that is there may be replaced; None where any may.
         holds: what such a file holds, for the message.
 
@@ -123,6 +129,10 @@ def check_output_file(
                     subject=str(path),
                     hint="write to another file",
                 )
+        if bundle is not None and place.is_relative_to(bundle.resolve()) and not own:
+            raise BundleError(
+                "lies in the bundle that is read", subject=str(path), hint="write to a file elsewhere"
+            )
         if ours is not None and path.exists() and not own:
             raise BundleError(
                 f"is there and holds no {holds}",
