@@ -190,9 +190,9 @@ def _write_in_halves(happens: Callable[..., None], place_of: Callable[[Any], str
             return opened(file, mode, buffering, *rest, **named)
         raw = Raw(file, mode.replace("b", "").replace("t", ""), closefd=named.pop("closefd", True))
         raw.place = place_of(file)
-        binary: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         if buffering == 0:
             return raw
+        binary: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return binary if "b" in mode else io.TextIOWrapper(binary, *rest, **named)
 
     builtins.open = io.open = opening  # type: ignore[assignment]

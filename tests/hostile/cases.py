@@ -131,7 +131,8 @@ def _lines(parameter: Parameter, twin: Call) -> Iterator[Case]:
         for value in ("yes", "", "0", "[/red]"):
             given = replace(twin, further=(f"{parameter.flag}={value}",))
             yield Case(SWITCHES, f"={value}", name, twin, given, expect="refused")
-        yield Case(SWITCHES, "twice", name, twin, replace(twin, further=(parameter.flag, parameter.flag)))
+        if parameter.flag != "--ray":  # would start a cluster
+            yield Case(SWITCHES, "twice", name, twin, replace(twin, further=(parameter.flag, parameter.flag)))
         return
     yield Case(SWITCHES, "no value", name, twin, replace(twin, further=(parameter.flag,)), expect="refused")
     yield Case(

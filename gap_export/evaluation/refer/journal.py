@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
@@ -129,10 +130,19 @@ class Journal:
             lines.append(line + "\n")
         path = self.folder / ANSWERS
         hint = "what was answered before is kept: free disk space, and run the same command again"
-        with writing(path, hint=hint), path.open("a", encoding="utf-8") as out:
-            out.write("".join(lines))
-            out.flush()
-            os.fsync(out.fileno())
+        with writing(path, hint=hint), path.open("ab", buffering=0) as out:
+            before = os.fstat(out.fileno()).st_size
+            try:
+                left = memoryview("".join(lines).encode())
+                while left:
+                    left = left[out.write(left) :]
+                os.fsync(out.fileno())
+            except (
+                BaseException
+            ):  # half of it, or all without a word that it is there, would end the chain of digests
+                with suppress(OSError):
+                    os.ftruncate(out.fileno(), before)
+                raise
         self.digest = digest
         self.rows.extend(rows)
         self.known.update(row.id for row in rows)

@@ -79,3 +79,22 @@ def test_damage_is_named(text: str | None, message: str, tmp_path: Path) -> None
             out.write(text)
     with pytest.raises(BundleError, match=message):
         open_journal(tmp_path, SETTINGS)
+
+
+def test_a_disk_that_is_full_for_a_moment_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal(tmp_path, SETTINGS)
+    journal.add([row("a")])
+    before = (tmp_path / ANSWERS).read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(BundleError, match="No space left"):
+            journal.add([row("b"), row("c")])
+    assert (tmp_path / ANSWERS).read_bytes() == before
+    journal.add([row("b")])
+    assert open_journal(tmp_path, SETTINGS).known == {"a", "b"}
