@@ -29,7 +29,7 @@ def check_drawing(target: Path, *, images: Sequence[Path], bundle: Path) -> None
     def may_be_replaced(path: Path) -> bool:
         return _is_image(path) and not path.resolve().is_relative_to(bundle.resolve())
 
-    check_output_file(target, inputs=[*images, bundle], bundle=bundle, ours=may_be_replaced, holds="image")
+    check_output_file(target, inputs=[*images, bundle], closed=[bundle], ours=may_be_replaced, holds="image")
     if not is_folder(target.parent):
         raise InputError(
             "lies in a folder that does not exist", subject=str(target), hint="make the folder first"

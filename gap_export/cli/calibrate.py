@@ -41,7 +41,7 @@ def calibrate(
             hint="name one with --data, or leave it out to measure on generated scenes",
         )
     read = [bundle, *([] if data is None else [Path(data)])]
-    check_output_file(output, inputs=read, bundle=bundle, ours=is_ranges, holds="activation ranges")
+    check_output_file(output, inputs=read, closed=[bundle], ours=is_ranges, holds="activation ranges")
     dataset = None if data is None else open_dataset(data, split=split, images=images)
     with progress_shown() as progress:
         found = gap.calibrate(bundle, limit=limit, dataset=dataset, threads=threads, progress=progress)

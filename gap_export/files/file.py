@@ -100,7 +100,7 @@ def check_output_file(
     path: Path,
     *,
     inputs: Iterable[Path] = (),
-    bundle: Path | None = None,
+    closed: Iterable[Path] = (),
     ours: Callable[[Path], bool] | None = None,
     holds: str = "",
 ) -> None:
@@ -109,7 +109,7 @@ def check_output_file(
     Args:
         path: to be written.
         inputs: files that the work reads, which must stay; a folder stands for everything in it.
-        bundle: folder of the bundle that the work reads, in which nothing else is put: it could not be built again over it.
+        closed: folders of bundles and results that the work reads, in which nothing else is put: they could not be replaced over it.
         ours: whether a file that is there may be replaced; None where any may.
         holds: what such a file holds, for the message.
 
@@ -129,9 +129,11 @@ def check_output_file(
                     subject=str(path),
                     hint="write to another file",
                 )
-        if bundle is not None and place.is_relative_to(bundle.resolve()) and not own:
+        if not own and any(place.is_relative_to(folder.resolve()) for folder in closed):
             raise BundleError(
-                "lies in the bundle that is read", subject=str(path), hint="write to a file elsewhere"
+                "lies in a folder that is read by this command",
+                subject=str(path),
+                hint="write to a file elsewhere",
             )
         if ours is not None and path.exists() and not own:
             raise BundleError(

@@ -175,7 +175,7 @@ def test_no_file_is_put_into_the_bundle_that_is_read(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     for name in ("new.json", "below/new.json"):
-        with pytest.raises(BundleError, match="lies in the bundle"):
-            check_output_file(bundle / name, inputs=[bundle], bundle=bundle)
-    check_output_file(tmp_path / "new.json", inputs=[bundle], bundle=bundle)
+        with pytest.raises(BundleError, match="lies in a folder"):
+            check_output_file(bundle / name, inputs=[bundle], closed=[bundle])
+    check_output_file(tmp_path / "new.json", inputs=[bundle], closed=[bundle])
     check_output_file(bundle / "new.json", inputs=[bundle])  # the control

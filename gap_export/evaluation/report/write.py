@@ -75,9 +75,10 @@ def report(
     bounds.check(worst=worst, drawn=drawn)
     check_packages()
     folders = [runs] if isinstance(runs, Path | str) else list(runs)
-    check_output_file(Path(out), inputs=map(Path, folders), ours=_is_page, holds="page of gap-export")
+    read = [Path(folder) for folder in folders]
+    check_output_file(Path(out), inputs=read, closed=read, ours=_is_page, holds="page of gap-export")
     progress.stage("reading the evaluations")
-    reported = open_runs([Path(folder) for folder in folders], protocol)
+    reported = open_runs(read, protocol)
     thresholds = thresholds_on(
         reported.reference.run,
         reported.subject.run,
