@@ -149,9 +149,9 @@ def test_square_brackets_in_paths_are_shown(command: Command, tmp_path: Path) ->
 def test_square_brackets_in_folders_are_no_markup(
     command: Command, tiny_bundle: BuildBundle, image_file: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "[/odd]"
+    folder = tmp_path / "[/odd]" / "bundle"
     shutil.copytree(tiny_bundle().folder, folder)
-    answer = folder / "answer.png"
+    answer = folder.parent / "answer.png"
     for arguments in (
         ("run", folder, "--image", image_file, "--refer", "the red one", "--draw", answer),
         ("eval", folder, "--data", "scenes", "--limit", "1"),

@@ -199,12 +199,15 @@ def _writing(parameter: Parameter, twin: Call, node: Node) -> Case:
 
 
 def _onto_inputs(parameter: Parameter, twin: Call) -> Iterator[Case]:
-    """The output is what the command reads: as it is, by another name, and below it."""
+    """The output is what the command reads: as it is, by another name, and below it.
+
+    Below a checkpoint or a tower it may be put (`MODEL/onnx`): nothing lists their files.
+    """
     for name in twin.needs:
         for how, typed in (
             ("as it is", name),
             ("by another name", f"./{name}/../{name}"),
-            ("below", f"{name}/x"),
+            *([] if name in ("checkpoint", "tower") else [("below", f"{name}/x")]),
         ):
             yield Case(
                 WRITTEN,
