@@ -58,6 +58,18 @@ def test_what_a_build_refuses(damage: Callable[[Path], None], said: str, checkpo
     assert "transformers" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "model_type", [None, "", "no such", "llama", "bert", "clip", "llava_next", "internvl"]
+)
+def test_checkpoint_of_another_family(model_type: str | None, checkpoint_copy: Path) -> None:
+    """A build takes the family from the checkpoint; here it comes from the bundle, and the two must be one."""
+    (checkpoint_copy / "config.json").write_text(
+        json.dumps({} if model_type is None else {"model_type": model_type})
+    )
+    with pytest.raises(CheckpointError, match=r"is of the family|has model_type .* not supported"):
+        reference.open_model("llava", checkpoint_copy, {})
+
+
 def test_what_transformers_meets_itself_is_one_line_too(
     checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

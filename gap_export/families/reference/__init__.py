@@ -111,6 +111,13 @@ def _check(row: families.FamilyRow, folder: Path, companions: Mapping[str, Path]
         CheckpointError: something is missing, damaged, or of another model.
     """
     kind, checkpoint = row.load(), open_checkpoint(folder)
+    found = families.row_of(checkpoint)
+    if found != row:
+        raise CheckpointError(
+            f"is of the family {found.name}, and the bundle was built from one of {row.name}",
+            subject=str(folder),
+            hint="the reference needs the checkpoint the bundle was built from",
+        )
     used = [companion.name for companion in kind.companions(checkpoint) if companion.used]
     for name in used:
         if name in companions:
