@@ -203,8 +203,8 @@ def _check_once(before: Mapping[str, object], found: Collection[str], shard: Pat
 
 def _shards(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """The files that hold the weights."""
-    named = config.get(_NAMED_IN_CONFIG)
-    for name in (named,) if named else _WEIGHT_FILES:
+    stated = config.get(_NAMED_IN_CONFIG)
+    for name in (stated,) if stated else _WEIGHT_FILES:
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise CheckpointError(
                 f"{_NAMED_IN_CONFIG} points outside the checkpoint folder: {shown(name)}",
@@ -214,10 +214,11 @@ def _shards(folder: Path, config: Mapping[str, Any]) -> list[Path]:
         if os.path.lexists(folder / name):
             return _listed(folder / name) if name.endswith(".json") else [folder / name]
     others = [path.name for path in in_folder(folder, ".safetensors", *_ARCHIVES)]
+    wanted = str(stated or _WEIGHT_FILES[0])
     raise _without(
-        str(named or _WEIGHT_FILES[0]),
+        wanted,
         folder,
-        f"has no {named or _WEIGHT_FILES[0]}" + (f" (only {', '.join(others[:3])})" if others else ""),
+        f"has no {named(wanted)}" + (f" (only {', '.join(others[:3])})" if others else ""),
         "download the weight files of the checkpoint, and their index where there are several",
     )
 

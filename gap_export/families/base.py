@@ -19,7 +19,7 @@ from gap_export.bundle.manifest import BoxFormat, ModelSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.tokenizers import stored_tokenizer
 from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
-from gap_export.errors import CheckpointError, RecipeError
+from gap_export.errors import CheckpointError, RecipeError, shown
 from gap_export.families.table import FamilyRow
 from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.layouts import Layout
@@ -148,8 +148,19 @@ class Family(ABC):
 
     @property
     def image_token_id(self) -> int:
-        """Id of the image's placeholder."""
-        return int(self.config.image_token_id)
+        """Id of the image's placeholder.
+
+        Raises:
+            CheckpointError: the configuration names none.
+        """
+        stated = self.config.image_token_id
+        if not isinstance(stated, int) or isinstance(stated, bool):
+            raise CheckpointError(
+                f"image_token_id (image_token_index) is {shown(stated)}, and must be the id of the placeholder of images",
+                subject=str(self.checkpoint.folder / "config.json"),
+                hint="fetch the checkpoint's config.json again",
+            )
+        return stated
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -310,7 +321,10 @@ class Family(ABC):
         """
         attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
         options: dict[str, Any] = {"dtype": torch_dtype(plan), "attn_implementation": attention}
-        model = fake(lambda: kind._from_config(self.config, **options), mode or fake_mode())
+        model = hf_config.accepted(
+            lambda: fake(lambda: kind._from_config(self.config, **options), mode or fake_mode()),
+            self.checkpoint,
+        )
         self.check_weights(name.removeprefix("model.") for name in model.state_dict())
         return model
 

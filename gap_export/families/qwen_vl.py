@@ -139,6 +139,11 @@ class QwenVL(Family):
             "3, bicubic",
         )
         size = settings.get("size") or {}
+        check(
+            f"size{hf_config.OF_PROCESSOR}",
+            isinstance(size, dict),
+            "an object with shortest_edge and longest_edge",
+        )
         least: Any = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         most: Any = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         bounded = isinstance(least, int) and isinstance(most, int) and 0 < least <= most

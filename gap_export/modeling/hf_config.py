@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.processor import stored_processor
 from gap_export.checkpoint.weight_map import Prefixes
-from gap_export.errors import CheckpointError, first_line, shown
+from gap_export.errors import CheckpointError, GapExportError, first_line, shown
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.modeling.field_values import VALUES
 from gap_export.modeling.rope import max_positions
@@ -105,7 +105,7 @@ Config = TypeVar("Config")
 
 
 def accepted(make: Callable[[], Config], checkpoint: Checkpoint) -> Config:
-    """A configuration that transformers makes of a checkpoint's `config.json`.
+    """What transformers makes of a checkpoint's `config.json`.
 
     Args:
         make: constructs it.
@@ -113,9 +113,12 @@ def accepted(make: Callable[[], Config], checkpoint: Checkpoint) -> Config:
 
     Raises:
         CheckpointError: transformers does not accept it; with the field that it names.
+        GapExportError: raised by `make` itself.
     """
     try:
         return make()
+    except GapExportError:
+        raise
     except Exception as error:  # transformers raises what it meets
         # What validates fields puts the reason into a second line, and what was tried behind the reason.
         cause = (error.__cause__ or error) if isinstance(error, StrictDataclassError) else error
@@ -137,8 +140,12 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy: transformers writes into the settings of rotary embeddings."""
-    return deepcopy(dict(config))
+    """A copy: transformers writes into the settings of rotary embeddings. It takes a null in `auto_map` for a mapping."""
+    return {
+        name: _given(value) if isinstance(value, dict) else deepcopy(value)
+        for name, value in config.items()
+        if name != "auto_map" or value is not None
+    }
 
 
 def check_activations(checkpoint: Checkpoint) -> None:

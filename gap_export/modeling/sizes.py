@@ -62,6 +62,12 @@ def check_square_tower(vision_config: Any, check: ConfigCheck, *, cuts_off: bool
         width % heads == 0,
         f"a divisor of hidden_size {width}",
     )
+    for name in (
+        "image_size",
+        "patch_size",
+    ):  # null may be no field, or one that transformers has no default for
+        stated = getattr(vision_config, name) is not None
+        check(check.path("vision_config", name), stated, "a number of pixels")
     image, patch = _side(vision_config.image_size), _side(vision_config.patch_size)
     field = check.path("vision_config", "image_size")
     check(field, image >= patch, f"at least patch_size {patch}")

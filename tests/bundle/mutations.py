@@ -67,7 +67,7 @@ def mutations(manifest: Any) -> Iterator[Mutation]:
     """All of them, in the order of the manifest."""
     for path, value in _places(manifest):
         for member in POOL:
-            if type(member) is not type(value) or repr(member) != repr(value):
+            if not _same(member, value):
                 yield _with(manifest, path, f"is {_short(member)}", member)
         if isinstance(value, dict):
             for key in value:
@@ -82,6 +82,13 @@ def mutations(manifest: Any) -> Iterator[Mutation]:
             yield _with(manifest, path, "one more", value + 1)
             if value:
                 yield _with(manifest, path, "doubled", value * 2)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values say the same: a 1 where 1.0 is meant is no fault."""
+    if isinstance(one, int) and isinstance(other, float) and not isinstance(one, bool):
+        return one == other
+    return type(one) is type(other) and repr(one) == repr(other)
 
 
 def _places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:

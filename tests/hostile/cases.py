@@ -153,12 +153,15 @@ _UNREAD = {
     "eval --images": "images that are not there are skipped, and said to be",
 }
 """Paths that a call need not read, and why."""
+_HOLDS_THEM = {("recommend --images", "the folder above")}
+"""Images are found below a folder, however far."""
 
 
 def _reading(parameter: Parameter, twin: Call, node: Node) -> Case:
     place = "placed" + _SUFFIXES.get(parameter.name, "")
     typed = node.given(place)
-    expect = "" if parameter.name in _UNREAD else node.expect
+    unread = parameter.name in _UNREAD or (parameter.name, node.name) in _HOLDS_THEM
+    expect = "" if unread else node.expect
     if parameter.is_argument and typed.startswith("-"):
         typed = f"./{typed}"
     return Case(
