@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gap_export.evaluation.report.write import report
     from gap_export.evaluation.sweep.run import sweep
     from gap_export.evaluation.validate import validate
+    from gap_export.evaluation.validate_text import validate_text
     from gap_export.families.table import overview as models
     from gap_export.linter import lint_graph as lint
     from gap_export.pipeline.build import build_bundle as build
@@ -64,6 +65,7 @@ __all__ = [
     "report",
     "sweep",
     "validate",
+    "validate_text",
 ]
 
 # No module directly in this package has the name of a function: importing it would put the module in the function's place.
@@ -90,6 +92,7 @@ _DEFINED_IN = {
     "report": "evaluation.report.write:report",
     "sweep": "evaluation.sweep.run:sweep",
     "validate": "evaluation.validate:validate",
+    "validate_text": "evaluation.validate_text:validate_text",
 }
 
 

@@ -81,6 +81,7 @@ _ARGUMENTS = {
     "batch": BATCH,
     "workers": WORKERS,
     "requests": REQUESTS,
+    "tokens": TOKENS,
     "new_tokens": TOKENS,
     "max_new_tokens": TOKENS,
     "worst": SHOWN,

@@ -60,6 +60,9 @@ class Thresholds:
         max_accuracy_drop: accuracy@0.5 of the reference less that of the graphs.
         min_prediction_agreement: share of expressions whose two boxes overlap by half, or that have none in either run; for
             `compare`, which sees no logits.
+        max_perplexity_rise: of a text (`validate --text`), relative to PyTorch.
+        max_mean_kl: of the distributions of a text's next tokens, in nats.
+        min_top1_agreement: share of a text's tokens at which both find the same one most likely.
 
     Raises:
         ValueError: no finite number, a share above 1, a negative loss of accuracy, or another bound that is not above 0.
@@ -75,6 +78,9 @@ class Thresholds:
     min_box_iou: float = 0.99
     max_accuracy_drop: float = 0.005
     min_prediction_agreement: float = 0.95
+    max_perplexity_rise: float = 1e-3
+    max_mean_kl: float = 1e-5
+    min_top1_agreement: float = 0.99
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,9 +20,14 @@ from gap_export.cli.options import (
     ThreadsOption,
 )
 from gap_export.cli.progress import progress_shown
+from gap_export.errors import InputError
+
+
+_OF_SCENES = ("limit", "keep", "text_tower", "batch")
 
 
 def validate(
+    context: typer.Context,
     bundle: BundleArgument,
     limit: LimitOption = 500,
     keep: KeepOption = None,
@@ -31,11 +36,26 @@ def validate(
     text_tower: Annotated[Path | None, typer.Option(help="The text tower's, if they moved.")] = None,
     batch: Annotated[int, typer.Option(**number(bounds.BATCH), help="Images per call.")] = 16,
     threads: ThreadsOption = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Compare what is predicted after every word of this file of prose; no images."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            **number(bounds.TOKENS), help="With --text: tokens of the first call, by default 512; 256 follow."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Parity and grounding against PyTorch, with negative controls; exit 1 when a gate is not met."""
     import gap_export as gap
 
+    if text is not None:
+        _check_options_of_text(context, backend)
+        _validate_text(bundle, text, tokens, checkpoint, threads, as_json)
+    if tokens is not None:
+        raise InputError("belongs to a text", subject="--tokens", hint="name one with --text")
     with progress_shown() as progress:
         report = gap.validate(
             bundle,
@@ -54,4 +74,45 @@ def validate(
         from gap_export.evaluation.report.terminal import print_parity
 
         print_parity(report, out)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _check_options_of_text(context: typer.Context, backend: str) -> None:
+    """Refuse what would be ignored: scenes and a text are two measurements."""
+    for name in _OF_SCENES:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise InputError(
+                "belongs to scenes, and a text is measured by itself",
+                subject=f"--{name.replace('_', '-')}",
+                hint="leave it out, or leave out --text",
+            )
+    if backend != "onnxruntime":
+        raise InputError(
+            "cannot be measured on a text: only ONNX Runtime gives the logits of every token",
+            subject=f"--backend {backend}",
+            hint="leave out --backend",
+        )
+
+
+def _validate_text(
+    bundle: Path, text: Path, tokens: int | None, checkpoint: Path | None, threads: int, as_json: bool
+) -> NoReturn:
+    import gap_export as gap
+
+    with progress_shown() as progress:
+        report = gap.validate_text(
+            bundle,
+            text,
+            **({} if tokens is None else {"tokens": tokens}),
+            checkpoint=checkpoint,
+            threads=threads,
+            progress=progress,
+        )
+    if as_json:
+        print_json(json.loads(report.model_dump_json()))
+    else:
+        from gap_export.evaluation.report.terminal import print_text_parity
+
+        print_text_parity(report, out)
     raise typer.Exit(0 if report.ok else 1)

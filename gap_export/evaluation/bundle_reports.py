@@ -19,8 +19,14 @@ from gap_export.records import Record
 
 R = TypeVar("R", bound=Record)
 
-PARITY, BENCH, BENCH_PLOT, RECOMMENDATION = "parity.json", "bench.json", "bench.png", "recommend.json"
-"""What `validate`, `bench` and `recommend` leave there."""
+PARITY, TEXT_PARITY, BENCH, BENCH_PLOT, RECOMMENDATION = (
+    "parity.json",
+    "text_parity.json",
+    "bench.json",
+    "bench.png",
+    "recommend.json",
+)
+"""What `validate`, `validate --text`, `bench` and `recommend` leave there."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 

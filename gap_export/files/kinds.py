@@ -51,6 +51,7 @@ RESULTS = FileKind("a table of results", _GB, InputError, "run eval again")
 ANNOTATIONS = FileKind("annotations", 2 * _GB, InputError, _AGAIN)
 ANNOTATION_TABLE = FileKind("a table of annotations", None, InputError, _AGAIN)
 PREDICTIONS = FileKind("predictions", 2 * _GB, InputError, _AGAIN)
+TEXT = FileKind("a text", 16 * _MB, InputError, "give a file of prose in UTF-8")
 IMAGE = FileKind("an image", 512 * _MB, InputError, "give an image file: JPEG, PNG, WebP, BMP, ...")
 
 FILE_KINDS = (
@@ -71,5 +72,6 @@ FILE_KINDS = (
     ANNOTATIONS,
     ANNOTATION_TABLE,
     PREDICTIONS,
+    TEXT,
     IMAGE,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ _ELEMENTS = {
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Rows of the cache, and slots of every stage."""
 
     rows: int
@@ -82,6 +82,7 @@ class OnnxRuntimeSession(Lifetime):
     Args:
         bundle: opened and verified.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
+        only: names of the graphs that are loaded; all by default.
 
     Raises:
         SessionError: a graph does not load, is another than the manifest says, or its precision has no CPU kernels.
@@ -89,7 +90,7 @@ class OnnxRuntimeSession(Lifetime):
 
     backend = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, only: Collection[str] | None = None) -> None:
         manifest = bundle.manifest
         if not precision(manifest.precision).cpu:
             raise SessionError(
@@ -106,15 +107,15 @@ class OnnxRuntimeSession(Lifetime):
         self._prompt_graph, self._token_graph = (
             ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")
         )
-        self._sessions = {name: self._load(name) for name in manifest.graphs}
+        self._sessions = {name: self._load(name) for name in only or manifest.graphs}
         self._memory: dict[
             str, NDArray[Any]
         ] = {}  # flat, of the largest cache so far; smaller ones use its beginning
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._cache: dict[str, Any] = {}
-        self._layout = _Layout(0, ())
+        self._layout = Layout(0, ())
         self._decode: _DecodeBuffers | None = None
-        self._decodes: dict[_Layout, _DecodeBuffers] = {}
+        self._decodes: dict[Layout, _DecodeBuffers] = {}
 
     def encode(
         self,
@@ -165,7 +166,7 @@ class OnnxRuntimeSession(Lifetime):
         self._check_open()
         batch = placement.position_ids.shape[-2]
         self._lay_out(
-            _Layout(
+            Layout(
                 batch, self._bundle.manifest.cache_layout.slots_for(self._slots_needed(placement, reserve))
             )
         )
@@ -184,7 +185,7 @@ class OnnxRuntimeSession(Lifetime):
     def fork(self, rows: int) -> None:
         """Give every one of `rows` rows the cache of the first."""
         self._check_open()
-        self._lay_out(_Layout(rows, self._layout.capacities))
+        self._lay_out(Layout(rows, self._layout.capacities))
         for name, array in self._memory.items():
             cache = array[: math.prod(self._shapes[name])].reshape(self._shapes[name])
             cache[1:] = cache[0]
@@ -216,7 +217,7 @@ class OnnxRuntimeSession(Lifetime):
         return decode.logits
 
     def _free(self) -> None:
-        self._decode, self._layout = None, _Layout(0, ())
+        self._decode, self._layout = None, Layout(0, ())
         for held in (self._decodes, self._cache, self._memory, self._sessions):
             held.clear()
 
@@ -295,7 +296,7 @@ class OnnxRuntimeSession(Lifetime):
             for slots, own in zip(placement.slots_of_stages, written, strict=True)
         ]
 
-    def _lay_out(self, layout: _Layout) -> None:
+    def _lay_out(self, layout: Layout) -> None:
         """Give the cache so many rows of so many slots; with as many slots as before, what lies in the first row stays."""
         if layout == self._layout:
             return
@@ -314,7 +315,7 @@ class OnnxRuntimeSession(Lifetime):
         self._layout = layout
         self._decode = self._decodes.get(layout)
 
-    def _shapes_of(self, layout: _Layout) -> dict[str, tuple[int, ...]]:
+    def _shapes_of(self, layout: Layout) -> dict[str, tuple[int, ...]]:
         """Of every past."""
         manifest = self._bundle.manifest
         spec = manifest.graphs[self._token_graph].spec

@@ -14,11 +14,56 @@ from gap_export.bundle.spec import TensorSpec
 from gap_export.engine.inspect import engine_facts
 from gap_export.evaluation import bundle_reports
 from gap_export.evaluation.parity import ParityReport
+from gap_export.evaluation.text_parity import TextReport
 from gap_export.terminal import Terminal, styled
 
 
 def print_parity(report: ParityReport, console: Terminal) -> None:
     """Gates, controls and the grounding table."""
+    console.print(_gate_table(report))
+    controls = Table("negative control", "caught by", "")
+    for control in report.controls:
+        controls.add_row(control.name, ", ".join(control.by) or "nothing", _mark(control.caught))
+    for name in report.inapplicable_controls:
+        controls.add_row(name, "changes nothing in this bundle", "-")
+    console.print(controls)
+    console.print(grounding_table(report))
+    verdict = ("all gates met", "bold green") if report.ok else ("a gate was not met", "bold red")
+    console.say(verdict, f" on {report.measurement.cases} held-out scenes")
+
+
+def print_text_parity(report: TextReport, console: Terminal) -> None:
+    """Perplexities of both parts, and gates."""
+    table = Table(
+        "tokens",
+        "perplexity",
+        "PyTorch",
+        "rise",
+        "mean KL",
+        "same first choice",
+        title=f"{report.bundle} ({report.precision}), {report.text}",
+    )
+    for name, part in (("in one call", report.prefill), ("one by one", report.steps)):
+        if part is None:
+            table.add_row(name, *["-"] * 4, "a decoder that drops tokens reads text one by one alone")
+            continue
+        table.add_row(
+            f"{part.tokens} {name}",
+            f"{part.perplexity:.4g}",
+            f"{part.reference_perplexity:.4g}",
+            f"{100 * part.perplexity_rise:+.2f} %",
+            f"{part.mean_kl:.2g}",
+            f"{part.top1_agreement:.3f}",
+        )
+    console.print(table)
+    console.print(_gate_table(report))
+    if not report.control_caught:
+        console.say(("halved position ids were not noticed: the gates are too loose for this text", "bold red"))
+    verdict = ("all gates met", "bold green") if report.ok else ("a gate was not met", "bold red")
+    console.say(verdict)
+
+
+def _gate_table(report: ParityReport | TextReport) -> Table:
     gates = Table(
         "gate",
         "measured",
@@ -30,16 +75,7 @@ def print_parity(report: ParityReport, console: Terminal) -> None:
         gates.add_row(
             gate.name, f"{gate.measured:.6g}", f"{gate.comparison} {gate.limit:g}", _mark(gate.passed)
         )
-    console.print(gates)
-    controls = Table("negative control", "caught by", "")
-    for control in report.controls:
-        controls.add_row(control.name, ", ".join(control.by) or "nothing", _mark(control.caught))
-    for name in report.inapplicable_controls:
-        controls.add_row(name, "changes nothing in this bundle", "-")
-    console.print(controls)
-    console.print(grounding_table(report))
-    verdict = ("all gates met", "bold green") if report.ok else ("a gate was not met", "bold red")
-    console.say(verdict, f" on {report.measurement.cases} held-out scenes")
+    return gates
 
 
 def grounding_table(report: ParityReport) -> Table:

@@ -43,17 +43,18 @@ def open_torch(
     )
 
 
-def open_model_of(bundle: Bundle) -> ReferenceModel:
+def open_model_of(bundle: Bundle, *, checkpoint: Path | None = None) -> ReferenceModel:
     """The PyTorch model that a bundle was built from, by itself, in fp32.
 
     Args:
         bundle: opened.
+        checkpoint: where the weights lie; by default where the bundle was built from.
 
     Raises:
         CheckpointError: the weights are not there any more, or cannot be loaded.
     """
     manifest = bundle.manifest
-    return open_model(manifest.family, resolve(manifest.checkpoint), _part_folders(bundle))
+    return open_model(manifest.family, checkpoint or resolve(manifest.checkpoint), _part_folders(bundle))
 
 
 def _part_folders(bundle: Bundle) -> dict[str, Path]:

@@ -1,0 +1,133 @@
+"""Logits of a text, fed as it stands (teacher forcing): by a bundle in ONNX Runtime, and by the PyTorch model that it was built from.
+
+Both take the first tokens in one call and the following ones one by one, over one cache: a fault of long calls shows in the first alone.
+
+Shape letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from gap_export.bundle.cache_layout import in_slot_steps
+from gap_export.bundle.folder import Bundle
+from gap_export.families.reference import ReferenceModel
+from gap_export.graph.every_row import with_every_row
+from gap_export.positions import Ids, Placement
+from gap_export.runtime.ort import Layout, OnnxRuntimeSession
+
+Renumber = Callable[[Ids], Ids]
+"""Position ids [T] -> others, for negative controls."""
+
+Logits = NDArray[np.float32]
+
+
+class Scorer(Protocol):
+    """Something that reads a text."""
+
+    def start(self, tokens: int) -> None:
+        """Forget what was read; `tokens` will be read at most."""
+        ...
+
+    def read(self, token_ids_T: Ids, first: int) -> Logits:
+        """Read some tokens, the first of which is number `first` of the text.
+
+        Returns:
+            [T, V]: after every one of them.
+        """
+        ...
+
+
+class BundleScorer(OnnxRuntimeSession):
+    """The embedding and the decoder of a bundle; a decoder that drops tokens takes one token per call.
+
+    Args:
+        bundle: opened and verified.
+        threads: of ONNX Runtime; 0 lets it choose.
+        renumber: what position ids become, for negative controls.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int = 0, renumber: Renumber | None = None) -> None:
+        self._staged = bool(bundle.manifest.pruning.stages)
+        super().__init__(bundle, threads=threads, only=("embed", "decode" if self._staged else "decoder"))
+        self.renumber = renumber
+
+    def start(self, tokens: int) -> None:
+        """Lay out a cache; what lies in it is seen by nobody."""
+        layout = self._bundle.manifest.cache_layout
+        slots = layout.capacities if layout.static else (in_slot_steps(tokens),) * len(layout.runs)
+        self._lay_out(Layout(1, slots))
+
+    def read(self, token_ids_T: Ids, first: int) -> Logits:
+        """As `Scorer.read`."""
+        manifest, count = self._bundle.manifest, len(token_ids_T)
+        ids_T = np.arange(first, first + count, dtype=np.int64)
+        ids_BS = (ids_T if self.renumber is None else self.renumber(ids_T))[None]
+        slot = np.array([first], np.int64)
+        placement = Placement(
+            position_ids=np.stack([ids_BS] * 3) if manifest.spec.position_rows == 3 else ids_BS,
+            write_index=slot,
+            last_index=np.array([count - 1], np.int64),
+            next_position=slot + count,
+            next_slot=slot + count,
+            image_slots=np.zeros((1, manifest.prompt.images, 2), np.int64),
+            stage_write_index=(slot,) * max(0, len(manifest.pruning.stages) - 1),
+        )
+        (embeds,) = self._run("embed", {"input_ids": token_ids_T[None]})
+        logits_TV = np.empty((count, manifest.spec.vocabulary), np.float32)
+        logits = logits_TV if self._staged else logits_TV[None]
+        graph = self._token_graph
+        self._execute(graph, self._decoder_binding(graph, embeds, placement.decoder_inputs(), {"logits": logits}))
+        return logits_TV
+
+    def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
+        if name != "decoder":
+            return super()._model_of(name, options)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self._bundle.folder)
+        )
+        return with_every_row(self._bundle.graph_path(name))
+
+
+class ReferenceScorer:
+    """The PyTorch model of a checkpoint, in fp32.
+
+    Args:
+        model: of the family.
+        position_rows: 3 for M-RoPE.
+    """
+
+    def __init__(self, model: ReferenceModel, *, position_rows: int = 1) -> None:
+        self._model, self._rows = model, position_rows
+        self._cache: Any = None
+
+    def start(self, tokens: int) -> None:
+        """Begin with an empty cache."""
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache()
+
+    def read(self, token_ids_T: Ids, first: int) -> Logits:
+        """As `Scorer.read`."""
+        import torch
+
+        from gap_export.runtime.torch.session import as_loaded
+
+        count = len(token_ids_T)
+        with torch.inference_mode():
+            ids_BS = torch.arange(first, first + count)[None]
+            as_loaded(self._model.language_model)
+            out = self._model.language_model(
+                inputs_embeds=self._model.embedding(torch.from_numpy(token_ids_T)[None]),
+                position_ids=ids_BS.expand(3, 1, -1) if self._rows == 3 else ids_BS,
+                attention_mask=torch.ones(1, first + count, dtype=torch.int64),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            logits_TV: Logits = self._model.lm_head(out.last_hidden_state[0]).float().numpy()
+        return logits_TV

@@ -1,0 +1,161 @@
+"""Validation on a text: a bundle's decoder against PyTorch, with no image.
+
+    Bundle, text -> TextReport
+
+A model of one's own is held against its checkpoint with any prose at hand, in one long call and then token by token: scales that are shared by
+all tokens of a call are wrong in the first alone. What is measured and what is required stands in `text_parity.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export import bounds
+from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
+from gap_export.errors import BundleError, InputError
+from gap_export.evaluation.bundle_reports import TEXT_PARITY, check_reports_can_be_written
+from gap_export.evaluation.text_parity import TextReport, judge, measure
+from gap_export.files import kinds, read_text
+from gap_export.inputs.tokenizer import load_tokenizer
+from gap_export.pipeline.build import RANDOM
+from gap_export.positions import Ids
+from gap_export.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from gap_export.evaluation.scoring import Scorer
+
+DEFAULT_TOKENS, STEPS = 512, 256
+"""Tokens of the first call where nothing else is said, and of those that follow one by one."""
+_CONTROL = "ids halved"
+
+
+def validate_text(
+    bundle: Bundle | Path | str,
+    text: Path | str,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    checkpoint: Path | None = None,
+    threads: int = 0,
+    progress: Progress = SILENT,
+) -> TextReport:
+    """Bundle and text to a report, which is also stored among the reports of the bundle.
+
+    The bundle's own decoder graph is run in ONNX Runtime, with the choice of one row taken out in memory: the text's first tokens in one
+    call, and 256 more one by one. A decoder that drops tokens reads all of them one by one.
+
+    Args:
+        bundle: opened, or its folder; every file is verified.
+        text: a file in UTF-8, prose in a language that the model knows.
+        tokens: of the first call; fewer where the bundle's cache, or what the model was trained for, ends before that.
+        checkpoint: where the weights lie; by default where the bundle was built from.
+        threads: of ONNX Runtime; 0 lets it choose.
+        progress: told of every stage and every token.
+
+    Returns:
+        What was measured. Gates that are not met are in it; its `raise_for_gates` raises for them.
+
+    Raises:
+        InputError: the text is too short, or cannot be read.
+        GapExportError: something could not be run.
+    """
+    check_build_extra("validating a bundle")
+    from gap_export.evaluation.scoring import BundleScorer, ReferenceScorer
+    from gap_export.runtime.torch.reference import open_model_of
+
+    bounds.check(tokens=tokens, threads=threads)
+    bundle = open_bundle(bundle, every_hash=True)
+    check_reports_can_be_written(bundle, TEXT_PARITY)
+    manifest = bundle.manifest
+    if manifest.checkpoint == RANDOM and checkpoint is None:
+        raise BundleError(
+            "holds random weights, which predict nothing",
+            subject=str(bundle.folder),
+            hint="to compare it with PyTorch all the same, pass the folder of its weights: --checkpoint FOLDER",
+        )
+    content = read_text(Path(text), kinds.TEXT)
+    ids_T, prefilled = _tokens_of(bundle, content, str(text), tokens)
+    progress.stage("reading with PyTorch", total=len(ids_T) * 3 - prefilled)
+    model = open_model_of(bundle, checkpoint=checkpoint)
+    reference = _read(ReferenceScorer(model, position_rows=manifest.spec.position_rows), ids_T, prefilled, progress)
+    del model
+    progress.stage("reading with onnxruntime")
+    with BundleScorer(bundle, threads=threads) as scorer:
+        mine = _read(scorer, ids_T, prefilled, progress)
+        few = ids_T[: prefilled or len(ids_T)]
+        scorer.renumber = lambda ids: ids // 2
+        wrong = _read(scorer, few, prefilled, progress)
+    gates, measured = [], []
+    for name, part in _parts(len(ids_T), prefilled).items():
+        found = measure(mine[part], reference[part], _next(ids_T, part))
+        measured.append(found)
+        gates += judge(name, found, manifest.gates)
+    part = slice(0, len(few))
+    missed = judge(_CONTROL, measure(wrong, reference[part], _next(ids_T, part)), manifest.gates)
+    caught = not all(gate.passed for gate in missed)
+    report = TextReport(
+        ok=caught and all(gate.passed for gate in gates),
+        manifest_sha256=bundle.manifest_sha256,
+        bundle=manifest.name,
+        backend=BundleScorer.backend,
+        precision=manifest.precision,
+        text=Path(text).name,
+        text_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        prefill=measured[0] if prefilled else None,
+        steps=measured[-1],
+        gates=gates,
+        control_caught=caught,
+        versions=versions(BUILD_PACKAGES),
+    )
+    report.write(bundle.reports / TEXT_PARITY)
+    return report
+
+
+def _tokens_of(bundle: Bundle, content: str, subject: str, tokens: int) -> tuple[Ids, int]:
+    """(ids of the text [T], how many of them are read in one call)."""
+    manifest = bundle.manifest
+    tokenizer = load_tokenizer(bundle.tokenizer)
+    ids = tokenizer.encode(content, add_special_tokens=True).ids
+    layout, staged = manifest.cache_layout, bool(manifest.pruning.stages)
+    longest = min([manifest.spec.max_positions, *(layout.capacities if layout.static else ())])
+    wanted = min((0 if staged else tokens) + STEPS, longest)
+    if len(ids) < wanted:
+        raise InputError(
+            f"has {len(ids)} tokens, and {wanted} are read",
+            subject=subject,
+            hint="give a longer text, or fewer --tokens",
+        )
+    return np.array(ids[:wanted], np.int64), 0 if staged else max(0, wanted - STEPS)
+
+
+def _read(scorer: Scorer, ids_T: Ids, prefilled: int, progress: Progress) -> NDArray[np.float32]:
+    scorer.start(len(ids_T))
+    rows = []
+    for part in _calls(prefilled, len(ids_T)):
+        rows.append(scorer.read(ids_T[part], part.start))
+        progress.advance(part.stop - part.start)
+    return np.concatenate(rows)
+
+
+def _calls(prefilled: int, tokens: int) -> Iterator[slice]:
+    """The tokens of every call: the first `prefilled` together, all others one by one."""
+    if prefilled:
+        yield slice(0, prefilled)
+    yield from (slice(place, place + 1) for place in range(prefilled, tokens))
+
+
+def _parts(tokens: int, prefilled: int) -> dict[str, slice]:
+    parts = {"prefill": slice(0, prefilled)} if prefilled else {}
+    return parts | {"steps": slice(prefilled, tokens)}
+
+
+def _next(ids_T: Ids, part: slice) -> Ids:
+    return ids_T[part.start + 1 : part.stop + 1]
+
+
