@@ -109,6 +109,7 @@ class Precision:
         activations: element type of activations, of the cache, and of weights that are not quantised.
         bytes_per_weight: of a linear layer, scales included; what a build expects to write.
         decoder: scheme of the decoder's linear layers; None leaves them in floats.
+        wide: scheme of those that are wider than what they read, where it is another.
         head: scheme of what `decoder` leaves out: the head, and layers whose shape it does not fit.
         elsewhere: scheme of the linear layers of all other graphs, that is, of the vision tower.
         needs_ranges: whether scales of activations are measured beforehand (`gap-export calibrate`).
@@ -127,6 +128,7 @@ class Precision:
     activations: Activations
     bytes_per_weight: float
     decoder: str | None = None
+    wide: str | None = None
     head: str | None = None
     elsewhere: str | None = None
     needs_ranges: bool = False
@@ -186,23 +188,36 @@ _ROWS = (
     ),
     Precision(
         "int8",
-        "linear layers of tower and decoder: 8 bits, of which 7 are used, one scale per column; their activations: 8 bits",
+        "linear layers of tower and decoder: 8 bits, one scale per column; their activations: 8 or twice 8 bits, one scale per token",
         FP32,
         bytes_per_weight=1.01,
-        decoder="int8",
-        head="int8",
+        decoder="int8_fine",
+        wide="int8",
+        head="int8_fine",
         elsewhere="int8",
         engines=False,
         choice_margin=5e-2,
         gates=_INT8,
     ),
     Precision(
-        "int4",
-        "linear layers of the decoder: 4 bits, one scale per block of 32; its head: 8 bits; their activations: 8 bits",
+        "int8-blocks",
+        "linear layers of tower and decoder: 8 bits, one scale per block of 32; their activations: 8 bits, one scale per block",
         FP32,
-        bytes_per_weight=0.63,
-        decoder="int4",
-        head="int8",
+        bytes_per_weight=1.13,
+        decoder="int8_blocks",
+        head="int8_fine",
+        elsewhere="int8_blocks",
+        engines=False,
+        choice_margin=5e-2,
+        gates=_INT8,
+    ),
+    Precision(
+        "int4",
+        "linear layers of the decoder: 4 bits, one scale and zero point per block of 32; its head: 8 bits; their activations: 8 bits",
+        FP32,
+        bytes_per_weight=0.65,
+        decoder="uint4",
+        head="int8_fine",
         engines=False,
         gates=_INT4,
     ),

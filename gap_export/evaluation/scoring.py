@@ -82,7 +82,9 @@ class BundleScorer(OnnxRuntimeSession):
         logits_TV = np.empty((count, manifest.spec.vocabulary), np.float32)
         logits = logits_TV if self._staged else logits_TV[None]
         graph = self._token_graph
-        self._execute(graph, self._decoder_binding(graph, embeds, placement.decoder_inputs(), {"logits": logits}))
+        self._execute(
+            graph, self._decoder_binding(graph, embeds, placement.decoder_inputs(), {"logits": logits})
+        )
         return logits_TV
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:

@@ -134,4 +134,3 @@ def _log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
     wide_TV -= wide_TV.max(axis=1, keepdims=True)
     shifted: NDArray[np.float64] = wide_TV - np.log(np.exp(wide_TV).sum(axis=1, keepdims=True))
     return shifted
-

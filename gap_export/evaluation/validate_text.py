@@ -83,7 +83,9 @@ def validate_text(
     ids_T, prefilled = _tokens_of(bundle, content, str(text), tokens)
     progress.stage("reading with PyTorch", total=len(ids_T) * 3 - prefilled)
     model = open_model_of(bundle, checkpoint=checkpoint)
-    reference = _read(ReferenceScorer(model, position_rows=manifest.spec.position_rows), ids_T, prefilled, progress)
+    reference = _read(
+        ReferenceScorer(model, position_rows=manifest.spec.position_rows), ids_T, prefilled, progress
+    )
     del model
     progress.stage("reading with onnxruntime")
     with BundleScorer(bundle, threads=threads) as scorer:
@@ -157,5 +159,3 @@ def _parts(tokens: int, prefilled: int) -> dict[str, slice]:
 
 def _next(ids_T: Ids, part: slice) -> Ids:
     return ids_T[part.start + 1 : part.stop + 1]
-
-

@@ -58,7 +58,9 @@ def print_text_parity(report: TextReport, console: Terminal) -> None:
     console.print(table)
     console.print(_gate_table(report))
     if not report.control_caught:
-        console.say(("halved position ids were not noticed: the gates are too loose for this text", "bold red"))
+        console.say(
+            ("halved position ids were not noticed: the gates are too loose for this text", "bold red")
+        )
     verdict = ("all gates met", "bold green") if report.ok else ("a gate was not met", "bold red")
     console.say(verdict)
 

@@ -23,9 +23,9 @@ from gap_export.graph.quantize.rewrite import DECODERS, quantize, schemes_of
 from gap_export.graph.quantize.store import QuantizedStore
 
 if TYPE_CHECKING:  # schemes are imported by name; here they are held against the contract
-    from gap_export.graph.quantize import fp8, int4, int8, nvfp4
+    from gap_export.graph.quantize import fp8, int4, int8, int8_blocks, int8_fine, nvfp4, uint4
     from gap_export.graph.quantize.scheme import Scheme
 
-    _SCHEMES: tuple[Scheme, ...] = (int8, int4, fp8, nvfp4)
+    _SCHEMES: tuple[Scheme, ...] = (int8, int8_fine, int8_blocks, int4, uint4, fp8, nvfp4)
 
 __all__ = ["DECODERS", "QuantizedStore", "quantize", "schemes_of"]

@@ -30,21 +30,22 @@ def schemes_of(component: Component, precision: Precision, parameters: Collectio
         parameter = f"{name}.weight"
         if isinstance(module, nn.Linear) and parameter in parameters:
             columns, inner = module.weight.shape
-            for scheme in _schemes_for(component.spec.name, parameter, precision):
+            wide = columns > inner
+            for scheme in _schemes_for(component.spec.name, parameter, precision, wide=wide):
                 if scheme.fits(columns, inner):
                     found[parameter] = scheme
                     break
     return found
 
 
-def _schemes_for(graph: str, parameter: str, precision: Precision) -> list[Scheme]:
-    """In the order in which they are tried."""
+def _schemes_for(graph: str, parameter: str, precision: Precision, *, wide: bool) -> list[Scheme]:
+    """In the order in which they are tried, for a product that is wider than what it reads or not."""
     if graph not in DECODERS:
         names = [precision.elsewhere]
     elif parameter.endswith(_HEAD):
         names = [precision.head]
     else:
-        names = [precision.decoder, precision.head]
+        names = [precision.wide if wide else None, precision.decoder, precision.head]
     return [load_scheme(name) for name in names if name is not None]
 
 

@@ -140,6 +140,10 @@ class Rewriter:
         self.graph.register_initializer(value)
         return value
 
+    def number(self, content: float, name: str) -> ir.Value:
+        """A constant float32 scalar of that name."""
+        return self.constant(ir.tensor(np.array(content, np.float32)), name)
+
     def scale_of(self, activations: ir.Value, largest_number: float, dtype: ir.DataType) -> ir.Value:
         """A scalar scale of activations, from their range.
 
