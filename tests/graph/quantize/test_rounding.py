@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from gap_export.graph.quantize import fp8, int4, int8, nvfp4
+from gap_export.graph.quantize import fp8, int4, int8, int8_blocks, int8_fine, nvfp4, uint4
 from gap_export.graph.quantize.int4 import BLOCK
 from gap_export.graph.quantize.int8 import INT8_MAX
 from gap_export.graph.quantize.rounding import packed_pairs
@@ -37,9 +37,65 @@ weights = arrays(np.float32, (4, 2 * BLOCK), elements=st.floats(-8, 8, width=32)
 
 @given(weights)
 def test_int8_is_nearest(rows: Any) -> None:
-    numbers, scales = int8.encode(rows, whole(rows))
+    numbers, scales, sums = int8.encode(rows, whole(rows))
     assert np.abs(numbers).max() <= INT8_MAX
     assert (np.abs(numbers * scales[:, None] - rows) <= scales[:, None] * 0.5001 + 1e-30).all()
+    # What the middle of the activations is multiplied with: the numbers' own sums, and not those of the weights they were.
+    np.testing.assert_allclose(sums, (numbers.astype(np.float64) * scales[:, None]).sum(axis=1), rtol=1e-6)
+
+
+@given(weights)
+def test_int8_fine_is_nearest_and_uses_all_its_numbers(rows: Any) -> None:
+    numbers, scales = int8_fine.encode(rows, whole(rows))
+    assert (np.abs(numbers * scales[:, None] - rows) <= scales[:, None] * 0.5001 + 1e-30).all()
+    largest = np.abs(rows).max(axis=1)
+    assert (np.abs(numbers).max(axis=1) == np.where(largest > 1e-36, 127, np.abs(numbers).max(axis=1))).all()
+
+
+@given(weights, st.sampled_from([FP32, FP16]))
+def test_int8_blocks_are_nearest_block_by_block(rows: Any, activations: Activations) -> None:
+    numbers, scales = int8_blocks.encode(rows, whole(rows, activations))
+    assert (scales.astype(activations.dtype) == scales).all()
+    blocks, steps = rows.reshape(4, 2, BLOCK), scales[..., None]
+    restored = numbers.reshape(4, 2, BLOCK).astype(np.float64) * steps
+    # A scale rounded to half precision cuts the extreme off by what it is too small.
+    rounding = np.float64(np.finfo(activations.dtype).eps) * np.abs(blocks) + np.finfo(activations.dtype).tiny
+    assert (np.abs(restored - blocks) <= steps * 0.5001 + rounding * 127).all()
+
+
+@given(weights, st.sampled_from([FP32, FP16]))
+def test_uint4_is_within_a_step_of_its_block(rows: Any, activations: Activations) -> None:
+    """Half a step, and as much again where zero point and number are rounded the same way at either end of the block."""
+    numbers, scales, zeros = uint4.encode(rows, whole(rows, activations))
+    assert numbers.dtype == zeros.dtype == np.uint8
+    assert max(numbers.max(), zeros.max()) <= 15
+    assert (scales.astype(activations.dtype) == scales).all()
+    assert (scales > 0).all()
+    blocks = rows.reshape(4, 2, BLOCK).astype(np.float64)
+    steps, middles = (each[..., None].astype(np.float64) for each in (scales, zeros))
+    restored = (numbers.reshape(blocks.shape) - middles) * steps
+    rounding = 16 * np.finfo(activations.dtype).eps * np.abs(blocks).max(axis=2, keepdims=True)
+    assert (np.abs(restored - blocks) <= steps * 1.001 + rounding + np.finfo(activations.dtype).tiny).all()
+    inside = (restored > -middles * steps) & (restored < (15 - middles) * steps)
+    assert (
+        np.abs(restored - blocks)[inside] <= (np.broadcast_to(steps, blocks.shape) * 0.501 + 1e-30)[inside]
+    ).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_uint4_blocks_on_one_side_of_zero_use_all_sixteen_numbers(sign: int) -> None:
+    rows = (sign * np.linspace(0, 3, BLOCK, dtype=np.float32))[None]
+    numbers, scales, zeros = uint4.encode(rows, whole(rows))
+    assert np.unique(numbers).tolist() == list(range(16))
+    assert zeros.item() == (0 if sign > 0 else 15)
+    assert scales.item() == np.float32(3 / 15)
+
+
+@given(weights)
+def test_zero_is_zero_in_uint4(rows: Any) -> None:
+    rows[:, ::3] = 0
+    numbers, _, zeros = uint4.encode(rows, whole(rows))
+    np.testing.assert_array_equal(numbers[rows == 0], np.repeat(zeros, BLOCK, axis=1)[rows == 0])
 
 
 @pytest.mark.parametrize("extreme", [INT8_MAX, -INT8_MAX])
@@ -144,9 +200,10 @@ def test_nvfp4_loses_no_more_than_the_plain_scale(rows: Any) -> None:
 def test_a_weight_of_zeros_stays_zero() -> None:
     zeros = np.zeros((2, BLOCK), np.float32)
     assert nvfp4.global_scale(0.0) == nvfp4.global_scale(1e-40) == 1.0
-    for scheme in (int8, int4, fp8, nvfp4):
-        numbers, *_ = scheme.encode(zeros, whole(zeros))
+    for scheme in (int8, int8_fine, int8_blocks, int4, uint4, fp8, nvfp4):
+        numbers, scales, *_ = scheme.encode(zeros, whole(zeros))
         assert not numbers.astype(np.float32).any()
+        assert (scales.astype(np.float32) > 0).all()
 
 
 def test_pairs_of_e2m1_lie_as_onnx_has_them() -> None:
