@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 
 E4M3_MAX = 448.0
 
+_OF_NOTHING = 2.0**-14
+"""Scale of zeros. Kernels that take zero points out of their sums at the end lose some of it in rounding: it is small, and a number in
+every type of activations.
+"""
+
 SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Parts of a block's extreme that the largest number may stand for: cutting the extreme off a little often rounds the others better."""
 
@@ -29,8 +34,8 @@ def losing_least(
 
 
 def never_zero(scales: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """One where there is nothing to scale, or so little that its scale is no number in float32 any more."""
-    return np.asarray(np.where(scales != 0, scales, 1), np.float32)
+    """A small number where there is nothing to scale, or so little that its scale is no number in float32 any more."""
+    return np.asarray(np.where(scales != 0, scales, _OF_NOTHING), np.float32)
 
 
 def packed_pairs(codes_NK: NDArray[Any]) -> NDArray[np.uint8]:
