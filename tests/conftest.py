@@ -287,6 +287,28 @@ def tiny_bundle(
     return bundle
 
 
+@pytest.fixture(scope="session")
+def ranges(tiny_bundle: BuildBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the activations of the default tiny bundle, for precisions that need them."""
+    from gap_export.evaluation.calibrate import calibrate
+
+    path = tmp_path_factory.mktemp("ranges") / "ranges.json"
+    path.write_text(calibrate(tiny_bundle().folder, limit=4, threads=1).model_dump_json())
+    return path
+
+
+@pytest.fixture(scope="session")
+def low(tiny_bundle: BuildBundle, ranges: Path) -> Callable[[str], Bundle]:
+    """`low(precision)`: the tiny bundle in that precision."""
+    from gap_export.precision import PRECISIONS
+
+    def bundle(precision: str) -> Bundle:
+        fixed = {"ranges": str(ranges)} if PRECISIONS[precision].needs_ranges else {}
+        return tiny_bundle(precision=precision, **fixed) if precision != "fp32" else tiny_bundle()
+
+    return bundle
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: BuildBundle, tmp_path: Path) -> Path:
     """Folder of the default tiny bundle, to be damaged."""

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Graph
 from gap_export.errors import RecipeError, SessionError
-from gap_export.evaluation.calibrate import calibrate
 from gap_export.graph.quantize import int4, nvfp4
 from gap_export.graph.quantize.rounding import E4M3_MAX
 from gap_export.graph.quantize.scheme import Weight, load_scheme
@@ -32,22 +31,6 @@ from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.torch.reference import open_torch
 
 PROMPT = [1, 5, 6, 4, 7, 8, 9]
-
-
-@pytest.fixture(scope="module")
-def ranges(tiny_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranges") / "ranges.json"
-    path.write_text(calibrate(tiny_bundle().folder, limit=4, threads=1).model_dump_json())
-    return path
-
-
-@pytest.fixture(scope="module")
-def low(tiny_bundle: Callable[..., Bundle], ranges: Path) -> Callable[[str], Bundle]:
-    def bundle(precision: str) -> Bundle:
-        fixed = {"ranges": str(ranges)} if PRECISIONS[precision].needs_ranges else {}
-        return tiny_bundle(precision=precision, **fixed)
-
-    return bundle
 
 
 @pytest.fixture
