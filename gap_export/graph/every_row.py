@@ -1,7 +1,8 @@
 """A decoder that gives the logits of every token, and not of one row: what a text is scored with.
 
 A decoder of a bundle computes its last layer for the row that is asked for alone (`rows.py`). Here that choice is taken out of the written
-graph again, in memory. Weights stay where they are, so nothing but rows is added: the row that was chosen comes out to the bit as before.
+graph again, in memory. Weights stay where they are, so nothing but rows is added: the row that was chosen comes out as before, but for the
+order in which kernels for many rows add up floats.
 
 Shape letters: B batch, S tokens, H width, V vocabulary.
 """
@@ -18,10 +19,11 @@ from gap_export.graph.constants import integers
 _CHOSEN = "last_index"
 _LOGITS = "logits"
 _ROWS = 1
+_COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 
 
 def with_every_row(path: Path) -> bytes:
-    """The graph of a decoder, with logits [B, S, V] of every token in the place of [B, V].
+    """The graph of a decoder, with logits [B * S, V] of every token, row after row, in the place of [B, V].
 
     Args:
         path: of the written graph; it stays as it is.
@@ -32,27 +34,32 @@ def with_every_row(path: Path) -> bytes:
     model = ir.load(path)
     graph = model.graph
     chosen = next((value for value in graph.inputs if value.name == _CHOSEN), None)
-    logits = next(value for value in graph.outputs if value.name == _LOGITS)
+    logits = next((value for value in graph.outputs if value.name == _LOGITS), None)
     if chosen is None:
         raise _unknown(path, f"has no input {_CHOSEN}")
-    choices = _choices(chosen)
+    if logits is None or logits.shape is None or len(logits.shape) != 2:
+        raise _unknown(path, f"has no output {_LOGITS} of one row")
+    choices = _choices(chosen, path)
     if not choices:
         raise _unknown(path, f"chooses no row by {_CHOSEN}")
     for node in choices:
         _skip(node)
-    _skip(_end_of_row(logits, path))
+    end = _end_of_row(logits, path)
+    together = ir.node("Flatten", [end.inputs[0]], {"axis": _ROWS + 1})
+    graph.insert_before(end, together)
+    end.outputs[0].replace_all_uses_with(together.outputs[0])
+    graph.remove(end, safe=True)
     for node in graph:  # extents of what is computed for more rows now
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
-    sequence = graph.inputs[0].shape
-    assert sequence is not None and logits.shape is not None
-    logits.shape = ir.Shape([logits.shape[0], sequence[_ROWS], logits.shape[1]])
-    return ir.to_proto(model).SerializeToString()
+    logits.shape = ir.Shape([None, logits.shape[1]])
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
 
 
-def _choices(chosen: ir.Value) -> list[ir.Node]:
-    """Every `GatherElements` of floats or of a mask by that row; ids of the row itself, which some rotations follow, are left."""
+def _choices(chosen: ir.Value, path: Path) -> list[ir.Node]:
+    """Every `GatherElements` of floats or of a mask by that row; which ids come before it, which some rotations follow, is left."""
     pending, seen, found = [chosen], {chosen}, []
     while pending:
         for use in pending.pop().uses():
@@ -63,11 +70,13 @@ def _choices(chosen: ir.Value) -> list[ir.Node]:
             elif node.op_type in ("Unsqueeze", "Reshape", "Expand") and use.idx == 0:
                 pending += [value for value in node.outputs if value not in seen]
                 seen.update(node.outputs)
+            elif node.op_type not in _COMPARISONS:
+                raise _unknown(path, f"reads {_CHOSEN} in {node.op_type}")
     return found
 
 
 def _end_of_row(logits: ir.Value, path: Path) -> ir.Node:
-    """The node that makes [B, H] of [B, 1, H]."""
+    """The node that makes [B, H] of [B, 1, H]; without the choice, it would have [B, S, H]."""
     value: ir.Value | None = logits
     while value is not None and (node := value.producer()) is not None:
         if node.op_type in ("Squeeze", "Gather") and _of_one_row(node):

@@ -12,6 +12,7 @@ from gap_export.errors import RecipeError
 from tests.families.answers import Asked, Families, assert_equal, prompts
 from tests.families.contract import Case, Contract
 from tests.families.tiny_families import NATIVE, ranged
+from tests.graph.read_tokens import off, off_prefixes
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,14 @@ class TestNativeResolution(Contract):
             np.roll(deepstack_levels, 1, axis=1),
         ):
             assert np.abs(logits(np.concatenate([own, wrong], axis=-1)) - right).max() > 1e-2
+
+    def test_rows_of_a_text_are_those_of_the_decoder(self, tiny_family: Families, usual: Case) -> None:
+        """All at once, with three rows of ids: `every_row.py`."""
+        bundle = usual.asked(tiny_family).bundle
+        assert bundle.manifest.spec.position_rows == 3
+        ids = np.random.default_rng(2).integers(5, 40, (2, 9))
+        assert off(bundle, ids, [[8, 8], [0, 5]]) < 1e-4
+        assert off_prefixes(bundle, ids[:1]) < 1e-4
 
     def test_max_pixels_bounds_tokens_and_cache(self, tiny_family: Families) -> None:
         wide = usual_of(tiny_family, "qwen2_vl")

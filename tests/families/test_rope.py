@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gap_export.errors import CheckpointError, RecipeError
 from gap_export.graph.trace_cache import Tracer
 from tests.families.answers import Asked, Families, Tiny, assert_equal
+from tests.graph.read_tokens import Reader, off, off_prefixes
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +101,22 @@ def ask(tiny_family: Families, tmp_path: Path, tracer: Tracer) -> Callable[..., 
     return asked
 
 
+def assert_rows_are_read(asked: Asked, kind: str) -> None:
+    """All rows of a text at once (`every_row.py`) are those of the decoder, if it is short.
+
+    Frequencies that follow the length are those of the row that is named, and so of all rows of the call.
+    """
+    ids = np.random.default_rng(2).integers(5, 40, (2, BORDER + 4))
+    assert off(asked.bundle, ids[:, :9], [[8, 8], [0, 5]]) < 1e-4
+    assert off_prefixes(asked.bundle, ids[:1, :9]) < 1e-4
+    last = ids.shape[1] - 1
+    assert off(asked.bundle, ids, [[last, last], [last, 3]], slots=192) < 1e-4
+    if kind in ("dynamic", "longrope"):
+        own, every = (Reader(asked.bundle, every_row=each) for each in (False, True))
+        rows_SV, short_V = every.read(ids, [last, last], slots=192)[0], own.read(ids, [8, 8], slots=192)[0]
+        assert np.abs(rows_SV[8] - short_V).max() > 1e-2, "or the border is not passed"
+
+
 @pytest.mark.parametrize(
     "kind",
     # The last two differ from the third in constants alone (`tests/modeling/test_rope.py`), and take as long.
@@ -114,6 +132,7 @@ def test_graphs_answer_as_transformers(kind: str, ask: Callable[..., Asked]) -> 
     asked = ask(kind)
     for keep in (0.3, 1.0):
         assert_equal(asked.answer(2, keep), asked.true_answer(2, keep))
+    assert_rows_are_read(asked, kind)
     if kind in ("dynamic", "longrope"):
         ends = asked.answer(2, 1.0).placement.next_position
         assert ends.min() - 20 < BORDER < ends.max() - 20, "both sides of the border, or nothing is tested"
