@@ -118,7 +118,7 @@ def test_every_row_leads_to_what_it_names(row: Precision) -> None:
     assert np.dtype(row.activations.dtype).itemsize == row.activations.bytes
     assert getattr(torch, row.activations.dtype).itemsize == row.activations.bytes
     assert ir.DataType[row.activations.onnx].itemsize == row.activations.bytes
-    for name in (row.decoder, row.head, row.elsewhere):
+    for name in (row.decoder, row.wide, row.head, row.elsewhere):
         if name is not None:
             scheme = load_scheme(name)
             assert all(callable(getattr(scheme, each)) for each in ("fits", "pieces", "encode", "nodes"))
