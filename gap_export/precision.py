@@ -188,7 +188,7 @@ _ROWS = (
     ),
     Precision(
         "int8",
-        "linear layers of tower and decoder: 8 bits, one scale per column; their activations: 8 or twice 8 bits, one scale per token",
+        "linear layers of tower and decoder: 8 bits, one scale per column; their activations: 8 or twice 7 bits, one scale per token",
         FP32,
         bytes_per_weight=1.01,
         decoder="int8_fine",

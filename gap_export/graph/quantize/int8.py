@@ -67,11 +67,10 @@ def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> l
 
 
 def multiplied(
-    product: ir.Node, quantized: ir.Value, numbers: ir.Value, rewriter: Rewriter
+    product: ir.Node, quantized: ir.Value, numbers: ir.Value, rewriter: Rewriter, *, zero: int = ZERO
 ) -> tuple[ir.Node, ir.Node]:
     """(MatMulInteger of activations 0..255 and a weight, Cast to float)."""
-    zero = rewriter.constant(ir.tensor(np.array(ZERO, np.uint8)), "int8.zero")
-    integers = ir.node("MatMulInteger", [quantized, numbers, zero])
+    integers = ir.node("MatMulInteger", [quantized, numbers, zero_point(rewriter, zero)])
     integers.outputs[0].shape = product.outputs[0].shape
     integers.outputs[0].type = ir.TensorType(ir.DataType.INT32)
     return integers, ir.node("Cast", [integers.outputs[0]], {"to": ir.DataType.FLOAT})
@@ -94,9 +93,14 @@ def _quantize(activations: ir.Value, rewriter: Rewriter) -> tuple[list[ir.Node],
     return found, (low.outputs[0], step.outputs[0], middle.outputs[0])
 
 
-def whole(scaled: ir.Value, activations: ir.Value, rewriter: Rewriter) -> ir.Node:
-    """QuantizeLinear of what was scaled to -128..127."""
-    zero = rewriter.constant(ir.tensor(np.array(ZERO, np.uint8)), "int8.zero")
-    low = ir.node("QuantizeLinear", [scaled, rewriter.number(1.0, "int8.one"), zero])
+def zero_point(rewriter: Rewriter, zero: int) -> ir.Value:
+    """What stands for zero among the activations 0..255."""
+    return rewriter.constant(ir.tensor(np.array(zero, np.uint8)), f"int8.zero.{zero}")
+
+
+def whole(scaled: ir.Value, activations: ir.Value, rewriter: Rewriter, *, zero: int = ZERO) -> ir.Node:
+    """QuantizeLinear of what was scaled to whole numbers."""
+    one = rewriter.number(1.0, "int8.one")
+    low = ir.node("QuantizeLinear", [scaled, one, zero_point(rewriter, zero)])
     low.outputs[0].shape, low.outputs[0].type = activations.shape, ir.TensorType(ir.DataType.UINT8)
     return low

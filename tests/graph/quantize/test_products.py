@@ -75,7 +75,7 @@ def by_int8(x_BSK: NDArray[np.float32], of: Layer) -> Floats:
 
 
 def by_int8_fine(x_BSK: NDArray[np.float32], of: Layer) -> Floats:
-    most, finer = int8_fine.INT8_MAX, np.float32(2 * int8_fine.INT8_MAX)
+    most, finer = int8_fine.PIECE_MAX, np.float32(int8_fine.FINER)
     step = np.maximum(np.abs(x_BSK).max(-1, keepdims=True), np.float32(1e-30)) * np.float32(1 / most)
     scaled = x_BSK / step
     coarse = np.rint(scaled)
@@ -173,7 +173,7 @@ def bound(scheme: str, x_BSK: NDArray[np.float32], of: Layer) -> Floats:
         return allowed((wide.max() - wide.min()) / int8.STEPS / 2, x_BSK, of)
     if scheme == "int8_fine":
         largest = np.abs(wide).max()
-        return allowed(largest / int8_fine.INT8_MAX / (2 * int8_fine.INT8_MAX) / 2, x_BSK, of)
+        return allowed(largest / int8_fine.PIECE_MAX / int8_fine.FINER / 2, x_BSK, of)
     # Activations of a block are rounded to 127 steps of its own.
     largest = np.abs(wide.reshape(-1, LONG)).max(axis=1).repeat(LONG)
     return allowed(largest[:, None] / 127 / 2, x_BSK, of)
@@ -194,13 +194,27 @@ def test_a_token_is_off_by_its_own_steps_alone(scheme: str, x_BSK: NDArray[np.fl
 
 
 def test_an_outlier_costs_one_piece_what_it_does_not_cost_two() -> None:
-    """One activation of great size: the step of the others is a 255th of it, or a 65000th."""
+    """One activation of great size: the step of the others is a 255th of it, or a 16000th."""
     x_BSK = tokens()[:1, :1].copy()
     x_BSK[0, 0, 0] = 1000
     exact = x_BSK.astype(np.float64) @ restored(layer("int8"))
     coarse, fine = (np.abs(layer(scheme).run(x_BSK) - exact).max() for scheme in ("int8", "int8_fine"))
     assert coarse > 1, "or nothing is shown"
-    assert fine < coarse / 50
+    assert fine < coarse / 10
+
+
+def test_two_pieces_never_overflow_where_pairs_of_products_are_added_in_sixteen_bits() -> None:
+    """As VPMADDUBSW does on processors without VNNI: activations without a sign by weights with one, two neighbours at a time."""
+    of = Layer("int8_fine", np.full((2, INNER), 3, np.float32) * np.array([[1], [-1]], np.float32))
+    (weight_N,) = np.unique(of.pieces["int8"], axis=0)
+    assert sorted(weight_N) == [-127, 127]
+    largest = int8_fine.ZERO + int8_fine.PIECE_MAX
+    assert 2 * largest * 127 <= np.iinfo(np.int16).max
+    assert int8_fine.ZERO - int8_fine.PIECE_MAX >= 0
+    x_BSK = np.full((1, 1, INNER), 5, np.float32)
+    x_BSK[..., 1::2] = 4.96  # either piece at its ends
+    for sign in (1, -1):
+        np.testing.assert_allclose(of.run(sign * x_BSK), by_int8_fine(sign * x_BSK, of), rtol=1e-6)
 
 
 def test_a_constant_token_loses_nothing_in_one_piece() -> None:

@@ -99,8 +99,9 @@ def test_zero_is_zero_in_uint4(rows: Any) -> None:
 
 
 @pytest.mark.parametrize("extreme", [INT8_MAX, -INT8_MAX])
-def test_products_of_extremes_are_not_cut_off(extreme: int) -> None:
-    """On any processor: with eight bits of weight they would be, where there is no VNNI."""
+@pytest.mark.parametrize("activation", [255, int8_fine.ZERO + int8_fine.PIECE_MAX])
+def test_products_of_extremes_are_not_cut_off(activation: int, extreme: int) -> None:
+    """Those of pieces of seven bits on any processor; those of eight where there is VNNI, and not on x86 without it."""
     inner, columns = 512, 32
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["x", "w", "zero"], ["y"])],
@@ -115,8 +116,8 @@ def test_products_of_extremes_are_not_cut_off(extreme: int) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for rows in (1, 40):
-        feeds = {"x": np.full((rows, inner), 255, np.uint8), "zero": np.array(0, np.uint8)}
-        assert (session.run(None, feeds)[0] == 255 * extreme * inner).all()
+        feeds = {"x": np.full((rows, inner), activation, np.uint8), "zero": np.array(0, np.uint8)}
+        assert (session.run(None, feeds)[0] == activation * extreme * inner).all()
 
 
 @given(weights)
