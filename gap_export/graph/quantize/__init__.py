@@ -3,14 +3,17 @@
 A scheme is a module with four functions (`scheme.Scheme`): which weights it fits, what it makes of them, how it rounds, and which
 nodes take the place of a matrix product. A precision (`gap_export.precision`) says which layers get which scheme.
 
-    int8     DynamicQuantizeLinear -> MatMulInteger -> scale. One scale per column of the weight, one per call for activations, found
-             while running.
-    int4     DequantizeLinear in blocks of 32 along the input -> MatMul. Runtimes read four bits and multiply in one go (ONNX Runtime:
-             `MatMulNBits`).
-    fp8      QuantizeLinear -> DequantizeLinear for activations and DequantizeLinear for weights -> MatMul. Engines multiply E4M3 by
-             E4M3.
-    nvfp4    the same places in E2M1, with a scale per block of 16: activations by TensorRT's own operator, whose block scales are
-             found while running.
+    int8         QuantizeLinear -> MatMulInteger -> scales. One scale per column of the weight, and per token of the activations a scale and
+                 a midpoint, found while running.
+    int8_fine    the same with the activations in two pieces, and the product made of both.
+    int8_blocks  DequantizeLinear in blocks of 32 along the input -> MatMul. Runtimes read eight bits and multiply in one go (ONNX Runtime:
+                 `MatMulNBits`).
+    int4         the same in four bits.
+    uint4        the same with a zero point per block.
+    fp8          QuantizeLinear -> DequantizeLinear for activations and DequantizeLinear for weights -> MatMul. Engines multiply E4M3 by
+                 E4M3.
+    nvfp4        the same places in E2M1, with a scale per block of 16: activations by TensorRT's own operator, whose block scales are
+                 found while running.
 
 Activations of fp8 and nvfp4 have one scale that is measured beforehand (`recipe/ranges.py`).
 """
