@@ -19,7 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from llama_cpp_peer import AROUND, LAYER
+from gguf_names import AROUND, LAYER
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -22,7 +22,6 @@ from gap_export.cli.options import (
 from gap_export.cli.progress import progress_shown
 from gap_export.errors import InputError
 
-
 _OF_SCENES = ("limit", "keep", "text_tower", "batch")
 
 

@@ -53,8 +53,8 @@ class BundleScorer(OnnxRuntimeSession):
     """
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, renumber: Renumber | None = None) -> None:
-        self._staged = bool(bundle.manifest.pruning.stages)
-        super().__init__(bundle, threads=threads, only=("embed", "decode" if self._staged else "decoder"))
+        decoder = "decode" if bundle.manifest.pruning.stages else "decoder"
+        super().__init__(bundle, threads=threads, only=("embed", decoder))
         self.renumber = renumber
 
     def start(self, tokens: int) -> None:
@@ -80,10 +80,9 @@ class BundleScorer(OnnxRuntimeSession):
         )
         (embeds,) = self._run("embed", {"input_ids": token_ids_T[None]})
         logits_TV = np.empty((count, manifest.spec.vocabulary), np.float32)
-        logits = logits_TV if self._staged else logits_TV[None]
         graph = self._token_graph
         self._execute(
-            graph, self._decoder_binding(graph, embeds, placement.decoder_inputs(), {"logits": logits})
+            graph, self._decoder_binding(graph, embeds, placement.decoder_inputs(), {"logits": logits_TV})
         )
         return logits_TV
 

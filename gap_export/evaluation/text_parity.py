@@ -54,8 +54,8 @@ class TextReport(Record):
         bundle: name of its recipe.
         backend: runtime that it was put through.
         precision: of weights and activations.
-        text: name of the file.
-        text_sha256: of its content.
+        source: name of the file that was read.
+        source_sha256: of its content.
         prefill: the tokens that were read in one call; None where the decoder drops tokens, which takes an image.
         steps: those that were read one by one after them.
         gates: both, checked.
@@ -68,8 +68,8 @@ class TextReport(Record):
     bundle: str
     backend: str
     precision: str
-    text: str
-    text_sha256: str
+    source: str
+    source_sha256: str
     prefill: TextMeasurement | None
     steps: TextMeasurement
     gates: list[Gate]

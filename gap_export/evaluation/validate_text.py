@@ -107,8 +107,8 @@ def validate_text(
         bundle=manifest.name,
         backend=BundleScorer.backend,
         precision=manifest.precision,
-        text=Path(text).name,
-        text_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        source=Path(text).name,
+        source_sha256=hashlib.sha256(content.encode()).hexdigest(),
         prefill=measured[0] if prefilled else None,
         steps=measured[-1],
         gates=gates,
@@ -122,7 +122,7 @@ def validate_text(
 def _tokens_of(bundle: Bundle, content: str, subject: str, tokens: int) -> tuple[Ids, int]:
     """(ids of the text [T], how many of them are read in one call)."""
     manifest = bundle.manifest
-    tokenizer = load_tokenizer(bundle.tokenizer)
+    tokenizer = load_tokenizer(bundle.tokenizer_path)
     ids = tokenizer.encode(content, add_special_tokens=True).ids
     layout, staged = manifest.cache_layout, bool(manifest.pruning.stages)
     longest = min([manifest.spec.max_positions, *(layout.capacities if layout.static else ())])

@@ -41,7 +41,7 @@ def print_text_parity(report: TextReport, console: Terminal) -> None:
         "rise",
         "mean KL",
         "same first choice",
-        title=f"{report.bundle} ({report.precision}), {report.text}",
+        title=f"{report.bundle} ({report.precision}), {report.source}",
     )
     for name, part in (("in one call", report.prefill), ("one by one", report.steps)):
         if part is None:

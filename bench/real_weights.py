@@ -1,0 +1,287 @@
+"""What low precision costs a decoder that was trained: perplexity, agreement with PyTorch, and time, beside llama.cpp and OpenVINO.
+
+    python bench/real_weights.py [--tokens 2048] [--rounds 15] [--no-peers] [--scratch FOLDER] [--label TEXT]
+
+SmolLM2-135M-Instruct (`peers/smollm2.py`), behind the tower of a small LLaVA with random weights, so that bundles are built as ever. The text is
+prose that every Python brings: chapters of its language reference. Each precision reads it in one call of --tokens tokens and then 256 more one by
+one (`gap-export validate --text`); peers read the same tokens in one call. Requests of all bundles are made in turns. The last line printed is the
+record, also stored in bench/results/real_weights.json. Needs the environment of `peers/environment.py`, and 4 GB of disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydoc_data.topics
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "peers")]
+import environment  # noqa: E402
+import harness  # noqa: E402
+from harness import LLAVA_135M, ensure_checkpoint  # noqa: E402
+
+import gap_export as gap  # noqa: E402
+from gap_export.boxes.scenes import cases  # noqa: E402
+from gap_export.evaluation.text_parity import measure  # noqa: E402
+from gap_export.graph.quantize.store import FILE  # noqa: E402
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8-blocks", "int4")
+PEERS = {
+    "llama.cpp Q8_0": ("text_llama_cpp.py", "q8_0"),
+    "llama.cpp Q4_0": ("text_llama_cpp.py", "q4_0"),
+    "llama.cpp Q4_1": ("text_llama_cpp.py", "q4_1"),
+    "llama.cpp Q4_K_S": ("text_llama_cpp.py", "q4_k_s"),
+    "llama.cpp Q4_K_M": ("text_llama_cpp.py", "q4_k_m"),
+    "OpenVINO int8": ("text_openvino.py", "int8", "0"),
+    "OpenVINO INT4_SYM, 32": ("text_openvino.py", "int4_sym", "32"),
+    "OpenVINO INT4_ASYM, 32": ("text_openvino.py", "int4_asym", "32"),
+    "OpenVINO INT4_ASYM, 64": ("text_openvino.py", "int4_asym", "64"),
+}
+TEXT = ("objects", "types", "execmodel", "naming", "import", "exceptions", "with", "class", "function")
+CALIBRATION = ("typesmapping", "typesseq", "debugger", "comparisons", "assignment", "try", "async", "numbers")
+"""Chapters that are read, and others that weights of four bits are chosen by."""
+IMAGE_TOKEN = ("<empty_output>", 16)
+"""A token that no text has; it becomes the placeholder."""
+MOST_INT8_RISE, MOST_INT8_TTFT = 0.02, 0.75
+NEW_TOKENS = 8
+
+
+def main() -> int:
+    parser = harness.parser_of(__doc__, scratch=True)
+    parser.add_argument("--tokens", type=int, default=2048, help="of the first call")
+    parser.add_argument("--rounds", type=int, default=15, help="of requests, in turns")
+    parser.add_argument("--no-peers", action="store_true", help="measure gap-export alone")
+    options = parser.parse_args()
+    console = Console()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    decoder, facts = ensure_decoder(options.scratch)
+    checkpoint = ensure_llava(options.scratch, decoder)
+    text, calibration = (options.scratch / f"{name}.txt" for name in ("text", "calibration"))
+    for path, chapters in ((text, TEXT), (calibration, CALIBRATION)):
+        path.write_text("\n\n".join(pydoc_data.topics.topics[name] for name in chapters))
+    rows: dict[str, dict[str, Any]] = {}
+    bundles = {}
+    for name in PRECISIONS:
+        console.print(f"building and reading in {name}")
+        bundles[name] = build(options.scratch / f"bundle-{name}", checkpoint, name, calibration)
+        report = gap.validate_text(bundles[name], text, tokens=options.tokens, threads=2)
+        rows[name] = {
+            "bits_per_weight": bits_per_weight(bundles[name].folder),
+            **{part: getattr(report, part).model_dump() for part in ("prefill", "steps")},
+            "rise": report.prefill.perplexity_rise,
+            "steps_rise": report.steps.perplexity_rise,
+            "ok": report.ok,
+        }
+    times = latencies(bundles, options.rounds)
+    for name, measured in times.items():
+        rows[name] |= measured
+    peers = {} if options.no_peers else read_by_peers(options, checkpoint, decoder, text, console)
+    print_table(console, rows, peers)
+    four_bit = [
+        peer["rise"]
+        for peer in peers.values()
+        if 4 <= peer["bits_per_weight"] <= rows["int4"]["bits_per_weight"]
+    ]
+    targets = {
+        "int8: perplexity, rise": (rows["int8"]["rise"], MOST_INT8_RISE),
+        "int8: TTFT, of fp32's": (rows["int8"]["ttft_ratio"], MOST_INT8_TTFT),
+        **({"int4: perplexity, rise": (rows["int4"]["rise"], min(four_bit))} if four_bit else {}),
+    }
+    for name, (measured, limit) in targets.items():
+        console.print(f"{name}: {measured:.3f}, at most {limit:.3f}")
+    return harness.finish(
+        "real_weights",
+        {
+            "checkpoint": facts,
+            "tokens": options.tokens,
+            "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+            "gap_export": rows,
+            "peers": peers,
+            "targets": {name: {"measured": m, "at_most": limit} for name, (m, limit) in targets.items()},
+        },
+        label=options.label,
+        ok=all(measured <= limit for measured, limit in targets.values()),
+    )
+
+
+def ensure_decoder(scratch: Path) -> tuple[Path, dict[str, Any]]:
+    """(a Llama as transformers stores it, what was said as it was made)."""
+    folder, said = scratch / "smollm2", scratch / "smollm2.json"
+    if not (said.exists() and folder.exists()):
+        shutil.rmtree(folder, ignore_errors=True)
+        said.write_text(json.dumps(_peer(scratch, "smollm2.py", str(folder))))
+    return folder, json.loads(said.read_text())
+
+
+def ensure_llava(scratch: Path, decoder: Path) -> Path:
+    """The same decoder behind a tower with random weights."""
+    folder = scratch / "smollm2-llava"
+    stand_in, _ = ensure_checkpoint(scratch / "llava-135m", LLAVA_135M)
+    inner = json.loads((decoder / "config.json").read_text())
+    kept = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    also = ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "vocab_size")
+    config = {
+        **LLAVA_135M,
+        "torch_dtype": "float32",
+        "image_token_index": IMAGE_TOKEN[1],
+        "pad_token_id": inner["eos_token_id"],
+        "text_config": {
+            "model_type": "llama",
+            "bos_token_id": inner["bos_token_id"],
+            "eos_token_id": inner["eos_token_id"],
+            **{name: inner[name] for name in (*kept, *also)},
+        },
+    }
+    if folder.exists():
+        if json.loads((folder / "config.json").read_text()) == config:
+            return folder
+        raise SystemExit(f"{folder} holds another checkpoint; remove it or choose another --scratch")
+    weights = {
+        f"language_model.{key}": value for key, value in load_file(decoder / "model.safetensors").items()
+    }
+    for shard in stand_in.glob("*.safetensors"):
+        for key, value in load_file(shard).items():
+            if "vision_tower" in key or "multi_modal_projector" in key:
+                weights[key] = value.astype(np.float32)
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        if (stand_in / name).exists():
+            shutil.copy(stand_in / name, folder)
+    tokenizer = (decoder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(tokenizer.replace(IMAGE_TOKEN[0], "<image>"))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def build(folder: Path, checkpoint: Path, precision: str, calibration: Path) -> Any:
+    recipe = gap.Recipe.load(
+        "llava", checkpoint=str(checkpoint), precision=precision, keep=0.25, pruner="cls_attention"
+    )
+    return gap.build(recipe, folder, replace=True)
+
+
+def bits_per_weight(folder: Path) -> float:
+    """Of matrices of the layers: their numbers, scales and zero points; neither embedding nor head."""
+    if not (folder / FILE).exists():
+        return 16.0 if (folder / "weights-fp16.safetensors").exists() else 32.0
+    bits = elements = 0
+    with safe_open(folder / FILE, "np") as stored:
+        for key in stored.keys():  # noqa: SIM118  (not a dict)
+            if ".layers." not in key or "language_model" not in key:
+                continue
+            part = stored.get_tensor(key)
+            bits += 8 * part.nbytes
+            if key.endswith(".int8"):
+                elements += part.size
+            elif key.endswith((".uint4", ".int4")):
+                elements += 2 * part.size
+    return bits / elements
+
+
+def latencies(bundles: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds to the first token and per token, and their ratios to fp32: medians over requests in turns, two threads."""
+    (case,) = cases(1)
+    models = {name: gap.load(bundle, threads=2) for name, bundle in bundles.items()}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            answer = model.ground(case.image, case.expression, max_new_tokens=NEW_TOKENS)
+            spent = answer.timings
+            if turn:
+                per_token = spent.decode / max(1, answer.new_tokens - 1)
+                found[name].append((1e3 * (spent.vision + spent.prefill), 1e3 * per_token))
+    for model in models.values():
+        model.close()
+    medians = {
+        name: [statistics.median(each) for each in zip(*runs, strict=True)] for name, runs in found.items()
+    }
+    return {
+        name: {
+            "ttft_ms": ttft,
+            "tpot_ms": tpot,
+            "ttft_ratio": ttft / medians["fp32"][0],
+            "tpot_ratio": tpot / medians["fp32"][1],
+        }
+        for name, (ttft, tpot) in medians.items()
+    }
+
+
+def read_by_peers(
+    options: Any, checkpoint: Path, decoder: Path, text: Path, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Every peer on the same tokens, against the same logits of PyTorch."""
+    from tokenizers import Tokenizer
+
+    ids = np.array(
+        Tokenizer.from_file(str(decoder / "tokenizer.json")).encode(text.read_text()).ids, np.int64
+    )
+    ids = ids[: options.tokens + 1]
+    reference, logits = options.scratch / "reference.npy", options.scratch / "logits.npy"
+    ids_file = options.scratch / "ids.npy"
+    np.save(ids_file, ids[:-1])
+    _peer(options.scratch, "text_transformers.py", str(decoder), str(ids_file), str(reference))
+    truth = np.load(reference, mmap_mode="r")
+    found = {}
+    for name, (script, *arguments) in PEERS.items():
+        console.print(f"reading with {name}")
+        source = decoder if script == "text_openvino.py" else checkpoint
+        said = _peer(options.scratch, script, str(source), str(ids_file), str(logits), *arguments)
+        measured = measure(np.load(logits, mmap_mode="r"), truth, ids[1:])
+        found[name] = {**said, **measured.model_dump(), "rise": measured.perplexity_rise}
+    for path in (reference, logits, ids_file):
+        path.unlink()
+    return found
+
+
+def _peer(scratch: Path, script: str, *arguments: str) -> dict[str, Any]:
+    """What a script of `peers/` says in its last line, run in their environment."""
+    python = environment.python_of(scratch)
+    if not python.exists():
+        raise SystemExit("peers need an environment of their own: run `python bench/peers/environment.py`")
+    child = subprocess.run(
+        [str(python), str(HERE / "peers" / script), *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
+    said: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return said
+
+
+def print_table(console: Console, rows: dict[str, dict[str, Any]], peers: dict[str, dict[str, Any]]) -> None:
+    table = Table("", "bits", "one call", "KL", "top 1", "one by one", "TTFT", "TPOT")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['bits_per_weight']:.2f}",
+            f"{100 * row['rise']:+.2f} %",
+            f"{row['prefill']['mean_kl']:.4f}",
+            f"{row['prefill']['top1_agreement']:.3f}",
+            f"{100 * row['steps_rise']:+.2f} %",
+            f"{row['ttft_ratio']:.2f}",
+            f"{row['tpot_ratio']:.2f}",
+        )
+    for name, row in peers.items():
+        shown = (f"{row['bits_per_weight']:.2f}", f"{100 * row['rise']:+.2f} %", f"{row['mean_kl']:.4f}")
+        table.add_row(name, *shown, f"{row['top1_agreement']:.3f}", "", "", "")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
