@@ -52,7 +52,8 @@ class Thresholds:
 
     Attributes:
         min_kept_sets_equal: share of cases whose kept visual tokens are the reference's, ties of score excepted.
-        max_logit_difference: largest absolute difference of logits, any step.
+        max_logit_difference: largest absolute difference of logits, any step; None asks for nothing.
+        max_relative_logit_difference: the same, relative to the largest logit of its row; None asks for nothing.
         min_logit_cosine: smallest cosine similarity of logit rows.
         max_norm_deviation: largest |1 - ratio of logit norms|.
         min_token_agreement: share of generated tokens that are equal.
@@ -71,7 +72,8 @@ class Thresholds:
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid", "allow_inf_nan": False}
 
     min_kept_sets_equal: float = 1.0
-    max_logit_difference: float = 1e-3
+    max_logit_difference: float | None = 1e-3
+    max_relative_logit_difference: float | None = None
     min_logit_cosine: float = 0.99999
     max_norm_deviation: float = 1e-3
     min_token_agreement: float = 0.99
@@ -85,6 +87,8 @@ class Thresholds:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None:
+                continue
             if not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value} and must be a number")
             if field.name.startswith("min_") and not value <= 1:
@@ -146,14 +150,18 @@ class Precision:
 
 _HALF = Thresholds(
     min_kept_sets_equal=0.95,
-    max_logit_difference=0.25,
+    max_logit_difference=None,
+    max_relative_logit_difference=0.02,
     min_logit_cosine=0.999,
     max_norm_deviation=0.02,
     min_token_agreement=0.95,
     min_box_iou=0.95,
     max_accuracy_drop=0.01,
+    max_perplexity_rise=5e-3,
+    max_mean_kl=1e-3,
+    min_top1_agreement=0.98,
 )
-"""Leaves a margin for rounding."""
+"""Leaves a margin for rounding. That is a part of what is rounded, so logits are held against the largest of their row."""
 _INT8 = Thresholds(
     min_kept_sets_equal=0.0,
     max_logit_difference=10.0,
@@ -162,10 +170,20 @@ _INT8 = Thresholds(
     min_token_agreement=0.8,
     min_box_iou=0.9,
     max_accuracy_drop=0.02,
+    max_perplexity_rise=0.03,
+    max_mean_kl=0.02,
+    min_top1_agreement=0.9,
 )
 """A tower in whole numbers ranks its patches a little differently, so most sets differ by a few: boxes and accuracy decide."""
 _INT4 = replace(
-    _INT8, min_kept_sets_equal=0.99, max_logit_difference=20.0, min_logit_cosine=0.8, max_norm_deviation=1.0
+    _INT8,
+    min_kept_sets_equal=0.99,
+    max_logit_difference=20.0,
+    min_logit_cosine=0.8,
+    max_norm_deviation=1.0,
+    max_perplexity_rise=0.4,
+    max_mean_kl=0.4,
+    min_top1_agreement=0.7,
 )
 """The tower is not quantised here. Weights of four bits are off by a tenth, which single rows of logits show; boxes and accuracy decide."""
 _FP8 = replace(_INT8, min_kept_sets_equal=_HALF.min_kept_sets_equal, max_norm_deviation=0.4)

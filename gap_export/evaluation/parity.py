@@ -30,6 +30,8 @@ from gap_export.runtime.grounder import Grounded
 
 SCORE_MARGIN = 1e-3
 """Relative difference to the score of the last token kept below which the choice between two tokens is a tie."""
+_LEAST_LOGIT = 1e-6
+"""In the place of a largest logit that is zero."""
 
 
 class Measurement(Record):
@@ -43,6 +45,7 @@ class Measurement(Record):
             from the tokens the run kept.
         max_logit_difference: largest absolute difference, over all steps up to the first diverging token, of the cases
             with identical kept sets.
+        max_relative_logit_difference: the same, relative to the largest magnitude of the reference's row.
         min_logit_cosine: smallest cosine similarity of logit rows, same steps.
         max_norm_deviation: largest |1 - ratio of norms| of logit rows, same steps.
         token_agreement: share of generated tokens that are equal, position by position.
@@ -57,6 +60,7 @@ class Measurement(Record):
     kept_sets_equal: Share
     position_ids_equal: Share
     max_logit_difference: Measured
+    max_relative_logit_difference: Measured
     min_logit_cosine: Measured
     max_norm_deviation: Measured
     token_agreement: Share
@@ -184,6 +188,7 @@ def measure(
         expected = _expected_placement(run, manifest)
         rows += [_compare_row(mine, theirs, expected, row, margin) for row in range(len(truth.answers))]
     differences = [value for row in rows for value in row.logit_differences] or [0.0]
+    relative = [value for row in rows for value in row.relative_differences] or [0.0]
     cosines = [value for row in rows for value in row.logit_cosines] or [1.0]
     deviations = [value for row in rows for value in row.norm_deviations] or [0.0]
     diverging = [row.first_diverging_token for row in rows if row.first_diverging_token is not None]
@@ -193,6 +198,7 @@ def measure(
         kept_sets_equal=float(np.mean([row.kept_equal for row in rows])),
         position_ids_equal=float(np.mean([row.ids_equal for row in rows])),
         max_logit_difference=_worst(max(differences), np.inf, differences),
+        max_relative_logit_difference=_worst(max(relative), np.inf, relative),
         min_logit_cosine=_worst(min(cosines), -1.0, cosines),
         max_norm_deviation=_worst(max(deviations), np.inf, deviations),
         token_agreement=sum(row.tokens_equal for row in rows) / sum(row.tokens for row in rows),
@@ -206,10 +212,17 @@ def measure(
 
 def judge(measured: Measurement, thresholds: Thresholds) -> list[Gate]:
     """Hold a measurement against its thresholds."""
+    of_logits = {
+        "logit_difference": (measured.max_logit_difference, thresholds.max_logit_difference),
+        "relative_logit_difference": (
+            measured.max_relative_logit_difference,
+            thresholds.max_relative_logit_difference,
+        ),
+    }
     return [
         at_least("kept_sets", measured.kept_sets_equal, thresholds.min_kept_sets_equal),
         at_least("position_ids", measured.position_ids_equal, 1.0),
-        at_most("logit_difference", measured.max_logit_difference, thresholds.max_logit_difference),
+        *(at_most(name, found, limit) for name, (found, limit) in of_logits.items() if limit is not None),
         at_least("logit_cosine", measured.min_logit_cosine, thresholds.min_logit_cosine),
         at_most("logit_norm", measured.max_norm_deviation, thresholds.max_norm_deviation),
         at_least("token_agreement", measured.token_agreement, thresholds.min_token_agreement),
@@ -230,6 +243,7 @@ class _Row:
     tokens: int
     first_diverging_token: int | None
     logit_differences: list[float]
+    relative_differences: list[float]
     logit_cosines: list[float]
     norm_deviations: list[float]
 
@@ -265,6 +279,7 @@ def _compare_row(mine: Generation, theirs: Generation, expected: Placement, row:
         tokens=max(longest, 1),
         first_diverging_token=diverging,
         logit_differences=[],
+        relative_differences=[],
         logit_cosines=[],
         norm_deviations=[],
     )
@@ -273,7 +288,9 @@ def _compare_row(mine: Generation, theirs: Generation, expected: Placement, row:
     for mine_BV, theirs_BV in zip(mine.logits[:steps], theirs.logits[:steps], strict=False):
         x, y = mine_BV[row].astype(np.float64), theirs_BV[row].astype(np.float64)
         norms = np.linalg.norm(x), np.linalg.norm(y)
-        found.logit_differences.append(float(np.abs(x - y).max()))
+        difference = float(np.abs(x - y).max())
+        found.logit_differences.append(difference)
+        found.relative_differences.append(difference / max(float(np.abs(y).max()), _LEAST_LOGIT))
         found.logit_cosines.append(float(x @ y / (norms[0] * norms[1])))
         found.norm_deviations.append(float(abs(1 - norms[0] / norms[1])))
     return found

@@ -58,7 +58,7 @@ class BundleScorer(OnnxRuntimeSession):
         self.renumber = renumber
 
     def start(self, tokens: int) -> None:
-        """Lay out a cache; what lies in it is seen by nobody."""
+        """Lay out a cache; nothing reads what lies in it."""
         layout = self._bundle.manifest.cache_layout
         slots = layout.capacities if layout.static else (in_slot_steps(tokens),) * len(layout.runs)
         self._lay_out(Layout(1, slots))

@@ -21,6 +21,9 @@ from gap_export.graph.quantize.rounding import never_zero
 from gap_export.graph.quantize.scheme import Piece, Rewriter, Weight
 
 INT8_MAX = 127
+WEIGHT_MAX = 63
+"""Processors without VNNI add two products of eight bits in sixteen, and what is too large is cut off without a word: 2 * 255 * 127
+is, 2 * 255 * 63 is not. What has eight bits of activations has seven of weights, and the other way about (`int8_fine`)."""
 STEPS = 255
 """Between the smallest and the largest activation of a token."""
 ZERO = 128
@@ -35,7 +38,7 @@ def fits(columns: int, inner: int) -> bool:
 
 
 def pieces(weight: Weight) -> tuple[Piece, ...]:
-    """Numbers in -127..127, a scale per column, and the sum of every column."""
+    """Numbers in -63..63, a scale per column, and the sum of every column."""
     return (
         Piece("int8", ir.DataType.INT8, (weight.inner, weight.columns)),
         Piece("scale", weight.float_type, (weight.columns,)),
@@ -45,14 +48,14 @@ def pieces(weight: Weight) -> tuple[Piece, ...]:
 
 def encode(rows_NK: NDArray[np.float32], weight: Weight) -> tuple[NDArray[Any], ...]:
     """([N, K] int8, [N] float32 scales, [N] float32 sums of what these two stand for)."""
-    numbers_NK, scales_N = rounded(rows_NK)
+    numbers_NK, scales_N = rounded(rows_NK, WEIGHT_MAX)
     return numbers_NK, scales_N, numbers_NK.sum(axis=1, dtype=np.int64).astype(np.float32) * scales_N
 
 
-def rounded(rows_NK: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """([N, K] int8, [N] float32 scales); their product is nearest to the rows."""
-    scales_N = never_zero(np.abs(rows_NK).max(axis=1) / INT8_MAX)
-    return np.clip(np.rint(rows_NK / scales_N[:, None]), -INT8_MAX, INT8_MAX).astype(np.int8), scales_N
+def rounded(rows_NK: NDArray[np.float32], most: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """([N, K] int8, [N] float32 scales); their product is nearest to the rows, with numbers up to `most`."""
+    scales_N = never_zero(np.abs(rows_NK).max(axis=1) / most)
+    return np.clip(np.rint(rows_NK / scales_N[:, None]), -most, most).astype(np.int8), scales_N
 
 
 def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:

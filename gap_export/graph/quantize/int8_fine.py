@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gap_export.graph.quantize.int8 import SMALLEST, multiplied, rounded, whole, zero_point
+from gap_export.graph.quantize.int8 import INT8_MAX, SMALLEST, multiplied, rounded, whole, zero_point
 from gap_export.graph.quantize.scheme import Piece, Rewriter, Weight
 
 PIECE_MAX = 63
@@ -44,7 +44,7 @@ def pieces(weight: Weight) -> tuple[Piece, ...]:
 
 def encode(rows_NK: NDArray[np.float32], weight: Weight) -> tuple[NDArray[Any], ...]:
     """([N, K] int8, [N] float32 scales)."""
-    return rounded(rows_NK)
+    return rounded(rows_NK, INT8_MAX)
 
 
 def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gap_export.graph.quantize import fp8, int4, int8, int8_blocks, int8_fine, nvfp4, uint4
 from gap_export.graph.quantize.int4 import BLOCK
-from gap_export.graph.quantize.int8 import INT8_MAX
+from gap_export.graph.quantize.int8 import WEIGHT_MAX
 from gap_export.graph.quantize.rounding import packed_pairs
 from gap_export.graph.quantize.scheme import Weight
 from gap_export.precision import FP16, FP32, Activations
@@ -38,7 +38,7 @@ weights = arrays(np.float32, (4, 2 * BLOCK), elements=st.floats(-8, 8, width=32)
 @given(weights)
 def test_int8_is_nearest(rows: Any) -> None:
     numbers, scales, sums = int8.encode(rows, whole(rows))
-    assert np.abs(numbers).max() <= INT8_MAX
+    assert np.abs(numbers).max() <= WEIGHT_MAX
     assert (np.abs(numbers * scales[:, None] - rows) <= scales[:, None] * 0.5001 + 1e-30).all()
     # What the middle of the activations is multiplied with: the numbers' own sums, and not those of the weights they were.
     np.testing.assert_allclose(sums, (numbers.astype(np.float64) * scales[:, None]).sum(axis=1), rtol=1e-6)
@@ -98,7 +98,7 @@ def test_zero_is_zero_in_uint4(rows: Any) -> None:
     np.testing.assert_array_equal(numbers[rows == 0], np.repeat(zeros, BLOCK, axis=1)[rows == 0])
 
 
-@pytest.mark.parametrize("extreme", [INT8_MAX, -INT8_MAX])
+@pytest.mark.parametrize("extreme", [WEIGHT_MAX, -WEIGHT_MAX])
 @pytest.mark.parametrize("activation", [255, int8_fine.ZERO + int8_fine.PIECE_MAX])
 def test_products_of_extremes_are_not_cut_off(activation: int, extreme: int) -> None:
     """Those of pieces of seven bits on any processor; those of eight where there is VNNI, and not on x86 without it."""
