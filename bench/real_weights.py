@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pydoc_data.topics
 import shutil
 import statistics
 import subprocess
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydoc_data.topics
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open

@@ -62,8 +62,8 @@ def pruners(*, in_decoder: bool) -> str:
 def precisions() -> str:
     """The precisions, from their rows."""
     rows = [
-        "| `--precision` | weights and products | everything else | bytes per weight | `--ranges` | ONNX Runtime | TensorRT, TensorRT-RTX |",
-        "|---|---|---|---|---|---|---|",
+        "| `--precision` | weights and products | everything else | bytes per weight | perplexity | `--ranges` | ONNX Runtime | TensorRT, TensorRT-RTX |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in PRECISIONS.values():
         capability = row.min_compute_capability
@@ -73,6 +73,7 @@ def precisions() -> str:
             row.summary,
             row.activations.name,
             f"{row.bytes_per_weight:g}",
+            "-" if row.perplexity_rise is None else f"{100 * row.perplexity_rise:+.1f} %",
             "needed" if row.needs_ranges else "-",
             "yes" if row.cpu else "no",
             engines if row.engines else "no",

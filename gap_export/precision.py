@@ -120,6 +120,8 @@ class Precision:
         engines: whether TensorRT and TensorRT-RTX take its graphs.
         min_compute_capability: of GPUs that multiply such numbers; None where all do.
         cpu: whether ONNX Runtime has CPU kernels for its graphs.
+        perplexity_rise: what it costs a decoder that was trained, relative to fp32: SmolLM2-135M-Instruct over 2,048 tokens of prose in one
+            call (`bench/real_weights.py`); None where that was not measured.
         choice_margin: of pruners in which no single score decides: if the reference made any of its choices by less, one
             that comes out otherwise, and everything that follows from it, is a tie. What a tower rounds differently grows
             with the element type; in half precision long chains of choices nearly always hold one such, and accuracy is
@@ -139,6 +141,7 @@ class Precision:
     engines: bool = True
     min_compute_capability: float | None = None
     cpu: bool = True
+    perplexity_rise: float | None = None
     choice_margin: float = 1e-5
     gates: Thresholds = Thresholds()
 
@@ -146,6 +149,13 @@ class Precision:
     def quantizes(self) -> bool:
         """Whether any weight has another element type than activations."""
         return any((self.decoder, self.head, self.elsewhere))
+
+    @property
+    def loss(self) -> str:
+        """What it costs, in words."""
+        if self.perplexity_rise is None:
+            return "what it costs a decoder that was trained has not been measured"
+        return f"perplexity {100 * self.perplexity_rise:+.1f} % in a decoder of 135M that was trained"
 
 
 _HALF = Thresholds(
@@ -199,8 +209,16 @@ _NVFP4 = replace(
 """Activations of four bits move logits and boxes more than weights do; whether they still hit is for accuracy to say."""
 
 _ROWS = (
-    Precision("fp32", "floats throughout", FP32, bytes_per_weight=4),
-    Precision("fp16", "floats throughout", FP16, bytes_per_weight=2, choice_margin=5e-3, gates=_HALF),
+    Precision("fp32", "floats throughout", FP32, bytes_per_weight=4, perplexity_rise=0.0),
+    Precision(
+        "fp16",
+        "floats throughout",
+        FP16,
+        bytes_per_weight=2,
+        perplexity_rise=0.0,
+        choice_margin=5e-3,
+        gates=_HALF,
+    ),
     Precision(
         "bf16", "floats throughout", BF16, bytes_per_weight=2, cpu=False, choice_margin=2e-2, gates=_HALF
     ),
@@ -214,6 +232,7 @@ _ROWS = (
         head="int8_fine",
         elsewhere="int8",
         engines=False,
+        perplexity_rise=0.011,
         choice_margin=5e-2,
         gates=_INT8,
     ),
@@ -226,6 +245,7 @@ _ROWS = (
         head="int8_fine",
         elsewhere="int8_blocks",
         engines=False,
+        perplexity_rise=0.005,
         choice_margin=5e-2,
         gates=_INT8,
     ),
@@ -237,6 +257,7 @@ _ROWS = (
         decoder="uint4",
         head="int8_fine",
         engines=False,
+        perplexity_rise=0.22,
         gates=_INT4,
     ),
     Precision(

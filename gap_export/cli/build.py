@@ -13,6 +13,7 @@ from gap_export.cli.numbers import number
 from gap_export.cli.options import JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
+from gap_export.precision import precision as precision_row
 
 if TYPE_CHECKING:
     from gap_export.pipeline.build import BuildResult
@@ -180,6 +181,7 @@ def _facts(output: Path, built: BuildResult) -> dict[str, Any]:
         "name": manifest.name,
         "family": manifest.family,
         "precision": manifest.precision,
+        "perplexity_rise": precision_row(manifest.precision).perplexity_rise,
         "pruner": pruning.pruner,
         "kept": pruning.kept_after_last_stage,
         "mean_kept": pruning.mean_kept,
@@ -209,6 +211,11 @@ def _print(output: Path, built: BuildResult) -> None:
         ("built", "bold green"),
         f" {output}: {manifest.name}, {manifest.precision}, {kept}, positions {pruning.positions}, {cache_length(manifest)}",
     )
+    if manifest.precision != "fp32":
+        out.say(
+            f"  {manifest.precision}: {precision_row(manifest.precision).loss}; of this one it is measured by:"
+        )
+        out.say(f"  gap-export validate {output} --text FILE")
     for assumption in built.assumptions:
         out.say(f"  {assumption}")
     for name, engines in manifest.engines.items():

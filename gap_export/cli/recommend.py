@@ -61,8 +61,10 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """The smallest keep ratio within the accuracy tolerance, and its speedup; exit 1 when there is none."""
+    from gap_export.bundle.folder import open_bundle
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.evaluation.refer.recommend import recommend as recommended
+    from gap_export.evaluation.text_parity import loss_of
 
     dataset = open_dataset(
         data, split=split, images=images, ignore_exif=ignore_exif, skip_bad_rows=skip_bad_rows
@@ -87,6 +89,9 @@ def recommend(
         print_json(result.model_dump())
     else:
         _print_recommendation(result)
+        opened = open_bundle(bundle)
+        if opened.manifest.precision != "fp32":
+            out.say(f"losses are those of pruning; {opened.manifest.precision} itself: {loss_of(opened)}")
     raise typer.Exit(0 if result.chosen is not None else 1)
 
 

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
+from gap_export.bundle.folder import Bundle
+from gap_export.evaluation.bundle_reports import TEXT_PARITY, read_report
 from gap_export.evaluation.gates import Gate, Measured, at_least, at_most, check_gates
 from gap_export.positions import Ids
-from gap_export.precision import Thresholds
+from gap_export.precision import Thresholds, precision
 from gap_export.records import Amount, Count, Flag, Record, Share
 
 _ROWS_AT_ONCE = 64
@@ -89,6 +91,20 @@ class TextReport(Record):
             GateError: one was not.
         """
         check_gates(self.gates, subject=f"{self.bundle} in {self.backend}")
+
+
+def loss_of(bundle: Bundle) -> str:
+    """What the precision of a bundle costs, in words: as measured on this build, if it was; else what it costs a decoder of 135M.
+
+    Args:
+        bundle: opened.
+    """
+    report = read_report(bundle, TEXT_PARITY, TextReport, command="validate --text")
+    if report is None:
+        return precision(bundle.manifest.precision).loss
+    rises = [part.perplexity_rise for part in (report.prefill, report.steps) if part is not None]
+    shown = " in one call, ".join(f"{100 * rise:+.1f} %" for rise in rises)
+    return f"perplexity of {report.source} {shown} token by token"
 
 
 def measure(
