@@ -37,7 +37,9 @@ from gap_export.boxes.scenes import cases  # noqa: E402
 from gap_export.evaluation.text_parity import measure  # noqa: E402
 from gap_export.graph.quantize.store import FILE  # noqa: E402
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8-blocks", "int4")
+CALIBRATED = "int4 --calibration"
+ROWS = ("fp32", "fp16", "int8", "int8-blocks", "int4", CALIBRATED)
+"""Precisions; one of them also with weights whose errors are compensated on a text."""
 PEERS = {
     "llama.cpp Q8_0": ("text_llama_cpp.py", "q8_0"),
     "llama.cpp Q4_0": ("text_llama_cpp.py", "q4_0"),
@@ -73,9 +75,9 @@ def main() -> int:
         path.write_text("\n\n".join(pydoc_data.topics.topics[name] for name in chapters))
     rows: dict[str, dict[str, Any]] = {}
     bundles = {}
-    for name in PRECISIONS:
+    for name in ROWS:
         console.print(f"building and reading in {name}")
-        bundles[name] = build(options.scratch / f"bundle-{name}", checkpoint, name, calibration)
+        bundles[name] = build(options.scratch / f"bundle-{name.replace(' ', '')}", checkpoint, name, calibration)
         report = gap.validate_text(bundles[name], text, tokens=options.tokens, threads=2)
         rows[name] = {
             "bits_per_weight": bits_per_weight(bundles[name].folder),
@@ -97,7 +99,7 @@ def main() -> int:
     targets = {
         "int8: perplexity, rise": (rows["int8"]["rise"], MOST_INT8_RISE),
         "int8: TTFT, of fp32's": (rows["int8"]["ttft_ratio"], MOST_INT8_TTFT),
-        **({"int4: perplexity, rise": (rows["int4"]["rise"], min(four_bit))} if four_bit else {}),
+        **({f"{CALIBRATED}: perplexity, rise": (rows[CALIBRATED]["rise"], min(four_bit))} if four_bit else {}),
     }
     for name, (measured, limit) in targets.items():
         console.print(f"{name}: {measured:.3f}, at most {limit:.3f}")
@@ -172,9 +174,14 @@ def ensure_llava(scratch: Path, decoder: Path) -> Path:
     return folder
 
 
-def build(folder: Path, checkpoint: Path, precision: str, calibration: Path) -> Any:
+def build(folder: Path, checkpoint: Path, name: str, calibration: Path) -> Any:
     recipe = gap.Recipe.load(
-        "llava", checkpoint=str(checkpoint), precision=precision, keep=0.25, pruner="cls_attention"
+        "llava",
+        checkpoint=str(checkpoint),
+        precision=name.partition(" ")[0],
+        calibration=str(calibration) if name == CALIBRATED else None,
+        keep=0.25,
+        pruner="cls_attention",
     )
     return gap.build(recipe, folder, replace=True)
 
