@@ -89,6 +89,7 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
     """
     _check_engines(recipe)
     _check_ranges(recipe)
+    _check_calibration(recipe)
     pruner = prune.row(recipe.pruner)
     differ = spec.token_range is not None
     prune.check_tower(pruner, spec.missing_features, differ=differ)
@@ -319,4 +320,15 @@ def _check_ranges(recipe: Recipe) -> None:
             "has no use for ranges of activations",
             subject=f"precision {row.name}",
             hint=f"leave --ranges out, or build with --precision {one_of(lambda each: each.needs_ranges)}",
+        )
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    """A calibration text goes with precisions whose rounding can be compensated."""
+    row = precision(recipe.precision)
+    if recipe.calibration is not None and not row.takes_calibration:
+        raise RecipeError(
+            "has no use for a calibration text",
+            subject=f"precision {row.name}",
+            hint=f"leave --calibration out, or build with --precision {one_of(lambda each: each.takes_calibration)}",
         )

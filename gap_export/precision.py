@@ -117,6 +117,7 @@ class Precision:
         head: scheme of what `decoder` leaves out: the head, and layers whose shape it does not fit.
         elsewhere: scheme of the linear layers of all other graphs, that is, of the vision tower.
         needs_ranges: whether scales of activations are measured beforehand (`gap-export calibrate`).
+        takes_calibration: whether the rounding of the decoder's weights can be compensated (`build --calibration`): `decoder` is a `BlockScheme`.
         engines: whether TensorRT and TensorRT-RTX take its graphs.
         min_compute_capability: of GPUs that multiply such numbers; None where all do.
         cpu: whether ONNX Runtime has CPU kernels for its graphs.
@@ -138,6 +139,7 @@ class Precision:
     head: str | None = None
     elsewhere: str | None = None
     needs_ranges: bool = False
+    takes_calibration: bool = False
     engines: bool = True
     min_compute_capability: float | None = None
     cpu: bool = True
@@ -256,6 +258,7 @@ _ROWS = (
         FP32,
         bytes_per_weight=0.65,
         decoder="uint4",
+        takes_calibration=True,
         head="int8_fine",
         engines=False,
         perplexity_rise=0.22,
@@ -267,6 +270,7 @@ _ROWS = (
         FP16,
         bytes_per_weight=0.57,
         decoder="int4",
+        takes_calibration=True,
         choice_margin=5e-3,
         gates=replace(_INT4, min_kept_sets_equal=_HALF.min_kept_sets_equal),
     ),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gap_export.pipeline.build import BuildResult
 
 _WITH_RANGES = one_of(lambda row: row.needs_ranges)
+_WITH_CALIBRATION = one_of(lambda row: row.takes_calibration)
 
 
 ModelOption = Annotated[str, typer.Option(help="Recipe name, recipe file, checkpoint folder or hub id.")]
@@ -74,6 +75,12 @@ RangesOption = Annotated[
     Path | None,
     typer.Option(help=f"Activation ranges (amax), for {_WITH_RANGES}; see `gap-export calibrate`."),
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"Prose in UTF-8, 512 tokens or more: compensates the rounding of weights (GPTQ), for {_WITH_CALIBRATION}."
+    ),
+]
 TargetOption = Annotated[list[str] | None, typer.Option(help="onnx, tensorrt-rtx or tensorrt; repeatable.")]
 CheckpointOption = Annotated[
     str | None, typer.Option(help="Checkpoint folder or hub id instead of the recipe's.")
@@ -117,6 +124,7 @@ def build(
     vision_tower: VisionTowerOption = None,
     precision: PrecisionOption = None,
     ranges: RangesOption = None,
+    calibration: CalibrationOption = None,
     target: TargetOption = None,
     checkpoint: CheckpointOption = None,
     capacity: CapacityOption = None,
@@ -152,6 +160,7 @@ def build(
         merged_id=merged_id,
         precision=precision,
         ranges=None if ranges is None else str(ranges.absolute()),
+        calibration=None if calibration is None else str(calibration.absolute()),
         targets=target,
         checkpoint=checkpoint,
         capacity=capacity,

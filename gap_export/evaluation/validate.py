@@ -28,6 +28,7 @@ from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, build
 from gap_export.positions import PositionPolicy
 from gap_export.progress import SILENT, Progress
+from gap_export.recipe.calibration import CALIBRATION
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session, target_of
@@ -187,7 +188,7 @@ def _run_controls(
 def _recipe_here(
     bundle: Bundle, checkpoint: Path | None, text_tower: Path | None, keep: float | None
 ) -> Recipe:
-    """The recipe by which baselines are built: weights and ranges where they lie now, and the share that is kept here.
+    """The recipe by which baselines are built: weights where they lie now, ranges and calibration text from the bundle itself, and the share that is kept here.
 
     Raises:
         BundleError: the weights are random.
@@ -203,6 +204,8 @@ def _recipe_here(
         )
     if recipe.ranges is not None:
         recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
+    if recipe.calibration is not None:
+        recipe = recipe.replaced(calibration=str(bundle.folder / CALIBRATION))
     if text_tower is not None and manifest.text_tower is None:
         raise InputError(
             "belongs to a bundle whose pruner reads the expression, and this one has no text tower",

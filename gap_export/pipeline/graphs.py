@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,7 +20,8 @@ from gap_export.bundle.manifest import Graph
 from gap_export.bundle.spec import GraphName
 from gap_export.errors import InputError
 from gap_export.graph import cost, passes, quantize, weights
-from gap_export.graph.quantize.scheme import Scheme
+from gap_export.graph.quantize.calibration import Calibrate, hand_over_moments
+from gap_export.graph.quantize.scheme import BlockScheme, Scheme
 from gap_export.graph.quantize.store import QuantizedStore
 from gap_export.graph.trace_cache import Tracer
 from gap_export.graph.trace_folder import user_folder
@@ -29,6 +31,7 @@ from gap_export.pipeline.opened import OpenedModel, open_model
 from gap_export.plan import Plan, plan_for
 from gap_export.precision import precision
 from gap_export.progress import SILENT, Progress
+from gap_export.recipe.calibration import CALIBRATION
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
 
@@ -170,7 +173,7 @@ def write_graphs(
         progress: told when a stage begins.
 
     Raises:
-        CheckpointError: a weight does not fit its graph, or cannot be represented.
+        CheckpointError: a weight does not fit its graph, or cannot be represented; or activations overflow while it is calibrated.
         RecipeError: the ranges are of another model.
         LintError: a graph would not carry position ids.
         MissingRequirementError: no space on the disk.
@@ -181,7 +184,8 @@ def write_graphs(
     floats.prepare([key for graph in traced for key in graph.float_keys])
     quantized = QuantizedStore(model.checkpoint, folder, plan.activations)
     quantized.prepare(
-        {key: graph.schemes[name] for graph in traced for name, key in graph.quantized_keys.items()}
+        {key: graph.schemes[name] for graph in traced for name, key in graph.quantized_keys.items()},
+        _calibration_of(traced, model, folder, progress),
     )
     graphs: dict[str, Graph] = {}
     for graph in traced:
@@ -201,6 +205,30 @@ def _ranges_of(traced: Sequence[TracedGraph], model: OpenedModel, folder: Path) 
     ranges.check_covers([name for graph in traced for name in graph.schemes], model.family.row.name)
     ranges.write(folder / RANGES)
     return ranges.largest
+
+
+def _calibration_of(
+    traced: Sequence[TracedGraph], model: OpenedModel, folder: Path, progress: Progress
+) -> Calibrate | None:
+    """What measures the decoder on the recipe's calibration text, which becomes part of the bundle; None where there is no text."""
+    text = model.calibration
+    decoder = next((graph for graph in traced if graph.name in quantize.DECODERS), None)
+    if text is None or decoder is None:
+        return None
+    (folder / CALIBRATION).write_bytes(text.text.encode())
+    wanted = {
+        name: key
+        for name, key in decoder.quantized_keys.items()
+        if isinstance(decoder.schemes[name], BlockScheme)
+    }
+    return partial(
+        hand_over_moments,
+        component=decoder.component,
+        checkpoint=model.checkpoint,
+        ids_BS=text.ids_BS,
+        wanted=wanted,
+        progress=progress,
+    )
 
 
 def _write_graph(graph: TracedGraph, model: OpenedModel, plan: Plan, folder: Path) -> Graph:

@@ -22,6 +22,7 @@ from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.progress import SILENT, Progress
+from gap_export.recipe.calibration import Calibration, read_calibration
 from gap_export.recipe.ranges import Ranges, read_ranges
 from gap_export.recipe.recipe import Recipe
 from gap_export.records import explain
@@ -50,6 +51,7 @@ class OpenedModel:
         box: how boxes are written.
         text_tower: for pruners that read the expression; its weights are those of the companion `text_tower`.
         ranges: of activations, for precisions that need them.
+        calibration: text that the decoder reads, where its rounding is compensated.
         notes: what the user should know of how the checkpoint was read, a sentence each.
         assumptions: what was found in a second place because it was missing in the first, a sentence each.
     """
@@ -63,6 +65,7 @@ class OpenedModel:
     box: BoxFormat
     text_tower: TextTower | None
     ranges: Ranges | None
+    calibration: Calibration | None
     notes: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
 
@@ -95,6 +98,7 @@ def open_model(
     Raises:
         CheckpointError: something is missing, damaged, or of another model.
         RecipeError: an option that this model has no use for, or ranges that cannot be read.
+        InputError: a calibration text that cannot be read, or is too short.
     """
     progress.stage("reading the checkpoint")
     random = recipe.weights == "random"
@@ -132,6 +136,14 @@ def open_model(
         check_text_tokenizer(load_tokenizer(companion.folder / TOKENIZER), text_tower)
     for note in family.notes:
         warnings.warn(note, CheckpointWarning, stacklevel=1)  # one place, so that each is told once
+    calibration = None
+    if recipe.calibration is not None:
+        calibration = read_calibration(
+            Path(recipe.calibration),
+            tokenizer,
+            vocabulary=spec.vocabulary,
+            max_positions=spec.max_positions,
+        )
     return OpenedModel(
         recipe=recipe,
         family=family,
@@ -142,6 +154,7 @@ def open_model(
         box=family.box(recipe),
         text_tower=text_tower,
         ranges=None if recipe.ranges is None else read_ranges(Path(recipe.ranges)),
+        calibration=calibration,
         notes=family.notes,
         assumptions=() if random else family.assumptions(tokenizer),
     )

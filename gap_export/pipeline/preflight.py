@@ -2,8 +2,8 @@
 memory.
 
 Disk and memory are told from the headers of the checkpoint's files alone.
-Weights of the wanted element type are linked and cost nothing; others are written anew. Tracing holds graphs, not weights. An
-engine holds the weights again, and building it holds them in memory.
+Weights of the wanted element type are linked and cost nothing; others are written anew. Tracing holds graphs, not weights. Calibrating holds a layer of
+the decoder, and what its widest product reads as a square matrix. An engine holds the weights again, and building it holds them in memory.
 """
 
 from __future__ import annotations
@@ -149,11 +149,24 @@ def needs_of(
             converted += elements * activations.bytes
     copied = sum(file.stat().st_size for file in files) if self_contained or not linkable else 0
     engines = sum(target != "onnx" for target in recipe.targets)
+    calibrated = 0 if recipe.calibration is None else _calibration_bytes(checkpoint, facts)
     return Needs(
         disk=converted + copied + engines * whole,
-        memory=_IMPORTS + _PER_LAYER * facts.layers + (whole if engines else 0),
+        memory=_IMPORTS + _PER_LAYER * facts.layers + max(calibrated, whole if engines else 0),
         converted=converted,
     )
+
+
+def _calibration_bytes(checkpoint: Checkpoint, facts: ModelSpec) -> int:
+    """One layer in float32, and four square matrices of float64 as wide as its widest product reads (`graph/quantize/compensate.py`)."""
+    shapes = [
+        weight.shape
+        for weight in checkpoint.weights.values()
+        if len(weight.shape) == 2 and weight.shape[0] != facts.vocabulary
+    ]
+    elements = sum(columns * inner for columns, inner in shapes)
+    widest = max((inner for _, inner in shapes), default=0)
+    return 4 * elements // facts.layers + 4 * 8 * widest**2
 
 
 def check_needs(needs: Needs, out: Path, recipe: Recipe) -> None:

@@ -63,7 +63,7 @@ _Text = Annotated[str, Field(max_length=4096)]
 _Layer = Annotated[int, _within(bounds.LAYER)]
 _Capability = Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")]
 
-_PLACES = ("checkpoint", "base", "vision_tower", "text_tower", "ranges")
+_PLACES = ("checkpoint", "base", "vision_tower", "text_tower", "ranges", "calibration")
 """Fields that name a file or a folder, or what is fetched in its place."""
 
 
@@ -74,7 +74,7 @@ class Recipe(Record):
         name: of the recipe: letters, digits and `_ . - + @`, as it becomes the name of files.
         family: name in the table of families; found from the checkpoint when left out.
         checkpoint: `bundled:NAME`, a folder, or a hub id. In a recipe file, relative names here, in `base`, `vision_tower`,
-            `text_tower` and `ranges` are looked for beside the file first, then in the working folder.
+            `text_tower`, `ranges` and `calibration` are looked for beside the file first, then in the working folder.
         keep: fraction of visual tokens kept, in (0, 1]; or a range, written `[0.1, 1.0]` or `0.1:1.0`, in which every request
             chooses its own, with a default between them if wanted (`0.1:0.25:1.0`); or `adaptive`, as many as the image
             needs by the pruner's own rule.
@@ -92,6 +92,8 @@ class Recipe(Record):
             the text tower and the projections from; it must be the one the vision tower comes from.
         precision: name in the table of precisions.
         ranges: file of `gap-export calibrate`, for precisions whose activations have fixed scales.
+        calibration: file of prose in UTF-8, for precisions whose rounding can be compensated: errors of four-bit weights then get smaller where
+            the decoder's activations on it are large (GPTQ).
         max_new_tokens: longest answer.
         max_text: longest prompt in text tokens, the placeholder counted as one.
         max_batch: most images per call.
@@ -124,6 +126,7 @@ class Recipe(Record):
     text_tower: _Text | None = None
     precision: Annotated[str, AfterValidator(known)] = "fp32"
     ranges: _Text | None = None
+    calibration: _Text | None = None
     max_new_tokens: Annotated[int, _within(bounds.TOKENS)] = 32
     max_text: Annotated[int, _within(bounds.TEXT)] = 128
     max_batch: Annotated[int, _within(bounds.BATCH)] = 8

@@ -37,7 +37,7 @@ HARMLESS = {
     r"graphs\.\w+(\.(operators|flops|weight_bytes)(\..+)?)?": "shown, and estimates of latency",
     r"graphs\.\w+\.spec(\.(in|out)puts\.\d+)?": "left out, it is the same as what stood there",
     r"gates(\..+)?|recipe\.gates": "what validate requires: any thresholds that it takes",
-    r"recipe(\.(summary|family|base|vision_tower|text_tower|ranges|fit|max_pixels|prune_layers|targets|prompt"
+    r"recipe(\.(summary|family|base|vision_tower|text_tower|ranges|calibration|fit|max_pixels|prune_layers|targets|prompt"
     r"|compute_capabilities|keep_bound)(\..+)?)?": "what it was built from, where nothing was taken over",
     r"spec(\.(missing_features|published_tower)(\..+)?)?": "for pruners of other builds",
     r"spec\.(attention_heads|max_positions|position_rows)": "a larger model that the graphs could be of; or the same number",

@@ -37,6 +37,7 @@ MEANINGS: dict[str, Meaning] = {
     "build --base": Meaning.READ_FOLDER,
     "build --vision-tower": Meaning.READ_FOLDER,
     "build --ranges": Meaning.READ_FILE,
+    "build --calibration": Meaning.READ_FILE,
     "build --weights": Meaning.NAME,
     "build --pruner": Meaning.NAME,
     "build --positions": Meaning.NAME,

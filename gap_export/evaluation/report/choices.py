@@ -122,8 +122,8 @@ def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | N
     if not recipe.text_tower:
         return None, None, "looks at the expression, and the recipe names no text tower"
     try:
-        # Ranges are no part of the question, and the file need not be there any more.
-        opened = open_model(recipe.model_copy(update={"ranges": None}), reads_text=True)
+        # Ranges and texts are no part of the question, and the files need not be there any more.
+        opened = open_model(recipe.model_copy(update={"ranges": None, "calibration": None}), reads_text=True)
         assert opened.text_tower is not None
         folder = opened.checkpoint.companions["text_tower"].folder
         ids = encode_text(load_tokenizer(folder / TOKENIZER), opened.text_tower, expressions)

@@ -15,7 +15,8 @@ nodes take the place of a matrix product. A precision (`gap_export.precision`) s
     nvfp4        the same places in E2M1, with a scale per block of 16: activations by TensorRT's own operator, whose block scales are
                  found while running.
 
-Activations of fp8 and nvfp4 have one scale that is measured beforehand (`recipe/ranges.py`).
+Activations of fp8 and nvfp4 have one scale that is measured beforehand (`recipe/ranges.py`). Schemes of blocks of even steps can make up for errors
+of rounding (`compensate.py`), where a text is given that the decoder reads meanwhile (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from gap_export.graph.quantize.store import QuantizedStore
 
 if TYPE_CHECKING:  # schemes are imported by name; here they are held against the contract
     from gap_export.graph.quantize import fp8, int4, int8, int8_blocks, int8_fine, nvfp4, uint4
-    from gap_export.graph.quantize.scheme import Scheme
+    from gap_export.graph.quantize.scheme import BlockScheme, Scheme
 
     _SCHEMES: tuple[Scheme, ...] = (int8, int8_fine, int8_blocks, int4, uint4, fp8, nvfp4)
+    _BLOCK_SCHEMES: tuple[BlockScheme, ...] = (int4, uint4)
 
 __all__ = ["DECODERS", "QuantizedStore", "quantize", "schemes_of"]

@@ -13,11 +13,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gap_export.graph.quantize.rounding import SHRUNK, losing_least, never_zero
+from gap_export.graph.quantize.rounding import SHRUNK, Grid, Importance, losing_least, never_zero
 from gap_export.graph.quantize.scheme import Piece, Rewriter, Weight, activations_of
 
 BLOCK = 32
 """Elements that share a scale."""
+LEAST, MOST = -8, 7
 
 
 def fits(columns: int, inner: int) -> bool:
@@ -34,20 +35,31 @@ def pieces(weight: Weight) -> tuple[Piece, ...]:
 
 
 def encode(rows_NK: NDArray[np.float32], weight: Weight) -> tuple[NDArray[Any], ...]:
-    """([N, K] int8 in -8..7, [N, K / 32] float32 scales, which have the sign that makes a block's extreme -8).
+    """([N, K] int8 in -8..7, [N, K / 32] float32 scales, which have the sign that makes a block's extreme -8)."""
+    columns, inner = rows_NK.shape
+    blocks_NBL = rows_NK.reshape(columns, inner // BLOCK, BLOCK)
+    found = grid(blocks_NBL, weight)
+    return arranged(found.numbers(blocks_NBL).reshape(columns, inner), found)
+
+
+def grid(blocks_BL: NDArray[np.float32], weight: Weight, importance: Importance = 1.0) -> Grid:
+    """The grid that loses least of some blocks, [..., B, L] or [..., L].
 
     Scales are rounded to the type of activations first: weights are rounded to what they will be multiplied with.
     """
-    columns, inner = rows_NK.shape
-    blocks_NBL = rows_NK.reshape(columns, inner // BLOCK, BLOCK)
-    place_NB1 = np.abs(blocks_NBL).argmax(axis=2)[..., None]
-    extreme_NB1 = np.take_along_axis(blocks_NBL, place_NB1, axis=2)
+    place_B1 = np.abs(blocks_BL).argmax(axis=-1)[..., None]
+    extreme_B1 = np.take_along_axis(blocks_BL, place_B1, axis=-1)
     tried = []
     for shrunk in SHRUNK:
-        step_NB1 = never_zero((extreme_NB1 * (shrunk / -8)).astype(weight.activations.dtype))
-        tried.append((np.clip(np.rint(blocks_NBL / step_NB1), -8, 7), step_NB1))
-    numbers_NBL, scales_NB1 = losing_least(blocks_NBL, tried)
-    return numbers_NBL.astype(np.int8).reshape(columns, inner), scales_NB1[..., 0]
+        step_B1 = never_zero((extreme_B1 * (shrunk / LEAST)).astype(weight.activations.dtype))
+        tried.append((np.clip(np.rint(blocks_BL / step_B1), LEAST, MOST), step_B1))
+    _, scales_B1 = losing_least(blocks_BL, tried, importance)
+    return Grid(scales_B1, np.zeros_like(scales_B1), LEAST, MOST)
+
+
+def arranged(numbers_NK: NDArray[np.float32], grid: Grid) -> tuple[NDArray[Any], ...]:
+    """Numbers and the grid that they lie on, as `encode` gives them."""
+    return numbers_NK.astype(np.int8), grid.scales_B1[..., 0]
 
 
 def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:

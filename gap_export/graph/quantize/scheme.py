@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gap_export.graph.quantize.rounding import Grid, Importance
 from gap_export.precision import Activations
 
 
@@ -88,6 +89,35 @@ class Scheme(Protocol):
 
         Returns:
             Nodes in order; the only output of the last is the product.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockScheme(Scheme, Protocol):
+    """A scheme whose numbers lie on a grid of even steps in every block of a row: it can be rounded column by column (`compensate.py`)."""
+
+    @property
+    def BLOCK(self) -> int:
+        """Elements of a block; it divides K."""
+        ...
+
+    def grid(self, blocks_BL: NDArray[np.float32], weight: Weight, importance: Importance = 1.0) -> Grid:
+        """The grid that loses least.
+
+        Args:
+            blocks_BL: [..., B, L] whole blocks, or [..., L] one of every row.
+            weight: that they belong to.
+            importance: what the squared error of each element of a block weighs.
+        """
+        ...
+
+    def arranged(self, numbers_NK: NDArray[np.float32], grid: Grid) -> tuple[NDArray[Any], ...]:
+        """What `encode` would give for rows that these are the numbers of.
+
+        Args:
+            numbers_NK: on the grid.
+            grid: of [N, K / BLOCK] blocks.
         """
         ...
 

@@ -23,8 +23,10 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.safetensors import TensorHeader, lay_out
 from gap_export.errors import MissingRequirementError
 from gap_export.files import writing
+from gap_export.graph.quantize.calibration import Calibrate, Moments
+from gap_export.graph.quantize.compensate import Shares, compensated
 from gap_export.graph.quantize.rounding import packed_pairs
-from gap_export.graph.quantize.scheme import Piece, Scheme, Weight
+from gap_export.graph.quantize.scheme import BlockScheme, Piece, Scheme, Weight
 from gap_export.graph.weights import WeightReader
 from gap_export.precision import ACTIVATIONS, Activations
 
@@ -54,11 +56,12 @@ class QuantizedStore:
     written_bytes: int = 0
     _offsets: dict[str, int] = field(default_factory=dict)
 
-    def prepare(self, wanted: Mapping[str, Scheme]) -> None:
+    def prepare(self, wanted: Mapping[str, Scheme], calibrate: Calibrate | None = None) -> None:
         """Quantise all weights that are asked for, in one file.
 
         Args:
             wanted: checkpoint key -> scheme.
+            calibrate: hands over moments of linear layers; the rounding of their weights is compensated by them.
 
         Raises:
             MissingRequirementError: no space on the disk.
@@ -74,7 +77,16 @@ class QuantizedStore:
             with path.open("wb") as out:
                 out.write(head)
                 out.truncate(size)
-            for key, scheme in wanted.items():
+            left = dict(wanted)
+
+            def write_compensated(found: Moments) -> None:
+                shares = Shares.of(found.moments_KK)
+                for key in found.keys:
+                    self._write(path, key, left.pop(key), shares)
+
+            if calibrate is not None:
+                calibrate(write_compensated)
+            for key, scheme in left.items():
                 self._write(path, key, scheme)
         self.written_bytes = size
 
@@ -97,12 +109,16 @@ class QuantizedStore:
         columns, inner = self.checkpoint.weights[key].shape
         return Weight(columns, inner, self.activations, functools.cache(lambda: self._largest(key)))
 
-    def _write(self, path: Path, key: str, scheme: Scheme) -> None:
+    def _write(self, path: Path, key: str, scheme: Scheme, shares: Shares | None = None) -> None:
         weight = self._weight(key)
         pieces = scheme.pieces(weight)
         stored = [_mapped(path, self._offsets[f"{key}.{piece.name}"], piece) for piece in pieces]
         for rows, rows_NK in self._rows(key):
-            for piece, out, encoded in zip(pieces, stored, scheme.encode(rows_NK, weight), strict=True):
+            if shares is not None and isinstance(scheme, BlockScheme):
+                rounded = compensated(rows_NK, shares, scheme, weight)
+            else:
+                rounded = scheme.encode(rows_NK, weight)
+            for piece, out, encoded in zip(pieces, stored, rounded, strict=True):
                 if not piece.shape:
                     out[...] = encoded
                 elif _lies_in_pairs(piece):
