@@ -412,6 +412,19 @@ def test_what_the_user_should_know_is_said_once(
     assert json.loads(result.out)["notes"][0].startswith(note)
 
 
+def test_a_calibration_text_makes_another_bundle(recipe_file: Path, tmp_path: Path, command: Command) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text("where is the red circle " * 110)
+    built = ("build", "--model", recipe_file, "--calibration", text, "-o", tmp_path / "built")
+    refused(command(*built), "no use for a calibration text", "int4 or int4-fp16")
+    result = command(*built, "--precision", "int4")
+    assert result.code == 0, result.err
+    assert (tmp_path / "built" / "calibration.txt").is_file()
+    text.write_text("where is")
+    refused(command(*built, "--precision", "int4", "--replace"), "has 2 tokens", "longer text")
+    assert (tmp_path / "built" / "manifest.json").is_file()
+
+
 def test_measured_ranges_make_a_bundle_in_fp8(
     command: Command, tiny_bundle: BuildBundle, recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,22 @@ def test_memory_is_what_was_measured(tmp_path: Path) -> None:
     assert 0.55e9 < needs(tmp_path).memory < 0.7e9
 
 
+def test_a_calibration_takes_a_layer_and_square_matrices(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    shapes = {"up": (3200, 100), "down": (64, 400), "table": (FACTS.vocabulary, 5000)}
+    weights: Any = {name: WeightLocation(file, "F32", shape, 0, 0) for name, shape in shapes.items()}
+    model = Checkpoint(tmp_path, "x", {}, weights)
+    plain, calibrated = (
+        needs_of(
+            model, recipe(precision="int4", calibration=text), FACTS, linkable=True, self_contained=False
+        )
+        for text in (None, "prose.txt")
+    )
+    assert calibrated.disk == plain.disk
+    assert calibrated.memory - plain.memory == 4 * (3200 * 100 + 64 * 400) // FACTS.layers + 4 * 8 * 400**2
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, 10**9))
     check_needs(Needs(10**9, 0, 0), tmp_path / "out", recipe())
