@@ -421,7 +421,7 @@ def test_a_calibration_text_makes_another_bundle(recipe_file: Path, tmp_path: Pa
     assert result.code == 0, result.err
     assert (tmp_path / "built" / "calibration.txt").is_file()
     text.write_text("where is")
-    refused(command(*built, "--precision", "int4", "--replace"), "has 2 tokens", "longer text")
+    refused(command(*built, "--precision", "int4", "--replace"), "has 3 tokens", "longer text")
     assert (tmp_path / "built" / "manifest.json").is_file()
 
 
