@@ -285,7 +285,7 @@ RANGES = Ranges(
     gap_export="0", bundle="tiny", family="llava", checkpoint="x", samples=1, source="scenes", largest={"a": 1.0}
 )  # fmt: skip
 MEASURED = parity.Measurement(
-    cases=2, kept_sets_equal=1.0, position_ids_equal=1.0, max_logit_difference=0.0, min_logit_cosine=1.0, max_norm_deviation=0.0,
+    cases=2, kept_sets_equal=1.0, position_ids_equal=1.0, max_logit_difference=0.0, max_relative_logit_difference=0.0, min_logit_cosine=1.0, max_norm_deviation=0.0,
     token_agreement=1.0, first_diverging_token=None, mean_box_iou=1.0, identical_boxes=1.0, reference_accuracy=0.5, accuracy=0.5,
 )  # fmt: skip
 

@@ -21,8 +21,9 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError, InputError
 from gap_export.evaluation.bundle_reports import TEXT_PARITY, check_reports_can_be_written
-from gap_export.evaluation.text_parity import TextReport, judge, measure
+from gap_export.evaluation.text_parity import CONTROL, TextReport, judge, measure
 from gap_export.files import kinds, read_text
+from gap_export.inputs.prompt import encode_prose
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.pipeline.build import RANDOM
 from gap_export.positions import Ids
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS, STEPS = 512, 256
 """Tokens of the first call where nothing else is said, and of those that follow one by one."""
-_CONTROL = "ids halved"
 
 
 def validate_text(
@@ -53,7 +53,8 @@ def validate_text(
     Args:
         bundle: opened, or its folder; every file is verified.
         text: a file in UTF-8, prose in a language that the model knows.
-        tokens: of the first call; fewer where the bundle's cache, or what the model was trained for, ends before that.
+        tokens: of the first call. Where the bundle's cache, or what the model was trained for, ends before the text does, it is fewer: at
+            least half of what is left, or 256, are read one by one.
         checkpoint: where the weights lie; by default where the bundle was built from.
         threads: of ONNX Runtime; 0 lets it choose.
         progress: told of every stage and every token.
@@ -67,11 +68,13 @@ def validate_text(
     """
     check_build_extra("validating a bundle")
     from gap_export.evaluation.scoring import BundleScorer, ReferenceScorer
+    from gap_export.runtime.ort import check_kernels
     from gap_export.runtime.torch.reference import open_model_of
 
     bounds.check(tokens=tokens, threads=threads)
     bundle = open_bundle(bundle, every_hash=True)
     check_reports_can_be_written(bundle, TEXT_PARITY)
+    check_kernels(bundle)
     manifest = bundle.manifest
     if manifest.checkpoint == RANDOM and checkpoint is None:
         raise BundleError(
@@ -81,7 +84,8 @@ def validate_text(
         )
     content = read_text(Path(text), kinds.TEXT)
     ids_T, prefilled = _tokens_of(bundle, content, str(text), tokens)
-    progress.stage("reading with PyTorch", total=len(ids_T) * 3 - prefilled)
+    few = ids_T[: prefilled or len(ids_T)]
+    progress.stage("reading with PyTorch", total=2 * len(ids_T) + len(few))
     model = open_model_of(bundle, checkpoint=checkpoint)
     reference = _read(
         ReferenceScorer(model, position_rows=manifest.spec.position_rows), ids_T, prefilled, progress
@@ -90,7 +94,7 @@ def validate_text(
     progress.stage("reading with onnxruntime")
     with BundleScorer(bundle, threads=threads) as scorer:
         mine = _read(scorer, ids_T, prefilled, progress)
-        few = ids_T[: prefilled or len(ids_T)]
+        progress.stage(f"negative control: {CONTROL}")
         scorer.renumber = lambda ids: ids // 2
         wrong = _read(scorer, few, prefilled, progress)
     gates, measured = [], []
@@ -99,7 +103,7 @@ def validate_text(
         measured.append(found)
         gates += judge(name, found, manifest.gates)
     part = slice(0, len(few))
-    missed = judge(_CONTROL, measure(wrong, reference[part], _next(ids_T, part)), manifest.gates)
+    missed = judge(CONTROL, measure(wrong, reference[part], _next(ids_T, part)), manifest.gates)
     caught = not all(gate.passed for gate in missed)
     report = TextReport(
         ok=caught and all(gate.passed for gate in gates),
@@ -122,18 +126,20 @@ def validate_text(
 def _tokens_of(bundle: Bundle, content: str, subject: str, tokens: int) -> tuple[Ids, int]:
     """(ids of the text [T], how many of them are read in one call)."""
     manifest = bundle.manifest
-    tokenizer = load_tokenizer(bundle.tokenizer_path)
-    ids = tokenizer.encode(content, add_special_tokens=True).ids
+    ids = encode_prose(
+        load_tokenizer(bundle.tokenizer_path), content, manifest.spec.vocabulary, subject=subject
+    )
     layout, staged = manifest.cache_layout, bool(manifest.pruning.stages)
     longest = min([manifest.spec.max_positions, *(layout.capacities if layout.static else ())])
-    wanted = min((0 if staged else tokens) + STEPS, longest)
+    prefilled = 0 if staged else min(tokens, longest - min(STEPS, longest // 2))
+    wanted = prefilled + min(STEPS, longest - prefilled)
     if len(ids) < wanted:
         raise InputError(
             f"has {len(ids)} tokens, and {wanted} are read",
             subject=subject,
             hint="give a longer text, or fewer --tokens",
         )
-    return np.array(ids[:wanted], np.int64), 0 if staged else max(0, wanted - STEPS)
+    return np.array(ids[:wanted], np.int64), prefilled
 
 
 def _read(scorer: Scorer, ids_T: Ids, prefilled: int, progress: Progress) -> NDArray[np.float32]:

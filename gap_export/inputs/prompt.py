@@ -20,6 +20,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from gap_export.errors import BundleError, CheckpointError, InputError
+from gap_export.inputs.tokenizer import tokenizer_errors
 from gap_export.positions import PAD, Ids
 from gap_export.records import Record
 
@@ -259,6 +260,28 @@ def encode_text(tokenizer: Tokenizer, tower: TextTower, expressions: Sequence[st
         rows.append(row)
     longest = max(map(len, rows))
     return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int64)
+
+
+def encode_prose(tokenizer: Tokenizer, content: str, vocabulary: int, *, subject: str) -> list[int]:
+    """Token ids of a text that the decoder reads as it stands, with what the tokenizer adds of its own.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        content: of any length; names of special tokens in it become those.
+        vocabulary: rows of the decoder's token embedding.
+        subject: where the text is from, for the message.
+
+    Raises:
+        InputError: it has a token that the model has no embedding of.
+    """
+    with tokenizer_errors(subject, "cannot be split into tokens"):
+        ids: list[int] = tokenizer.encode(content, add_special_tokens=True).ids
+    beyond = _not_embedded(tokenizer, ids, vocabulary)
+    if beyond is not None:
+        raise InputError(
+            f"has {beyond}", subject=subject, hint="give a text without the names of special tokens"
+        )
+    return ids
 
 
 def unknown_words(tokenizer: Tokenizer, expression: str) -> tuple[str, ...]:

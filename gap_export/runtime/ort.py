@@ -92,12 +92,7 @@ class OnnxRuntimeSession(Lifetime):
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, only: Collection[str] | None = None) -> None:
         manifest = bundle.manifest
-        if not precision(manifest.precision).cpu:
-            raise SessionError(
-                f"{manifest.precision} graphs have no CPU kernels in ONNX Runtime",
-                subject=str(bundle.folder),
-                hint="run it with TensorRT, or build with --precision fp32",
-            )
+        check_kernels(bundle)
         self.capacities = manifest.cache_layout.capacities
         self._bundle = bundle
         self._model = manifest.spec
@@ -373,6 +368,21 @@ class OnnxRuntimeSession(Lifetime):
         embed.bind_ortvalue_output("inputs_embeds", embeds)
         decoder = self._decoder_binding(graph, embeds, placed, {"logits": logits})
         return _DecodeBuffers(token_ids, placed, logits, embed, decoder)
+
+
+def check_kernels(bundle: Bundle) -> None:
+    """Refuse a bundle whose precision ONNX Runtime has no CPU kernels for.
+
+    Raises:
+        SessionError: it has none.
+    """
+    chosen = bundle.manifest.precision
+    if not precision(chosen).cpu:
+        raise SessionError(
+            f"{chosen} graphs have no CPU kernels in ONNX Runtime",
+            subject=str(bundle.folder),
+            hint="run it with TensorRT, or build with --precision fp32",
+        )
 
 
 def _extents_of_one_token(tensor: TensorSpec, batch: int) -> tuple[int, ...]:

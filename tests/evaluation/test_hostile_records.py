@@ -61,7 +61,7 @@ PARITY = ParityReport(
     backend="onnxruntime",
     precision="fp32",
     measurement=Measurement(
-        cases=8, kept_sets_equal=1.0, position_ids_equal=1.0, max_logit_difference=1e-5, min_logit_cosine=1.0, max_norm_deviation=1e-6,
+        cases=8, kept_sets_equal=1.0, position_ids_equal=1.0, max_logit_difference=1e-5, max_relative_logit_difference=1e-6, min_logit_cosine=1.0, max_norm_deviation=1e-6,
         token_agreement=1.0, first_diverging_token=None, mean_box_iou=1.0, identical_boxes=1.0, reference_accuracy=0.5, accuracy=0.5,
     ),
     gates=[gates.at_most("max_logit_difference", 1e-5, 1e-3), gates.at_least("token_agreement", 1.0, 0.99)],

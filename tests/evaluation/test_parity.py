@@ -91,6 +91,7 @@ FINE = Measurement(
     kept_sets_equal=1.0,
     position_ids_equal=1.0,
     max_logit_difference=0.0,
+    max_relative_logit_difference=0.0,
     min_logit_cosine=1.0,
     max_norm_deviation=0.0,
     token_agreement=1.0,
