@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gap_export.bundle.folder import open_bundle
 from gap_export.errors import RecipeError
+from gap_export.evaluation.validate_text import validate_text
+from tests.evaluation.prose import prose
 from tests.families.answers import Asked, Families, assert_equal, prompts
 from tests.families.contract import Case, Contract
 from tests.families.tiny_families import NATIVE, ranged
@@ -75,6 +80,15 @@ class TestNativeResolution(Contract):
         ids = np.random.default_rng(2).integers(5, 40, (2, 9))
         assert off(bundle, ids, [[8, 8], [0, 5]]) < 1e-4
         assert off_prefixes(bundle, ids[:1]) < 1e-4
+
+    def test_a_text_is_read_as_pytorch_reads_it(self, tiny_family: Families, tmp_path: Path) -> None:
+        """M-RoPE, with three rows of ids: `validate --text`."""
+        folder = usual_of(tiny_family, "qwen2_5_vl").bundle.folder
+        bundle = open_bundle(shutil.copytree(folder, tmp_path / "bundle"))
+        report = validate_text(bundle, prose(tmp_path), tokens=40, threads=1)
+        assert report.prefill is not None
+        assert max(report.prefill.mean_kl, report.steps.mean_kl) < 1e-6
+        assert report.ok, report
 
     def test_max_pixels_bounds_tokens_and_cache(self, tiny_family: Families) -> None:
         wide = usual_of(tiny_family, "qwen2_vl")
