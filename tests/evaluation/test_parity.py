@@ -22,7 +22,7 @@ from gap_export.evaluation.parity import Measurement
 from gap_export.inputs.batch import of_one_size
 from gap_export.inputs.prompt import Prompts
 from gap_export.positions import Ids, Placement, PositionPolicy, place
-from gap_export.precision import Thresholds
+from gap_export.precision import PRECISIONS, Thresholds
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, Timings
 from gap_export.runtime.grounder import Answer, Grounded, Grounder
@@ -123,6 +123,76 @@ def test_logits_differ_at_any_step_of_an_answer(step: int, row: int, manifest: M
     assert measured.max_norm_deviation > 0.001
 
 
+RELATIVE = Thresholds(
+    max_logit_difference=None,
+    max_relative_logit_difference=0.02,
+    min_logit_cosine=0.999,
+    max_norm_deviation=0.02,
+)
+"""Logits are judged as those of half precision are."""
+
+
+def scaled(by: float, noise: float = 0.0) -> list[NDArray[np.float32]]:
+    """The usual logits and noise of that share of them, all times so much."""
+    rng = np.random.default_rng(1)
+    return [
+        (by * (each + noise * rng.normal(size=each.shape))).astype(np.float32)
+        for each in grounded().generation.logits
+    ]
+
+
+@pytest.mark.parametrize("by", [1e-3, 0.1, 10.0, 1e4])
+def test_the_relative_difference_does_not_depend_on_how_large_logits_are(
+    by: float, manifest: Manifest
+) -> None:
+    """Rounding in half precision is a part of what is rounded: models of large logits are off by more."""
+    usual, other = (
+        measure(grounded(logits=scaled(size, 0.01)), grounded(logits=scaled(size)), manifest)
+        for size in (1.0, by)
+    )
+    assert usual.max_relative_logit_difference > 1e-3
+    assert other.max_relative_logit_difference == pytest.approx(usual.max_relative_logit_difference, rel=1e-3)
+    assert other.max_logit_difference == pytest.approx(by * usual.max_logit_difference, rel=1e-3)
+    verdicts = [[gate.passed for gate in parity.judge(each, RELATIVE)] for each in (usual, other)]
+    assert verdicts[0] == verdicts[1]
+
+
+def test_the_relative_difference_is_that_of_the_worst_row(manifest: Manifest) -> None:
+    """Relative to the largest logit of PyTorch's row, of either sign; steps with larger logits hide nothing."""
+    theirs = [np.zeros((2, VOCABULARY), np.float32) for _ in range(4)]
+    for step, array in enumerate(theirs):
+        array[:, 0] = -8.0 * 10**step
+    mine = [array.copy() for array in theirs]
+    mine[0][1, 3] += 2.0
+    mine[3][0, 3] += 100.0
+    measured = measure(grounded(logits=mine), grounded(logits=theirs), manifest)
+    assert measured.max_logit_difference == pytest.approx(100.0)
+    assert measured.max_relative_logit_difference == pytest.approx(0.25)
+
+
+def test_a_row_that_should_be_zero_and_is_not_is_no_small_difference(manifest: Manifest) -> None:
+    zeros = [np.zeros((2, VOCABULARY), np.float32)] * 4
+    with np.errstate(invalid="ignore", divide="ignore"):
+        measured = measure(grounded(logits=scaled(1e-4)), grounded(logits=zeros), manifest)
+    assert measured.max_relative_logit_difference > 1
+
+
+@pytest.mark.parametrize(
+    ("gates", "names"),
+    [
+        (Thresholds(), {"logit_difference"}),
+        (RELATIVE, {"relative_logit_difference"}),
+        (replace(RELATIVE, max_logit_difference=1.0), {"logit_difference", "relative_logit_difference"}),
+        (replace(RELATIVE, max_relative_logit_difference=None), set()),
+    ],
+)
+def test_logits_are_judged_by_what_has_a_threshold(gates: Thresholds, names: set[str]) -> None:
+    assert {gate.name for gate in parity.judge(FINE, gates)} & {
+        "logit_difference",
+        "relative_logit_difference",
+    } == names
+
+
 def test_logits_after_the_end_of_a_row_do_not_count(manifest: Manifest) -> None:
     """Row 1 ended after one token; its batch went on with row 0."""
     assert measure(grounded(logits=nudged(2, 1, 9.0)), grounded(), manifest).max_logit_difference == 0.0
@@ -165,8 +235,9 @@ def test_empty_answers_agree(manifest: Manifest) -> None:
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_what_is_not_a_number_is_the_worst_there_is(broken: float, manifest: Manifest) -> None:
     measured = measure(grounded(logits=nudged(1, 0, broken)), grounded(), manifest)
-    failed = {gate.name for gate in parity.judge(measured, Thresholds()) if not gate.passed}
-    assert failed >= {"logit_difference", "logit_cosine", "logit_norm"}
+    for gates, logits in ((Thresholds(), "logit_difference"), (RELATIVE, "relative_logit_difference")):
+        failed = {gate.name for gate in parity.judge(measured, gates) if not gate.passed}
+        assert failed >= {logits, "logit_cosine", "logit_norm"}
 
 
 def test_what_is_not_a_number_is_stored_and_read() -> None:
@@ -309,6 +380,13 @@ def test_every_gate_fails_beyond_its_limit_and_not_before(
     assert gate in [entry.name for entry in parity.judge(unknown, Thresholds()) if not entry.passed]
 
 
+@pytest.mark.parametrize(("value", "passes"), [(0.0, True), (0.02, True), (0.0201, False), (np.nan, False)])
+def test_the_relative_gate_fails_beyond_its_limit_and_not_before(value: float, passes: bool) -> None:
+    measured = FINE.model_copy(update={"max_relative_logit_difference": value})
+    failed = [entry.name for entry in parity.judge(measured, RELATIVE) if not entry.passed]
+    assert failed == ([] if passes else ["relative_logit_difference"])
+
+
 def test_gates_that_are_not_met_can_be_raised() -> None:
     gates = parity.judge(FINE.model_copy(update={"accuracy": 0.5, "mean_box_iou": 0.2}), Thresholds())
     with pytest.raises(GateError, match=r"does not meet box_iou 0\.2, not >= 0\.99; accuracy_drop 0\.4"):
@@ -354,6 +432,32 @@ def test_every_control_is_caught_by_what_the_model_computes(name: str, tiny_runs
     assert "logit_difference" in control.by
     assert measured.position_ids_equal == 0.0
     assert applies(adjust, reference[0])
+
+
+@pytest.mark.parametrize("name", controls())
+def test_every_control_is_caught_in_half_precision(
+    name: str, tiny_bundle: Callable[..., Bundle], tiny_runs: Any
+) -> None:
+    """By what half precisions are judged by; what is right passes those."""
+    _, questions, _, _, reference = tiny_runs
+    bundle = tiny_bundle(precision="fp16")
+    grounder, session = Grounder(bundle), open_session(bundle, "onnxruntime", threads=1)
+    adjust, gates = controls()[name], bundle.manifest.gates
+    assert gates.max_logit_difference is None
+    assert gates.max_relative_logit_difference == PRECISIONS["fp16"].gates.max_relative_logit_difference
+    wrong, right = (
+        parity.measure(
+            runner.run_cases(grounder, session, questions, batch=3, keep_logits=True, **changes),
+            reference,
+            questions,
+            bundle.manifest,
+        )
+        for changes in ({"adjust": adjust}, {})
+    )
+    assert "relative_logit_difference" in check_control(name, wrong, gates).by
+    limit = gates.max_relative_logit_difference
+    assert limit is not None
+    assert right.max_relative_logit_difference < limit < wrong.max_relative_logit_difference
 
 
 def test_the_right_placement_is_not_caught(tiny_runs: Any) -> None:
