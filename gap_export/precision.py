@@ -53,7 +53,7 @@ class Thresholds:
     Attributes:
         min_kept_sets_equal: share of cases whose kept visual tokens are the reference's, ties of score excepted.
         max_logit_difference: largest absolute difference of logits, any step; None asks for nothing.
-        max_relative_logit_difference: the same, relative to the largest logit of its row; None asks for nothing.
+        max_relative_logit_difference: largest difference of logits, as a share of the largest magnitude in its row; None asks for nothing.
         min_logit_cosine: smallest cosine similarity of logit rows.
         max_norm_deviation: largest |1 - ratio of logit norms|.
         min_token_agreement: share of generated tokens that are equal.

@@ -19,6 +19,7 @@ import pytest
 import gap_export as gap
 from gap_export.bundle.folder import Bundle
 from gap_export.environment import missing_package
+from tests.prose import prose
 from tests.test_architecture import BLOCKER, python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +176,11 @@ def test_every_public_name_does_what_it_says(
         "validate": (
             lambda: refused(lambda: gap.validate(nowhere)),
             lambda: refused(lambda: gap.validate(bundle, backend="torch")),
+        ),
+        "validate_text": (
+            lambda: gap.validate_text(bundle, prose(tmp_path), tokens=8, threads=1).raise_for_gates(),
+            lambda: refused(lambda: gap.validate_text(bundle, nowhere)),
+            lambda: refused(lambda: gap.validate_text(nowhere, prose(tmp_path))),
         ),
     }
     assert set(calls) == set(gap.__all__) == set(dir(gap))

@@ -28,6 +28,7 @@ from gap_export.checkpoint.hub import resolve
 from gap_export.cli import models
 from gap_export.evaluation import validate
 from gap_export.precision import PRECISIONS
+from tests.prose import prose
 
 BuildBundle = Callable[..., Bundle]
 
@@ -761,6 +762,77 @@ def test_validate_reports_logits_that_are_not_numbers(
     result = command("validate", tiny_bundle().folder, "--limit", "2", "--json", "--threads", "1")
     assert result.code == 1, result
     assert json.loads(result.out)["ok"] is False
+
+
+# validate --text
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return prose(tmp_path)
+
+
+def test_a_text_is_validated(command: Command, bundle_copy: Path, text: Path) -> None:
+    options = ("--text", text, "--tokens", "8", "--threads", "1")
+    result = command("validate", bundle_copy, *options, "--json")
+    assert result.code == 0, result
+    record = json.loads(result.out)
+    assert record["ok"] is True
+    assert (record["prefill"]["tokens"], record["control_caught"]) == (8, True)
+    assert {gate["name"] for gate in record["gates"]} == {
+        f"{part}: {name}"
+        for part in ("prefill", "steps")
+        for name in ("perplexity_rise", "mean_kl", "top1_agreement")
+    }
+    assert json.loads((bundle_copy / "reports" / "text_parity.json").read_text()) == record
+    shown = command("validate", bundle_copy, *options)
+    assert shown.code == 0, shown
+    for words in ("8 in one call", "247 one by one", "prose.txt", "perplexity", "all gates met"):
+        assert words in shown.out
+    assert "text_parity.json" in command("inspect", bundle_copy).out
+    open_bundle(bundle_copy, every_hash=True)
+
+
+def test_a_text_that_is_read_otherwise_fails(command: Command, bundle_copy: Path, text: Path) -> None:
+    """Embeddings of another sign, every hash in order."""
+    embed = bundle_copy / "embed.onnx"
+    model = onnx.load(str(embed), load_external_data=False)
+    (lookup,) = (node for node in model.graph.node if node.op_type == "Gather")
+    model.graph.node.append(onnx.helper.make_node("Neg", [lookup.output[0]], ["negative"]))
+    model.graph.node[-1].output[0], lookup.output[0] = lookup.output[0], "looked_up"
+    model.graph.node[-1].input[0] = "looked_up"
+    embed.write_bytes(model.SerializeToString())
+    manifest = Manifest.model_validate_json((bundle_copy / "manifest.json").read_text())
+    files = {**manifest.files, embed.name: record_of(embed)}
+    write_manifest(bundle_copy, manifest.model_copy(update={"files": files}))
+    result = command("validate", bundle_copy, "--text", text, "--threads", "1")
+    assert result.code == 1, result
+    assert "a gate was not met" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--limit", "500"), "--limit"),  # the default, but asked for
+        (("--keep", "0.5"), "--keep"),
+        (("--batch", "4"), "--batch"),
+        (("--text-tower", "tower"), "--text-tower"),
+        (("--backend", "tensorrt-rtx"), "--backend tensorrt-rtx"),
+        (("--backend", "torch"), "--backend torch"),
+    ],
+)
+def test_what_a_text_does_not_read_is_refused(
+    command: Command, tiny_bundle: BuildBundle, text: Path, options: tuple[str, str], words: str
+) -> None:
+    refused(command("validate", tiny_bundle().folder, "--text", text, *options), words, "leave")
+    refused(command("validate", tiny_bundle().folder, *options, "--text", text), words)
+
+
+def test_tokens_belong_to_a_text(command: Command, tiny_bundle: BuildBundle, tmp_path: Path) -> None:
+    folder = tiny_bundle().folder
+    refused(command("validate", folder, "--tokens", "8"), "--tokens", "--text")
+    refused(command("validate", folder, "--text", tmp_path / "nowhere.txt", "--tokens", "0"), "--tokens")
+    refused(command("validate", folder, "--text", tmp_path / "nowhere.txt"), "nowhere.txt", "UTF-8")
 
 
 def test_validate_needs_the_checkpoint_the_bundle_was_built_from(

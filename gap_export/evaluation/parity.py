@@ -45,7 +45,7 @@ class Measurement(Record):
             from the tokens the run kept.
         max_logit_difference: largest absolute difference, over all steps up to the first diverging token, of the cases
             with identical kept sets.
-        max_relative_logit_difference: the same, relative to the largest magnitude of the reference's row.
+        max_relative_logit_difference: largest difference of logits, as a share of the largest magnitude in the reference's row.
         min_logit_cosine: smallest cosine similarity of logit rows, same steps.
         max_norm_deviation: largest |1 - ratio of norms| of logit rows, same steps.
         token_agreement: share of generated tokens that are equal, position by position.

@@ -125,6 +125,8 @@ def validate_text(
 
 def _tokens_of(bundle: Bundle, content: str, subject: str, tokens: int) -> tuple[Ids, int]:
     """(ids of the text [T], how many of them are read in one call)."""
+    if "\0" in content:
+        raise InputError("holds null bytes, as UTF-16 does", subject=subject, hint=kinds.TEXT.hint)
     manifest = bundle.manifest
     ids = encode_prose(
         load_tokenizer(bundle.tokenizer_path), content, manifest.spec.vocabulary, subject=subject

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect --json": ("--json",),
     "inspect --verify": ("--verify",),
     "validate": ("--limit", "1"),
+    "validate --text": ("--text", "{image}"),
     "bench": (),
     "eval": ("--data", "scenes"),
     "report": (),

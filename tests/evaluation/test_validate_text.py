@@ -26,7 +26,7 @@ from gap_export.evaluation.text_parity import CONTROL, TextReport
 from gap_export.evaluation.validate_text import validate_text
 from gap_export.pipeline.build import RANDOM
 from gap_export.precision import PRECISIONS
-from tests.evaluation.prose import prose
+from tests.prose import prose
 from tests.recorded import Recorded
 
 BuildBundle = Callable[..., Bundle]
@@ -234,6 +234,11 @@ def latin(folder: Path) -> Path:
     return written(folder, "caf\u00e9".encode("latin-1"))
 
 
+def wide(folder: Path) -> Path:
+    """UTF-16 without a byte order mark is UTF-8 too, of a kind."""
+    return written(folder, prose(folder).read_text().encode("utf-16-le"))
+
+
 def missing(folder: Path) -> Path:
     return folder / "nowhere.txt"
 
@@ -259,6 +264,7 @@ def written(folder: Path, content: bytes) -> Path:
         (empty, r"text\.txt: has 1 tokens, and 256 are read"),
         (short, r"prose\.txt: has 61 tokens, and 256 are read"),
         (latin, "line 1: is not UTF-8: byte 0xe9 at column 4"),
+        (wide, r"text\.txt: holds null bytes, as UTF-16 does"),
         (missing, r"nowhere\.txt: cannot be read: No such file or directory"),
         (a_folder, "is a folder"),
         (a_pipe, "is a pipe"),

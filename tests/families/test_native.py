@@ -13,11 +13,11 @@ import pytest
 from gap_export.bundle.folder import open_bundle
 from gap_export.errors import RecipeError
 from gap_export.evaluation.validate_text import validate_text
-from tests.evaluation.prose import prose
 from tests.families.answers import Asked, Families, assert_equal, prompts
 from tests.families.contract import Case, Contract
 from tests.families.tiny_families import NATIVE, ranged
 from tests.graph.read_tokens import off, off_prefixes
+from tests.prose import prose
 
 pytestmark = pytest.mark.slow
 

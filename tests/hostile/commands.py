@@ -45,6 +45,7 @@ MEANINGS: dict[str, Meaning] = {
     "build --precision": Meaning.NAME,
     "build --target": Meaning.NAME,
     "calibrate --output": Meaning.WRITTEN_FILE,
+    "validate --text": Meaning.READ_FILE,
     "run --image": Meaning.READ_FILE,
     "run --refer": Meaning.TEXT,
     "run --draw": Meaning.WRITTEN_FILE,

@@ -37,6 +37,10 @@ def _yaml(content: bytes, rng: random.Random, amount: int) -> Iterator[Damage]:
     yield from texts.json_damaged(content, rng, amount, yaml.safe_dump)
 
 
+def _text(content: bytes, _: random.Random, __: int) -> Iterator[Damage]:
+    yield from texts.text_damaged(content)
+
+
 def _bytes_alone(_: bytes, __: random.Random, ___: int) -> Iterator[Damage]:
     yield from ()
 
@@ -131,9 +135,11 @@ _REPORTS = tuple(
         ("sweep/settings.json", "sweep finished", 20, False),
         ("sweep/sweep.json", "sweep finished", 20, False),
         ("measured/reports/parity.json", "inspect measured", 40, False),
+        ("measured/reports/text_parity.json", "inspect measured", 40, False),
         ("measured/reports/bench.json", "inspect measured", 40, False),
         ("measured/reports/recommend.json", "inspect measured", 40, False),
         ("measured/reports/parity.json", "report measured", 20, False),
+        ("measured/reports/text_parity.json", "report measured", 20, False),
         ("measured/reports/bench.json", "report measured", 20, False),
         ("measured/reports/recommend.json", "report measured", 20, False),
     )
@@ -223,6 +229,7 @@ SOURCES: tuple[Source, ...] = (
         90,
     ),
     Source(kinds.PREDICTIONS, "predictions.jsonl", "eval --predictions", _jsonl, 60),
+    Source(kinds.TEXT, "prose.txt", "validate --text", _text),
     Source(kinds.IMAGE, "image.png", "run", binaries.image_damaged),
     Source(kinds.IMAGE, "images/second.jpg", "eval minigpt4.json", binaries.image_damaged, strict=False),
 )

@@ -21,6 +21,7 @@ from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine
 from tests.hostile.calls import Call, call
 from tests.hostile.child import Ended, run_alone
+from tests.prose import prose
 
 _EXPRESSIONS = (
     # image, expression, x1, y1, x2, y2
@@ -141,8 +142,8 @@ def _measured(world: World, _: Materials) -> None:
     shutil.copytree(world.path("dynamic"), world.folder / "measured")
     place = world.folder.parent / "measuring"
     (place / "work").mkdir(parents=True)
-    world.copy(("measured", "annotations", "images", "checkpoint"), place / "work")
-    for name in ("recommend", "bench --keep", "validate --keep"):
+    world.copy(("measured", "annotations", "images", "checkpoint", "prose.txt"), place / "work")
+    for name in ("recommend", "bench --keep", "validate --keep", "validate --text"):
         line = tuple(word.replace("dynamic", "measured") for word in call(name).line)
         ended = run_alone(line, place, seconds=180, caches=world.caches)
         assert ended.code in (0, 1), (line, ended.err)
@@ -183,6 +184,10 @@ def _worded(world: World, _: Materials) -> None:
     """A bundle whose pruner reads the expression."""
     made = call("build text")
     world.run(replace(made, options={**made.options, "--output": "worded"}), "worded")
+
+
+def _prose(world: World, _: Materials) -> None:
+    prose(world.folder, 300, name="prose.txt")
 
 
 def _image(world: World, _: Materials) -> None:
@@ -292,6 +297,7 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "measured.runs": _measured_runs,
     "engines": _engines,
     "worded": _worded,
+    "prose.txt": _prose,
     "image.png": _image,
     "images": _images,
     "annotations": _annotations,
