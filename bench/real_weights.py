@@ -77,7 +77,9 @@ def main() -> int:
     bundles = {}
     for name in ROWS:
         console.print(f"building and reading in {name}")
-        bundles[name] = build(options.scratch / f"bundle-{name.replace(' ', '')}", checkpoint, name, calibration)
+        bundles[name] = build(
+            options.scratch / f"bundle-{name.replace(' ', '')}", checkpoint, name, calibration
+        )
         report = gap.validate_text(bundles[name], text, tokens=options.tokens, threads=2)
         rows[name] = {
             "bits_per_weight": bits_per_weight(bundles[name].folder),
@@ -99,7 +101,9 @@ def main() -> int:
     targets = {
         "int8: perplexity, rise": (rows["int8"]["rise"], MOST_INT8_RISE),
         "int8: TTFT, of fp32's": (rows["int8"]["ttft_ratio"], MOST_INT8_TTFT),
-        **({f"{CALIBRATED}: perplexity, rise": (rows[CALIBRATED]["rise"], min(four_bit))} if four_bit else {}),
+        **(
+            {f"{CALIBRATED}: perplexity, rise": (rows[CALIBRATED]["rise"], min(four_bit))} if four_bit else {}
+        ),
     }
     for name, (measured, limit) in targets.items():
         console.print(f"{name}: {measured:.3f}, at most {limit:.3f}")

@@ -230,6 +230,7 @@ SOURCES: tuple[Source, ...] = (
     ),
     Source(kinds.PREDICTIONS, "predictions.jsonl", "eval --predictions", _jsonl, 60),
     Source(kinds.TEXT, "prose.txt", "validate --text", _text),
+    Source(kinds.TEXT, "prose.txt", "build calibration", _text),
     Source(kinds.IMAGE, "image.png", "run", binaries.image_damaged),
     Source(kinds.IMAGE, "images/second.jpg", "eval minigpt4.json", binaries.image_damaged, strict=False),
 )

@@ -187,7 +187,7 @@ def _worded(world: World, _: Materials) -> None:
 
 
 def _prose(world: World, _: Materials) -> None:
-    prose(world.folder, 300, name="prose.txt")
+    prose(world.folder, 600, name="prose.txt")
 
 
 def _image(world: World, _: Materials) -> None:
