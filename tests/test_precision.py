@@ -140,6 +140,11 @@ def test_the_table_is_light() -> None:
     "bounds",
     [
         {"max_logit_difference": 0},
+        {"max_relative_logit_difference": 0},
+        {"max_relative_logit_difference": float("nan")},
+        {"max_perplexity_rise": -0.1},
+        {"max_mean_kl": 0.0},
+        {"min_top1_agreement": 1.01},
         {"max_norm_deviation": 0.0},
         {"max_accuracy_drop": -0.1},
         {"min_box_iou": 1.1},

@@ -128,13 +128,23 @@ def test_no_default_gate_lets_everything_pass() -> None:
         assert low.min_box_iou >= 0.9
         assert low.min_token_agreement >= 0.8
         assert low.max_accuracy_drop <= 0.02
+    for row in PRECISIONS.values():
+        bits = 4 if row.decoder in ("uint4", "int4", "nvfp4") else 8 if row.quantizes else 16
+        most_rise, most_kl, least_top1 = {4: (0.4, 0.4, 0.7), 8: (0.03, 0.02, 0.9), 16: (5e-3, 1e-3, 0.98)}[
+            bits
+        ]
+        assert row.gates.max_perplexity_rise <= most_rise
+        assert row.gates.max_mean_kl <= most_kl
+        assert row.gates.min_top1_agreement >= least_top1
+        assert {row.gates.max_logit_difference, row.gates.max_relative_logit_difference} != {None}
     # Activations of four bits move boxes; they must hit as often all the same.
     four_bits = PRECISIONS["nvfp4"].gates
     assert four_bits.min_box_iou >= 0.75
     assert four_bits.min_token_agreement >= 0.7
     assert four_bits.max_accuracy_drop <= 0.02
     for gates in (Thresholds(), *(PRECISIONS[name].gates for name in ("fp32", "fp16", "bf16"))):
-        assert gates.max_logit_difference < 1
+        absolute, relative = gates.max_logit_difference, gates.max_relative_logit_difference
+        assert (absolute is not None and absolute < 1) or (relative is not None and relative <= 0.02)
         assert gates.min_logit_cosine > 0.99
         assert gates.min_token_agreement >= 0.95
         assert gates.min_kept_sets_equal >= 0.95
