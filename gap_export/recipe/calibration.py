@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from gap_export.errors import InputError
 from gap_export.files import kinds, read_text
-from gap_export.inputs.tokenizer import tokenizer_errors
+from gap_export.inputs.prompt import encode_prose
 
 CALIBRATION = "calibration.txt"
 """Its name in a bundle that was built with it."""
@@ -56,19 +56,14 @@ def read_calibration(path: Path, tokenizer: Tokenizer, *, vocabulary: int, max_p
         InputError: it cannot be read, has fewer than 512 tokens, or a token that the model has no embedding of.
     """
     text = read_text(path, kinds.TEXT)[: MOST_TOKENS * _TOKEN_CHARACTERS]
-    with tokenizer_errors(str(path), "cannot be tokenized"):
-        ids = tokenizer.encode(text, add_special_tokens=True).ids[:MOST_TOKENS]
+    if "\0" in text:
+        raise InputError("holds null bytes, as UTF-16 does", subject=str(path), hint=kinds.TEXT.hint)
+    ids = encode_prose(tokenizer, text, vocabulary, subject=str(path))[:MOST_TOKENS]
     if len(ids) < FEWEST_TOKENS:
         raise InputError(
             f"has {len(ids)} tokens, and a calibration takes {FEWEST_TOKENS} to {MOST_TOKENS}",
             subject=str(path),
             hint="give a longer text",
-        )
-    if max(ids) >= vocabulary:
-        raise InputError(
-            f"has the token {max(ids)}, and the model has an embedding of {vocabulary} tokens",
-            subject=str(path),
-            hint="give plain prose, without names of special tokens",
         )
     tokens = min(_CALL_TOKENS, max_positions)
     calls = len(ids) // tokens

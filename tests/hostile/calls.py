@@ -111,7 +111,7 @@ CALLS: tuple[Call, ...] = (
     _build("text", pruner="text_similarity", text_tower="tower", checkpoint="checkpoint"),
     _build("weights", weights="checkpoint", target="onnx", precision="fp32", prune_layers=()),
     _build("fp8", "ranges.json", precision="fp8", ranges="ranges.json"),
-    _build("calibration", "prose.txt", precision="int4", calibration="prose.txt"),
+    _build("calibration", "calibration.txt", precision="int4", calibration="calibration.txt"),
     _build("sharded", "sharded", checkpoint="sharded"),
     _build("folder", model="checkpoint"),
     Call(

@@ -210,6 +210,7 @@ SOURCES: tuple[Source, ...] = (
     ),
     Source(kinds.RANGES, "ranges.json", "build fp8", _json, 30),
     Source(kinds.RANGES, "ranges.json", "calibrate --data", _json, 10),
+    Source(kinds.TEXT, "calibration.txt", "build calibration", _text),
     *_REPORTS,
     Source(kinds.JOURNAL, "one/answers.jsonl", "eval again", _jsonl, 100, strict=False),
     Source(kinds.RESULTS, "one/unc-results.parquet", "compare", binaries.table_damaged, 90),
@@ -230,7 +231,6 @@ SOURCES: tuple[Source, ...] = (
     ),
     Source(kinds.PREDICTIONS, "predictions.jsonl", "eval --predictions", _jsonl, 60),
     Source(kinds.TEXT, "prose.txt", "validate --text", _text),
-    Source(kinds.TEXT, "prose.txt", "build calibration", _text),
     Source(kinds.IMAGE, "image.png", "run", binaries.image_damaged),
     Source(kinds.IMAGE, "images/second.jpg", "eval minigpt4.json", binaries.image_damaged, strict=False),
 )

@@ -187,7 +187,11 @@ def _worded(world: World, _: Materials) -> None:
 
 
 def _prose(world: World, _: Materials) -> None:
-    prose(world.folder, 600, name="prose.txt")
+    prose(world.folder, 300, name="prose.txt")
+
+
+def _calibration(world: World, _: Materials) -> None:
+    prose(world.folder, 600, name="calibration.txt")
 
 
 def _image(world: World, _: Materials) -> None:
@@ -303,6 +307,7 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "annotations": _annotations,
     "predictions.jsonl": _predictions,
     "ranges.json": _made_by("calibrate", "ranges.json"),
+    "calibration.txt": _calibration,
     "one": _made_by("eval", "one"),
     "two": _made_by("eval", "two", **{"--one-by-one": True}),
     "sweep": _made_by("sweep", "sweep"),

@@ -31,37 +31,12 @@ from gap_export.recipe.calibration import CALIBRATION, read_calibration
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.grounder import Grounder
-
-WORDS = [
-    "where",
-    "is",
-    "the",
-    "red",
-    "green",
-    "blue",
-    "circle",
-    "square",
-    "triangle",
-    "small",
-    "large",
-    "on",
-    "left",
-    "right",
-    "of",
-    "above",
-    "below",
-]
-
-
-def prose(words: int) -> str:
-    return " ".join(np.random.default_rng(8).choice(WORDS, words))
+from tests.prose import prose
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "prose.txt"
-    path.write_text(prose(600))
-    return path
+    return prose(tmp_path_factory.mktemp("texts"), 600)
 
 
 @pytest.fixture
@@ -309,8 +284,7 @@ def test_how_much_of_a_text_is_read(
     wanted = {"vocabulary": model.spec.vocabulary}
     assert read_calibration(text, model.tokenizer, max_positions=256, **wanted).ids_BS.shape == (2, 256)
     assert read_calibration(text, model.tokenizer, max_positions=9999, **wanted).ids_BS.shape == (1, 512)
-    long = tmp_path / "long.txt"
-    long.write_text(prose(20000))
+    long = prose(tmp_path, 20000, name="long.txt")
     read = read_calibration(long, model.tokenizer, max_positions=2048, **wanted)
     assert read.ids_BS.shape == (8, 512)
     (tmp_path / CALIBRATION).write_text(read.text)
@@ -333,10 +307,11 @@ def test_other_precisions_have_no_use_for_a_text(
     [
         (None, "cannot be read"),
         (b"", "has 1 tokens"),
-        (prose(510).encode(), "has 511 tokens"),
-        (prose(600).encode("utf-16"), "is not UTF-8"),
+        (b"where is " * 255, "has 511 tokens"),
+        (("where is " * 300).encode("utf-16"), "is not UTF-8"),
+        (("where is " * 300).encode("utf-16-le"), "holds null bytes"),
     ],
-    ids=["missing", "empty but for the first token", "short", "UTF-16"],
+    ids=["missing", "empty but for the first token", "short", "UTF-16", "UTF-16 without a mark"],
 )
 def test_texts_that_are_refused(
     content: bytes | None,
