@@ -3,7 +3,7 @@ memory.
 
 Disk and memory are told from the headers of the checkpoint's files alone.
 Weights of the wanted element type are linked and cost nothing; others are written anew. Tracing holds graphs, not weights. Calibrating holds a layer of
-the decoder, and what its widest product reads as a square matrix. An engine holds the weights again, and building it holds them in memory.
+the decoder, what it computes of a text, and square matrices as wide as what it reads. An engine holds the weights again, and building it holds them in memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gap_export.inputs.prompt import SLOT, encode_prompts, template_fault
 from gap_export.pipeline.opened import OpenedModel
 from gap_export.plan import Plan
 from gap_export.precision import precision
+from gap_export.recipe.calibration import MOST_TOKENS
 from gap_export.recipe.recipe import Recipe
 
 # Measured by bench/export.py: 0.59 GB with 32 layers, most of it torch and transformers themselves.
@@ -158,7 +159,7 @@ def needs_of(
 
 
 def _calibration_bytes(checkpoint: Checkpoint, facts: ModelSpec) -> int:
-    """One layer in float32, and four square matrices of float64 as wide as its widest product reads (`graph/quantize/compensate.py`)."""
+    """One layer in float32, four of the widest activations that it reads, and four square matrices of float64 as wide as those."""
     shapes = [
         weight.shape
         for weight in checkpoint.weights.values()
@@ -166,7 +167,7 @@ def _calibration_bytes(checkpoint: Checkpoint, facts: ModelSpec) -> int:
     ]
     elements = sum(columns * inner for columns, inner in shapes)
     widest = max((inner for _, inner in shapes), default=0)
-    return 4 * elements // facts.layers + 4 * 8 * widest**2
+    return 4 * elements // facts.layers + 4 * 4 * MOST_TOKENS * widest + 4 * 8 * widest**2
 
 
 def check_needs(needs: Needs, out: Path, recipe: Recipe) -> None:

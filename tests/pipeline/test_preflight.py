@@ -60,7 +60,7 @@ def test_memory_is_what_was_measured(tmp_path: Path) -> None:
     assert 0.55e9 < needs(tmp_path).memory < 0.7e9
 
 
-def test_a_calibration_takes_a_layer_and_square_matrices(tmp_path: Path) -> None:
+def test_a_calibration_takes_a_layer_its_activations_and_square_matrices(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     shapes = {"up": (3200, 100), "down": (64, 400), "table": (FACTS.vocabulary, 5000)}
@@ -73,7 +73,12 @@ def test_a_calibration_takes_a_layer_and_square_matrices(tmp_path: Path) -> None
         for text in (None, "prose.txt")
     )
     assert calibrated.disk == plain.disk
-    assert calibrated.memory - plain.memory == 4 * (3200 * 100 + 64 * 400) // FACTS.layers + 4 * 8 * 400**2
+    layer, activations, squares = (
+        4 * (3200 * 100 + 64 * 400) // FACTS.layers,
+        4 * 4 * 4096 * 400,
+        4 * 8 * 400**2,
+    )
+    assert calibrated.memory - plain.memory == layer + activations + squares
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,9 +46,9 @@ class Shares:
         Args:
             moments_KK: X^T X, finite; it may be singular, or zero.
         """
-        damped_KK = torch.from_numpy(moments_KK).double()
+        damped_KK = torch.from_numpy(moments_KK).to(torch.float64, copy=True)
         diagonal_K = damped_KK.diagonal()  # a view
-        diagonal_K += DAMPING * float(diagonal_K.mean()) or 1.0
+        diagonal_K += (DAMPING * float(diagonal_K.mean())) or 1.0
         importance_K = diagonal_K.float().numpy()
         # Turned about, H = R R^T with R upper triangular: one Cholesky factor and the inverse of a triangle, and no inverse of H.
         root_KK = torch.linalg.cholesky(damped_KK.flip(0, 1)).flip(0, 1)
