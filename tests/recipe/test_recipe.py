@@ -141,10 +141,10 @@ def test_no_default_gate_lets_everything_pass() -> None:
     four_bits = PRECISIONS["nvfp4"].gates
     assert four_bits.min_box_iou >= 0.75
     assert four_bits.min_token_agreement >= 0.7
-    assert four_bits.max_accuracy_drop <= 0.02
+    assert four_bits.max_accuracy_drop <= 0.05
     for gates in (Thresholds(), *(PRECISIONS[name].gates for name in ("fp32", "fp16", "bf16"))):
         absolute, relative = gates.max_logit_difference, gates.max_relative_logit_difference
-        assert (absolute is not None and absolute < 1) or (relative is not None and relative <= 0.02)
+        assert (absolute is not None and absolute < 1) or (relative is not None and relative <= 0.05)
         assert gates.min_logit_cosine > 0.99
         assert gates.min_token_agreement >= 0.95
         assert gates.min_kept_sets_equal >= 0.95
