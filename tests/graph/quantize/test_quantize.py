@@ -112,7 +112,10 @@ def test_restored_weights_give_the_graphs_own_logits(
             w.T for key, w in checkpoint.items() if "language_model" in key and key.endswith(f".{inner}")
         )
         error = np.abs((numbers - zeros) * scales - weight).mean() / np.abs(weight).mean()
-        assert error < {"int8": 0.01, "uint4": 0.1, "int4": 0.12}[kind], "a step of eight bits, of four"
+        # What is wider than what it reads has seven bits of weights in int8, the head excepted.
+        seven = precision == "int8" and weight.shape[1] > weight.shape[0] and name not in heads
+        limit = {"int8": 0.02 if seven else 0.01, "uint4": 0.1, "int4": 0.12}[kind]
+        assert error < limit, "a step of eight bits, of seven, of four"
         assert kind == ("int8" if parameter.endswith("lm_head.weight") else expected)
 
 
