@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from gap_export.errors import BundleError, CheckpointError, InputError
 from gap_export.inputs.tokenizer import tokenizer_errors
 from gap_export.positions import PAD, Ids
-from gap_export.records import Record
+from gap_export.records import Record, Text
 
 SLOT = "{expression}"
 
@@ -39,7 +39,7 @@ class TextTower(Record):
         aligned_inversely: whether patches that match the text are less similar to it than others.
     """
 
-    checkpoint: str
+    checkpoint: Text
     context: int = Field(ge=3)
     width: int
     vocabulary: int

@@ -85,9 +85,11 @@ def mutations(manifest: Any) -> Iterator[Mutation]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values say the same: a 1 where 1.0 is meant is no fault."""
+    """Whether two values say the same: a 1 where 1.0 is meant is no fault, nor is "1" where a recipe may have text."""
     if isinstance(one, int) and isinstance(other, float) and not isinstance(one, bool):
         return one == other
+    if isinstance(one, str) and isinstance(other, float):
+        return one == f"{other:g}"
     return type(one) is type(other) and repr(one) == repr(other)
 
 
