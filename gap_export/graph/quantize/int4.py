@@ -63,8 +63,8 @@ def arranged(numbers_NK: NDArray[np.float32], grid: Grid) -> tuple[NDArray[Any],
 
 
 def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:
-    """DequantizeLinear, MatMul."""
-    numbers, scale = pieces
-    floats = ir.node("DequantizeLinear", [numbers, scale], {"axis": 0, "block_size": BLOCK})
+    """DequantizeLinear, MatMul; pieces are numbers, scales and, where there are any, zero points."""
+    numbers, scale = pieces[:2]
+    floats = ir.node("DequantizeLinear", [*pieces], {"axis": 0, "block_size": BLOCK})
     floats.outputs[0].shape, floats.outputs[0].type = numbers.shape, scale.type
     return [floats, ir.node("MatMul", [activations_of(product), floats.outputs[0]])]

@@ -5,19 +5,17 @@ Shape letters: B blocks of a row, L elements of a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gap_export.graph.quantize.int4 import BLOCK as BLOCK
+from gap_export.graph.quantize.int4 import nodes as nodes
 from gap_export.graph.quantize.int8 import INT8_MAX
 from gap_export.graph.quantize.rounding import never_zero
-from gap_export.graph.quantize.scheme import Piece, Rewriter, Weight, activations_of
-
-BLOCK = 32
-"""Elements that share a scale."""
+from gap_export.graph.quantize.scheme import Piece, Weight
 
 
 def fits(columns: int, inner: int) -> bool:
@@ -40,11 +38,3 @@ def encode(rows_NK: NDArray[np.float32], weight: Weight) -> tuple[NDArray[Any], 
     scales_NB = never_zero((np.abs(blocks_NBL).max(axis=2) / INT8_MAX).astype(weight.activations.dtype))
     numbers_NBL = np.clip(np.rint(blocks_NBL / scales_NB[..., None]), -INT8_MAX, INT8_MAX)
     return numbers_NBL.astype(np.int8).reshape(columns, inner), scales_NB
-
-
-def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:
-    """DequantizeLinear, MatMul."""
-    numbers, scale = pieces
-    floats = ir.node("DequantizeLinear", [numbers, scale], {"axis": 0, "block_size": BLOCK})
-    floats.outputs[0].shape, floats.outputs[0].type = numbers.shape, scale.type
-    return [floats, ir.node("MatMul", [activations_of(product), floats.outputs[0]])]

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gap_export.graph.quantize.int8 import INT8_MAX, SMALLEST, multiplied, rounded, whole, zero_point
+from gap_export.graph.quantize.int8 import fits as fits
 from gap_export.graph.quantize.scheme import Piece, Rewriter, Weight
 
 PIECE_MAX = 63
@@ -27,11 +28,6 @@ ZERO = 64
 """Stands for zero."""
 FINER = 2 * PIECE_MAX
 """What is left of a number is at most half a step: that becomes the largest number of the second piece."""
-
-
-def fits(columns: int, inner: int) -> bool:
-    """Every shape."""
-    return True
 
 
 def pieces(weight: Weight) -> tuple[Piece, ...]:

@@ -10,7 +10,6 @@ Shape letters: B blocks of a row, L elements of a block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 
 from gap_export.graph.quantize.int4 import BLOCK as BLOCK
 from gap_export.graph.quantize.int4 import fits as fits
+from gap_export.graph.quantize.int4 import nodes as nodes
 from gap_export.graph.quantize.rounding import SHRUNK, Grid, Importance, never_zero
-from gap_export.graph.quantize.scheme import Piece, Rewriter, Weight, activations_of
+from gap_export.graph.quantize.scheme import Piece, Weight
 
 LEAST, MOST = 0, 15
 
@@ -82,11 +82,3 @@ def _between(least_B1: NDArray[np.float32], most_B1: NDArray[np.float32], weight
     """The grid that reaches from one to the other."""
     scales_B1 = never_zero(((most_B1 - least_B1) / MOST).astype(weight.activations.dtype))
     return Grid(scales_B1, np.clip(np.rint(-least_B1 / scales_B1), LEAST, MOST), LEAST, MOST)
-
-
-def nodes(product: ir.Node, pieces: Sequence[ir.Value], rewriter: Rewriter) -> list[ir.Node]:
-    """DequantizeLinear, MatMul."""
-    numbers, scale, zero = pieces
-    floats = ir.node("DequantizeLinear", [numbers, scale, zero], {"axis": 0, "block_size": BLOCK})
-    floats.outputs[0].shape, floats.outputs[0].type = numbers.shape, scale.type
-    return [floats, ir.node("MatMul", [activations_of(product), floats.outputs[0]])]
