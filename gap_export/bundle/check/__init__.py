@@ -170,6 +170,8 @@ def _recipe_faults(manifest: Manifest) -> Faults:
         ("gates", manifest.gates, recipe.gates or manifest.gates),
         ("engines", sorted(manifest.engines), targets),
     ]
+    if manifest.text_tower is not None:
+        pairs.append(("text_tower.checkpoint", manifest.text_tower.checkpoint, recipe.text_tower))
     for field, said, built in pairs:
         if said != built:
             yield f"{field} is {shown(said)}, and the recipe says {shown(built)}"
