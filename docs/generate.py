@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -73,13 +74,49 @@ def precisions() -> str:
             row.summary,
             row.activations.name,
             f"{row.bytes_per_weight:g}",
-            "-" if row.perplexity_rise is None else f"{100 * row.perplexity_rise:+.1f} %",
+            "-" if row.perplexity_rise is None else _percent(row.perplexity_rise),
             "needed" if row.needs_ranges else "-",
             "yes" if row.cpu else "no",
             engines if row.engines else "no",
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def real_weights() -> str:
+    """What precisions cost a decoder that was trained, and what peers' do, from the record of `bench/real_weights.py`."""
+    record = json.loads((ROOT / "bench" / "results" / "real_weights.json").read_text(encoding="utf-8"))
+    rows = [
+        "| | bits | perplexity | KL | same first choice | one by one | TTFT | per token |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in record["gap_export"].items():
+        read = row["prefill"]
+        cells = (
+            f"**{name}**",
+            f"{row['bits_per_weight']:.2f}",
+            _percent(row["rise"]),
+            f"{read['mean_kl']:.4f}",
+            f"{read['top1_agreement']:.3f}",
+            _percent(row["steps_rise"]),
+            f"{row['ttft_ratio']:.2f}",
+            f"{row['tpot_ratio']:.2f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    for name, row in record["peers"].items():
+        cells = (
+            name,
+            f"{row['bits_per_weight']:.2f}",
+            _percent(row["rise"]),
+            f"{row['mean_kl']:.4f}",
+            f"{row['top1_agreement']:.3f}",
+        )
+        rows.append(f"| {' | '.join(cells)} | | | |")
+    return "\n".join(rows)
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f} %"  # what rounds to -0 is 0
 
 
 def models() -> str:
@@ -125,6 +162,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models),
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),
+    "real weights": (ROOT / "docs" / "precision.md", real_weights),
     "formats": (ROOT / "docs" / "evaluation.md", formats),
     "limits": (ROOT / "SECURITY.md", limits),
     "pruners": (ROOT / "docs" / "pruners.md", partial(pruners, in_decoder=False)),

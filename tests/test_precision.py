@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
 from gap_export.runtime.torch.reference import open_torch
 from tests.graph.quantize import coarse_grid
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -156,3 +159,12 @@ def test_the_table_is_light() -> None:
 def test_thresholds_that_cannot_be_meant(bounds: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bounds))):
         Thresholds(**bounds)
+
+
+def test_losses_are_those_that_were_measured() -> None:
+    record = json.loads((ROOT / "bench" / "results" / "real_weights.json").read_text())
+    measured = {name: round(row["rise"], 3) + 0.0 for name, row in record["gap_export"].items()}
+    named = {row.name: row.perplexity_rise for row in PRECISIONS.values() if row.perplexity_rise is not None}
+    assert named == {name: measured[name] for name in named}
+    assert set(named) >= {"int8", "int8-blocks", "int4"}
+    assert record["ok"]
