@@ -349,3 +349,49 @@ def one_of(wanted: Callable[[Precision], bool] = lambda row: True) -> str:
     """Names of all rows, or of those that are wanted, as one writes them: `fp8 or nvfp4`."""
     *others, last = (row.name for row in PRECISIONS.values() if wanted(row))
     return f"{', '.join(others)} or {last}" if others else last
+
+
+_HINTED = replace(
+    _INT8,
+    max_logit_difference=None,
+    min_logit_cosine=0.99,
+    max_norm_deviation=0.1,
+    min_token_agreement=0.95,
+    min_box_iou=0.97,
+    max_accuracy_drop=0.01,
+)
+"""Of activations in half precision where a runtime chooses it (`--precision-hint`), on weights of any precision. The tower is computed in it
+too, and sets of kept tokens differ by a few: boxes and accuracy decide."""
+_HINT_MARGINS = {"bf16": 2e-2, "f16": 5e-3}
+"""As of the rows whose activations are of that type."""
+
+
+def hinted_margin(row: Precision, hint: str) -> float:
+    """`choice_margin` of a precision whose activations a runtime computes in another type.
+
+    Args:
+        row: of the bundle.
+        hint: `f32`, `bf16` or `f16`; empty where the bundle alone decides.
+    """
+    return max(row.choice_margin, _HINT_MARGINS.get(hint, 0.0))
+
+
+def hinted_gates(gates: Thresholds, hint: str) -> Thresholds:
+    """What `validate` requires then: of every bound, the looser one.
+
+    Args:
+        gates: of the bundle.
+        hint: as of `hinted_margin`.
+    """
+    return _loosest(gates, _HINTED) if hint in _HINT_MARGINS else gates
+
+
+def _loosest(one: Thresholds, other: Thresholds) -> Thresholds:
+    def looser(name: str) -> float | None:
+        values: list[float | None] = [getattr(one, name), getattr(other, name)]
+        bounds = [value for value in values if value is not None]
+        if len(bounds) < len(values):
+            return None
+        return min(bounds) if name.startswith("min_") else max(bounds)
+
+    return Thresholds(**{field.name: looser(field.name) for field in fields(Thresholds)})  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import typer
 from gap_export import bounds
 from gap_export.cli.app import console, out, print_json
 from gap_export.cli.numbers import number
-from gap_export.cli.options import JsonOption, ThreadsOption
+from gap_export.cli.options import DeviceOption, JsonOption, PrecisionHintOption, ThreadsOption, runtime_of
 from gap_export.cli.progress import progress_shown
 from gap_export.runtime.backends import names
 
@@ -23,6 +23,8 @@ def bench(
     backend: Annotated[
         str, typer.Option(help=f"One or several, separated by commas: {', '.join(names())}.")
     ] = "onnxruntime",
+    device: DeviceOption = None,
+    precision_hint: PrecisionHintOption = None,
     against: Annotated[str, typer.Option(help="Further backends to compare with, for example torch.")] = "",
     keep: Annotated[
         str,
@@ -51,10 +53,11 @@ def bench(
     from gap_export.evaluation import plotting
     from gap_export.evaluation.latency.bench import bench as measured
 
+    chosen = [runtime_of(each, device, precision_hint) for each in _words(backend)]
     with progress_shown() as progress:
         record = measured(
             bundles,
-            backends=_words(f"{backend},{against}"),
+            backends=list(dict.fromkeys([*chosen, *_words(against)])),
             keeps=bounds.several(keep, bounds.FRACTION, "--keep") if keep else [None],
             batches=[int(each) for each in bounds.several(batch, bounds.BATCH, "--batch")],
             requests=requests,

@@ -13,11 +13,13 @@ from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     AnyBackendOption,
     DataOption,
+    DeviceOption,
     ExpressionLimitOption,
     IgnoreExifOption,
     ImagesOption,
     JsonOption,
     KeepOption,
+    PrecisionHintOption,
     ProtocolOption,
     RayAddressOption,
     RayOption,
@@ -26,6 +28,7 @@ from gap_export.cli.options import (
     SkipBadRowsOption,
     SplitOption,
     ThreadsOption,
+    runtime_of,
 )
 from gap_export.cli.progress import progress_shown
 
@@ -66,6 +69,8 @@ def evaluate(
     skip_bad_rows: SkipBadRowsOption = False,
     protocol: ProtocolOption = "unc",
     backend: AnyBackendOption = "onnxruntime",
+    device: DeviceOption = None,
+    precision_hint: PrecisionHintOption = None,
     keep: KeepOption = None,
     limit: ExpressionLimitOption = None,
     rows: Annotated[
@@ -124,7 +129,7 @@ def evaluate(
     else:
         options = EvalOptions(
             protocol=protocol,
-            backend=backend,
+            backend=runtime_of(backend, device, precision_hint),
             keep=keep,
             limit=limit,
             rows=rows,

@@ -9,7 +9,7 @@ import typer
 
 from gap_export import bounds
 from gap_export.cli.numbers import number
-from gap_export.runtime.backends import names
+from gap_export.runtime.backends import names, runtime
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
@@ -21,6 +21,13 @@ AnyBackendOption = Annotated[
     typer.Option(
         metavar=f"[{'|'.join(names())}]", help="Runtime that runs the bundle; torch runs its checkpoint."
     ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="What the runtime runs on: cpu, gpu, gpu:1, npu; by default its first.")
+]
+PrecisionHintOption = Annotated[
+    str | None,
+    typer.Option(help="Type of activations, where the runtime has a choice: f32, bf16, f16 (openvino)."),
 ]
 KeepOption = Annotated[
     float | None,
@@ -36,7 +43,7 @@ RayAddressOption = Annotated[
     typer.Option(help="With --ray: address of a running cluster; by default one is started on this machine."),
 ]
 ThreadsOption = Annotated[
-    int, typer.Option(**number(bounds.THREADS), help="ONNX Runtime threads; 0 lets it choose.")
+    int, typer.Option(**number(bounds.THREADS), help="Threads of the runtime; 0 lets it choose.")
 ]
 ExpressionLimitOption = Annotated[
     int | None, typer.Option("--limit", **number(bounds.COUNT), help="Use only the first N expressions.")
@@ -92,3 +99,12 @@ BoxIouOption = Annotated[
         help="Smallest mean IoU of the two boxes; the recipe's against PyTorch, else 0.90.",
     ),
 ]
+
+
+def runtime_of(backend: str, device: str | None, precision_hint: str | None) -> str:
+    """What runs the bundle, as one text.
+
+    Raises:
+        SessionError: the options do not go together.
+    """
+    return str(runtime(backend, device=device, precision_hint=precision_hint))

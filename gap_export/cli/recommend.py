@@ -13,16 +13,19 @@ from gap_export.cli.options import (
     BackendOption,
     BundleArgument,
     DataOption,
+    DeviceOption,
     ExpressionLimitOption,
     IgnoreExifOption,
     ImagesOption,
     JsonOption,
+    PrecisionHintOption,
     ProtocolOption,
     ReplaceOption,
     RescaleBoxesOption,
     SkipBadRowsOption,
     SplitOption,
     ThreadsOption,
+    runtime_of,
 )
 from gap_export.cli.progress import progress_shown
 from gap_export.terminal import styled
@@ -56,6 +59,8 @@ def recommend(
         int, typer.Option(**number(bounds.REQUESTS), help="Requests measured per fraction.")
     ] = 30,
     backend: BackendOption = "onnxruntime",
+    device: DeviceOption = None,
+    precision_hint: PrecisionHintOption = None,
     threads: ThreadsOption = 0,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
@@ -79,7 +84,7 @@ def recommend(
             protocol=protocol,
             limit=limit,
             requests=requests,
-            backend=backend,
+            backend=runtime_of(backend, device, precision_hint),
             threads=threads,
             rescale_boxes=rescale_boxes,
             replace=replace,

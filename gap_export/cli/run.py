@@ -10,7 +10,15 @@ import typer
 from gap_export import bounds
 from gap_export.cli.app import console, out, print_json
 from gap_export.cli.numbers import number
-from gap_export.cli.options import AnyBackendOption, BundleArgument, JsonOption, KeepOption, ThreadsOption
+from gap_export.cli.options import (
+    AnyBackendOption,
+    BundleArgument,
+    DeviceOption,
+    JsonOption,
+    KeepOption,
+    PrecisionHintOption,
+    ThreadsOption,
+)
 
 
 def run(
@@ -25,6 +33,8 @@ def run(
     ] = None,
     keep: KeepOption = None,
     backend: AnyBackendOption = "onnxruntime",
+    device: DeviceOption = None,
+    precision_hint: PrecisionHintOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(**number(bounds.TOKENS), help="Maximum length of an answer, in tokens.")
     ] = None,
@@ -39,9 +49,12 @@ def run(
     if draw is not None:
         check_drawing(draw, images=image, bundle=bundle)
     images = [load_image(path) for path in image]
-    with load(bundle, backend=backend, threads=threads) as model:
+    with load(
+        bundle, backend=backend, device=device, precision_hint=precision_hint, threads=threads
+    ) as model:
         unknown = model.unknown_words(refer)
         prompt = images[0] if len(images) == 1 else tuple(images)
+        ran = model.session.backend
         answer = model.ground(prompt, refer, keep=keep, max_new_tokens=max_new_tokens)
     last = images[-1]
     if draw is not None:
@@ -58,7 +71,7 @@ def run(
                 "kept_indices": answer.kept_indices.tolist(),
                 "image_size": list(last.size),
                 "unknown_words": list(unknown),
-                "backend": backend,
+                "backend": ran,
             }
         )
         return

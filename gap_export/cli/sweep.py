@@ -10,7 +10,16 @@ import typer
 from gap_export import bounds
 from gap_export.cli.app import cluster_of, console, out, print_json
 from gap_export.cli.numbers import number
-from gap_export.cli.options import BackendOption, JsonOption, LimitOption, RayAddressOption, RayOption
+from gap_export.cli.options import (
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    LimitOption,
+    PrecisionHintOption,
+    RayAddressOption,
+    RayOption,
+    runtime_of,
+)
 from gap_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
@@ -33,6 +42,8 @@ def sweep(
         Path, typer.Option("--output", "-o", help="Folder of the sweep; finished points in it are kept.")
     ] = Path("out/sweep"),
     backend: BackendOption = "onnxruntime",
+    device: DeviceOption = None,
+    precision_hint: PrecisionHintOption = None,
     batch: Annotated[int, typer.Option(**number(bounds.BATCH), help="Images per call.")] = 16,
     threads: Annotated[
         int,
@@ -70,7 +81,7 @@ def sweep(
         pruners=pruners_from(pruners),
         keeps=keeps_from(keep),
         positions=positions_from(positions),
-        backend=backend,
+        backend=runtime_of(backend, device, precision_hint),
         limit=limit,
         batch=batch,
         threads=threads,

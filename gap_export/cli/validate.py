@@ -14,15 +14,18 @@ from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     BackendOption,
     BundleArgument,
+    DeviceOption,
     JsonOption,
     KeepOption,
     LimitOption,
+    PrecisionHintOption,
     ThreadsOption,
+    runtime_of,
 )
 from gap_export.cli.progress import progress_shown
 from gap_export.errors import InputError
 
-_OF_SCENES = ("limit", "keep", "text_tower", "batch")
+_OF_SCENES = ("limit", "keep", "text_tower", "batch", "device", "precision_hint")
 
 
 def validate(
@@ -31,6 +34,8 @@ def validate(
     limit: LimitOption = 500,
     keep: KeepOption = None,
     backend: BackendOption = "onnxruntime",
+    device: DeviceOption = None,
+    precision_hint: PrecisionHintOption = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
     text_tower: Annotated[Path | None, typer.Option(help="The text tower's, if they moved.")] = None,
     batch: Annotated[int, typer.Option(**number(bounds.BATCH), help="Images per call.")] = 16,
@@ -60,7 +65,7 @@ def validate(
             bundle,
             limit=limit,
             keep=keep,
-            backend=backend,
+            backend=runtime_of(backend, device, precision_hint),
             checkpoint=checkpoint,
             text_tower=text_tower,
             batch=batch,

@@ -23,7 +23,7 @@ from gap_export.errors import GateError
 from gap_export.evaluation.gates import Gate, Measured, at_least, at_most, check_gates
 from gap_export.evaluation.runner import accuracy_of, boxes_of
 from gap_export.positions import Placement, place
-from gap_export.precision import Thresholds, precision
+from gap_export.precision import Thresholds, hinted_margin, precision
 from gap_export.records import Amount, Count, Flag, Record, Share
 from gap_export.runtime.generate import Generation
 from gap_export.runtime.grounder import Grounded
@@ -166,7 +166,12 @@ class ParityReport(Record):
 
 
 def measure(
-    runs: Sequence[Grounded], reference: Sequence[Grounded], cases: Sequence[Case], manifest: Manifest
+    runs: Sequence[Grounded],
+    reference: Sequence[Grounded],
+    cases: Sequence[Case],
+    manifest: Manifest,
+    *,
+    hint: str = "",
 ) -> Measurement:
     """Compare two runs over the same cases in the same batches.
 
@@ -175,12 +180,13 @@ def measure(
         reference: of PyTorch.
         cases: what both were asked.
         manifest: of the bundle.
+        hint: type of activations, where the runtime computed in another than the bundle says.
 
     Raises:
         ValueError: the runs do not line up, or were made without their logits.
     """
     rows: list[_Row] = []
-    margin = precision(manifest.precision).choice_margin
+    margin = hinted_margin(precision(manifest.precision), hint)
     for run, truth in zip(runs, reference, strict=True):
         mine, theirs = run.generation, truth.generation
         if any(len(side.logits) < max(map(len, side.tokens)) for side in (mine, theirs)):

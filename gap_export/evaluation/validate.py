@@ -27,11 +27,12 @@ from gap_export.evaluation.controls import applies, check_control, controls
 from gap_export.files import scratch_folder
 from gap_export.pipeline.build import RANDOM, build
 from gap_export.positions import PositionPolicy
+from gap_export.precision import Thresholds, hinted_gates
 from gap_export.progress import SILENT, Progress
 from gap_export.recipe.calibration import CALIBRATION
 from gap_export.recipe.ranges import RANGES
 from gap_export.recipe.recipe import Recipe
-from gap_export.runtime.backends import open_session, target_of
+from gap_export.runtime.backends import open_session, runtime, target_of
 from gap_export.runtime.grounder import Grounded, Grounder
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def validate(
     target_of(backend)  # PyTorch, which runs no bundle, is refused before anything else
     bundle = open_bundle(bundle, every_hash=True)
     check_reports_can_be_written(bundle, PARITY)
-    manifest = bundle.manifest
+    manifest, hint = bundle.manifest, runtime(backend).hint
+    # Gates that somebody chose hold whatever runs the bundle.
+    thresholds = manifest.gates if manifest.recipe.gates else hinted_gates(manifest.gates, hint)
     recipe = _recipe_here(bundle, checkpoint, text_tower, keep)
     batch = min(batch, recipe.max_batch)
     questions, grounder = list(scenes.cases(limit)), Grounder(bundle)
@@ -114,10 +117,18 @@ def validate(
             reference = answer(grounder, original, questions, keep=keep, keep_logits=True)
         progress.stage(f"answering with {backend}")
         runs = answer(grounder, session, questions, keep=keep, keep_logits=True)
-        measured = parity.measure(runs, reference, questions, manifest)
-        gates = parity.judge(measured, manifest.gates)
+        measured = parity.measure(runs, reference, questions, manifest, hint=hint)
+        gates = parity.judge(measured, thresholds)
         caught, inapplicable = _run_controls(
-            bundle, questions, runs, reference, partial(answer, grounder, session, keep=keep), batch, progress
+            bundle,
+            questions,
+            runs,
+            reference,
+            partial(answer, grounder, session, keep=keep),
+            thresholds,
+            hint,
+            batch,
+            progress,
         )
     own = str(manifest.pruning.positions)
     others = _baselines(bundle, recipe, (own,), backend, partial(opened, threads=threads), progress)
@@ -166,6 +177,8 @@ def _run_controls(
     runs: Sequence[Grounded],
     reference: Sequence[Grounded],
     answer: Callable[..., list[Grounded]],
+    thresholds: Thresholds,
+    hint: str,
     batch: int,
     progress: Progress,
 ) -> tuple[list[parity.Control], list[str]]:
@@ -180,8 +193,8 @@ def _run_controls(
             continue
         progress.stage(f"negative control: {name}")
         wrong = answer(few, adjust=adjust, keep_logits=True)
-        measured = parity.measure(wrong, reference[:few_batches], few, manifest)
-        caught.append(check_control(name, measured, manifest.gates))
+        measured = parity.measure(wrong, reference[:few_batches], few, manifest, hint=hint)
+        caught.append(check_control(name, measured, thresholds))
     return caught, inapplicable
 
 

@@ -2,17 +2,21 @@
 
 A runtime is a module with a class that has the methods of `runtime.session.Session`, and a row here. The module is imported
 when a session is opened, so a row costs nothing where its runtime is not installed.
+
+One text says what runs a bundle, wherever that is asked or recorded: the name of a row, then the device and the type of activations
+where they are not the row's first: `onnxruntime`, `openvino:bf16`, `openvino:gpu:1:f16`.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gap_export import bounds
-from gap_export.errors import MissingRequirementError, SessionError
+from gap_export.errors import MissingRequirementError, SessionError, shown
 
 if TYPE_CHECKING:
     from gap_export.bundle.folder import Bundle
@@ -26,19 +30,46 @@ class Backend:
 
     Attributes:
         name: what `--backend` and `gap_export.load(backend=...)` take.
-        loader: `module:function`, called with a bundle and `threads=` (0 lets the runtime choose); it returns a session.
+        loader: `module:function`, called with a bundle and `threads=` (0 lets the runtime choose); `device=`, where it is not the first; and
+            `precision_hint=` and `backend=` (what the session calls itself), where there are hints. It returns a session.
         target: what a bundle must have been built for (`--target`), `onnx` for its graphs as they are; None for PyTorch, which
             runs the checkpoint that a bundle was built from.
         requirement: what pip installs for it beside the package itself; empty where nothing is needed.
+        devices: what it runs on, the first by default; `gpu:N` for one of several.
+        hints: types of activations that it may be asked for, the first by default; empty where the bundle alone decides.
     """
 
     name: str
     loader: str
     target: Target | None = "onnx"
     requirement: str = ""
+    devices: tuple[str, ...] = ("cpu",)
+    hints: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs a bundle.
+
+    Attributes:
+        backend: name of a row.
+        device: a kind, with a number where there are several (`gpu:1`).
+        hint: type of activations; empty where the bundle alone decides.
+    """
+
+    backend: str
+    device: str
+    hint: str
+
+    def __str__(self) -> str:
+        found = _BACKENDS[self.backend]
+        chosen = [self.device] if self.device != found.devices[0] else []
+        chosen += [self.hint] if self.hint and self.hint != found.hints[0] else []
+        return ":".join([self.backend, *chosen])
 
 
 _BACKENDS: dict[str, Backend] = {}
+_NUMBER = re.compile(r":(0|[1-9]\d{0,2})$")
 
 
 def register(added: Backend) -> None:
@@ -54,8 +85,27 @@ def register(added: Backend) -> None:
 
 for _row in (
     Backend("onnxruntime", "gap_export.runtime.ort:OnnxRuntimeSession"),
-    Backend("tensorrt-rtx", "gap_export.runtime.trt:open_rtx", "tensorrt-rtx", "gap-export[rtx]"),
-    Backend("tensorrt", "gap_export.runtime.trt:open_tensorrt", "tensorrt", "gap-export[tensorrt]"),
+    Backend(
+        "openvino",
+        "gap_export.runtime.openvino:OpenVINOSession",
+        requirement="gap-export[openvino]",
+        devices=("cpu", "gpu", "gpu:N", "npu"),
+        hints=("f32", "bf16", "f16"),
+    ),
+    Backend(
+        "tensorrt-rtx",
+        "gap_export.runtime.trt:open_rtx",
+        "tensorrt-rtx",
+        "gap-export[rtx]",
+        devices=("cuda",),
+    ),
+    Backend(
+        "tensorrt",
+        "gap_export.runtime.trt:open_tensorrt",
+        "tensorrt",
+        "gap-export[tensorrt]",
+        devices=("cuda",),
+    ),
     Backend("torch", "gap_export.runtime.torch.reference:open_torch", None, "gap-export[build]"),
 ):
     register(_row)
@@ -71,14 +121,53 @@ def names(*, exported: bool = False) -> tuple[str, ...]:
 
 
 def row(name: str) -> Backend:
-    """The row of that name.
+    """The row of that name; of a text that says a device or a type of activations too, the row that it begins with.
 
     Raises:
         SessionError: there is none.
     """
-    if name not in _BACKENDS:
-        raise SessionError("unknown backend", subject=repr(name), hint=f"choose one of {', '.join(names())}")
-    return _BACKENDS[name]
+    wanted = name.partition(":")[0]
+    if wanted not in _BACKENDS:
+        raise SessionError(
+            "unknown backend", subject=shown(wanted), hint=f"choose one of {', '.join(names())}"
+        )
+    return _BACKENDS[wanted]
+
+
+def runtime(text: str, *, device: str | None = None, precision_hint: str | None = None) -> Runtime:
+    """What a text says, and what was asked for beside it.
+
+    Args:
+        text: a backend, or more.
+        device: in the place of the text's.
+        precision_hint: in the place of the text's.
+
+    Raises:
+        SessionError: no such backend, a device that it does not run on, or a type that it cannot be asked for.
+    """
+    found = row(text)
+    said = text.split(":")[1:]
+    hint = precision_hint or ""
+    if said and said[-1] in found.hints:
+        last = said.pop()
+        hint = hint or last
+    device = device or (":".join(said) if said else found.devices[0])
+    if _NUMBER.sub(":N", device) not in found.devices:
+        raise SessionError(
+            f"is not one of {', '.join(found.devices)}"
+            + (f", nor of {', '.join(found.hints)}" if said and found.hints else ""),
+            subject=f"device {shown(device)} of backend {found.name}",
+            hint="choose another --device, or another --backend",
+        )
+    if hint and hint not in found.hints:
+        raise SessionError(
+            f"is not one of {', '.join(found.hints)}"
+            if found.hints
+            else "cannot be asked for: the bundle's own precision decides",
+            subject=f"precision hint {shown(hint)} of backend {found.name}",
+            hint="choose another --precision-hint" if found.hints else "leave out --precision-hint",
+        )
+    return Runtime(found.name, device, hint or (found.hints[0] if found.hints else ""))
 
 
 def target_of(name: str) -> Target:
@@ -102,7 +191,7 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", *, threads: int =
 
     Args:
         bundle: opened.
-        backend: name of the runtime.
+        backend: what runs it; see the module.
         threads: on the CPU; 0 lets the runtime choose.
 
     Raises:
@@ -110,7 +199,8 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", *, threads: int =
         MissingRequirementError: no GPU, or the runtime is not installed.
     """
     bounds.check(threads=threads)
-    found = row(backend)
+    chosen = runtime(backend)
+    found = row(chosen.backend)
     module, _, attribute = found.loader.partition(":")
     try:
         load: Callable[..., Session] = getattr(importlib.import_module(module), attribute)
@@ -120,4 +210,9 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", *, threads: int =
             subject=error.name or str(error),
             hint=f"pip install '{found.requirement}'" if found.requirement else "install it",
         ) from error
-    return load(bundle, threads=threads)
+    options: dict[str, Any] = {}
+    if chosen.device != found.devices[0]:
+        options["device"] = chosen.device
+    if found.hints:
+        options |= {"precision_hint": chosen.hint, "backend": str(chosen)}
+    return load(bundle, threads=threads, **options)

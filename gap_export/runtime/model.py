@@ -15,7 +15,7 @@ from gap_export.boxes.draw import draw
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import InputError
 from gap_export.inputs.images import ImageSource, load_image
-from gap_export.runtime.backends import open_session
+from gap_export.runtime.backends import open_session, runtime
 from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.grounder import Answer, Grounder
 from gap_export.runtime.session import Session
@@ -24,12 +24,21 @@ PromptImage = ImageSource | tuple[ImageSource, ...]
 """What one prompt shows: an image, or a tuple of all its images in their order, where it has several."""
 
 
-def load(bundle: Bundle | Path | str, *, backend: str = "onnxruntime", threads: int = 0) -> Model:
+def load(
+    bundle: Bundle | Path | str,
+    *,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    precision_hint: str | None = None,
+    threads: int = 0,
+) -> Model:
     """Load a bundle into a runtime.
 
     Args:
         bundle: its folder, or what `open_bundle` gave.
-        backend: name of the runtime.
+        backend: name of the runtime; with device and type of activations, where it has a choice (`openvino:bf16`).
+        device: what it runs on, e.g. cpu, gpu, gpu:1; by default its first.
+        precision_hint: type of activations, e.g. bf16, where it has a choice.
         threads: on the CPU; 0 lets the runtime choose.
 
     Raises:
@@ -38,7 +47,8 @@ def load(bundle: Bundle | Path | str, *, backend: str = "onnxruntime", threads: 
         MissingRequirementError: no GPU, or the runtime is not installed.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    return Model(opened, open_session(opened, backend, threads=threads))
+    chosen = runtime(backend, device=device, precision_hint=precision_hint)
+    return Model(opened, open_session(opened, str(chosen), threads=threads))
 
 
 class Model:

@@ -159,12 +159,7 @@ class OnnxRuntimeSession(Lifetime):
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on."""
         self._check_open()
-        batch = placement.position_ids.shape[-2]
-        self._lay_out(
-            Layout(
-                batch, self._bundle.manifest.cache_layout.slots_for(self._slots_needed(placement, reserve))
-            )
-        )
+        batch = self._lay_out_for(placement, reserve)
         logits = np.empty((batch, self._model.vocabulary), np.float32)
         kept = {
             tensor.name: np.empty((batch, *tensor.extents("maximum")[1:]), np.int64)
@@ -177,12 +172,26 @@ class OnnxRuntimeSession(Lifetime):
         self._execute(self._prompt_graph, binding)
         return Prefilled(logits, tuple(kept.values()))
 
+    def cache_for(self, placement: Placement, reserve: int | None = None) -> dict[str, NDArray[Any]]:
+        """The cache of prompts that another runtime reads; `step` and `extend` go on from what is written into it.
+
+        Args:
+            placement: of the prompts.
+            reserve: as of `prefill`.
+
+        Returns:
+            [B, G, C, D] of every past, by the names of the graph's inputs; the memory is the session's own.
+        """
+        self._check_open()
+        self._lay_out_for(placement, reserve)
+        return {name: self._view(name) for name in self._shapes}
+
     def fork(self, rows: int) -> None:
         """Give every one of `rows` rows the cache of the first."""
         self._check_open()
         self._lay_out(Layout(rows, self._layout.capacities))
-        for name, array in self._memory.items():
-            cache = array[: math.prod(self._shapes[name])].reshape(self._shapes[name])
+        for name in self._shapes:
+            cache = self._view(name)
             cache[1:] = cache[0]
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
@@ -291,6 +300,13 @@ class OnnxRuntimeSession(Lifetime):
             for slots, own in zip(placement.slots_of_stages, written, strict=True)
         ]
 
+    def _lay_out_for(self, placement: Placement, reserve: int | None) -> int:
+        """Rows of the prompts, for which there is a cache then."""
+        rows: int = placement.position_ids.shape[-2]
+        slots = self._bundle.manifest.cache_layout.slots_for(self._slots_needed(placement, reserve))
+        self._lay_out(Layout(rows, slots))
+        return rows
+
     def _lay_out(self, layout: Layout) -> None:
         """Give the cache so many rows of so many slots; with as many slots as before, what lies in the first row stays."""
         if layout == self._layout:
@@ -303,12 +319,14 @@ class OnnxRuntimeSession(Lifetime):
             self._decodes.clear()
         if len(self._decodes) > _LAYOUTS_KEPT:
             self._decodes.clear()
-        self._cache = {
-            name: _ort_value(self._memory[name][: math.prod(shape)].reshape(shape))
-            for name, shape in self._shapes.items()
-        }
+        self._cache = {name: _ort_value(self._view(name)) for name in self._shapes}
         self._layout = layout
         self._decode = self._decodes.get(layout)
+
+    def _view(self, name: str) -> NDArray[Any]:
+        """A past, in the memory that it shares with those of other layouts."""
+        shape = self._shapes[name]
+        return self._memory[name][: math.prod(shape)].reshape(shape)
 
     def _shapes_of(self, layout: Layout) -> dict[str, tuple[int, ...]]:
         """Of every past."""

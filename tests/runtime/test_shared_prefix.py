@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from gap_export.bundle.folder import Bundle
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import PAD, PositionPolicy, extended, place
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import generate
 from gap_export.runtime.grounder import Grounder
-from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared
 
 IMAGE, NEW = 4, 5
@@ -31,14 +31,14 @@ def padded(rows: list[list[int]]) -> Any:
     return ids
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "torch"])
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino", "torch"])
 def session(
     request: pytest.FixtureRequest, tiny_bundle: Callable[..., Bundle], tiny_reference: Callable[..., Any]
 ) -> Any:
     bundle = tiny_bundle()
     if request.param == "torch":
         return tiny_reference(bundle.manifest.pruning)
-    return OnnxRuntimeSession(bundle, threads=1)
+    return open_session(bundle, request.param, threads=1)
 
 
 def test_answers_are_those_of_whole_prompts(session: Any, pixels: Any) -> None:

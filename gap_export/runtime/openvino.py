@@ -1,0 +1,144 @@
+"""A bundle in OpenVINO: images and prompts are read there, and answers decoded in ONNX Runtime from the cache that it hands over.
+
+Prompts are where OpenVINO is ahead: large products, in bf16 on processors that have it, on weights of four bits as they are stored. Single
+tokens are where ONNX Runtime is: its cache is updated in place. The cache of a bundle is a plain array in which a token's slot and its
+position are two numbers, so one runtime goes on where the other ended, and rows of different length need nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gap_export.bundle.folder import Bundle
+from gap_export.bundle.spec import GraphName
+from gap_export.inputs.batch import PixelInputs
+from gap_export.positions import Ids, Placement, placement_from_splice
+from gap_export.runtime.openvino_graph import OpenVINOGraph, open_core
+from gap_export.runtime.ort import OnnxRuntimeSession, check_kernels
+from gap_export.runtime.session import (
+    KEPT_COUNTS,
+    Buffer,
+    Lifetime,
+    Prefilled,
+    Spliced,
+    VisualTokens,
+    check_within_bound,
+    padded_together,
+    splice_inputs,
+    vision_inputs,
+)
+
+
+class OpenVINOSession(Lifetime):
+    """A bundle's graphs in OpenVINO, its decoder's single tokens in ONNX Runtime.
+
+    Args:
+        bundle: opened and verified.
+        threads: of the CPU, in either runtime; 0 lets them choose.
+        device: where images and prompts are read: cpu, gpu, npu, or one of several (`gpu:1`).
+        precision_hint: type of activations there: f32, bf16 or f16.
+        backend: what reports call it.
+
+    Raises:
+        SessionError: a graph is refused, there is no such device, or it does not compute in that type.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        device: str = "cpu",
+        precision_hint: str = "f32",
+        backend: str = "openvino",
+    ) -> None:
+        manifest = bundle.manifest
+        check_kernels(bundle)
+        self.backend = backend
+        self.capacities = manifest.cache_layout.capacities
+        self._manifest = manifest
+        self._prompt_graph: GraphName = "prefill" if manifest.pruning.stages else "decoder"
+        named = device.upper().replace(":", ".")
+        core = open_core(named, threads)
+        names: tuple[GraphName, ...] = ("vision", "splice", self._prompt_graph)
+        self._graphs = {name: OpenVINOGraph(bundle, name, core, named, precision_hint) for name in names}
+        token_graph = "decode" if manifest.pruning.stages else "decoder"
+        self._decoding = OnnxRuntimeSession(bundle, threads=threads, only=("embed", token_graph))
+        self._zeros: NDArray[Any] = np.zeros(0)
+
+    def encode(
+        self,
+        pixels: PixelInputs,
+        *,
+        text_ids_BL: Ids | None = None,
+        keep_count: int | None = None,
+    ) -> VisualTokens:
+        """Vision tower, pruner and projector."""
+        self._check_open()
+        pruning = self._manifest.pruning
+        reads_text = self._manifest.text_tower is not None
+        extra = vision_inputs(pruning, reads_text=reads_text, text_ids_BL=text_ids_BL, keep_count=keep_count)
+        found = self._graphs["vision"].run({**pixels, **extra})
+        embeds, kept = found["visual_embeds"], found["kept_indices"]
+        if KEPT_COUNTS not in found:
+            return VisualTokens(embeds=embeds, kept_indices=kept)
+        counts_B = found[KEPT_COUNTS]
+        check_within_bound(counts_B, pruning)
+        longest = int(counts_B.max())  # the decoder need not run over padding that no row uses
+        return VisualTokens(embeds=embeds[:, :longest], kept_indices=kept[:, :longest], kept_counts=counts_B)
+
+    def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
+        """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]."""
+        self._check_open()
+        return padded_together(rows, longest)
+
+    def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
+        """Put the kept visual tokens in place of the placeholder."""
+        self._check_open()
+        spec = self._manifest.graphs["splice"].spec
+        found = self._graphs["splice"].run(splice_inputs(spec, input_ids_BT, visual))
+        embeds = found.pop("inputs_embeds")
+        return Spliced(embeds=embeds, placement=placement_from_splice(found))
+
+    def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
+        """Fill the cache from slot 0 on: OpenVINO computes it, and writes it where ONNX Runtime reads it."""
+        self._check_open()
+        cache = self._decoding.cache_for(placement, reserve)
+        aliased = self._manifest.graphs[self._prompt_graph].spec.aliased
+        pasts = {past: self._empty(cache[past]) for past in aliased.values()}
+        found = self._graphs[self._prompt_graph].run(
+            {"inputs_embeds": embeds, **placement.decoder_inputs(), **pasts},
+            {present: cache[past] for present, past in aliased.items()},
+        )
+        logits = found.pop("logits")
+        return Prefilled(logits, tuple(found.values()))
+
+    def fork(self, rows: int) -> None:
+        """Give every one of `rows` rows the cache of the first."""
+        self._check_open()
+        self._decoding.fork(rows)
+
+    def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
+        """Feed text after what is in the cache: logits [B, V] of each row's last token."""
+        self._check_open()
+        return self._decoding.extend(token_ids_BT, placement)
+
+    def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
+        """Feed one token per row: logits [B, V]; the array returned is overwritten by the next call."""
+        self._check_open()
+        return self._decoding.step(token_ids_B, placement)
+
+    def _empty(self, like: NDArray[Any]) -> NDArray[Any]:
+        """Zeros in the shape of a past; those of all layers lie in one memory, which is only read."""
+        if self._zeros.dtype != like.dtype or self._zeros.size < like.size:
+            self._zeros = np.zeros(like.size, like.dtype)
+        return self._zeros[: like.size].reshape(like.shape)
+
+    def _free(self) -> None:
+        self._graphs.clear()
+        self._decoding.close()
+        self._zeros = np.zeros(0)
