@@ -19,6 +19,7 @@ from gap_export.evaluation.refer.annotations import FORMATS
 from gap_export.files import readable_size
 from gap_export.files.kinds import FILE_KINDS
 from gap_export.precision import PRECISIONS
+from gap_export.runtime import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gap_export"
@@ -78,6 +79,22 @@ def precisions() -> str:
             "needed" if row.needs_ranges else "-",
             "yes" if row.cpu else "no",
             engines if row.engines else "no",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def runtimes() -> str:
+    """The runtimes, from their rows."""
+    rows = ["| `--backend` | runs | `--device` | `--precision-hint` | to install |", "|---|---|---|---|---|"]
+    for name in backends.names():
+        row = backends.row(name)
+        cells = (
+            f"`{name}`",
+            "the checkpoint" if row.target is None else "graphs" if row.target == "onnx" else "engines",
+            ", ".join(f"`{device}`" for device in row.devices),
+            ", ".join(f"`{hint}`" for hint in row.hints) or "-",
+            f"`pip install '{row.requirement}'`" if row.requirement else "nothing more",
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -162,6 +179,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models),
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),
+    "runtimes": (ROOT / "docs" / "runtimes.md", runtimes),
     "real weights": (ROOT / "docs" / "precision.md", real_weights),
     "formats": (ROOT / "docs" / "evaluation.md", formats),
     "limits": (ROOT / "SECURITY.md", limits),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gap_export.errors import MissingRequirementError, first_line
 
-RUNTIME_PACKAGES = ("gap-export", "numpy", "onnxruntime", "tensorrt-rtx", "tensorrt")
+RUNTIME_PACKAGES = ("gap-export", "numpy", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
 BUILD_PACKAGES = (
     "gap-export",
     "torch",
@@ -18,6 +18,7 @@ BUILD_PACKAGES = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    "openvino",
     "tensorrt-rtx",
     "tensorrt",
 )

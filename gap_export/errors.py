@@ -139,5 +139,9 @@ class MissingRequirementError(GapExportError):
     stage = "environment"
 
 
+class SessionWarning(UserWarning):
+    """What a runtime does otherwise than its name says."""
+
+
 class CheckpointWarning(UserWarning):
     """Something of a checkpoint is not followed, and may change what it answers; no reason to refuse it."""

@@ -31,7 +31,7 @@ from gap_export.cli import (
     validate,
 )
 from gap_export.cli.app import app, console, out
-from gap_export.errors import CheckpointWarning, GapExportError, OutputError
+from gap_export.errors import CheckpointWarning, GapExportError, OutputError, SessionWarning
 from gap_export.terminal import lost_output, one_line
 
 __all__ = ["__version__", "app", "main"]
@@ -141,7 +141,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Ours as a sentence; those of libraries as Python shows them."""
-    if issubclass(category, CheckpointWarning):
+    if issubclass(category, CheckpointWarning | SessionWarning):
         console.say(("warning:", "yellow"), f" {message}")
     else:
         console.print(

@@ -2,11 +2,15 @@
 
 Prompts are where OpenVINO is ahead: large products, in bf16 on processors that have it, on weights of four bits as they are stored. Single
 tokens are where ONNX Runtime is: its cache is updated in place. The cache of a bundle is a plain array in which a token's slot and its
-position are two numbers, so one runtime goes on where the other ended, and rows of different length need nothing more.
+position are two numbers, so one runtime decodes from what the other wrote, and rows of different length need nothing more.
+
+Pruners that choose one patch after another do so in a `Scan` over similarities of all patches. OpenVINO ends the process over a loop that reads what lies
+outside it, so their towers run in ONNX Runtime, and that is said.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +19,7 @@ from numpy.typing import NDArray
 
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.spec import GraphName
+from gap_export.errors import SessionWarning
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.openvino_graph import OpenVINOGraph, open_core
@@ -31,6 +36,8 @@ from gap_export.runtime.session import (
     splice_inputs,
     vision_inputs,
 )
+
+_LOOP = "Scan"
 
 
 class OpenVINOSession(Lifetime):
@@ -64,10 +71,18 @@ class OpenVINOSession(Lifetime):
         self._prompt_graph: GraphName = "prefill" if manifest.pruning.stages else "decoder"
         named = device.upper().replace(":", ".")
         core = open_core(named, threads)
-        names: tuple[GraphName, ...] = ("vision", "splice", self._prompt_graph)
+        names: list[GraphName] = ["splice", self._prompt_graph]
+        decoding: list[GraphName] = ["embed", "decode" if manifest.pruning.stages else "decoder"]
+        self._scans = _LOOP in manifest.graphs["vision"].operators
+        (decoding if self._scans else names).append("vision")
+        if self._scans:
+            warnings.warn(
+                f"the tower runs in ONNX Runtime: {manifest.pruning.pruner} chooses patches in a loop that OpenVINO cannot read",
+                SessionWarning,
+                stacklevel=3,
+            )
         self._graphs = {name: OpenVINOGraph(bundle, name, core, named, precision_hint) for name in names}
-        token_graph = "decode" if manifest.pruning.stages else "decoder"
-        self._decoding = OnnxRuntimeSession(bundle, threads=threads, only=("embed", token_graph))
+        self._decoding = OnnxRuntimeSession(bundle, threads=threads, only=decoding)
         self._zeros: NDArray[Any] = np.zeros(0)
 
     def encode(
@@ -79,6 +94,8 @@ class OpenVINOSession(Lifetime):
     ) -> VisualTokens:
         """Vision tower, pruner and projector."""
         self._check_open()
+        if self._scans:
+            return self._decoding.encode(pixels, text_ids_BL=text_ids_BL, keep_count=keep_count)
         pruning = self._manifest.pruning
         reads_text = self._manifest.text_tower is not None
         extra = vision_inputs(pruning, reads_text=reads_text, text_ids_BL=text_ids_BL, keep_count=keep_count)
@@ -94,13 +111,14 @@ class OpenVINOSession(Lifetime):
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]."""
         self._check_open()
-        return padded_together(rows, longest)
+        return padded_together([[_array(part) for part in row] for row in rows], longest)
 
     def splice(self, input_ids_BT: Ids, visual: VisualTokens) -> Spliced:
         """Put the kept visual tokens in place of the placeholder."""
         self._check_open()
         spec = self._manifest.graphs["splice"].spec
-        found = self._graphs["splice"].run(splice_inputs(spec, input_ids_BT, visual))
+        inputs = splice_inputs(spec, input_ids_BT, visual)
+        found = self._graphs["splice"].run({name: _array(value) for name, value in inputs.items()})
         embeds = found.pop("inputs_embeds")
         return Spliced(embeds=embeds, placement=placement_from_splice(found))
 
@@ -111,7 +129,7 @@ class OpenVINOSession(Lifetime):
         aliased = self._manifest.graphs[self._prompt_graph].spec.aliased
         pasts = {past: self._empty(cache[past]) for past in aliased.values()}
         found = self._graphs[self._prompt_graph].run(
-            {"inputs_embeds": embeds, **placement.decoder_inputs(), **pasts},
+            {"inputs_embeds": _array(embeds), **placement.decoder_inputs(), **pasts},
             {present: cache[past] for present, past in aliased.items()},
         )
         logits = found.pop("logits")
@@ -142,3 +160,8 @@ class OpenVINOSession(Lifetime):
         self._graphs.clear()
         self._decoding.close()
         self._zeros = np.zeros(0)
+
+
+def _array(buffer: Buffer) -> NDArray[Any]:
+    """An array, also of what ONNX Runtime gave."""
+    return buffer if isinstance(buffer, np.ndarray) else np.asarray(buffer.numpy())

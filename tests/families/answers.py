@@ -111,6 +111,10 @@ class Asked:
         return open_session(self.bundle, "onnxruntime", threads=1)
 
     @cached_property
+    def openvino(self) -> Session:
+        return open_session(self.bundle, "openvino", threads=1)
+
+    @cached_property
     def reference(self) -> Session:
         manifest = self.bundle.manifest
         return open_reference(manifest.family, self.folder, manifest.pruning)
@@ -133,6 +137,10 @@ class Asked:
     def true_answer(self, batch: int, keep: float | None = None) -> Generation:
         """Of the reference."""
         return self._once("reference", batch, keep)
+
+    def answer_of(self, who: str, batch: int, keep: float | None = None) -> Generation:
+        """Of another runtime, by the name of its session here."""
+        return self._once(who, batch, keep)
 
     def _once(self, who: str, batch: int, keep: float | None) -> Generation:
         key = who, batch, keep

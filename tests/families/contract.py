@@ -70,6 +70,12 @@ class Contract:
         assert (mine.kept_counts.reshape(-1) < asked.batch(batch).visual_tokens).all()
         assert mine.kept_counts.shape == ((batch,) if self.images == 1 else (batch, self.images))
 
+    def test_openvino_answers_as_the_reference(self, tiny_family: Families, usual: Case) -> None:
+        """Images that differ in size, prompts that differ in length; what the two rows keep differs too."""
+        asked = usual.asked(tiny_family)
+        for batch in (2, 1):
+            assert_equal(asked.answer_of("openvino", batch), asked.true_answer(batch))
+
     @pytest.mark.parametrize("keep", [0.1, 1.0])
     def test_requests_choose_their_share(self, tiny_family: Families, usual: Case, keep: float) -> None:
         asked = usual.asked(tiny_family)

@@ -71,6 +71,69 @@ def test_an_unknown_backend_is_named_with_those_there_are(tiny_bundle: BuildBund
     assert backends.names() == (*backends.names(exported=True), "torch")
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "whole"),
+    [
+        ("onnxruntime", {}, "onnxruntime"),
+        ("onnxruntime", {"device": "cpu"}, "onnxruntime"),
+        ("openvino", {}, "openvino"),
+        ("openvino", {"device": "cpu", "precision_hint": "f32"}, "openvino"),
+        ("openvino:cpu:f32", {}, "openvino"),
+        ("openvino", {"precision_hint": "bf16"}, "openvino:bf16"),
+        ("openvino:bf16", {}, "openvino:bf16"),
+        ("openvino:bf16", {"precision_hint": "f16"}, "openvino:f16"),
+        ("openvino:gpu:1:f16", {}, "openvino:gpu:1:f16"),
+        ("openvino:bf16", {"device": "gpu:1"}, "openvino:gpu:1:bf16"),
+        ("openvino:gpu:1:f16", {"device": "npu"}, "openvino:npu:f16"),
+        ("tensorrt", {"device": "cuda"}, "tensorrt"),
+    ],
+)
+def test_one_text_says_what_runs_a_bundle(text: str, options: dict[str, str], whole: str) -> None:
+    found = backends.runtime(text, **options)
+    assert str(found) == whole
+    assert backends.runtime(whole) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (
+            "openvino:tpu",
+            {},
+            "'tpu' of backend openvino: is not one of cpu, gpu, gpu:N, npu, nor of f32, bf16, f16",
+        ),
+        ("openvino:", {}, "device '' of backend openvino"),
+        ("openvino:bf16:gpu", {}, "device 'bf16:gpu'"),
+        ("openvino:gpu:01", {}, "device 'gpu:01'"),
+        ("openvino:gpu:9999", {}, "device 'gpu:9999'"),
+        ("openvino:CPU", {}, "device 'CPU'"),
+        (
+            "openvino",
+            {"device": "cuda"},
+            r"device 'cuda' of backend openvino: is not one of cpu, gpu, gpu:N, npu \(",
+        ),
+        (
+            "openvino",
+            {"precision_hint": "fp8"},
+            "hint 'fp8' of backend openvino: is not one of f32, bf16, f16",
+        ),
+        (
+            "onnxruntime",
+            {"precision_hint": "bf16"},
+            "cannot be asked for: the bundle's own precision decides",
+        ),
+        ("onnxruntime:bf16", {}, "device 'bf16' of backend onnxruntime: is not one of cpu"),
+        ("tensorrt:cuda:1", {}, "device 'cuda:1' of backend tensorrt"),
+        ("[/red]\x1b", {}, "unknown backend"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(text: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(SessionError, match=message) as refused:
+        backends.runtime(text, **options)
+    assert str(refused.value).isprintable()
+    assert refused.value.hint
+
+
 @pytest.mark.usefixtures("table")
 def test_a_runtime_that_is_not_installed_says_what_to_install(tiny_bundle: BuildBundle) -> None:
     backends.register(Backend("absent", "a_runtime_that_nobody_has:Session", requirement="nobody[has]"))

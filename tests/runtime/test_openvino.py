@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,11 @@ import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
-from gap_export.bundle.hashes import record_of
+from gap_export.bundle.folder import Bundle
 from gap_export.errors import MissingRequirementError, SessionError
 from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import of_one_size
-from gap_export.positions import Ids
+from gap_export.positions import Ids, advance
 from gap_export.precision import PRECISIONS
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
@@ -86,16 +86,23 @@ def test_answers_are_those_of_onnx_runtime(
                 assert apart(wrong, expected) > 1e-2, name
 
 
-@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.02), ("int8-blocks", 0.1), ("int4", 0.1)])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-blocks", "int4"])
 def test_weights_as_they_are_stored(
-    precision: str, most: float, low: Callable[[str], Bundle], pixels: Floats, ragged_ids: Ids
+    precision: str, low: Callable[[str], Bundle], pixels: Floats, ragged_ids: Ids
 ) -> None:
-    """ONNX Runtime rounds activations block by block, OpenVINO does not: the same weights, and logits nearly the same."""
+    """The same visual tokens, so that a tie between patches decides nothing. ONNX Runtime rounds activations of blocks, OpenVINO does not."""
     bundle = low(precision)
     pixels = np.resize(pixels, (len(ragged_ids), *pixels.shape[1:]))
     with open_session(bundle, threads=1) as true, open_session(bundle, "openvino", threads=1) as session:
-        mine, expected = (answer(each, pixels, ragged_ids, max_new_tokens=1) for each in (session, true))
-    assert apart(mine, expected) < most * np.abs(expected.logits[0]).max()
+        seen = session.encode({"pixel_values": pixels})
+        logits = []
+        for each in (session, true):
+            spliced = each.splice(ragged_ids, seen)
+            logits.append(each.prefill(spliced.embeds, spliced.placement).logits)
+            placement = advance(spliced.placement)
+            logits.append(each.step(np.full(len(ragged_ids), 20), placement).copy())
+    for mine, expected in zip(logits[:2], logits[2:], strict=True):
+        assert 0 < np.abs(mine - expected).max() < 0.06 * np.abs(expected).max()
 
 
 def test_half_precision_is_asked_for_and_given(
@@ -121,7 +128,7 @@ def test_half_precision_is_asked_for_and_given(
     ("backend", "message"),
     [
         ("openvino:gpu:7", r"device gpu:7: is not there for OpenVINO, which finds cpu"),
-        ("openvino:f16", r"vision.onnx: would compute in (bf16|f32) here, and f16 was asked for"),
+        ("openvino:f16", r"\.onnx: would compute in (bf16|f32) here, and f16 was asked for"),
     ],
 )
 def test_what_this_machine_has_not_is_an_error(backend: str, message: str, tiny_bundle: BuildBundle) -> None:
@@ -152,7 +159,11 @@ def test_a_version_that_learns_no_operators(
 def test_it_is_not_installed(tiny_bundle: BuildBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("gap_export.runtime.openvino", "gap_export.runtime.openvino_graph"):
+    for name in (
+        "gap_export.runtime.openvino",
+        "gap_export.runtime.openvino_graph",
+        "gap_export.runtime.openvino_package",
+    ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingRequirementError, match=r"pip install 'gap-export\[openvino\]'"):
@@ -167,17 +178,6 @@ def test_precisions_without_kernels(tiny_bundle: BuildBundle, monkeypatch: pytes
         open_session(tiny_bundle(), "openvino")
 
 
-def test_a_graph_that_is_another_than_the_manifest_says(bundle_copy: Path) -> None:
-    bundle = open_bundle(bundle_copy)
-    target = bundle.graph_path("splice")
-    target.unlink()
-    shutil.copyfile(bundle.graph_path("embed"), target)
-    files = {**bundle.manifest.files, target.name: record_of(target)}
-    write_manifest(bundle.folder, bundle.manifest.model_copy(update={"files": files}))
-    with pytest.raises(SessionError, match=r"splice\.onnx: has no input visual_embeds"):
-        open_session(open_bundle(bundle_copy), "openvino")
-
-
 def test_inputs_that_do_not_fit(tiny_bundle: BuildBundle) -> None:
     with open_session(tiny_bundle(), "openvino", threads=1) as session:
         with pytest.raises(SessionError, match="failed in OpenVINO") as refused:
@@ -185,20 +185,43 @@ def test_inputs_that_do_not_fit(tiny_bundle: BuildBundle) -> None:
         assert "\n" not in str(refused.value)
 
 
+def test_nobody_is_told_that_it_is_used(tmp_path: Path) -> None:
+    """Its own import writes into the home folder and opens a connection; ours does neither, and leaves the package to others."""
+    program = """if True:
+        import sys
+        told = []
+        sys.addaudithook(lambda event, given: told.append(given) if event.startswith("socket.") else None)
+        import %s
+        import openvino_telemetry
+        print([each for each in told if "connect" in str(each) or "getaddrinfo" in str(each)], len(told))
+    """
+    ends = {}
+    for imported in ("gap_export.runtime.openvino_graph", "openvino"):
+        home = tmp_path / imported
+        home.mkdir()
+        environment = {**os.environ, "HOME": str(home), "CI": ""}
+        ran = subprocess.run(
+            [sys.executable, "-c", program % imported],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        ends[imported] = ([*home.rglob("*")] != [], ran.stdout.strip())
+    assert ends["gap_export.runtime.openvino_graph"] == (False, "[] 0")
+    assert ends["openvino"][0], "it writes nothing by itself any more: the detour can go"
+
+
 # The operator that it lacks
 
 
 def scatter_model(**attributes: Any) -> onnx.ModelProto:
-    given = " ".join(f"{name} = {value}" for name, value in attributes.items())
-    given = f"<{given.replace(' ', ', ')}>" if given else ""
-    return onnx.parser.parse_model(
-        f"""
+    model = onnx.parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 24]>
         scatter (float[b, 2, c, 4] past, float[b, 2, s, 4] update, int64[b] write_index) => (float[b, 2, c, 4] present)
-        {{ present = TensorScatter {given} (past, update, write_index) }}""".replace(
-            " = linear", ' = "linear"'
-        ).replace(" = circular", ' = "circular"')
-    )
+        { present = TensorScatter (past, update, write_index) }""")
+    model.graph.node[0].attribute.extend(onnx.helper.make_attribute(*each) for each in attributes.items())
+    return model
 
 
 @pytest.mark.parametrize("length", [1, 3])
