@@ -18,15 +18,18 @@ from unittest import mock
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch._subclasses import FakeTensor
 
 from gap_export.bundle.spec import Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
+from gap_export.graph.names import name_in_order
+from gap_export.graph.repeat import repeat_layers
 from gap_export.graph.torch_output import TorchOutput
 from gap_export.modeling.attention import OPSET
 from gap_export.modeling.components import Component
 from gap_export.modeling.fake import fake_mode
+from gap_export.modeling.layers import LayerStack, Unlike, check_alike, passed_by
+from gap_export.progress import SILENT, Progress
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,11 +40,13 @@ FAKE = "fake"
 """Stands for the file of a weight that is yet to be attached."""
 
 
-def graph_from_component(component: Component) -> ir.Model:
-    """Trace one component.
+def graph_from_component(component: Component, progress: Progress = SILENT, *, whole: bool = False) -> ir.Model:
+    """Trace one component. Of layers that are alike a few are traced, and repeated; the graph is the same in every byte.
 
     Args:
         component: module without weights, and spec.
+        progress: told where layers are not alike, and all of them are traced.
+        whole: trace all of them in any case.
 
     Returns:
         An ONNX model (opset 24) whose inputs and outputs carry the names, and whose shapes carry the symbols, of the
@@ -51,7 +56,50 @@ def graph_from_component(component: Component) -> ir.Model:
     Raises:
         TraceError: the module does not export; with torch's own reason.
     """
-    spec, began, output = component.spec, time.process_time(), TorchOutput()
+    spec, began = component.spec, time.process_time()
+    stack = None if whole else component.layers
+    model, how = None, "whole"
+    if stack is not None and stack.passed_by:
+        try:
+            model = _repeated(component, stack)
+            how = f"{len(stack.passed_by)} layers are copies of others"
+        except Unlike as why:
+            how = f"whole, for its layers are not alike: {why}"
+            progress.stage(f"tracing {spec.name} {how}")
+    if model is None:
+        model = _exported(component)
+    name_in_order(model)
+    _LOG.info("%s was traced in %.1f s of processor time (%s)", spec.name, time.process_time() - began, how)
+    return model
+
+
+def _repeated(component: Component, stack: LayerStack) -> ir.Model:
+    """Trace some of the layers, and copy.
+
+    Raises:
+        Unlike: what is repeated would not be what is traced.
+    """
+    output = TorchOutput()
+    with output.held():
+        args, kwargs, _ = _arguments(component)
+        inputs = dict(zip((tensor.name for tensor in component.spec.inputs), (*args, *kwargs.values()), strict=True))
+        check_alike(component.module, stack, lambda: component.module(*args, **kwargs), inputs)
+    with passed_by(component.module, stack):
+        try:
+            model = _exported(component)
+        except TraceError as error:
+            raise Unlike(f"without some of them, it {error.message}") from error
+    repeat_layers(model, stack)
+    return model
+
+
+def _exported(component: Component) -> ir.Model:
+    """What torch makes of a component, with the spec's names and symbols.
+
+    Raises:
+        TraceError: nothing.
+    """
+    spec, output = component.spec, TorchOutput()
     try:
         with output.held(), _one_function_table(), _without_garbage_collection():
             args, kwargs, shapes = _arguments(component)
@@ -83,8 +131,6 @@ def graph_from_component(component: Component) -> ir.Model:
     _name_symbols(model, spec.inputs)
     _count_from_scalars(model, spec.inputs)
     _leave_weights_out(model)
-    ClearMetadataAndDocStringPass()(model)  # stack traces, with paths
-    _LOG.info("%s was traced in %.1f s of processor time", spec.name, time.process_time() - began)
     return model
 
 

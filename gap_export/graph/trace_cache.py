@@ -64,7 +64,7 @@ class Tracer:
         cached = content is not None
         if content is None:
             progress.stage(f"tracing {name}")
-            content = _content_of(trace.graph_from_component(component))
+            content = _content_of(trace.graph_from_component(component, progress))
             self._keep(component, content, progress)
         else:
             progress.stage(f"taking the graph of {name} from the trace cache")

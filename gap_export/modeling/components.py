@@ -21,6 +21,7 @@ from gap_export.bundle.spec import Dim, GraphName, GraphSpec, TensorSpec
 from gap_export.checkpoint import Checkpoint
 from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder, DecoderHooks
+from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.rope import by_row
 from gap_export.modeling.splice import Embed, Splice, SpliceSeveral
 from gap_export.plan import Plan
@@ -40,12 +41,14 @@ class Component:
         settings: all that the graph depends on besides the spec and the code: components of equal spec and equal settings
             have the same graph, and it need not be traced again. Plain values (numbers, text, and tuples and dataclasses of
             such), so that they can be told apart in other processes too. By default, equal to no other's.
+        layers: of the module, which may be alike; whether they are is found out before any is left out of a trace.
     """
 
     module: nn.Module
     spec: GraphSpec
     weight_key: Callable[[str], str]
     settings: Hashable = field(default_factory=object)
+    layers: LayerStack | None = None
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,21 @@ def build_components(
         graphs.append((specs.decoder, decoder))
     depends = _Dependencies(checkpoint, family, spec, plan, embedding, image_token_id)
     return [
-        Component(module.eval(), graph, weight_key, settings=depends.of(graph.name))
+        Component(
+            module.eval(),
+            graph,
+            weight_key,
+            settings=depends.of(graph.name),
+            layers=_layers(spec, plan) if graph.name in ("decoder", "prefill", "decode") else None,
+        )
         for graph, module in graphs
     ]
+
+
+def _layers(spec: ModelSpec, plan: Plan) -> LayerStack:
+    """Of a decoder: runs of layers between which nothing is dropped, or added by DeepStack."""
+    stages = tuple(stage.run for stage in plan.pruning.stages)
+    return LayerStack("language_model.layers", stages or (range(spec.deepstack_levels, spec.layers),))
 
 
 def _splice(embedding: nn.Embedding, spec: ModelSpec, plan: Plan, image_token_id: int) -> nn.Module:

@@ -1,0 +1,281 @@
+"""Layers that are alike: found out before any of them is left out of a trace, never assumed.
+
+A decoder has dozens of layers, and tracing each takes as long as the first. Where they are alike, the first, the next two and the last of a
+run are traced, those between are passed by (`passed_by`), and `graph/repeat.py` puts copies of a traced one in their place. Alike
+(`check_alike`) means:
+
+    as modules      the same types, parameters and buffers by name, shape and element type, the same settings
+    as they run     the same operators with the same operands, in a call of the whole module on fake tensors
+
+The second sees what no attribute says: a mask that the model chooses by the number of a layer, features added between two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DOMAIN, OPERATOR = "gap_export", "Layer"
+"""Of the node that stands for a layer which was passed by."""
+
+_TRACED_INSIDE = 2
+"""Layers between the first and the last of a run that are traced: two, so that they can be compared as graphs."""
+_PARTS = ("_parameters", "_buffers", "_modules")
+
+
+class Unlike(Exception):
+    """Layers are not alike, or not known to be; says which, and in what."""
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """Layers that a module calls one after another, each with what the one before gave.
+
+    Attributes:
+        path: of their `nn.ModuleList` in the module.
+        runs: of numbers of layers; between two runs something else may happen. The first and the last of a run may be unlike
+            the others.
+    """
+
+    path: str
+    runs: tuple[range, ...]
+
+    def name(self, number: int) -> str:
+        """Of a layer, in the module."""
+        return f"{self.path}.{number}"
+
+    @property
+    def repeated(self) -> tuple[range, ...]:
+        """Of every run that is long enough, the layers that are to be alike: all but its first and its last."""
+        inner = (run[1:-1] for run in self.runs)
+        return tuple(run for run in inner if len(run) > _TRACED_INSIDE)
+
+    @property
+    def passed_by(self) -> tuple[int, ...]:
+        """Numbers of the layers that need not be traced."""
+        return tuple(number for run in self.repeated for number in run[_TRACED_INSIDE:])
+
+
+def renumbered(name: str, old: int, new: int) -> str:
+    """A dotted name with the number of another layer: `past.2.key` -> `past.7.key`."""
+    return ".".join(str(new) if part == str(old) else part for part in name.split("."))
+
+
+# Whether they are alike
+
+
+def check_alike(
+    module: nn.Module, stack: LayerStack, call: Callable[[], object], inputs: Mapping[str, Tensor]
+) -> None:
+    """Refuse layers that differ.
+
+    Args:
+        module: with fake parameters.
+        stack: of it.
+        call: calls the module on `inputs`.
+        inputs: by name; fake, of the parameters' mode, their extents plain numbers.
+
+    Raises:
+        Unlike: they do.
+    """
+    layers = module.get_submodule(stack.path)
+    for run in stack.repeated:
+        for number in run[1:]:
+            difference = _difference(
+                (run[0], layers.get_submodule(str(run[0]))), (number, layers.get_submodule(str(number)))
+            )
+            if difference:
+                raise Unlike(f"{stack.name(number)} differs from {stack.name(run[0])} in {difference}")
+    logs = _operators(module, stack, call, inputs)
+    for run in stack.repeated:
+        for number in run[1:]:
+            if logs[number] != logs[run[0]]:
+                raise Unlike(
+                    f"{stack.name(number)} is not computed as {stack.name(run[0])} is, or is given something else"
+                )
+
+
+def _difference(one: tuple[int, nn.Module], other: tuple[int, nn.Module]) -> str:
+    """The first thing in which two layers, each with its number, differ; "" where there is none."""
+    parts, others = (dict(layer.named_modules()) for _, layer in (one, other))
+    if list(parts) != list(others):
+        return f"its modules: {min(parts.keys() ^ others.keys(), default='their order')}"
+    for name, part in parts.items():
+        there = others[name]
+        where = name or "itself"
+        if type(part) is not type(there):
+            return f"the type of {where}"
+        if _shapes(part) != _shapes(there):
+            return f"the parameters or buffers of {where}"
+        settings, settings_there = (
+            {key: value for key, value in vars(each).items() if key not in _PARTS} for each in (part, there)
+        )
+        if settings.keys() != settings_there.keys():
+            return f"the settings of {where}: {min(settings.keys() ^ settings_there.keys())}"
+        for key, value in settings.items():
+            if not _same(value, settings_there[key], one[0], other[0]):
+                return f"{key} of {where}"
+        if not all(_equal(value, there._buffers[key]) for key, value in part._buffers.items()):
+            return f"a buffer of {where}"
+    return ""
+
+
+def _shapes(module: nn.Module) -> list[Hashable]:
+    own = [*module._parameters.items(), *module._buffers.items()]
+    return [(name, None if each is None else (tuple(each.shape), each.dtype)) for name, each in own]
+
+
+def _same(value: object, other: object, number: int, other_number: int) -> bool:
+    """Equal, or either the number of its own layer."""
+    if type(value) is int and type(other) is int and (value, other) == (number, other_number):
+        return True
+    return _equal(value, other)
+
+
+def _equal(value: object, other: object) -> bool:
+    if value is other:
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.dtype == other.dtype and torch.equal(value, other)
+    try:
+        return bool(value == other)
+    except Exception:  # what cannot be compared is not known to be equal
+        return False
+
+
+def _operators(
+    module: nn.Module, stack: LayerStack, call: Callable[[], object], inputs: Mapping[str, Tensor]
+) -> dict[int, list[Hashable]]:
+    """Layer -> what it dispatched, in a call of the module."""
+    log, layers = _Log(inputs), module.get_submodule(stack.path)
+    with ExitStack() as hooks:
+        for number in (number for run in stack.repeated for number in (run[0] - 1, *run)):
+            layer = layers.get_submodule(str(number))
+            before = layer.register_forward_pre_hook(
+                lambda layer, args, number=number: log.enter(number, layer, args)
+            )
+            after = layer.register_forward_hook(lambda layer, args, output: log.leave(output))
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        try:
+            with torch.no_grad(), log:
+                call()
+        except Exception as error:  # torch raises a dozen unrelated types here
+            raise Unlike(f"{stack.path} cannot be run on fake tensors ({type(error).__name__})") from error
+    absent = [number for run in stack.repeated for number in run if number not in log.operators]
+    if absent:
+        raise Unlike(f"{stack.name(absent[0])} is not called")
+    return log.operators
+
+
+class _Log(TorchDispatchMode):  # type: ignore[misc]  # a class without types
+    """Writes down what layers dispatch. Tensors are told apart by what they are to the layer, numbers by their value.
+
+    Args:
+        inputs: of the whole module.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.operators: dict[int, list[Hashable]] = {}
+        self._inputs = inputs
+        self._current: list[Hashable] | None = None
+        self._known: dict[int, Hashable] = {}
+        self._before: object = None
+        self._held: list[object] = []  # a tensor that is gone could lend its identity to another
+
+    def enter(self, number: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """A layer is called."""
+        self._known = {
+            id(tensor): ("input", renumbered(name, number, -1)) for name, tensor in self._inputs.items()
+        }
+        own = [*layer.named_parameters(), *layer.named_buffers()]
+        self._known |= {id(tensor): ("own", name) for name, tensor in own}
+        if args and args[0] is self._before:
+            self._known[id(args[0])] = ("given by the layer before",)
+        self._current = self.operators[number] = []
+
+    def leave(self, output: object) -> None:
+        """It gave something."""
+        assert self._current is not None
+        self._current.append(("gives", self._place(output)))
+        self._before, self._current = output, None
+        self._held.append(output)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One operator."""
+        made = func(*args, **(kwargs or {}))
+        if self._current is not None:
+            operands = self._place(args), self._place(list((kwargs or {}).items()))
+            self._held.append((args, kwargs, made))
+            several = made if isinstance(made, (list, tuple)) else [made]
+            shapes = [
+                (tuple(each.shape), each.dtype) if isinstance(each, Tensor) else repr(each) for each in several
+            ]
+            for place, each in enumerate(several):
+                if isinstance(each, Tensor):
+                    self._known.setdefault(id(each), ("made", len(self._current), place))
+            self._current.append((str(func), *operands, tuple(shapes)))
+        return made
+
+    def _place(self, value: object) -> Hashable:
+        """What stands for an operand."""
+        if isinstance(value, Tensor):
+            return self._known.get(id(value), ("from outside", id(value)))
+        if isinstance(value, (list, tuple)):
+            return tuple(self._place(each) for each in value)
+        return type(value).__name__, repr(value)
+
+
+# Leaving them out
+
+
+@contextmanager
+def passed_by(module: nn.Module, stack: LayerStack) -> Iterator[None]:
+    """For as long as this takes, the layers that need not be traced are nodes in the graph, and no more."""
+    layers: Any = module.get_submodule(stack.path)
+    own = {number: layers[number] for number in stack.passed_by}
+    try:
+        for number in own:
+            layers[number] = _PassedBy(number)
+        yield
+    finally:
+        for number, layer in own.items():
+            layers[number] = layer
+
+
+class _PassedBy(nn.Module):
+    """In the place of a layer: one node that takes its hidden states and its part of the cache, and gives both."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def forward(self, hidden: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Tensor:
+        """What follows is as if the layer had been there.
+
+        Args:
+            hidden: [B, S, H].
+            past_key_values: an `attention.SlotCache`, or None.
+        """
+        own = slice(2 * self._number, 2 * self._number + 2)
+        tensors = [hidden, *([] if past_key_values is None else past_key_values.present[own])]
+        made = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{OPERATOR}",
+            tensors,
+            {"number": self._number},
+            dtypes=[tensor.dtype for tensor in tensors],
+            shapes=[tensor.shape for tensor in tensors],
+            version=1,
+        )
+        if past_key_values is not None:
+            past_key_values.present[own] = made[1:]
+        return made[0]
