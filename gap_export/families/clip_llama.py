@@ -30,6 +30,7 @@ from gap_export.modeling.clip import OPENAI_MEAN, OPENAI_STD, ClipVision
 from gap_export.modeling.clip_text import fits_name, published_tower, read_text_tower, text_tower_of
 from gap_export.modeling.components import ModelParts, square_images, torch_dtype
 from gap_export.modeling.fake import fake, fake_mode
+from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.selection import tower_attention
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
@@ -182,6 +183,7 @@ class ClipLlama(Family):
             vision_inputs=(square_images(plan, config.vision_config.image_size),),
             language_model=language_model,
             lm_head=lm_head,
+            vision_layers=LayerStack("vision_tower.encoder.layers", (range(config.feature_layer - 1),)),
         )
 
 

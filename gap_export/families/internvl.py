@@ -25,6 +25,7 @@ from gap_export.families.base import Family
 from gap_export.inputs.layouts import DynamicTilesLayout
 from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
+from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.tiles import Gather, features_of_image
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
@@ -174,4 +175,7 @@ class InternVL(Family):
             vision_inputs=(tile_pixels(self._tiles),),
             language_model=model.model.language_model,
             lm_head=model.lm_head,
+            vision_layers=LayerStack(
+                "vision_tower.encoder.layer", (range(self.config.vision_config.num_hidden_layers),)
+            ),
         )

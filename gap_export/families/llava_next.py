@@ -28,6 +28,7 @@ from gap_export.modeling.clip import ClipVision
 from gap_export.modeling.clip_text import published_tower, read_text_tower, text_tower_of
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.fake import fake_mode
+from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.tiles import features_of_image, token_gather, with_newlines
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
@@ -144,4 +145,5 @@ class LlavaNext(Family):
             vision_inputs=anyres_inputs(self._tiles),
             language_model=model.model.language_model,
             lm_head=model.lm_head,
+            vision_layers=LayerStack("vision_tower.encoder.layers", (range(self._feature_layer - 1),)),
         )

@@ -24,6 +24,7 @@ from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
+from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.tiles import corners_gather, with_newlines
 from gap_export.plan import Plan
 from gap_export.prune.order import take
@@ -124,4 +125,7 @@ class LlavaOnevision(Family):
             vision_inputs=anyres_inputs(self._tiles),
             language_model=model.model.language_model,
             lm_head=model.lm_head,
+            vision_layers=LayerStack(
+                "vision_tower.encoder.layers", (range(self.config.vision_config.num_hidden_layers),)
+            ),
         )

@@ -38,6 +38,7 @@ from gap_export.modeling.clip import OPENAI_MEAN, OPENAI_STD
 from gap_export.modeling.components import ModelParts, square_images, torch_dtype
 from gap_export.modeling.eva import EvaSizes, EvaTower, eva_sizes
 from gap_export.modeling.fake import fake, fake_mode
+from gap_export.modeling.layers import LayerStack
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -232,6 +233,7 @@ class MiniGpt(Family):
             vision_inputs=(square_images(plan, SIZE),),
             language_model=language_model,
             lm_head=modules["lm_head"],
+            vision_layers=LayerStack("vision_tower.blocks", (range(config.eva.blocks),)),
         )
 
 

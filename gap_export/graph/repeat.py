@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -42,7 +43,7 @@ def repeat_layers(model: ir.Model, stack: LayerStack) -> None:
         first, together = nodes.index(one.nodes[0]), [*one.nodes, *two.nodes, *stand_ins]
         if nodes[first : first + len(together)] != together:
             raise Unlike(f"nodes of {one.path} and of the layers after it do not lie together")
-        template = _Template(one, two, stand_ins[0])
+        template = _template(one, two, stand_ins[0])
         for number, node in zip(run[2:], stand_ins, strict=True):
             template.put(model.graph, node, number, stack.name(number))
     model.opset_imports.pop(DOMAIN, None)
@@ -65,43 +66,100 @@ class _Layer:
 
     def __init__(self, number: int, path: str, nodes: list[ir.Node]) -> None:
         self.number, self.path, self.nodes = number, path, nodes
-        self.places = {
-            value: place for place, value in enumerate(value for node in nodes for value in node.outputs)
-        }
+        made = [value for node in nodes for value in node.outputs]
+        self.places = {value: place for place, value in enumerate(made)}
 
-    def name_for(self, name: str, other: int, path: str) -> str:
-        """What another layer calls its own parameter, input or output of that name."""
+    def name_for(self, value: ir.Value, other: int, path: str) -> str:
+        """What another layer calls its own parameter, input or output."""
+        name = value.name or ""
         if name.startswith(f"{self.path}."):
             return path + name.removeprefix(self.path)
         return renumbered(name, self.number, other)
 
 
-class _Template:
-    """A traced layer that equals the one before it, to be copied.
+class _Comparison:
+    """Of the operands of two layers, node by node.
+
+    Attributes:
+        own: parameters and inputs that the second layer reads, and no other.
+        read: what the second reads from the first -> what the first reads in its place.
+    """
+
+    def __init__(self, one: _Layer, two: _Layer) -> None:
+        self._one, self._two = one, two
+        self.own: set[ir.Value] = set()
+        self.read: dict[ir.Value, ir.Value] = {}
+
+    def corresponds(self, mine: ir.Value | None, there: ir.Value | None) -> bool:
+        """Whether an operand is to the first layer what the other is to the second."""
+        one, two = self._one, self._two
+        if mine is None or there is None:
+            return mine is there
+        if there in two.places:
+            return one.places.get(mine) == two.places[there]
+        if there in one.places:
+            return self.read.setdefault(there, mine) is mine and mine not in one.places
+        if mine is there:
+            return True
+        self.own.add(there)
+        given = all(
+            value.is_graph_input() or isinstance(value.const_value, ir.ExternalTensor)
+            for value in (mine, there)
+        )
+        return given and self.are_named_alike(mine, there) and _type(mine) == _type(there)
+
+    def are_named_alike(self, mine: ir.Value, there: ir.Value) -> bool:
+        """But for the number of the layer."""
+        return self._one.name_for(mine, self._two.number, self._two.path) == there.name
+
+
+def _template(one: _Layer, two: _Layer, following: ir.Node) -> _Template:
+    """The second of two layers, if it equals the first.
 
     Args:
-        one: the layer before.
-        two: itself.
-        following: the node that stands for the layer after it.
+        one: a layer.
+        two: the one after it.
+        following: the node that stands for the next.
 
     Raises:
         Unlike: they are not equal, or further values than the hidden states go from layer to layer.
     """
+    if len(one.nodes) != len(two.nodes):
+        raise Unlike(f"the graphs of {one.path} and {two.path} have different numbers of nodes")
+    comparison = _Comparison(one, two)
+    for node, other in zip(one.nodes, two.nodes, strict=True):
+        if _form(node) != _form(other) or not all(map(comparison.corresponds, node.inputs, other.inputs)):
+            raise Unlike(f"{other.name} in the graph of {two.path} is not {node.name} in that of {one.path}")
+    reads, gives = next(iter(comparison.read), None), following.inputs[0]
+    if reads is None or gives is None or two.places.get(gives) != one.places[reads]:
+        raise Unlike(f"what {two.path} gives is not what {one.path} gives")
+    for layer, passed, readers in ((one, reads, set(two.nodes)), (two, gives, {following})):
+        for value in layer.places:
+            outside = {use.node for use in value.uses()} - set(layer.nodes)
+            if outside - readers or (outside and value is not passed):
+                raise Unlike(f"{value.name} of {layer.path} is read elsewhere")
+    for mine, there in zip(one.places, two.places, strict=True):
+        outputs = mine.is_graph_output(), there.is_graph_output()
+        if any(outputs) and not (all(outputs) and comparison.are_named_alike(mine, there)):
+            raise Unlike(f"outputs of {one.path} and {two.path} are not of one kind")
+    return _Template(two, reads, gives, frozenset(comparison.own))
 
-    def __init__(self, one: _Layer, two: _Layer, following: ir.Node) -> None:
-        self._one, self._two = one, two
-        self._own: set[ir.Value] = set()  # parameters and inputs of this layer alone
-        self._read: tuple[ir.Value, ir.Value] | None = None  # hidden states: of the second layer, of the first
-        if len(one.nodes) != len(two.nodes):
-            raise Unlike(f"the graphs of {one.path} and {two.path} have different numbers of nodes")
-        for mine, there in zip(one.nodes, two.nodes, strict=True):
-            if _form(mine) != _form(there) or not all(map(self._correspond, mine.inputs, there.inputs)):
-                raise Unlike(f"{there.name} in the graph of {two.path} is not {mine.name} in that of {one.path}")
-        given = following.inputs[0]
-        if self._read is None or given is None or two.places.get(given) != one.places[self._read[0]]:
-            raise Unlike(f"what {two.path} gives is not what {one.path} gives")
-        self._given = given
-        self._check_what_leaves(following)
+
+@dataclass(frozen=True)
+class _Template:
+    """A layer to be copied.
+
+    Attributes:
+        layer: as it was traced.
+        reads: hidden states that it reads.
+        gives: hidden states that it makes.
+        own: parameters and inputs that are those of its number.
+    """
+
+    layer: _Layer
+    reads: ir.Value
+    gives: ir.Value
+    own: frozenset[ir.Value]
 
     def put(self, graph: ir.Graph, node: ir.Node, number: int, path: str) -> None:
         """A copy in the place of a node that stands for a layer.
@@ -111,77 +169,49 @@ class _Template:
             node: takes hidden states and the layer's cache, gives both.
             number: of the layer.
             path: of its module.
+
+        Raises:
+            Unlike: the cache is not the one of that number.
         """
-        two, read = self._two, self._read
-        assert read is not None
+        hidden, *cache = (value for value in node.inputs if value is not None)
         inputs = {value.name: value for value in graph.inputs}
-        copies: dict[ir.Value, ir.Value] = {read[0]: node.inputs[0]}  # type: ignore[dict-item]
-        for value in sorted(self._own, key=lambda value: value.name or ""):
-            name = two.name_for(value.name or "", number, path)
+        copies = {self.reads: hidden}
+        for value in self.own:
+            name = self.layer.name_for(value, number, path)
             copies[value] = inputs[name] if value.is_graph_input() else _parameter(graph, value, name)
-        if not set(node.inputs[1:]) <= set(copies.values()):
+        if not set(cache) <= set(copies.values()):
             raise Unlike(f"{path} is given another cache than the one of its number")
-        for original in two.nodes:
-            operands = [value if value is None else copies.get(value, value) for value in original.inputs]
-            fresh = ir.Node(
-                original.domain,
-                original.op_type,
-                operands,
-                list(original.attributes.values()),
-                overload=original.overload,
-                num_outputs=len(original.outputs),
-                version=original.version,
-            )
-            graph.insert_before(node, fresh)
-            for value, copy in zip(original.outputs, fresh.outputs, strict=True):
-                copy.type, copy.shape = value.type, None if value.shape is None else value.shape.copy()
-                copies[value] = copy
-        given = {value.name: copies[value] for value in two.places if value.is_graph_output()}
-        for place, output in enumerate(node.outputs):
-            name = output.name or ""
-            there = self._given if place == 0 else None
-            copy = copies[there] if there is not None else given.get(renumbered(name, number, two.number))
+        for original in self.layer.nodes:
+            graph.insert_before(node, _copy(original, copies))
+        outputs = {
+            self.layer.name_for(value, number, path): copies[value]
+            for value in self.layer.places
+            if value.is_graph_output()
+        }
+        copies_of = [copies[self.gives], *(outputs.get(output.name or "") for output in node.outputs[1:])]
+        for output, copy in zip(node.outputs, copies_of, strict=True):
             if copy is None:
-                raise Unlike(f"{two.path} has no output for {name}")
+                raise Unlike(f"{self.layer.path} has no output like {output.name}")
             output.replace_all_uses_with(copy, replace_graph_outputs=True)
-            copy.name = name
+            copy.name = output.name
         graph.remove(node, safe=True)
 
-    def _correspond(self, mine: ir.Value | None, there: ir.Value | None) -> bool:
-        """Whether an operand is to the first layer what the other is to the second."""
-        one, two = self._one, self._two
-        if mine is None or there is None:
-            return mine is there
-        if there in two.places:
-            return one.places.get(mine) == two.places[there]
-        if there in one.places:
-            self._read = self._read or (there, mine)
-            return self._read == (there, mine) and mine not in one.places
-        if mine is there:
-            return True
-        self._own.add(there)
-        named = all(
-            value.is_graph_input() or isinstance(value.const_value, ir.ExternalTensor)
-            for value in (mine, there)
-        )
-        return named and one.name_for(mine.name or "", two.number, two.path) == there.name and _type(mine) == _type(there)
 
-    def _check_what_leaves(self, following: ir.Node) -> None:
-        """Hidden states go to the next layer, outputs of the graph are outputs of both, and that is all."""
-        one, two, read = self._one, self._two, self._read
-        assert read is not None
-        for layer, passed, readers in ((one, read[0], set(two.nodes)), (two, self._given, {following})):
-            inside = set(layer.nodes)
-            for value in layer.places:
-                outside = {use.node for use in value.uses()} - inside
-                if outside - readers or (outside and value is not passed):
-                    raise Unlike(f"{value.name} of {layer.path} is read elsewhere")
-        for mine, there in zip(one.places, two.places, strict=True):
-            outputs = mine.is_graph_output(), there.is_graph_output()
-            if any(outputs) and not (
-                all(outputs) and one.name_for(mine.name or "", two.number, two.path) == there.name
-            ):
-                raise Unlike(f"outputs of {one.path} and {two.path} are not of one kind")
+def _copy(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
+    """A node again, on copies of its operands; what it makes is added to `copies`."""
+    fresh = ir.Node(
+        node.domain,
+        node.op_type,
+        [None if value is None else copies.get(value, value) for value in node.inputs],
+        list(node.attributes.values()),
+        overload=node.overload,
+        num_outputs=len(node.outputs),
+        version=node.version,
+    )
+    for value, copy in zip(node.outputs, fresh.outputs, strict=True):
+        copy.type, copy.shape = value.type, None if value.shape is None else value.shape.copy()
+        copies[value] = copy
+    return fresh
 
 
 def _form(node: ir.Node) -> Hashable:

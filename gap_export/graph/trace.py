@@ -40,7 +40,9 @@ FAKE = "fake"
 """Stands for the file of a weight that is yet to be attached."""
 
 
-def graph_from_component(component: Component, progress: Progress = SILENT, *, whole: bool = False) -> ir.Model:
+def graph_from_component(
+    component: Component, progress: Progress = SILENT, *, whole: bool = False
+) -> ir.Model:
     """Trace one component. Of layers that are alike a few are traced, and repeated; the graph is the same in every byte.
 
     Args:
@@ -82,7 +84,9 @@ def _repeated(component: Component, stack: LayerStack) -> ir.Model:
     output = TorchOutput()
     with output.held():
         args, kwargs, _ = _arguments(component)
-        inputs = dict(zip((tensor.name for tensor in component.spec.inputs), (*args, *kwargs.values()), strict=True))
+        inputs = dict(
+            zip((tensor.name for tensor in component.spec.inputs), (*args, *kwargs.values()), strict=True)
+        )
         check_alike(component.module, stack, lambda: component.module(*args, **kwargs), inputs)
     with passed_by(component.module, stack):
         try:

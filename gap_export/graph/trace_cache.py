@@ -43,10 +43,11 @@ class Tracer:
     Args:
         folder: shared with other processes; None for none.
         remembered: how many graphs are held in this process besides; the one not asked for longest is forgotten first.
+        whole: trace every layer, and copy none: for comparisons. The graphs are the same, and are kept under the same keys.
     """
 
-    def __init__(self, folder: TraceFolder | None, remembered: int = 16) -> None:
-        self._folder, self._remembered = folder, remembered
+    def __init__(self, folder: TraceFolder | None, remembered: int = 16, *, whole: bool = False) -> None:
+        self._folder, self._remembered, self._whole = folder, remembered, whole
         self._held: dict[str, bytes] = {}
         self._writable = True
 
@@ -64,7 +65,7 @@ class Tracer:
         cached = content is not None
         if content is None:
             progress.stage(f"tracing {name}")
-            content = _content_of(trace.graph_from_component(component, progress))
+            content = _content_of(trace.graph_from_component(component, progress, whole=self._whole))
             self._keep(component, content, progress)
         else:
             progress.stage(f"taking the graph of {name} from the trace cache")

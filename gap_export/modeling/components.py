@@ -63,6 +63,7 @@ class ModelParts:
         language_model: the decoder of transformers, token embeddings included, without its head.
         lm_head: hidden states to logits.
         hooks: what the decoder does otherwise than others.
+        vision_layers: of the vision tower, where it calls them one after another.
     """
 
     vision: nn.Module
@@ -70,6 +71,7 @@ class ModelParts:
     language_model: PreTrainedModel
     lm_head: nn.Module
     hooks: DecoderHooks = field(default_factory=DecoderHooks)
+    vision_layers: LayerStack | None = None
 
 
 def torch_dtype(plan: Plan) -> torch.dtype:
@@ -124,20 +126,27 @@ def build_components(
         )
         graphs.append((specs.decoder, decoder))
     depends = _Dependencies(checkpoint, family, spec, plan, embedding, image_token_id)
+    decoder_layers = _decoder_layers(spec, plan)
+    stacks: dict[GraphName, LayerStack | None] = {
+        "vision": parts.vision_layers,
+        "decoder": decoder_layers,
+        "prefill": decoder_layers,
+        "decode": decoder_layers,
+    }
     return [
         Component(
             module.eval(),
             graph,
             weight_key,
             settings=depends.of(graph.name),
-            layers=_layers(spec, plan) if graph.name in ("decoder", "prefill", "decode") else None,
+            layers=stacks.get(graph.name),
         )
         for graph, module in graphs
     ]
 
 
-def _layers(spec: ModelSpec, plan: Plan) -> LayerStack:
-    """Of a decoder: runs of layers between which nothing is dropped, or added by DeepStack."""
+def _decoder_layers(spec: ModelSpec, plan: Plan) -> LayerStack:
+    """In runs, between which tokens are dropped, or features added by DeepStack."""
     stages = tuple(stage.run for stage in plan.pruning.stages)
     return LayerStack("language_model.layers", stages or (range(spec.deepstack_levels, spec.layers),))
 

@@ -13,7 +13,7 @@ The second sees what no attribute says: a mask that the model chooses by the num
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ DOMAIN, OPERATOR = "gap_export", "Layer"
 
 _TRACED_INSIDE = 2
 """Layers between the first and the last of a run that are traced: two, so that they can be compared as graphs."""
+_PLAIN = (bool, int, float, complex, str, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _PARTS = ("_parameters", "_buffers", "_modules")
 
 
@@ -155,44 +156,56 @@ def _operators(
     module: nn.Module, stack: LayerStack, call: Callable[[], object], inputs: Mapping[str, Tensor]
 ) -> dict[int, list[Hashable]]:
     """Layer -> what it dispatched, in a call of the module."""
-    log, layers = _Log(inputs), module.get_submodule(stack.path)
+    wanted = [number for run in stack.repeated for number in run]
+    # The layer before a run as well: what it gives is what the first of the run is given.
+    watched = sorted({*wanted, *(run[0] - 1 for run in stack.repeated)})
+    log, layers = _Log(inputs, last=watched[-1]), module.get_submodule(stack.path)
     with ExitStack() as hooks:
-        for number in (number for run in stack.repeated for number in (run[0] - 1, *run)):
+        for number in watched:
             layer = layers.get_submodule(str(number))
             before = layer.register_forward_pre_hook(
-                lambda layer, args, number=number: log.enter(number, layer, args)
+                lambda layer, args, kwargs, number=number: log.enter(number, layer, args, kwargs),
+                with_kwargs=True,
             )
             after = layer.register_forward_hook(lambda layer, args, output: log.leave(output))
             hooks.callback(before.remove)
             hooks.callback(after.remove)
         try:
-            with torch.no_grad(), log:
+            with torch.no_grad(), log, suppress(_Seen):
                 call()
         except Exception as error:  # torch raises a dozen unrelated types here
             raise Unlike(f"{stack.path} cannot be run on fake tensors ({type(error).__name__})") from error
-    absent = [number for run in stack.repeated for number in run if number not in log.operators]
+    absent = [number for number in wanted if number not in log.operators]
     if absent:
         raise Unlike(f"{stack.name(absent[0])} is not called")
     return log.operators
 
 
-class _Log(TorchDispatchMode):  # type: ignore[misc]  # a class without types
+class _Seen(Exception):
+    """All layers were called; what follows them need not run."""
+
+
+class _Log(TorchDispatchMode):
     """Writes down what layers dispatch. Tensors are told apart by what they are to the layer, numbers by their value.
 
     Args:
         inputs: of the whole module.
+        last: number of the layer after which nothing more is to be seen.
+
+    Attributes:
+        operators: layer -> what it was called with, and every operator with its operands, and the shapes and types that it gave.
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(self, inputs: Mapping[str, Tensor], last: int) -> None:
         super().__init__()
         self.operators: dict[int, list[Hashable]] = {}
-        self._inputs = inputs
-        self._current: list[Hashable] | None = None
+        self._inputs, self._last = inputs, last
+        self._current: tuple[int, list[Hashable]] | None = None
         self._known: dict[int, Hashable] = {}
         self._before: object = None
         self._held: list[object] = []  # a tensor that is gone could lend its identity to another
 
-    def enter(self, number: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A layer is called."""
         self._known = {
             id(tensor): ("input", renumbered(name, number, -1)) for name, tensor in self._inputs.items()
@@ -201,38 +214,44 @@ class _Log(TorchDispatchMode):  # type: ignore[misc]  # a class without types
         self._known |= {id(tensor): ("own", name) for name, tensor in own}
         if args and args[0] is self._before:
             self._known[id(args[0])] = ("given by the layer before",)
-        self._current = self.operators[number] = []
+        self._held.append((args, kwargs))
+        self._current = number, [self._place([args, sorted(kwargs.items())])]
 
     def leave(self, output: object) -> None:
         """It gave something."""
         assert self._current is not None
-        self._current.append(("gives", self._place(output)))
-        self._before, self._current = output, None
+        number, operators = self._current
+        self.operators[number] = [*operators, self._place(output)]
         self._held.append(output)
+        self._before, self._current = output, None
+        if number == self._last:
+            raise _Seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One operator."""
         made = func(*args, **(kwargs or {}))
-        if self._current is not None:
-            operands = self._place(args), self._place(list((kwargs or {}).items()))
-            self._held.append((args, kwargs, made))
-            several = made if isinstance(made, (list, tuple)) else [made]
-            shapes = [
-                (tuple(each.shape), each.dtype) if isinstance(each, Tensor) else repr(each) for each in several
-            ]
-            for place, each in enumerate(several):
-                if isinstance(each, Tensor):
-                    self._known.setdefault(id(each), ("made", len(self._current), place))
-            self._current.append((str(func), *operands, tuple(shapes)))
+        if self._current is None or func.namespace == "prim":  # where a tensor lies is asked now and then
+            return made
+        operators = self._current[1]
+        operands = self._place(args), self._place(sorted((kwargs or {}).items()))
+        several = made if isinstance(made, (list, tuple)) else [made]
+        forms = [
+            (str(each.shape), each.dtype) if isinstance(each, Tensor) else self._place(each)
+            for each in several
+        ]
+        self._held.append((args, kwargs, made))
+        for place, each in enumerate(several):
+            self._known.setdefault(id(each), ("made", len(operators), place))
+        operators.append((str(func), *operands, tuple(forms)))
         return made
 
     def _place(self, value: object) -> Hashable:
         """What stands for an operand."""
-        if isinstance(value, Tensor):
-            return self._known.get(id(value), ("from outside", id(value)))
         if isinstance(value, (list, tuple)):
             return tuple(self._place(each) for each in value)
-        return type(value).__name__, repr(value)
+        if isinstance(value, _PLAIN) or value is None:
+            return type(value).__name__, repr(value)
+        return self._known.get(id(value), ("from outside", id(value)))
 
 
 # Leaving them out

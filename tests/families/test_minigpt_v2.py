@@ -23,6 +23,7 @@ from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
+from tests.families.both_ways import assert_equal_both_ways
 from tests.families.plain_answers import (
     EXPRESSIONS,
     IMAGES,
@@ -301,3 +302,8 @@ def test_a_language_model_of_another_kind(
     (base / "config.json").write_text(json.dumps({**CONFIG, "model_type": "mistral"}))
     with pytest.raises(CheckpointError, match="'mistral' where a Llama is needed"):
         build_bundle(Recipe.model_validate({**options, "base": str(base)}), tmp_path / "out")
+
+
+@pytest.mark.long
+def test_layers_are_copied(options: dict[str, Any], tmp_path: Path) -> None:
+    assert_equal_both_ways(options, tmp_path, copied=("vision", "decoder"))

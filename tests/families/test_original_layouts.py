@@ -28,6 +28,7 @@ from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
+from tests.families.both_ways import assert_equal_both_ways
 from tests.families.plain_answers import (
     EXPRESSIONS,
     IMAGES,
@@ -428,3 +429,9 @@ def test_a_list_of_one_layer_is_that_layer(
     assert isinstance(family, ClipLlama)
     assert family.config.feature_layer == 2  # of three
     assert family.notes == ()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["llava_original", "shikra", "shikra merged"])
+def test_layers_are_copied(layout: str, options: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    assert_equal_both_ways(options[layout], tmp_path, copied=("vision", "decoder"))

@@ -33,7 +33,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Settings of what was traced; the graph is an empty one."""
     traced: list[Any] = []
 
-    def graph(component: Component) -> ir.Model:
+    def graph(component: Component, *_: object, **__: object) -> ir.Model:
         traced.append(component.settings)
         inputs = [ir.Value(name=tensor.name) for tensor in component.spec.inputs]
         return ir.Model(ir.Graph(inputs, inputs, nodes=(), opset_imports={"": 24}), ir_version=11)

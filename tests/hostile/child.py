@@ -234,7 +234,7 @@ def _stream(descriptor: int, environment: Environment, errors: str) -> Any:
     )
 
 
-def _stop_before_tracing(_: object) -> NoReturn:
+def _stop_before_tracing(*_: object, **__: object) -> NoReturn:
     """The module is made, and would be traced now."""
     print(UNTRACED, file=sys.stderr)
     raise SystemExit(0)

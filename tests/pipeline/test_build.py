@@ -141,7 +141,7 @@ def _traced_once(trace: Any) -> Callable[[Any], Any]:
     """Tracing takes seconds and is not what is tested: later calls get a copy of the first graph of that name."""
     original = trace.graph_from_component
 
-    def graph(component: Any) -> Any:
+    def graph(component: Any, *_: object, **__: object) -> Any:
         name = component.spec.name
         if name not in _GRAPHS:
             _GRAPHS[name] = original(component)

@@ -226,7 +226,7 @@ def swept(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     new: list[str] = []
     trace_one, recording = trace.graph_from_component, Recorded()
 
-    def traced_component(component: Component) -> Any:
+    def traced_component(component: Component, *_: object, **__: object) -> Any:
         new.append(component.spec.name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trace, "graph_from_component", trace_one)
