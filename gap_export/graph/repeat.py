@@ -9,50 +9,50 @@ these replaced.
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gap_export.modeling.layers import DOMAIN, OPERATOR, LayerStack, Unlike, renumbered
+from gap_export.bundle.spec import GraphSpec
+from gap_export.modeling.layers import LayerStack, Unlike, renumbered
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: names of the modules that it was traced in, from the outermost on, as a Python list."""
 
 
-def repeat_layers(model: ir.Model, stack: LayerStack) -> None:
-    """Replace every node that stands for a layer by a copy of a layer; in place.
+def repeat_layers(model: ir.Model, stack: LayerStack, spec: GraphSpec) -> None:
+    """Replace the node of every layer that was passed by by a copy of a layer that was traced; in place.
 
     Args:
         model: traced with `modeling.layers.passed_by`, with torch's metadata.
         stack: of the module.
+        spec: of the whole graph.
 
     Raises:
         Unlike: traced layers are not equal as graphs, or their nodes do not lie together. The model is of no use then.
     """
     nodes = list(model.graph)
-    scopes = [ast.literal_eval(node.metadata_props.get(_SCOPES, "[]")) for node in nodes]
+    inside: dict[str, list[ir.Node]] = defaultdict(list)
+    for node in nodes:
+        for path in ast.literal_eval(node.metadata_props.get(_SCOPES, "[]")):
+            inside[path].append(node)
     for run in stack.repeated:
-        one, two = (
-            _Layer(number, path, [node for node, inside in zip(nodes, scopes, strict=True) if path in inside])
-            for number, path in ((number, stack.name(number)) for number in run[:2])
-        )
-        stand_ins = [node for node in nodes if _stands_for(node) in run]
-        if [_stands_for(node) for node in stand_ins] != list(run[2:]) or not one.nodes:
-            raise Unlike(f"torch does not say which nodes are those of {one.path} and the layers after it")
-        first, together = nodes.index(one.nodes[0]), [*one.nodes, *two.nodes, *stand_ins]
+        layers = [_Layer(number, stack.name(number), inside[stack.name(number)]) for number in run]
+        one, two, *passed_by = layers
+        together = [node for layer in layers for node in layer.nodes]
+        if not one.nodes or any([node.op_type for node in each.nodes] != ["Identity"] for each in passed_by):
+            raise Unlike(f"torch does not say which nodes are those of {one.path} and of the layers after it")
+        first = nodes.index(one.nodes[0])
         if nodes[first : first + len(together)] != together:
             raise Unlike(f"nodes of {one.path} and of the layers after it do not lie together")
-        template = _template(one, two, stand_ins[0])
-        for number, node in zip(run[2:], stand_ins, strict=True):
-            template.put(model.graph, node, number, stack.name(number))
-    model.opset_imports.pop(DOMAIN, None)
-
-
-def _stands_for(node: ir.Node) -> int | None:
-    """Number of a layer; None for any other node."""
-    is_layer = (node.domain, node.op_type) == (DOMAIN, OPERATOR)
-    return node.attributes["number"].as_int() if is_layer else None
+        template = _template(one, two, passed_by[0].nodes[0])
+        for layer in passed_by:
+            template.put(model.graph, layer)
+    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+        by_name = {value.name: value for value in values}
+        values[:] = [by_name[tensor.name] for tensor in tensors]
 
 
 class _Layer:
@@ -69,12 +69,12 @@ class _Layer:
         made = [value for node in nodes for value in node.outputs]
         self.places = {value: place for place, value in enumerate(made)}
 
-    def name_for(self, value: ir.Value, other: int, path: str) -> str:
+    def name_for(self, value: ir.Value, other: _Layer) -> str:
         """What another layer calls its own parameter, input or output."""
         name = value.name or ""
         if name.startswith(f"{self.path}."):
-            return path + name.removeprefix(self.path)
-        return renumbered(name, self.number, other)
+            return other.path + name.removeprefix(self.path)
+        return renumbered(name, self.number, other.number)
 
 
 class _Comparison:
@@ -110,7 +110,7 @@ class _Comparison:
 
     def are_named_alike(self, mine: ir.Value, there: ir.Value) -> bool:
         """But for the number of the layer."""
-        return self._one.name_for(mine, self._two.number, self._two.path) == there.name
+        return self._one.name_for(mine, self._two) == there.name
 
 
 def _template(one: _Layer, two: _Layer, following: ir.Node) -> _Template:
@@ -119,7 +119,7 @@ def _template(one: _Layer, two: _Layer, following: ir.Node) -> _Template:
     Args:
         one: a layer.
         two: the one after it.
-        following: the node that stands for the next.
+        following: the node of the next, which was passed by.
 
     Raises:
         Unlike: they are not equal, or further values than the hidden states go from layer to layer.
@@ -161,39 +161,25 @@ class _Template:
     gives: ir.Value
     own: frozenset[ir.Value]
 
-    def put(self, graph: ir.Graph, node: ir.Node, number: int, path: str) -> None:
-        """A copy in the place of a node that stands for a layer.
+    def put(self, graph: ir.Graph, layer: _Layer) -> None:
+        """A copy in the place of the node of a layer that was passed by, and what it takes and gives besides hidden states.
 
         Args:
-            graph: of the node.
-            node: takes hidden states and the layer's cache, gives both.
-            number: of the layer.
-            path: of its module.
-
-        Raises:
-            Unlike: the cache is not the one of that number.
+            graph: of both.
+            layer: one node that takes hidden states and gives hidden states.
         """
-        hidden, *cache = (value for value in node.inputs if value is not None)
-        inputs = {value.name: value for value in graph.inputs}
-        copies = {self.reads: hidden}
+        (node,) = layer.nodes
+        assert node.inputs[0] is not None
+        copies = {self.reads: node.inputs[0]}
         for value in self.own:
-            name = self.layer.name_for(value, number, path)
-            copies[value] = inputs[name] if value.is_graph_input() else _parameter(graph, value, name)
-        if not set(cache) <= set(copies.values()):
-            raise Unlike(f"{path} is given another cache than the one of its number")
+            copies[value] = _given(graph, value, self.layer.name_for(value, layer))
         for original in self.layer.nodes:
             graph.insert_before(node, _copy(original, copies))
-        outputs = {
-            self.layer.name_for(value, number, path): copies[value]
-            for value in self.layer.places
-            if value.is_graph_output()
-        }
-        copies_of = [copies[self.gives], *(outputs.get(output.name or "") for output in node.outputs[1:])]
-        for output, copy in zip(node.outputs, copies_of, strict=True):
-            if copy is None:
-                raise Unlike(f"{self.layer.path} has no output like {output.name}")
-            output.replace_all_uses_with(copy, replace_graph_outputs=True)
-            copy.name = output.name
+        for value in self.layer.places:
+            if value.is_graph_output():
+                copies[value].name = self.layer.name_for(value, layer)
+                graph.outputs.append(copies[value])
+        node.outputs[0].replace_all_uses_with(copies[self.gives])
         graph.remove(node, safe=True)
 
 
@@ -234,19 +220,22 @@ def _type(value: ir.Value) -> tuple[str, str]:
     return str(value.type), str(value.shape)
 
 
-def _parameter(graph: ir.Graph, of_another: ir.Value, name: str) -> ir.Value:
-    """A parameter like another, under its own name."""
+def _given(graph: ir.Graph, of_another: ir.Value, name: str) -> ir.Value:
+    """A parameter or an input like another, under its own name."""
+    shape = None if of_another.shape is None else of_another.shape.copy()
+    value = ir.Value(name=name, shape=shape, type=of_another.type)
+    if of_another.is_graph_input():
+        graph.inputs.append(value)
+        return value
     tensor = of_another.const_value
     assert isinstance(tensor, ir.ExternalTensor)
-    if name not in graph.initializers:
-        fresh = ir.ExternalTensor(
-            location=tensor.location,
-            offset=tensor.offset,
-            length=tensor.length,
-            dtype=tensor.dtype,
-            shape=ir.Shape(list(tensor.shape)),
-            name=name,
-        )
-        shape = None if of_another.shape is None else of_another.shape.copy()
-        graph.initializers.add(ir.Value(name=name, shape=shape, type=of_another.type, const_value=fresh))
-    return graph.initializers[name]
+    value.const_value = ir.ExternalTensor(
+        location=tensor.location,
+        offset=tensor.offset,
+        length=tensor.length,
+        dtype=tensor.dtype,
+        shape=ir.Shape(list(tensor.shape)),
+        name=name,
+    )
+    graph.initializers.add(value)
+    return value

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -28,7 +29,7 @@ from gap_export.graph.torch_output import TorchOutput
 from gap_export.modeling.attention import OPSET
 from gap_export.modeling.components import Component
 from gap_export.modeling.fake import fake_mode
-from gap_export.modeling.layers import LayerStack, Unlike, check_alike, passed_by
+from gap_export.modeling.layers import LayerStack, Unlike, check_alike, passed_by, without_passed_by
 from gap_export.progress import SILENT, Progress
 
 _LOG = logging.getLogger(__name__)
@@ -61,16 +62,17 @@ def graph_from_component(
     spec, began = component.spec, time.process_time()
     stack = None if whole else component.layers
     model, how = None, "whole"
-    if stack is not None and stack.passed_by:
-        try:
-            model = _repeated(component, stack)
-            how = f"{len(stack.passed_by)} layers are copies of others"
-        except Unlike as why:
-            how = f"whole, for its layers are not alike: {why}"
-            progress.stage(f"tracing {spec.name} {how}")
-    if model is None:
-        model = _exported(component)
-    name_in_order(model)
+    with _one_function_table(), _without_garbage_collection():
+        if stack is not None and stack.passed_by:
+            try:
+                model = _repeated(component, stack)
+                how = f"{len(stack.passed_by)} layers are copies of others"
+            except Unlike as why:
+                how = f"whole, for its layers are not alike: {why}"
+                progress.stage(f"tracing {spec.name} {how}")
+        if model is None:
+            model = _whole(component)
+        name_in_order(model)
     _LOG.info("%s was traced in %.1f s of processor time (%s)", spec.name, time.process_time() - began, how)
     return model
 
@@ -79,49 +81,31 @@ def _repeated(component: Component, stack: LayerStack) -> ir.Model:
     """Trace some of the layers, and copy.
 
     Raises:
-        Unlike: what is repeated would not be what is traced.
+        Unlike: what is copied would not be what is traced.
     """
-    output = TorchOutput()
+    module, spec, output = component.module, component.spec, TorchOutput()
     with output.held():
         args, kwargs, _ = _arguments(component)
-        inputs = dict(
-            zip((tensor.name for tensor in component.spec.inputs), (*args, *kwargs.values()), strict=True)
-        )
-        check_alike(component.module, stack, lambda: component.module(*args, **kwargs), inputs)
-    with passed_by(component.module, stack):
+        inputs = dict(zip((tensor.name for tensor in spec.inputs), (*args, *kwargs.values()), strict=True))
+        check_alike(module, stack, lambda: module(*args, **kwargs), inputs)
+    with passed_by(module, spec, stack):
         try:
-            model = _exported(component)
-        except TraceError as error:
-            raise Unlike(f"without some of them, it {error.message}") from error
-    repeat_layers(model, stack)
+            model = _exported(replace(component, spec=without_passed_by(spec, stack)), output)
+        except Exception as error:  # whatever it is, the whole trace says it too
+            raise Unlike(f"without some of them, there is no graph: {first_line(error)}") from error
+    repeat_layers(model, stack, spec)
     return model
 
 
-def _exported(component: Component) -> ir.Model:
-    """What torch makes of a component, with the spec's names and symbols.
+def _whole(component: Component) -> ir.Model:
+    """Trace every layer.
 
     Raises:
-        TraceError: nothing.
+        TraceError: the module does not export.
     """
     spec, output = component.spec, TorchOutput()
     try:
-        with output.held(), _one_function_table(), _without_garbage_collection():
-            args, kwargs, shapes = _arguments(component)
-            # What was compiled before in this process (bodies of loops) leaves guards against the extents it was compiled for.
-            torch._dynamo.reset()
-            exported = torch.export.export(
-                component.module, args, kwargs, dynamic_shapes=shapes, strict=False
-            )
-            program = torch.onnx.export(
-                exported,
-                (),
-                input_names=[tensor.name for tensor in spec.inputs],
-                output_names=[tensor.name for tensor in spec.outputs],
-                opset_version=OPSET,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
+        return _exported(component, output)
     except Exception as error:  # torch raises a dozen unrelated types here; all mean "does not export"
         raise TraceError(
             f"could not be exported: {first_line(error)}",
@@ -129,8 +113,28 @@ def _exported(component: Component) -> ir.Model:
             hint="the versions in constraints.txt are the tested ones; otherwise please report this, with "
             f"{output.write_log(spec.name, error)}",
         ) from error
+
+
+def _exported(component: Component, output: TorchOutput) -> ir.Model:
+    """What torch makes of a component, with the spec's names and symbols; raises whatever torch raises."""
+    spec = component.spec
+    with output.held():
+        args, kwargs, shapes = _arguments(component)
+        # What was compiled before in this process (bodies of loops) leaves guards against the extents it was compiled for.
+        torch._dynamo.reset()
+        exported = torch.export.export(component.module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        program = torch.onnx.export(
+            exported,
+            (),
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     if program is None:
-        raise TraceError("gave no graph", subject=spec.name, hint="please report this")
+        raise RuntimeError("torch gave no graph")
     model: ir.Model = program.model
     _name_symbols(model, spec.inputs)
     _count_from_scalars(model, spec.inputs)

@@ -12,6 +12,8 @@ The second sees what no attribute says: a mask that the model chooses by the num
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DOMAIN, OPERATOR = "gap_export", "Layer"
-"""Of the node that stands for a layer which was passed by."""
+from gap_export.bundle.spec import GraphSpec
 
 _TRACED_INSIDE = 2
 """Layers between the first and the last of a run that are traced: two, so that they can be compared as graphs."""
 _PLAIN = (bool, int, float, complex, str, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_OF_LAYER = re.compile(r"(\w+\.)(\d+)(\.\w+)")
+"""Name of an input or output that is a layer's own."""
 _PARTS = ("_parameters", "_buffers", "_modules")
 
 
@@ -63,9 +66,15 @@ class LayerStack:
         return tuple(number for run in self.repeated for number in run[_TRACED_INSIDE:])
 
 
+def layer_of(name: str) -> int | None:
+    """Number of the layer whose cache an input or output is (`past.2.key`: 2); None for what belongs to none."""
+    match = _OF_LAYER.fullmatch(name)
+    return None if match is None else int(match[2])
+
+
 def renumbered(name: str, old: int, new: int) -> str:
-    """A dotted name with the number of another layer: `past.2.key` -> `past.7.key`."""
-    return ".".join(str(new) if part == str(old) else part for part in name.split("."))
+    """What another layer calls its own: `past.2.key` -> `past.7.key`; any other name as it is."""
+    return _OF_LAYER.sub(rf"\g<1>{new}\g<3>", name) if layer_of(name) == old else name
 
 
 # Whether they are alike
@@ -257,44 +266,56 @@ class _Log(TorchDispatchMode):
 # Leaving them out
 
 
+def without_passed_by(spec: GraphSpec, stack: LayerStack) -> GraphSpec:
+    """A spec without the caches of layers that need not be traced."""
+    absent = set(stack.passed_by)
+    inputs, outputs = (
+        tuple(tensor for tensor in side if layer_of(tensor.name) not in absent)
+        for side in (spec.inputs, spec.outputs)
+    )
+    aliased = {output: given for output, given in spec.aliased.items() if layer_of(output) not in absent}
+    return spec.model_copy(update={"inputs": inputs, "outputs": outputs, "aliased": aliased})
+
+
 @contextmanager
-def passed_by(module: nn.Module, stack: LayerStack) -> Iterator[None]:
-    """For as long as this takes, the layers that need not be traced are nodes in the graph, and no more."""
+def passed_by(module: nn.Module, spec: GraphSpec, stack: LayerStack) -> Iterator[None]:
+    """For as long as this takes, a layer that need not be traced is one node, and has no cache.
+
+    Args:
+        module: is then called as `without_passed_by(spec, stack)` says.
+        spec: of the module.
+        stack: of the module.
+    """
     layers: Any = module.get_submodule(stack.path)
     own = {number: layers[number] for number in stack.passed_by}
+    forward, patched = module.forward, vars(module).get("forward")
+    absent = [[layer_of(tensor.name) in own for tensor in side] for side in (spec.inputs, spec.outputs)]
+
+    @functools.wraps(forward)
+    def with_gaps(*args: Tensor) -> tuple[Tensor, ...]:
+        given = iter(args)
+        outputs = forward(*(None if gap else next(given) for gap in absent[0]))
+        return tuple(output for output, gap in zip(outputs, absent[1], strict=True) if not gap)
+
     try:
         for number in own:
-            layers[number] = _PassedBy(number)
+            layers[number] = _PassedBy()
+        if any(map(any, absent)):
+            module.forward = with_gaps
         yield
     finally:
         for number, layer in own.items():
             layers[number] = layer
+        if vars(module).pop("forward", None) is not None and patched is not None:
+            module.forward = patched
 
 
 class _PassedBy(nn.Module):
-    """In the place of a layer: one node that takes its hidden states and its part of the cache, and gives both."""
+    """In the place of a layer: one node, a copy, that the scope of the layer is written on.
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self._number = number
+    An operator of our own would say more, and takes torch ten times as long.
+    """
 
-    def forward(self, hidden: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Tensor:
-        """What follows is as if the layer had been there.
-
-        Args:
-            hidden: [B, S, H].
-            past_key_values: an `attention.SlotCache`, or None.
-        """
-        own = slice(2 * self._number, 2 * self._number + 2)
-        tensors = [hidden, *([] if past_key_values is None else past_key_values.present[own])]
-        made = torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{OPERATOR}",
-            tensors,
-            {"number": self._number},
-            dtypes=[tensor.dtype for tensor in tensors],
-            shapes=[tensor.shape for tensor in tensors],
-            version=1,
-        )
-        if past_key_values is not None:
-            past_key_values.present[own] = made[1:]
-        return made[0]
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What follows is as if the layer had been there."""
+        return hidden.clone()
