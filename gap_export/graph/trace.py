@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensor
 
 from gap_export.bundle.spec import Dim, TensorSpec
 from gap_export.errors import TraceError, first_line
-from gap_export.graph.names import name_in_order
+from gap_export.graph.canonical import canonicalise
 from gap_export.graph.repeat import repeat_layers
 from gap_export.graph.torch_output import TorchOutput
 from gap_export.modeling.attention import OPSET
@@ -72,7 +72,7 @@ def graph_from_component(
                 progress.stage(f"tracing {spec.name} {how}")
         if model is None:
             model = _whole(component)
-        name_in_order(model)
+        canonicalise(model)
     _LOG.info("%s was traced in %.1f s of processor time (%s)", spec.name, time.process_time() - began, how)
     return model
 
