@@ -94,12 +94,13 @@ def check_alike(
     Raises:
         Unlike: they do.
     """
-    layers = module.get_submodule(stack.path)
+    layers = dict(module.named_modules()).get(stack.path)
+    most = max(run.stop for run in stack.runs)
+    if not isinstance(layers, nn.ModuleList) or len(layers) < most:
+        raise Unlike(f"{stack.path} is no list of {most} layers")
     for run in stack.repeated:
         for number in run[1:]:
-            difference = _difference(
-                (run[0], layers.get_submodule(str(run[0]))), (number, layers.get_submodule(str(number)))
-            )
+            difference = _difference((run[0], layers[run[0]]), (number, layers[number]))
             if difference:
                 raise Unlike(f"{stack.name(number)} differs from {stack.name(run[0])} in {difference}")
     logs = _operators(module, stack, call, inputs)
@@ -153,9 +154,11 @@ def _equal(value: object, other: object) -> bool:
         return True
     if type(value) is not type(other):
         return False
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.dtype == other.dtype and torch.equal(value, other)
     try:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            return value.dtype == other.dtype and torch.equal(value, other)
+        if isinstance(value, functools.partial) and isinstance(other, functools.partial):
+            return value.func is other.func and (value.args, value.keywords) == (other.args, other.keywords)
         return bool(value == other)
     except Exception:  # what cannot be compared is not known to be equal
         return False

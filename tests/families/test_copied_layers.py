@@ -54,25 +54,28 @@ def test_llava(pruner: str, tiny_options: dict[str, Any], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("pruner", "positions", "precision"),
+    ("pruner", "cuts", "positions", "precision"),
     [
-        ("fastv", PositionPolicy.GAP, "fp16"),
-        ("pyramiddrop", PositionPolicy.SHIFTED, "fp32"),
-        ("sparsevlm", PositionPolicy.PERMUTED, "fp32"),
+        ("fastv", (2,), PositionPolicy.GAP, "fp16"),
+        ("pyramiddrop", (1, 2, 4), PositionPolicy.SHIFTED, "fp32"),
+        ("sparsevlm", (5, 6, 7), PositionPolicy.PERMUTED, "fp32"),
     ],
+    ids=["fastv", "pyramiddrop", "sparsevlm"],
 )
 def test_decoders_with_stages(
     pruner: str,
+    cuts: tuple[int, ...],
     positions: PositionPolicy,
     precision: str,
     deep_checkpoint: Path,
     tiny_options: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """Each run of layers between two stages by itself."""
+    """Each stage of the nine layers by itself; here one has layers to spare."""
     options = {
         **tiny_options,
-        "checkpoint": deepened(deep_checkpoint, tmp_path / "first"),
+        "checkpoint": str(deep_checkpoint),
+        "prune_layers": cuts,
         "keep": 0.25,
         "pruner": pruner,
         "positions": positions,

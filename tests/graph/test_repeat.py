@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -205,6 +206,14 @@ def test_layers_that_are_not_called_are_not_known_to_be_alike() -> None:
     made = component(not_called)
     with pytest.raises(Unlike, match="is not called"):
         check(made)
+
+
+@pytest.mark.parametrize(
+    "stack", [LayerStack("blocks", (range(LAYERS),)), LayerStack("layers", (range(LAYERS + 1),))], ids=str
+)
+def test_layers_that_are_not_there_are_not_known_to_be_alike(stack: LayerStack) -> None:
+    with pytest.raises(Unlike, match="is no list of"):
+        check(replace(component(), layers=stack))
 
 
 def test_what_cannot_be_run_on_fake_tensors_is_traced_whole() -> None:
