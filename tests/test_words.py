@@ -57,7 +57,15 @@ BANNED = {
 BACK_REFERENCE = re.compile(r"(?i)(the same\b|as (above|there|in)\b|see\b|like )")
 """How a docstring begins that says nothing itself."""
 
-NAMED_BY_CUSTOM = {"gap_export", "numpy", "onnx_ir", "onnxruntime", "openvino", "torch.nn.functional", "pyarrow.parquet"}
+NAMED_BY_CUSTOM = {
+    "gap_export",
+    "numpy",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
+    "torch.nn.functional",
+    "pyarrow.parquet",
+}
 """Packages that have a customary short name; `gap` is that of the public API."""
 
 
