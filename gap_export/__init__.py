@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gap_export.bundle.folder import Bundle, open_bundle
     from gap_export.evaluation.calibrate import calibrate
     from gap_export.evaluation.latency.bench import bench
+    from gap_export.evaluation.latency.fastest import fastest_backend
     from gap_export.evaluation.refer.compare import compare
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.evaluation.refer.evaluate import evaluate, evaluate_predictions
@@ -54,6 +55,7 @@ __all__ = [
     "errors",
     "evaluate",
     "evaluate_predictions",
+    "fastest_backend",
     "inspect",
     "lint",
     "load",
@@ -81,6 +83,7 @@ _DEFINED_IN = {
     "errors": "errors",
     "evaluate": "evaluation.refer.evaluate:evaluate",
     "evaluate_predictions": "evaluation.refer.evaluate:evaluate_predictions",
+    "fastest_backend": "evaluation.latency.fastest:fastest_backend",
     "inspect": "evaluation.report.terminal:bundle_facts",
     "lint": "linter:lint_graph",
     "load": "runtime.model:load",

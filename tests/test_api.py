@@ -139,6 +139,10 @@ def test_every_public_name_does_what_it_says(
             lambda: predicted(scenes, tmp_path),
             lambda: refused(lambda: gap.evaluate_predictions(nowhere, scenes, "nobody")),
         ),
+        "fastest_backend": (
+            lambda: gap.load(bundle, backend=gap.fastest_backend(bundle).backend, threads=1).close(),
+            lambda: refused(lambda: gap.fastest_backend(nowhere)),
+        ),
         "inspect": (
             lambda: json.dumps(gap.inspect(bundle)),
             lambda: refused(lambda: gap.inspect(nowhere)),

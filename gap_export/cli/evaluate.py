@@ -129,7 +129,7 @@ def evaluate(
     else:
         options = EvalOptions(
             protocol=protocol,
-            backend=runtime_of(backend, device, precision_hint),
+            backend=runtime_of(backend, device, precision_hint, bundle),
             keep=keep,
             limit=limit,
             rows=rows,

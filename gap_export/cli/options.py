@@ -8,18 +8,28 @@ from typing import Annotated
 import typer
 
 from gap_export import bounds
+from gap_export.cli.app import console
 from gap_export.cli.numbers import number
+from gap_export.errors import SessionError
 from gap_export.runtime.backends import names, runtime
+
+AUTO = "auto"
+"""The fastest runtime that was measured."""
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder made by `gap-export build`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the record alone, as one line of JSON.")]
 BackendOption = Annotated[
-    str, typer.Option(metavar=f"[{'|'.join(names(exported=True))}]", help="Runtime that runs the bundle.")
+    str,
+    typer.Option(
+        metavar=f"[{'|'.join([*names(exported=True), AUTO])}]",
+        help="Runtime that runs the bundle; auto is the fastest that `bench` measured.",
+    ),
 ]
 AnyBackendOption = Annotated[
     str,
     typer.Option(
-        metavar=f"[{'|'.join(names())}]", help="Runtime that runs the bundle; torch runs its checkpoint."
+        metavar=f"[{'|'.join([*names(), AUTO])}]",
+        help="Runtime that runs the bundle; torch runs its checkpoint, auto is the fastest that `bench` measured.",
     ),
 ]
 DeviceOption = Annotated[
@@ -101,10 +111,33 @@ BoxIouOption = Annotated[
 ]
 
 
-def runtime_of(backend: str, device: str | None, precision_hint: str | None) -> str:
+def runtime_of(
+    backend: str, device: str | None, precision_hint: str | None, bundle: Path | None = None
+) -> str:
     """What runs the bundle, as one text.
+
+    Args:
+        backend: as given; `auto` for the fastest that was measured, which is said.
+        device: as given.
+        precision_hint: as given.
+        bundle: that `auto` is about; None where there is none yet.
 
     Raises:
         SessionError: the options do not go together.
+        GapExportError: the bundle, or what was measured of it, cannot be read.
     """
-    return str(runtime(backend, device=device, precision_hint=precision_hint))
+    if backend != AUTO:
+        return str(runtime(backend, device=device, precision_hint=precision_hint))
+    if device or precision_hint or bundle is None:
+        raise SessionError(
+            "chooses device and type of activations too"
+            if bundle is not None
+            else "needs a bundle that was measured",
+            subject="--backend auto",
+            hint="leave out --device and --precision-hint" if bundle is not None else "name a backend",
+        )
+    from gap_export.evaluation.latency.fastest import fastest_backend
+
+    chosen = fastest_backend(bundle)
+    console.say(f"backend {chosen.backend}: {chosen.reason}")
+    return chosen.backend

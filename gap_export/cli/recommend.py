@@ -84,7 +84,7 @@ def recommend(
             protocol=protocol,
             limit=limit,
             requests=requests,
-            backend=runtime_of(backend, device, precision_hint),
+            backend=runtime_of(backend, device, precision_hint, bundle),
             threads=threads,
             rescale_boxes=rescale_boxes,
             replace=replace,

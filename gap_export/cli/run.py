@@ -18,6 +18,7 @@ from gap_export.cli.options import (
     KeepOption,
     PrecisionHintOption,
     ThreadsOption,
+    runtime_of,
 )
 
 
@@ -49,12 +50,10 @@ def run(
     if draw is not None:
         check_drawing(draw, images=image, bundle=bundle)
     images = [load_image(path) for path in image]
-    with load(
-        bundle, backend=backend, device=device, precision_hint=precision_hint, threads=threads
-    ) as model:
+    ran = runtime_of(backend, device, precision_hint, bundle)
+    with load(bundle, backend=ran, threads=threads) as model:
         unknown = model.unknown_words(refer)
         prompt = images[0] if len(images) == 1 else tuple(images)
-        ran = model.session.backend
         answer = model.ground(prompt, refer, keep=keep, max_new_tokens=max_new_tokens)
     last = images[-1]
     if draw is not None:

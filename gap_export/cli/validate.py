@@ -65,7 +65,7 @@ def validate(
             bundle,
             limit=limit,
             keep=keep,
-            backend=runtime_of(backend, device, precision_hint),
+            backend=runtime_of(backend, device, precision_hint, bundle),
             checkpoint=checkpoint,
             text_tower=text_tower,
             batch=batch,

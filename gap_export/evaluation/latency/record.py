@@ -71,6 +71,7 @@ class Row(Record):
 
     Attributes:
         name: as the caller called it.
+        manifest_sha256: of its bundle; None in records of earlier versions.
         backend: runtime.
         precision: of weights and activations.
         positions: numbering policy.
@@ -96,6 +97,7 @@ class Row(Record):
     """
 
     name: str
+    manifest_sha256: str | None = None
     backend: str
     precision: str
     positions: str
