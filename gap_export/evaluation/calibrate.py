@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from gap_export import __version__, bounds
@@ -26,6 +25,7 @@ from gap_export.precision import one_of, precision
 from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import Ranges
 from gap_export.runtime.grounder import Grounder
+from gap_export.runtime.onnxruntime_package import ort
 from gap_export.runtime.ort import OnnxRuntimeSession
 
 SCENES = "scenes"

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from gap_export.bundle.cache_layout import in_slot_steps
@@ -19,6 +18,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.families.reference import ReferenceModel
 from gap_export.graph.every_row import with_every_row
 from gap_export.positions import Ids, Placement
+from gap_export.runtime.onnxruntime_package import ort
 from gap_export.runtime.ort import Layout, OnnxRuntimeSession
 
 Renumber = Callable[[Ids], Ids]

@@ -84,11 +84,11 @@ def register(added: Backend) -> None:
 
 
 for _row in (
-    Backend("onnxruntime", "gap_export.runtime.ort:OnnxRuntimeSession"),
+    Backend("onnxruntime", "gap_export.runtime.ort:OnnxRuntimeSession", requirement="gap-export[cpu]"),
     Backend(
         "openvino",
         "gap_export.runtime.openvino:OpenVINOSession",
-        requirement="gap-export[openvino]",
+        requirement="gap-export[cpu,openvino]",
         devices=("cpu", "gpu", "gpu:N", "npu"),
         hints=("f32", "bf16", "f16"),
     ),

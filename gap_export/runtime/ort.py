@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from gap_export.bundle.folder import Bundle
@@ -20,6 +19,7 @@ from gap_export.errors import GapExportError, SessionError, first_line, in_one_l
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.precision import precision
+from gap_export.runtime.onnxruntime_package import ort
 from gap_export.runtime.session import (
     Buffer,
     Lifetime,

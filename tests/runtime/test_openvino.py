@@ -166,7 +166,7 @@ def test_it_is_not_installed(tiny_bundle: BuildBundle, monkeypatch: pytest.Monke
     ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingRequirementError, match=r"pip install 'gap-export\[openvino\]'"):
+    with pytest.raises(MissingRequirementError, match=r"pip install 'gap-export\[cpu,openvino\]'"):
         open_session(tiny_bundle(), "openvino")
 
 
