@@ -325,27 +325,19 @@ def cuda_session(bundle: Bundle) -> Any:
     class OnCuda(OnnxRuntimeSession):
         backend = "onnxruntime-cuda"
 
-        def _load(self, name: str) -> Any:
-            settings = ort.SessionOptions()
-            settings.log_severity_level = 3
-            return ort.InferenceSession(
-                str(self._bundle.graph_path(name)),
-                settings,
-                providers=[PROVIDER, "CPUExecutionProvider"],
-                disabled_optimizers=["GroupQueryAttentionFusion"],
-            )
-
         def _lay_out(self, layout: Any) -> None:
             if layout != self._layout:
                 super()._lay_out(layout)
-                self._cache = {
+                self._on_device = {
                     name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype), DEVICE, 0)
                     for name, shape in self._shapes.items()
                 }
                 self._decodes.clear()
-                self._decode = None
 
-    return OnCuda(bundle)
+        def _views(self, rows: Any = None) -> Any:
+            return self._on_device
+
+    return OnCuda(bundle, providers=(PROVIDER, "CPUExecutionProvider"))
 
 
 class TransformersSession:

@@ -81,9 +81,8 @@ class BundleScorer(OnnxRuntimeSession):
         (embeds,) = self._run("embed", {"input_ids": token_ids_T[None]})
         logits_TV = np.empty((count, manifest.spec.vocabulary), np.float32)
         graph = self._token_graph
-        self._execute(
-            graph, self._decoder_binding(graph, embeds, placement.decoder_inputs(), {"logits": logits_TV})
-        )
+        numbers, outputs = placement.decoder_inputs(), {"logits": logits_TV}
+        self._execute(graph, self._decoder_binding(graph, self._views(), embeds, numbers, outputs))
         return logits_TV
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:

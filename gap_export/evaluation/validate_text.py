@@ -68,7 +68,7 @@ def validate_text(
     """
     check_build_extra("validating a bundle")
     from gap_export.evaluation.scoring import BundleScorer, ReferenceScorer
-    from gap_export.runtime.ort import check_kernels
+    from gap_export.runtime.ort_graph import check_kernels
     from gap_export.runtime.torch.reference import open_model_of
 
     bounds.check(tokens=tokens, threads=threads)

@@ -23,7 +23,8 @@ from gap_export.errors import SessionWarning
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.openvino_graph import OpenVINOGraph, open_core
-from gap_export.runtime.ort import OnnxRuntimeSession, check_kernels
+from gap_export.runtime.ort import OnnxRuntimeSession
+from gap_export.runtime.ort_graph import check_kernels
 from gap_export.runtime.session import (
     KEPT_COUNTS,
     Buffer,
@@ -125,15 +126,7 @@ class OpenVINOSession(Lifetime):
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on: OpenVINO computes it, and writes it where ONNX Runtime reads it."""
         self._check_open()
-        cache = self._decoding.cache_for(placement, reserve)
-        aliased = self._manifest.graphs[self._prompt_graph].spec.aliased
-        pasts = {past: self._empty(cache[past]) for past in aliased.values()}
-        found = self._graphs[self._prompt_graph].run(
-            {"inputs_embeds": _array(embeds), **placement.decoder_inputs(), **pasts},
-            {present: cache[past] for present, past in aliased.items()},
-        )
-        logits = found.pop("logits")
-        return Prefilled(logits, tuple(found.values()))
+        return self._prefill(self._decoding.cache_for(placement, reserve), embeds, placement)
 
     def fork(self, rows: int) -> None:
         """Give every one of `rows` rows the cache of the first."""
@@ -149,6 +142,41 @@ class OpenVINOSession(Lifetime):
         """Feed one token per row: logits [B, V]; the array returned is overwritten by the next call."""
         self._check_open()
         return self._decoding.step(token_ids_B, placement)
+
+    def open_rows(self, rows: int, slots: int | None = None) -> None:
+        """Lay out a cache of so many rows; see `runtime.rows.RowSession`."""
+        self._check_open()
+        self._decoding.open_rows(rows, slots)
+
+    def prefill_row(self, row: int, embeds: Buffer, placement: Placement) -> Prefilled:
+        """Fill a row from slot 0 on, with a prompt."""
+        self._check_open()
+        return self._prefill(self._decoding.row_for(row, placement), embeds, placement)
+
+    def extend_row(self, row: int, token_ids_1T: Ids, placement: Placement) -> NDArray[np.float32]:
+        """Feed several tokens after what is in a row: logits [1, V]."""
+        self._check_open()
+        return self._decoding.extend_row(row, token_ids_1T, placement)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Give a row what another holds."""
+        self._check_open()
+        self._decoding.copy_row(source, target)
+
+    def clear_row(self, row: int) -> None:
+        """Forget what a row holds."""
+        self._check_open()
+        self._decoding.clear_row(row)
+
+    def _prefill(self, cache: dict[str, NDArray[Any]], embeds: Buffer, placement: Placement) -> Prefilled:
+        aliased = self._manifest.graphs[self._prompt_graph].spec.aliased
+        pasts = {past: self._empty(cache[past]) for past in aliased.values()}
+        found = self._graphs[self._prompt_graph].run(
+            {"inputs_embeds": _array(embeds), **placement.decoder_inputs(), **pasts},
+            {present: cache[past] for present, past in aliased.items()},
+        )
+        logits = found.pop("logits")
+        return Prefilled(logits, tuple(found.values()))
 
     def _empty(self, like: NDArray[Any]) -> NDArray[Any]:
         """Zeros in the shape of a past; those of all layers lie in one memory, which is only read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.interface import interface_fault
-from gap_export.bundle.onnx_header import Interface, Tensor
 from gap_export.bundle.spec import TensorSpec
-from gap_export.errors import GapExportError, SessionError, first_line, in_one_line
+from gap_export.errors import SessionError, first_line
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
-from gap_export.precision import precision
 from gap_export.runtime.onnxruntime_package import ort
+from gap_export.runtime.ort_graph import CPU, check_kernels, load_graph
 from gap_export.runtime.session import (
     Buffer,
     Lifetime,
@@ -32,23 +29,8 @@ from gap_export.runtime.session import (
     vision_inputs,
 )
 
-_FATAL = 4
-"""ONNX Runtime's level of logging at which it says nothing of what it raises."""
-
 _LAYOUTS_KEPT = 8
 """Bound calls are small, and requests of similar length share one."""
-
-# Fusions that put rotary into attention read only the first position id (see docs/positions.md).
-_FORBIDDEN_FUSIONS = ["GroupQueryAttentionFusion"]
-
-_ELEMENTS = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-}
-"""What ONNX Runtime calls an element type -> what specs call it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +65,7 @@ class OnnxRuntimeSession(Lifetime):
         bundle: opened and verified.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
         only: names of the graphs that are loaded; all by default.
+        providers: of kernels.
 
     Raises:
         SessionError: a graph does not load, is another than the manifest says, or its precision has no CPU kernels.
@@ -90,27 +73,34 @@ class OnnxRuntimeSession(Lifetime):
 
     backend = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, only: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        only: Collection[str] | None = None,
+        providers: Sequence[str] = CPU,
+    ) -> None:
         manifest = bundle.manifest
         check_kernels(bundle)
         self.capacities = manifest.cache_layout.capacities
         self._bundle = bundle
         self._model = manifest.spec
         self._dtype = np.dtype(_element_type(bundle))
-        self._threads = threads
         # A decoder that drops tokens is two graphs over one cache.
         self._prompt_graph, self._token_graph = (
             ("prefill", "decode") if manifest.pruning.stages else ("decoder", "decoder")
         )
-        self._sessions = {name: self._load(name) for name in only or manifest.graphs}
+        self._sessions = {
+            name: load_graph(bundle, name, threads, self._model_of, providers)
+            for name in only or manifest.graphs
+        }
         self._memory: dict[
             str, NDArray[Any]
         ] = {}  # flat, of the largest cache so far; smaller ones use its beginning
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._cache: dict[str, Any] = {}
         self._layout = Layout(0, ())
-        self._decode: _DecodeBuffers | None = None
-        self._decodes: dict[Layout, _DecodeBuffers] = {}
+        self._decodes: dict[tuple[Layout, int], _DecodeBuffers] = {}
 
     def encode(
         self,
@@ -158,22 +148,10 @@ class OnnxRuntimeSession(Lifetime):
 
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on."""
-        self._check_open()
-        batch = self._lay_out_for(placement, reserve)
-        logits = np.empty((batch, self._model.vocabulary), np.float32)
-        kept = {
-            tensor.name: np.empty((batch, *tensor.extents("maximum")[1:]), np.int64)
-            for tensor in self._bundle.manifest.graphs[self._prompt_graph].spec.outputs
-            if tensor.name.startswith("kept_indices.")
-        }
-        binding = self._decoder_binding(
-            self._prompt_graph, embeds, placement.decoder_inputs(), {"logits": logits, **kept}
-        )
-        self._execute(self._prompt_graph, binding)
-        return Prefilled(logits, tuple(kept.values()))
+        return self._prefill(self.cache_for(placement, reserve), embeds, placement)
 
     def cache_for(self, placement: Placement, reserve: int | None = None) -> dict[str, NDArray[Any]]:
-        """The cache of prompts that another runtime reads; `step` and `extend` go on from what is written into it.
+        """The cache of prompts that another runtime reads; `step` and `extend` continue from what is written into it.
 
         Args:
             placement: of the prompts.
@@ -183,35 +161,32 @@ class OnnxRuntimeSession(Lifetime):
             [B, G, C, D] of every past, by the names of the graph's inputs; the memory is the session's own.
         """
         self._check_open()
-        self._lay_out_for(placement, reserve)
-        return {name: self._view(name) for name in self._shapes}
+        rows: int = placement.position_ids.shape[-2]
+        slots = self._bundle.manifest.cache_layout.slots_for(self._slots_needed(placement, reserve))
+        self._lay_out(Layout(rows, slots))
+        return self._views()
 
     def fork(self, rows: int) -> None:
         """Give every one of `rows` rows the cache of the first."""
         self._check_open()
         self._lay_out(Layout(rows, self._layout.capacities))
-        for name in self._shapes:
-            cache = self._view(name)
+        for cache in self._views().values():
             cache[1:] = cache[0]
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed text after what is in the cache: logits [B, V] of each row's last token."""
         self._check_open()
-        (embeds,) = self._run("embed", {"input_ids": np.maximum(token_ids_BT, 0)})
-        logits = np.empty((len(token_ids_BT), self._model.vocabulary), np.float32)
-        binding = self._decoder_binding(
-            self._prompt_graph, embeds, placement.decoder_inputs(), {"logits": logits}
-        )
-        self._execute(self._prompt_graph, binding)
-        return logits
+        return self._extend(self._views(), token_ids_BT, placement)
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed one token per row: logits [B, V]; the array returned is overwritten by the next call."""
         self._check_open()
-        if self._decode is None:
-            self._decode = self._bind_decode(self._layout.rows)
-            self._decodes[self._layout] = self._decode
-        decode = self._decode
+        rows = len(token_ids_B)
+        decode = self._decodes.get((self._layout, rows))
+        if decode is None:
+            if len(self._decodes) > _LAYOUTS_KEPT:
+                self._decodes.clear()
+            decode = self._decodes[self._layout, rows] = self._bind_decode(rows)
         decode.token_ids[:, 0] = token_ids_B
         numbers = placement.decoder_inputs()
         for name, bound in decode.placed.items():
@@ -220,51 +195,91 @@ class OnnxRuntimeSession(Lifetime):
         self._execute(self._token_graph, decode.decoder)
         return decode.logits
 
-    def _free(self) -> None:
-        self._decode, self._layout = None, Layout(0, ())
-        for held in (self._decodes, self._cache, self._memory, self._sessions):
-            held.clear()
+    # Rows that come and go
 
-    def _load(self, name: str) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        if self._threads > (os.cpu_count() or 1):
-            # Threads that wait spin for a while, and keep those from running that they wait for.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # What goes wrong is raised too; what the runtime says beside it, of sessions and of its allocators, is in colours.
-        options.log_severity_level = _FATAL
-        ort.set_default_logger_severity(_FATAL)
-        # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-        try:
-            model = self._model_of(name, options)
-            session = ort.InferenceSession(
-                model,
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=_FORBIDDEN_FUSIONS,
-            )
-        except GapExportError:
-            raise
-        except Exception as error:  # pybind exceptions of ONNX Runtime share no public base class
+    def open_rows(self, rows: int, slots: int | None = None) -> None:
+        """Lay out a cache of so many rows; see `runtime.rows.RowSession`."""
+        self._check_open()
+        layout = self._bundle.manifest.cache_layout
+        if slots is not None and not 1 <= slots <= self.capacities[0]:
             raise SessionError(
-                f"was refused by ONNX Runtime {ort.__version__}: {first_line(error)}",
-                subject=str(self._bundle.graph_path(name)),
-                hint="check the bundle with `gap-export inspect --verify`, or build it again with this version",
-            ) from error
-        # What was given as content was changed on purpose, to be looked into.
-        fault = (
-            interface_fault(self._bundle.manifest.graphs[name].spec, _interface_of(session))
-            if isinstance(model, str)
-            else None
+                f"are not from 1 to {self.capacities[0]}, which this bundle was built for",
+                subject=f"{slots} slots of a row",
+                hint="open rows with fewer, or build with a larger --capacity",
+            )
+        needed = None if slots is None else [max(1, own) for own in layout.lengths_of(slots)]
+        self._lay_out(Layout(rows, layout.slots_for(needed)))
+        for cache in self._views().values():
+            cache[...] = 0
+
+    def prefill_row(self, row: int, embeds: Buffer, placement: Placement) -> Prefilled:
+        """Fill a row from slot 0 on, with a prompt."""
+        return self._prefill(self.row_for(row, placement), embeds, placement)
+
+    def row_for(self, row: int, placement: Placement) -> dict[str, NDArray[Any]]:
+        """A row for a prompt that another runtime reads; as `cache_for`."""
+        self._check_open()
+        self._check_fits(row, self._slots_needed(placement, 0) or [])
+        return self._views(self._row(row))
+
+    def extend_row(self, row: int, token_ids_1T: Ids, placement: Placement) -> NDArray[np.float32]:
+        """Feed several tokens after what is in a row: logits [1, V]."""
+        self._check_open()
+        self._check_fits(row, [int(placement.write_index[0]) + token_ids_1T.shape[1]])
+        return self._extend(self._views(self._row(row)), token_ids_1T, placement)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Give a row what another holds."""
+        self._check_open()
+        there, here = self._row(source), self._row(target)
+        for cache in self._views().values():
+            cache[here] = cache[there]
+
+    def clear_row(self, row: int) -> None:
+        """Forget what a row holds."""
+        self._check_open()
+        for cache in self._views(self._row(row)).values():
+            cache[...] = 0
+
+    def _prefill(self, cache: dict[str, NDArray[Any]], embeds: Buffer, placement: Placement) -> Prefilled:
+        rows = placement.position_ids.shape[-2]
+        logits = np.empty((rows, self._model.vocabulary), np.float32)
+        kept = {
+            tensor.name: np.empty((rows, *tensor.extents("maximum")[1:]), np.int64)
+            for tensor in self._bundle.manifest.graphs[self._prompt_graph].spec.outputs
+            if tensor.name.startswith("kept_indices.")
+        }
+        outputs = {"logits": logits, **kept}
+        binding = self._decoder_binding(
+            self._prompt_graph, cache, embeds, placement.decoder_inputs(), outputs
         )
-        if fault is not None:
-            raise SessionError(
-                in_one_line(fault),
-                subject=str(self._bundle.graph_path(name)),
-                hint="graph and manifest do not belong together: build the bundle again",
-            )
-        return session
+        self._execute(self._prompt_graph, binding)
+        return Prefilled(logits, tuple(kept.values()))
+
+    def _extend(
+        self, cache: dict[str, NDArray[Any]], token_ids_BT: Ids, placement: Placement
+    ) -> NDArray[np.float32]:
+        (embeds,) = self._run("embed", {"input_ids": np.maximum(token_ids_BT, 0)})
+        logits = np.empty((len(token_ids_BT), self._model.vocabulary), np.float32)
+        binding = self._decoder_binding(
+            self._prompt_graph, cache, embeds, placement.decoder_inputs(), {"logits": logits}
+        )
+        self._execute(self._prompt_graph, binding)
+        return logits
+
+    def _check_fits(self, row: int, needed: Sequence[int]) -> None:
+        for slots, there in zip(needed, self._layout.capacities, strict=False):
+            if slots > there:
+                raise SessionError(
+                    f"has {there} slots, and {slots} are needed",
+                    subject=f"row {row} of the cache",
+                    hint="open rows with more slots",
+                )
+
+    def _free(self) -> None:
+        self._layout = Layout(0, ())
+        for held in (self._decodes, self._memory, self._sessions):
+            held.clear()
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
         """Path or content of a graph; content needs options that say where its weights lie."""
@@ -300,13 +315,6 @@ class OnnxRuntimeSession(Lifetime):
             for slots, own in zip(placement.slots_of_stages, written, strict=True)
         ]
 
-    def _lay_out_for(self, placement: Placement, reserve: int | None) -> int:
-        """Rows of the prompts, for which there is a cache then."""
-        rows: int = placement.position_ids.shape[-2]
-        slots = self._bundle.manifest.cache_layout.slots_for(self._slots_needed(placement, reserve))
-        self._lay_out(Layout(rows, slots))
-        return rows
-
     def _lay_out(self, layout: Layout) -> None:
         """Give the cache so many rows of so many slots; with as many slots as before, what lies in the first row stays."""
         if layout == self._layout:
@@ -317,16 +325,23 @@ class OnnxRuntimeSession(Lifetime):
         ):
             self._memory = self._allocated()
             self._decodes.clear()
-        if len(self._decodes) > _LAYOUTS_KEPT:
-            self._decodes.clear()
-        self._cache = {name: _ort_value(self._view(name)) for name in self._shapes}
         self._layout = layout
-        self._decode = self._decodes.get(layout)
 
-    def _view(self, name: str) -> NDArray[Any]:
-        """A past, in the memory that it shares with those of other layouts."""
-        shape = self._shapes[name]
-        return self._memory[name][: math.prod(shape)].reshape(shape)
+    def _row(self, row: int) -> slice:
+        if not 0 <= row < self._layout.rows:
+            raise SessionError(
+                f"is not there: the cache has {self._layout.rows}",
+                subject=f"row {row}",
+                hint="open as many rows as there are requests",
+            )
+        return slice(row, row + 1)
+
+    def _views(self, rows: slice | None = None) -> dict[str, NDArray[Any]]:
+        """Every past, or some rows of it, in the memory that it shares with those of other layouts."""
+        return {
+            name: self._memory[name][: math.prod(shape)].reshape(shape)[rows or slice(None)]
+            for name, shape in self._shapes.items()
+        }
 
     def _shapes_of(self, layout: Layout) -> dict[str, tuple[int, ...]]:
         """Of every past."""
@@ -354,7 +369,12 @@ class OnnxRuntimeSession(Lifetime):
         return memory
 
     def _decoder_binding(
-        self, graph: str, embeds: Any, numbers: dict[str, Ids], outputs: dict[str, NDArray[Any]]
+        self,
+        graph: str,
+        cache: dict[str, NDArray[Any]],
+        embeds: Any,
+        numbers: dict[str, Ids],
+        outputs: dict[str, NDArray[Any]],
     ) -> Any:
         """Past and present of every layer are one buffer: the cache is updated in place."""
         binding, spec = self._sessions[graph].io_binding(), self._bundle.manifest.graphs[graph].spec
@@ -365,8 +385,9 @@ class OnnxRuntimeSession(Lifetime):
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, _ort_value(array))
         for present, past in spec.aliased.items():
-            binding.bind_ortvalue_input(past, self._cache[past])
-            binding.bind_ortvalue_output(present, self._cache[past])
+            shared = _ort_value(cache[past])
+            binding.bind_ortvalue_input(past, shared)
+            binding.bind_ortvalue_output(present, shared)
         return binding
 
     def _bind_decode(self, batch: int) -> _DecodeBuffers:
@@ -384,38 +405,15 @@ class OnnxRuntimeSession(Lifetime):
         embed = self._sessions["embed"].io_binding()
         embed.bind_ortvalue_input("input_ids", _ort_value(token_ids))
         embed.bind_ortvalue_output("inputs_embeds", embeds)
-        decoder = self._decoder_binding(graph, embeds, placed, {"logits": logits})
+        cache = self._views(slice(0, batch))
+        decoder = self._decoder_binding(graph, cache, embeds, placed, {"logits": logits})
         return _DecodeBuffers(token_ids, placed, logits, embed, decoder)
-
-
-def check_kernels(bundle: Bundle) -> None:
-    """Refuse a bundle whose precision ONNX Runtime has no CPU kernels for.
-
-    Raises:
-        SessionError: it has none.
-    """
-    chosen = bundle.manifest.precision
-    if not precision(chosen).cpu:
-        raise SessionError(
-            f"{chosen} graphs have no CPU kernels in ONNX Runtime",
-            subject=str(bundle.folder),
-            hint="run it with TensorRT, or build with --precision fp32",
-        )
 
 
 def _extents_of_one_token(tensor: TensorSpec, batch: int) -> tuple[int, ...]:
     """Shape of an input of the decoder in a call with one token per row."""
     extents = {"batch": batch, "sequence": 1}
     return tuple(dim if isinstance(dim, int) else extents[dim.name] for dim in tensor.shape)
-
-
-def _interface_of(session: ort.InferenceSession) -> Interface:
-    """What the loaded graph itself takes and gives."""
-    inputs, outputs = (
-        tuple(Tensor(value.name, _ELEMENTS.get(value.type, value.type), tuple(value.shape)) for value in side)
-        for side in (session.get_inputs(), session.get_outputs())
-    )
-    return Interface(inputs, outputs)
 
 
 def _element_type(bundle: Bundle) -> str:

@@ -58,7 +58,9 @@ class Reader(OnnxRuntimeSession):
         logits = np.full((batch * rows, manifest.spec.vocabulary), np.nan, np.float32)
         self._execute(
             "decoder",
-            self._decoder_binding("decoder", embeds, placement.decoder_inputs(), {"logits": logits}),
+            self._decoder_binding(
+                "decoder", self._views(), embeds, placement.decoder_inputs(), {"logits": logits}
+            ),
         )
         return logits.reshape(batch, count, -1) if self._every_row else logits
 
