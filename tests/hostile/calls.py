@@ -61,6 +61,7 @@ class Call:
 
 _PLACES = {"compare subject": 1}
 
+_OPENVINO: dict[str, Any] = {"--backend": "openvino", "--device": "cpu", "--precision-hint": "f32"}
 _ONE = {"--threads": "1"}
 _BUILD = ("recipe.yaml", "checkpoint", "tower")
 _RUN = ("bundle", "image.png")
@@ -166,7 +167,7 @@ CALLS: tuple[Call, ...] = (
     Call(
         "validate",
         ("dynamic",),
-        {"--limit": "1", "--keep": "0.5", "--backend": "onnxruntime", "--json": True, **_ONE},
+        {"--limit": "1", "--keep": "0.5", "--json": True, **_OPENVINO, **_ONE},
         ("dynamic",),
         ("dynamic/reports", "dynamic/reports/*"),
         ("dynamic/reports/*",),
@@ -182,7 +183,7 @@ CALLS: tuple[Call, ...] = (
         label="--text",
     ),
     _run(""),
-    _run("--json", json=True, max_new_tokens="3", backend="onnxruntime"),
+    _run("--json", json=True, max_new_tokens="3", backend="openvino", device="cpu", precision_hint="f32"),
     _run("--draw", makes=("drawn.png",), draw="drawn.png"),
     _run("--keep", bundle="dynamic", keep="0.5"),
     _run("torch", "checkpoint", backend="torch"),
@@ -204,7 +205,7 @@ CALLS: tuple[Call, ...] = (
             "--keep": "1.0,0.5",
             "--batch": "1,2",
             "--against": "torch",
-            "--backend": "onnxruntime",
+            **_OPENVINO,
             "--json": True,
             **_ONE,
         },
@@ -226,7 +227,7 @@ CALLS: tuple[Call, ...] = (
             "--workers": "1",
             "--no-plot": True,
             "--output": "swept",
-            "--backend": "onnxruntime",
+            **_OPENVINO,
             **_ONE,
         },
         _BUILD,
@@ -259,7 +260,9 @@ CALLS: tuple[Call, ...] = (
         rows="2",
         one_by_one=True,
         protocol="lmms-eval",
-        backend="onnxruntime",
+        backend="openvino",
+        device="cpu",
+        precision_hint="f32",
         skip_bad_rows=True,
         rescale_boxes=True,
         ignore_exif=True,
@@ -336,7 +339,7 @@ CALLS: tuple[Call, ...] = (
             "--requests": "1",
             "--max-accuracy-drop": "0.5",
             "--protocol": "unc",
-            "--backend": "onnxruntime",
+            **_OPENVINO,
             **_ONE,
         },
         ("dynamic",),

@@ -77,6 +77,8 @@ MEANINGS: dict[str, Meaning] = {
     "--checkpoint": Meaning.READ_FOLDER,
     "--text-tower": Meaning.READ_FOLDER,
     "--backend": Meaning.NAME,
+    "--device": Meaning.NAME,
+    "--precision-hint": Meaning.NAME,
     "--protocol": Meaning.NAME,
     "--split": Meaning.TEXT,
     "--ray-address": Meaning.ADDRESS,
