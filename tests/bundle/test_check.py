@@ -226,7 +226,7 @@ def test_swapped_graphs_are_refused(
             count += 1
     print(f"{count} swapped graphs, all refused")
     monkeypatch.setattr(folder, "check_graphs", lambda *_: None)
-    monkeypatch.setattr("gap_export.runtime.ort.interface_fault", lambda *_: None)
+    monkeypatch.setattr("gap_export.runtime.ort_graph.interface_fault", lambda *_: None)
     for _ in swapped(tiny_bundle(), tmp_path / "0"):
         OnnxRuntimeSession(open_bundle(tmp_path / "0"), threads=1).close()  # the control: nothing is noticed
 

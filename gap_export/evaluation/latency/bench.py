@@ -103,6 +103,12 @@ def bench(
             roofline=roofline,
             progress=progress,
         )
+    builds = {bundle.folder: bundle.manifest_sha256 for bundle in opened}
+    rows_of_builds = tuple(
+        row.model_copy(update={"manifest_sha256": builds[spec.folder]})
+        for row, spec in zip(record.rows, specs, strict=True)
+    )
+    record = record.model_copy(update={"rows": rows_of_builds})
     if memory:
         progress.stage("memory, one by one", total=len(specs))
         rows = []

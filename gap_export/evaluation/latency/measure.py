@@ -195,7 +195,6 @@ def _row(each: Candidate, samples_RQ: NDArray[np.float64], new_tokens: int, devi
     }
     return Row(
         name=each.name,
-        manifest_sha256=each.bundle.manifest_sha256,
         backend=each.session.backend,
         precision=manifest.precision,
         positions=pruning.positions,
