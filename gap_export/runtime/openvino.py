@@ -32,7 +32,7 @@ from gap_export.runtime.session import (
     Prefilled,
     Spliced,
     VisualTokens,
-    check_within_bound,
+    as_many_as_kept,
     padded_together,
     splice_inputs,
     vision_inputs,
@@ -104,10 +104,7 @@ class OpenVINOSession(Lifetime):
         embeds, kept = found["visual_embeds"], found["kept_indices"]
         if KEPT_COUNTS not in found:
             return VisualTokens(embeds=embeds, kept_indices=kept)
-        counts_B = found[KEPT_COUNTS]
-        check_within_bound(counts_B, pruning)
-        longest = int(counts_B.max())  # the decoder need not run over padding that no row uses
-        return VisualTokens(embeds=embeds[:, :longest], kept_indices=kept[:, :longest], kept_counts=counts_B)
+        return as_many_as_kept(embeds, kept, found[KEPT_COUNTS], pruning)
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]."""

@@ -23,7 +23,7 @@ from gap_export.runtime.session import (
     Prefilled,
     Spliced,
     VisualTokens,
-    check_within_bound,
+    as_many_as_kept,
     padded_together,
     splice_inputs,
     vision_inputs,
@@ -121,14 +121,7 @@ class OnnxRuntimeSession(Lifetime):
         embeds, kept, *counts = self._run("vision", {**pixels, **extra})
         if not counts:
             return VisualTokens(embeds=embeds, kept_indices=kept.numpy())
-        counts_B = counts[0].numpy()
-        check_within_bound(counts_B, manifest.pruning)
-        longest = int(counts_B.max())  # the decoder need not run over padding that no row uses
-        return VisualTokens(
-            embeds=embeds.numpy()[:, :longest],
-            kept_indices=kept.numpy()[:, :longest],
-            kept_counts=counts_B,
-        )
+        return as_many_as_kept(embeds.numpy(), kept.numpy(), counts[0].numpy(), manifest.pruning)
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]."""

@@ -357,6 +357,21 @@ def check_within_bound(counts_B: Ids, pruning: Pruning) -> None:
         )
 
 
+def as_many_as_kept(
+    embeds_BKH: NDArray[Any], kept_indices_BK: Ids, counts_B: Ids, pruning: Pruning
+) -> VisualTokens:
+    """What an adaptive vision graph gives, without the padding that no row uses: the decoder need not run over it.
+
+    Raises:
+        InputError: as `check_within_bound`.
+    """
+    check_within_bound(counts_B, pruning)
+    longest = int(counts_B.max())
+    return VisualTokens(
+        embeds=embeds_BKH[:, :longest], kept_indices=kept_indices_BK[:, :longest], kept_counts=counts_B
+    )
+
+
 def _kept_in_words(pruning: Pruning) -> str:
     if pruning.keep_mode == "adaptive":
         return f"what each image needs, at most {pruning.max_tokens}"
