@@ -86,7 +86,10 @@ def precisions() -> str:
 
 def runtimes() -> str:
     """The runtimes, from their rows."""
-    rows = ["| `--backend` | runs | `--device` | `--precision-hint` | to install |", "|---|---|---|---|---|"]
+    rows = [
+        "| `--backend` | runs | `--device` | `--precision-hint` | `--provider` | to install |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in backends.names():
         row = backends.row(name)
         cells = (
@@ -94,9 +97,25 @@ def runtimes() -> str:
             "the checkpoint" if row.target is None else "graphs" if row.target == "onnx" else "engines",
             ", ".join(f"`{device}`" for device in row.devices),
             ", ".join(f"`{hint}`" for hint in row.hints) or "-",
+            "yes" if row.providers else "-",
             f"`pip install '{row.requirement}'`" if row.requirement else "nothing more",
         )
         rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def cuda_kernels() -> str:
+    """The operators of decoders, and which floats ONNX Runtime's CUDA provider has kernels for, from the record of `bench/cuda_kernels.py`."""
+    record = json.loads((ROOT / "bench" / "results" / "cuda_kernels.json").read_text(encoding="utf-8"))
+    rows = [
+        f"| opset {record['opset']}, onnxruntime-gpu {record['onnxruntime_gpu']} | {' | '.join(KERNEL_TYPES)} |",
+        "|---" * (len(KERNEL_TYPES) + 1) + "|",
+    ]
+    for operator in DECODER_OPERATORS:
+        types = record["kernels"].get(operator)
+        found = {name for allowed in (types or {}).values() for name in allowed}
+        cells = ["yes" if name in found else "-" for name in KERNEL_TYPES]
+        rows.append(f"| `{operator}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -175,11 +194,70 @@ def limits() -> str:
     return "\n".join(rows)
 
 
+KERNEL_TYPES = ("float32", "float16", "bfloat16", "int64", "int8", "int4", "bool")
+
+DECODER_OPERATORS = (
+    "Abs",
+    "Add",
+    "And",
+    "Attention",
+    "Cast",
+    "Clip",
+    "Concat",
+    "Cos",
+    "DequantizeLinear",
+    "Div",
+    "Equal",
+    "Expand",
+    "Gather",
+    "GatherElements",
+    "Gemm",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+    "MatMul",
+    "MatMulInteger",
+    "Max",
+    "Min",
+    "Mod",
+    "Mul",
+    "Neg",
+    "Pow",
+    "QuantizeLinear",
+    "RMSNormalization",
+    "Range",
+    "Reciprocal",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceSum",
+    "Reshape",
+    "RotaryEmbedding",
+    "ScatterElements",
+    "ScatterND",
+    "Shape",
+    "Sigmoid",
+    "Sin",
+    "Slice",
+    "Softmax",
+    "Split",
+    "Squeeze",
+    "Sub",
+    "TensorScatter",
+    "TopK",
+    "Transpose",
+    "Unsqueeze",
+    "Where",
+)
+"""Of the decoders of every family, in every precision."""
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models),
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),
     "runtimes": (ROOT / "docs" / "runtimes.md", runtimes),
+    "cuda kernels": (ROOT / "docs" / "cuda_kernels.md", cuda_kernels),
     "real weights": (ROOT / "docs" / "precision.md", real_weights),
     "formats": (ROOT / "docs" / "evaluation.md", formats),
     "limits": (ROOT / "SECURITY.md", limits),

@@ -10,9 +10,17 @@ import typer
 from gap_export import bounds
 from gap_export.cli.app import console, out, print_json
 from gap_export.cli.numbers import number
-from gap_export.cli.options import DeviceOption, JsonOption, PrecisionHintOption, ThreadsOption, runtime_of
+from gap_export.cli.options import (
+    DeviceOption,
+    JsonOption,
+    PrecisionHintOption,
+    ProviderOption,
+    ThreadsOption,
+    runtime_of,
+)
 from gap_export.cli.progress import progress_shown
 from gap_export.runtime.backends import names
+from gap_export.runtime.providers import split_outside_braces
 
 if TYPE_CHECKING:
     from gap_export.evaluation.latency.record import BenchRecord
@@ -25,6 +33,7 @@ def bench(
     ] = "onnxruntime",
     device: DeviceOption = None,
     precision_hint: PrecisionHintOption = None,
+    provider: ProviderOption = None,
     against: Annotated[str, typer.Option(help="Further backends to compare with, for example torch.")] = "",
     keep: Annotated[
         str,
@@ -53,7 +62,7 @@ def bench(
     from gap_export.evaluation import plotting
     from gap_export.evaluation.latency.bench import bench as measured
 
-    chosen = [runtime_of(each, device, precision_hint) for each in _words(backend)]
+    chosen = [runtime_of(each, device, precision_hint, provider) for each in _words(backend)]
     with progress_shown() as progress:
         record = measured(
             bundles,
@@ -75,7 +84,7 @@ def bench(
 
 
 def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    return list(dict.fromkeys(word.strip() for word in split_outside_braces(text, ",") if word.strip()))
 
 
 def _print(record: BenchRecord) -> None:

@@ -10,7 +10,14 @@ import typer
 from gap_export import bounds
 from gap_export.cli.app import out, print_json
 from gap_export.cli.numbers import number
-from gap_export.cli.options import BundleArgument, JsonOption, ThreadsOption
+from gap_export.cli.options import (
+    BundleArgument,
+    DeviceOption,
+    JsonOption,
+    ProviderOption,
+    ThreadsOption,
+    runtime_of,
+)
 from gap_export.cli.progress import progress_shown
 
 
@@ -24,6 +31,14 @@ def calibrate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Where the data set has several.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of its images.")] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="[onnxruntime]", help="Runtime that runs the bundle; others do not tell ranges."
+        ),
+    ] = "onnxruntime",
+    device: DeviceOption = None,
+    provider: ProviderOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,9 +57,12 @@ def calibrate(
         )
     read = [bundle, *([] if data is None else [Path(data)])]
     check_output_file(output, inputs=read, closed=[bundle], ours=is_ranges, holds="activation ranges")
+    ran = runtime_of(backend, device, None, provider, bundle)
     dataset = None if data is None else open_dataset(data, split=split, images=images)
     with progress_shown() as progress:
-        found = gap.calibrate(bundle, limit=limit, dataset=dataset, threads=threads, progress=progress)
+        found = gap.calibrate(
+            bundle, limit=limit, dataset=dataset, backend=ran, threads=threads, progress=progress
+        )
     found.write(output)
     if as_json:
         print_json(found.model_dump())

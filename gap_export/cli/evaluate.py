@@ -21,6 +21,7 @@ from gap_export.cli.options import (
     KeepOption,
     PrecisionHintOption,
     ProtocolOption,
+    ProviderOption,
     RayAddressOption,
     RayOption,
     ReplaceOption,
@@ -71,6 +72,7 @@ def evaluate(
     backend: AnyBackendOption = "onnxruntime",
     device: DeviceOption = None,
     precision_hint: PrecisionHintOption = None,
+    provider: ProviderOption = None,
     keep: KeepOption = None,
     limit: ExpressionLimitOption = None,
     rows: Annotated[
@@ -129,7 +131,7 @@ def evaluate(
     else:
         options = EvalOptions(
             protocol=protocol,
-            backend=runtime_of(backend, device, precision_hint, bundle),
+            backend=runtime_of(backend, device, precision_hint, provider, bundle),
             keep=keep,
             limit=limit,
             rows=rows,

@@ -33,7 +33,15 @@ AnyBackendOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="What the runtime runs on: cpu, gpu, gpu:1, npu; by default its first.")
+    str | None,
+    typer.Option(help="What the runtime runs on: cpu, cuda, cuda:1, gpu, npu; by default its first."),
+]
+ProviderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[{KEY: VALUE}]",
+        help="Execution provider of ONNX Runtime, by its name or a plug-in's package; repeat it for several, the first that has a kernel first.",
+    ),
 ]
 PrecisionHintOption = Annotated[
     str | None,
@@ -112,7 +120,11 @@ BoxIouOption = Annotated[
 
 
 def runtime_of(
-    backend: str, device: str | None, precision_hint: str | None, bundle: Path | None = None
+    backend: str,
+    device: str | None,
+    precision_hint: str | None,
+    provider: list[str] | None,
+    bundle: Path | None = None,
 ) -> str:
     """What runs the bundle, as one text.
 
@@ -120,6 +132,7 @@ def runtime_of(
         backend: as given; `auto` for the fastest that was measured, which is said.
         device: as given.
         precision_hint: as given.
+        provider: as given.
         bundle: that `auto` is about; None where there is none yet.
 
     Raises:
@@ -127,14 +140,16 @@ def runtime_of(
         GapExportError: the bundle, or what was measured of it, cannot be read.
     """
     if backend != AUTO:
-        return str(runtime(backend, device=device, precision_hint=precision_hint))
-    if device or precision_hint or bundle is None:
+        return str(runtime(backend, device=device, precision_hint=precision_hint, providers=provider or ()))
+    if device or precision_hint or provider or bundle is None:
         raise SessionError(
-            "chooses device and type of activations too"
+            "chooses device, type of activations and provider too"
             if bundle is not None
             else "needs a bundle that was measured",
             subject="--backend auto",
-            hint="leave out --device and --precision-hint" if bundle is not None else "name a backend",
+            hint="leave out --device, --precision-hint and --provider"
+            if bundle is not None
+            else "name a backend",
         )
     from gap_export.evaluation.latency.fastest import fastest_backend
 

@@ -17,6 +17,7 @@ from gap_export.cli.options import (
     JsonOption,
     KeepOption,
     PrecisionHintOption,
+    ProviderOption,
     ThreadsOption,
     runtime_of,
 )
@@ -36,6 +37,7 @@ def run(
     backend: AnyBackendOption = "onnxruntime",
     device: DeviceOption = None,
     precision_hint: PrecisionHintOption = None,
+    provider: ProviderOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(**number(bounds.TOKENS), help="Maximum length of an answer, in tokens.")
     ] = None,
@@ -50,7 +52,7 @@ def run(
     if draw is not None:
         check_drawing(draw, images=image, bundle=bundle)
     images = [load_image(path) for path in image]
-    ran = runtime_of(backend, device, precision_hint, bundle)
+    ran = runtime_of(backend, device, precision_hint, provider, bundle)
     with load(bundle, backend=ran, threads=threads) as model:
         unknown = model.unknown_words(refer)
         prompt = images[0] if len(images) == 1 else tuple(images)

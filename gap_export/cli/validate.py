@@ -19,13 +19,14 @@ from gap_export.cli.options import (
     KeepOption,
     LimitOption,
     PrecisionHintOption,
+    ProviderOption,
     ThreadsOption,
     runtime_of,
 )
 from gap_export.cli.progress import progress_shown
 from gap_export.errors import InputError
 
-_OF_SCENES = ("limit", "keep", "text_tower", "batch", "device", "precision_hint")
+_OF_SCENES = ("limit", "keep", "text_tower", "batch", "device", "precision_hint", "provider")
 
 
 def validate(
@@ -36,6 +37,7 @@ def validate(
     backend: BackendOption = "onnxruntime",
     device: DeviceOption = None,
     precision_hint: PrecisionHintOption = None,
+    provider: ProviderOption = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the reference, if they moved.")] = None,
     text_tower: Annotated[Path | None, typer.Option(help="The text tower's, if they moved.")] = None,
     batch: Annotated[int, typer.Option(**number(bounds.BATCH), help="Images per call.")] = 16,
@@ -65,7 +67,7 @@ def validate(
             bundle,
             limit=limit,
             keep=keep,
-            backend=runtime_of(backend, device, precision_hint, bundle),
+            backend=runtime_of(backend, device, precision_hint, provider, bundle),
             checkpoint=checkpoint,
             text_tower=text_tower,
             batch=batch,

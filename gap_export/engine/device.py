@@ -25,19 +25,31 @@ _GPU_HINT = "run it on a machine with an NVIDIA GPU and a current driver, or use
 
 
 class Device:
-    """The current GPU: memory and one stream on which everything happens in order.
+    """A GPU: memory and one stream on which everything happens in order.
+
+    Args:
+        number: of several; None for the current one.
+        runtime: the CUDA runtime library, where it is loaded already; by default it is looked for.
 
     Raises:
-        MissingRequirementError: no CUDA runtime library, no driver, or no GPU.
+        MissingRequirementError: no CUDA runtime library, no driver, or no such GPU.
     """
 
-    def __init__(self) -> None:
-        self._runtime = _load_runtime()
+    def __init__(self, number: int | None = None, runtime: Any = None) -> None:
+        self._runtime = runtime or _load_runtime()
+        self._number = number
         count = ctypes.c_int()
         status = int(self._runtime.cudaGetDeviceCount(ctypes.byref(count)))
         if status or not count.value:
             reason = self._words(status) if status else "no CUDA device is visible"
             raise MissingRequirementError(f"cannot be used: {reason}", subject="the GPU", hint=_GPU_HINT)
+        if number is not None and number >= count.value:
+            raise MissingRequirementError(
+                f"is not there: CUDA finds {count.value}, counted from 0",
+                subject=f"GPU {number}",
+                hint="choose another --device",
+            )
+        self._select()
         stream = ctypes.c_void_p()
         self._check(self._runtime.cudaStreamCreate(ctypes.byref(stream)), "making a stream")
         self.stream = int(stream.value or 0)
@@ -64,6 +76,7 @@ class Device:
         Raises:
             MissingRequirementError: not enough memory is free.
         """
+        self._select()
         address = ctypes.c_void_p()
         status = int(self._runtime.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1))))
         if status == _OUT_OF_MEMORY:
@@ -81,6 +94,7 @@ class Device:
 
     def clear(self, address: int, nbytes: int) -> None:
         """Fill device memory with zero bytes."""
+        self._select()
         status = self._runtime.cudaMemsetAsync(
             ctypes.c_void_p(address), 0, ctypes.c_size_t(nbytes), ctypes.c_void_p(self.stream)
         )
@@ -93,11 +107,15 @@ class Device:
     def download(self, array: NDArray[Any], address: int) -> None:
         """Copy from the device into a contiguous array, after all work on the stream is done."""
         self._copy(array.ctypes.data, address, array.nbytes, _DEVICE_TO_HOST)
-        self._check(self._runtime.cudaStreamSynchronize(ctypes.c_void_p(self.stream)), "running the engine")
+        self.synchronize()
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Copy from one place on the device to another."""
         self._copy(to, source, nbytes, _DEVICE_TO_DEVICE)
+
+    def synchronize(self) -> None:
+        """Wait until all work on the stream is done."""
+        self._check(self._runtime.cudaStreamSynchronize(ctypes.c_void_p(self.stream)), "running the engine")
 
     def capture(self, work: Callable[[], None]) -> int:
         """Record what `work` puts on the stream as a CUDA graph. It is not executed; `launch` does that.
@@ -134,6 +152,11 @@ class Device:
     def close(self) -> None:
         """Give the stream back."""
         self._runtime.cudaStreamDestroy(ctypes.c_void_p(self.stream))
+
+    def _select(self) -> None:
+        """Make it the current one, which every thread has for itself."""
+        if self._number is not None:
+            self._check(self._runtime.cudaSetDevice(ctypes.c_int(self._number)), "choosing the device")
 
     def _copy(self, to: int, source: int, nbytes: int, kind: int) -> None:
         status = self._runtime.cudaMemcpyAsync(

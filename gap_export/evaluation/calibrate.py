@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gap_export import __version__, bounds
 from gap_export.boxes.scenes import DEV_SEED, Case, cases
 from gap_export.bundle.folder import Bundle, open_bundle
-from gap_export.errors import BundleError, InputError
+from gap_export.errors import BundleError, InputError, SessionError
 from gap_export.evaluation import runner
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.graph.quantize import DECODERS
@@ -24,12 +24,15 @@ from gap_export.graph.quantize.linear_layers import probed
 from gap_export.precision import one_of, precision
 from gap_export.progress import SILENT, Progress
 from gap_export.recipe.ranges import Ranges
+from gap_export.runtime.backends import Runtime, runtime
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.onnxruntime_package import ort
 from gap_export.runtime.ort import OnnxRuntimeSession
 
 SCENES = "scenes"
 """Stands for generated scenes; not those that validation asks about."""
+ROW = "onnxruntime"
+"""The runtime whose graphs can be given more outputs."""
 
 
 def calibrate(
@@ -37,6 +40,7 @@ def calibrate(
     *,
     limit: int = 128,
     dataset: Dataset | None = None,
+    backend: str = ROW,
     threads: int = 0,
     progress: Progress = SILENT,
 ) -> Ranges:
@@ -46,15 +50,23 @@ def calibrate(
         bundle: in fp32 or fp16; its pruner and share are those that are measured.
         limit: how many questions; the first of the data set.
         dataset: questions and images; generated scenes when left out.
+        backend: ONNX Runtime, with device and providers where they are not its first (`onnxruntime:cuda`).
         threads: of ONNX Runtime; 0 lets it choose.
         progress: told of every question that is answered.
 
     Raises:
         BundleError: the bundle is not in floats.
         InputError: the data set has no images.
-        SessionError: a graph does not run.
+        SessionError: a graph does not run, or the backend is another than ONNX Runtime.
     """
     bounds.check(limit=limit, threads=threads)
+    chosen = runtime(backend)
+    if chosen.backend != ROW:
+        raise SessionError(
+            "does not tell what its layers read",
+            subject=f"backend {chosen.backend}",
+            hint=f"use --backend {ROW}",
+        )
     bundle = open_bundle(bundle)
     manifest = bundle.manifest
     row = precision(manifest.precision)
@@ -66,7 +78,7 @@ def calibrate(
             + one_of(lambda each: each.cpu and not each.quantizes),
         )
     questions = list(cases(limit, DEV_SEED)) if dataset is None else _first(dataset, limit)
-    session = _Watched(bundle, threads)
+    session = _Watched(bundle, chosen, threads)
     # One by one: what fills short rows of a batch is not to be measured.
     progress.stage("answering", total=len(questions))
     runner.run_cases(Grounder(bundle), session, questions, batch=1, progress=progress)
@@ -99,10 +111,10 @@ class _Watched(OnnxRuntimeSession):
         largest: parameter -> largest magnitude so far of what its linear layer read.
     """
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, chosen: Runtime, threads: int) -> None:
         self.largest: dict[str, float] = {}
         self._probes: dict[str, dict[str, tuple[NDArray[np.float32], list[str]]]] = {}
-        super().__init__(bundle, threads=threads)
+        super().__init__(bundle, threads=threads, device=chosen.device, providers=chosen.providers)
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
         if name not in DECODERS:

@@ -19,7 +19,8 @@ from gap_export.families.reference import ReferenceModel
 from gap_export.graph.every_row import with_every_row
 from gap_export.positions import Ids, Placement
 from gap_export.runtime.onnxruntime_package import ort
-from gap_export.runtime.ort import Layout, OnnxRuntimeSession
+from gap_export.runtime.ort import OnnxRuntimeSession
+from gap_export.runtime.ort_cache import Layout
 
 Renumber = Callable[[Ids], Ids]
 """Position ids [T] -> others, for negative controls."""
@@ -82,7 +83,7 @@ class BundleScorer(OnnxRuntimeSession):
         logits_TV = np.empty((count, manifest.spec.vocabulary), np.float32)
         graph = self._token_graph
         numbers, outputs = placement.decoder_inputs(), {"logits": logits_TV}
-        self._execute(graph, self._decoder_binding(graph, self._views(), embeds, numbers, outputs))
+        self._execute(graph, self._decoder_binding(graph, self._cache.views(), embeds, numbers, outputs))
         return logits_TV
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:

@@ -4,19 +4,21 @@ A runtime is a module with a class that has the methods of `runtime.session.Sess
 when a session is opened, so a row costs nothing where its runtime is not installed.
 
 One text says what runs a bundle, wherever that is asked or recorded: the name of a row, then the device and the type of activations
-where they are not the row's first: `onnxruntime`, `openvino:bf16`, `openvino:gpu:1:f16`.
+where they are not the row's first, then what computes there where it was chosen: `onnxruntime`, `onnxruntime:cuda:1`, `openvino:gpu:1:f16`,
+`onnxruntime@onnxruntime-ep-openvino{"num_streams": "1"}+CPUExecutionProvider`.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gap_export import bounds
 from gap_export.errors import MissingRequirementError, SessionError, shown
+from gap_export.runtime.providers import Provider, providers_in
 
 if TYPE_CHECKING:
     from gap_export.bundle.folder import Bundle
@@ -31,12 +33,14 @@ class Backend:
     Attributes:
         name: what `--backend` and `gap_export.load(backend=...)` take.
         loader: `module:function`, called with a bundle and `threads=` (0 lets the runtime choose); `device=`, where it is not the first; and
-            `precision_hint=` and `backend=` (what the session calls itself), where there are hints. It returns a session.
+            `precision_hint=`, where there are hints; `providers=`, where some were chosen; and `backend=` (what the session calls itself) where
+            there is more to say than the row's name. It returns a session.
         target: what a bundle must have been built for (`--target`), `onnx` for its graphs as they are; None for PyTorch, which
             runs the checkpoint that a bundle was built from.
         requirement: what pip installs for it beside the package itself; empty where nothing is needed.
         devices: what it runs on, the first by default; `gpu:N` for one of several.
         hints: types of activations that it may be asked for, the first by default; empty where the bundle alone decides.
+        providers: whether execution providers may be chosen.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Backend:
     requirement: str = ""
     devices: tuple[str, ...] = ("cpu",)
     hints: tuple[str, ...] = ()
+    providers: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,23 @@ class Runtime:
         backend: name of a row.
         device: a kind, with a number where there are several (`gpu:1`).
         hint: type of activations; empty where the bundle alone decides.
+        providers: execution providers that were chosen, the first that has a kernel for a node first.
     """
 
     backend: str
     device: str
     hint: str
+    providers: tuple[Provider, ...] = ()
 
     def __str__(self) -> str:
         found = _BACKENDS[self.backend]
         chosen = [self.device] if self.device != found.devices[0] else []
         chosen += [self.hint] if self.hint and self.hint != found.hints[0] else []
-        return ":".join([self.backend, *chosen])
+        return (
+            ":".join([self.backend, *chosen])
+            + ("@" if self.providers else "")
+            + "+".join(map(str, self.providers))
+        )
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -84,7 +95,13 @@ def register(added: Backend) -> None:
 
 
 for _row in (
-    Backend("onnxruntime", "gap_export.runtime.ort:OnnxRuntimeSession", requirement="gap-export[cpu]"),
+    Backend(
+        "onnxruntime",
+        "gap_export.runtime.ort:OnnxRuntimeSession",
+        requirement="gap-export[cpu]",
+        devices=("cpu", "cuda", "cuda:N", "gpu", "gpu:N", "npu"),
+        providers=True,
+    ),
     Backend(
         "openvino",
         "gap_export.runtime.openvino:OpenVINOSession",
@@ -126,7 +143,7 @@ def row(name: str) -> Backend:
     Raises:
         SessionError: there is none.
     """
-    wanted = name.partition(":")[0]
+    wanted = name.partition("@")[0].partition(":")[0]
     if wanted not in _BACKENDS:
         raise SessionError(
             "unknown backend", subject=shown(wanted), hint=f"choose one of {', '.join(names())}"
@@ -134,18 +151,34 @@ def row(name: str) -> Backend:
     return _BACKENDS[wanted]
 
 
-def runtime(text: str, *, device: str | None = None, precision_hint: str | None = None) -> Runtime:
+def runtime(
+    text: str,
+    *,
+    device: str | None = None,
+    precision_hint: str | None = None,
+    providers: Sequence[str] = (),
+) -> Runtime:
     """What a text says, and what was asked for beside it.
 
     Args:
         text: a backend, or more.
         device: in the place of the text's.
         precision_hint: in the place of the text's.
+        providers: execution providers, with options or without, in the place of the text's.
 
     Raises:
-        SessionError: no such backend, a device that it does not run on, or a type that it cannot be asked for.
+        SessionError: no such backend, a device that it does not run on, or a type or a provider that it cannot be asked for.
     """
     found = row(text)
+    text, _, named = text.partition("@")
+    if providers:
+        named = "+".join(providers)
+    if named and not found.providers:
+        raise SessionError(
+            "has no execution providers to choose from",
+            subject=f"backend {found.name}",
+            hint="leave out --provider, or use --backend onnxruntime",
+        )
     said = text.split(":")[1:]
     hint = precision_hint or ""
     if said and said[-1] in found.hints:
@@ -167,7 +200,8 @@ def runtime(text: str, *, device: str | None = None, precision_hint: str | None 
             subject=f"precision hint {shown(hint)} of backend {found.name}",
             hint="choose another --precision-hint" if found.hints else "leave out --precision-hint",
         )
-    return Runtime(found.name, device, hint or (found.hints[0] if found.hints else ""))
+    chosen = providers_in(named) if named else ()
+    return Runtime(found.name, device, hint or (found.hints[0] if found.hints else ""), chosen)
 
 
 def target_of(name: str) -> Target:
@@ -214,5 +248,9 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", *, threads: int =
     if chosen.device != found.devices[0]:
         options["device"] = chosen.device
     if found.hints:
-        options |= {"precision_hint": chosen.hint, "backend": str(chosen)}
+        options["precision_hint"] = chosen.hint
+    if chosen.providers:
+        options["providers"] = chosen.providers
+    if found.hints or found.providers:
+        options["backend"] = str(chosen)
     return load(bundle, threads=threads, **options)

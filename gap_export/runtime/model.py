@@ -6,6 +6,7 @@ with load("out/llava") as model:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, overload
 
@@ -30,6 +31,7 @@ def load(
     backend: str = "onnxruntime",
     device: str | None = None,
     precision_hint: str | None = None,
+    providers: Sequence[str] = (),
     threads: int = 0,
 ) -> Model:
     """Load a bundle into a runtime.
@@ -37,8 +39,9 @@ def load(
     Args:
         bundle: its folder, or what `open_bundle` gave.
         backend: name of the runtime; with device and type of activations, where it has a choice (`openvino:bf16`).
-        device: what it runs on, e.g. cpu, gpu, gpu:1; by default its first.
+        device: what it runs on, e.g. cpu, cuda, gpu:1; by default its first.
         precision_hint: type of activations, e.g. bf16, where it has a choice.
+        providers: execution providers of ONNX Runtime, e.g. `onnxruntime-ep-openvino{num_streams: 1}`, the first that has a kernel for a node first.
         threads: on the CPU; 0 lets the runtime choose.
 
     Raises:
@@ -47,7 +50,7 @@ def load(
         MissingRequirementError: no GPU, or the runtime is not installed.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    chosen = runtime(backend, device=device, precision_hint=precision_hint)
+    chosen = runtime(backend, device=device, precision_hint=precision_hint, providers=providers)
     return Model(opened, open_session(opened, str(chosen), threads=threads))
 
 

@@ -11,8 +11,8 @@ from gap_export.bundle.onnx_header import Interface, Tensor
 from gap_export.errors import GapExportError, SessionError, first_line, in_one_line
 from gap_export.precision import precision
 from gap_export.runtime.onnxruntime_package import ort
-
-CPU = ("CPUExecutionProvider",)
+from gap_export.runtime.ort_providers import add_providers, check_assignment
+from gap_export.runtime.providers import CPU, Provider
 
 _FATAL = 4
 """ONNX Runtime's level of logging at which it says nothing of what it raises."""
@@ -35,7 +35,8 @@ def load_graph(
     name: str,
     threads: int,
     model_of: Callable[[str, ort.SessionOptions], str | bytes],
-    providers: Sequence[str] = CPU,
+    device: str = "cpu",
+    providers: Sequence[Provider] = (),
 ) -> ort.InferenceSession:
     """Load one graph of a bundle.
 
@@ -44,10 +45,12 @@ def load_graph(
         name: of the graph.
         threads: intra-op; 0 lets ONNX Runtime choose.
         model_of: path of a graph, or content that was changed on purpose, to be looked into; may change the options.
-        providers: of kernels, the first that has one for a node.
+        device: that a provider computes on.
+        providers: that compute; the CPU where there are none.
 
     Raises:
-        SessionError: ONNX Runtime refuses it, or it is another than the manifest says.
+        SessionError: ONNX Runtime refuses it, it is another than the manifest says, or a decoder's nodes were left to the CPU by a provider.
+        MissingRequirementError: a provider is not there.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -60,11 +63,12 @@ def load_graph(
     # Four-bit weights are multiplied with activations of eight bits, block by block, instead of being unpacked.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     try:
+        computing = add_providers(options, providers, device)
         model = model_of(name, options)
         session = ort.InferenceSession(
             model,
             options,
-            providers=list(providers),
+            providers=None if computing else [CPU],
             disabled_optimizers=_FORBIDDEN_FUSIONS,
         )
     except GapExportError:
@@ -75,6 +79,7 @@ def load_graph(
             subject=str(bundle.graph_path(name)),
             hint="check the bundle with `gap-export inspect --verify`, or build it again with this version",
         ) from error
+    check_assignment(session, name, computing, providers)
     found = _interface_of(session)
     fault = interface_fault(bundle.manifest.graphs[name].spec, found) if isinstance(model, str) else None
     if fault is not None:

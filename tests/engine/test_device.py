@@ -45,6 +45,17 @@ def test_no_usable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.subject == "the GPU"
 
 
+def test_one_of_several_gpus() -> None:
+    """Every thread has a current GPU of its own: it is chosen for each allocation."""
+    chosen: list[int] = []
+    runtime = Runtime()
+    runtime.cudaSetDevice = lambda number: chosen.append(number.value) or 0
+    Device(0, runtime).allocate(8)
+    assert chosen == [0, 0]
+    with pytest.raises(MissingRequirementError, match="GPU 1: is not there: CUDA finds 1, counted from 0"):
+        Device(1, runtime)
+
+
 def test_out_of_memory_says_how_much_was_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     with_runtime(monkeypatch, cudaMalloc=2)
     with pytest.raises(MissingRequirementError, match="has not 3 MiB free") as caught:

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from gap_export.evaluation.controls import controls
+from gap_export.graph.quantize import DECODERS
 from tests.families.answers import PROMPTS, Asked, Families, assert_equal, unpruned_prompt, whole_model
+from tests.families.cuda_kernels import HALVES, documented_operators, without_kernel
 from tests.families.reduced import IMAGE_TOKEN
 from tests.families.tiny_families import Inputs, Options, TinyFamily, ranged
 from tests.unpruned import gather_ids
@@ -75,6 +77,19 @@ class Contract:
         asked = usual.asked(tiny_family)
         for batch in (2, 1):
             assert_equal(asked.answer_of("openvino", batch), asked.true_answer(batch))
+
+    def test_cuda_has_kernels(self, tiny_family: Families, build: Case) -> None:
+        """By the list of the pinned release; a tower may do without, its nodes then run on the CPU, and that is said."""
+        bundle = build.asked(tiny_family).bundle
+        for name, graph in bundle.manifest.graphs.items():
+            assert name == "vision" or not without_kernel(bundle.graph_path(name)), name
+            assert name not in DECODERS or set(graph.operators) <= documented_operators()
+
+    @pytest.mark.parametrize("half", HALVES)
+    def test_cuda_has_kernels_in_half_precision(self, tiny_family: Families, engine: Case, half: str) -> None:
+        bundle = engine.asked(tiny_family).bundle
+        for name in bundle.manifest.graphs:
+            assert name == "vision" or not without_kernel(bundle.graph_path(name), half), name
 
     @pytest.mark.parametrize("keep", [0.1, 1.0])
     def test_requests_choose_their_share(self, tiny_family: Families, usual: Case, keep: float) -> None:

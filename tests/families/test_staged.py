@@ -169,17 +169,17 @@ def test_the_cache_of_every_layer_is_written_where_its_stage_counts(
     session, stages = opened(bundle), bundle.manifest.pruning.stages
     spliced = session.splice(questions, session.encode({"pixel_values": pixels}))
     session.prefill(spliced.embeds, spliced.placement)
-    before = {name: array.copy() for name, array in session._views().items()}
-    addresses = {name: array.ctypes.data for name, array in session._views().items()}
+    before = {name: array.copy() for name, array in session._cache.views().items()}
+    addresses = {name: array.ctypes.data for name, array in session._cache.views().items()}
     turn = advance(spliced.placement)
     session.step(np.array([5, 6, 7, 8]), turn)
-    assert {name: array.ctypes.data for name, array in session._views().items()} == addresses
+    assert {name: array.ctypes.data for name, array in session._cache.views().items()} == addresses
     for stage, slots in zip(stages, (turn.write_index, *turn.stage_write_index), strict=True):
         for layer in stage.run:
             for part in ("key", "value"):
                 name = f"past.{layer}.{part}"
                 assert before[name].shape == (4, 2, stage.capacity, 16)
-                changed = (session._views()[name] != before[name]).any(axis=(1, 3))
+                changed = (session._cache.views()[name] != before[name]).any(axis=(1, 3))
                 assert [np.flatnonzero(row).tolist() for row in changed] == [[int(slot)] for slot in slots]
 
 
@@ -213,7 +213,7 @@ def test_survivors_take_their_ids_along_or_are_counted_again(
 
     def after(placement: Placement) -> tuple[Ids, list[NDArray[np.float32]]]:
         kept = session.prefill(spliced.embeds, placement).kept_indices[0]
-        return kept, [session._views()[f"past.{layer}.key"].copy() for layer in range(4)]
+        return kept, [session._cache.views()[f"past.{layer}.key"].copy() for layer in range(4)]
 
     (kept, keys), (kept_moved, keys_moved) = after(spliced.placement), after(moved)
     assert kept.tolist() == kept_moved.tolist()

@@ -59,7 +59,7 @@ class Reader(OnnxRuntimeSession):
         self._execute(
             "decoder",
             self._decoder_binding(
-                "decoder", self._views(), embeds, placement.decoder_inputs(), {"logits": logits}
+                "decoder", self._cache.views(), embeds, placement.decoder_inputs(), {"logits": logits}
             ),
         )
         return logits.reshape(batch, count, -1) if self._every_row else logits

@@ -62,6 +62,7 @@ class Call:
 _PLACES = {"compare subject": 1}
 
 _OPENVINO: dict[str, Any] = {"--backend": "openvino", "--device": "cpu", "--precision-hint": "f32"}
+_PROVIDER = {"--provider": "CPUExecutionProvider"}
 _ONE = {"--threads": "1"}
 _BUILD = ("recipe.yaml", "checkpoint", "tower")
 _RUN = ("bundle", "image.png")
@@ -127,7 +128,14 @@ CALLS: tuple[Call, ...] = (
     Call(
         "calibrate",
         ("bundle",),
-        {"--output": "found.json", "--limit": "3", **_ONE},
+        {
+            "--output": "found.json",
+            "--limit": "3",
+            "--backend": "onnxruntime",
+            "--device": "cpu",
+            **_PROVIDER,
+            **_ONE,
+        },
         ("bundle",),
         ("found.json",),
     ),
@@ -150,7 +158,7 @@ CALLS: tuple[Call, ...] = (
     Call(
         "validate",
         ("bundle",),
-        {"--limit": "2", "--batch": "2", "--checkpoint": "checkpoint", **_ONE},
+        {"--limit": "2", "--batch": "2", "--checkpoint": "checkpoint", **_PROVIDER, **_ONE},
         ("bundle", "checkpoint"),
         ("bundle/reports", "bundle/reports/*"),
         ("bundle/reports/*",),
@@ -184,13 +192,13 @@ CALLS: tuple[Call, ...] = (
     ),
     _run(""),
     _run("--json", json=True, max_new_tokens="3", backend="openvino", device="cpu", precision_hint="f32"),
-    _run("--draw", makes=("drawn.png",), draw="drawn.png"),
+    _run("--draw", makes=("drawn.png",), draw="drawn.png", provider="CPUExecutionProvider"),
     _run("--keep", bundle="dynamic", keep="0.5"),
     _run("torch", "checkpoint", backend="torch"),
     Call(
         "bench",
         ("bundle",),
-        {"--requests": "1", "--new-tokens": "1", "--no-memory": True, **_ONE},
+        {"--requests": "1", "--new-tokens": "1", "--no-memory": True, **_PROVIDER, **_ONE},
         ("bundle",),
         ("bundle/reports", "bundle/reports/*"),
         ("bundle/reports/*",),
@@ -246,6 +254,7 @@ CALLS: tuple[Call, ...] = (
             "--output": "sweep",
             "--replace": True,
             "--json": True,
+            **_PROVIDER,
             **_ONE,
         },
         (*_BUILD, "sweep"),
@@ -295,6 +304,7 @@ CALLS: tuple[Call, ...] = (
     ),
     _data("minigpt4.json"),
     _data("shikra.jsonl"),
+    _eval("--provider", provider="CPUExecutionProvider"),
     _data("internvl.jsonl"),
     _data("mdetr.json"),
     _eval(
@@ -360,6 +370,7 @@ CALLS: tuple[Call, ...] = (
             "--skip-bad-rows": True,
             "--replace": True,
             "--json": True,
+            **_PROVIDER,
             **_ONE,
         },
         ("dynamic", "annotations", "images"),

@@ -79,6 +79,7 @@ MEANINGS: dict[str, Meaning] = {
     "--backend": Meaning.NAME,
     "--device": Meaning.NAME,
     "--precision-hint": Meaning.NAME,
+    "--provider": Meaning.NAME,
     "--protocol": Meaning.NAME,
     "--split": Meaning.TEXT,
     "--ray-address": Meaning.ADDRESS,

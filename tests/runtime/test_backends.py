@@ -149,7 +149,7 @@ def test_a_closed_session_holds_no_memory_and_says_that_it_is_closed(
     session: Any = open_session(tiny_bundle(), threads=1)
     with session:
         before = answer(session, pixels, ragged_ids)
-        held = [weakref.ref(each) for each in (*session._sessions.values(), *session._memory.values())]
+        held = [weakref.ref(each) for each in (*session._sessions.values(), *session._cache._blocks.values())]
         assert all(each() is not None for each in held)
     gc.collect()
     assert [each() for each in held] == [None] * len(held)

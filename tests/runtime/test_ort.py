@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import SessionError
+from gap_export.graph.quantize import DECODERS
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, advance
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.ort import OnnxRuntimeSession
+from gap_export.runtime.ort_graph import load_graph
 
 BuildBundle = Callable[..., Bundle]
 
@@ -41,7 +45,7 @@ def same(first: Generation, second: Generation) -> bool:
 
 
 def addresses(session: OnnxRuntimeSession) -> dict[str, int]:
-    return {name: array.ctypes.data for name, array in session._views().items()}
+    return {name: array.ctypes.data for name, array in session._cache.views().items()}
 
 
 # The cache
@@ -92,12 +96,12 @@ def test_the_cache_is_written_in_place_slot_by_slot(
     visual = session.encode({"pixel_values": pixels})
     spliced = session.splice(ragged_ids, visual)
     session.prefill(spliced.embeds, spliced.placement)
-    before = {name: array.copy() for name, array in session._views().items()}
+    before = {name: array.copy() for name, array in session._cache.views().items()}
     longest = spliced.placement.position_ids.shape[1]
     assert all((values[:, :, longest:] == 0).all() for values in before.values())
     turn = advance(spliced.placement)
     session.step(np.array([5, 6, 7, 8]), turn)
-    for name, array in session._views().items():
+    for name, array in session._cache.views().items():
         changed = (array != before[name]).any(axis=(1, 3))
         for row in range(4):
             assert np.flatnonzero(changed[row]).tolist() == [turn.write_index[row]], name
@@ -133,7 +137,7 @@ def test_bound_arrays_outlive_the_call_that_made_them(
 
 
 def slots_of(session: OnnxRuntimeSession) -> set[int]:
-    return {array.shape[2] for array in session._views().values()}
+    return {array.shape[2] for array in session._cache.views().values()}
 
 
 def test_the_cache_is_as_long_as_prompt_and_answer_need_in_steps(
@@ -222,7 +226,7 @@ def test_half_precision_travels_in_half_precision(
 ) -> None:
     session = OnnxRuntimeSession(tiny_bundle(precision="fp16"), threads=1)
     generation = answer(session, pixels, ragged_ids)
-    assert {array.dtype.name for array in session._views().values()} == {"float16"}
+    assert {array.dtype.name for array in session._cache.views().values()} == {"float16"}
     assert generation.logits[0].dtype == np.float32
 
 
@@ -235,6 +239,25 @@ def test_graphs_that_do_not_load_are_named(bundle_copy: Path) -> None:
     with pytest.raises(SessionError, match="was refused by ONNX Runtime") as caught:
         OnnxRuntimeSession(bundle, threads=1)
     assert caught.value.subject.endswith("embed.onnx")
+
+
+@pytest.mark.parametrize("made", ["tiny_bundle", "deep_bundle"])
+def test_no_fusion_takes_ids_away(made: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """In the graph as ONNX Runtime runs it, tokens are still turned by their ids, and written by their slots, as often as in the bundle."""
+    bundle = request.getfixturevalue(made)(**({"pruner": "fastv"} if made == "deep_bundle" else {}))
+    for name in bundle.manifest.graphs.keys() & set(DECODERS):
+        optimised = tmp_path / f"{name}.onnx"
+
+        def model_of(name: str, options: Any, optimised: Path = optimised) -> str:
+            options.optimized_model_filepath = str(optimised)
+            return str(bundle.graph_path(name))
+
+        load_graph(bundle, name, 1, model_of)
+        kinds = Counter(node.op_type for node in onnx.load(optimised, load_external_data=False).graph.node)
+        for kind in ("RotaryEmbedding", "TensorScatter", "Attention"):
+            assert kinds[kind] == bundle.manifest.graphs[name].operators.get(kind, 0), kind
+        assert kinds["RotaryEmbedding"]
+        assert not kinds.keys() & {"GroupQueryAttention", "MultiHeadAttention"}
 
 
 def test_weights_that_are_gone_are_an_error_of_ours(bundle_copy: Path) -> None:

@@ -20,6 +20,7 @@ from gap_export.errors import SessionError
 from gap_export.positions import Placement, advance, extended
 from gap_export.runtime import backends
 from gap_export.runtime.backends import open_session
+from gap_export.runtime.ort_cache import Cache
 from gap_export.runtime.rows import with_rows
 from tests.conftest import IMAGE_TOKEN
 
@@ -178,7 +179,7 @@ def test_a_row_that_others_write_into_would_show(
         alone, rows = Independent(other, pixels), with_rows(session)
         operations = [("prefill", 0, 0), ("prefill", 1, 1), ("step", 2, 0)]
         assert run(rows, alone, operations, extends=True) == 4
-        monkeypatch.setattr(type(session), "_row", lambda self, row: slice(0, 1))
+        monkeypatch.setattr(Cache, "row", lambda self, row: self.views(0, 1))
         with pytest.raises(AssertionError):
             run(rows, alone, operations, extends=True)
 

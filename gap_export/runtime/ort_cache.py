@@ -1,0 +1,128 @@
+"""The cache of a session of ONNX Runtime: one block of memory for every past, of which requests use as much as they need.
+
+Past and present of a layer are one region, so the cache is updated in place. Smaller layouts use the beginning of the blocks of larger ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gap_export.bundle.cache_layout import CacheLayout
+from gap_export.bundle.spec import GraphSpec, TensorSpec
+from gap_export.errors import SessionError
+from gap_export.runtime.ort_memory import Memory, Region
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of the cache, and slots of every stage."""
+
+    rows: int
+    capacities: tuple[int, ...]
+
+
+class Cache:
+    """Keys and values of every layer.
+
+    Args:
+        spec: of the graph that reads single tokens.
+        slots: what the bundle says of its cache.
+        memory: where it lies.
+
+    Attributes:
+        layout: of what is in it now.
+    """
+
+    def __init__(self, spec: GraphSpec, slots: CacheLayout, memory: Memory) -> None:
+        cached = set(spec.aliased.values())
+        self._pasts: tuple[TensorSpec, ...] = tuple(each for each in spec.inputs if each.name in cached)
+        self._slots, self._memory = slots, memory
+        self._blocks: dict[str, Region] = {}  # flat, of the largest cache so far
+        self._sizes: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.layout = Layout(0, ())
+
+    def lay_out(self, layout: Layout) -> bool:
+        """Give it so many rows of so many slots; with as many slots as before, what lies in the first row stays.
+
+        Returns:
+            Whether it lies elsewhere now than what was bound before.
+        """
+        if layout == self.layout:
+            return False
+        self.layout = layout
+        self._shapes = {each.name: self._shape_of(each) for each in self._pasts}
+        sizes = {name: math.prod(shape) for name, shape in self._shapes.items()}
+        if self._blocks and all(size <= self._sizes[name] for name, size in sizes.items()):
+            return False
+        largest = {name: max(size, self._sizes.get(name, 0)) for name, size in sizes.items()}
+        blocks = {each.name: self._memory.zeros((largest[each.name],), each.dtype) for each in self._pasts}
+        for name, block in self._blocks.items():
+            self._memory.copy(self._memory.part(blocks[name], (self._sizes[name],)), block)
+        self._blocks, self._sizes = blocks, largest
+        return True
+
+    def views(self, first: int = 0, rows: int | None = None) -> dict[str, Region]:
+        """Every past [B, G, C, D], or some rows of it, by the names of the graph's inputs."""
+        return {
+            name: self._memory.part(
+                self._blocks[name],
+                (self.layout.rows - first if rows is None else rows, *shape[1:]),
+                first * math.prod(shape[1:]),
+            )
+            for name, shape in self._shapes.items()
+        }
+
+    def row(self, row: int) -> dict[str, Region]:
+        """One row.
+
+        Raises:
+            SessionError: there is no such row.
+        """
+        if not 0 <= row < self.layout.rows:
+            raise SessionError(
+                f"is not there: the cache has {self.layout.rows}",
+                subject=f"row {row}",
+                hint="open as many rows as there are requests",
+            )
+        return self.views(row, 1)
+
+    def check_fits(self, row: int, needed: Sequence[int]) -> None:
+        """Refuse what needs more slots, in any stage, than a row has.
+
+        Raises:
+            SessionError: with both numbers.
+        """
+        for slots, there in zip(needed, self.layout.capacities, strict=False):
+            if slots > there:
+                raise SessionError(
+                    f"has {there} slots, and {slots} are needed",
+                    subject=f"row {row} of the cache",
+                    hint="open rows with more slots",
+                )
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Give a row what another holds."""
+        there, here = self.row(source), self.row(target)
+        for name, region in there.items():
+            self._memory.copy(here[name], region)
+
+    def clear(self, row: int | None = None) -> None:
+        """Forget what a row holds, or everything."""
+        for region in (self.views() if row is None else self.row(row)).values():
+            self._memory.clear(region)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.layout = Layout(0, ())
+        for held in (self._blocks, self._sizes, self._shapes):
+            held.clear()
+
+    def _shape_of(self, past: TensorSpec) -> tuple[int, ...]:
+        extents = {
+            "batch": self.layout.rows,
+            **dict(zip(self._slots.dims, self.layout.capacities, strict=False)),
+        }
+        return tuple(dim if isinstance(dim, int) else extents[dim.name] for dim in past.shape)
