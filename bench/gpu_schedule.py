@@ -118,8 +118,6 @@ def run_parts(
     *,
     store: Callable[[Outcomes], None],
     console: Console,
-    show: Callable[[str, Outcome], None] = lambda name, outcome: None,
-    clock: Callable[[], float] = time.monotonic,
 ) -> Outcomes:
     """All parts that fit, in their order.
 
@@ -129,13 +127,11 @@ def run_parts(
         seconds: that the whole may take, from now on.
         store: called with all outcomes so far whenever there is another, or another fact.
         console: words go there.
-        show: called with each outcome.
-        clock: seconds from an arbitrary start.
     """
-    end = clock() + seconds - MARGIN_SECONDS
+    end = time.monotonic() + seconds - MARGIN_SECONDS
     outcomes: Outcomes = {}
     for part in parts:
-        left = end - clock()
+        left = end - time.monotonic()
         reason = part.obstacle(outcomes)
         if reason is None and part.seconds > left:
             reason = f"time: it takes about {part.seconds:.0f} s, and {max(left, 0):.0f} s are left"
@@ -145,10 +141,10 @@ def run_parts(
             console.print(
                 f"{part.name}: about {part.seconds:.0f} of {left:.0f} s", style="bold", highlight=False
             )
-            began, outcome = clock(), Outcome("begun", UNFINISHED, expected_seconds=part.seconds)
+            began, outcome = time.monotonic(), Outcome("begun", UNFINISHED, expected_seconds=part.seconds)
             outcomes[part.name] = outcome
             run_part(part, settings, outcome, min(OVERRUN * part.seconds, left), told=lambda: store(outcomes))
-            outcome.seconds = round(clock() - began, 1)
+            outcome.seconds = round(time.monotonic() - began, 1)
         store(outcomes)
         said = outcomes[part.name]
         console.print(
@@ -157,7 +153,6 @@ def run_parts(
             highlight=False,
             markup=False,
         )
-        show(part.name, said)
     return outcomes
 
 
@@ -233,7 +228,7 @@ def _kill(child: BaseProcess) -> None:
     with contextlib.suppress(ProcessLookupError):  # dead with all others, or not yet at the head of a group
         os.killpg(child.pid, signal.SIGKILL)
     child.kill()
-    child.join()
+    child.join(MARGIN_SECONDS / 2)  # one that hangs in a driver is not waited for
 
 
 def _how(child: BaseProcess) -> str:

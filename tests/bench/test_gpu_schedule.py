@@ -117,6 +117,7 @@ def test_the_last_part_ends_with_the_whole(schedule: ModuleType, run: Callable[.
     began = time.monotonic()
     outcomes = run(schedule.Part("hangs", hangs, 2.9), seconds=schedule.MARGIN_SECONDS + 3.0)
     assert outcomes["hangs"].outcome == "stopped"
+    assert outcomes["hangs"].reason == "not done after 3 s, and killed"
     assert time.monotonic() - began < schedule.MARGIN_SECONDS + 3.0
 
 
