@@ -190,6 +190,7 @@ def run_part(
                 return
             if kind == "ended":
                 outcome.outcome, outcome.reason = content
+                child.join(MARGIN_SECONDS / 2)  # it gives back what it holds
                 return
             (outcome.found if kind == "found" else outcome.missing).update(content)
             told()

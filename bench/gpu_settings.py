@@ -9,7 +9,6 @@ from typing import Any
 from harness import LLAVA_7B, LLAVA_135M
 
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.manifest import EngineTarget
 from gap_export.pipeline.build import build_bundle
 from gap_export.recipe.recipe import load_recipe
 
@@ -39,7 +38,7 @@ class Settings:
     precision: str
     device: str
     scratch: Path
-    cases: int = 256
+    cases: int = 128
     peer_cases: int = 16
     rounds: int = 12
     new_tokens: int = 32
@@ -60,9 +59,7 @@ class Settings:
 
     def build_bundled(self, target: str, precision: str) -> Bundle:
         """The bundled model, which grounds: for parity."""
-        recipe = load_recipe("shapes").replaced(
-            keep=KEEPS, precision=precision, targets=_targets(target), compute_capabilities=("current",)
-        )
+        recipe = load_recipe("shapes").replaced(keep=KEEPS, precision=precision, **_made_for(target))
         return build_bundle(recipe, self.scratch / f"gpu-parity-{target}-{precision}", replace=True)
 
     def build_measured(self, target: str) -> Bundle:
@@ -71,8 +68,7 @@ class Settings:
             "keep": KEEPS,
             "precision": self.precision,
             "max_batch": LARGEST_BATCH,
-            "targets": _targets(target),
-            "compute_capabilities": ("current",),
+            **_made_for(target),
         }
         if self.checkpoint is not None:
             changes |= {"checkpoint": str(self.checkpoint), "max_new_tokens": max(64, self.new_tokens)}
@@ -80,5 +76,11 @@ class Settings:
         return build_bundle(recipe.replaced(**changes), self.bundle_folder(target), replace=True)
 
 
-def _targets(target: str) -> tuple[EngineTarget | str, ...]:
-    return ("onnx",) if target == "onnx" else ("onnx", target)
+def _made_for(target: str) -> dict[str, Any]:
+    """Changes of a recipe: graphs, and engines for the GPU at hand."""
+    if target == "onnx":
+        return {"targets": ("onnx",)}
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return {"targets": ("onnx", target), "compute_capabilities": (f"{major}.{minor}",)}

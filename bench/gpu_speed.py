@@ -9,7 +9,7 @@ import numpy as np
 from gpu_device import device_facts, roofline
 from gpu_peers import TransformersSession, load_model
 from gpu_schedule import Teller
-from gpu_settings import LARGEST_BATCH, Settings
+from gpu_settings import CONFIGS, LARGEST_BATCH, Settings
 from harness import ensure_checkpoint
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +23,7 @@ from gap_export.runtime.generate import encode
 from gap_export.runtime.trt import TensorRTSession
 
 MAIN_KEEPS, OTHER_KEEPS = (1.0, 0.25), (0.5, 0.1)
-_WARM_TOKENS, _WARM_REQUESTS = 4, 2
+_WARM_REQUESTS = 2
 _RATIOS = ("ttft_ms", "tpot_ms")
 
 
@@ -35,8 +35,6 @@ def prepare_model(settings: Settings, tell: Teller) -> None:
         SystemExit: no space, or something else lies there.
     """
     if settings.checkpoint is not None:
-        from gpu_settings import CONFIGS
-
         _, size = ensure_checkpoint(settings.checkpoint, CONFIGS[settings.model])
         tell.found(weight_bytes=size)
         tell.console.print(f"  random weights, {size / 1e9:.1f} GB")
@@ -47,13 +45,13 @@ def measure_beside_transformers(settings: Settings, tell: Teller) -> None:
     """Facts `rows`, `ratios` (first without, then with the compiled model, which takes longest) and `agreement`."""
     bundle = open_bundle(settings.bundle_folder("onnx"))
     ours = _open(tell, settings, bundle, settings.onnxruntime)
-    candidates = _candidates(tell, bundle, {settings.onnxruntime: ours}, MAIN_KEEPS, 1)
+    candidates = _candidates(settings, tell, bundle, {settings.onnxruntime: ours}, MAIN_KEEPS, 1)
     model = tell.attempt(
         "transformers", lambda: load_model(bundle, settings.checkpoint, device=settings.device)
     )
     if model is not None:
         sdpa = TransformersSession(bundle, model, compiled=False)
-        candidates += _candidates(tell, bundle, {sdpa.backend: sdpa}, (1.0,), 1)
+        candidates += _candidates(settings, tell, bundle, {sdpa.backend: sdpa}, (1.0,), 1)
         if ours is not None:
             agreement = tell.attempt("agreement", lambda: first_logits_agree(bundle, ours, sdpa))
             if agreement is not None:
@@ -62,7 +60,7 @@ def measure_beside_transformers(settings: Settings, tell: Teller) -> None:
     _measure(settings, tell, candidates)
     if model is not None:
         peer = TransformersSession(bundle, model, compiled=True)
-        compiled = _candidates(tell, bundle, {peer.backend: peer}, (1.0,), 1)
+        compiled = _candidates(settings, tell, bundle, {peer.backend: peer}, (1.0,), 1)
         if compiled:
             _measure(settings, tell, [*candidates, *compiled])
 
@@ -81,21 +79,21 @@ def measure_engines(settings: Settings, tell: Teller, *, target: EngineTarget) -
             f"{target}, CUDA graphs", lambda: TensorRTSession(bundle, target=target, cuda_graphs=True)
         ),
     }
-    _measure(settings, tell, _candidates(tell, bundle, sessions, MAIN_KEEPS, 1))
+    _measure(settings, tell, _candidates(settings, tell, bundle, sessions, MAIN_KEEPS, 1))
 
 
 def measure_other_requests(settings: Settings, tell: Teller) -> None:
     """Other shares of tokens, and batches: facts `rows` and `ratios` (batch 1) and `batch_rows` and `batch_ratios`."""
     bundle = open_bundle(settings.bundle_folder("onnx"))
     ours = {settings.onnxruntime: _open(tell, settings, bundle, settings.onnxruntime)}
-    _measure(settings, tell, _candidates(tell, bundle, ours, OTHER_KEEPS, 1))
-    candidates = _candidates(tell, bundle, ours, MAIN_KEEPS, LARGEST_BATCH)
+    _measure(settings, tell, _candidates(settings, tell, bundle, ours, OTHER_KEEPS, 1))
+    candidates = _candidates(settings, tell, bundle, ours, MAIN_KEEPS, LARGEST_BATCH)
     model = tell.attempt(
         "transformers", lambda: load_model(bundle, settings.checkpoint, device=settings.device)
     )
     if model is not None:
         sdpa = TransformersSession(bundle, model, compiled=False)
-        candidates += _candidates(tell, bundle, {sdpa.backend: sdpa}, (1.0,), LARGEST_BATCH)
+        candidates += _candidates(settings, tell, bundle, {sdpa.backend: sdpa}, (1.0,), LARGEST_BATCH)
     _measure(settings, tell, candidates, prefix="batch_")
 
 
@@ -133,7 +131,12 @@ def _open(tell: Teller, settings: Settings, bundle: Bundle, backend: str) -> Any
 
 
 def _candidates(
-    tell: Teller, bundle: Bundle, sessions: dict[str, Any], keeps: Sequence[float], batch: int
+    settings: Settings,
+    tell: Teller,
+    bundle: Bundle,
+    sessions: dict[str, Any],
+    keeps: Sequence[float],
+    batch: int,
 ) -> list[Candidate]:
     """Every session with every share, warm; those that fail are left out."""
     made = []
@@ -143,7 +146,7 @@ def _candidates(
             each = tell.attempt(
                 f"warm up {called}",
                 lambda called=called, session=session, keep=keep: _warmed_up(
-                    candidate(called, bundle, session, batch=batch, keep=keep)
+                    candidate(called, bundle, session, batch=batch, keep=keep), settings.new_tokens
                 ),
             )
             if each is not None:
@@ -151,10 +154,10 @@ def _candidates(
     return made
 
 
-def _warmed_up(each: Candidate) -> Candidate:
-    """A candidate that has answered: kernels are chosen, graphs captured, code compiled."""
+def _warmed_up(each: Candidate, new_tokens: int) -> Candidate:
+    """A candidate that has answered the very request: kernels are chosen, graphs captured, code compiled for its shapes and no others."""
     for _ in range(_WARM_REQUESTS):
-        time_request(each, _WARM_TOKENS)
+        time_request(each, new_tokens)
     return each
 
 
