@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from gap_export.bundle.folder import Bundle
 from gap_export.evaluation.latency.candidate import candidate
@@ -94,7 +95,9 @@ def test_transformers_answers_as_the_unpruned_bundle(
 
 
 def test_the_parts_are_in_the_order_of_their_worth(kit: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    parts = kit("gpu_parts").parts_of(settings_of(kit, tmp_path))
+    settings = settings_of(kit, tmp_path)
+    parts = kit("gpu_parts").parts_of(settings)
+    assert settings.onnxruntime == parts[1].work.keywords["backend"] == "onnxruntime:cuda"
     assert [part.name for part in parts] == [
         "what is there",
         "parity fp32",
@@ -165,31 +168,64 @@ def test_why_a_part_cannot_be_done(
         assert "memory" in said if said else "no space" in part.obstacle(unmade)
 
 
+def test_engines_that_are_missing_cost_the_others_nothing(
+    kit: Callable[[str], ModuleType],
+    tiny_bundle: Callable[..., Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    bundle = tiny_bundle(pruner="cls_attention", keep="0.1:0.3:1.0")
+    settings = settings_of(kit, tmp_path, device="cpu", rounds=2, new_tokens=2)
+    monkeypatch.setattr(type(settings), "build_measured", lambda self, target: bundle)
+    told: list[tuple[str, Any]] = []
+    tell = kit("gpu_schedule").Teller(told.append, Console(quiet=True))
+    kit("gpu_speed").measure_engines(settings, tell, target="tensorrt")
+    missing = {what: reason for kind, facts in told if kind == "missing" for what, reason in facts.items()}
+    assert missing.keys() == {"load tensorrt", "tensorrt, CUDA graphs"}
+    assert all("holds no tensorrt engine" in reason for reason in missing.values())
+    ((_, found),) = (each for each in told if each[0] == "found")
+    assert [(row["backend"], row["keep"]) for row in found["rows"]] == [
+        ("onnxruntime", 1.0),
+        ("onnxruntime", 0.25),
+    ]
+    assert {each["quantity"] for each in found["ratios"]} == {"ttft_ms", "tpot_ms"}
+
+
 @pytest.mark.long
 def test_the_whole_script_on_the_cpu(tmp_path: Path) -> None:
     record = tmp_path / "gpu.json"
+    parts = (
+        *("parity fp32", "model", "speed beside transformers", "parity bf16"),
+        *("parity tensorrt-rtx", "speed tensorrt", "other shares and batches"),
+    )
     done = script(
-        *("--device", "cpu", "--model", "shapes", "--precision", "fp16", "--minutes", 60),
+        *("--device", "cpu", "--model", "shapes", "--minutes", 60, "--parts", ",".join(parts)),
         *("--cases", 16, "--rounds", 2, "--new-tokens", 3),
         *("--output", record, "--scratch", tmp_path / "scratch"),
     )
     assert "Traceback" not in done.stderr + done.stdout
+    assert "Warning" not in done.stderr
     found = json.loads(record.read_text())
     assert found == json.loads(done.stdout.splitlines()[-1])
     assert found["finished"]
-    parts = found["parts"]
+    assert list(found["parts"]) == ["what is there", *parts]
+    outcomes = {name: (each["outcome"], each["reason"]) for name, each in found["parts"].items()}
     for name in ("what is there", "parity fp32", "model", "speed beside transformers"):
-        assert parts[name]["outcome"] == "done", parts[name]["reason"]
-        assert not parts[name]["missing"] or name == "what is there", parts[name]["missing"]
-    fp32 = parts["parity fp32"]["found"]
+        assert outcomes[name] == ("done", "")
+        assert not found["parts"][name]["missing"] or name == "what is there"
+    assert outcomes["parity bf16"][0] == "failed"
+    assert "bf16 graphs have no CPU kernels" in outcomes["parity bf16"][1]
+    assert found["ok"] is (done.returncode == 0) is False
+    assert found["skipped"].keys() == {"parity tensorrt-rtx", "speed tensorrt"}
+    fp32 = found["parts"]["parity fp32"]["found"]
     assert fp32["passed"]
     assert fp32["beside_transformers"]["passed"]
-    assert len(fp32["report"]["controls"]) == 5
-    speed = parts["speed beside transformers"]["found"]
+    assert [control["caught"] for control in fp32["report"]["controls"]] == [True] * 5
+    speed = found["parts"]["speed beside transformers"]["found"]
     backends = {"onnxruntime", "transformers sdpa", "transformers compile"}
     assert {row["backend"] for row in speed["rows"]} == backends
+    assert speed["agreement"]["same_first_token"]
     assert speed["agreement"]["cosine"] > 0.999
-    rest = parts["other shares and batches"]["found"]
+    rest = found["parts"]["other shares and batches"]["found"]
     assert {row["keep"] for row in rest["rows"]} == {0.5, 0.1}
     assert {row["batch"] for row in rest["batch_rows"]} == {8}
-    assert found["skipped"].keys() >= {"parity tensorrt-rtx", "speed tensorrt"}
