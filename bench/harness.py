@@ -73,7 +73,17 @@ def in_fresh_process(command: list[str]) -> dict[str, Any]:
 
 def finish(name: str, measured: dict[str, Any], *, label: str, ok: bool, store: bool = True) -> int:
     """Store and print; the exit code is 0 when all targets were met, else 1."""
-    content = {
+    content = record(name, measured, label=label, ok=ok)
+    if store:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(content))
+    return 0 if ok else 1
+
+
+def record(name: str, measured: dict[str, Any], *, label: str, ok: bool) -> dict[str, Any]:
+    """What was measured, with what has to be known about it."""
+    return {
         "benchmark": name,
         "label": label,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,11 +92,6 @@ def finish(name: str, measured: dict[str, Any], *, label: str, ok: bool, store: 
         "ok": ok,
         **measured,
     }
-    if store:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    print(json.dumps(content))
-    return 0 if ok else 1
 
 
 def machine() -> dict[str, Any]:
