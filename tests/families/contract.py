@@ -52,7 +52,9 @@ class Contract:
     images: ClassVar[int] = 1
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """`usual` is the first bundle of every family, `build` every bundle, `engine` every bundle with engines."""
+        """`usual` is the first bundle of every family, `build` every bundle, `engine` every bundle with engines; but for the first with one image, engines take
+        long.
+        """
         cases: dict[str, list[Case]] = {"usual": [], "build": [], "engine": []}
         number = {"images": self.images} if self.images > 1 else {}
         for family in self.families:
@@ -61,7 +63,13 @@ class Contract:
             for argument, recipes in (("usual", builds[:1]), ("build", builds), ("engine", engines)):
                 cases[argument] += [Case(family, options | number) for options in recipes]
         for argument in cases.keys() & set(metafunc.fixturenames):
-            metafunc.parametrize(argument, cases[argument], ids=str)
+            quick = 1 if self.images == 1 else 0
+            long = cases[argument][quick:] if argument == "engine" else []
+            values = [
+                pytest.param(case, marks=pytest.mark.long, id=str(case)) if case in long else case
+                for case in cases[argument]
+            ]
+            metafunc.parametrize(argument, values, ids=str)
 
     @pytest.mark.parametrize("batch", [1, 2])
     def test_graphs_answer_as_the_reference(self, tiny_family: Families, build: Case, batch: int) -> None:

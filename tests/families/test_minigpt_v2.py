@@ -240,7 +240,11 @@ def test_what_this_tower_cannot_do(pruner: str, options: dict[str, Any], tmp_pat
     assert "cls_attention" in caught.value.hint
 
 
-@pytest.mark.parametrize("changes", [{}, {"pruner": "divprune", "keep": "0.2:1.0"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.long), {"pruner": "divprune", "keep": "0.2:1.0"}],
+    ids=str,
+)
 def test_engines_are_built(changes: dict[str, Any], build: Bundles) -> None:
     bundle = build(precision="fp16", targets=["tensorrt-rtx"], max_new_tokens=4, **changes)
     assert set(bundle.manifest.engines["tensorrt-rtx"]) == {"vision", "splice", "embed", "decoder"}

@@ -53,8 +53,16 @@ def opened(bundle: Bundle) -> OnnxRuntimeSession:
 # Against transformers
 
 
-@pytest.mark.parametrize("policy", PositionPolicy)
-@pytest.mark.parametrize("pruner", INSIDE)
+@pytest.mark.parametrize(
+    ("pruner", "policy"),
+    [
+        pytest.param(
+            pruner, policy, marks=pytest.mark.long if (pruner, policy) == ("sparsevlm", "permuted") else ()
+        )
+        for pruner in INSIDE
+        for policy in PositionPolicy
+    ],
+)
 def test_exported_graphs_answer_as_transformers_does(
     pruner: str,
     policy: PositionPolicy,
@@ -291,7 +299,9 @@ def test_graphs_that_are_taken_for_the_same_are(deep_checkpoint: Path, tiny_opti
 # Engines
 
 
-@pytest.mark.parametrize("pruner", INSIDE)
+@pytest.mark.parametrize(
+    "pruner", [name if name == "fastv" else pytest.param(name, marks=pytest.mark.long) for name in INSIDE]
+)
 def test_tensorrt_builds_both_graphs_in_half_precision(
     pruner: str, deep_graph: GraphExporter, tmp_path: Path
 ) -> None:

@@ -124,7 +124,7 @@ def test_the_same_answers(
     assert answers(journal) == expected
 
 
-@pytest.mark.parametrize("lives", [1, 2])
+@pytest.mark.parametrize("lives", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_killed_workers_lose_nothing(
     lives: int,
     cluster: str,
@@ -140,6 +140,7 @@ def test_killed_workers_lose_nothing(
     assert answers(journal) == expected
 
 
+@pytest.mark.long
 def test_an_image_that_kills_everyone_is_named(cluster: str, work: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingRequirementError, match="ended 3 times") as caught:
         on_ray(Doomed, work, tmp_path / "run", cluster)

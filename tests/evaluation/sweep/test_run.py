@@ -452,6 +452,7 @@ def test_the_command_refuses(
 # On a cluster
 
 
+@pytest.mark.long
 def test_on_a_cluster_whose_worker_is_killed(
     swept: Swept, tiny_options: dict[str, Any], tmp_path: Path
 ) -> None:
