@@ -1,4 +1,4 @@
-"""Logits of a text, fed as it stands (teacher forcing): by a bundle in ONNX Runtime, and by the PyTorch model that it was built from.
+"""Logits of a text, fed as it stands (teacher forcing): by a bundle, and by the PyTorch model that it was built from.
 
 Both take the first tokens in one call and the following ones one by one, over one cache: a fault of long calls shows in the first alone.
 
@@ -44,7 +44,7 @@ class Scorer(Protocol):
 
 
 class BundleScorer(OnnxRuntimeSession):
-    """The embedding and the decoder of a bundle; a decoder that drops tokens takes one token per call.
+    """The embedding and the decoder of a bundle in ONNX Runtime; a decoder that drops tokens takes one token per call.
 
     Args:
         bundle: opened and verified.
@@ -65,11 +65,18 @@ class BundleScorer(OnnxRuntimeSession):
 
     def read(self, token_ids_T: Ids, first: int) -> Logits:
         """As `Scorer.read`."""
-        manifest, count = self._bundle.manifest, len(token_ids_T)
+        (embeds,) = self._run("embed", {"input_ids": token_ids_T[None]})
+        logits_TV = np.empty((len(token_ids_T), self._bundle.manifest.spec.vocabulary), np.float32)
+        self._call(embeds, self._placed(first, len(token_ids_T)), logits_TV)
+        return logits_TV
+
+    def _placed(self, first: int, count: int) -> Placement:
+        """Ids and slots of so many tokens, from number `first` of the text on."""
+        manifest = self._bundle.manifest
         ids_T = np.arange(first, first + count, dtype=np.int64)
         ids_BS = (ids_T if self.renumber is None else self.renumber(ids_T))[None]
         slot = np.array([first], np.int64)
-        placement = Placement(
+        return Placement(
             position_ids=np.stack([ids_BS] * 3) if manifest.spec.position_rows == 3 else ids_BS,
             write_index=slot,
             last_index=np.array([count - 1], np.int64),
@@ -78,12 +85,12 @@ class BundleScorer(OnnxRuntimeSession):
             image_slots=np.zeros((1, manifest.prompt.images, 2), np.int64),
             stage_write_index=(slot,) * max(0, len(manifest.pruning.stages) - 1),
         )
-        (embeds,) = self._run("embed", {"input_ids": token_ids_T[None]})
-        logits_TV = np.empty((count, manifest.spec.vocabulary), np.float32)
-        graph = self._token_graph
-        numbers, outputs = placement.decoder_inputs(), {"logits": logits_TV}
+
+    def _call(self, embeds: Any, placement: Placement, logits_TV: Logits) -> None:
+        """Call the decoder once, which writes the logits."""
+        graph, outputs = self._token_graph, {"logits": logits_TV}
+        numbers = placement.decoder_inputs()
         self._execute(graph, self._decoder_binding(graph, self._views(), embeds, numbers, outputs))
-        return logits_TV
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
         if name != "decoder":
