@@ -22,6 +22,8 @@ PACKAGES = ("gap-export", "numpy", "onnxruntime", "torch", "transformers", "onnx
 SCRATCH = Path(tempfile.gettempdir()) / "gap-export-bench"
 """Where checkpoints and bundles are put, and found again by the next run."""
 
+_FLAGS = {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+"""Those that decide how fast matrix products are."""
 LLAVA_7B = published("llava-hf/llava-1.5-7b-hf").config
 LLAVA_13B = published("llava-hf/llava-1.5-13b-hf").config
 IMAGE_TOKEN = LLAVA_7B["image_token_index"]
@@ -98,11 +100,19 @@ def machine() -> dict[str, Any]:
     """What the figures depend on; the load says whether the machine was idle."""
     return {
         "cpu": cpu_name(),
+        "flags": sorted(_FLAGS & processor_flags()),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def processor_flags() -> frozenset[str]:
+    """Instruction sets of the processor, as Linux calls them; none where it does not tell."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
 def truncated(config: dict[str, Any], *, text_layers: int, vision_layers: int) -> dict[str, Any]:

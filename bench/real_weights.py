@@ -31,6 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE / "peers")]
 import environment  # noqa: E402
 import harness  # noqa: E402
 from harness import LLAVA_135M, ensure_checkpoint  # noqa: E402
+from modes import BF16_FLAGS  # noqa: E402
 
 import gap_export as gap  # noqa: E402
 from gap_export.boxes.scenes import cases  # noqa: E402
@@ -39,8 +40,14 @@ from gap_export.files import sha256_of  # noqa: E402
 from gap_export.graph.quantize.store import FILE  # noqa: E402
 
 CALIBRATED = "int4 --calibration"
-ROWS = ("fp32", "fp16", "int8", "int8-blocks", "int4", CALIBRATED)
+BUNDLES = ("fp32", "fp16", "int8", "int8-blocks", "int4", CALIBRATED)
 """Precisions; one of them also with weights whose errors are compensated on a text."""
+BF16 = "openvino:bf16"
+ROWS = {
+    **{name: (name, "onnxruntime") for name in BUNDLES},
+    **{f"{name} in {BF16}": (name, BF16) for name in ("fp32", "int8-blocks", "int4")},
+}
+"""Name -> bundle, and what runs it; in bf16 where the processor has it."""
 PEERS = {
     "llama.cpp Q8_0": ("text_llama_cpp.py", "q8_0"),
     "llama.cpp Q4_0": ("text_llama_cpp.py", "q4_0"),
@@ -51,7 +58,12 @@ PEERS = {
     "OpenVINO INT4_SYM, 32": ("text_openvino.py", "int4_sym", "32"),
     "OpenVINO INT4_ASYM, 32": ("text_openvino.py", "int4_asym", "32"),
     "OpenVINO INT4_ASYM, 64": ("text_openvino.py", "int4_asym", "64"),
+    "OpenVINO, its default": ("text_openvino.py", "f32", "0", "default"),
+    "OpenVINO, its default, int8": ("text_openvino.py", "int8", "0", "default"),
+    "OpenVINO, its default, INT4_ASYM, 32": ("text_openvino.py", "int4_asym", "32", "default"),
+    "transformers bf16": ("text_transformers.py", "bf16"),
 }
+"""Name -> script and arguments. OpenVINO computes in fp32 unless that is left to it: then in bf16 where the processor has it."""
 TEXT = ("objects", "types", "execmodel", "naming", "import", "exceptions", "with", "class", "function")
 CALIBRATION = ("typesmapping", "typesseq", "debugger", "comparisons", "assignment", "try", "async", "numbers")
 """Chapters that are read, and others that weights of four bits are chosen by."""
@@ -76,20 +88,26 @@ def main() -> int:
         path.write_text("\n\n".join(pydoc_data.topics.topics[name] for name in chapters))
     rows: dict[str, dict[str, Any]] = {}
     bundles = {}
-    for name in ROWS:
-        console.print(f"building and reading in {name}")
+    for name in BUNDLES:
+        console.print(f"building {name}")
         bundles[name] = build(
             options.scratch / f"bundle-{name.replace(' ', '')}", checkpoint, name, calibration
         )
-        report = read(bundles[name], text, options.tokens, options.scratch)
+    has_bf16 = bool(BF16_FLAGS & harness.processor_flags())
+    wanted = {name: row for name, row in ROWS.items() if has_bf16 or row[1] != BF16}
+    for name, (of, backend) in wanted.items():
+        console.print(f"reading in {name}")
+        report = read(bundles[of], backend, text, options.tokens, options.scratch)
         rows[name] = {
-            "bits_per_weight": bits_per_weight(bundles[name].folder),
+            "bits_per_weight": bits_per_weight(bundles[of].folder),
             **{part: getattr(report, part).model_dump() for part in ("prefill", "steps")},
             "rise": report.prefill.perplexity_rise,
             "steps_rise": report.steps.perplexity_rise,
             "ok": report.ok,
         }
-    times = latencies(bundles, options.rounds)
+    times = latencies(
+        {name: (bundles[of], backend) for name, (of, backend) in wanted.items()}, options.rounds
+    )
     for name, measured in times.items():
         rows[name] |= measured
     peers = {} if options.no_peers else read_by_peers(options, checkpoint, decoder, text, console)
@@ -191,15 +209,16 @@ def build(folder: Path, checkpoint: Path, name: str, calibration: Path) -> Any:
     return gap.build(recipe, folder, replace=True)
 
 
-def read(bundle: Any, text: Path, tokens: int, scratch: Path) -> TextReport:
+def read(bundle: Any, backend: str, text: Path, tokens: int, scratch: Path) -> TextReport:
     """By the bundle and by PyTorch, or as it was the last time."""
-    kept = scratch / f"{bundle.folder.name}.text_parity.json"
+    ran = "" if backend == "onnxruntime" else f".{backend.replace(':', '-')}"
+    kept = scratch / f"{bundle.folder.name}{ran}.text_parity.json"
     if kept.exists():
         report = TextReport.model_validate_json(kept.read_text())
         read_before = (report.manifest_sha256, report.source_sha256, report.prefill and report.prefill.tokens)
         if read_before == (bundle.manifest_sha256, sha256_of(text), tokens):
             return report
-    report = gap.validate_text(bundle, text, tokens=tokens, threads=2)
+    report = gap.validate_text(bundle, text, tokens=tokens, backend=backend, threads=2)
     kept.write_text(report.text())
     return report
 
@@ -222,10 +241,12 @@ def bits_per_weight(folder: Path) -> float:
     return bits / elements
 
 
-def latencies(bundles: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+def latencies(bundles: dict[str, tuple[Any, str]], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds to the first token and per token, and their ratios to fp32: medians over requests in turns, two threads."""
     (case,) = cases(1)
-    models = {name: gap.load(bundle, threads=2) for name, bundle in bundles.items()}
+    models = {
+        name: gap.load(bundle, backend=backend, threads=2) for name, (bundle, backend) in bundles.items()
+    }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
@@ -267,17 +288,20 @@ def read_by_peers(
     before = json.loads(kept.read_text()) if kept.exists() else {}
     found = {}
     for name, (script, *arguments) in PEERS.items():
-        made_of = [
-            sha256_of(path) for path in (ids_file, HERE / "peers" / script, decoder / "model.safetensors")
-        ]
+        if name == "transformers bf16" and not BF16_FLAGS & harness.processor_flags():
+            continue
+        files = (ids_file, HERE / "peers" / script, decoder / "model.safetensors")
+        made_of = [*map(sha256_of, files), *arguments]
         if before.get(name, {}).get("made_of") == made_of:
             found[name] = before[name]
             continue
         if not reference.exists():
-            _peer(options.scratch, "text_transformers.py", str(decoder), str(ids_file), str(reference))
+            _peer(
+                options.scratch, "text_transformers.py", str(decoder), str(ids_file), str(reference), "fp32"
+            )
         truth = np.load(reference, mmap_mode="r")
         console.print(f"reading with {name}")
-        source = decoder if script == "text_openvino.py" else checkpoint
+        source = checkpoint if script == "text_llama_cpp.py" else decoder
         said = _peer(options.scratch, script, str(source), str(ids_file), str(logits), *arguments)
         measured = measure(np.load(logits, mmap_mode="r"), truth, ids[1:])
         rise = measured.perplexity_rise

@@ -1,7 +1,7 @@
-"""The decoder in llama.cpp: python llama_cpp_peer.py CHECKPOINT THREADS NEW_TOKENS f32|q8_0 BUNDLE
+"""The decoder in llama.cpp: python llama_cpp_peer.py CHECKPOINT THREADS NEW_TOKENS f32|q8_0|q4_k_m BUNDLE
 
-Its converter knows the tokenizers of published models alone, so the decoder is written to GGUF here, without a tokenizer; `q8_0` is quantised
-by llama.cpp itself. Images go through `vision` and `splice` of an unpruned bundle of ours, and embeddings into llama.cpp.
+Its converter knows the tokenizers of published models alone, so the decoder is written to GGUF here, without a tokenizer; lower precisions are
+quantised by llama.cpp itself. Images go through `vision` and `splice` of an unpruned bundle of ours, and embeddings into llama.cpp.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ from exported_decoder_peer import run
 from gguf_names import AROUND, LAYER
 from request import export_facts, now, request, serve
 from safetensors.numpy import load_file
+
+TYPES = {
+    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
+    "q4_k_s": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S,
+    "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+}
 
 
 def write_gguf(checkpoint: Path, path: Path) -> None:
@@ -74,6 +82,18 @@ def _interleaved(weight: Any, heads: int) -> Any:
     return weight.reshape(heads, 2, rows // heads // 2, inner).swapaxes(1, 2).reshape(rows, inner)
 
 
+def quantised(whole: Path, kind: str, threads: int = 0) -> Path:
+    """Beside a decoder in fp32, one as llama.cpp makes it of that; `f32` is the decoder itself."""
+    if kind == "f32":
+        return whole
+    path = whole.with_name(f"{kind}.gguf")
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.nthread = TYPES[kind], threads
+    if llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(how)):
+        raise SystemExit(f"llama.cpp could not quantise to {kind}")
+    return path
+
+
 class Decoder:
     """A model, its context, and one batch of embeddings."""
 
@@ -123,11 +143,7 @@ def main() -> None:
         began = now()
         path = Path(scratch) / "decoder.gguf"
         write_gguf(checkpoint, path)
-        if kind == "q8_0":
-            whole, path = path, path.with_name("q8_0.gguf")
-            how = llama_cpp.llama_model_quantize_default_params()
-            how.ftype, how.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, int(threads)
-            llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(how))
+        path = quantised(path, kind, int(threads))
         facts = export_facts(began, Path(scratch))
         began = now()
         asked = request(source)
@@ -157,6 +173,7 @@ def main() -> None:
             return readings[0] - began, np.diff(readings).tolist(), tokens
 
         versions = {"llama-cpp-python": version("llama-cpp-python"), "onnxruntime": ort.__version__}
+        facts["compiled_for"] = llama_cpp.llama_print_system_info().decode().strip(" |")
         serve({"versions": versions, **facts}, answer)
 
 

@@ -1,8 +1,9 @@
 """OpenVINO as optimum-intel exports LLaVA to it: vision, embeddings and a decoder with a cache of its own.
 
-python openvino_peer.py CHECKPOINT THREADS NEW_TOKENS fp32|default
+python openvino_peer.py CHECKPOINT THREADS NEW_TOKENS fp32|default|int8|int4
 
-`fp32` asks for arithmetic and cache in fp32, as all others have them. `default` leaves both to OpenVINO.
+`fp32` asks for arithmetic and cache in fp32, as all others have them. `default` leaves both to OpenVINO; so do `int8` and `int4`, whose decoder has weights of
+eight bits, or of four in groups of 32 with zero points, and whose tower and embeddings have eight.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 import torch
+from openvino_weights import FP32, compressed
 from optimum.intel import OVModelForVisualCausalLM
 from request import export_facts, now, request, serve
 from safetensors.torch import load_file, save_file
@@ -44,7 +46,7 @@ def main() -> None:
     new_tokens = int(count)
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     if kind == "fp32":
-        settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        settings |= FP32
     beside = Path(checkpoint).parent
     with tempfile.TemporaryDirectory(dir=beside) as source, tempfile.TemporaryDirectory(dir=beside) as folder:
         renamed = as_it_names_them(Path(checkpoint), Path(source))
@@ -52,6 +54,10 @@ def main() -> None:
         exported = OVModelForVisualCausalLM.from_pretrained(
             renamed, export=True, compile=False, load_in_8bit=False
         )
+        if kind in ("int8", "int4"):
+            for name, part in exported.ov_models.items():
+                low = "int4_asym" if kind == "int4" and name == "lm_model" else "int8"
+                exported.replace_ov_model(part, compressed(part, low, 32))
         exported.save_pretrained(folder)
         facts = export_facts(began, Path(folder))
         del exported

@@ -1,6 +1,6 @@
-"""gap-export in ONNX Runtime: a bundle, as `gap-export run` opens it.
+"""gap-export: a bundle, as `gap-export run` opens it.
 
-python ours.py CHECKPOINT THREADS NEW_TOKENS KEEP POSITIONS PRECISION
+python ours.py CHECKPOINT THREADS NEW_TOKENS KEEP POSITIONS PRECISION BACKEND
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def export(checkpoint: str, folder: str, keep: float, positions: str, precision:
 
 
 def main() -> None:
-    checkpoint, threads, new_tokens, keep, positions, precision = sys.argv[1:]
+    checkpoint, threads, new_tokens, keep, positions, precision, backend = sys.argv[1:]
     with tempfile.TemporaryDirectory(dir=Path(checkpoint).parent) as scratch:
         folder = f"{scratch}/bundle"
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
@@ -51,6 +51,8 @@ def main() -> None:
         from gap_export.bundle.folder import open_bundle
         from gap_export.environment import versions
         from gap_export.evaluation.latency.candidate import Candidate
+        from gap_export.evaluation.latency.cost import cost_of
+        from gap_export.evaluation.latency.record import Device
         from gap_export.inputs.batch import of_one_size
         from gap_export.positions import advance
         from gap_export.runtime.backends import open_session
@@ -58,7 +60,7 @@ def main() -> None:
 
         began = now()
         bundle = open_bundle(Path(folder))
-        session = open_session(bundle, "onnxruntime", threads=int(threads))
+        session = open_session(bundle, backend, threads=int(threads))
         load_s = now() - began
         asked = request(checkpoint)
         visual = bundle.manifest.spec.visual_tokens
@@ -66,7 +68,7 @@ def main() -> None:
 
         def answer() -> tuple[float, list[float], list[int]]:
             began = now()
-            spliced = session.splice(each.input_ids_BT, encode(session, each.batch))
+            spliced = session.splice(each.input_ids_BT, encode(session, each.images))
             turn, logits = (
                 spliced.placement,
                 session.prefill(spliced.embeds, spliced.placement, reserve=int(new_tokens)).logits,
@@ -79,6 +81,9 @@ def main() -> None:
                 readings.append(now())
             return readings[0] - began, np.diff(readings).tolist(), tokens
 
+        unknown = Device(flops_per_second=1.0, bytes_per_second=1.0, threads=int(threads))
+        cost = cost_of(each, each.prompt_slots, each.capacities(int(new_tokens)), unknown)
+        facts["first_token_flops"] = cost.first_token_flops
         serve({"versions": versions(), "load_s": load_s, **facts}, answer)
 
 

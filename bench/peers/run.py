@@ -1,9 +1,9 @@
 """gap-export beside what its users would take instead: one checkpoint, one request, one machine, in turn. See README.md.
 
-    python bench/peers/run.py [--model 135m|shapes] [--peers NAME,...] [--rounds N] [--new-tokens N] [--threads N] [--label TEXT]
+    python bench/peers/run.py [--model 135m|shapes] [--part fp32|best|both] [--peers NAME,...] [--rounds N] [--new-tokens N] [--threads N] [--label TEXT]
 
-Every peer is a process; round after round each answers the same request, in an order drawn anew. The last line printed is the record, also stored in
-bench/results/peers.json.
+Every mode of a part is a process; round after round each answers the same request, in an order drawn anew. The exit code is 0 when all targets were met.
+The last line printed is the record, also stored in bench/results/peers.json (peers_shapes.json).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -33,37 +34,23 @@ import environment  # noqa: E402
 import harness  # noqa: E402
 import ours  # noqa: E402
 from harness import LLAVA_135M, ensure_checkpoint  # noqa: E402
-
-from gap_export.evaluation.latency.measure import ratio  # noqa: E402
+from modes import BUNDLE, PARTS, Mode, losses, skipped  # noqa: E402
+from targets import (  # noqa: E402
+    MOST_KL,
+    QUANTITIES,
+    Part,
+    Row,
+    Span,
+    Target,
+    counted,
+    interval,
+    targets_of,
+)
 
 SHAPES = HERE.parents[1] / "gap_export" / "checkpoint" / "assets" / "llava-shapes"
-BUNDLE = "BUNDLE"
-"""Stands for an unpruned bundle of ours: the tower of peers that export none."""
-PEERS: dict[str, list[str]] = {
-    "gap@0.25": ["ours.py", "0.25", "gap", "fp32"],
-    "shifted@0.25": ["ours.py", "0.25", "shifted", "fp32"],
-    "ours@1.0": ["ours.py", "1.0", "gap", "fp32"],
-    "transformers eager": ["transformers_peer.py", "eager"],
-    "transformers sdpa": ["transformers_peer.py", "sdpa"],
-    "transformers compile": ["transformers_peer.py", "compile"],
-    "transformers exporter": ["exported_decoder_peer.py", "transformers", BUNDLE],
-    "mobius": ["exported_decoder_peer.py", "mobius", BUNDLE],
-    "openvino": ["openvino_peer.py", "fp32"],
-    "llama.cpp": ["llama_cpp_peer.py", "f32", BUNDLE],
-}
-"""Name -> script and its own arguments."""
-BY_CHOICE: dict[str, list[str]] = {
-    "ours int8@1.0": ["ours.py", "1.0", "gap", "int8"],
-    "ours int8@0.25": ["ours.py", "0.25", "gap", "int8"],
-    "openvino default": ["openvino_peer.py", "default"],
-    "llama.cpp q8_0": ["llama_cpp_peer.py", "q8_0", BUNDLE],
-}
-"""Not in fp32: run when they are named."""
-ELSEWHERE = ("mobius", "openvino", "openvino default", "llama.cpp", "llama.cpp q8_0")
-"""In the environment that environment.py makes."""
-OURS = ("gap@0.25", "shifted@0.25", "ours@1.0", "ours int8@1.0", "ours int8@0.25")
-BASE = "ours@1.0"
-"""What others are compared with at an equal number of tokens."""
+WARM_UP = 3
+REFERENCE = "ours@1.0"
+"""What others' tokens are compared with, where it runs."""
 
 
 said_last: dict[str, deque[str]] = {}
@@ -88,72 +75,128 @@ class Peer:
 
 def main() -> int:
     parser = harness.parser_of(__doc__, scratch=True)
-    parser.add_argument(
-        "--peers", default=",".join(PEERS), help=f"names, separated by commas; also {', '.join(BY_CHOICE)}"
-    )
+    parser.add_argument("--part", choices=(*PARTS, "both"), default="both")
+    names = sorted({mode.name for modes in PARTS.values() for mode in modes})
+    parser.add_argument("--peers", help=f"these alone, separated by commas: {', '.join(names)}")
     parser.add_argument("--model", choices=("135m", "shapes"), default="135m")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if options.rounds < 1 or options.new_tokens < 2:
+        parser.error("--rounds must be at least 1, and --new-tokens 2")
     console = Console(stderr=True)
-    names = options.peers.split(",")
-    _require(names, options.scratch)
+    flags = harness.processor_flags()
+    chosen = _chosen(list(PARTS) if options.part == "both" else [options.part], options.peers, names)
+    left_out = {part: skipped(modes, flags) for part, modes in chosen.items()}
+    running = {
+        part: [mode for mode in modes if mode.name not in left_out[part]] for part, modes in chosen.items()
+    }
+    real_weights = json.loads((harness.RESULTS / "real_weights.json").read_text())
+    kl = {part: losses(modes, real_weights) for part, modes in running.items()}
+    _require([mode for modes in running.values() for mode in modes], options.scratch, flags)
     if options.model == "shapes":
         checkpoint = Path(shutil.copytree(SHAPES, options.scratch / SHAPES.name, dirs_exist_ok=True))
     else:
         checkpoint, _ = ensure_checkpoint(options.scratch / "llava-135m", LLAVA_135M)
-    peers = []
+    if any(BUNDLE in mode.command for modes in running.values() for mode in modes):
+        console.print("building an unpruned bundle")
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
+            whole = str(options.scratch / "whole")
+            builder.submit(ours.export, str(checkpoint), whole, 1.0, "gap", "fp32").result()
+    parts = {}
+    for part, modes in running.items():
+        parts[part] = _measured(part, modes, kl[part], left_out[part], checkpoint, options, console)
+        _print(part, parts[part])
+    measured = {
+        "rounds": options.rounds,
+        "new_tokens": options.new_tokens,
+        "threads": options.threads,
+        "most_kl": MOST_KL,
+        "parts": {part: found.model_dump(exclude_none=True) for part, found in parts.items()},
+    }
+    met = all(target.met for found in parts.values() for target in found.targets)
+    name = "peers" if options.model == "135m" else "peers_shapes"
+    return harness.finish(name, measured, label=options.label, ok=met)
+
+
+def _chosen(parts: list[str], peers: str | None, known: list[str]) -> dict[str, list[Mode]]:
+    """Modes of every part, all or those that are named."""
+    names = known if peers is None else peers.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"{', '.join(unknown)}: no such peer; there are {', '.join(known)}")
+    chosen = {part: [mode for mode in PARTS[part] if mode.name in names] for part in parts}
+    if empty := [part for part, modes in chosen.items() if not modes]:
+        raise SystemExit(f"none of --peers answers in part {', '.join(empty)}: choose another --part")
+    return chosen
+
+
+def _measured(
+    part: str,
+    modes: list[Mode],
+    kl: dict[str, float],
+    left_out: dict[str, str],
+    checkpoint: Path,
+    options: argparse.Namespace,
+    console: Console,
+) -> Part:
+    """Start all modes of a part, let them answer in turns, and stop them."""
+    peers: list[Peer] = []
+    rows: dict[str, list[dict[str, Any]]] = {mode.name: [] for mode in modes}
     try:
-        if any(BUNDLE in (PEERS | BY_CHOICE)[name] for name in names):
-            console.print("building an unpruned bundle")
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as builder:
-                whole = str(options.scratch / "whole")
-                builder.submit(ours.build, str(checkpoint), whole, 1.0, "gap", "fp32").result()
-        for name in names:
-            console.print(f"starting {name}")
-            peers.append(_started(name, checkpoint, options))
-        order, samples = np.random.default_rng(0), {peer.name: [] for peer in peers}
-        for number in track(range(-3, options.rounds), "answering", console=console):
+        for mode in modes:
+            console.print(f"{part}: starting {mode.name}")
+            peers.append(_started(mode, checkpoint, options))
+        order = np.random.default_rng(0)
+        for number in track(range(-WARM_UP, options.rounds), f"{part}: answering", console=console):
             for place in order.permutation(len(peers)):
                 row = peers[place].ask()
                 if number >= 0:
-                    samples[peers[place].name].append(row)
+                    rows[peers[place].name].append(row)
         for peer in peers:
             peer.facts["peak_rss_bytes"] = peer.ask("stop")["peak_rss_bytes"]
             peer.process.wait(timeout=60)  # it removes what it exported
     finally:
         for peer in peers:
             peer.process.kill()
-    rows = {peer.name: {**peer.facts, **_figures(samples[peer.name])} for peer in peers}
-    ratios = {
-        f"{one} / {other}": {
-            quantity: _ratio(samples[one], samples[other], quantity) for quantity in ("ttft_ms", "tpot_ms")
-        }
-        for one in rows
-        for other in rows
-        if one != other and other in OURS and (one not in OURS or other in (BASE, "shifted@0.25"))
+    samples = {
+        name: {quantity: [row[quantity] for row in found] for quantity in QUANTITIES}
+        for name, found in rows.items()
     }
-    _print(rows, ratios)
-    tokens = {name: samples[name][0]["tokens"] for name in rows}
-    measured = {
-        "rounds": options.rounds,
-        "new_tokens": options.new_tokens,
-        "threads": options.threads,
-        "rows": rows,
-        "ratios": ratios,
-        "same_tokens_as_ours": {name: made == tokens.get(BASE) for name, made in tokens.items()},
-    }
-    return harness.finish(
-        "peers" if options.model == "135m" else "peers_shapes", measured, label=options.label, ok=True
+    facts = {peer.name: peer.facts for peer in peers}
+    tokens = {name: found[0]["tokens"] for name, found in rows.items()}
+    reference = tokens.get(REFERENCE, tokens.get("ours fp32@1.0"))
+    return Part(
+        rows={name: Row(**facts[name], **_figures(found), kl=kl[name]) for name, found in rows.items()},
+        counted=counted(kl),
+        skipped=left_out,
+        same_tokens_as_ours={name: made == reference for name, made in tokens.items()},
+        ratios=_ratios(modes, samples),
+        targets=targets_of(
+            part, modes, kl, samples, lambda name: facts[name].get("first_token_flops"), options.new_tokens
+        ),
     )
 
 
-def _started(name: str, checkpoint: Path, options: argparse.Namespace) -> Peer:
-    script, *arguments = (PEERS | BY_CHOICE)[name]
+def _ratios(modes: list[Mode], samples: dict[str, Any]) -> dict[str, Any]:
+    """Of every peer and every one of ours, and among ours those that differ in `keep` or in positions alone from the first unpruned one."""
+    base = next((mode.name for mode in modes if mode.ours and mode.keep == 1.0), None)
+    pairs = [(one, other) for one in modes for other in modes if other.ours and one.name != other.name]
+    return {
+        f"{one.name} / {other.name}": {
+            quantity: interval(samples[one.name][quantity], samples[other.name][quantity])
+            for quantity in QUANTITIES
+        }
+        for one, other in pairs
+        if not one.ours or other.name in (base, "shifted@0.25")
+    }
+
+
+def _started(mode: Mode, checkpoint: Path, options: argparse.Namespace) -> Peer:
+    name, (script, *arguments) = mode.name, mode.command
     arguments = [str(options.scratch / "whole") if each == BUNDLE else each for each in arguments]
     command = [
-        str(environment.python_of(options.scratch)) if name in ELSEWHERE else sys.executable,
+        str(environment.python_of(options.scratch)) if mode.elsewhere else sys.executable,
         str(HERE / script),
         str(checkpoint),
         str(options.threads),
@@ -185,55 +228,87 @@ def _line_of(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(line)
             return found
     code = process.wait()
+    if code == -signal.SIGILL:
+        raise SystemExit(
+            f"{name} met an instruction that this processor does not have: compile it here, with `python bench/peers/environment.py`"
+        )
     raise SystemExit(f"{name} ended with exit code {code}:\n{''.join(said_last[name])}")
 
 
-def _require(names: list[str], scratch: Path) -> None:
-    unknown = [name for name in names if name not in PEERS | BY_CHOICE]
-    if unknown:
-        raise SystemExit(f"{', '.join(unknown)}: no such peer; there are {', '.join(PEERS | BY_CHOICE)}")
-    missing = [name for name in names if name in ELSEWHERE]
-    if missing and not environment.python_of(scratch).exists():
+def _require(modes: list[Mode], scratch: Path, flags: frozenset[str]) -> None:
+    elsewhere = sorted({mode.name for mode in modes if mode.elsewhere})
+    if elsewhere and not environment.python_of(scratch).exists():
         raise SystemExit(
-            f"{', '.join(missing)} need an environment of their own: run `python bench/peers/environment.py`, "
+            f"{', '.join(elsewhere)} need an environment of their own: run `python bench/peers/environment.py`, "
             "or name others with --peers"
         )
+    if any(name.startswith("llama.cpp") for name in elsewhere):
+        lacking = environment.instructions_lacking(environment.system_info(scratch), flags)
+        if lacking:
+            raise SystemExit(
+                f"llama.cpp was compiled with {', '.join(lacking)}, which this processor does not have: "
+                "run `python bench/peers/environment.py`, which compiles it here"
+            )
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    figures = {}
-    for quantity in ("ttft_ms", "tpot_ms"):
-        values = [row[quantity] for row in rows]
-        p50, p90 = np.percentile(values, (50, 90))
-        figures[quantity] = {"p50": round(float(p50), 3), "p90": round(float(p90), 3)}
+    figures: dict[str, Any] = {}
+    for quantity in QUANTITIES:
+        p50, p90 = np.percentile([row[quantity] for row in rows], (50, 90))
+        figures[quantity] = Span(p50=round(float(p50), 3), p90=round(float(p90), 3))
     steps = np.median([row["steps_ms"] for row in rows], axis=0)
     half = len(steps) // 2
-    figures["late_over_early_steps"] = round(float(np.median(steps[half:]) / np.median(steps[:half])), 4)
+    late, early = np.median(steps[half:]), np.median(steps[:half]) if half else np.median(steps)
+    figures["late_over_early_steps"] = round(float(late / early), 4)
     return figures
 
 
-def _ratio(one: list[dict[str, Any]], other: list[dict[str, Any]], quantity: str) -> list[float]:
-    """[ratio of medians, low, high]: 95 % of resampled rounds, drawn in pairs."""
-    first, second = (np.array([row[quantity] for row in rows]) for rows in (one, other))
-    found = ratio("one", "other", quantity, first, second)
-    return [found.ratio, found.low, found.high]
-
-
-def _print(rows: dict[str, Any], ratios: dict[str, Any]) -> None:
-    console = Console(width=120)
-    table = Table("peer", "TTFT ms (p90)", "TPOT ms (p90)", "peak MB", "export s", "export MB", "written MB")
-    for name, row in rows.items():
-        spans = [f"{row[q]['p50']:.1f} ({row[q]['p90']:.1f})" for q in ("ttft_ms", "tpot_ms")]
-        export = [row.get("export_s"), row.get("export_peak_rss_bytes"), row.get("written_bytes")]
-        units = (1, 1e6, 1e6)
-        cells = ["-" if v is None else f"{v / unit:.1f}" for v, unit in zip(export, units, strict=True)]
-        table.add_row(name, *spans, f"{row['peak_rss_bytes'] / 1e6:.0f}", *cells)
-    console.print(table)
-    for name, quantities in ratios.items():
+def _print(part: str, found: Part) -> None:
+    console = Console(width=130)
+    console.print(_table(f"{part}: KL from fp32 at most {MOST_KL}", found, found.counted))
+    others = [name for name in found.rows if name not in found.counted]
+    if others:
+        console.print(_table(f"{part}: further from fp32, and nobody's best", found, others))
+    for name, why in found.skipped.items():
+        console.print(f"{name} did not run: {why}", highlight=False)
+    for name, quantities in found.ratios.items():
         words = ", ".join(
             f"{q[:4].upper()} {v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})" for q, v in quantities.items()
         )
         console.print(f"{name}: {words}", highlight=False)
+    for target in found.targets:
+        console.print(_in_words(target), highlight=False)
+
+
+def _in_words(target: Target) -> str:
+    return (
+        f"{'met' if target.met else 'MISSED'}: {target.name}, {target.quantity[:4].upper()}, {target.peer} / {target.ours}: "
+        f"{target.ratio:.2f} ({target.low:.2f} to {target.high:.2f}), needed {target.at_least:.2f} and {target.low_at_least:.2f}"
+    )
+
+
+def _table(title: str, found: Part, names: list[str]) -> Table:
+    table = Table(
+        "",
+        "TTFT ms (p90)",
+        "TPOT ms (p90)",
+        "KL",
+        "peak MB",
+        "export s",
+        "export MB",
+        "written MB",
+        title=title,
+    )
+    for name in names:
+        row = found.rows[name]
+        spans = [f"{span.p50:.1f} ({span.p90:.1f})" for span in (row.ttft_ms, row.tpot_ms)]
+        export = (row.export_s, row.export_peak_rss_bytes, row.written_bytes)
+        cells = [
+            "-" if value is None else f"{value / unit:.1f}"
+            for value, unit in zip(export, (1, 1e6, 1e6), strict=True)
+        ]
+        table.add_row(name, *spans, f"{row.kl:.4f}", f"{row.peak_rss_bytes / 1e6:.0f}", *cells)
+    return table
 
 
 if __name__ == "__main__":

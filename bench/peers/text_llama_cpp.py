@@ -12,15 +12,7 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
-from llama_cpp_peer import write_gguf
-
-TYPES = {
-    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-    "q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
-    "q4_k_s": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S,
-    "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-}
+from llama_cpp_peer import quantised, write_gguf
 
 
 def bits_per_weight(path: Path) -> float:
@@ -38,12 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path(logits_file).parent) as scratch:
         path = Path(scratch) / "f32.gguf"
         write_gguf(Path(checkpoint), path)
-        if kind != "f32":
-            whole, path = path, path.with_name(f"{kind}.gguf")
-            how = llama_cpp.llama_model_quantize_default_params()
-            how.ftype = TYPES[kind]
-            if llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(how)):
-                raise SystemExit(f"llama.cpp could not quantise to {kind}")
+        path = quantised(path, kind)
         bits = bits_per_weight(path)
         model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()

@@ -1,6 +1,7 @@
-"""Logits of a text in OpenVINO: python text_openvino.py DECODER IDS.npy LOGITS.npy f32|int8|int4_sym|int4_asym GROUP
+"""Logits of a text in OpenVINO: python text_openvino.py DECODER IDS.npy LOGITS.npy f32|int8|int4_sym|int4_asym GROUP [default]
 
-DECODER is a Llama as transformers stores it; weights are compressed by NNCF's defaults, in groups of GROUP (0: one scale per row).
+DECODER is a Llama as transformers stores it; weights are compressed by NNCF's defaults, in groups of GROUP (0: one scale per row). Arithmetic and cache
+are in fp32, or with `default` what OpenVINO chooses.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ import nncf
 import numpy as np
 import openvino
 import torch
+from openvino_weights import FP32, compressed
 from optimum.intel import OVModelForCausalLM
 
-MODES = {
-    "int8": nncf.CompressWeightsMode.INT8_ASYM,
-    "int4_sym": nncf.CompressWeightsMode.INT4_SYM,
-    "int4_asym": nncf.CompressWeightsMode.INT4_ASYM,
-}
 _LOW = ("i8", "u8", "i4", "u4")
 
 
@@ -40,21 +37,18 @@ def bits_per_weight(model: Any) -> float:
 
 
 def main() -> None:
-    decoder, ids_file, logits_file, kind, group = sys.argv[1:]
+    decoder, ids_file, logits_file, kind, group, *chosen = sys.argv[1:]
     ids = torch.from_numpy(np.load(ids_file))[None]
     with tempfile.TemporaryDirectory(dir=Path(logits_file).parent) as folder:
         exported = OVModelForCausalLM.from_pretrained(decoder, export=True, compile=False, load_in_8bit=False)
         if kind != "f32":
-            sized = {} if kind == "int8" else {"group_size": int(group) or -1, "ratio": 1.0}
-            exported.model = nncf.compress_weights(exported.model, mode=MODES[kind], **sized)
+            exported.model = compressed(exported.model, kind, int(group))
         bits = bits_per_weight(exported.model)
         exported.save_pretrained(folder)
         del exported
-        settings = {
-            "INFERENCE_NUM_THREADS": "2",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
-        }
+        settings = {"INFERENCE_NUM_THREADS": "2", "PERFORMANCE_HINT": "LATENCY"}
+        if not chosen:
+            settings |= FP32
         model = OVModelForCausalLM.from_pretrained(folder, ov_config=settings)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]

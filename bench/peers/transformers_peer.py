@@ -1,6 +1,6 @@
-"""transformers in PyTorch, fp32: eager, sdpa, or compiled with a static cache.
+"""transformers in PyTorch: in fp32 eager, sdpa, or compiled with a static cache; or sdpa in bf16.
 
-python transformers_peer.py CHECKPOINT THREADS NEW_TOKENS eager|sdpa|compile
+python transformers_peer.py CHECKPOINT THREADS NEW_TOKENS eager|sdpa|compile|bf16
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ def main() -> None:
     new_tokens = int(count)
     torch.set_num_threads(int(threads))
     began = now()
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     attention = "eager" if kind == "eager" else "sdpa"
     model = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+        checkpoint, dtype=dtype, attn_implementation=attention, local_files_only=True
     ).eval()
     load_s = now() - began
     asked = request(checkpoint)
-    pixels, input_ids = torch.from_numpy(asked.pixels), torch.from_numpy(asked.expanded_ids)
+    pixels, input_ids = torch.from_numpy(asked.pixels).to(dtype), torch.from_numpy(asked.expanded_ids)
     length = input_ids.shape[1]
     # The prompt runs as it is; compiled are the calls with one token, whose shapes do not change.
     step = (

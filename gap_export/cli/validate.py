@@ -26,7 +26,7 @@ from gap_export.cli.options import (
 from gap_export.cli.progress import progress_shown
 from gap_export.errors import InputError
 
-_OF_SCENES = ("limit", "keep", "text_tower", "batch", "device", "precision_hint", "provider")
+_OF_SCENES = ("limit", "keep", "text_tower", "batch")
 
 
 def validate(
@@ -58,8 +58,9 @@ def validate(
     import gap_export as gap
 
     if text is not None:
-        _check_options_of_text(context, backend)
-        _validate_text(bundle, text, tokens, checkpoint, threads, as_json)
+        _check_options_of_text(context)
+        chosen = runtime_of(backend, device, precision_hint, provider, bundle)
+        _validate_text(bundle, text, tokens, chosen, checkpoint, threads, as_json)
     if tokens is not None:
         raise InputError("belongs to a text", subject="--tokens", hint="name one with --text")
     with progress_shown() as progress:
@@ -83,7 +84,7 @@ def validate(
     raise typer.Exit(0 if report.ok else 1)
 
 
-def _check_options_of_text(context: typer.Context, backend: str) -> None:
+def _check_options_of_text(context: typer.Context) -> None:
     """Refuse what would be ignored: scenes and a text are two measurements."""
     for name in _OF_SCENES:
         source = context.get_parameter_source(name)
@@ -93,16 +94,16 @@ def _check_options_of_text(context: typer.Context, backend: str) -> None:
                 subject=f"--{name.replace('_', '-')}",
                 hint="leave it out, or leave out --text",
             )
-    if backend != "onnxruntime":
-        raise InputError(
-            "cannot be measured on a text: only ONNX Runtime gives the logits of every token",
-            subject=f"--backend {backend}",
-            hint="leave out --backend",
-        )
 
 
 def _validate_text(
-    bundle: Path, text: Path, tokens: int | None, checkpoint: Path | None, threads: int, as_json: bool
+    bundle: Path,
+    text: Path,
+    tokens: int | None,
+    backend: str,
+    checkpoint: Path | None,
+    threads: int,
+    as_json: bool,
 ) -> NoReturn:
     import gap_export as gap
 
@@ -111,6 +112,7 @@ def _validate_text(
             bundle,
             text,
             **({} if tokens is None else {"tokens": tokens}),
+            backend=backend,
             checkpoint=checkpoint,
             threads=threads,
             progress=progress,

@@ -1,4 +1,4 @@
-"""Logits of a text, fed as it stands (teacher forcing): by a bundle in ONNX Runtime, and by the PyTorch model that it was built from.
+"""Logits of a text, fed as it stands (teacher forcing): by a bundle, and by the PyTorch model that it was built from.
 
 Both take the first tokens in one call and the following ones one by one, over one cache: a fault of long calls shows in the first alone.
 
@@ -7,7 +7,7 @@ Shape letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from gap_export.positions import Ids, Placement
 from gap_export.runtime.onnxruntime_package import ort
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.ort_cache import Layout
+from gap_export.runtime.providers import Provider
 
 Renumber = Callable[[Ids], Ids]
 """Position ids [T] -> others, for negative controls."""
@@ -45,17 +46,27 @@ class Scorer(Protocol):
 
 
 class BundleScorer(OnnxRuntimeSession):
-    """The embedding and the decoder of a bundle; a decoder that drops tokens takes one token per call.
+    """The embedding and the decoder of a bundle in ONNX Runtime; a decoder that drops tokens takes one token per call.
 
     Args:
         bundle: opened and verified.
         threads: of ONNX Runtime; 0 lets it choose.
+        device: that it computes on.
+        providers: that compute there.
         renumber: what position ids become, for negative controls.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, renumber: Renumber | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        device: str = "cpu",
+        providers: Sequence[Provider] = (),
+        renumber: Renumber | None = None,
+    ) -> None:
         decoder = "decode" if bundle.manifest.pruning.stages else "decoder"
-        super().__init__(bundle, threads=threads, only=("embed", decoder))
+        super().__init__(bundle, threads=threads, only=("embed", decoder), device=device, providers=providers)
         self.renumber = renumber
 
     def start(self, tokens: int) -> None:
@@ -66,11 +77,16 @@ class BundleScorer(OnnxRuntimeSession):
 
     def read(self, token_ids_T: Ids, first: int) -> Logits:
         """As `Scorer.read`."""
-        manifest, count = self._bundle.manifest, len(token_ids_T)
+        (embeds,) = self._run("embed", {"input_ids": token_ids_T[None]})
+        return self._call(embeds, self._placed(first, len(token_ids_T)))
+
+    def _placed(self, first: int, count: int) -> Placement:
+        """Ids and slots of so many tokens, from number `first` of the text on."""
+        manifest = self._bundle.manifest
         ids_T = np.arange(first, first + count, dtype=np.int64)
         ids_BS = (ids_T if self.renumber is None else self.renumber(ids_T))[None]
         slot = np.array([first], np.int64)
-        placement = Placement(
+        return Placement(
             position_ids=np.stack([ids_BS] * 3) if manifest.spec.position_rows == 3 else ids_BS,
             write_index=slot,
             last_index=np.array([count - 1], np.int64),
@@ -79,12 +95,16 @@ class BundleScorer(OnnxRuntimeSession):
             image_slots=np.zeros((1, manifest.prompt.images, 2), np.int64),
             stage_write_index=(slot,) * max(0, len(manifest.pruning.stages) - 1),
         )
-        (embeds,) = self._run("embed", {"input_ids": token_ids_T[None]})
-        logits_TV = np.empty((count, manifest.spec.vocabulary), np.float32)
-        graph = self._token_graph
-        numbers, outputs = placement.decoder_inputs(), {"logits": logits_TV}
-        self._execute(graph, self._decoder_binding(graph, self._cache.views(), embeds, numbers, outputs))
-        return logits_TV
+
+    def _call(self, embeds: Any, placement: Placement) -> Logits:
+        """Call the decoder once: [T, V], of all its tokens."""
+        memory, shape = self._memory, (placement.position_ids.shape[-1], self._model.vocabulary)
+        logits = memory.zeros(shape, "float32")
+        binding = self._decoder_binding(
+            self._token_graph, self._cache.views(), embeds, placement.decoder_inputs(), {"logits": logits}
+        )
+        self._execute(self._token_graph, binding)
+        return memory.read(logits)
 
     def _model_of(self, name: str, options: ort.SessionOptions) -> str | bytes:
         if name != "decoder":

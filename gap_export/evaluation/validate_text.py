@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gap_export import bounds
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
-from gap_export.errors import BundleError, InputError
+from gap_export.errors import BundleError, InputError, MissingRequirementError
 from gap_export.evaluation.bundle_reports import TEXT_PARITY, check_reports_can_be_written
 from gap_export.evaluation.text_parity import CONTROL, TextReport, judge, measure
 from gap_export.files import kinds, read_text
@@ -27,13 +27,17 @@ from gap_export.inputs.prompt import encode_prose
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.pipeline.build import RANDOM
 from gap_export.positions import Ids
+from gap_export.precision import hinted_gates
 from gap_export.progress import SILENT, Progress
+from gap_export.runtime.backends import Runtime, row, runtime
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.scoring import Scorer
+    from gap_export.evaluation.scoring import BundleScorer, Scorer
 
 DEFAULT_TOKENS, STEPS = 512, 256
 """Tokens of the first call where nothing else is said, and of those that follow one by one."""
+_BACKENDS = ("onnxruntime", "openvino")
+"""Those whose decoder can be had with the logits of every token."""
 
 
 def validate_text(
@@ -41,22 +45,25 @@ def validate_text(
     text: Path | str,
     *,
     tokens: int = DEFAULT_TOKENS,
+    backend: str = "onnxruntime",
     checkpoint: Path | None = None,
     threads: int = 0,
     progress: Progress = SILENT,
 ) -> TextReport:
     """Bundle and text to a report, which is also stored among the reports of the bundle.
 
-    The bundle's own decoder graph is run in ONNX Runtime, with the choice of one row taken out in memory: the text's first tokens in one
-    call, and 256 more one by one. A decoder that drops tokens reads all of them one by one.
+    The bundle's own decoder graph is run with the choice of one row taken out: the text's first tokens in one call, and 256 more one by
+    one. A decoder that drops tokens reads all of them one by one.
 
     Args:
         bundle: opened, or its folder; every file is verified.
         text: a file in UTF-8, prose in a language that the model knows.
         tokens: of the first call. Where the bundle's cache, or what the model was trained for, ends before the text does, it is fewer: at
             least half of what is left, or 256, are read one by one.
+        backend: what runs the bundle, `onnxruntime` or `openvino` with a device or a type of activations (`openvino:bf16`), which reads the
+            first call; see `runtime/backends.py`.
         checkpoint: where the weights lie; by default where the bundle was built from.
-        threads: of ONNX Runtime; 0 lets it choose.
+        threads: on the CPU; 0 lets the runtime choose.
         progress: told of every stage and every token.
 
     Returns:
@@ -67,15 +74,20 @@ def validate_text(
         GapExportError: something could not be run.
     """
     check_build_extra("validating a bundle")
-    from gap_export.evaluation.scoring import BundleScorer, ReferenceScorer
+    from gap_export.evaluation.scoring import ReferenceScorer
     from gap_export.runtime.ort_graph import check_kernels
     from gap_export.runtime.torch.reference import open_model_of
 
     bounds.check(tokens=tokens, threads=threads)
+    chosen = runtime(backend)
     bundle = open_bundle(bundle, every_hash=True)
     check_reports_can_be_written(bundle, TEXT_PARITY)
-    check_kernels(bundle)
+    _check_backend(bundle, chosen)
+    if chosen.device == "cpu" and not chosen.providers:
+        check_kernels(bundle)
     manifest = bundle.manifest
+    # Gates that somebody chose hold whatever runs the bundle.
+    thresholds = manifest.gates if manifest.recipe.gates else hinted_gates(manifest.gates, chosen.hint)
     if manifest.checkpoint == RANDOM and checkpoint is None:
         raise BundleError(
             "holds random weights, which predict nothing",
@@ -91,8 +103,8 @@ def validate_text(
         ReferenceScorer(model, position_rows=manifest.spec.position_rows), ids_T, prefilled, progress
     )
     del model
-    progress.stage("reading with onnxruntime")
-    with BundleScorer(bundle, threads=threads) as scorer:
+    progress.stage(f"reading with {chosen}")
+    with _open_scorer(bundle, chosen, threads) as scorer:
         mine = _read(scorer, ids_T, prefilled, progress)
         progress.stage(f"negative control: {CONTROL}")
         scorer.renumber = lambda ids: ids // 2
@@ -101,15 +113,15 @@ def validate_text(
     for name, part in _parts(len(ids_T), prefilled).items():
         found = measure(mine[part], reference[part], _next(ids_T, part))
         measured.append(found)
-        gates += judge(name, found, manifest.gates)
+        gates += judge(name, found, thresholds)
     part = slice(0, len(few))
-    missed = judge(CONTROL, measure(wrong, reference[part], _next(ids_T, part)), manifest.gates)
+    missed = judge(CONTROL, measure(wrong, reference[part], _next(ids_T, part)), thresholds)
     caught = not all(gate.passed for gate in missed)
     report = TextReport(
         ok=caught and all(gate.passed for gate in gates),
         manifest_sha256=bundle.manifest_sha256,
         bundle=manifest.name,
-        backend=BundleScorer.backend,
+        backend=str(chosen),
         precision=manifest.precision,
         source=Path(text).name,
         source_sha256=hashlib.sha256(content.encode()).hexdigest(),
@@ -121,6 +133,38 @@ def validate_text(
     )
     report.write(bundle.reports / TEXT_PARITY)
     return report
+
+
+def _check_backend(bundle: Bundle, chosen: Runtime) -> None:
+    if chosen.backend not in _BACKENDS:
+        raise InputError(
+            f"cannot be measured on a text: only {' and '.join(_BACKENDS)} give the logits of every token",
+            subject=f"--backend {chosen}",
+            hint="leave out --backend, or choose one of them",
+        )
+    if chosen.backend != "onnxruntime" and bundle.manifest.pruning.stages:
+        raise InputError(
+            f"reads no text of its own: {bundle.manifest.pruning.pruner} drops tokens between layers, so a text is read token by token, "
+            "which ONNX Runtime does",
+            subject=f"--backend {chosen}",
+            hint="leave out --backend",
+        )
+
+
+def _open_scorer(bundle: Bundle, chosen: Runtime, threads: int) -> BundleScorer:
+    from gap_export.evaluation.scoring import BundleScorer
+
+    if chosen.backend == "onnxruntime":
+        return BundleScorer(bundle, threads=threads, device=chosen.device, providers=chosen.providers)
+    try:
+        from gap_export.evaluation.openvino_scoring import OpenVINOScorer
+    except ImportError as error:
+        raise MissingRequirementError(
+            f"is needed for backend {chosen} and not installed",
+            subject=error.name or str(error),
+            hint=f"pip install '{row(chosen.backend).requirement}'",
+        ) from error
+    return OpenVINOScorer(bundle, chosen, threads=threads)
 
 
 def _tokens_of(bundle: Bundle, content: str, subject: str, tokens: int) -> tuple[Ids, int]:

@@ -22,7 +22,7 @@ from gap_export.bundle.spec import GraphName
 from gap_export.errors import SessionWarning
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
-from gap_export.runtime.openvino_graph import OpenVINOGraph, open_core
+from gap_export.runtime.openvino_graph import OpenVINOGraph, device_name, open_core
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.ort_graph import check_kernels
 from gap_export.runtime.session import (
@@ -70,7 +70,7 @@ class OpenVINOSession(Lifetime):
         self.capacities = manifest.cache_layout.capacities
         self._manifest = manifest
         self._prompt_graph: GraphName = "prefill" if manifest.pruning.stages else "decoder"
-        named = device.upper().replace(":", ".")
+        named = device_name(device)
         core = open_core(named, threads)
         names: list[GraphName] = ["splice", self._prompt_graph]
         decoding: list[GraphName] = ["embed", "decode" if manifest.pruning.stages else "decoder"]

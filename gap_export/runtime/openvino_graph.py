@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ _FLOATING = (*_PRODUCTS, "RMS", "MVN", "RoPE")
 """What the CPU plug-in calls matrix products, and further layers that compute in a floating type whatever weights are stored in."""
 _SLOTS_AXIS = 2
 """Of a cache [batch, heads, slots, head size]."""
+
+
+def device_name(device: str) -> str:
+    """What OpenVINO calls a device: `gpu:1` is `GPU.1`."""
+    return device.upper().replace(":", ".")
 
 
 def open_core(device: str, threads: int) -> ov.Core:
@@ -62,13 +68,23 @@ class OpenVINOGraph:
         core: of the session, with the operator that is added.
         device: as OpenVINO calls it.
         hint: type of activations: f32, bf16 or f16.
+        path: another file with the inputs and outputs of that graph, beside the same weights, in the place of the bundle's.
 
     Raises:
         SessionError: OpenVINO refuses the graph, or computes in another type than was asked for.
     """
 
-    def __init__(self, bundle: Bundle, name: GraphName, core: ov.Core, device: str, hint: str) -> None:
-        path, self._spec = bundle.graph_path(name), bundle.manifest.graphs[name].spec
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: GraphName,
+        core: ov.Core,
+        device: str,
+        hint: str,
+        *,
+        path: Path | None = None,
+    ) -> None:
+        path, self._spec = path or bundle.graph_path(name), bundle.manifest.graphs[name].spec
         try:
             model = core.read_model(path)
             compiled = core.compile_model(

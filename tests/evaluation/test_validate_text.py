@@ -120,6 +120,51 @@ def test_rounded_weights_read_nearly_as_pytorch(
     assert {name.partition(": ")[2] for name in failed(report)} <= may_miss
 
 
+def test_openvino_reads_the_first_call_and_hands_its_cache_over(
+    tiny_bundle: BuildBundle,
+    copy: Callable[[Bundle], Bundle],
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    openvino_graph = pytest.importorskip("gap_export.runtime.openvino_graph")
+    calls: list[tuple[int, ...]] = []
+    run = openvino_graph.OpenVINOGraph.run
+
+    def counted(self: Any, inputs: Any, outputs: Any) -> Any:
+        calls.append(inputs["inputs_embeds"].shape)
+        return run(self, inputs, outputs)
+
+    monkeypatch.setattr(openvino_graph.OpenVINOGraph, "run", counted)
+    bundle = copy(tiny_bundle())
+    report, told = report_of(bundle, text, tokens=40, backend="openvino")
+    assert report.ok, report
+    assert [shape[:2] for shape in calls] == [(1, 40), (1, 40)], "once as it is, once with ids halved"
+    assert report.backend == "openvino"
+    assert "reading with openvino" in told.messages
+    assert sorted(path.name for path in bundle.reports.iterdir()) == [TEXT_PARITY]
+
+    def elsewhere(self: Any, inputs: Any, outputs: Any) -> Any:
+        return run(
+            self,
+            inputs,
+            {name: array + 0 for name, array in outputs.items()},
+        )
+
+    monkeypatch.setattr(openvino_graph.OpenVINOGraph, "run", elsewhere)
+    report, _ = report_of(bundle, text, tokens=40, backend="openvino")
+    assert {name.partition(":")[0] for name in failed(report)} == {"steps"}, "a cache that is not handed over"
+
+
+def test_a_runtime_that_gives_one_row_reads_no_text(
+    tiny_bundle: BuildBundle, deep_bundle: BuildBundle, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_read", None)
+    with pytest.raises(InputError, match="only onnxruntime and openvino give the logits of every token"):
+        validate_text(tiny_bundle(), text, backend="torch")
+    with pytest.raises(InputError, match="fastv drops tokens between layers"):
+        validate_text(deep_bundle(pruner="fastv"), text, backend="openvino:bf16")
+
+
 def test_wrong_ids_show(
     tiny_bundle: BuildBundle,
     copy: Callable[[Bundle], Bundle],
