@@ -205,12 +205,12 @@ def test_stale_cache_contents_cannot_leak(
     right = forced(session, pixels, ragged_ids)[1]
 
     def spoil(session: Any) -> None:
-        for array in session._memory.values():
+        for array in session._cache._blocks.values():
             array[:] = garbage
 
     spoiled = forced(session, pixels, ragged_ids, before_prefill=spoil)[1]
     assert all(np.array_equal(a, b) for a, b in zip(spoiled, right, strict=True))
-    for array in session._memory.values():
+    for array in session._cache._blocks.values():
         array[:] = 0
 
 

@@ -81,5 +81,5 @@ def test_no_extra_brings_a_second_one() -> None:
     assert not any(each.startswith("onnxruntime") for each in base)
     assert {extra: needed for extra, needed in brought.items() if needed} == {
         "cpu": ["onnxruntime>=1.31"],
-        "gpu": ["onnxruntime-gpu>=1.31"],
+        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.31"],
     }
