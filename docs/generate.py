@@ -64,7 +64,7 @@ def pruners(*, in_decoder: bool) -> str:
 def precisions() -> str:
     """The precisions, from their rows."""
     rows = [
-        "| `--precision` | weights and products | everything else | bytes per weight | perplexity | `--ranges` | ONNX Runtime | TensorRT, TensorRT-RTX |",
+        "| `--precision` | weights and products | everything else | bytes per weight | perplexity | `--ranges` | ONNX Runtime on CPUs | TensorRT, TensorRT-RTX |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in PRECISIONS.values():

@@ -102,7 +102,7 @@ def check_kernels(bundle: Bundle) -> None:
         raise SessionError(
             f"{chosen} graphs have no CPU kernels in ONNX Runtime",
             subject=str(bundle.folder),
-            hint="run it with TensorRT, or build with --precision fp32",
+            hint="run it with --device cuda or in TensorRT, on a GPU, or build with --precision fp32",
         )
 
 
