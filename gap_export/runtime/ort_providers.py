@@ -78,6 +78,7 @@ def providers_on(device: str, asked: Sequence[Provider]) -> tuple[Provider, ...]
 
     Raises:
         SessionError: they do not go together.
+        MissingRequirementError: one is not built into this ONNX Runtime.
     """
     kind = device.partition(":")[0]
     computing = [each for each in asked if each.name != CPU]
@@ -92,7 +93,9 @@ def providers_on(device: str, asked: Sequence[Provider]) -> tuple[Provider, ...]
             f"computes on a GPU, and not on {device}", subject=f"provider {CUDA}", hint="use --device cuda"
         )
     if kind == "cuda" and not computing:
-        return (Provider(CUDA), *asked)
+        computing = [Provider(CUDA)]
+        asked = (*computing, *asked)
+    _check_built_in(computing)
     for each in asked:
         if each.name == CPU and each.options:
             raise SessionError(
@@ -263,17 +266,21 @@ def _devices_of(plug_in: Provider, device: str) -> tuple[str, list[Any]]:
     return chosen.ep_name, [chosen]
 
 
+def _check_built_in(providers: Sequence[Provider]) -> None:
+    available = ort.get_available_providers()
+    for each in providers:
+        if not each.is_plug_in and each.name not in available:
+            raise MissingRequirementError(
+                f"is not built into this ONNX Runtime, which has {', '.join(available)}",
+                subject=f"provider {shown(each.name)}",
+                hint="pip uninstall onnxruntime; pip install 'gap-export[gpu]'"
+                if each.name == CUDA
+                else "install the distribution of ONNX Runtime that has it, or name the package of a plug-in",
+            )
+
+
 def _options_of(built_in: Provider, device: str) -> dict[str, str]:
     """Those that were given, and where it computes."""
-    available = ort.get_available_providers()
-    if built_in.name not in available:
-        raise MissingRequirementError(
-            f"is not built into this ONNX Runtime, which has {', '.join(available)}",
-            subject=f"provider {shown(built_in.name)}",
-            hint="pip install 'gap-export[gpu]' in the place of gap-export[cpu]"
-            if built_in.name == CUDA
-            else "install the distribution of ONNX Runtime that has it, or name the package of a plug-in",
-        )
     if built_in.name != CUDA:
         return dict(built_in.options)
     return {**_EXACT, **built_in.options, "device_id": device.partition(":")[2] or "0"}
