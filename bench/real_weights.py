@@ -1,6 +1,6 @@
 """What low precision costs a decoder that was trained: perplexity, agreement with PyTorch, and time, beside llama.cpp and OpenVINO.
 
-    python bench/real_weights.py [--tokens 2048] [--rounds 15] [--no-peers] [--scratch FOLDER] [--label TEXT]
+    python bench/real_weights.py [--tokens 2048] [--rounds 15] [--no-peers] [--only ROW;ROW] [--scratch FOLDER] [--label TEXT]
 
 SmolLM2-135M-Instruct (`peers/smollm2.py`), behind the tower of a small LLaVA with random weights, so that bundles are built as ever. The text is
 prose that every Python brings: chapters of its language reference. Each precision reads it in one call of --tokens tokens and then 256 more one by
@@ -78,7 +78,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="of the first call")
     parser.add_argument("--rounds", type=int, default=15, help="of requests, in turns")
     parser.add_argument("--no-peers", action="store_true", help="measure gap-export alone")
+    parser.add_argument(
+        "--only", help="rows, separated by semicolons; all others stay as they are in the record"
+    )
     options = parser.parse_args()
+    chosen = set(options.only.split(";")) if options.only else {*ROWS, *PEERS}
+    if unknown := chosen - {*ROWS, *PEERS}:
+        parser.error(f"--only: no row {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, *PEERS])}")
     console = Console()
     options.scratch.mkdir(parents=True, exist_ok=True)
     decoder, facts = ensure_decoder(options.scratch)
@@ -86,15 +92,17 @@ def main() -> int:
     text, calibration = (options.scratch / f"{name}.txt" for name in ("text", "calibration"))
     for path, chapters in ((text, TEXT), (calibration, CALIBRATION)):
         path.write_text("\n\n".join(pydoc_data.topics.topics[name] for name in chapters))
-    rows: dict[str, dict[str, Any]] = {}
+    rows, peers = stored(options.tokens, text, facts) if options.only else ({}, {})
+    has_bf16 = bool(BF16_FLAGS & harness.processor_flags())
+    wanted = {name: row for name, row in ROWS.items() if name in chosen and (has_bf16 or row[1] != BF16)}
     bundles = {}
     for name in BUNDLES:
+        if options.only and name != "fp32" and name not in {of for of, _ in wanted.values()}:
+            continue
         console.print(f"building {name}")
         bundles[name] = build(
             options.scratch / f"bundle-{name.replace(' ', '')}", checkpoint, name, calibration
         )
-    has_bf16 = bool(BF16_FLAGS & harness.processor_flags())
-    wanted = {name: row for name, row in ROWS.items() if has_bf16 or row[1] != BF16}
     for name, (of, backend) in wanted.items():
         console.print(f"reading in {name}")
         report = read(bundles[of], backend, text, options.tokens, options.scratch)
@@ -106,11 +114,13 @@ def main() -> int:
             "ok": report.ok,
         }
     times = latencies(
-        {name: (bundles[of], backend) for name, (of, backend) in wanted.items()}, options.rounds
+        {name: (bundles[of], backend) for name, (of, backend) in {"fp32": ROWS["fp32"], **wanted}.items()},
+        options.rounds,
     )
-    for name, measured in times.items():
-        rows[name] |= measured
-    peers = {} if options.no_peers else read_by_peers(options, checkpoint, decoder, text, console)
+    for name in wanted:
+        rows[name] |= times[name]
+    if not options.no_peers:
+        peers |= read_by_peers(options, chosen, checkpoint, decoder, text, console)
     print_table(console, rows, peers)
     four_bit = [
         peer["rise"]
@@ -209,6 +219,21 @@ def build(folder: Path, checkpoint: Path, name: str, calibration: Path) -> Any:
     return gap.build(recipe, folder, replace=True)
 
 
+def stored(
+    tokens: int, text: Path, checkpoint: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Rows of the record, ours and the peers'.
+
+    Raises:
+        SystemExit: it is of another text, or of another decoder.
+    """
+    record = json.loads((harness.RESULTS / "real_weights.json").read_text())
+    mine = (tokens, sha256_of(text), checkpoint)
+    if mine != (record["tokens"], record["text_sha256"], record["checkpoint"]):
+        raise SystemExit("--only: the record is of another text or decoder; measure all rows")
+    return record["gap_export"], record["peers"]
+
+
 def read(bundle: Any, backend: str, text: Path, tokens: int, scratch: Path) -> TextReport:
     """By the bundle and by PyTorch, or as it was the last time."""
     ran = "" if backend == "onnxruntime" else f".{backend.replace(':', '-')}"
@@ -272,7 +297,7 @@ def latencies(bundles: dict[str, tuple[Any, str]], rounds: int) -> dict[str, dic
 
 
 def read_by_peers(
-    options: Any, checkpoint: Path, decoder: Path, text: Path, console: Console
+    options: Any, chosen: set[str], checkpoint: Path, decoder: Path, text: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Every peer on the same tokens, against the same logits of PyTorch."""
     from tokenizers import Tokenizer
@@ -288,6 +313,8 @@ def read_by_peers(
     before = json.loads(kept.read_text()) if kept.exists() else {}
     found = {}
     for name, (script, *arguments) in PEERS.items():
+        if name not in chosen:
+            continue
         if name == "transformers bf16" and not BF16_FLAGS & harness.processor_flags():
             continue
         files = (ids_file, HERE / "peers" / script, decoder / "model.safetensors")
