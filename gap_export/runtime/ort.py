@@ -20,7 +20,7 @@ from gap_export.runtime.ort_cache import Cache, Layout
 from gap_export.runtime.ort_graph import check_kernels, load_graph
 from gap_export.runtime.ort_memory import CudaMemory, HostMemory, Memory, Region, ort_value
 from gap_export.runtime.ort_providers import providers_on
-from gap_export.runtime.providers import Provider
+from gap_export.runtime.providers import CPU, Provider
 from gap_export.runtime.session import (
     Buffer,
     Lifetime,
@@ -85,7 +85,7 @@ class OnnxRuntimeSession(Lifetime):
     ) -> None:
         manifest = bundle.manifest
         computing = providers_on(device, providers)
-        if not computing:
+        if all(each.name == CPU for each in computing):
             check_kernels(bundle)
         self.backend = backend
         self.capacities = manifest.cache_layout.capacities
