@@ -52,6 +52,14 @@ class GapExportError(Exception):
         return f"{self.stage}: {self.subject}: {self.message} ({self.hint})"
 
 
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: an extension module that is interrupted while it is imported says that it cannot be imported."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None
+
+
 def first_line(error: BaseException) -> str:
     """What a library said, for a message: the first line of it, or the error's type where it said nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

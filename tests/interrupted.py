@@ -263,7 +263,7 @@ def _replace_work(patch: pytest.MonkeyPatch, tracer: Any) -> None:
     patch.setattr(gap_export, "calibrate", lambda *_, **__: RANGES, raising=False)
     patch.setattr(reference, "open_torch", lambda *_, **__: nullcontext())
     patch.setattr(validate.runner, "accuracy_of", lambda *_: 0.5)
-    patch.setattr(validate.parity, "measure", lambda *_: MEASURED)
+    patch.setattr(validate.parity, "measure", lambda *_, **__: MEASURED)
     patch.setattr(validate, "_run_controls", lambda *_: ([], []))
     patch.setattr(validate, "_mean_kept", lambda _: 9.0)
     patch.setattr(validate, "open_session", lambda *_, **__: nullcontext())

@@ -26,6 +26,7 @@ from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Manifest
 from gap_export.checkpoint.hub import resolve
 from gap_export.cli import models
+from gap_export.errors import MissingRequirementError
 from gap_export.evaluation import validate
 from gap_export.precision import PRECISIONS
 from tests.prose import prose
@@ -133,6 +134,32 @@ def test_ctrl_c_is_130_and_no_traceback(command: Command, monkeypatch: pytest.Mo
     assert result.code == 130
     assert "interrupted" in result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("said", [ImportError, MissingRequirementError])
+def test_ctrl_c_while_an_extension_module_is_imported(
+    said: type[Exception], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a module says that it cannot be imported: nothing is missing, and nothing need be installed."""
+
+    def interrupted(*_: Any) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as stop:
+                raise ImportError("initialization failed") from stop
+        except ImportError as error:
+            if said is ImportError:
+                raise
+            raise MissingRequirementError(
+                "is not installed", subject="onnxruntime", hint="install it"
+            ) from error
+
+    monkeypatch.setattr(models, "print_json", interrupted)
+    result = command("models", "--json")
+    assert result.code == 130
+    assert "interrupted" in result.err
+    assert "install" not in result.err
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

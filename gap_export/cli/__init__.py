@@ -31,7 +31,7 @@ from gap_export.cli import (
     validate,
 )
 from gap_export.cli.app import app, console, out
-from gap_export.errors import CheckpointWarning, GapExportError, OutputError, SessionWarning
+from gap_export.errors import CheckpointWarning, GapExportError, OutputError, SessionWarning, was_interrupted
 from gap_export.terminal import lost_output, one_line
 
 __all__ = ["__version__", "app", "main"]
@@ -81,12 +81,11 @@ def _run() -> int:
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
     except GapExportError as error:
-        return _failed(error)
+        return _interrupted() if was_interrupted(error) else _failed(error)
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.say(("interrupted", "yellow"), ": no partial output was left; rerun the same command")
-        return _INTERRUPTED
+        return _interrupted()
     except OSError as error:
         return _system(error)
     except MemoryError:
@@ -97,10 +96,17 @@ def _run() -> int:
             "choose a smaller model or --batch, or use a machine with more",
         )
     except Exception as error:
+        if was_interrupted(error):
+            return _interrupted()
         if not hasattr(error, "format_message"):  # a usage error knows how to show itself
             raise
         return _usage(error)
     return code
+
+
+def _interrupted() -> int:
+    console.say(("interrupted", "yellow"), ": no partial output was left; rerun the same command")
+    return _INTERRUPTED
 
 
 def _system(error: OSError) -> int:
