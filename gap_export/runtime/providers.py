@@ -11,8 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import yaml
-
 from gap_export.errors import SessionError, first_line, shown
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -41,6 +39,8 @@ class Provider:
     def __str__(self) -> str:
         if not self.options:
             return self.name
+        import yaml  # here and below: few runs name options, and all would wait for the import
+
         return self.name + yaml.safe_dump(
             dict(self.options),
             default_flow_style=True,
@@ -83,6 +83,8 @@ def split_outside_braces(text: str, separator: str) -> list[str]:
 
 def _end_of_options(text: str, start: int) -> int:
     """The place after a mapping; where YAML says that it ends, for what is quoted may hold braces."""
+    import yaml
+
     depth = 0
     try:
         for token in yaml.scan(text[start:], Loader=yaml.SafeLoader):
@@ -104,6 +106,8 @@ def _provider(text: str) -> Provider:
 
 
 def _options(name: str, text: str) -> dict[str, str]:
+    import yaml
+
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
