@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -164,3 +165,21 @@ def test_a_library_compiled_for_another_processor_shows() -> None:
     info = "CPU : AVX2 = 1 | AVX512 = 1 | AVX512_VNNI = 0 | AMX_INT8 = 1 | OPENMP = 1 | REPACK = 1 |"
     assert environment.instructions_lacking(info, frozenset({"avx2", "avx512f", "amx_int8"})) == []
     assert environment.instructions_lacking(info, frozenset({"avx2", "avx512f"})) == ["AMX_INT8"]
+
+
+def test_a_part_measured_before_is_kept(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the same was asked on the same processor; a record without parts is of an earlier form."""
+    run = script("run")
+    record = json.loads((BENCH / "results" / "peers.json").read_text())
+    asked = {name: record[name] for name in ("rounds", "new_tokens", "threads")}
+    monkeypatch.setattr(run.harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "cpu_name", lambda: record["machine"]["cpu"])
+    assert run._measured_before("peers", asked) == {}
+    (tmp_path / "peers.json").write_text(json.dumps(record))
+    assert run._measured_before("peers", asked).keys() == record["parts"].keys()
+    assert run._measured_before("peers", {**asked, "rounds": 1}) == {}
+    del record["parts"]
+    (tmp_path / "peers.json").write_text(json.dumps(record))
+    assert run._measured_before("peers", asked) == {}
