@@ -126,9 +126,8 @@ def _measured_before(name: str, asked: dict[str, int]) -> dict[str, Part]:
     path = harness.RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     same = asked.items() <= record.items() and record["machine"]["cpu"] == cpu_name()
-    return (
-        {part: Part.model_validate(found) for part, found in record.get("parts", {}).items()} if same else {}
-    )
+    parts = record.get("parts", {}) if same else {}
+    return {part: Part.model_validate(found) for part, found in parts.items()}
 
 
 def _chosen(parts: list[str], peers: str | None, known: list[str]) -> dict[str, list[Mode]]:
