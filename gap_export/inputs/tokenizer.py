@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def ids_in_front(tokenizer: Tokenizer) -> list[int]:
+    """Ids that a tokenizer puts in front of every text, its start token where it has one.
+
+    Raises:
+        CheckpointError: it cannot encode.
+    """
+    with tokenizer_errors("tokenizer.json"):
+        encoding = tokenizer.encode("a", add_special_tokens=True)
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return [int(id_) for id_, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
 
 
 @contextmanager
