@@ -16,6 +16,7 @@ from pathlib import Path
 from gap_export import families, prune
 from gap_export.boxes.codecs import CODECS
 from gap_export.evaluation.refer.annotations import FORMATS
+from gap_export.evaluation.refer.published import METRICS
 from gap_export.files import readable_size
 from gap_export.files.kinds import FILE_KINDS
 from gap_export.precision import PRECISIONS
@@ -172,6 +173,26 @@ def models() -> str:
     return "\n".join(rows)
 
 
+def box_formats() -> str:
+    """The box codecs, from their rows; who scores them, from the table of evaluators."""
+    rows = [
+        "| `--box-format` | a box | numbers | without a family, of | scored under `unc` by |",
+        "|---|---|---|---|---|",
+    ]
+    for codec in CODECS.values():
+        cells = (
+            f"`{codec.name}`",
+            f"`{_cell(codec.example)}`",
+            UNITS[codec.unit],
+            "what the model sees" if codec.pixels else f"the {codec.frame.replace('_', ' ')}",
+            METRICS[codec.name].name
+            if codec.name in METRICS
+            else f"nothing published: IoU {codec.comparator} 0.5",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def _cell(text: str) -> str:
     """Text for a cell of a table: a bar would end it."""
     return text.replace("|", "\\|")
@@ -193,6 +214,9 @@ def limits() -> str:
     ]
     return "\n".join(rows)
 
+
+UNITS = {None: "pixels of what the model sees", 1.0: "fractions", 100.0: "hundredths", 1000.0: "thousandths"}
+"""What the numbers of a box are, by the number of the far edge."""
 
 KERNEL_TYPES = ("float32", "float16", "bfloat16", "int64", "int8", "int4", "bool")
 
@@ -254,6 +278,7 @@ DECODER_OPERATORS = (
 
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models),
+    "box formats": (ROOT / "docs" / "models.md", box_formats),
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),
     "runtimes": (ROOT / "docs" / "runtimes.md", runtimes),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gap_export.linter import lint_graph as lint
     from gap_export.pipeline.build import build_bundle as build
     from gap_export.recipe.recipe import Recipe
+    from gap_export.runtime.conversation.chat import AskOptions, Chat, Reply, ReplyStream
     from gap_export.runtime.grounder import Answer
     from gap_export.runtime.model import Model, load
 
@@ -44,9 +45,13 @@ IMPORTED_NS = time.time_ns()
 
 __all__ = [
     "Answer",
+    "AskOptions",
     "Bundle",
+    "Chat",
     "Model",
     "Recipe",
+    "Reply",
+    "ReplyStream",
     "__version__",
     "bench",
     "build",
@@ -73,9 +78,13 @@ __all__ = [
 # No module directly in this package has the name of a function: importing it would put the module in the function's place.
 _DEFINED_IN = {
     "Answer": "runtime.grounder:Answer",
+    "AskOptions": "runtime.conversation.chat:AskOptions",
     "Bundle": "bundle.folder:Bundle",
+    "Chat": "runtime.conversation.chat:Chat",
     "Model": "runtime.model:Model",
     "Recipe": "recipe.recipe:Recipe",
+    "Reply": "runtime.conversation.chat:Reply",
+    "ReplyStream": "runtime.conversation.chat:ReplyStream",
     "bench": "evaluation.latency.bench:bench",
     "build": "pipeline.build:build_bundle",
     "calibrate": "evaluation.calibrate:calibrate",

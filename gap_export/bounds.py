@@ -71,8 +71,11 @@ LAYER = Bound(0, 10_000)
 SLOTS = Bound(1, 10_000_000)
 PIXELS = Bound(1, 1_000_000_000)
 SEED = Bound(0, 2**53)
+VOCABULARY = Bound(0, 10_000_000)
 FRACTION = Bound(0, 1, whole=False, above=True)
 SHARE = Bound(0, 1, whole=False)
+TEMPERATURE = Bound(0, 100, whole=False)
+PENALTY = Bound(0, 1000, whole=False, above=True)
 
 _ARGUMENTS = {
     "threads": THREADS,

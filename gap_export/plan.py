@@ -155,7 +155,7 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
         raise RecipeError(
             f"positions up to {longest_answer} are needed (unpruned), the model knows {spec.max_positions}",
             subject="max_text + max_new_tokens",
-            hint="lower max_text or max_new_tokens",
+            hint="lower --max-text or --max-new-tokens",
         )
     # One slot more than the longest answer needs: `validate` writes one too far on purpose.
     needed = text_tokens + recipe.images * max_tokens + 1
@@ -164,7 +164,7 @@ def _capacity(recipe: Recipe, spec: ModelSpec, max_tokens: int) -> int:
             f"is too small: {recipe.max_text} text tokens, {recipe.images * max_tokens} visual tokens and "
             f"{recipe.max_new_tokens} new tokens need {needed}",
             subject=f"capacity {recipe.capacity}",
-            hint=f"use at least {needed}, or lower max_text, keep or max_new_tokens",
+            hint=f"use at least {needed}, or lower --max-text, --keep or --max-new-tokens",
         )
     return recipe.capacity or in_slot_steps(needed)
 
@@ -209,7 +209,7 @@ def _check_several(recipe: Recipe, spec: ModelSpec) -> None:
         raise RecipeError(
             f"leaves no space for text: max_text is {recipe.max_text}, and a placeholder counts as one",
             subject=subject,
-            hint="raise max_text",
+            hint="raise --max-text",
         )
 
 

@@ -56,6 +56,19 @@ class Terminal(Console):
             self.file.write(f"{text}\n")
             self.file.flush()
 
+    def write_piece(self, text: str) -> None:
+        """Write a part of a line at once, with what cannot be seen as escapes.
+
+        Args:
+            text: follows what was written before, and ends no line of its own accord.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._writing():
+            self.file.write(visible(text))
+            self.file.flush()
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:

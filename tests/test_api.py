@@ -51,6 +51,23 @@ def load(bundle: Bundle, image: Path) -> None:
         assert isinstance(model.ground(image, ["the red mug"])[0], gap.Answer)
 
 
+def asked(bundle: Bundle, image: Path) -> None:
+    """Free questions, in a bundle whose text is long enough for the frame of its family."""
+    with gap.load(bundle, threads=1) as model:
+        options = gap.AskOptions.of(max_new_tokens=2, temperature=1.0, seed=1)
+        reply = model.ask("the red mug ?", image, options=options)
+        assert isinstance(reply, gap.Reply)
+        assert isinstance(model.stream("the red mug ?", image), gap.ReplyStream)
+        chat = model.chat(image)
+        assert isinstance(chat, gap.Chat)
+        assert chat.ask("the red mug ?", options=options).text == reply.text
+        with chat.stream("a cat ?", max_new_tokens=2) as stream:
+            assert "".join(stream) == stream.reply.text
+        assert len(chat.turns) == 4
+        refused(lambda: model.ask("", image))
+        refused(lambda: chat.ask("the red mug ?", temperature=-1))
+
+
 def placed() -> None:
     placement = gap.positions.place(
         np.array([[3, 7]]),
@@ -109,6 +126,13 @@ def test_every_public_name_does_what_it_says(
     recipe = gap.Recipe.model_validate({**tiny_options, "keep": 0.25})
     calls: dict[str, tuple[Call, ...]] = {
         "Answer": (lambda: load(bundle, image_file),),
+        "AskOptions": (
+            lambda: gap.AskOptions.of(temperature=0.5, stop="x").sampling,
+            lambda: refused(lambda: gap.AskOptions.of(top_p=2)),
+        ),
+        "Chat": (lambda: asked(tiny_bundle(max_text=120), image_file),),
+        "Reply": (lambda: asked(tiny_bundle(max_text=120), image_file),),
+        "ReplyStream": (lambda: asked(tiny_bundle(max_text=120), image_file),),
         "Bundle": (lambda: gap.Bundle(bundle.folder, bundle.manifest).graph_path("vision").stat(),),
         "Model": (lambda: load(bundle, image_file),),
         "Recipe": (

@@ -59,7 +59,6 @@ HEAVY = {
     "huggingface_hub",
     "ml_dtypes",
     "matplotlib",
-    "jinja2",
 }
 """What running a bundle does not need."""
 
@@ -230,6 +229,22 @@ cli.main()
     assert len(json.loads(done.stdout)["kept_indices"]) == 9
     inspected = python(code, "inspect", folder, "--json")
     assert inspected.returncode == 0, inspected.stderr
+
+
+def test_templates_are_compiled_in_a_process_of_their_own(
+    tiny_bundle: Callable[..., Bundle], image_file: Path
+) -> None:
+    """A free question is asked without what a build needs, and what compiles its template is never imported beside the model."""
+    code = f"""{BLOCKER}
+import gap_export as gap
+with gap.load(sys.argv[1], threads=1) as model:
+    assert "jinja2" not in sys.modules
+    assert model.ask("the red mug ?", sys.argv[2], max_new_tokens=2).new_tokens == 2
+found = {{"jinja2", "markupsafe"}} & set(sys.modules)
+assert not found, found
+"""
+    done = python(code, str(tiny_bundle(max_text=120).folder), str(image_file))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,15 @@ def test_models(command: Command) -> None:
     assert "prumerge" not in by_name["minigpt-v2"]["pruners"]
     shown = command("models").out
     assert all(name in shown for name in by_name)
+    formats = {each["name"]: each for each in record["box_formats"]}
+    assert formats["list_pixels"] == {
+        "name": "list_pixels",
+        "example": "[64, 96, 192, 192]",
+        "unit": None,
+        "frame": "image",
+    }
+    assert formats["shikra"]["frame"] == "padded_square"
+    assert all(name in shown for name in formats)
 
 
 # Build: what is refused
@@ -228,7 +237,11 @@ def test_keep_outside_its_range(keep: str, command: Command, recipe_file: Path, 
         (["--capacity", "30"], ["capacity 30", "at least 38"]),
         (["--capacity", "0"], ["capacity"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens", "from 1 to"]),
-        (["--max-new-tokens", "500"], ["max_new_tokens", "256"]),
+        (["--max-new-tokens", "500"], ["max_new_tokens", "256", "lower --max-text or --max-new-tokens"]),
+        (["--max-text", "1"], ["--max-text", "from 2 to"]),
+        (["--max-text", "500"], ["max_text", "256", "lower --max-text or --max-new-tokens"]),
+        (["--box-format", "list"], ["box_format 'list'", "is not a box format", "list_pixels"]),
+        (["--box-format", "lava"], ["did you mean 'llava'"]),
         (["--seed", "-1"], ["seed"]),
         (["--prune-layers", "2"], ["cls_attention", "no layer to choose"]),
         (["--pruner", "fastv", "--prune-layers", "2"], ["prune_layers 2", "from 1 to 1"]),
@@ -544,7 +557,8 @@ def test_run_refuses_bad_input(
     refused(run(tmp_path), str(tmp_path))
     refused(run(refer=""), "is empty")
     refused(run(refer="  \n"), "is empty")
-    refused(run(refer="red " * 40), "shorten the expression")
+    refused(run(refer="red " * 40), "shorten the expression", "larger --max-text")
+    refused(run(image_file, "the mug", "--box-format", "shikara"), "did you mean 'shikra'")
     refused(run(refer="a <image> mug"), "<image>")
     refused(run(image_file, "the mug", "--backend", "tflite"), "tflite", "onnxruntime")
     refused(run(image_file, "the mug", "--max-new-tokens", "0"), "--max-new-tokens", "from 1 to")
@@ -584,6 +598,28 @@ def test_a_precision_without_cpu_kernels_says_where_it_can_run(
 
 
 # Inspect and lint
+
+
+def test_inspect_shows_how_boxes_are_written(
+    command: Command, recipe_file: Path, image_file: Path, tmp_path: Path
+) -> None:
+    options = ("--box-format", "list_pixels", "--max-text", "40")
+    assert command("build", "--model", recipe_file, "-o", tmp_path / "out", *options).code == 0
+    assert open_bundle(tmp_path / "out").manifest.recipe.max_text == 40
+    record = json.loads(command("inspect", tmp_path / "out", "--json").out)
+    assert record["box_format"] == {
+        "codec": "list_pixels",
+        "frame": "padded_square",
+        "example": "[64, 96, 192, 192]",
+    }
+    assert (
+        "boxes [64, 96, 192, 192] (list_pixels, of the padded square)"
+        in command("inspect", tmp_path / "out").out
+    )
+    for option in ((), ("--box-format", "bbox_1000")):
+        assert (
+            command("run", tmp_path / "out", "--image", image_file, "--refer", "the mug", *option).code == 0
+        )
 
 
 def test_inspect(command: Command, tiny_bundle: BuildBundle) -> None:

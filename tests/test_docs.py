@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,6 +89,26 @@ def test_a_wrong_command_would_be_noticed() -> None:
     )  # type: ignore[attr-defined]
     with pytest.raises(Exception, match="--kepe"):
         build.make_context("build", ["--model", "shapes", "-o", "x", "--kepe", "0.25"])
+
+
+@pytest.mark.slow
+def test_the_page_about_asking_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says of the bundled model, command by command, and its program; what a large one would be asked is only parsed."""
+    shutil.copy(ROOT / "docs" / "images" / "scene.png", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "asking.md").read_text(encoding="utf-8")
+    lines = [line for name, line in commands() if name == "asking.md" and "out/llava" not in line]
+    assert len(lines) > 10
+    questions = "where is the yellow circle?\n/new\nwhere is the small orange triangle?\n"
+    said = {line: CliRunner().invoke(app, shlex.split(line)[1:], input=questions) for line in lines}
+    assert not {line: done.output for line, done in said.items() if done.exit_code}
+    built = said[lines[0]].output
+    shown = [line for line in page.splitlines() if line.startswith("    ") and f"  {line.strip()}" in built]
+    assert len(shown) == 3, built
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "('user', 'where is the small orange triangle?')" in done.stdout
 
 
 def test_links_lead_somewhere() -> None:

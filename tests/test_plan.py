@@ -59,8 +59,9 @@ def test_a_cache_is_static_for_engines_and_where_it_is_said() -> None:
 def test_positions_are_those_of_the_unpruned_prompt() -> None:
     """Pruning saves slots, not positions: what the model was trained for limits the prompt before pruning."""
     fits = recipe_with(keep=0.01, max_text=1473, max_new_tokens=1)
-    with pytest.raises(RecipeError, match="positions up to 2049"):
+    with pytest.raises(RecipeError, match="positions up to 2049") as caught:
         plan_for(fits, FACTS)
+    assert caught.value.hint == "lower --max-text or --max-new-tokens"
     assert plan_for(recipe_with(keep=0.01, max_text=1472, max_new_tokens=1), FACTS).pruning.kept == 6
 
 

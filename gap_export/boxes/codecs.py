@@ -11,12 +11,18 @@ A box is (x1, y1, x2, y2). A codec knows the text, a frame knows the image:
                  <|box_end|>
     qwen2_5_vl   {"bbox_2d": [79, 129, 352, 387]}      the first       Qwen2.5-VL's notebook on grounding
     qwen3_vl     {"bbox_2d": [123, 300, 550, 900]}     the first       Qwen3-VL's notebook on grounding
+    box_start_   <|box_start|>(79,129),(352,387)       the first       models that were tuned further
+    pixels       <|box_end|>
+    list_pixels  [79, 129, 352, 387]                   the first       models that were tuned further
+    bbox_pixels  {"bbox": [79, 129, 352, 387]}         the first       the same; the key may be bbox_2d
+    bbox_1000    {"bbox": [123, 300, 550, 900]}        the first       the same; the key may be bbox_2d
 
     frame           0..1 spans
     image           the image's own width and height
     padded_square   the square of the longer side, the image centred on it with offset (max - min) // 2
 
-Qwen2.5-VL writes pixels of the image as it sees it, scaled by its preprocessing. So its codec must be told that size (`seen`).
+Qwen2.5-VL writes pixels of the image as it sees it, scaled by its preprocessing, and so do the codecs of pixels. So they must be told that
+size (`seen`).
 
 What is read here is what `run` draws; how published evaluators read answers, each strictly in its way, is in
 `evaluation.refer.published`.
@@ -26,12 +32,14 @@ Normalised boxes in the wrong frame look plausible and score low; nothing in the
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from gap_export.errors import InputError, shown
 from gap_export.inputs.square import padding
 
 Box = tuple[float, float, float, float]
@@ -76,8 +84,9 @@ class BoxCodec:
         write: box in those numbers -> text.
         several: what an answer with more than one box means: the first counts, or the answer is refused.
         fractions: whether numbers that sum to less than 4 are fractions of the frame, whatever the unit.
-        comparator: how an overlap is compared with the threshold, for codecs whose authors' evaluator is not known
-            (`evaluation.refer.published` has those of this table).
+        frame: in which answers are meant of which nothing but the codec is known.
+        comparator: how an overlap is compared with the threshold, for codecs without a published evaluator
+            (`evaluation.refer.published` has those that there are).
         area: how boxes are measured, for the same codecs.
     """
 
@@ -87,8 +96,14 @@ class BoxCodec:
     write: Callable[[Box], str]
     several: Literal["first", "refuse"]
     fractions: bool = False
+    frame: Frame = "image"
     comparator: Comparator = ">="
     area: Area = "continuous"
+
+    @property
+    def pixels(self) -> bool:
+        """Whether numbers are pixels of the image as the model sees it."""
+        return self.unit is None
 
     @property
     def example(self) -> str:
@@ -195,7 +210,7 @@ def _write_minigpt_v2(box: Box) -> str:
 
 
 def _write_internvl(box: Box) -> str:
-    return "<box>[[" + ", ".join(str(round(value)) for value in box) + "]]</box>"
+    return f"<box>[{_write_list(box)}]</box>"
 
 
 def _write_qwen2_vl(box: Box) -> str:
@@ -203,20 +218,65 @@ def _write_qwen2_vl(box: Box) -> str:
     return f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
 
 
+def _write_list(box: Box) -> str:
+    return "[" + ", ".join(str(round(value)) for value in box) + "]"
+
+
 def _write_bbox_2d(box: Box) -> str:
-    return '{"bbox_2d": [' + ", ".join(str(round(value)) for value in box) + "]}"
+    return '{"bbox_2d": ' + _write_list(box) + "}"
 
 
+def _write_bbox(box: Box) -> str:
+    return '{"bbox": ' + _write_list(box) + "}"
+
+
+_LONGEST_NAME = 100
 _EXAMPLE: Box = (0.1, 0.2, 0.3, 0.4)
 _EXAMPLE_SIZE: Size = (640, 480)
 _DECIMAL = r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _NUMBER = re.compile(_DECIMAL)
 _FOUR = rf"{_DECIMAL}(?:\s*,\s*{_DECIMAL}){{3}}"
 _POINT = rf"\(\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*\)"
+_LIST = re.compile(rf"\[\s*{_FOUR}\s*\]")
 _BBOX_2D = re.compile(rf"[\"']bbox_2d[\"']\s*:\s*\[\s*({_FOUR})\s*\]")
+_BBOX = re.compile(rf"[\"']bbox(?:_2d)?[\"']\s*:\s*\[\s*({_FOUR})\s*\]")
 
 CODECS: dict[str, BoxCodec] = {}
-"""name -> codec. Names are what `BoxFormat.codec` stores; `register` adds to them."""
+"""name -> codec. Names are what `BoxFormat.codec` stores and `--box-format` takes; `register` adds to them."""
+
+
+def box_codec(name: str) -> BoxCodec:
+    """The codec of that name.
+
+    Args:
+        name: key in `CODECS`.
+
+    Raises:
+        InputError: there is none; the message names the nearest, and the hint all.
+    """
+    if name in CODECS:
+        return CODECS[name]
+    near = difflib.get_close_matches(name[:_LONGEST_NAME], CODECS, n=1)
+    raise InputError(
+        "is not a box format" + (f"; did you mean {near[0]!r}?" if near else ""),
+        subject=shown(name),
+        hint=f"box formats: {', '.join(CODECS)}",
+    )
+
+
+def known(name: str) -> str:
+    """The name itself: what pydantic's validators of stored fields call.
+
+    Args:
+        name: key in `CODECS`.
+
+    Raises:
+        ValueError: there is no such codec.
+    """
+    try:
+        return box_codec(name).name
+    except InputError as error:
+        raise ValueError(f"{error.message} ({error.hint})") from error
 
 
 def register(codec: BoxCodec) -> None:
@@ -231,13 +291,14 @@ def register(codec: BoxCodec) -> None:
 
 
 for _codec in (
-    BoxCodec("llava", re.compile(rf"\[\s*{_FOUR}\s*\]"), 1.0, _write_llava, "first"),
+    BoxCodec("llava", _LIST, 1.0, _write_llava, "first", frame="padded_square"),
     BoxCodec(
         "shikra",
         re.compile(rf"\[\s*{_FOUR}(?:\s*;\s*{_FOUR})*\s*\]"),
         1.0,
         _write_shikra,
         "refuse",
+        frame="padded_square",
     ),
     BoxCodec(
         "minigpt_v2",
@@ -247,18 +308,15 @@ for _codec in (
         "refuse",
     ),
     # The tags are special tokens, and those at the end of an answer are dropped before it is read.
-    BoxCodec(
-        "internvl",
-        re.compile(rf"\[\s*{_FOUR}\s*\]"),
-        1000.0,
-        _write_internvl,
-        "first",
-        fractions=True,
-    ),
+    BoxCodec("internvl", _LIST, 1000.0, _write_internvl, "first", fractions=True),
     # The same goes for its tags.
     BoxCodec("qwen2_vl", re.compile(rf"{_POINT}\s*,\s*{_POINT}"), 1000.0, _write_qwen2_vl, "first"),
     BoxCodec("qwen2_5_vl", _BBOX_2D, None, _write_bbox_2d, "first"),
     BoxCodec("qwen3_vl", _BBOX_2D, 1000.0, _write_bbox_2d, "first"),
+    BoxCodec("box_start_pixels", re.compile(rf"{_POINT}\s*,\s*{_POINT}"), None, _write_qwen2_vl, "first"),
+    BoxCodec("list_pixels", _LIST, None, _write_list, "first"),
+    BoxCodec("bbox_pixels", _BBOX, None, _write_bbox, "first"),
+    BoxCodec("bbox_1000", _BBOX, 1000.0, _write_bbox, "first"),
 ):
     register(_codec)
 

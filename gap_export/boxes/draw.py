@@ -2,12 +2,13 @@
 
 Patches that were pruned lose their colour and fade towards slate, which is visible on white and on black
 images alike; kept patches stay as they are, with a hairline around them. Parts that never reached the model
-(cut away by a centre crop) count as pruned. The box is amber between two dark lines, drawn outside its edge
+(cut away by a centre crop) count as pruned. A box is amber between two dark lines, drawn outside its edge
 so that it hides nothing, however small the object. A band below says what was asked and what came out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,7 @@ _BAND, _TEXT, _FAINT = (18, 20, 26), (245, 246, 248), (158, 166, 178)
 
 def draw(
     image: Image.Image,
-    box: Box | None,
+    boxes: Sequence[Box],
     kept_indices: Ids,
     grid: tuple[int, int] | None,
     layout: ImageLayout,
@@ -46,8 +47,8 @@ def draw(
 
     Args:
         image: the original image, any size; RGB as from `load_image`.
-        box: (x1, y1, x2, y2) in pixels of `image`, cut to it where it leaves it; None if the answer had no
-            box.
+        boxes: (x1, y1, x2, y2) each, in pixels of `image`, cut to it where they leave it; empty if the answer had
+            none.
         kept_indices: [K] int64 raster indices of the kept patches.
         grid: (rows, columns) of all patches; None where they do not lie on one grid, and none is shaded.
         layout: how the image was fitted, which says where a patch lies on it.
@@ -67,11 +68,18 @@ def draw(
         kept = int(kept_RC.sum())
         columns_x, rows_y = patch_edges(image.width, image.height, grid, layout)
         shown = _shade(shown, kept_RC, columns_x * scale[0], rows_y * scale[1])
-    if box is not None:
+    for box in boxes:
         x1, y1, x2, y2 = _cut_to(image, box)
         _stroke_box(shown, (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]))
-    answer = "no box in the answer" if box is None else "box " + ", ".join(f"{value:.0f}" for value in box)
-    return _with_caption(shown, caption, f"kept {kept} of {visual_tokens} patches  ·  {answer}")
+    return _with_caption(shown, caption, f"kept {kept} of {visual_tokens} patches  ·  {_in_words(boxes)}")
+
+
+def _in_words(boxes: Sequence[Box]) -> str:
+    """What came out, for the caption."""
+    if not boxes:
+        return "no box in the answer"
+    numbers = "; ".join(", ".join(f"{value:.0f}" for value in box) for box in boxes)
+    return f"box {numbers}" if len(boxes) == 1 else f"{len(boxes)} boxes {numbers}"
 
 
 def patch_edges(

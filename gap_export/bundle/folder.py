@@ -12,10 +12,11 @@ from typing import Any
 from pydantic import ConfigDict
 
 from gap_export.bundle.check import check_graphs, check_manifest
+from gap_export.bundle.check.files import CHAT_TEMPLATE
 from gap_export.bundle.hashes import verify
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
-from gap_export.errors import BundleError
-from gap_export.files import FolderKind, Listed, is_file, kinds, read_bytes, sha256_of
+from gap_export.errors import BundleError, GapExportError
+from gap_export.files import FolderKind, Listed, is_file, kinds, read_bytes, read_text, sha256_of
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 from gap_export.records import Record
 
@@ -53,7 +54,6 @@ _IN_FILES_ALONE = {
     "prompt",
     "images",
     "fit",
-    "max_text",
     "max_batch",
     "compute_capabilities",
     "gates",
@@ -67,11 +67,29 @@ class Bundle:
     Attributes:
         folder: where it lies.
         manifest: what is inside.
+        box_format: by which its answers are read in place of the one that it was built with; None for that one.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.box_format: str | None = None
+
+    def written_as(self, name: str | None) -> Bundle:
+        """A view of the bundle whose answers are read in another box format; its files are not touched.
+
+        Args:
+            name: of the format, a key in `boxes.codecs.CODECS`; None changes nothing.
+
+        Raises:
+            InputError: there is none of that name, or it is in pixels, and the model's images become tiles or are cut.
+        """
+        if name is None:
+            return self
+        box = self.manifest.box.written_as(name, self.manifest.layout)
+        view = Bundle(self.folder, self.manifest.model_copy(update={"box": box}))
+        view.box_format = name
+        return view
 
     def graph_path(self, name: str) -> Path:
         """Path of one ONNX graph."""
@@ -86,6 +104,23 @@ class Bundle:
     def text_tokenizer_path(self) -> Path:
         """Path of the text tower's tokenizer, where there is one."""
         return self.folder / "text_tokenizer.json"
+
+    @property
+    def chat_template_path(self) -> Path:
+        """Path of the chat template."""
+        return self.folder / CHAT_TEMPLATE
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template, in Jinja.
+
+        Raises:
+            BundleError: it cannot be read.
+        """
+        try:
+            return read_text(self.chat_template_path, kinds.CHAT_TEMPLATE)
+        except GapExportError as error:
+            raise BundleError(error.message, subject=error.subject, hint="build the bundle again") from error
 
     @property
     def reports(self) -> Path:
@@ -111,7 +146,7 @@ def open_bundle(bundle: Bundle | Path | str, *, every_hash: bool = False) -> Bun
     """Read and verify a bundle.
 
     Args:
-        bundle: its folder; one that was opened before is read and verified again.
+        bundle: its folder; one that was opened before is read and verified again, and keeps the box format that it is read in.
         every_hash: verify the hashes of large files too.
 
     Raises:
@@ -138,7 +173,7 @@ def open_bundle(bundle: Bundle | Path | str, *, every_hash: bool = False) -> Bun
     check_manifest(manifest, subject=str(path))
     verify(folder, manifest.files, every_hash=every_hash)
     check_graphs(folder, manifest)
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest).written_as(bundle.box_format if isinstance(bundle, Bundle) else None)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -167,7 +202,7 @@ def _build_command(recipe: Any, folder: Path) -> str:
         return f"gap-export build --model RECIPE {ending}"
     name, checkpoint, known = recipe["name"], str(recipe.get("checkpoint")), known_recipes()
     default = load_recipe(name) if name in known else Recipe(name=name, checkpoint="")
-    left_out = default.model_dump(mode="json")
+    left_out = {**dict.fromkeys(Recipe.model_fields), **default.model_dump(mode="json")}
     changed = {
         field: value
         for field, value in recipe.items()

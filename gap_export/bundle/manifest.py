@@ -10,18 +10,20 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from gap_export.boxes.codecs import Frame
+from gap_export.boxes.codecs import CODECS, Frame, box_codec
 from gap_export.bundle.cache_layout import CacheLayout, CacheRun
 from gap_export.bundle.hashes import FileRecord
 from gap_export.bundle.spec import Dim, GraphSpec
-from gap_export.inputs.layouts import Layout, TokenRange
+from gap_export.errors import GapExportError, InputError
+from gap_export.inputs.chat.format import ChatFormat
+from gap_export.inputs.layouts import ImageLayout, Layout, TokenRange
 from gap_export.inputs.prompt import PromptTemplate, TextTower
 from gap_export.positions import AttentionMask, MergedId, PositionPolicy
 from gap_export.precision import Thresholds, known
 from gap_export.recipe.recipe import Recipe
 from gap_export.records import Record
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raised once for every change of what a manifest says; bundles of another number are built again."""
 _SLOT_AXIS = 2
 
@@ -41,6 +43,39 @@ class BoxFormat(Record):
 
     codec: str
     frame: Frame
+
+    def written_as(
+        self,
+        name: str | None,
+        layout: ImageLayout | None = None,
+        *,
+        error: type[GapExportError] = InputError,
+    ) -> BoxFormat:
+        """The format of the same model where it writes boxes in another way.
+
+        What the numbers are of stays, for it is what the model was shown. Pixels are of what it sees as one grid of pixels: the layout
+        tells what that is, and where it is none (tiles, a part of the image) no box can be read from them.
+
+        Args:
+            name: of a codec; None changes nothing.
+            layout: of the model's images; None where it is not known, as for answers from a file.
+            error: what is raised where name and layout do not go together.
+
+        Raises:
+            InputError: there is no codec of that name.
+            GapExportError: of the type `error`: the codec writes pixels, and the layout makes no one grid of them.
+        """
+        if name is None:
+            return self
+        codec = box_codec(name)
+        frame = self.frame if layout is None or not codec.pixels else layout.pixels_of
+        if frame is None:
+            raise error(
+                "is in pixels of the image as the model sees it, and this one sees tiles or a part of it",
+                subject=f"box format {name}",
+                hint=f"use one that is not: {', '.join(row.name for row in CODECS.values() if not row.pixels)}",
+            )
+        return BoxFormat(codec=name, frame=frame)
 
 
 class ModelSpec(Record):
@@ -67,6 +102,8 @@ class ModelSpec(Record):
     attention_mask: AttentionMask = "causal"
     """Which tokens see which, by slot. Where that depends on the images, splice gives and the decoder takes `image_slots`."""
     max_positions: int
+    scaled_beyond: int | None = None
+    """Where frequencies of the rotation follow the length of what is read: from which position on."""
     missing_features: tuple[VisionFeature, ...] = ()
     """What a pruner may ask for and this tower does not have."""
     published_tower: str | None = None
@@ -248,6 +285,8 @@ class Manifest(Record):
     layout: Layout
     """How an image becomes what the vision graph takes."""
     prompt: PromptTemplate
+    chat: ChatFormat | None = None
+    """How free questions become prompts, by the template that lies beside the manifest; None where they cannot be asked."""
     box: BoxFormat
     text_tower: TextTower | None = None
     graphs: dict[str, Graph]

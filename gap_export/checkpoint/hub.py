@@ -16,7 +16,7 @@ from gap_export.errors import CheckpointError, MissingRequirementError
 from gap_export.files import is_file, is_folder
 from gap_export.progress import SILENT, Progress
 
-_DESCRIPTION = ["*.json", "*.model"]
+_DESCRIPTION = ["*.json", "*.model", "*.jinja"]
 _LOOKED = "beside the recipe's file, then in the working folder"
 _SAFE, _ARCHIVES = ["*.safetensors"], ["*.bin", "*.pth"]
 
@@ -94,7 +94,7 @@ def _fetched(reference: str, progress: Progress) -> Path:
         raise CheckpointError(
             "is no folder, is not in the local cache, and could not be fetched from the hub",
             subject=reference,
-            hint=f"folders are looked for {_LOOKED}; download its *.json, *.safetensors and tokenizer.model files elsewhere and pass the folder: --checkpoint FOLDER; "
+            hint=f"folders are looked for {_LOOKED}; download its *.json, *.jinja, *.safetensors and tokenizer.model files elsewhere and pass the folder: --checkpoint FOLDER; "
             "for latency work alone: --weights random",
         ) from error
 

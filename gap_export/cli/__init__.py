@@ -15,6 +15,7 @@ import typer
 
 from gap_export import __version__
 from gap_export.cli import (
+    ask,
     bench,
     build,
     calibrate,
@@ -46,6 +47,7 @@ for command in (
     calibrate.calibrate,
     validate.validate,
     run.run,
+    ask.ask,
     bench.bench,
     sweep.sweep,
     evaluate.evaluate,

@@ -10,7 +10,7 @@ import typer
 from gap_export import bounds
 from gap_export.cli.app import out, print_json
 from gap_export.cli.numbers import number
-from gap_export.cli.options import JsonOption
+from gap_export.cli.options import BoxFormatOption, JsonOption
 from gap_export.cli.progress import progress_shown
 from gap_export.precision import one_of
 from gap_export.precision import precision as precision_row
@@ -102,6 +102,13 @@ MaxPixelsOption = Annotated[
 MaxNewTokensOption = Annotated[
     int | None, typer.Option(**number(bounds.TOKENS), help="Maximum length of an answer, in tokens.")
 ]
+MaxTextOption = Annotated[
+    int | None,
+    typer.Option(
+        **number(bounds.TEXT),
+        help="Maximum text tokens of a prompt, over all turns of a conversation.",
+    ),
+]
 SeedOption = Annotated[
     int | None, typer.Option(**number(bounds.SEED), help="Seed of pruners that choose at random.")
 ]
@@ -130,6 +137,8 @@ def build(
     capacity: CapacityOption = None,
     max_pixels: MaxPixelsOption = None,
     max_new_tokens: MaxNewTokensOption = None,
+    max_text: MaxTextOption = None,
+    box_format: BoxFormatOption = None,
     seed: SeedOption = None,
     self_contained: SelfContainedOption = False,
     replace: ReplaceOption = False,
@@ -166,6 +175,8 @@ def build(
         capacity=capacity,
         max_pixels=max_pixels,
         max_new_tokens=max_new_tokens,
+        max_text=max_text,
+        box_format=box_format,
         seed=seed,
     )
     with progress_shown() as progress:
@@ -183,6 +194,8 @@ def build(
 
 
 def _facts(output: Path, built: BuildResult) -> dict[str, Any]:
+    from gap_export.evaluation.report.terminal import end_tokens
+
     manifest = built.bundle.manifest
     pruning = manifest.pruning
     return {
@@ -206,11 +219,13 @@ def _facts(output: Path, built: BuildResult) -> dict[str, Any]:
         "written_bytes": built.written_bytes,
         "notes": list(built.notes),
         "assumptions": list(built.assumptions),
+        "prompts": list(built.prompts),
+        "end_tokens": end_tokens(built.bundle),
     }
 
 
 def _print(output: Path, built: BuildResult) -> None:
-    from gap_export.evaluation.report.terminal import cache_length, keeping
+    from gap_export.evaluation.report.terminal import cache_length, end_tokens, ends_in_words, keeping
     from gap_export.files import readable_size
 
     manifest = built.bundle.manifest
@@ -225,8 +240,9 @@ def _print(output: Path, built: BuildResult) -> None:
             f"  {manifest.precision}: {precision_row(manifest.precision).loss}; of this one it is measured by:"
         )
         out.say(f"  gap-export validate {output} --text FILE")
-    for assumption in built.assumptions:
-        out.say(f"  {assumption}")
+    ends = ends_in_words(end_tokens(built.bundle))
+    for sentence in (*built.assumptions, *built.prompts, ends):
+        out.say(f"  {sentence}")
     for name, engines in manifest.engines.items():
         out.say(f"  {name} engines: {', '.join(engines)}")
     if built.cached:

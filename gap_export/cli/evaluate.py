@@ -12,6 +12,7 @@ from gap_export.cli.app import cluster_of, console, list_skipped, out, print_jso
 from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     AnyBackendOption,
+    BoxFormatOption,
     DataOption,
     DeviceOption,
     ExpressionLimitOption,
@@ -47,7 +48,7 @@ _PredictionsOption = Annotated[
 _FamilyOption = Annotated[
     str | None,
     typer.Option(
-        help="With --predictions: family whose box format the answers have; see `gap-export models`."
+        help="With --predictions: family whose box format and frame the answers have; see `gap-export models`."
     ),
 ]
 _OutputOption = Annotated[
@@ -83,6 +84,7 @@ def evaluate(
     ] = False,
     predictions: _PredictionsOption = None,
     family: _FamilyOption = None,
+    box_format: BoxFormatOption = None,
     output: _OutputOption = None,
     replace: ReplaceOption = False,
     ray: RayOption = False,
@@ -122,10 +124,11 @@ def evaluate(
         record = evaluate_predictions(
             predictions,
             dataset,
-            family or "",
+            family,
             protocol=protocol,
             limit=limit,
             rescale_boxes=rescale_boxes,
+            box_format=box_format,
             out=output,
         )
     else:
@@ -138,6 +141,7 @@ def evaluate(
             share=not one_by_one,
             threads=threads,
             rescale_boxes=rescale_boxes,
+            box_format=box_format,
         )
         cluster = cluster_of(ray, workers or 2, ray_address)
         prepared = prepare(bundle, dataset, options, out=output, replace=replace)

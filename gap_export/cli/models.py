@@ -43,6 +43,10 @@ def models(as_json: JsonOption = False) -> None:
             ", ".join(name for name in prune.names() if name not in recipe["pruners"]) or "-",
         )
     out.print(table)
+    formats = Table("box format", Column("a box", overflow="fold"))
+    for codec in CODECS.values():
+        formats.add_row(codec.name, _boxes(codec, codec.frame))
+    out.print(formats)
     pruners = Table("pruner", "keeps", "needs", "prunes", "merges")
     for row in prune.PRUNERS.values():
         pruners.add_row(row.name, row.summary, prune.needs(row), prune.where(row), prune.merging(row))

@@ -47,6 +47,13 @@ PrecisionHintOption = Annotated[
     str | None,
     typer.Option(help="Type of activations, where the runtime has a choice: f32, bf16, f16 (openvino)."),
 ]
+BoxFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How boxes are written in answers, see `gap-export models`; by default as the bundle or its family has it.",
+    ),
+]
 KeepOption = Annotated[
     float | None,
     typer.Option(

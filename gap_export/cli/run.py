@@ -12,6 +12,7 @@ from gap_export.cli.app import console, out, print_json
 from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     AnyBackendOption,
+    BoxFormatOption,
     BundleArgument,
     DeviceOption,
     JsonOption,
@@ -41,6 +42,7 @@ def run(
     max_new_tokens: Annotated[
         int | None, typer.Option(**number(bounds.TOKENS), help="Maximum length of an answer, in tokens.")
     ] = None,
+    box_format: BoxFormatOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,7 +55,7 @@ def run(
         check_drawing(draw, images=image, bundle=bundle)
     images = [load_image(path) for path in image]
     ran = runtime_of(backend, device, precision_hint, provider, bundle)
-    with load(bundle, backend=ran, threads=threads) as model:
+    with load(bundle, backend=ran, threads=threads, box_format=box_format) as model:
         unknown = model.unknown_words(refer)
         prompt = images[0] if len(images) == 1 else tuple(images)
         answer = model.ground(prompt, refer, keep=keep, max_new_tokens=max_new_tokens)

@@ -218,7 +218,7 @@ def _config(library: Library, builder: Any, profiles: Sequence[Profile], capabil
             raise EngineError(
                 f"{library.title} does not accept it",
                 subject=f"optimisation profile {profile.name}",
-                hint="check max_batch, max_text and the capacity in the recipe",
+                hint="check --max-text, --capacity, and max_batch in the recipe",
             )
     return config
 

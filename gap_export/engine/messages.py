@@ -107,7 +107,7 @@ _RULES = (
     ),
     _rule(
         r"out of memory|OutOfMemory|OUT_OF_MEMORY|bad_alloc|cudaError 2\b",
-        "free memory, build on a larger machine, or lower max_batch, max_text or the capacity in the recipe",
+        "free memory, build on a larger machine, or lower --max-text, --capacity, or max_batch in the recipe",
         MissingRequirementError,
     ),
     _rule(

@@ -111,7 +111,7 @@ def choose_profile(spec: GraphSpec, profiles: Sequence[Profile], shapes: Mapping
             raise SessionError(
                 f"has shape {list(shape)}, the engine serves {list(low)} to {list(high)}",
                 subject=f"graph {spec.name}, input {name}",
-                hint="send a smaller batch or a shorter prompt, or build with larger max_batch and max_text",
+                hint="send a smaller batch or a shorter prompt, or build with a larger --max-text, or max_batch in the recipe",
             )
     if profiles:
         raise SessionError(

@@ -20,6 +20,7 @@ from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.tokenizers import stored_tokenizer
 from gap_export.checkpoint.weight_map import Prefixes, check_known, find_key, with_shared_table
 from gap_export.errors import CheckpointError, RecipeError, shown
+from gap_export.families.frames import Frame
 from gap_export.families.table import FamilyRow
 from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.layouts import Layout
@@ -208,9 +209,24 @@ class Family(ABC):
         """
 
     @property
+    def frame(self) -> Frame | None:
+        """How published models are spoken to, for checkpoints without a chat template; None where no such frame is known."""
+        return None
+
+    @property
+    def image_text(self) -> str:
+        """What stands in a prompt for one image: its placeholder, and what the model was trained to see around it."""
+        return self.placeholder if self.frame is None else self.frame.image
+
+    @property
+    def grounding_question(self) -> str | None:
+        """What a user says who asks for a box, `{expression}` in it and no image; None where the whole prompt alone is known."""
+        return None
+
+    @property
     @abstractmethod
     def grounding_prompt(self) -> str:
-        """The prompt that asks for a box, `{expression}` and the image's placeholder in it."""
+        """The prompt that asks for a box, `{expression}` and the image's placeholder in it: the question in the family's frame."""
 
     def prompt(self, recipe: Recipe) -> PromptTemplate:
         """How expressions become token ids."""

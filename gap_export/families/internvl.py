@@ -21,6 +21,7 @@ from typing_extensions import override
 from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.vision_inputs import tile_pixels
+from gap_export.families import frames
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import DynamicTilesLayout
 from gap_export.modeling import hf_config, selection, sizes
@@ -107,6 +108,8 @@ class InternVLVision(nn.Module):
 class InternVL(Family):
     """InternVL 3; heads of small models are their token embedding."""
 
+    frame = frames.INTERNVL
+    grounding_question = _QUESTION
     grounding_prompt = GROUNDING_PROMPT
     placeholder = "<IMG_CONTEXT>"
 

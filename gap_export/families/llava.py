@@ -12,19 +12,21 @@ from __future__ import annotations
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from typing_extensions import override
 
+from gap_export.families import frames
 from gap_export.families.clip_llama import Channels, ClipLlama, ClipLlamaConfig
 from gap_export.modeling import hf_config, sizes
 
 GROUNDING_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. USER: <image>\nPlease provide the bounding box coordinate of the region this "
-    "sentence describes: {expression}. ASSISTANT:"
+    f"polite answers to the user's questions. USER: <image>\n{frames.LLAVA_QUESTION} ASSISTANT:"
 )
 
 
 class Llava(ClipLlama):
     """LLaVA-1.5 in the layout of transformers."""
 
+    frame = frames.LLAVA
+    grounding_question = frames.LLAVA_QUESTION
     grounding_prompt = GROUNDING_PROMPT
 
     @override

@@ -20,6 +20,7 @@ from typing_extensions import override
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.vision_inputs import anyres_inputs
 from gap_export.checkpoint import Checkpoint
+from gap_export.families import frames
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.inputs.prompt import TextTower
@@ -33,15 +34,15 @@ from gap_export.modeling.tiles import features_of_image, token_gather, with_newl
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
-_QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {expression}."
 GROUNDING_PROMPTS = {
     "llama": (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-        f"polite answers to the human's questions. USER: <image>\n{_QUESTION} ASSISTANT:"
+        f"polite answers to the human's questions. USER: <image>\n{frames.LLAVA_QUESTION} ASSISTANT:"
     ),
-    "mistral": f"[INST] <image>\n{_QUESTION} [/INST]",
+    "mistral": f"[INST] <image>\n{frames.LLAVA_QUESTION} [/INST]",
 }
-"""By the decoder's `model_type`: the chat templates of the published checkpoints."""
+FRAMES = {"llama": frames.LLAVA_NEXT_VICUNA, "mistral": frames.LLAVA_NEXT_MISTRAL}
+"""By the decoder's `model_type`, as the prompts are: what the published checkpoints with such decoders were trained in."""
 
 WHOLE = 0
 """The tile that shows the whole image."""
@@ -89,6 +90,8 @@ class LlavaNextVision(ClipVision):
 class LlavaNext(Family):
     """LLaVA-NeXT."""
 
+    grounding_question = frames.LLAVA_QUESTION
+
     @override
     def read_config(self) -> Any:
         config, check = hf_config.read_config(self.checkpoint), self.check
@@ -111,6 +114,11 @@ class LlavaNext(Family):
     @cached_property
     def _tiles(self) -> AnyResLayout:
         return hf_config.anyres_layout(self.checkpoint, self.config, self.check)
+
+    @property
+    @override
+    def frame(self) -> frames.Frame:
+        return FRAMES[self.config.text_config.model_type]
 
     @property
     @override

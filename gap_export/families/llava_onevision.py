@@ -20,6 +20,7 @@ from typing_extensions import override
 from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.vision_inputs import anyres_inputs
+from gap_export.families import frames
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.modeling import hf_config, selection, sizes
@@ -30,10 +31,7 @@ from gap_export.plan import Plan
 from gap_export.prune.order import take
 from gap_export.recipe.recipe import Recipe
 
-GROUNDING_PROMPT = (
-    "<|im_start|>user\n<image>\nPlease provide the bounding box coordinate of the region this sentence describes: "
-    "{expression}.<|im_end|>\n<|im_start|>assistant\n"
-)
+GROUNDING_PROMPT = f"<|im_start|>user\n<image>\n{frames.LLAVA_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 """As transformers tests the chat template of the published checkpoints."""
 
 
@@ -84,6 +82,8 @@ class LlavaOnevisionVision(nn.Module):
 class LlavaOnevision(Family):
     """LLaVA-OneVision; the 0.5B model's head is its token embedding."""
 
+    frame = frames.LLAVA_ONEVISION
+    grounding_question = frames.LLAVA_QUESTION
     grounding_prompt = GROUNDING_PROMPT
 
     @override

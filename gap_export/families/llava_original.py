@@ -16,6 +16,7 @@ from typing_extensions import override
 from gap_export.checkpoint import Checkpoint
 from gap_export.checkpoint.tokenizers import slow_tokenizer, with_placeholder
 from gap_export.checkpoint.weight_map import Prefixes
+from gap_export.families import frames
 from gap_export.families.base import Companion
 from gap_export.families.clip_llama import ClipLlama, ClipLlamaConfig
 from gap_export.families.llava import GROUNDING_PROMPT
@@ -28,6 +29,8 @@ PLACEHOLDER = "<image>"
 class LlavaOriginal(ClipLlama):
     """LLaVA-1.5 in its authors' layout."""
 
+    frame = frames.LLAVA
+    grounding_question = frames.LLAVA_QUESTION
     grounding_prompt = GROUNDING_PROMPT
     prefixes: ClassVar[Prefixes] = {
         "vision_tower.": ("model.vision_tower.vision_tower.vision_model.", "vision_tower/vision_model."),

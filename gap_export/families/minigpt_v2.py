@@ -29,6 +29,7 @@ from gap_export.checkpoint.safetensors import Derived
 from gap_export.checkpoint.tokenizers import slow_tokenizer, token_id, with_placeholder
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError, RecipeError
+from gap_export.families import frames
 from gap_export.families.base import Companion, Family
 from gap_export.inputs.layouts import SquareLayout
 from gap_export.inputs.prompt import TextTower
@@ -42,7 +43,8 @@ from gap_export.modeling.layers import LayerStack
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
-GROUNDING_PROMPT = "<s>[INST] <Img><ImageHere></Img> [refer] give me the location of {expression} [/INST]"
+_QUESTION = "[refer] give me the location of {expression}"
+GROUNDING_PROMPT = f"<s>[INST] <Img><ImageHere></Img> {_QUESTION} [/INST]"
 PLACEHOLDER, END = "<ImageHere>", "</s>"
 SIZE, GROUP = 448, 4
 RANK, ALPHA = 64, 16
@@ -83,6 +85,8 @@ class MiniGpt(Family):
     """MiniGPT-v2."""
 
     config: MiniGptConfig
+    frame = frames.MINIGPT_V2
+    grounding_question = _QUESTION
     grounding_prompt = GROUNDING_PROMPT
     placeholder = PLACEHOLDER
     prefixes: ClassVar[Prefixes] = {

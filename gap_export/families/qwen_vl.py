@@ -31,6 +31,7 @@ from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.vision_inputs import native_inputs
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import RecipeError
+from gap_export.families import frames
 from gap_export.families.base import Family
 from gap_export.inputs.layouts import NativeResolutionLayout
 from gap_export.modeling import hf_config, sizes
@@ -168,7 +169,9 @@ class Qwen2VL(QwenVL):
     """Qwen2-VL."""
 
     # Frame as the chat template has it, one `<|image_pad|>` standing for all. The question's words are ours: none are published.
-    grounding_prompt = f"{_SYSTEM}{_USER}Give the bounding box of <|object_ref_start|>{{expression}}<|object_ref_end|>.{_ASSISTANT}"
+    grounding_question = "Give the bounding box of <|object_ref_start|>{expression}<|object_ref_end|>."
+    frame = frames.QWEN2_VL
+    grounding_prompt = f"{_SYSTEM}{_USER}{grounding_question}{_ASSISTANT}"
     model_class = Qwen2VLForConditionalGeneration
 
     @override
@@ -180,9 +183,9 @@ class Qwen25VL(QwenVL):
     """Qwen2.5-VL."""
 
     # As the chat template and the notebook have it, one `<|image_pad|>` standing for all.
-    grounding_prompt = (
-        f"{_SYSTEM}{_USER}Locate {{expression}}, output its bbox coordinates using JSON format.{_ASSISTANT}"
-    )
+    grounding_question = "Locate {expression}, output its bbox coordinates using JSON format."
+    frame = frames.QWEN2_VL
+    grounding_prompt = f"{_SYSTEM}{_USER}{grounding_question}{_ASSISTANT}"
     model_class = Qwen2_5_VLForConditionalGeneration
 
     @override
@@ -205,9 +208,9 @@ class Qwen3VL(QwenVL):
     """Qwen3-VL."""
 
     # As the chat template and the notebook have it, one `<|image_pad|>` standing for all.
-    grounding_prompt = (
-        f"{_USER}Locate {{expression}}, report its bbox coordinates in JSON format.{_ASSISTANT}"
-    )
+    grounding_question = "Locate {expression}, report its bbox coordinates in JSON format."
+    frame = frames.QWEN3_VL
+    grounding_prompt = f"{_USER}{grounding_question}{_ASSISTANT}"
     model_class = Qwen3VLForConditionalGeneration
 
     @override

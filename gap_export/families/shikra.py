@@ -22,6 +22,7 @@ from gap_export.checkpoint.sentencepiece import strip_around
 from gap_export.checkpoint.tokenizers import slow_tokenizer, token_id
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError
+from gap_export.families import frames
 from gap_export.families.base import Companion
 from gap_export.families.clip_llama import ClipLlama, ClipLlamaConfig
 from gap_export.modeling import hf_config
@@ -45,6 +46,11 @@ class Shikra(ClipLlama):
         "polite answers to the user's questions. USER: Can you point out {expression} in the image <im_start><im_patch><im_end> "
         "and provide the coordinates of its location? ASSISTANT:"
     )
+    # In a checkpoint's own template, which puts the image in front of what is said.
+    grounding_question = (
+        "Can you point out {expression} in the image and provide the coordinates of its location?"
+    )
+    frame = frames.SHIKRA
     placeholder = PLACEHOLDER
     prefixes: ClassVar[Prefixes] = {
         "vision_tower.": ("vision_tower/vision_model.",),

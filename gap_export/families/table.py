@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gap_export import prune
+from gap_export.boxes.codecs import CODECS
 from gap_export.bundle.manifest import BoxFormat, VisionFeature
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError, InputError
@@ -124,6 +125,8 @@ def overview() -> dict[str, Any]:
 
     Returns:
         `recipes`, those that come with the package, with family, box format, pruners that work, checkpoint and what lies beside it;
+        `box_formats`, the names that `--box-format` takes, each with a box as it is written, the number of the far edge (None for pixels as the
+        model sees them), and what the numbers are of where nothing else tells it;
         `pruners`, the rows of their table.
     """
     recipes = [load_recipe(name) for name in known_recipes()]
@@ -140,6 +143,10 @@ def overview() -> dict[str, Any]:
             }
             for recipe in recipes
             if recipe.family in _ROWS
+        ],
+        "box_formats": [
+            {"name": codec.name, "example": codec.example, "unit": codec.unit, "frame": codec.frame}
+            for codec in CODECS.values()
         ],
         "pruners": [asdict(pruner) for pruner in prune.PRUNERS.values()],
     }

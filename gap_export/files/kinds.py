@@ -38,6 +38,7 @@ RECIPE = FileKind("a recipe", 250 * _KB, RecipeError, "see recipes/ for examples
 CONFIG = FileKind("a config", 16 * _MB, CheckpointError, _FETCH)
 WEIGHT_INDEX = FileKind("an index of weights", 64 * _MB, CheckpointError, _FETCH)
 WEIGHTS = FileKind("a file of weights", None, CheckpointError, _FETCH)
+CHAT_TEMPLATE = FileKind("a chat template", 4 * _MB, CheckpointError, _FETCH)
 TOKENIZER = FileKind("a tokenizer", 256 * _MB, CheckpointError, _FETCH)
 MANIFEST = FileKind("a manifest", 16 * _MB, BundleError, _REBUILD)
 BUNDLE_TOKENIZER = FileKind("a bundle's tokenizer", 256 * _MB, BundleError, _REBUILD)
@@ -59,6 +60,7 @@ FILE_KINDS = (
     CONFIG,
     WEIGHT_INDEX,
     WEIGHTS,
+    CHAT_TEMPLATE,
     TOKENIZER,
     MANIFEST,
     BUNDLE_TOKENIZER,

@@ -151,8 +151,16 @@ class ImageLayout(Record):
             InputError: an image that cannot be fitted.
         """
 
+    @property
+    def pixels_of(self) -> Literal["image", "padded_square"] | None:
+        """What the model sees as one grid of pixels: the whole image, or its padded square. None where that is tiles, or a part."""
+        return None
+
     def resized(self, size: Size) -> Size | None:
-        """(width, height) of an image as the model sees it, where it keeps its shape; None where it becomes squares.
+        """(width, height) of an image as the model sees it, in pixels of the model; None where `pixels_of` is None.
+
+        Args:
+            size: (width, height) of the image.
 
         Raises:
             InputError: an image that cannot be fitted.

@@ -74,6 +74,11 @@ class NativeResolutionLayout(ImageLayout):
         """Preprocess a batch of images."""
         return of_many_sizes([native_image(image, self) for image in images], per_prompt)
 
+    @property
+    def pixels_of(self) -> Literal["image", "padded_square"] | None:
+        """What the model sees as one grid of pixels: the whole image."""
+        return "image"
+
     def resized(self, size: Size) -> Size:
         """(width, height) of an image as the model sees it."""
         return resized(*size, self)

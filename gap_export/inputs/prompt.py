@@ -167,9 +167,9 @@ def encode_prompts(
                 f"makes a prompt of {text_tokens} text tokens, and {max(fitting, 0)} fit: "
                 f"capacity {capacity}, minus {images * kept} visual tokens, minus {max_new_tokens} for the answer",
                 subject=_quoted(expression),
-                hint=f"shorten the expression by {text_tokens - fitting} tokens"
+                hint=f"shorten the expression by {text_tokens - fitting} tokens, or build with a larger --max-text"
                 if fixed < fitting
-                else f"{fixed} of them are the prompt itself: build with a larger capacity or keep fewer tokens",
+                else f"{fixed} of them are the prompt itself: build with a larger --max-text or --capacity, or keep fewer tokens",
             )
         rows.append(row)
 

@@ -53,6 +53,17 @@ class SquareLayout(ImageLayout):
         """Preprocess a batch of images."""
         return of_one_size(pixel_values(images, self), visual_tokens)
 
+    @property
+    def pixels_of(self) -> Literal["image", "padded_square"] | None:
+        """What the model sees as one grid of pixels: the stretched image, or its padded square."""
+        if self.fit == "crop":
+            return None
+        return "padded_square" if self.fit == "pad" else "image"
+
+    def resized(self, size: Size) -> Size | None:
+        """(width, height) of an image, or of its padded square, as the model sees it."""
+        return None if self.pixels_of is None else (self.size, self.size)
+
     def seen_area(self, size: Size) -> tuple[float, float, float, float]:
         """(left, top, width, height) of the part of an image that its tokens cover, in pixels of the image."""
         width, height = size

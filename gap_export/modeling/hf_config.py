@@ -19,7 +19,7 @@ from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import CheckpointError, GapExportError, first_line, shown
 from gap_export.inputs.layouts import AnyResLayout
 from gap_export.modeling.field_values import VALUES
-from gap_export.modeling.rope import max_positions
+from gap_export.modeling.rope import max_positions, scaled_beyond
 
 PREFIXES: Prefixes = {
     "vision_tower.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
@@ -338,4 +338,5 @@ def decoder_sizes(text_config: Any) -> dict[str, Any]:
         or text_config.hidden_size // text_config.num_attention_heads,
         "vocabulary": text_config.vocab_size,
         "max_positions": max_positions(text_config),
+        "scaled_beyond": scaled_beyond(text_config),
     }

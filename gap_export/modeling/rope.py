@@ -134,6 +134,15 @@ def max_positions(text_config: Any) -> int:
     return int(trained * rope["factor"]) if rope["rope_type"] == "dynamic" else trained
 
 
+def scaled_beyond(text_config: Any) -> int | None:
+    """The position from which on a decoder's frequencies follow the length of what it reads; None where they never do."""
+    rope = text_config.rope_parameters
+    if rope["rope_type"] not in BY_LENGTH:
+        return None
+    stated = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
+    return int(stated or text_config.max_position_embeddings)
+
+
 def by_row(rotary: nn.Module) -> nn.Module:
     """A decoder's rotary embedding with frequencies that follow each row's own length; itself, where they depend on none.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gap_export import __version__
+from gap_export.bundle.check.files import CHAT_TEMPLATE
 from gap_export.bundle.folder import MANIFEST, REPORTS, Bundle, open_bundle, write_manifest
 from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
@@ -44,6 +45,7 @@ class BuildResult:
         cached: names of the graphs that were traced before, and were taken from the trace cache.
         notes: what the user should know of how the checkpoint was read, a sentence each.
         assumptions: what was found in a second place because it was missing in the first, a sentence each.
+        prompts: where grounding prompt and chat template are from, a sentence each.
     """
 
     bundle: Bundle
@@ -51,6 +53,7 @@ class BuildResult:
     cached: tuple[str, ...]
     notes: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
 def build_bundle(
@@ -114,6 +117,8 @@ def build(
         traced = trace_graphs(model, plan, tracer=tracer, progress=progress)
         written = write_graphs(traced, model, plan, folder, self_contained=self_contained, progress=progress)
         _write_tokenizers(model, folder)
+        if model.chat is not None:
+            (folder / CHAT_TEMPLATE).write_text(model.chat_template, encoding="utf-8", newline="")
         engines = build_engines(written.graphs, recipe, folder, progress)
         progress.stage("writing the manifest")
         manifest = manifest_of(model, plan, written.graphs, engines, folder)
@@ -122,7 +127,12 @@ def build(
         written_bytes = written.weight_bytes + _bytes_besides_weights(folder)
     cached = tuple(graph.name for graph in traced if graph.cached)
     return BuildResult(
-        Bundle(out, manifest), written_bytes, cached, notes=model.notes, assumptions=model.assumptions
+        Bundle(out, manifest),
+        written_bytes,
+        cached,
+        notes=model.notes,
+        assumptions=model.assumptions,
+        prompts=model.prompts,
     )
 
 
@@ -190,6 +200,7 @@ def manifest_of(
         max_new_tokens=recipe.max_new_tokens,
         layout=model.layout,
         prompt=model.prompt,
+        chat=model.chat,
         box=model.box,
         text_tower=model.text_tower,
         graphs=graphs,

@@ -18,9 +18,11 @@ from gap_export.checkpoint.hub import resolve
 from gap_export.checkpoint.random_weights import random_checkpoint
 from gap_export.checkpoint.tokenizers import check_in_vocabulary, check_placeholder
 from gap_export.errors import CheckpointError, CheckpointWarning, RecipeError
+from gap_export.inputs.chat.format import ChatFormat
 from gap_export.inputs.layouts import Layout
 from gap_export.inputs.prompt import PromptTemplate, TextTower, check_text_tokenizer
 from gap_export.inputs.tokenizer import load_tokenizer
+from gap_export.pipeline.chat import open_chat
 from gap_export.progress import SILENT, Progress
 from gap_export.recipe.calibration import Calibration, read_calibration
 from gap_export.recipe.ranges import Ranges, read_ranges
@@ -47,6 +49,8 @@ class OpenedModel:
         spec: sizes of the model.
         tokenizer: of the prompt.
         prompt: how expressions become token ids.
+        chat_template: for free questions, in Jinja; "" where there is none.
+        chat: how it is used; None where there is none.
         layout: how images become pixel values.
         box: how boxes are written.
         text_tower: for pruners that read the expression; its weights are those of the companion `text_tower`.
@@ -54,6 +58,7 @@ class OpenedModel:
         calibration: text that the decoder reads, where its rounding is compensated.
         notes: what the user should know of how the checkpoint was read, a sentence each.
         assumptions: what was found in a second place because it was missing in the first, a sentence each.
+        prompts: where grounding prompt and chat template are from, a sentence each.
     """
 
     recipe: Recipe
@@ -61,6 +66,8 @@ class OpenedModel:
     spec: ModelSpec
     tokenizer: Tokenizer
     prompt: PromptTemplate
+    chat_template: str
+    chat: ChatFormat | None
     layout: Layout
     box: BoxFormat
     text_tower: TextTower | None
@@ -68,6 +75,7 @@ class OpenedModel:
     calibration: Calibration | None
     notes: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -121,15 +129,15 @@ def open_model(
     family = kind(row, _with_companions(checkpoint, kind, recipe, reads_text=reads_text))
     layout, spec = _layout_and_spec(family, recipe)
     tokenizer = family.tokenizer()
-    prompt = family.prompt(recipe).model_copy(update={"images": recipe.images})
     check_placeholder(
         tokenizer,
         family.placeholder,
-        prompt.image_token_id,
-        prompt=prompt.grounding,
+        family.image_token_id,
+        prompt=recipe.prompt or family.grounding_prompt,
         checkpoint=family.checkpoint,
     )
-    check_in_vocabulary(tokenizer, prompt.image_token_id, spec.vocabulary, family.checkpoint)
+    check_in_vocabulary(tokenizer, family.image_token_id, spec.vocabulary, family.checkpoint)
+    chat = open_chat(family, recipe, tokenizer, spec.vocabulary)
     text_tower, companion = None, family.checkpoint.companions.get("text_tower")
     if companion is not None:
         text_tower = family.text_tower(companion)
@@ -149,14 +157,17 @@ def open_model(
         family=family,
         spec=spec,
         tokenizer=tokenizer,
-        prompt=prompt,
+        prompt=chat.prompt,
+        chat_template=chat.template,
+        chat=chat.format,
         layout=layout,
-        box=family.box(recipe),
+        box=family.box(recipe).written_as(recipe.box_format, layout, error=RecipeError),
         text_tower=text_tower,
         ranges=None if recipe.ranges is None else read_ranges(Path(recipe.ranges)),
         calibration=calibration,
         notes=family.notes,
         assumptions=() if random else family.assumptions(tokenizer),
+        prompts=chat.said,
     )
 
 

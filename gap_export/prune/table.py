@@ -26,6 +26,7 @@ class Pruner:
         module: with the tensor code; by default the one of the pruner's name in this package.
         needs: what the tower must have.
         needs_text: whether the choice depends on the prompt.
+        without_instruction: whether, of a free question of several lines, the last is no part of the text that the choice depends on.
         needs_seed: whether it draws at random.
         adaptive: whether it can find K by itself (`select_adaptive`).
         reads_projected: whether it looks at tokens after the projector, all N of which are then projected.
@@ -42,6 +43,7 @@ class Pruner:
     module: str = ""
     needs: tuple[VisionFeature, ...] = ()
     needs_text: bool = False
+    without_instruction: bool = False
     needs_seed: bool = False
     adaptive: bool = False
     reads_projected: bool = False
@@ -64,6 +66,20 @@ class Pruner:
             raise ValueError(
                 f"{self.name} drops tokens inside the decoder, whose graphs are laid out for one count"
             )
+
+    def text_of(self, question: str) -> str:
+        """What the choice depends on, of a free question.
+
+        TRIM reads all of it (arXiv 2409.10994, section 3). CDPruner reads it without the instruction on how to answer (`Answer the question using a
+        single word or phrase.`), which its authors' evaluation puts on the last line of every question.
+
+        Args:
+            question: as asked.
+        """
+        lines = [line for line in question.splitlines() if line.strip()]
+        if not self.without_instruction or len(lines) < 2:
+            return question
+        return "\n".join(lines[:-1])
 
     def load_reference(self) -> ModuleType:
         """The module with the same in float64."""
@@ -221,6 +237,7 @@ for _row in (
         "greedily what the chosen ones do not span, weighted by how it matches the expression",
         reference=_DIVERSE,
         needs_text=True,
+        without_instruction=True,
         reads_projected=True,
         sequential=True,
     ),

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from gap_export import bounds
 from gap_export.bounds import Bound
+from gap_export.boxes import codecs
 from gap_export.errors import RecipeError, shown
 from gap_export.files import is_folder, kinds, read_yaml
 from gap_export.positions import MergedId, PositionPolicy
@@ -95,11 +96,13 @@ class Recipe(Record):
         calibration: file of prose in UTF-8, for precisions whose rounding can be compensated: errors of four-bit weights then get smaller where
             the decoder's activations on it are large (GPTQ).
         max_new_tokens: longest answer.
-        max_text: longest prompt in text tokens, the placeholder counted as one.
+        max_text: longest prompt in text tokens, over all turns of a conversation, the placeholder counted as one.
         max_batch: most images per call.
         capacity: makes the cache static, with so many slots; by default it has as many as a request needs, and where engines are built
             (which want a static one) just enough for the longest prompt after pruning plus the longest answer.
-        prompt: grounding prompt with `{expression}` and the image placeholder.
+        prompt: grounding prompt with `{expression}` and the image placeholder; when left out, the family's question in the checkpoint's chat
+            template, or in the family's own frame where it has none.
+        box_format: how the model writes boxes, a name in the table of box codecs; the family's way when left out.
         images: images in one prompt, which then has as many placeholders; boxes are those of the last one.
         fit: how images become squares.
         max_pixels: larger images are scaled down, in families that take them at their own size; the checkpoint's own bound
@@ -132,6 +135,10 @@ class Recipe(Record):
     max_batch: Annotated[int, _within(bounds.BATCH)] = 8
     capacity: Annotated[int, _within(bounds.SLOTS)] | None = None
     prompt: Annotated[str, Field(max_length=100_000)] | None = None
+    # (Left out of what is stored where it is None: bundles and sweeps without one are what they were before there was any.)
+    box_format: Annotated[str, AfterValidator(codecs.known)] | None = Field(
+        default=None, exclude_if=lambda name: name is None
+    )
     images: Annotated[int, _within(bounds.IMAGES)] = 1
     fit: Literal["pad", "crop", "stretch"] | None = None
     max_pixels: Annotated[int, _within(bounds.PIXELS)] | None = None
@@ -183,6 +190,8 @@ class Recipe(Record):
     def load(cls, model: str, **options: Any) -> Recipe:
         """A recipe by name, by file, or a default one around a checkpoint, with options of one's own.
 
+        The prompt of a recipe by name belongs to the published checkpoint: with another one, and no prompt among the options, it is left open.
+
         Args:
             model: recipe name, path of a YAML file, checkpoint folder, or hub id `owner/name`.
             options: fields to replace: `keep=0.25`, `pruner="divprune"`, ...
@@ -190,7 +199,10 @@ class Recipe(Record):
         Raises:
             RecipeError: nothing of that name, a file that is not a valid recipe, or an option that cannot work.
         """
-        return load_recipe(model).replaced(**options)
+        recipe = load_recipe(model)
+        if model in known_recipes() and _is_of_another(recipe, options.get("checkpoint")):
+            recipe = recipe.model_copy(update={"prompt": None})
+        return recipe.replaced(**options)
 
     def replaced(self, **options: Any) -> Recipe:
         """A copy with the options that are not None replaced, validated again.
@@ -200,6 +212,15 @@ class Recipe(Record):
         """
         given = {name: value for name, value in options.items() if value is not None}
         return _validated({**self.model_dump(), **given}, subject=self.name)
+
+
+def _is_of_another(recipe: Recipe, checkpoint: str | None) -> bool:
+    """Whether the prompt of a recipe that comes with the package has nothing to say of a checkpoint that takes the place of the recipe's.
+
+    It is what the published checkpoint is asked in: another may have a chat template of its own, and one that has none is asked in the
+    same words, those of its family. A bundled checkpoint's prompt is what it was trained with, as one is that was trained like it.
+    """
+    return checkpoint not in (None, recipe.checkpoint) and not recipe.checkpoint.startswith("bundled:")
 
 
 def plain_name(name: str) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gap_export.errors import InputError, SessionError
 from gap_export.inputs.batch import ImageBatch
 from gap_export.positions import Ids, Placement, advance
-from gap_export.runtime.session import Session, VisualTokens, together
+from gap_export.runtime.session import Encoder, Session, VisualTokens, together
 
 Adjust = Callable[[Placement, VisualTokens], Placement]
 """Changes a placement before it is used, knowing which visual tokens it is about."""
@@ -229,7 +229,7 @@ def decode(
 
 
 def encode(
-    session: Session,
+    session: Encoder,
     batch: ImageBatch,
     *,
     text_ids_BL: Ids | None = None,
@@ -257,8 +257,22 @@ def check_overflow(generation: Generation | Decoded, backend: str) -> None:
         SessionError: they are not.
     """
     if not generation.finite:
-        raise SessionError(
-            "gave logits that are not finite: activations are beyond what the precision can hold",
-            subject=backend,
-            hint="build with --precision bf16 or fp32, and open a new session (the cache holds them too)",
-        )
+        raise _overflow(backend)
+
+
+def check_finite(logits_V: NDArray[np.float32], backend: str) -> None:
+    """Refuse logits that are not numbers.
+
+    Raises:
+        SessionError: they are not.
+    """
+    if not np.isfinite(logits_V).all():
+        raise _overflow(backend)
+
+
+def _overflow(backend: str) -> SessionError:
+    return SessionError(
+        "gave logits that are not finite: activations are beyond what the precision can hold",
+        subject=backend,
+        hint="build with --precision bf16 or fp32, and open a new session (the cache holds them too)",
+    )

@@ -19,7 +19,7 @@ from gap_export.boxes.codecs import CODECS, Box, Unparsable, to_pixels
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.errors import InputError
-from gap_export.inputs.batch import ImageBatch
+from gap_export.inputs.batch import ImageBatch, Size
 from gap_export.inputs.prompt import Prompts, decode_answer, encode_prompts, encode_text, unknown_words
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import PAD, Ids
@@ -87,11 +87,14 @@ class Grounder:
 
     Args:
         bundle: opened.
+
+    Attributes:
+        tokenizer: of prompt and answers.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._manifest = bundle.manifest
-        self._tokenizer = load_tokenizer(bundle.tokenizer_path)
+        self.tokenizer = load_tokenizer(bundle.tokenizer_path)
         self._text_tower = bundle.manifest.text_tower
         self._text_tokenizer = load_tokenizer(bundle.text_tokenizer_path) if self._text_tower else None
         self._codec = CODECS[bundle.manifest.box.codec]
@@ -123,7 +126,7 @@ class Grounder:
                 another number of images.
         """
         manifest = self._manifest
-        longest = self._longest(max_new_tokens)
+        longest = self.longest(max_new_tokens)
         per_prompt = manifest.prompt.images
         if len(images) != per_prompt * len(expressions):
             raise InputError(
@@ -160,7 +163,7 @@ class Grounder:
                 strict=True,
             )
         ]
-        boxes = [self._referred(answer.text, image) for answer, image in zip(answers, last, strict=True)]
+        boxes = [self._referred(answer.text, image.size) for answer, image in zip(answers, last, strict=True)]
         return Grounded(answers, boxes, generation, prompts, batch)
 
     def answer_image(
@@ -190,7 +193,7 @@ class Grounder:
             InputError: an expression, an image or a fraction that cannot be used.
             SessionError: the runtime failed, or gave logits that are not numbers.
         """
-        manifest, longest = self._manifest, self._longest(max_new_tokens)
+        manifest, longest = self._manifest, self.longest(max_new_tokens)
         rows = min(rows or self.max_batch, self.max_batch)
         parts = [expressions[first : first + rows] for first in range(0, len(expressions), rows)]
         began = time.perf_counter()
@@ -237,7 +240,7 @@ class Grounder:
     @cached_property
     def unshared_because(self) -> str | None:
         """Why `answer_image` answers each expression whole; None where the beginning of prompts is shared."""
-        return unshared_because(self._manifest, self._tokenizer)
+        return unshared_because(self._manifest, self.tokenizer)
 
     @property
     def images_per_prompt(self) -> int:
@@ -264,7 +267,7 @@ class Grounder:
 
     def unknown_words(self, expression: str) -> tuple[str, ...]:
         """Parts of an expression that the model has no token for; it answers with a box all the same."""
-        return unknown_words(self._tokenizer, expression)
+        return unknown_words(self.tokenizer, expression)
 
     def text_before(self, expressions: Sequence[str]) -> Ids:
         """[B] int64 text tokens before the image in the prompt of each expression."""
@@ -273,7 +276,7 @@ class Grounder:
     def prompts(self, expressions: Sequence[str], max_new_tokens: int | None = None) -> Prompts:
         """Tokenized prompts, with capacity for answers of that length (by default the longest); see `encode_prompts`."""
         return encode_prompts(
-            self._tokenizer,
+            self.tokenizer,
             self._manifest.prompt,
             expressions,
             vocabulary=self._manifest.spec.vocabulary,
@@ -282,8 +285,15 @@ class Grounder:
             max_new_tokens=self._manifest.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
 
-    def _longest(self, max_new_tokens: int | None) -> int:
-        """Longest answer, in tokens."""
+    def longest(self, max_new_tokens: int | None) -> int:
+        """Longest answer, in tokens.
+
+        Args:
+            max_new_tokens: as asked; None for the longest that the bundle was built for.
+
+        Raises:
+            InputError: it was not built for so long a one.
+        """
         most = self._manifest.max_new_tokens
         longest = most if max_new_tokens is None else max_new_tokens
         if not 1 <= longest <= most:
@@ -303,13 +313,10 @@ class Grounder:
         visual_tokens: int,
         timings: Timings,
     ) -> Answer:
-        text = decode_answer(self._tokenizer, tokens)
-        decoded = self._codec.decode(text, self._manifest.layout.resized(image.size))
-        found = () if isinstance(decoded, Unparsable) else decoded
-        boxes = (self._on_image(box, image) for box in found)
+        text = decode_answer(self.tokenizer, tokens)
         return Answer(
             text=text,
-            boxes=tuple(box for box in boxes if box is not None),
+            boxes=self.boxes_in(text, image.size),
             kept_indices=kept,
             visual_tokens=visual_tokens,
             new_tokens=len(tokens),
@@ -317,14 +324,29 @@ class Grounder:
             timings=timings,
         )
 
-    def _referred(self, text: str, image: Image.Image) -> Box | None:
-        """The box that an answer gives, in pixels of the image; None where there is none."""
-        box = self._codec.decode_one(text, self._manifest.layout.resized(image.size))
-        return None if isinstance(box, Unparsable) else self._on_image(box, image)
+    def boxes_in(self, text: str, size: Size) -> tuple[Box, ...]:
+        """Every box in a text, in its order.
 
-    def _on_image(self, box: Box, image: Image.Image) -> Box | None:
+        Args:
+            text: an answer.
+            size: (width, height) of the image that it is about, in pixels as displayed.
+
+        Returns:
+            (x1, y1, x2, y2) each, in pixels of the image, cut at its edges; those that lie beside it are left out.
+        """
+        decoded = self._codec.decode(text, self._manifest.layout.resized(size))
+        found = () if isinstance(decoded, Unparsable) else decoded
+        boxes = (self._on_image(box, size) for box in found)
+        return tuple(box for box in boxes if box is not None)
+
+    def _referred(self, text: str, size: Size) -> Box | None:
+        """The box that an answer gives, in pixels of the image; None where there is none."""
+        box = self._codec.decode_one(text, self._manifest.layout.resized(size))
+        return None if isinstance(box, Unparsable) else self._on_image(box, size)
+
+    def _on_image(self, box: Box, size: Size) -> Box | None:
         """A normalised box in pixels of the image, cut at its edges; None where it lies beside it."""
-        pixels = to_pixels(box, self._manifest.box.frame, image.width, image.height, clamp=True)
+        pixels = to_pixels(box, self._manifest.box.frame, *size, clamp=True)
         return None if pixels[0] == pixels[2] or pixels[1] == pixels[3] else pixels
 
 

@@ -2,13 +2,15 @@
 
 with load("out/llava") as model:
     answer = model.ground("photo.jpg", "the red mug")
+    reply = model.ask("What is on the table?", "photo.jpg")
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, overload
 
 from PIL import Image
 
@@ -17,6 +19,8 @@ from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.errors import InputError
 from gap_export.inputs.images import ImageSource, load_image
 from gap_export.runtime.backends import open_session, runtime
+from gap_export.runtime.conversation.chat import AskOptions, Chat, Images, Reply, ReplyStream
+from gap_export.runtime.conversation.prompts import ChatPrompts
 from gap_export.runtime.generate import check_overflow
 from gap_export.runtime.grounder import Answer, Grounder
 from gap_export.runtime.session import Session
@@ -33,6 +37,7 @@ def load(
     precision_hint: str | None = None,
     providers: Sequence[str] = (),
     threads: int = 0,
+    box_format: str | None = None,
 ) -> Model:
     """Load a bundle into a runtime.
 
@@ -43,19 +48,22 @@ def load(
         precision_hint: type of activations, e.g. bf16, where it has a choice.
         providers: execution providers of ONNX Runtime, e.g. `onnxruntime-ep-openvino{num_streams: 1}`, the first that has a kernel for a node first.
         threads: on the CPU; 0 lets the runtime choose.
+        box_format: how boxes are written in its answers, where not as the bundle says.
 
     Raises:
+        InputError: there is no such box format, or this model's answers cannot be read in it.
         BundleError: there is no bundle, or it is damaged.
         SessionError: there is no such backend, it refuses, or the bundle has nothing for it.
         MissingRequirementError: no GPU, or the runtime is not installed.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    opened = opened.written_as(box_format)
     chosen = runtime(backend, device=device, precision_hint=precision_hint, providers=providers)
     return Model(opened, open_session(opened, str(chosen), threads=threads))
 
 
 class Model:
-    """Answers expressions about images. It holds the model in memory until it is closed; `with` closes it.
+    """Answers expressions and questions about images. It holds the model in memory until it is closed; `with` closes it.
 
     May be called from several threads: answers share a cache, so each waits for its turn.
 
@@ -66,11 +74,12 @@ class Model:
     Attributes:
         bundle: as given.
         session: as given.
+        grounder: what grounding needs around it.
     """
 
     def __init__(self, bundle: Bundle, session: Session) -> None:
         self.bundle, self.session = bundle, session
-        self._grounder = Grounder(bundle)
+        self.grounder = Grounder(bundle)
 
     @overload
     def ground(
@@ -142,9 +151,94 @@ class Model:
         images = self._loaded(image)
         if not expression:
             return []
-        return self._grounder.answer_image(
+        return self.grounder.answer_image(
             self.session, images, expression, keep=keep, max_new_tokens=max_new_tokens
         )
+
+    def ask(
+        self,
+        question: str,
+        images: Images = None,
+        *,
+        system: str | None = None,
+        keep: float | None = None,
+        focus: str | None = None,
+        options: AskOptions | None = None,
+        **choices: Any,
+    ) -> Reply:
+        """Ask a free question, in the words of the model's chat template.
+
+        Args:
+            question: of the user.
+            images: that it is about: path, bytes of a file, image of Pillow, or uint8 array [height, width, 3]; a list of them; None for text alone.
+            system: what the system says, in place of what the template says of itself.
+            keep: fraction of the visual tokens to keep, in bundles that let requests choose; their default when left out.
+            focus: text that pruners which read text go by, in place of the question.
+            options: how the answer is made; greedy, and as long as the bundle's answers, when left out.
+            choices: what these options have, one by one, see `AskOptions.of`: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
+                `seed`, `stop`.
+
+        Raises:
+            InputError: a question, an image or a choice that cannot be used, or a conversation that does not fit.
+            SessionError: the runtime failed, or the model is closed.
+        """
+        chat = self.chat(images, system=system, keep=keep, focus=focus)
+        return chat.ask(question, options=options, **choices)
+
+    def stream(
+        self,
+        question: str,
+        images: Images = None,
+        *,
+        system: str | None = None,
+        keep: float | None = None,
+        focus: str | None = None,
+        options: AskOptions | None = None,
+        **choices: Any,
+    ) -> ReplyStream:
+        """Ask a free question, and read the answer as it is made: an iterator over pieces of text, whose `reply` is the whole.
+
+        Args:
+            question: as of `ask`, and so are all others.
+            images: that it is about.
+            system: what the system says.
+            keep: fraction of the visual tokens to keep.
+            focus: text that pruners which read text go by.
+            options: how the answer is made.
+            choices: what these options have, one by one.
+
+        Raises:
+            InputError: a question, an image or a choice that cannot be used, or a conversation that does not fit.
+            SessionError: the runtime failed, or the model is closed.
+        """
+        chat = self.chat(images, system=system, keep=keep, focus=focus)
+        return chat.stream(question, options=options, **choices)
+
+    def chat(
+        self,
+        images: Images = None,
+        *,
+        system: str | None = None,
+        keep: float | None = None,
+        focus: str | None = None,
+    ) -> Chat:
+        """Begin a conversation: `ask` and `stream` of it take one question after the other.
+
+        Args:
+            images: that the first question is about; questions may bring images of their own.
+            system: what the system says, in place of what the template says of itself.
+            keep: fraction of the visual tokens to keep, in bundles that let requests choose; their default when left out.
+            focus: text that pruners which read text go by, in place of the first question.
+
+        Raises:
+            InputError: an image, a text or a fraction that cannot be used.
+        """
+        return Chat(self.prompts, self.session, images=images, system=system, keep=keep, focus=focus)
+
+    @cached_property
+    def prompts(self) -> ChatPrompts:
+        """What conversations share; its process is started by the first question."""
+        return ChatPrompts(self.bundle, self.grounder)
 
     def unknown_words(self, expression: str) -> tuple[str, ...]:
         """Parts of an expression that the model has no token for; it answers all the same.
@@ -152,15 +246,17 @@ class Model:
         Raises:
             InputError: the expression is empty or no text.
         """
-        return self._grounder.unknown_words(expression)
+        return self.grounder.unknown_words(expression)
 
-    def draw(self, image: ImageSource, answer: Answer, *, caption: str) -> Image.Image:
-        """The image with the first box of an answer and what the model saw of the image: pruned patches are faded.
+    def draw(self, image: ImageSource, answer: Answer | Reply, *, caption: str) -> Image.Image:
+        """The image with what an answer points at and what the model saw of the image: pruned patches are faded.
+
+        Of an answer to an expression that is its first box, and of one to a free question all of them.
 
         Args:
             image: that the answer is about; the prompt's last one.
             answer: to it.
-            caption: below the image, say the expression.
+            caption: below the image, say the expression or the question.
 
         Returns:
             RGB, at the image's own size or enlarged, above a caption.
@@ -171,7 +267,7 @@ class Model:
         original, manifest = load_image(image), self.bundle.manifest
         return draw(
             original,
-            answer.box,
+            answer.boxes if isinstance(answer, Reply) else answer.boxes[:1],
             answer.kept_indices,
             manifest.layout.token_grid(original.size) or manifest.spec.grid,
             manifest.layout,
@@ -181,6 +277,8 @@ class Model:
 
     def close(self) -> None:
         """Give back all memory; the model cannot answer any more. Closing again does nothing."""
+        if "prompts" in self.__dict__:
+            self.prompts.close()
         self.session.close()
 
     def __enter__(self) -> Self:
@@ -199,9 +297,9 @@ class Model:
     ) -> list[Answer]:
         """Answers to one expression per prompt, as many at a time as the bundle takes."""
         answers: list[Answer] = []
-        rows = self._grounder.max_batch
+        rows = self.grounder.max_batch
         for first in range(0, len(expressions), rows):
-            run = self._grounder.ground(
+            run = self.grounder.ground(
                 self.session,
                 [each for image in images[first : first + rows] for each in self._loaded(image)],
                 expressions[first : first + rows],
@@ -218,7 +316,7 @@ class Model:
         Raises:
             InputError: one cannot be used, or they are not as many as the prompt has.
         """
-        given, wanted = image if isinstance(image, tuple) else (image,), self._grounder.images_per_prompt
+        given, wanted = image if isinstance(image, tuple) else (image,), self.grounder.images_per_prompt
         if isinstance(image, tuple) != (wanted > 1) or len(given) != wanted:
             raise InputError(
                 f"shows {wanted} image{'s' if wanted > 1 else ''}, and {len(given)} {'were' if len(given) > 1 else 'was'} given",

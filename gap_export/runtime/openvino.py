@@ -123,7 +123,29 @@ class OpenVINOSession(Lifetime):
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on: OpenVINO computes it, and writes it where ONNX Runtime reads it."""
         self._check_open()
+        self.caches_begun += 1
         return self._prefill(self._decoding.cache_for(placement, reserve), embeds, placement)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Begin anew with a cache of one row in which nothing lies."""
+        self._check_open()
+        self.caches_begun += 1
+        self._decoding.clear(slots)
+
+    def grow(self, slots: Sequence[int]) -> None:
+        """Give the cache of one row at least so many slots; what lies in it stays."""
+        self._check_open()
+        self._decoding.grow(slots)
+
+    def embed(self, token_ids_1T: Ids) -> Buffer:
+        """Embeddings [1, T, H] of text."""
+        self._check_open()
+        return self._decoding.embed(token_ids_1T)
+
+    def append(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what lies in a cache of one row: logits [1, V]; ONNX Runtime reads them, whose cache it is."""
+        self._check_open()
+        return self._decoding.append(embeds, placement)
 
     def fork(self, rows: int) -> None:
         """Give every one of `rows` rows the cache of the first."""
@@ -143,12 +165,18 @@ class OpenVINOSession(Lifetime):
     def open_rows(self, rows: int, slots: int | None = None) -> None:
         """Lay out a cache of so many rows; see `runtime.rows.RowSession`."""
         self._check_open()
+        self.caches_begun += 1
         self._decoding.open_rows(rows, slots)
 
     def prefill_row(self, row: int, embeds: Buffer, placement: Placement) -> Prefilled:
         """Fill a row from slot 0 on, with a prompt."""
         self._check_open()
         return self._prefill(self._decoding.row_for(row, placement), embeds, placement)
+
+    def append_row(self, row: int, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what is in a row: logits [1, V]."""
+        self._check_open()
+        return self._decoding.append_row(row, embeds, placement)
 
     def extend_row(self, row: int, token_ids_1T: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed several tokens after what is in a row: logits [1, V]."""

@@ -174,6 +174,7 @@ class OnnxRuntimeSession(Lifetime):
             [B, G, C, D] of every past, by the names of the graph's inputs; the memory is the session's own.
         """
         self._check_open()
+        self.caches_begun += 1
         rows: int = placement.position_ids.shape[-2]
         slots = self._bundle.manifest.cache_layout.slots_for(self._slots_needed(placement, reserve))
         self._lay_out(Layout(rows, slots))
@@ -208,9 +209,34 @@ class OnnxRuntimeSession(Lifetime):
         self._execute(self._token_graph, decode.decoder)
         return memory.read(decode.logits)
 
+    def clear(self, slots: Sequence[int]) -> None:
+        """Begin anew with a cache of one row in which nothing lies."""
+        self._check_open()
+        self.caches_begun += 1
+        self._lay_out(Layout(1, self._bundle.manifest.cache_layout.slots_for(slots)))
+        self._cache.clear()
+
+    def grow(self, slots: Sequence[int]) -> None:
+        """Give the cache of one row at least so many slots; what lies in it stays."""
+        self._check_open()
+        if self._cache.grow(self._bundle.manifest.cache_layout.slots_for(slots)):
+            self._decodes.clear()
+
+    def embed(self, token_ids_1T: Ids) -> Buffer:
+        """Embeddings [1, T, H] of text."""
+        self._check_open()
+        (embeds,) = self._run("embed", {"input_ids": np.ascontiguousarray(token_ids_1T)})
+        return embeds
+
+    def append(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what lies in a cache of one row: logits [1, V]."""
+        self._check_open()
+        return self._call_decoder(self._cache.row(0), embeds, placement)
+
     def open_rows(self, rows: int, slots: int | None = None) -> None:
         """Lay out a cache of so many rows; see `runtime.rows.RowSession`."""
         self._check_open()
+        self.caches_begun += 1
         layout = self._bundle.manifest.cache_layout
         if slots is not None and not 1 <= slots <= self.capacities[0]:
             raise SessionError(
@@ -231,6 +257,12 @@ class OnnxRuntimeSession(Lifetime):
         self._check_open()
         self._cache.check_fits(row, self._slots_needed(placement, 0) or [])
         return self._cache.row(row)
+
+    def append_row(self, row: int, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what is in a row: logits [1, V]."""
+        self._check_open()
+        self._cache.check_fits(row, [int(placement.write_index[0]) + placement.position_ids.shape[-1]])
+        return self._call_decoder(self._cache.row(row), embeds, placement)
 
     def extend_row(self, row: int, token_ids_1T: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed several tokens after what is in a row: logits [1, V]."""

@@ -64,6 +64,31 @@ class Cache:
         self._blocks, self._sizes = blocks, largest
         return True
 
+    def grow(self, capacities: tuple[int, ...]) -> bool:
+        """Give every row at least so many slots of every stage; what lies in them stays.
+
+        Returns:
+            Whether it lies elsewhere now than what was bound before.
+        """
+        wanted = tuple(map(max, capacities, self.layout.capacities))
+        if wanted == self.layout.capacities:
+            return False
+        shapes, blocks = self._shapes, self._blocks
+        self._blocks, self._sizes = {}, {}
+        self.lay_out(Layout(self.layout.rows, wanted))
+        for name, shape in shapes.items():
+            self._copy_heads(blocks[name], shape, self._blocks[name], self._shapes[name])
+        return True
+
+    def _copy_heads(
+        self, source: Region, source_shape: tuple[int, ...], target: Region, target_shape: tuple[int, ...]
+    ) -> None:
+        """Copy the slots of every head of every row to where the longer cache has them."""
+        length, longer = math.prod(source_shape[2:]), math.prod(target_shape[2:])
+        for head in range(math.prod(source_shape[:2])):
+            here = self._memory.part(target, (length,), head * longer)
+            self._memory.copy(here, self._memory.part(source, (length,), head * length))
+
     def views(self, first: int = 0, rows: int | None = None) -> dict[str, Region]:
         """Every past [B, G, C, D], or some rows of it, by the names of the graph's inputs."""
         return {

@@ -40,6 +40,14 @@ class RowSession(Session, Protocol):
         """
         ...
 
+    def append_row(self, row: int, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what is in a row: logits [1, V] of the last; as `append`.
+
+        Raises:
+            SessionError: they do not fit, or there is no such row.
+        """
+        ...
+
     def extend_row(self, row: int, token_ids_1T: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed several tokens after what is in a row: logits [1, V] of the last; as `extend`.
 

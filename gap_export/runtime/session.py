@@ -78,6 +78,20 @@ class Prefilled:
     margins: NDArray[np.float64] | None = None
 
 
+class Encoder(Protocol):
+    """What images are encoded by: a session, or a row of it; as of `Session`."""
+
+    def encode(
+        self, pixels: PixelInputs, *, text_ids_BL: Ids | None = None, keep_count: int | None = None
+    ) -> VisualTokens:
+        """Vision tower, pruner and projector."""
+        ...
+
+    def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
+        """Embeddings of the images of every row as one batch."""
+        ...
+
+
 class Session(Protocol):
     """A bundle (or a checkpoint) loaded into a runtime."""
 
@@ -154,6 +168,42 @@ class Session(Protocol):
         """
         ...
 
+    @property
+    def caches_begun(self) -> int:
+        """How often the cache was begun anew: as long as this stays the same, what was read into it lies there."""
+        ...
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Begin anew with a cache of one row in which nothing lies.
+
+        Args:
+            slots: of every stage, that will be written; see `grow`.
+        """
+        ...
+
+    def grow(self, slots: Sequence[int]) -> None:
+        """Give the cache of one row at least so many slots; what lies in it stays.
+
+        Args:
+            slots: of every stage. A cache that may vary in length has no more of them than were asked for, or a few.
+        """
+        ...
+
+    def embed(self, token_ids_1T: Ids) -> Buffer:
+        """Embeddings [1, T, H] of text, in the session's own form."""
+        ...
+
+    def append(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what lies in a cache of one row: logits [1, V] of the last token.
+
+        Only for decoders in which every layer sees the same tokens. What lies behind the first slot that is written is lost.
+
+        Args:
+            embeds: [1, S, H], as `embed` or `splice` give them.
+            placement: `position_ids` [1, S] (M-RoPE [3, 1, S]), `write_index` [1] of the first token, `last_index` [1] within S.
+        """
+        ...
+
     def turn(self) -> AbstractContextManager[None]:
         """`with session.turn():` one whole answer (or several that share a prompt's beginning), from the image to the last token: a
         session has one cache, and another thread's answer waits. Turns of one thread may be nested."""
@@ -179,9 +229,11 @@ class Lifetime:
 
     Attributes:
         backend: name in the table of backends.
+        caches_begun: how often the cache was begun anew.
     """
 
     backend: str
+    caches_begun = 0
     _closed = False
     _turn: threading.RLock
 
@@ -299,7 +351,7 @@ def splice_inputs(spec: GraphSpec, input_ids_BT: Ids, visual: VisualTokens) -> d
     return {tensor.name: offered[tensor.name] for tensor in spec.inputs}
 
 
-def together(session: Session, parts: Sequence[VisualTokens], batch: ImageBatch) -> VisualTokens:
+def together(session: Encoder, parts: Sequence[VisualTokens], batch: ImageBatch) -> VisualTokens:
     """The visual tokens of a batch, from those of the calls it took.
 
     Args:

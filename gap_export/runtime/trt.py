@@ -149,6 +149,7 @@ class TensorRTSession(Lifetime):
             SessionError: the prompt is longer than the engine or the cache allows, or the batch larger.
         """
         graph = self._graph(self._prompt_graph)
+        self.caches_begun += 1
         logits = self._decode(graph, embeds, placement, placement.slots_of_stages)
         kept = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith("kept_indices.")]
         return Prefilled(logits, tuple(graph.download(name) for name in kept))
@@ -163,10 +164,42 @@ class TensorRTSession(Lifetime):
         Raises:
             SessionError: the cache is full.
         """
+        return self.append(self.embed(np.maximum(token_ids_BT, 0)), placement)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Begin anew: what lies in the cache is not looked at, as its slots are written again before the mask reaches them.
+
+        Raises:
+            SessionError: the cache has fewer slots.
+        """
+        self._check_open()
+        self.caches_begun += 1
+        self.grow(slots)
+
+    def grow(self, slots: Sequence[int]) -> None:
+        """The cache has all its slots from the beginning.
+
+        Raises:
+            SessionError: it has fewer.
+        """
+        self._check_open()
+        self._check_slots(slots)
+
+    def embed(self, token_ids_1T: Ids) -> Buffer:
+        """Embeddings [1, T, H] of text, a `DeviceTensor`."""
         embed = self._graph("embed")
-        embed.prepare({"input_ids": np.maximum(token_ids_BT, 0)})
+        embed.prepare({"input_ids": token_ids_1T})
         embeds = self._tensor(embed, "inputs_embeds")
         embed.run({"inputs_embeds": embeds.address})
+        return embeds
+
+    def append(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what lies in the cache: logits [B, V] of each row's last token.
+
+        Raises:
+            SessionError: the cache is full.
+        """
+        self._check_open()
         written = (placement.write_index + placement.last_index + 1,)
         return self._decode(self._graph(self._prompt_graph), embeds, placement, written)
 
@@ -201,19 +234,23 @@ class TensorRTSession(Lifetime):
         self, graph: LoadedGraph, embeds: Buffer, placement: Placement, written: tuple[Ids, ...]
     ) -> NDArray[np.float32]:
         """One call of the decoder, after which `written` slots [B] of every stage are full."""
-        for slots, capacity in zip(written, self.capacities, strict=True):
-            if slots.max() > capacity:
-                raise SessionError(
-                    f"has {capacity} slots, this call needs {slots.max()}",
-                    subject="the cache",
-                    hint="ask for fewer new tokens, or build with a larger capacity",
-                )
+        self._check_slots([int(slots.max()) for slots in written])
         fed = self._on_device(graph, "inputs_embeds", embeds)
         taken = {tensor.name for tensor in graph.spec.inputs}
         numbers = {name: value for name, value in placement.decoder_inputs().items() if name in taken}
         graph.prepare({"inputs_embeds": fed, **numbers})
         graph.run({"inputs_embeds": fed.address})
         return graph.download("logits")
+
+    def _check_slots(self, needed: Sequence[int]) -> None:
+        """Refuse what needs more slots, in any stage, than the cache has."""
+        for slots, capacity in zip(needed, self.capacities, strict=True):
+            if slots > capacity:
+                raise SessionError(
+                    f"has {capacity} slots, this call needs {slots}",
+                    subject="the cache",
+                    hint="ask for fewer new tokens, or build with a larger capacity",
+                )
 
     def _tensor(self, graph: LoadedGraph, name: str) -> DeviceTensor:
         """An output's memory, always of the largest size: prompts of every length can then reuse it."""

@@ -11,7 +11,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gap_export.boxes.codecs import CODECS, Box, Frame, Unparsable, from_pixels, to_pixels
+from gap_export.boxes.codecs import (
+    CODECS,
+    Box,
+    Frame,
+    Unparsable,
+    box_codec,
+    from_pixels,
+    known,
+    to_pixels,
+)
+from gap_export.errors import InputError
 from gap_export.inputs.square import SquareLayout, fit
 
 STEP = {
@@ -22,9 +32,14 @@ STEP = {
     "qwen2_vl": 0.001,
     "qwen2_5_vl": 0.001,
     "qwen3_vl": 0.001,
+    "box_start_pixels": 0.001,
+    "list_pixels": 0.001,
+    "bbox_pixels": 0.001,
+    "bbox_1000": 0.001,
 }
 SEEN = (1000, 1000)
-"""Size of the image, for the codec that writes pixels; the others do not look at it."""
+"""Size of the image, for codecs that write pixels; the others do not look at it."""
+PIXELS = [name for name, codec in CODECS.items() if codec.pixels]
 FRAMES: tuple[Frame, ...] = ("padded_square", "image")
 
 
@@ -46,25 +61,31 @@ class TestWriting:
             ("qwen2_vl", "<|box_start|>(123,300),(550,1000)<|box_end|>"),
             ("qwen2_5_vl", '{"bbox_2d": [79, 134, 352, 448]}'),
             ("qwen3_vl", '{"bbox_2d": [123, 300, 550, 1000]}'),
+            ("box_start_pixels", "<|box_start|>(79,134),(352,448)<|box_end|>"),
+            ("list_pixels", "[79, 134, 352, 448]"),
+            ("bbox_pixels", '{"bbox": [79, 134, 352, 448]}'),
+            ("bbox_1000", '{"bbox": [123, 300, 550, 1000]}'),
         ],
     )
     def test_form(self, name: str, text: str) -> None:
         assert CODECS[name].encode((0.123, 0.3, 0.55, 1.0), (640, 448)) == text
 
+    @pytest.mark.parametrize("name", PIXELS)
     @given(box=normalised_boxes(), width=st.integers(1, 5000), height=st.integers(1, 5000))
-    def test_pixels_as_seen_go_there_and_back(self, box: Box, width: int, height: int) -> None:
-        codec, seen = CODECS["qwen2_5_vl"], (width, height)
+    def test_pixels_as_seen_go_there_and_back(self, name: str, box: Box, width: int, height: int) -> None:
+        codec, seen = CODECS[name], (width, height)
         back = codec.decode_one(codec.encode(box, seen), seen)
         assert not isinstance(back, Unparsable)
         across, down = 0.5 / width + 1e-9, 0.5 / height + 1e-9
         for difference, reach in zip(np.subtract(back, box), (across, down) * 2, strict=True):
             assert abs(difference) <= reach
 
-    def test_pixels_as_seen_need_the_size(self) -> None:
+    @pytest.mark.parametrize("name", PIXELS)
+    def test_pixels_as_seen_need_the_size(self, name: str) -> None:
         with pytest.raises(ValueError, match="whose size is needed"):
-            CODECS["qwen2_5_vl"].encode((0.1, 0.2, 0.3, 0.4))
+            CODECS[name].encode((0.1, 0.2, 0.3, 0.4))
         with pytest.raises(ValueError, match="whose size is needed"):
-            CODECS["qwen2_5_vl"].decode("")
+            CODECS[name].decode("")
 
     @pytest.mark.parametrize("name", CODECS)
     @settings(deadline=None)
@@ -138,6 +159,13 @@ class TestReading:
             ("qwen2_5_vl", '{"bbox_2d": [100, 200, 300, 400]}, {"bbox_2d": [5, 4, 3, 2]}'),
             ("qwen3_vl", '{"label": "mug", "bbox_2d": [100,200,300,400]}'),
             ("qwen3_vl", '[{"bbox_2d": [100, 200, 300, 400], "la'),
+            ("list_pixels", "[100, 200, 300, 400]"),
+            ("list_pixels", "The mug is at [100.0,200, 300, 400], the other at [1, 2, 3, 4]."),
+            ("list_pixels", "[[100, 200, 300, 400]]"),
+            ("bbox_pixels", '```json\n[{"bbox": [100, 200, 300, 400], "label": "mug"}]\n```'),
+            ("bbox_pixels", "{'bbox_2d': [100, 200, 300, 400]}"),
+            ("bbox_1000", '{"label": "mug", "bbox": [100,200,300,400]}'),
+            ("bbox_1000", '{"bbox_2d": [100, 200, 300, 400]}'),
         ],
     )
     def test_one_box(self, name: str, text: str) -> None:
@@ -229,6 +257,10 @@ class TestReading:
             ("qwen2_5_vl", '{"bbox_2d": [100, 200, 300', "no box of the form"),
             ("qwen2_5_vl", '{"bbox": [100, 200, 300, 400]}', "no box of the form"),
             ("qwen3_vl", '{"bbox_2d": [100, 900, 300, 400]}', "inverted"),
+            ("list_pixels", "[300, 200, 100, 400]", "inverted"),
+            ("bbox_pixels", "[100, 200, 300, 400]", "no box of the form"),
+            ("bbox_pixels", '{"box": [100, 200, 300, 400]}', "no box of the form"),
+            ("bbox_1000", '{"bbox": [100, 900, 300, 400]}', "inverted"),
         ],
     )
     def test_unsound_box(self, name: str, text: str, reason: str) -> None:
@@ -251,6 +283,21 @@ class TestReading:
             for x1, y1, x2, y2 in result:
                 assert -math.inf < x1 <= x2 < math.inf
                 assert -math.inf < y1 <= y2 < math.inf
+
+
+class TestNames:
+    def test_another_name_is_told_with_the_nearest(self) -> None:
+        with pytest.raises(InputError, match="did you mean 'bbox_1000'") as caught:
+            box_codec("bbox_100")
+        assert all(name in caught.value.hint for name in CODECS)
+        with pytest.raises(InputError, match=r"xxx': is not a box format \(box formats"):
+            box_codec("x" * 10**6)
+        with pytest.raises(ValueError, match="is not a box format"):
+            known("list")
+
+    @pytest.mark.parametrize("name", CODECS)
+    def test_a_name_leads_to_its_codec(self, name: str) -> None:
+        assert box_codec(name) is CODECS[known(name)]
 
 
 class TestFrames:

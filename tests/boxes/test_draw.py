@@ -28,7 +28,15 @@ def drawn(
     kind: str = "pad",
     caption: str = "the red mug",
 ) -> np.ndarray:
-    image = draw(image, box, np.array(kept, np.int64), grid, how(kind), visual_tokens=16, caption=caption)
+    image = draw(
+        image,
+        [] if box is None else [box],
+        np.array(kept, np.int64),
+        grid,
+        how(kind),
+        visual_tokens=16,
+        caption=caption,
+    )
     assert image.mode == "RGB"
     return np.asarray(image)
 

@@ -21,6 +21,8 @@ from tests.bundle.test_check import read
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "run": ("--image", "{image}", "--refer", "the red mug"),
+    "ask": ("where is the red mug ?", "--image", "{image}"),
+    "ask without a question": ("--no-image",),
     "inspect": (),
     "inspect --json": ("--json",),
     "inspect --verify": ("--verify",),

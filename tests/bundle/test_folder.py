@@ -12,9 +12,9 @@ import pytest
 import typer
 
 from gap_export.bundle.folder import Bundle, open_bundle, write_manifest
-from gap_export.bundle.manifest import Manifest
+from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.cli import app
-from gap_export.errors import BundleError
+from gap_export.errors import BundleError, InputError
 from gap_export.recipe.recipe import Recipe, load_recipe
 
 
@@ -36,6 +36,26 @@ def test_manifest_survives_its_round_trip(bundle_copy: Path) -> None:
     manifest = open_bundle(bundle_copy, every_hash=True).manifest
     write_manifest(bundle_copy, manifest)
     assert open_bundle(bundle_copy).manifest == manifest
+
+
+def test_a_bundle_answered_in_another_format_is_the_same_files(bundle_copy: Path) -> None:
+    bundle = open_bundle(bundle_copy)
+    before = (bundle_copy / "manifest.json").read_bytes()
+    other = bundle.written_as("list_pixels")
+    assert (bundle.manifest.box.codec, bundle.box_format) == ("llava", None)
+    assert (other.manifest.box.codec, other.manifest.box.frame) == ("list_pixels", "padded_square")
+    assert (other.folder, other.manifest_sha256) == (bundle.folder, bundle.manifest_sha256)
+    assert open_bundle(other).manifest == other.manifest, (
+        "a bundle that is opened again forgets how it is read"
+    )
+    assert bundle.written_as(None) is bundle
+    assert (bundle_copy / "manifest.json").read_bytes() == before
+    with pytest.raises(InputError, match="did you mean 'list_pixels'"):
+        bundle.written_as("list_pixel")
+
+
+def test_a_recipe_without_a_box_format_is_stored_as_before_there_was_one(bundle_copy: Path) -> None:
+    assert "box_format" not in json.loads((bundle_copy / "manifest.json").read_text())["recipe"]
 
 
 def test_paths_of_a_bundle(tiny_bundle: Callable[..., Bundle]) -> None:
@@ -84,6 +104,10 @@ def old(recipe: Any) -> Callable[[dict[str, Any]], Any]:
             "--model shapes --pruner divprune --text-tower 'a folder/clip' --target onnx --target tensorrt",
         ),
         ({"prompt": "another", "field_of_old": 3}, "--model shapes"),
+        (
+            {"max_text": 200, "box_format": "list_pixels"},
+            "--model shapes --max-text 200 --box-format list_pixels",
+        ),
         ({"name": "mine"}, "--model mine.yaml --checkpoint bundled:llava-shapes"),
         ({"name": "mine", "keep_bound": 0.3}, "--checkpoint bundled:llava-shapes --keep-bound 0.3"),
     ],
@@ -92,7 +116,7 @@ def test_an_old_manifest_names_the_command_that_builds_the_bundle_again(
     changes: dict[str, Any], command: str, change: Callable[..., Path]
 ) -> None:
     folder = change(old({**load_recipe("shapes").model_dump(mode="json"), **changes}))
-    with pytest.raises(BundleError, match="has schema 1, this version reads 3") as caught:
+    with pytest.raises(BundleError, match=f"has schema 1, this version reads {SCHEMA_VERSION}") as caught:
         open_bundle(folder)
     assert caught.value.hint.startswith("build it again: gap-export build --model ")
     assert command in caught.value.hint

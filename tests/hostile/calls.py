@@ -59,7 +59,7 @@ class Call:
         return replace(self, arguments=tuple(arguments))
 
 
-_PLACES = {"compare subject": 1}
+_PLACES = {"compare subject": 1, "ask question": 1}
 
 _OPENVINO: dict[str, Any] = {"--backend": "openvino", "--device": "cpu", "--precision-hint": "f32"}
 _PROVIDER = {"--provider": "CPUExecutionProvider"}
@@ -87,6 +87,18 @@ def _run(
     return Call("run", (bundle,), given, (bundle, "image.png", *needs), makes, label=label)
 
 
+def _ask(
+    label: str, *needs: str, bundle: str = "talking", makes: tuple[str, ...] = (), **options: Any
+) -> Call:
+    given = {"--image": "image.png", **_ONE} | {
+        f"--{name.replace('_', '-')}": value for name, value in options.items()
+    }
+    given = {flag: value for flag, value in given.items() if value is not None}
+    return Call(
+        "ask", (bundle, "where is the red mug ?"), given, (bundle, "image.png", *needs), makes, label=label
+    )
+
+
 def _eval(label: str, *needs: str, makes: tuple[str, ...] = ("out", "out/*"), **options: Any) -> Call:
     """Options that are None are left out."""
     given: dict[str, Any] = {**_EVAL, "--output": "out"}
@@ -110,12 +122,23 @@ CALLS: tuple[Call, ...] = (
     _build("range", keep="0.1:0.3:1.0", merged_id="last_visual", max_new_tokens="4", self_contained=True),
     _build("adaptive", keep="adaptive", keep_bound="0.5", pruner="prumerge"),
     _build("capacity", capacity="80", max_new_tokens="4"),
+    _build("lengths", max_text="40", max_new_tokens="4", box_format="list_pixels"),
     _build("text", pruner="text_similarity", text_tower="tower", checkpoint="checkpoint"),
     _build("weights", weights="checkpoint", target="onnx", precision="fp32", prune_layers=()),
     _build("fp8", "ranges.json", precision="fp8", ranges="ranges.json"),
     _build("calibration", "calibration.txt", precision="int4", calibration="calibration.txt"),
     _build("sharded", "sharded", checkpoint="sharded"),
     _build("folder", model="checkpoint"),
+    _build("chat", "spoken", model="spoken", max_text="60", max_new_tokens="4"),
+    _build(
+        "chat text",
+        "spoken",
+        checkpoint="spoken",
+        pruner="text_similarity",
+        text_tower="tower",
+        keep="0.1:0.3:1.0",
+        max_text="60",
+    ),
     Call(
         "build",
         (),
@@ -194,7 +217,36 @@ CALLS: tuple[Call, ...] = (
     _run("--json", json=True, max_new_tokens="3", backend="openvino", device="cpu", precision_hint="f32"),
     _run("--draw", makes=("drawn.png",), draw="drawn.png", provider="CPUExecutionProvider"),
     _run("--keep", bundle="dynamic", keep="0.5"),
+    _run("--box-format", box_format="bbox_1000"),
     _run("torch", "checkpoint", backend="torch"),
+    _ask(""),
+    _ask(
+        "--json",
+        json=True,
+        max_new_tokens="3",
+        temperature="0.5",
+        top_p="0.9",
+        top_k="5",
+        min_p="0.1",
+        repetition_penalty="1.1",
+        seed="3",
+        stop=("mug", "cat"),
+        system="the mug is red",
+        backend="openvino",
+        device="cpu",
+        precision_hint="f32",
+    ),
+    _ask(
+        "--draw",
+        makes=("drawn.png",),
+        draw="drawn.png",
+        stream=True,
+        box_format="bbox_1000",
+        provider="CPUExecutionProvider",
+    ),
+    _ask("--no-image", image=None, no_image=True),
+    _ask("several", image=("image.png", "image.png")),
+    _ask("--focus", bundle="reading", focus="the red mug", keep="0.5"),
     Call(
         "bench",
         ("bundle",),
@@ -323,6 +375,19 @@ CALLS: tuple[Call, ...] = (
         ("annotations", "predictions.jsonl"),
         ("out", "out/*"),
         label="--predictions",
+    ),
+    Call(
+        "eval",
+        (),
+        {
+            "--data": "annotations/minigpt4.json",
+            "--predictions": "predictions.jsonl",
+            "--box-format": "bbox_1000",
+            "--output": "out",
+        },
+        ("annotations", "predictions.jsonl"),
+        ("out", "out/*"),
+        label="--box-format",
     ),
     Call("compare", ("one", "two"), {}, ("one", "two")),
     Call(

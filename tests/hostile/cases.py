@@ -29,7 +29,11 @@ VALUES, READ, WRITTEN, SWITCHES, AROUND = (
 )
 """Kinds of inputs that are no files; those have the names of their kinds."""
 
-_SUFFIXES = {"build --model": ".yaml", "sweep --model": ".yaml", "run --draw": ".png", "run --image": ".png"}
+_SUFFIXES = {
+    "build --model": ".yaml",
+    "sweep --model": ".yaml",
+    **{f"{command} --{option}": ".png" for command in ("run", "ask") for option in ("draw", "image")},
+}
 
 
 @dataclass(frozen=True)

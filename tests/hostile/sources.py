@@ -15,7 +15,7 @@ import yaml
 
 from gap_export.files import kinds
 from gap_export.files.kinds import FileKind
-from tests.hostile import binaries, graphs, texts
+from tests.hostile import binaries, graphs, templates, texts
 from tests.hostile.nodes import TO_READ
 from tests.hostile.texts import Damage
 
@@ -123,6 +123,8 @@ NODES = tuple(
 
 _SENTENCEPIECE = Path(__file__).parents[1] / "checkpoint" / "sentencepiece" / "tokenizer.model"
 
+_CHAT_TEMPLATE = Path(__file__).parents[1] / "chat" / "templates" / "llava_next_chatml.jinja"
+
 _REPORTS = tuple(
     Source(kinds.REPORT, path, call, _json, amount, strict=strict)
     for path, call, amount, strict in (
@@ -183,6 +185,40 @@ SOURCES: tuple[Source, ...] = (
         without="checkpoint/tokenizer.json",
         placed=_SENTENCEPIECE,
     ),
+    Source(
+        kinds.CHAT_TEMPLATE,
+        "checkpoint/chat_template.jinja",
+        "build",
+        _text,
+        strict=False,  # any text is a template, and a family's frame stands in for one that is missing
+        placed=_CHAT_TEMPLATE,
+    ),
+    Source(
+        kinds.CHAT_TEMPLATE,
+        "spoken/chat_template.jinja",
+        "build chat",
+        templates.template_damaged,
+        strict=False,
+    ),
+    Source(
+        kinds.CONFIG,
+        "spoken/tokenizer_config.json",
+        "build chat",
+        templates.tokenizer_config_damaged,
+        40,
+        strict=False,
+        without="spoken/chat_template.jinja",
+    ),
+    Source(kinds.CHAT_TEMPLATE, "talking/chat_template.jinja", "ask", templates.listed_damaged),
+    Source(
+        kinds.CHAT_TEMPLATE,
+        "talking/chat_template.jinja",
+        "ask",
+        templates.template_damaged,
+        strict=False,
+        resealed="talking",
+    ),
+    Source(kinds.MANIFEST, "talking/manifest.json", "ask", _json, 80),
     Source(kinds.MANIFEST, "bundle/manifest.json", "run", _json, 260),
     Source(kinds.MANIFEST, "bundle/manifest.json", "inspect", _json, 120),
     Source(kinds.MANIFEST, "bundle/manifest.json", "eval", _json, 60),

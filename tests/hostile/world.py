@@ -31,6 +31,11 @@ _EXPRESSIONS = (
     ("third.jpg", "the small blue circle", 0, 0, 12, 10),
 )
 _SIZE = (48, 40)
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ' : ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT :' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,15 @@ def _checkpoint(world: World, given: Materials) -> None:
 
 def _tower(world: World, given: Materials) -> None:
     shutil.copytree(given.tower, world.folder / "tower")
+
+
+def _spoken(world: World, given: Materials) -> None:
+    """The checkpoint with a chat template, as a file of its own and in the tokenizer's configuration."""
+    folder = world.folder / "spoken"
+    shutil.copytree(given.checkpoint, folder)
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": _TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(_TEMPLATE)
 
 
 def _sharded(world: World, given: Materials) -> None:
@@ -294,6 +308,7 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "checkpoint": _checkpoint,
     "tower": _tower,
     "sharded": _sharded,
+    "spoken": _spoken,
     "recipe.yaml": _recipe,
     "bundle": _bundle,
     "dynamic": _dynamic,
@@ -306,6 +321,8 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "images": _images,
     "annotations": _annotations,
     "predictions.jsonl": _predictions,
+    "talking": _made_by("build chat", "talking"),
+    "reading": _made_by("build chat text", "reading"),
     "ranges.json": _made_by("calibrate", "ranges.json"),
     "calibration.txt": _calibration,
     "one": _made_by("eval", "one"),

@@ -151,13 +151,13 @@ class TestCapacity:
             encode(tokenizer, "mug", "the red mug", capacity=30)
         assert "11 text tokens, and 10 fit" in caught.value.message
         assert "capacity 30, minus 8 visual tokens, minus 12" in caught.value.message
-        assert caught.value.hint == "shorten the expression by 1 tokens"
+        assert caught.value.hint == "shorten the expression by 1 tokens, or build with a larger --max-text"
         assert "the red mug" in caught.value.subject
 
     def test_a_capacity_that_holds_no_prompt(self, tokenizer: Tokenizer) -> None:
         with pytest.raises(InputError, match="and 0 fit") as caught:
             encode(tokenizer, "mug", capacity=10)
-        assert "larger capacity" in caught.value.hint
+        assert "larger --max-text or --capacity" in caught.value.hint
 
 
 class TestRefused:

@@ -50,6 +50,23 @@ def opened(checkpoint_copy: Path, tiny_options: dict[str, Any]) -> Callable[[], 
     return lambda: open_model(Recipe.model_validate({**tiny_options, "checkpoint": str(checkpoint_copy)}))
 
 
+@pytest.mark.parametrize(
+    ("options", "box"),
+    [
+        ({}, ("llava", "padded_square")),
+        ({"box_format": "bbox_1000"}, ("bbox_1000", "padded_square")),
+        ({"box_format": "list_pixels"}, ("list_pixels", "padded_square")),
+        ({"box_format": "list_pixels", "fit": "stretch"}, ("list_pixels", "image")),
+    ],
+    ids=str,
+)
+def test_boxes_are_written_as_the_recipe_says(
+    options: dict[str, Any], box: tuple[str, str], tiny_options: dict[str, Any]
+) -> None:
+    model = open_model(Recipe.model_validate({**tiny_options, **options}))
+    assert (model.box.codec, model.box.frame) == box
+
+
 def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file)

@@ -75,6 +75,7 @@ def test_a_field_with_other_values(field: str, tmp_path: Path) -> None:
         "targets",
         "compute_capabilities",
         "fit",
+        "box_format",
     ):
         assert all(value in ([], {}) for value in accepted), accepted
 
@@ -90,6 +91,7 @@ def test_a_field_with_other_values(field: str, tmp_path: Path) -> None:
         ("seed", True, "seed True: is not a whole number from 0"),
         ("max_batch", 10**9, "max_batch 1000000000: is not a whole number from 1 to 4096"),
         ("max_text", "128", "max_text '128': is not a whole number"),
+        ("box_format", "list_pixel", "box_format 'list_pixel': is not a box format; did you mean 'list_pixels'?"),
         ("keep", True, "keep True: is the fraction"),
         ("compute_capabilities", [8.6], "compute_capabilities.0 8.6: must be text"),
         ("compute_capabilities", ["8.66"], "compute_capabilities.0 '8.66': must be as in"),

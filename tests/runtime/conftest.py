@@ -236,6 +236,10 @@ CALLS: dict[str, Callable[[Session], Any]] = {
     "fork": lambda session: session.fork(2),
     "extend": lambda session: session.extend(np.zeros((1, 1), np.int64), None),  # type: ignore[arg-type]
     "step": lambda session: session.step(np.zeros(1, np.int64), None),  # type: ignore[arg-type]
+    "clear": lambda session: session.clear([1]),
+    "grow": lambda session: session.grow([1]),
+    "embed": lambda session: session.embed(np.zeros((1, 1), np.int64)),
+    "append": lambda session: session.append(*[None] * 2),  # type: ignore[arg-type]
     "with": lambda session: session.__enter__(),
 }
 

@@ -90,6 +90,35 @@ def test_every_box_of_an_answer_is_there(
     assert (answer.boxes, answer.box) == ((), None)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list_pixels", "[9, 9, 18, 18]"),
+        ("bbox_pixels", '{"bbox": [9, 9, 18, 18], "label": "mug"}'),
+        ("qwen2_5_vl", '[{"bbox_2d": [9, 9, 18, 18]}]'),
+        ("bbox_1000", '{"bbox": [250, 250, 500, 500]}'),
+        ("qwen2_vl", "<|box_start|>(250,250),(500,500)<|box_end|>"),
+        ("minigpt_v2", "{<25><25><50><50>}"),
+    ],
+)
+def test_answers_are_read_in_another_format(
+    name: str, text: str, tiny_bundle: BuildBundle, image_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model sees the image, 48 x 40, on a square of 48 that is scaled to 36 pixels: its pixels are of that square."""
+    monkeypatch.setattr(grounder, "decode_answer", lambda tokenizer, ids: text)
+    with load(tiny_bundle(), threads=1, box_format=name) as model:
+        assert model.ground(image_file, "the red mug").box == pytest.approx((12, 8, 24, 20))
+    with load(tiny_bundle().written_as(name), threads=1) as model:
+        assert model.ground(image_file, "the red mug").box == pytest.approx((12, 8, 24, 20))
+    with load(tiny_bundle(), threads=1) as model:
+        assert model.ground(image_file, "the red mug").box != pytest.approx((12, 8, 24, 20))
+
+
+def test_a_format_that_there_is_not(tiny_bundle: BuildBundle) -> None:
+    with pytest.raises(InputError, match="did you mean 'bbox_1000'"):
+        load(tiny_bundle(), box_format="bbox1000")
+
+
 def test_an_image_may_be_given_in_any_form(model: Model, image_file: Path, tmp_path: Path) -> None:
     pixels = np.asarray(load_image(image_file))
     exif = Image.Exif()

@@ -10,7 +10,7 @@ before anything is computed from them.
 from __future__ import annotations
 
 from gap_export.boxes.codecs import CODECS
-from gap_export.bundle.check.files import file_faults
+from gap_export.bundle.check.files import CHAT_TEMPLATE, file_faults
 from gap_export.bundle.check.graphs import check_graphs, description_faults, spec_faults
 from gap_export.bundle.check.limits import LARGEST_VOCABULARY, Faults, outside
 from gap_export.bundle.check.model import layout_faults, model_faults, visual_faults
@@ -30,6 +30,7 @@ __all__ = [
     "visual_faults",
 ]
 
+LONGEST_CHAT_TEXT, MOST_VARIABLES = 1000, 10_000
 LARGEST_CACHE = 2**36
 """Bytes of the cache of one row (64 GiB); and of the embeddings of one prompt."""
 
@@ -63,6 +64,7 @@ def manifest_faults(manifest: Manifest) -> Faults:
     yield from pruning_faults(manifest)
     yield from _length_faults(manifest)
     yield from _prompt_faults(manifest)
+    yield from _chat_faults(manifest)
     yield from _recipe_faults(manifest)
     yield from file_faults(manifest)
     yield from spec_faults(manifest)
@@ -104,8 +106,11 @@ def _size_faults(manifest: Manifest) -> Faults:
 
 def _box_faults(manifest: Manifest) -> Faults:
     layout = manifest.layout
-    if manifest.box.codec not in CODECS:
+    codec = CODECS.get(manifest.box.codec)
+    if codec is None:
         yield f"box.codec is {shown(manifest.box.codec)}, and the codecs are {', '.join(CODECS)}"
+    elif codec.pixels and layout.pixels_of != manifest.box.frame:
+        yield f"box.frame is {manifest.box.frame}, and box.codec {codec.name} is in pixels of {layout.pixels_of or 'tiles or a part'}"
     if manifest.box.frame == "padded_square" and isinstance(layout, SquareLayout) and layout.fit != "pad":
         yield f"box.frame is padded_square, and layout.fit is {layout.fit}"
 
@@ -140,6 +145,32 @@ def _prompt_faults(manifest: Manifest) -> Faults:
             yield f"prompt.eos_token_ids.{number} is {token}, which has a meaning already"
 
 
+def _chat_faults(manifest: Manifest) -> Faults:
+    chat, is_listed = manifest.chat, CHAT_TEMPLATE in manifest.files
+    if (chat is not None) != is_listed:
+        yield f"chat is {'none' if chat is None else 'given'}, and {CHAT_TEMPLATE} is {'' if is_listed else 'not '}among the files"
+    if chat is None:
+        return
+    if chat.image_text.count(chat.image_token) != 1:
+        yield f"chat.image_text is {shown(chat.image_text)}, and has the placeholder {shown(chat.image_token)} in it once"
+    if not chat.source.isprintable():
+        yield f"chat.source is {shown(chat.source)}, and is words"
+    if chat.separator.strip():
+        yield f"chat.separator is {shown(chat.separator)}, and is white space"
+    lengths = [
+        len(chat.source),
+        len(chat.image_text),
+        len(chat.separator),
+        *map(len, (*chat.variables, *chat.variables.values())),
+    ]
+    yield from outside(
+        [
+            ("the longest text of chat", max(lengths), 0, LONGEST_CHAT_TEXT),
+            ("the number of chat.variables", len(chat.variables), 0, MOST_VARIABLES),
+        ]
+    )
+
+
 def _recipe_faults(manifest: Manifest) -> Faults:
     """What a build takes over from the recipe as it is."""
     recipe, pruning = manifest.recipe, manifest.pruning
@@ -164,6 +195,7 @@ def _recipe_faults(manifest: Manifest) -> Faults:
         ("pruning.keep_range", pruning.keep_range, keep_range),
         ("pruning.keep_mode", pruning.keep_mode == "adaptive", recipe.keep == "adaptive"),
         ("max_new_tokens", manifest.max_new_tokens, recipe.max_new_tokens),
+        ("box.codec", manifest.box.codec, recipe.box_format or manifest.box.codec),
         ("capacity", manifest.capacity, recipe.capacity or manifest.capacity),
         ("prompt.images", manifest.prompt.images, recipe.images),
         ("prompt.grounding", manifest.prompt.grounding, recipe.prompt or manifest.prompt.grounding),

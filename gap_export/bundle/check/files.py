@@ -12,6 +12,7 @@ from gap_export.errors import shown
 LONGEST_NAME = 255
 """Characters of a name in a path."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER, _TEXT_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
 _PART = re.compile(r"[^\\/:\x00-\x1f\x7f]+")
 

@@ -42,6 +42,12 @@ def model_faults(model: ModelSpec) -> Faults:
             ("spec.vocabulary", model.vocabulary, 1, LARGEST_VOCABULARY),
             ("spec.visual_tokens", model.visual_tokens, 1, MOST_VISUAL_TOKENS),
             ("spec.max_positions", model.max_positions, 1, 2**31),
+            (
+                "spec.scaled_beyond",
+                1 if model.scaled_beyond is None else model.scaled_beyond,
+                1,
+                model.max_positions,
+            ),
         ]
     )
     if model.attention_heads % model.kv_heads:

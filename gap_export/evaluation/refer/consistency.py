@@ -76,6 +76,12 @@ def check_answers(record: EvalRecord, rows: Sequence[ResultRow], digest: str | N
                 subject=str(folder / SETTINGS),
                 hint=AGAIN,
             )
+    if settings.box_format not in (None, record.box_format):
+        raise InputError(
+            f"box_format is {settings.box_format}, and {record.box_format} in the record",
+            subject=str(folder / SETTINGS),
+            hint=AGAIN,
+        )
     answers = read_journal(folder, settings)
     if answers is None:
         return

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from gap_export import bounds, families
+from gap_export.boxes.codecs import box_codec
 from gap_export.bundle.folder import BUNDLE, Bundle, open_bundle
+from gap_export.bundle.manifest import BoxFormat
 from gap_export.errors import BundleError, InputError
 from gap_export.evaluation.refer.dataset import Dataset
 from gap_export.evaluation.refer.evaluator import Evaluator
@@ -47,6 +49,7 @@ class EvalOptions:
         share: whether prompts about one image may share their beginning; one by one otherwise, for comparison.
         threads: of ONNX Runtime and PyTorch; 0 lets them choose.
         rescale_boxes: scale true boxes where images are of another size than their annotations.
+        box_format: in which answers are read, where not as the bundle says.
     """
 
     protocol: str = "unc"
@@ -57,6 +60,7 @@ class EvalOptions:
     share: bool = True
     threads: int = 0
     rescale_boxes: bool = False
+    box_format: str | None = None
 
     def __post_init__(self) -> None:
         bounds.check(limit=self.limit, rows=self.rows, threads=self.threads)
@@ -104,6 +108,7 @@ def evaluate(
     share: bool = True,
     threads: int = 0,
     rescale_boxes: bool = False,
+    box_format: str | None = None,
     replace: bool = False,
     cluster: Cluster | None = None,
     progress: Progress = SILENT,
@@ -122,6 +127,7 @@ def evaluate(
         share: whether prompts about one image may share their beginning; one by one otherwise, for comparison.
         threads: of ONNX Runtime and PyTorch; 0 lets them choose.
         rescale_boxes: scale true boxes where images are of another size than their annotations; refused otherwise.
+        box_format: in which answers are read, where not as the bundle says.
         replace: throw an evaluation of other settings in that folder away.
         cluster: of Ray, whose workers are asked instead.
         progress: told of every answer.
@@ -143,6 +149,7 @@ def evaluate(
         share=share,
         threads=threads,
         rescale_boxes=rescale_boxes,
+        box_format=box_format,
     )
     folder = None if out is None else Path(out)
     prepared = prepare(bundle, dataset, options, out=folder, replace=replace)
@@ -172,7 +179,7 @@ def prepare(
     check_pyarrow()
     check_output(out, EVALUATION)
     row(options.backend)
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle).written_as(options.box_format)
     check_keep(opened.manifest.pruning, opened.manifest.spec, options.keep)
     protocol = protocol_of(options.protocol, opened.manifest.box)
     if dataset.source is None:
@@ -189,6 +196,7 @@ def prepare(
         keep=options.keep,
         share=options.share,
         ignore_exif=dataset.ignore_exif,
+        box_format=opened.box_format,
     )
     folder = out or opened.runs / default_name(opened, dataset, options)
     check_output(folder, EVALUATION)
@@ -271,6 +279,7 @@ def default_name(bundle: Bundle, dataset: Dataset, options: EvalOptions) -> str:
     parts += [] if options.keep is None else [f"keep{options.keep:g}"]
     parts += [] if options.share else ["one-by-one"]
     parts += ["as-stored"] if dataset.ignore_exif else []
+    parts += [] if bundle.box_format is None else [f"boxes-{bundle.box_format}"]
     return _NO_NAME.sub("-", "-".join(parts))[:_LONGEST_NAME]
 
 
@@ -284,11 +293,12 @@ def make_evaluator(folder: Path, options: EvalOptions) -> Evaluator:
 def evaluate_predictions(
     predictions: Path | str,
     dataset: Dataset,
-    family: str,
+    family: str | None = None,
     *,
     protocol: str = "unc",
     limit: int | None = None,
     rescale_boxes: bool = False,
+    box_format: str | None = None,
     out: Path | str | None = None,
 ) -> EvalRecord:
     """Score answers from a file, without a model.
@@ -297,14 +307,16 @@ def evaluate_predictions(
         predictions: JSON lines of `{id, answer}`; ids are those of the annotations.
         dataset: images are needed only where the annotations do not tell how large they are; those that are there are compared
             with the annotations.
-        family: whose way to write boxes the answers have.
+        family: whose way to write boxes the answers have; may be left out with `box_format`.
         protocol: `unc` or `lmms-eval`.
         limit: only so many expressions, from the first on; each needs an answer.
         rescale_boxes: scale true boxes where images are of another size than their annotations; refused otherwise.
+        box_format: name of the box codec that answers are written in, where it is not the family's; the frame is the family's, or without one
+            the codec's own.
         out: folder to store results in; nothing is stored when left out.
 
     Raises:
-        InputError: an unknown family or protocol, a line that cannot be used, an expression without an answer.
+        InputError: an unknown family, protocol or box format, a line that cannot be used, an expression without an answer.
         BundleError: something else lies in `out`.
     """
     check_pyarrow()
@@ -315,13 +327,7 @@ def evaluate_predictions(
             subject=str(out),
             hint="choose another output folder: results of a model and of a file do not mix",
         )
-    if family not in families.names():
-        raise InputError(
-            "is not a family" if family else "is not given, and answers alone do not tell it",
-            subject=f"family {family!r}" if family else "--family",
-            hint=f"say whose way to write boxes the answers have: {', '.join(families.names())}",
-        )
-    scoring = protocol_of(protocol, families.row(family).box)
+    scoring = protocol_of(protocol, _box_of(family, box_format))
     asked = dataset.expressions[:limit]
     sized = Fitted(asked, ())
     if dataset.source is not None:
@@ -345,3 +351,21 @@ def evaluate_predictions(
             check_output(Path(out), SCORED)
             store_results(record, scored, dataset, None, Path(out))
     return record
+
+
+def _box_of(family: str | None, box_format: str | None) -> BoxFormat:
+    """How boxes are written in answers from a file.
+
+    Raises:
+        InputError: neither is given, or one is unknown.
+    """
+    if box_format is not None and not family:
+        codec = box_codec(box_format)
+        return BoxFormat(codec=codec.name, frame=codec.frame)
+    if not family or family not in families.names():
+        raise InputError(
+            "is not a family" if family else "is not given, and answers alone do not tell it",
+            subject=f"family {family!r}" if family else "--family",
+            hint=f"say whose way to write boxes the answers have: {', '.join(families.names())}; or how they are written, with --box-format",
+        )
+    return families.row(family).box.written_as(box_format)

@@ -49,6 +49,7 @@ class Settings(Record):
         keep: fraction of the visual tokens that was asked for; None for the bundle's own.
         share: whether prompts about one image shared their beginning.
         ignore_exif: whether images were taken as they are stored.
+        box_format: that answers are read in, where not the bundle's own; settings without one are written as before there was any.
     """
 
     manifest_sha256: Text
@@ -58,6 +59,7 @@ class Settings(Record):
     keep: Share | None
     share: Flag
     ignore_exif: Flag = False
+    box_format: Text | None = Field(default=None, exclude_if=lambda name: name is None)
 
 
 class AnswerRow(Record):

@@ -15,6 +15,9 @@ None of them cuts a box at the edge of the image, and none takes one whose corne
 (QwenLM/Qwen3-VL, issue 1035). ConvLLaVA and InternVL take numbers that sum to less than 4 for fractions of the frame, and others for
 thousandths.
 
+Codecs that are not named here have no evaluator: of models that were tuned further, and from outside the package. `unc` reads them as `run`
+does, takes the box where it lies, uncut, and counts a hit by the row of the codec (`comparator`, `area`).
+
 Qwen2-VL and its successors have no published evaluator. Qwen2-VL is read and compared as Qwen-VL is, in thousandths as its paper says
 (arXiv 2409.12191, section 2.2; Qwen-VL's evaluator divides by 999). Of the others, boxes are read and placed as in the authors' notebooks.
 
@@ -94,7 +97,7 @@ class Metric:
 
 
 def metric_of(codec: BoxCodec) -> Metric:
-    """The evaluator of the authors whose models write boxes so; a plain one for codecs from outside the package."""
+    """The evaluator of the authors whose models write boxes so; a plain one for codecs of no published model."""
     return METRICS.get(codec.name) or _plain(codec)
 
 
@@ -300,10 +303,10 @@ def _as_box(box: Float32) -> Box:
 
 
 def _plain(codec: BoxCodec) -> Metric:
-    """Of a codec from outside: its box on the image, not cut, in float64."""
+    """Of a codec without a published evaluator: its box on the image, not cut, in float64."""
 
     def read(answer: str) -> Numbers | None:
-        # (The unit of codecs that read pixels as seen is the image's own size here; `judge` scales from it.)
+        # (Pixels as seen stay what they are here; `judge` scales them.)
         box = codec.decode_one(answer, (1, 1))
         return None if isinstance(box, Unparsable) else box
 

@@ -104,6 +104,7 @@ class Provenance(Record):
         split: as of `dataset.open_dataset`.
         images: folder of images, where the data set does not bring them.
         ignore_exif: as of `dataset.open_dataset`.
+        box_format: in which answers from a file were read; None for those of a model, whose settings say it.
         skipped: rows of the annotations that could not be used and were left out.
         processor: of the machine that scored.
         versions: of Python and of the packages that run bundles.
@@ -115,6 +116,7 @@ class Provenance(Record):
     split: str | None
     images: str | None
     ignore_exif: Flag = False
+    box_format: Text | None = None
     skipped: tuple[SkippedRow, ...] = ()
     processor: str
     versions: dict[str, str]
@@ -162,6 +164,7 @@ def store_results(
         split=dataset.split,
         images=None if dataset.images is None else escaped(str(dataset.images.absolute())),
         ignore_exif=dataset.ignore_exif,
+        box_format=record.box_format if bundle is None else None,
         skipped=dataset.skipped,
         processor=cpu_name(),
         versions=versions(),
@@ -183,7 +186,7 @@ def _with_other_protocols(provenance: Provenance, folder: Path) -> Provenance:
     return provenance
 
 
-_PLACES = ("bundle", "data", "split", "images", "ignore_exif", "skipped")
+_PLACES = ("bundle", "data", "split", "images", "ignore_exif", "box_format", "skipped")
 
 
 def _row(each: Scored) -> ResultRow:

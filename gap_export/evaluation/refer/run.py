@@ -188,6 +188,7 @@ class EvalRecord(Record):
         boxes_are_read: whether the protocol reads boxes as the model's family writes them.
         mean_kept: visual tokens kept, on average.
         backend: that answered.
+        box_format: in which answers were read, a key in `boxes.codecs.CODECS`; None in records of versions that did not say it.
     """
 
     protocol: Text
@@ -209,6 +210,7 @@ class EvalRecord(Record):
     rescaled_images: Count = 0
     stretched_images: Count = 0
     boxes_are_read: Flag = True
+    box_format: Text | None = None
 
     @model_validator(mode="after")
     def _counts_within_each_other(self) -> Self:
@@ -322,4 +324,5 @@ def record_of(
         rescaled_images=rescaled_images,
         stretched_images=stretched_images,
         boxes_are_read=protocol.reads_the_codec,
+        box_format=protocol.codec,
     )

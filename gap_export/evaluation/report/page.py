@@ -58,7 +58,6 @@ def check_packages() -> None:
         MissingRequirementError: a package is not installed.
     """
     try:
-        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401
     except ImportError as error:

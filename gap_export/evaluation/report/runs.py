@@ -291,6 +291,8 @@ def provenance_facts(run: Evaluated) -> dict[str, Any]:
         "processor": run.provenance.processor,
         "versions": ", ".join(f"{name} {version}" for name, version in run.provenance.versions.items()),
     }
+    if run.run.record.box_format is not None:
+        facts["box format"] = run.run.record.box_format
     if run.settings is not None:
         facts |= {"manifest sha256": run.settings.manifest_sha256, "annotations": run.settings.annotations}
     if run.bundle is not None:

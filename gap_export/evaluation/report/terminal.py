@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from gap_export.boxes.codecs import CODECS
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.bundle.manifest import Manifest, Pruning
 from gap_export.bundle.spec import TensorSpec
 from gap_export.engine.inspect import engine_facts
+from gap_export.errors import named
 from gap_export.evaluation import bundle_reports
 from gap_export.evaluation.parity import ParityReport
 from gap_export.evaluation.text_parity import TextReport
+from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.terminal import Terminal, styled
 
 
@@ -126,6 +130,11 @@ def bundle_facts(bundle: Bundle | Path | str, *, every_hash: bool = False) -> di
         "family": manifest.family,
         "checkpoint": manifest.checkpoint,
         "precision": manifest.precision,
+        "box_format": {**manifest.box.model_dump(), "example": CODECS[manifest.box.codec].example},
+        "end_tokens": end_tokens(bundle),
+        "chat": None
+        if manifest.chat is None
+        else {"source": manifest.chat.source, "content": manifest.chat.content},
         "pruner": pruning.pruner,
         "positions": pruning.positions,
         "keep": keeping(pruning, model.visual_tokens),
@@ -177,6 +186,18 @@ def keeping(pruning: Pruning, visual_tokens: int) -> str:
     if pruning.stages:
         return f"keep {pruning.kept_after_last_stage} of {visual_tokens} at the end, {pruning.mean_kept:.4g} in the mean over layers"
     return f"keep {pruning.kept} of {visual_tokens}"
+
+
+def end_tokens(bundle: Bundle) -> list[dict[str, Any]]:
+    """The tokens that end an answer: id and name of each, the name None where the tokenizer has none."""
+    tokenizer = load_tokenizer(bundle.tokenizer_path)
+    return [{"id": id_, "token": tokenizer.id_to_token(id_)} for id_ in bundle.manifest.prompt.eos_token_ids]
+
+
+def ends_in_words(ends: Sequence[dict[str, Any]]) -> str:
+    """What `end_tokens` gives, for people."""
+    listed = ", ".join(f"{named(end['token'] or 'token')} ({end['id']})" for end in ends)
+    return f"answers end at {listed}"
 
 
 def cache_length(manifest: Manifest) -> str:
@@ -239,6 +260,14 @@ def print_bundle(facts: dict[str, Any], console: Terminal) -> None:
         (facts["name"], "bold"),
         f" ({facts['family']}, {facts['precision']}): {facts['keep']} ({facts['pruner']}), positions {facts['positions']}, "
         f"{facts['cache']}",
+    )
+    box = facts["box_format"]
+    console.say(f"boxes {box['example']} ({box['codec']}, of the {box['frame'].replace('_', ' ')})")
+    console.say(ends_in_words(facts["end_tokens"]))
+    console.say(
+        f"free questions in {facts['chat']['source']}"
+        if facts["chat"]
+        else "no chat template: free questions cannot be asked"
     )
     rule = Table("token", "position id", "cache slot")
     for row in facts["ids_and_slots"]:

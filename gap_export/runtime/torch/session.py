@@ -259,6 +259,7 @@ class TorchSession(Lifetime):
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on."""
         self._check_open()
+        self.caches_begun += 1
         alike: dict[tuple[int, int], list[int]] = {}
         for row, embeds_SH in enumerate(embeds):
             ids = placement.position_ids[..., row, : len(embeds_SH)]
@@ -300,6 +301,32 @@ class TorchSession(Lifetime):
             ),
             placement,
         )
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Begin anew with a cache of one row in which nothing lies."""
+        self._check_open()
+        self.caches_begun += 1
+        self._groups, self._forked = [_Group([0], DynamicCache())], None
+
+    def grow(self, slots: Sequence[int]) -> None:
+        """A cache is as long as what lies in it."""
+        self._check_open()
+
+    @torch.inference_mode()
+    def embed(self, token_ids_1T: Ids) -> Buffer:
+        """Embeddings of text, a list of one row [T, H]."""
+        self._check_open()
+        return [self._model.embedding(torch.from_numpy(token_ids_1T[0].copy()))]
+
+    @torch.inference_mode()
+    def append(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what lies in a cache of one row: logits [1, V]."""
+        self._check_open()
+        (group,) = self._groups
+        # Layers are as long as what lies in them, so that nothing need be said of slots.
+        shorten(group.cache, [int(placement.write_index[0])])
+        (embeds_SH,) = embeds
+        return self._forward(lambda group: (embeds_SH[None], placement.position_ids), placement)
 
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
@@ -373,6 +400,19 @@ class TorchSession(Lifetime):
         order = np.argsort(choice.indices_K, kind="stable")
         patches_KE = None if choice.patches_KE is None else choice.patches_KE[order]
         return replace(choice, indices_K=choice.indices_K[order], patches_KE=patches_KE)
+
+
+def shorten(cache: DynamicCache, slots: Sequence[int]) -> None:
+    """Let a cache forget what lies behind so many slots.
+
+    Args:
+        cache: of one row.
+        slots: of every layer, or of all of them.
+    """
+    for number, layer in enumerate(cache.layers):
+        kept = slots[number] if len(slots) > 1 else slots[0]
+        if layer.get_seq_length() > kept:
+            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
 
 
 def as_loaded(language_model: Any) -> None:

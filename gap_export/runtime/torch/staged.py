@@ -6,7 +6,7 @@ is that of `prune/reference_in_decoder.py`; a row has no padding, and each layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from gap_export.families.reference import ReferenceModel, open_model
 from gap_export.positions import Ids, Placement, PositionPolicy
 from gap_export.prune.in_decoder.stages import load
 from gap_export.runtime.session import Buffer, Prefilled
-from gap_export.runtime.torch.session import TextReference, TorchSession, as_loaded
+from gap_export.runtime.torch.session import TextReference, TorchSession, as_loaded, shorten
 
 
 @dataclass
@@ -77,6 +77,7 @@ class StagedTorchSession(TorchSession):
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on; `kept_indices` and `margins` are filled in."""
         self._check_open()
+        self.caches_begun += 1
         assert placement.image_start is not None
         self._rows, logits = [], []
         for embeds_SH, ids_S, start in zip(
@@ -92,12 +93,23 @@ class StagedTorchSession(TorchSession):
             np.array([row.margin for row in self._rows]),
         )
 
+    def clear(self, slots: Sequence[int]) -> None:
+        """Begin anew with a cache of one row in which nothing lies."""
+        self._check_open()
+        self.caches_begun += 1
+        self._rows = [_Row(torch.empty(0), torch.empty(0), np.empty(0, np.int64), 0)]
+
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed one token per row: logits [B, V]; slots are the lengths of the row's own caches, by construction."""
         embed = self._model.embedding
         logits = []
-        for token, row, ids_1 in zip(token_ids_B, self._rows, placement.position_ids, strict=True):
+        begins = (placement.write_index, *placement.stage_write_index)
+        for number, (token, row, ids_1) in enumerate(
+            zip(token_ids_B, self._rows, placement.position_ids, strict=True)
+        ):
+            stages = zip(self._pruning.stages, begins, strict=True)
+            shorten(row.cache, [int(slots[number]) for stage, slots in stages for _ in stage.run])
             hidden_1H = embed(torch.tensor([int(token)]))
             for stage in self._pruning.stages:
                 ids = torch.from_numpy(np.ascontiguousarray(ids_1))

@@ -18,6 +18,8 @@ from pyarrow import parquet
 
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.hashes import record_of
+from gap_export.errors import InputError
+from gap_export.evaluation.refer.results import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +117,12 @@ def test_prompts_with_the_expression_before_the_image_are_answered_whole(
         (["--data", "ANSWERS", "BUNDLE", "--images", "."], "none of the 1 images is there"),
         (["--data", "ANSWERS", "--predictions", "x"], "--family: is not given"),
         (["--data", "ANSWERS", "--predictions", "x", "--family", "lava"], "not a family"),
+        (["--data", "ANSWERS", "--predictions", "x", "--box-format", "lava"], "did you mean 'llava'"),
+        (
+            ["--data", "ANSWERS", "--predictions", "x", "--family", "llava", "--box-format", "lava"],
+            "did you mean 'llava'",
+        ),
+        (["--data", "scenes", "BUNDLE", "--box-format", "list"], "is not a box format"),
     ],
     ids=str,
 )
@@ -155,6 +163,55 @@ def test_names_in_any_encoding_are_printed_and_stored(tmp_path: Path) -> None:
     assert b"caf\\udce9/out" in done.stdout
     stored = json.loads((folder / "out" / "provenance.json").read_text())
     assert stored["data"].endswith("caf\\udce9/rec.jsonl")
+
+
+SIZED = {"img_path": "a.jpg", "expression": "mug", "bbox": [10, 20, 50, 80], "width": 50, "height": 200}
+
+
+def test_answers_from_a_file_in_a_format_alone_or_of_a_family(tmp_path: Path) -> None:
+    """The frame is the family's, or without one that of the format; pixels as seen are told by no file."""
+    data, answers, out = tmp_path / "rec.jsonl", tmp_path / "answers.jsonl", str(tmp_path / "out")
+    data.write_text(json.dumps(SIZED))
+    answers.write_text(json.dumps({"id": "a.jpg.0", "answer": '{"bbox": [200, 100, 1000, 400]}'}))
+    arguments = ["--data", str(data), "--predictions", str(answers), "-o", out, "--json"]
+    alone = evaluate(*arguments, "--box-format", "bbox_1000")
+    assert (alone["accuracy"], alone["mean_iou"], alone["box_format"]) == (1.0, 1.0, "bbox_1000")
+    assert "boxes of the image" in alone["description"]
+    of_a_family = evaluate(*arguments, "--family", "llava", "--box-format", "bbox_1000")
+    assert (of_a_family["accuracy"], of_a_family["box_format"]) == (0.0, "bbox_1000")
+    assert "boxes of the padded square" in of_a_family["description"]
+    assert evaluate(*arguments, "--family", "qwen3_vl")["unparsable"] == 1
+    assert "how large that was is not known" in evaluate(*arguments, "--box-format", "bbox_pixels", code=2)
+
+
+def test_results_in_another_format_do_not_stand_beside_each_other(tmp_path: Path) -> None:
+    data, answers, out = tmp_path / "rec.jsonl", tmp_path / "answers.jsonl", tmp_path / "out"
+    data.write_text(json.dumps(SIZED))
+    answers.write_text(json.dumps({"id": "a.jpg.0", "answer": "[0.2, 0.1, 1.0, 0.4]"}))
+    arguments = ["--data", str(data), "--predictions", str(answers), "-o", str(out), "--json"]
+    evaluate(*arguments, "--box-format", "llava")
+    evaluate(*arguments, "--box-format", "llava", "--protocol", "lmms-eval")
+    assert {run.record.box_format for run in (open_run(out), open_run(out, "lmms-eval"))} == {"llava"}
+    evaluate(*arguments, "--box-format", "bbox_1000", "--protocol", "lmms-eval")
+    with pytest.raises(InputError, match="none of the results under unc"):
+        open_run(out)
+
+
+def test_another_format_is_another_evaluation(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle().folder, folder, ignore=shutil.ignore_patterns("reports"))
+    data = ["--data", "scenes", "--limit", "4", "--threads", "1", "--json"]
+    evaluate(str(folder), *data)
+    record = evaluate(str(folder), *data, "--box-format", "list_pixels")
+    assert record["box_format"] == "list_pixels"
+    assert sorted(path.name for path in (tmp_path / "bundle.runs").iterdir()) == [
+        "scenes-all-gap-onnxruntime",
+        "scenes-all-gap-onnxruntime-boxes-list_pixels",
+    ]
+    run = str(tmp_path / "bundle.runs" / "scenes-all-gap-onnxruntime")
+    message = evaluate(str(folder), *data, "--box-format", "list_pixels", "-o", run, code=2)
+    assert "box format None there, list_pixels here" in message
+    assert evaluate(str(folder), *data, "--box-format", "list_pixels") == record
 
 
 def test_recommend(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> None:

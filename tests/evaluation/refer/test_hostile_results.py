@@ -171,8 +171,8 @@ def changed(value: Any, place: tuple[Any, ...], to: Any) -> Any:
 
 
 HARMLESS = {
-    RECORD: {"description", "missing_images", "not_scored", "skipped_rows", "boxes_are_read", "rescaled_images", "stretched_images", "refused"},
-    PROVENANCE: {"bundle", "data", "split", "images", "ignore_exif", "skipped", "processor", "versions", "hashes"},
+    RECORD: {"description", "missing_images", "not_scored", "skipped_rows", "boxes_are_read", "rescaled_images", "stretched_images", "refused", "box_format"},
+    PROVENANCE: {"bundle", "data", "split", "images", "ignore_exif", "box_format", "skipped", "processor", "versions", "hashes"},
     "settings.json": set[str](),
 }  # fmt: skip
 """Fields that say what nothing else in the folder says: another value of the right type is read, where hashes allow it."""

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from gap_export.errors import BundleError
+from gap_export.evaluation.digests import first_digest
 from gap_export.evaluation.refer.journal import ANSWERS, AnswerRow, Settings, open_journal
+from gap_export.records import Record
 
 SETTINGS = Settings(manifest_sha256="b", annotations="a", split="val", backend="torch", keep=None, share=True)
 
@@ -51,7 +53,11 @@ def test_a_torn_line_is_cut_off(left: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"keep": 0.5}, "keep None there, 0.5 here"), ({"backend": "onnxruntime"}, "backend torch there")],
+    [
+        ({"keep": 0.5}, "keep None there, 0.5 here"),
+        ({"backend": "onnxruntime"}, "backend torch there"),
+        ({"box_format": "list_pixels"}, "box format None there, list_pixels here"),
+    ],
 )
 def test_another_evaluation_is_left_alone(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     open_journal(tmp_path, SETTINGS).add([row("a")])
@@ -60,6 +66,27 @@ def test_another_evaluation_is_left_alone(change: dict[str, Any], message: str, 
         open_journal(tmp_path, other)
     assert open_journal(tmp_path, SETTINGS).known == {"a"}
     assert open_journal(tmp_path, other, replace=True).known == set()
+
+
+def test_a_journal_from_before_there_were_box_formats_goes_on(tmp_path: Path) -> None:
+    """Settings without one are written as they were, and with them the digests of every line."""
+    journal = open_journal(tmp_path, SETTINGS)
+    assert "box_format" not in (tmp_path / "settings.json").read_text()
+    assert journal.digest == first_digest(Before(**SETTINGS.model_dump()))
+    journal.add([row("a")])
+    assert open_journal(tmp_path, SETTINGS).known == {"a"}
+
+
+class Before(Record):
+    """What settings were before."""
+
+    manifest_sha256: str
+    annotations: str
+    split: str
+    backend: str
+    keep: float | None
+    share: bool
+    ignore_exif: bool = False
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

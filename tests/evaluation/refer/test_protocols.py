@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gap_export import families
-from gap_export.boxes.codecs import CODECS, from_pixels
+from gap_export.boxes.codecs import CODECS, Frame, from_pixels
 from gap_export.bundle.manifest import BoxFormat
 from gap_export.errors import InputError
 from gap_export.evaluation.refer.annotations import read_annotations
@@ -55,6 +55,21 @@ def test_every_family_has_every_protocol(name: str, family: str) -> None:
     assert result.hit is protocol.reads_the_codec
     assert (result.iou > 0.9) is protocol.reads_the_codec
     assert name in protocol.description
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("frame", ["image", "padded_square"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_can_be_scored_in_either_frame(name: str, frame: Frame, codec: str) -> None:
+    """Pixels are of what the model saw: of the image at half its size, or of its padded square on 336 pixels."""
+    protocol = protocol_of(name, BoxFormat(codec=codec, frame=frame))
+    size, seen = (640, 480), (320, 240) if frame == "image" else (336, 336)
+    truth = (64.0, 96.0, 320.0, 288.0)
+    answer = CODECS[codec].encode(from_pixels(truth, protocol.frame, *size), seen)
+    result = score(answer, truth, size, protocol, seen=seen)
+    assert result.hit is protocol.reads_the_codec
+    if protocol.reads_the_codec:
+        assert result.box == pytest.approx(truth, abs=8)
 
 
 @pytest.mark.parametrize(

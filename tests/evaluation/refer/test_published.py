@@ -20,7 +20,7 @@ from gap_export import families
 from gap_export.boxes.codecs import CODECS, Box, Size
 from gap_export.bundle.manifest import BoxFormat
 from gap_export.evaluation.refer.protocols import protocol_of, score
-from gap_export.evaluation.refer.published import METRICS
+from gap_export.evaluation.refer.published import METRICS, metric_of
 
 Reference = Callable[[str, Box, Size], bool]
 """(answer, true box, size of the image) -> whether the authors' evaluator counts a hit."""
@@ -303,7 +303,10 @@ LMMS_EVAL: list[tuple[str, Box, Size, bool]] = [
 
 
 def test_every_codec_has_an_evaluator_and_a_reference() -> None:
-    assert METRICS.keys() == UNC.keys() == CASES.keys() == CODECS.keys()
+    """Those of models that were tuned further have none: nothing is published that reads them."""
+    tuned = {"list_pixels", "bbox_pixels", "bbox_1000"}
+    assert METRICS.keys() == UNC.keys() == CASES.keys() == CODECS.keys() - tuned
+    assert all(metric_of(CODECS[name]).name == f"the codec {name}" for name in tuned)
 
 
 @pytest.mark.parametrize(
