@@ -423,6 +423,7 @@ def test_build_reports_what_it_made(command: Command, recipe_file: Path, tmp_pat
     assert record["positions"] == "gap"
     assert listing(tmp_path) == ["out", "tiny.yaml"]
     assert listing(tmp_path / "out") == [
+        "chat_template.jinja",
         "decoder.onnx",
         "embed.onnx",
         "manifest.json",

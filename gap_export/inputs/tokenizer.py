@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gap_export.errors import CheckpointError, GapExportError, first_line
-from gap_export.files import check_readable, kinds
+from gap_export.files import kinds, read_bytes
 
 _LONGEST_REASON = 200
 
@@ -24,9 +24,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not os.path.lexists(path):
         raise CheckpointError("does not exist", subject=str(path), hint="the folder needs a tokenizer.json")
-    check_readable(path, kinds.TOKENIZER)
+    # (The library opens no path whose name is not UTF-8.)
+    content = read_bytes(path, kinds.TOKENIZER)
     with tokenizer_errors(str(path)):
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     # Silent truncation would cut the end of the prompt, and padding would put real tokens where PAD belongs.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -28,7 +28,8 @@ SHORT, LONG, CAPACITY = 24, 200, 1024
 """Tokens of an answer, and slots of a cache."""
 
 WIDE, TALL, SMALL = noise(100, 70), noise(30, 90), noise(40, 30)
-SQUARES = noise(36, 36), noise(35, 35)
+SQUARES = noise(30, 34), noise(34, 30)
+"""Nearly: of few tokens in every family, and no tile is the whole image again, whose tokens would be chosen at random."""
 TEXTS = ("where is the red mug ?", "is a cat on the left ?", "what is above the large circle and where ?")
 SCRIPTS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "one image": ((SMALL,), (), ()),

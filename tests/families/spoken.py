@@ -23,7 +23,7 @@ from tests.families.tiny_families import FAMILIES, TinyFamily, tile_inputs
 if TYPE_CHECKING:
     from gap_export.graph.trace_cache import Tracer
 
-TEMPLATES = Path(__file__).parents[1] / "chat" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "inputs" / "chat" / "templates"
 WORDS = """
     USER : ? ASSISTANT where is the red green blue circle square triangle small large on left right of above below
     at top bottom [ ] , . 0 1 2 3 4 5 6 7 8 9 in a picture mug cat user assistant what and INST

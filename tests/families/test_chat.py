@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-LONG_TEXT = {"max_text": 900, "max_new_tokens": LONG, "as_built": True}
+LONG_TEXT = {"max_text": 1300, "max_new_tokens": LONG, "as_built": True}
 """Of bundles for long conversations, as a user builds them; short ones are had with graphs of other tests."""
 
 USUAL: dict[str, Options] = {
@@ -198,8 +198,11 @@ def test_without_a_pruner(which: str, open_family: Open) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("which", ["one image", "another image later"])
 @pytest.mark.parametrize("pruner", ADAPTIVE)
-def test_images_that_decide_how_much_is_kept(pruner: str, which: str, open_family: Open) -> None:
-    spoke = open_family("llava", pruner=pruner, keep="adaptive", keep_bound=0.9, **LONG_TEXT)
+def test_images_that_decide_how_much_is_kept(
+    pruner: str, which: str, open_family: Open, tiny_text_tower: Path
+) -> None:
+    tower = {"text_tower": str(tiny_text_tower)} if pruner in READING else {}
+    spoke = open_family("llava", pruner=pruner, keep="adaptive", keep_bound=0.9, **tower, **LONG_TEXT)
     mine = spoke.assert_pruned(which, LONG)
     assert all(1 < len(image.kept_K) < image.visual for image in shown_images(mine.seen))
 

@@ -15,7 +15,7 @@ from gap_export.inputs.chat.format import read_form, with_image_text
 from gap_export.inputs.chat.renderer import Renderer
 from gap_export.recipe.recipe import Recipe, known_recipes, load_recipe
 
-TEMPLATES = Path(__file__).parents[1] / "chat" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "inputs" / "chat" / "templates"
 
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "

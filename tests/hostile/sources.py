@@ -123,7 +123,7 @@ NODES = tuple(
 
 _SENTENCEPIECE = Path(__file__).parents[1] / "checkpoint" / "sentencepiece" / "tokenizer.model"
 
-_CHAT_TEMPLATE = Path(__file__).parents[1] / "chat" / "templates" / "llava_next_chatml.jinja"
+_CHAT_TEMPLATE = Path(__file__).parents[1] / "inputs" / "chat" / "templates" / "llava_next_chatml.jinja"
 
 _REPORTS = tuple(
     Source(kinds.REPORT, path, call, _json, amount, strict=strict)

@@ -396,7 +396,8 @@ def test_a_package_in_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(folder / "package.zip", "w") as archive:
         for path in [
             *root.glob("*.py"),
-            *root.glob("chat/*.py"),
+            root / "inputs" / "__init__.py",
+            *root.glob("inputs/chat/*.py"),
             *root.glob("files/*.py"),
         ]:
             archive.write(path, path.relative_to(root.parent))

@@ -21,7 +21,7 @@ from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageBatch, of_one_size
 from gap_export.inputs.chat.tokens import IMAGE
 from gap_export.positions import Placement, PositionPolicy, place
-from gap_export.runtime.conversation.cache import ConversationCache, SeenImages
+from gap_export.runtime.conversation.cache import ConversationCache, SeenImages, check_fits
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 PLACEHOLDER, VISUAL, LONGEST, CAPACITY = 7, 5, 6, 200
@@ -342,20 +342,20 @@ def test_a_second_image_is_refused_where_the_first_prompt_is_special(name: str) 
 
 def test_what_fits_is_counted_in_slots_and_positions() -> None:
     kind = KINDS["plain"]
-    talk = Talk(kind)
+    manifest = Talk(kind).cache._manifest
     seen = [seen_images(1, kind)]
-    talk.cache.check_fits([1] * (CAPACITY - 3 - 4) + [IMAGE], seen, 5)
+    check_fits(manifest, [1] * (CAPACITY - 3 - 4) + [IMAGE], seen, 5)
     with pytest.raises(
         InputError,
         match=r"194 text tokens and 3 visual tokens.* 5 new tokens needs 201 slots of a cache of 200",
     ):
-        talk.cache.check_fits([1] * (CAPACITY - 3 - 3) + [IMAGE], seen, 5)
-    talk.cache._manifest.spec.max_positions = 20  # type: ignore[misc]
-    talk.cache.check_fits([1] * 10 + [IMAGE], seen, 5)
+        check_fits(manifest, [1] * (CAPACITY - 3 - 3) + [IMAGE], seen, 5)
+    manifest.spec.max_positions = 20  # type: ignore[misc]
+    check_fits(manifest, [1] * 10 + [IMAGE], seen, 5)
     with pytest.raises(
         InputError, match=r"reaches position 21 with 6 new tokens \(unpruned\), and the model knows 20"
     ):
-        talk.cache.check_fits([1] * 10 + [IMAGE], seen, 6)
+        check_fits(manifest, [1] * 10 + [IMAGE], seen, 6)
 
 
 def test_frequencies_that_follow_the_length_are_computed_anew() -> None:
