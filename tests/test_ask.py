@@ -379,6 +379,7 @@ class Typist:
     def __init__(self, *arguments: str) -> None:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a shell leaves it
             os.environ.update(OMP_NUM_THREADS="1", TERM="dumb", COLUMNS="200")
             os.execv(sys.executable, [sys.executable, "-c", SLOW, "ask", *arguments, "--threads", "1"])
         self.shown, self.is_running = "", True
@@ -472,6 +473,7 @@ def test_how_a_conversation_ends(typed: str, code: int, typist: Callable[..., Ty
     assert "Traceback" not in person.shown
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_the_program() -> None:
     before = signal.getsignal(signal.SIGINT)
     with interrupts_noted() as noted:

@@ -320,7 +320,7 @@ def test_other_frequencies(kind: str, as_built: bool, open_family: Open) -> None
     for which in ("one image", "squares", "text"):
         spoke.assert_whole(which, 60, keep=1.0)
         spoke.assert_pruned(which, 60, keep=0.3)
-    if kind != "dynamic":
+    if kind != "dynamic" and not as_built:
         spoke.assert_whole("another image later", 60, keep=1.0)
 
 
@@ -436,8 +436,9 @@ def test_wrong_positions_show(name: str, wrong: Mislead, open_family: Open) -> N
 # All of them
 
 
-def test_hardly_any_answer_hangs_by_a_hair(compared: list[str]) -> None:
-    """Those in which two logits of the reference were as good as equal are few."""
+@pytest.mark.parametrize("form", ["short", pytest.param("long", marks=pytest.mark.long)])
+def test_hardly_any_answer_hangs_by_a_hair(form: str, compared: list[str]) -> None:
+    """Those in which two logits of the reference were as good as equal are few; of the tests that ran before, in either form."""
     differed = [name for name in compared if name]
-    print(f"{len(differed)} of {len(compared)} conversations: {differed}")
+    print(f"{form}: {len(differed)} of {len(compared)} conversations: {differed}")
     assert len(differed) <= max(1, len(compared) // 20)

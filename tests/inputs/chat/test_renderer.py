@@ -452,6 +452,7 @@ rendering.render([])
     ends(int(done.stdout))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_request_and_its_process() -> None:
     with Renderer(after_a_good_one(ENDLESS["loops within loops"])) as rendering:
         rendering.render(GOOD)
