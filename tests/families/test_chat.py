@@ -232,6 +232,7 @@ def test_questions_and_focus_choose_tokens(pruner: str, open_family: Open, tiny_
 # Decoders that drop tokens inside
 
 
+@pytest.mark.long
 def test_short_conversations_with_a_decoder_that_drops_tokens(open_family: Open) -> None:
     staged(open_family).assert_pruned("one image", 12)
 
@@ -296,6 +297,7 @@ def of_kind(kind: str, open_family: Open, **recipe: Any) -> Spoke:
     return open_family(kind, pruner="divprune", keep="0.3:0.5:1.0", **recipe)
 
 
+@pytest.mark.long
 def test_dynamic_frequencies(open_family: Open) -> None:
     """As InternVL3 has them: from the trained length on all keys are turned anew at every turn, as transformers does from scratch; in several calls,
     as there are two images and more text than one call takes."""

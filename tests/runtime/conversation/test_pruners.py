@@ -133,6 +133,7 @@ def test_texts_that_the_text_tower_cannot_read_are_refused_with_a_way_out(
     assert focused.ask(long).visual_tokens == 0, "without an image nothing is chosen"
 
 
+@pytest.mark.long
 def test_focus_where_no_text_is_read_is_refused(open_model: OpenModel, images: list[Pixels]) -> None:
     for pruner in ({}, {"deep": True, "pruner": "fastv"}):
         model = open_model(**pruner)
