@@ -44,7 +44,6 @@ LAYERS = (
     "pipeline",
     "parallel",
     "evaluation",
-    "serving",
     "cli",
     "__main__",
 )

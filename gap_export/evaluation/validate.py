@@ -273,7 +273,6 @@ def _baseline(
         built = build(
             recipe.replaced(targets=(target_of(backend),)),
             scratch / "bundle",
-            golden=False,
             tracer=tracer,
             progress=progress,
         )

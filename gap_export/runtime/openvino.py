@@ -86,8 +86,6 @@ class OpenVINOSession(Lifetime):
         self._decoding = OnnxRuntimeSession(bundle, threads=threads, only=decoding)
         self._zeros: NDArray[Any] = np.zeros(0)
 
-    most_rows: int | None = None
-
     def encode(
         self,
         pixels: PixelInputs,
