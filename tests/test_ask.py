@@ -304,7 +304,7 @@ def test_what_an_error_leaves_is_asked_with_the_next_question(
     assert "4 lines of standard input" in said[4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_focus_chooses_visual_tokens_anew(
     ask: Ask,
     spoken: Path,

@@ -128,7 +128,7 @@ def staged(open_family: Open, pruner: str = "fastv", **changes: Any) -> Spoke:
 # Every family
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
 def test_short_conversations(name: str, open_family: Open) -> None:
     spoke = open_family(name, **USUAL[name])
     spoke.assert_whole("another image later", SHORT, keep=1.0)
@@ -253,6 +253,7 @@ def test_decoders_that_drop_nothing(pruner: str, open_family: Open) -> None:
     staged(open_family, pruner, keep=1.0, **LONG_TEXT).assert_whole("one image", LONG)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("images", [((SMALL,), (TALL,)), ((), (SMALL,), (TALL,)), ((SMALL, TALL),)], ids=len)
 def test_images_behind_the_first_prompt_are_refused(images: Any, open_family: Open) -> None:
     """And the conversation continues as if they had not been given."""
@@ -356,6 +357,7 @@ def test_conversations_that_take_turns(name: str, open_family: Open) -> None:
     assert_as_alone(staged(open_family) if name == "deep" else open_family(name, **USUAL[name]), 5)
 
 
+@pytest.mark.long
 def test_dynamic_frequencies_in_conversations_that_take_turns(open_family: Open) -> None:
     """What was said beyond the trained length is turned as it was said."""
     assert_as_alone(of_kind("dynamic", open_family), 40)
@@ -417,7 +419,7 @@ def test_the_placeholder_is_a_word_where_the_model_says_it(open_family: Open) ->
 
 
 @pytest.mark.parametrize("wrong", [at_the_slot, one_further])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
 def test_wrong_positions_show(name: str, wrong: Mislead, open_family: Open) -> None:
     """In the answers, and in the table."""
     spoke = open_family(name, **USUAL[name])

@@ -109,6 +109,7 @@ def test_growing_alone_is_no_reason_to_read_again(open_model: OpenModel, images:
     assert (calls.count("prefill"), calls.count("append"), calls.count("grow")) == (1, 7, 7)
 
 
+@pytest.mark.long
 def test_text_is_read_in_calls_as_long_as_graphs_take(open_model: OpenModel, images: list[Pixels]) -> None:
     """Engines take no longer ones; a conversation may become longer, turn by turn."""
     model = open_model(max_text=40, capacity=160)

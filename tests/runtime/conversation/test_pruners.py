@@ -51,6 +51,7 @@ def focused(open_model: OpenModel) -> Model:
     return open_model(**FOCUSED)
 
 
+@pytest.mark.long
 def test_visual_tokens_are_chosen_by_the_first_question(focused: Model, images: list[Pixels]) -> None:
     chat = focused.chat(images[0])
     with spied(focused.session) as calls:
@@ -146,6 +147,7 @@ def test_focus_where_no_text_is_read_is_refused(open_model: OpenModel, images: l
 STAGED: dict[str, Any] = {"deep": True, "pruner": "fastv"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
 def test_a_decoder_that_drops_tokens_is_talked_to(
     backend: str, open_model: OpenModel, images: list[Pixels]
