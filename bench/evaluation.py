@@ -41,7 +41,7 @@ def main() -> int:
         if len(group) == PER_IMAGE
     ][: options.images]
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = build(load_recipe("shapes"), Path(scratch) / "bundle").bundle
+        bundle = build(load_recipe("shapes"), Path(scratch) / "bundle", golden=False).bundle
         session = open_session(bundle, "onnxruntime")
         ways = {
             name: Evaluator(bundle, session, share=share)

@@ -166,7 +166,7 @@ def build_bundle(checkpoint: Path, out: Path, progress: Progress, *, whole: bool
     from gap_export.graph.trace_cache import Tracer
     from gap_export.pipeline.build import build
 
-    build(recipe_for(checkpoint), out, tracer=Tracer(None, whole=whole), progress=progress)
+    build(recipe_for(checkpoint), out, golden=False, tracer=Tracer(None, whole=whole), progress=progress)
 
 
 def build_decoder(checkpoint: Path, out: Path, progress: Progress, *, whole: bool) -> None:

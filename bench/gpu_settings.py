@@ -60,7 +60,9 @@ class Settings:
     def build_bundled(self, target: str, precision: str) -> Bundle:
         """The bundled model, which grounds: for parity."""
         recipe = load_recipe("shapes").replaced(keep=KEEPS, precision=precision, **_made_for(target))
-        return build_bundle(recipe, self.scratch / f"gpu-parity-{target}-{precision}", replace=True)
+        return build_bundle(
+            recipe, self.scratch / f"gpu-parity-{target}-{precision}", replace=True, golden=False
+        )
 
     def build_measured(self, target: str) -> Bundle:
         """The model whose speed is measured; its weights are there."""
@@ -73,7 +75,9 @@ class Settings:
         if self.checkpoint is not None:
             changes |= {"checkpoint": str(self.checkpoint), "max_new_tokens": max(64, self.new_tokens)}
         recipe = load_recipe("shapes" if self.checkpoint is None else "llava")
-        return build_bundle(recipe.replaced(**changes), self.bundle_folder(target), replace=True)
+        return build_bundle(
+            recipe.replaced(**changes), self.bundle_folder(target), replace=True, golden=False
+        )
 
 
 def _made_for(target: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def build_bundle(folder: Path, changes: dict[str, Any]) -> None:
     from gap_export.pipeline.build import build
     from gap_export.recipe.recipe import load_recipe
 
-    build(load_recipe("shapes").replaced(**changes), folder)
+    build(load_recipe("shapes").replaced(**changes), folder, golden=False)
 
 
 if __name__ == "__main__":

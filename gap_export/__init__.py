@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gap_export.runtime.conversation.chat import AskOptions, Chat, Reply, ReplyStream
     from gap_export.runtime.grounder import Answer
     from gap_export.runtime.model import Model, load
+    from gap_export.serving.check_receipt import check_receipt
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "bench",
     "build",
     "calibrate",
+    "check_receipt",
     "compare",
     "errors",
     "evaluate",
@@ -88,6 +90,7 @@ _DEFINED_IN = {
     "bench": "evaluation.latency.bench:bench",
     "build": "pipeline.build:build_bundle",
     "calibrate": "evaluation.calibrate:calibrate",
+    "check_receipt": "serving.check_receipt:check_receipt",
     "compare": "evaluation.refer.compare:compare",
     "errors": "errors",
     "evaluate": "evaluation.refer.evaluate:evaluate",

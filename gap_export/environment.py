@@ -23,6 +23,7 @@ BUILD_PACKAGES = (
     "tensorrt",
 )
 
+_SERVE_MODULES = ("fastapi", "uvicorn", "prometheus_client")
 _BUILD_MODULES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
 
 
@@ -57,20 +58,36 @@ def check_build_extra(wanted_by: str) -> None:
     Raises:
         MissingRequirementError: one is not installed.
     """
-    for name in _BUILD_MODULES:
+    _check_installed(_BUILD_MODULES, "build", wanted_by)
+
+
+def check_serve_extra(wanted_by: str) -> None:
+    """Refuse to begin what needs the packages of the serve extra; nothing is imported.
+
+    Args:
+        wanted_by: what cannot be done without them.
+
+    Raises:
+        MissingRequirementError: one is not installed.
+    """
+    _check_installed(_SERVE_MODULES, "serve", wanted_by)
+
+
+def _check_installed(modules: Sequence[str], extra: str, wanted_by: str) -> None:
+    for name in modules:
         try:
             found = util.find_spec(name)
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise _needed(name, wanted_by)
+            raise _needed(name, wanted_by, extra)
 
 
-def _needed(package: str, wanted_by: str) -> MissingRequirementError:
+def _needed(package: str, wanted_by: str, extra: str = "build") -> MissingRequirementError:
     return MissingRequirementError(
         f"is needed for {wanted_by} and not installed",
         subject=package,
-        hint="pip install 'gap-export[build]'",
+        hint=f"pip install 'gap-export[{extra}]'",
     )
 
 

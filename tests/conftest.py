@@ -290,7 +290,7 @@ def tiny_bundle(
             from gap_export.pipeline.build import build
 
             recipe = Recipe.model_validate({**tiny_options, **changes})
-            built[name] = build(recipe, folder / name, tracer=tracer).bundle
+            built[name] = build(recipe, folder / name, golden=False, tracer=tracer).bundle
         return built[name]
 
     return bundle
@@ -316,6 +316,17 @@ def low(tiny_bundle: BuildBundle, ranges: Path) -> Callable[[str], Bundle]:
         return tiny_bundle(precision=precision, **fixed) if precision != "fp32" else tiny_bundle()
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tiny_bundle: BuildBundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The default tiny bundle with a golden request, which logits decide: its weights know nothing of boxes. Not to be changed."""
+    from gap_export.pipeline.golden import add_golden
+
+    folder = tmp_path_factory.mktemp("golden") / "bundle"
+    return add_golden(
+        Path(shutil.copytree(tiny_bundle().folder, folder, ignore=shutil.ignore_patterns("reports")))
+    )
 
 
 @pytest.fixture
@@ -366,7 +377,9 @@ def deep_bundle(
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in built:
             options = {**tiny_options, "checkpoint": str(deep_checkpoint), "keep": 0.25, **changes}
-            built[name] = build(Recipe.model_validate(options), folder / name, tracer=tracer).bundle
+            built[name] = build(
+                Recipe.model_validate(options), folder / name, golden=False, tracer=tracer
+            ).bundle
         return built[name]
 
     return bundle

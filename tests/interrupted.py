@@ -224,7 +224,7 @@ def stored_results(recipe: Recipe, folder: Path, tracer: Any) -> Iterator[Interr
     (inputs / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     from gap_export.pipeline.build import build
 
-    build(recipe, inputs / "bundle", tracer=tracer)
+    build(recipe, inputs / "bundle", golden=False, tracer=tracer)
     with pytest.MonkeyPatch.context() as patch:
         _replace_work(patch, tracer)
         yield Interrupted(folder, inputs)
@@ -356,7 +356,7 @@ def cases(interrupted: Interrupted) -> dict[str, Case]:
         interrupted.finished("eval", made["eval"])
         (root / "out.html").write_text(PAGE + "old")
 
-    build = "build --model {inputs}/tiny.yaml -o {root}/out --keep 0.5"
+    build = "build --model {inputs}/tiny.yaml -o {root}/out --keep 0.5 --no-golden"
     score = (
         "eval {inputs}/bundle --data {inputs}/questions.jsonl --images {inputs}/images --json -o {root}/out"
     )

@@ -94,6 +94,14 @@ def predicted(scenes: Any, tmp_path: Path) -> None:
     assert (record.expressions, record.accuracy) == (3, 0.0)
 
 
+def receipted(bundle: Bundle) -> None:
+    from gap_export.serving.work import Expression
+    from tests.serving.test_receipts import answered
+
+    (answer,) = answered(bundle, Expression("the red mug"))
+    assert gap.check_receipt(bundle, answer.receipt, answer.image).agrees
+
+
 def chosen(tiny_bundle: BuildBundle, tmp_path: Path) -> Path:
     """Folder of a bundle in which requests choose how many tokens are kept."""
     return Path(shutil.copytree(tiny_bundle(keep="0.1:0.25:1.0").folder, tmp_path / "chosen"))
@@ -149,6 +157,11 @@ def test_every_public_name_does_what_it_says(
         "calibrate": (
             lambda: gap.calibrate(bundle, limit=1, threads=1),
             lambda: refused(lambda: gap.calibrate(nowhere)),
+        ),
+        "check_receipt": (
+            lambda: receipted(bundle),
+            lambda: refused(lambda: gap.check_receipt(bundle, nowhere, image_file)),
+            lambda: refused(lambda: gap.check_receipt(nowhere, {}, image_file)),
         ),
         "compare": (
             lambda: compared(bundle, scenes, tmp_path),

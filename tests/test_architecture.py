@@ -44,6 +44,7 @@ LAYERS = (
     "pipeline",
     "parallel",
     "evaluation",
+    "serving",
     "cli",
     "__main__",
 )

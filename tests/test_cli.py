@@ -414,7 +414,7 @@ def test_an_output_that_cannot_be_written(command: Command, recipe_file: Path, t
 
 def test_build_reports_what_it_made(command: Command, recipe_file: Path, tmp_path: Path) -> None:
     result = command(
-        "build", "--model", recipe_file, "-o", tmp_path / "out", "--pruner", "spatial", "--keep", "0.5", "--json"
+        "build", "--model", recipe_file, "-o", tmp_path / "out", "--pruner", "spatial", "--keep", "0.5", "--no-golden", "--json"
     )  # fmt: skip
     assert result.code == 0, result.err
     record = json.loads(result.out)
@@ -437,7 +437,7 @@ def test_build_reports_what_it_made(command: Command, recipe_file: Path, tmp_pat
     )
     assert record["written_bytes"] == written
 
-    spoken = command("build", "--model", recipe_file, "-o", tmp_path / "again", "--pruner", "spatial", "--keep", "0.5")  # fmt: skip
+    spoken = command("build", "--model", recipe_file, "-o", tmp_path / "again", "--pruner", "spatial", "--keep", "0.5", "--no-golden")  # fmt: skip
     assert "from the trace cache: vision, splice, embed, decoder" in spoken.out
 
 
@@ -446,7 +446,7 @@ def test_what_the_user_should_know_is_said_once(
 ) -> None:
     edited("config.json", text_config__sinks=4)(checkpoint_copy)
     arguments = ("build", "--model", recipe_file, "--checkpoint", checkpoint_copy, "-o", tmp_path / "out")
-    result = command(*arguments, "--json")
+    result = command(*arguments, "--no-golden", "--json")
     assert result.code == 0
     note = "text_config.sinks: a field that is not known here and not followed"
     assert result.err.startswith(f"warning: {note}")
@@ -459,7 +459,7 @@ def test_a_calibration_text_makes_another_bundle(recipe_file: Path, tmp_path: Pa
     text.write_text("where is the red circle " * 110)
     built = ("build", "--model", recipe_file, "--calibration", text, "-o", tmp_path / "built")
     refused(command(*built), "no use for a calibration text", "int4 or int4-fp16")
-    result = command(*built, "--precision", "int4")
+    result = command(*built, "--precision", "int4", "--no-golden")
     assert result.code == 0, result.err
     assert (tmp_path / "built" / "calibration.txt").is_file()
     text.write_text("where is")
@@ -479,7 +479,7 @@ def test_measured_ranges_make_a_bundle_in_fp8(
     low = ("build", "--model", recipe_file, "-o", tmp_path / "low", "--precision", "fp8")
     refused(command(*low), "needs activation ranges", "gap-export calibrate")
     refused(command(*low, "--ranges", recipe_file), "cannot be read")
-    result = command(*low, "--ranges", ranges)
+    result = command(*low, "--ranges", ranges, "--no-golden")
     assert result.code == 0, result.err
     assert (tmp_path / "low" / "ranges.json").is_file()
     refused(command("calibrate", tmp_path / "low", "-o", ranges), "is in fp8")
@@ -604,7 +604,7 @@ def test_a_precision_without_cpu_kernels_says_where_it_can_run(
 def test_inspect_shows_how_boxes_are_written(
     command: Command, recipe_file: Path, image_file: Path, tmp_path: Path
 ) -> None:
-    options = ("--box-format", "list_pixels", "--max-text", "40")
+    options = ("--box-format", "list_pixels", "--max-text", "40", "--no-golden")
     assert command("build", "--model", recipe_file, "-o", tmp_path / "out", *options).code == 0
     assert open_bundle(tmp_path / "out").manifest.recipe.max_text == 40
     record = json.loads(command("inspect", tmp_path / "out", "--json").out)

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ConfigDict
 
 from gap_export.bundle.check import check_graphs, check_manifest
-from gap_export.bundle.check.files import CHAT_TEMPLATE
+from gap_export.bundle.check.files import CHAT_TEMPLATE, GOLDEN, GOLDEN_IMAGE
+from gap_export.bundle.golden import GoldenRequest, read_golden
 from gap_export.bundle.hashes import verify
 from gap_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from gap_export.errors import BundleError, GapExportError
@@ -42,7 +43,8 @@ BUNDLE = FolderKind(
     MANIFEST,
     frozenset({"schema_version", "recipe", "files"}),
     names=re.compile(re.escape(MANIFEST)),
-    unlisted=re.compile(f"{REPORTS}/.*", re.DOTALL),  # a rebuild takes them over
+    # A rebuild takes the first over; the others lie there unlisted where adding them was interrupted.
+    unlisted=re.compile(f"{REPORTS}/.*|{re.escape(GOLDEN)}|{re.escape(GOLDEN_IMAGE)}", re.DOTALL),
     listed=_listed,
 )
 """How folders of bundles are told."""
@@ -121,6 +123,15 @@ class Bundle:
             return read_text(self.chat_template_path, kinds.CHAT_TEMPLATE)
         except GapExportError as error:
             raise BundleError(error.message, subject=error.subject, hint="build the bundle again") from error
+
+    @cached_property
+    def golden(self) -> GoldenRequest | None:
+        """A request whose answer is known; None where the bundle was built without one.
+
+        Raises:
+            BundleError: it cannot be read, or is none of this bundle.
+        """
+        return read_golden(self.folder, self.manifest)
 
     @property
     def reports(self) -> Path:

@@ -113,6 +113,12 @@ SeedOption = Annotated[
     int | None, typer.Option(**number(bounds.SEED), help="Seed of pruners that choose at random.")
 ]
 SelfContainedOption = Annotated[bool, typer.Option(help="Copy weights instead of linking them.")]
+GoldenOption = Annotated[
+    bool,
+    typer.Option(
+        help="Store a golden request, which `serve` needs: made with PyTorch, where that fits into the memory that is free."
+    ),
+]
 ReplaceOption = Annotated[bool, typer.Option(help="Replace another bundle in the output folder.")]
 
 
@@ -141,6 +147,7 @@ def build(
     box_format: BoxFormatOption = None,
     seed: SeedOption = None,
     self_contained: SelfContainedOption = False,
+    golden: GoldenOption = True,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -185,6 +192,7 @@ def build(
             output,
             replace=replace,
             self_contained=self_contained,
+            golden=golden,
             progress=progress,
         )
     if as_json:
@@ -220,6 +228,7 @@ def _facts(output: Path, built: BuildResult) -> dict[str, Any]:
         "notes": list(built.notes),
         "assumptions": list(built.assumptions),
         "prompts": list(built.prompts),
+        "golden": built.golden,
         "end_tokens": end_tokens(built.bundle),
     }
 
@@ -241,7 +250,7 @@ def _print(output: Path, built: BuildResult) -> None:
         )
         out.say(f"  gap-export validate {output} --text FILE")
     ends = ends_in_words(end_tokens(built.bundle))
-    for sentence in (*built.assumptions, *built.prompts, ends):
+    for sentence in (*built.assumptions, *built.prompts, ends, built.golden):
         out.say(f"  {sentence}")
     for name, engines in manifest.engines.items():
         out.say(f"  {name} engines: {', '.join(engines)}")

@@ -273,6 +273,7 @@ def _baseline(
         built = build(
             recipe.replaced(targets=(target_of(backend),)),
             scratch / "bundle",
+            golden=False,
             tracer=tracer,
             progress=progress,
         )

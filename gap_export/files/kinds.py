@@ -42,6 +42,18 @@ CHAT_TEMPLATE = FileKind("a chat template", 4 * _MB, CheckpointError, _FETCH)
 TOKENIZER = FileKind("a tokenizer", 256 * _MB, CheckpointError, _FETCH)
 MANIFEST = FileKind("a manifest", 16 * _MB, BundleError, _REBUILD)
 BUNDLE_TOKENIZER = FileKind("a bundle's tokenizer", 256 * _MB, BundleError, _REBUILD)
+GOLDEN = FileKind(
+    "a golden request",
+    4 * _MB,
+    BundleError,
+    "it is damaged: make it again with gap-export golden BUNDLE --replace",
+)
+GOLDEN_IMAGE = FileKind(
+    "the image of a golden request",
+    64 * _MB,
+    BundleError,
+    "it is damaged: make it again with gap-export golden BUNDLE --replace",
+)
 GRAPH = FileKind("a graph", 2 * _GB, InputError, "export it again, with weights of more than 2 GB beside it")
 BUNDLE_GRAPH = FileKind("a bundle's graph", 2 * _GB, BundleError, _REBUILD)
 ENGINE = FileKind("an engine", None, BundleError, "build it again")
@@ -53,6 +65,9 @@ ANNOTATIONS = FileKind("annotations", 2 * _GB, InputError, _AGAIN)
 ANNOTATION_TABLE = FileKind("a table of annotations", None, InputError, _AGAIN)
 PREDICTIONS = FileKind("predictions", 2 * _GB, InputError, _AGAIN)
 TEXT = FileKind("a text", 16 * _MB, InputError, "give a file of prose in UTF-8")
+RECEIPT = FileKind(
+    "a receipt", 16 * _MB, InputError, "give the `receipt` of an answer, as the server sent it"
+)
 IMAGE = FileKind("an image", 512 * _MB, InputError, "give an image file: JPEG, PNG, WebP, BMP, ...")
 
 FILE_KINDS = (
@@ -64,6 +79,8 @@ FILE_KINDS = (
     TOKENIZER,
     MANIFEST,
     BUNDLE_TOKENIZER,
+    GOLDEN,
+    GOLDEN_IMAGE,
     GRAPH,
     BUNDLE_GRAPH,
     ENGINE,
@@ -75,5 +92,6 @@ FILE_KINDS = (
     ANNOTATION_TABLE,
     PREDICTIONS,
     TEXT,
+    RECEIPT,
     IMAGE,
 )

@@ -1,6 +1,6 @@
 """Checkpoint to bundle: the order of the stages, and nothing else. Read this first.
 
-    check_output -> open_model -> plan_for, check_machine, check_prompt -> trace_graphs -> write_graphs -> build_engines -> manifest
+    check_output -> open_model -> plan_for, check_machine, check_prompt -> trace_graphs -> write_graphs -> build_engines -> manifest -> golden_of_build
 
 Each stage is one function of its own; no stage calls the next.
 """
@@ -20,6 +20,7 @@ from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError
 from gap_export.files import FolderLock, atomic_folder
+from gap_export.pipeline.golden import golden_of_build, without_golden
 from gap_export.pipeline.opened import TOKENIZER, OpenedModel, open_model
 from gap_export.pipeline.preflight import check_machine, check_output, check_prompt
 from gap_export.plan import Plan, plan_for
@@ -46,6 +47,7 @@ class BuildResult:
         notes: what the user should know of how the checkpoint was read, a sentence each.
         assumptions: what was found in a second place because it was missing in the first, a sentence each.
         prompts: where grounding prompt and chat template are from, a sentence each.
+        golden: what became of the golden request, a sentence.
     """
 
     bundle: Bundle
@@ -54,6 +56,7 @@ class BuildResult:
     notes: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
+    golden: str = ""
 
 
 def build_bundle(
@@ -62,6 +65,7 @@ def build_bundle(
     *,
     replace: bool = False,
     self_contained: bool = False,
+    golden: bool = True,
     progress: Progress = SILENT,
 ) -> Bundle:
     """Checkpoint to bundle.
@@ -71,12 +75,15 @@ def build_bundle(
         out: the bundle folder; appears when it is complete, or not at all.
         replace: replace another bundle that is already there.
         self_contained: copy the weights instead of linking them.
+        golden: store a golden request, which servers need, where PyTorch fits into the memory that is free.
         progress: told of every stage.
 
     Raises:
         GapExportError: a stage failed, or what it needs is not installed; `out` is as it was before.
     """
-    return build(recipe, Path(out), replace=replace, self_contained=self_contained, progress=progress).bundle
+    return build(
+        recipe, Path(out), replace=replace, self_contained=self_contained, golden=golden, progress=progress
+    ).bundle
 
 
 def build(
@@ -85,6 +92,7 @@ def build(
     *,
     replace: bool = False,
     self_contained: bool = False,
+    golden: bool = True,
     tracer: Tracer | None = None,
     progress: Progress = SILENT,
 ) -> BuildResult:
@@ -95,6 +103,7 @@ def build(
         out: the bundle folder; appears when it is complete, or not at all.
         replace: replace another bundle that is already there; its reports stay.
         self_contained: copy the weights instead of linking them.
+        golden: store a golden request, where PyTorch fits into the memory that is free.
         tracer: of the components; where several bundles are built, one for all of them. By default one with the user's cache.
         progress: told when a stage begins.
 
@@ -124,6 +133,9 @@ def build(
         manifest = manifest_of(model, plan, written.graphs, engines, folder)
         write_manifest(folder, manifest)
         _check_written(folder, recipe)
+        said = without_golden(out, "as asked")
+        if golden:
+            manifest, said = golden_of_build(Bundle(folder, manifest), model.checkpoint, out, progress)
         written_bytes = written.weight_bytes + _bytes_besides_weights(folder)
     cached = tuple(graph.name for graph in traced if graph.cached)
     return BuildResult(
@@ -133,6 +145,7 @@ def build(
         notes=model.notes,
         assumptions=model.assumptions,
         prompts=model.prompts,
+        golden=said,
     )
 
 

@@ -86,6 +86,8 @@ class OpenVINOSession(Lifetime):
         self._decoding = OnnxRuntimeSession(bundle, threads=threads, only=decoding)
         self._zeros: NDArray[Any] = np.zeros(0)
 
+    most_rows: int | None = None
+
     def encode(
         self,
         pixels: PixelInputs,

@@ -108,6 +108,8 @@ class OnnxRuntimeSession(Lifetime):
         self._cache = Cache(manifest.graphs[self._token_graph].spec, manifest.cache_layout, self._memory)
         self._decodes: dict[tuple[Layout, int], _DecodeBuffers] = {}
 
+    most_rows: int | None = None
+
     def encode(
         self,
         pixels: PixelInputs,
@@ -198,7 +200,7 @@ class OnnxRuntimeSession(Lifetime):
         rows, layout, memory = len(token_ids_B), self._cache.layout, self._memory
         decode = self._decodes.get((layout, rows))
         if decode is None:
-            if len(self._decodes) > _LAYOUTS_KEPT:
+            if len(self._decodes) > max(_LAYOUTS_KEPT, layout.rows):
                 self._decodes.clear()
             decode = self._decodes[layout, rows] = self._bind_decode(rows)
         memory.write(decode.token_ids, token_ids_B[:, None])

@@ -20,6 +20,11 @@ class RowSession(Session, Protocol):
     was called anew, for `prefill` and `fork` lay the cache out for themselves.
     """
 
+    @property
+    def most_rows(self) -> int | None:
+        """How many rows there may be; None for as many as fit into memory."""
+        ...
+
     def open_rows(self, rows: int, slots: int | None = None) -> None:
         """Lay out a cache of so many rows; what was in the cache is gone.
 

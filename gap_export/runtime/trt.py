@@ -5,6 +5,10 @@ cache is one buffer per layer and part, bound as past and as present. Prompts an
 optimisation profiles of the same engine (`engine/profiles.py`), or, where the decoder drops tokens, in two engines over one
 cache.
 
+Rows of requests that come and go are parts of the same buffers: a prompt is read by a call of one row whose past and present are bound to
+where that row lies, and single tokens of all rows by a call of so many. Both lie within the profiles, which take from one row to as many as
+the recipe says, and every row has all slots, as the length of a cache is static.
+
 Embeddings stay on the device: `encode` and `splice` hand out `DeviceTensor`s, whose memory goes back to the session's pool
 when they are dropped.
 """
@@ -104,6 +108,7 @@ class TensorRTSession(Lifetime):
         except BaseException:
             self.close()
             raise
+        self.most_rows: int | None = self._graphs[self._prompt_graph].most_rows
 
     def encode(
         self,
@@ -148,15 +153,14 @@ class TensorRTSession(Lifetime):
         Raises:
             SessionError: the prompt is longer than the engine or the cache allows, or the batch larger.
         """
-        graph = self._graph(self._prompt_graph)
         self.caches_begun += 1
-        logits = self._decode(graph, embeds, placement, placement.slots_of_stages)
-        kept = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith("kept_indices.")]
-        return Prefilled(logits, tuple(graph.download(name) for name in kept))
+        return self._prefill(embeds, placement)
 
     def fork(self, rows: int) -> None:
         """Give every one of `rows` rows the cache of the first."""
-        self._graph(self._prompt_graph).copy_first_row(rows)
+        graph = self._graph(self._prompt_graph)
+        for row in range(1, rows):
+            graph.copy_row(0, row)
 
     def extend(self, token_ids_BT: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed text after what is in the cache: logits [B, V] of each row's last token.
@@ -167,13 +171,13 @@ class TensorRTSession(Lifetime):
         return self.append(self.embed(np.maximum(token_ids_BT, 0)), placement)
 
     def clear(self, slots: Sequence[int]) -> None:
-        """Begin anew: what lies in the cache is not looked at, as its slots are written again before the mask reaches them.
+        """Begin anew with a cache of one row in which nothing lies: a slot that holds NaN would count, masked as it is.
 
         Raises:
             SessionError: the cache has fewer slots.
         """
-        self._check_open()
         self.caches_begun += 1
+        self._graph(self._prompt_graph).clear_row(0)
         self.grow(slots)
 
     def grow(self, slots: Sequence[int]) -> None:
@@ -200,8 +204,71 @@ class TensorRTSession(Lifetime):
             SessionError: the cache is full.
         """
         self._check_open()
-        written = (placement.write_index + placement.last_index + 1,)
-        return self._decode(self._graph(self._prompt_graph), embeds, placement, written)
+        return self._append(embeds, placement)
+
+    def open_rows(self, rows: int, slots: int | None = None) -> None:
+        """Lay out a cache of so many rows, each with all its slots; see `runtime.rows.RowSession`.
+
+        Raises:
+            SessionError: the engines take fewer rows, or a row has fewer slots.
+        """
+        graph = self._graph(self._prompt_graph)
+        if not 1 <= rows <= graph.most_rows:
+            raise SessionError(
+                f"are not from 1 to {graph.most_rows}, which the engines were built for",
+                subject=f"{rows} rows of the cache",
+                hint="open fewer, or build with a larger max_batch in the recipe",
+            )
+        if slots is not None:
+            self._check_slots([slots], strict=False)
+        self.caches_begun += 1
+        for row in range(rows):
+            graph.clear_row(row)
+
+    def prefill_row(self, row: int, embeds: Buffer, placement: Placement) -> Prefilled:
+        """Fill a row from slot 0 on, with a prompt.
+
+        Raises:
+            SessionError: the prompt does not fit, or there is no such row.
+        """
+        self._check_row(row)
+        return self._prefill(embeds, placement, row)
+
+    def append_row(self, row: int, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
+        """Feed text, images or both after what is in a row: logits [1, V].
+
+        Raises:
+            SessionError: they do not fit, or there is no such row.
+        """
+        self._check_row(row)
+        return self._append(embeds, placement, row)
+
+    def extend_row(self, row: int, token_ids_1T: Ids, placement: Placement) -> NDArray[np.float32]:
+        """Feed several tokens after what is in a row: logits [1, V].
+
+        Raises:
+            SessionError: they do not fit, or there is no such row.
+        """
+        return self.append_row(row, self.embed(np.maximum(token_ids_1T, 0)), placement)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Give a row what another holds.
+
+        Raises:
+            SessionError: there is no such row.
+        """
+        self._check_row(source)
+        self._check_row(target)
+        self._graph(self._prompt_graph).copy_row(source, target)
+
+    def clear_row(self, row: int) -> None:
+        """Forget what a row holds.
+
+        Raises:
+            SessionError: there is no such row.
+        """
+        self._check_row(row)
+        self._graph(self._prompt_graph).clear_row(row)
 
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed one token per row: logits [B, V].
@@ -230,21 +297,46 @@ class TensorRTSession(Lifetime):
         self._check_open()
         return self._graphs[name]
 
+    def _prefill(self, embeds: Buffer, placement: Placement, row: int | None = None) -> Prefilled:
+        graph = self._graph(self._prompt_graph)
+        logits = self._decode(graph, embeds, placement, placement.slots_of_stages, row)
+        kept = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith("kept_indices.")]
+        return Prefilled(logits, tuple(graph.download(name) for name in kept))
+
+    def _append(self, embeds: Buffer, placement: Placement, row: int | None = None) -> NDArray[np.float32]:
+        written = (placement.write_index + placement.last_index + 1,)
+        return self._decode(self._graph(self._prompt_graph), embeds, placement, written, row)
+
     def _decode(
-        self, graph: LoadedGraph, embeds: Buffer, placement: Placement, written: tuple[Ids, ...]
+        self,
+        graph: LoadedGraph,
+        embeds: Buffer,
+        placement: Placement,
+        written: tuple[Ids, ...],
+        row: int | None = None,
     ) -> NDArray[np.float32]:
-        """One call of the decoder, after which `written` slots [B] of every stage are full."""
+        """One call of the decoder, after which `written` slots [B] of every stage are full: of the first rows, or of one row."""
         self._check_slots([int(slots.max()) for slots in written])
         fed = self._on_device(graph, "inputs_embeds", embeds)
         taken = {tensor.name for tensor in graph.spec.inputs}
         numbers = {name: value for name, value in placement.decoder_inputs().items() if name in taken}
         graph.prepare({"inputs_embeds": fed, **numbers})
-        graph.run({"inputs_embeds": fed.address})
+        graph.run({"inputs_embeds": fed.address} | ({} if row is None else graph.row_addresses(row)))
         return graph.download("logits")
 
-    def _check_slots(self, needed: Sequence[int]) -> None:
+    def _check_row(self, row: int) -> None:
+        """Refuse a row that is not there."""
+        rows = self._graph(self._prompt_graph).most_rows
+        if not 0 <= row < rows:
+            raise SessionError(
+                f"is not there: the engines were built for {rows}",
+                subject=f"row {row}",
+                hint="open as many rows as there are requests",
+            )
+
+    def _check_slots(self, needed: Sequence[int], *, strict: bool = True) -> None:
         """Refuse what needs more slots, in any stage, than the cache has."""
-        for slots, capacity in zip(needed, self.capacities, strict=True):
+        for slots, capacity in zip(needed, self.capacities, strict=strict):
             if slots > capacity:
                 raise SessionError(
                     f"has {capacity} slots, this call needs {slots}",

@@ -32,6 +32,10 @@ _TRAVELLING: dict[GraphName, tuple[str, ...]] = {
 }
 
 
+_ALIGNMENT = 256
+"""Bytes that addresses of an engine's tensors are multiples of, as device memory begins at one."""
+
+
 class Pool:
     """Device memory for tensors that come and go with prompts; what was given back is handed out again."""
 
@@ -136,6 +140,9 @@ class LoadedGraph:
             for tensor in spec.inputs
             if tensor.name in spec.aliased.values()
         }
+        self._row_bytes = {
+            name: size_of(self._dtypes[name], extents) for name, extents in self._cache_extents.items()
+        }
         self._profiles = profiles_from_spec(spec)
         self._profile = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -186,7 +193,7 @@ class LoadedGraph:
         """Run what was prepared.
 
         Args:
-            travelling: addresses of tensors that bring their own memory.
+            travelling: addresses of tensors that lie in other memory than the graph's own for this call.
         """
         if not self._addresses_set or travelling != self._travelling:
             for name, address in {**self._address_of, **travelling}.items():
@@ -238,12 +245,35 @@ class LoadedGraph:
         self._device.download(host, self._address_of[name])
         return from_wire(host, self._dtypes[name])
 
-    def copy_first_row(self, rows: int) -> None:
-        """Give every row of the cache what the first has. A row is so many bytes, whatever the batch."""
-        for name, extents in self._cache_extents.items():
-            nbytes = size_of(self._dtypes[name], extents)
-            for row in range(1, rows):
-                self._device.copy(self._address_of[name] + row * nbytes, self._address_of[name], nbytes)
+    @property
+    def most_rows(self) -> int:
+        """Rows of its cache; 1 where another row would begin at an address that engines do not take."""
+        rows = min(
+            (
+                tensor.extents("maximum")[0]
+                for tensor in self.spec.inputs
+                if tensor.name in self._cache_extents
+            ),
+            default=1,
+        )
+        return rows if all(nbytes % _ALIGNMENT == 0 for nbytes in self._row_bytes.values()) else 1
+
+    def row_addresses(self, row: int) -> dict[str, int]:
+        """Where one row of the cache lies, past and present, as a cache of one row. A row is so many bytes, whatever the batch."""
+        aliased = [(past, past) for past in self._cache_extents] + list(self.spec.aliased.items())
+        return {name: self._address_of[past] + row * self._row_bytes[past] for name, past in aliased}
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Give a row of the cache what another has."""
+        if source != target:
+            for name, nbytes in self._row_bytes.items():
+                base = self._address_of[name]
+                self._device.copy(base + target * nbytes, base + source * nbytes, nbytes)
+
+    def clear_row(self, row: int) -> None:
+        """Fill a row of the cache with zeros."""
+        for name, nbytes in self._row_bytes.items():
+            self._device.clear(self._address_of[name] + row * nbytes, nbytes)
 
     def _forget_capture(self) -> None:
         if self._captured:

@@ -35,14 +35,14 @@ def test_reports_outlive_a_rebuild_and_are_stale_from_then_on(
     tiny_options: dict[str, Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
-    bundle = build(Recipe.model_validate(tiny_options), out).bundle
+    bundle = build(Recipe.model_validate(tiny_options), out, golden=False).bundle
     record = record_on(out)
     record.write(bundle.reports / "bench.json")
     assert read_report(bundle, "bench.json", BenchRecord, command="bench") == record
     assert bundle_facts(bundle)["reports"] == {"bench.json": CURRENT}
 
     other = Recipe.model_validate({**tiny_options, "keep": 0.5})
-    rebuilt = build(other, out, replace=True).bundle
+    rebuilt = build(other, out, replace=True, golden=False).bundle
     assert BenchRecord.read(rebuilt.reports / "bench.json", hint="") == record, "it is still there"
     assert not any("reports" in name for name in rebuilt.manifest.files), "and in no manifest"
     assert rebuilt.manifest_sha256 != bundle.manifest_sha256

@@ -210,7 +210,9 @@ class Tiny:
                 "max_batch": 2,
                 **changes,
             }
-            bundle = build(Recipe.model_validate(options), self.folder / key, tracer=self.tracer).bundle
+            bundle = build(
+                Recipe.model_validate(options), self.folder / key, golden=False, tracer=self.tracer
+            ).bundle
             self._asked[key] = Asked(self.family, self.checkpoint, bundle)
         return self._asked[key]
 

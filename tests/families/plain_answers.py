@@ -45,7 +45,7 @@ class Bundles:
         name = "-".join(f"{key}={changes[key]}" for key in sorted(changes)) or "default"
         if name not in self._built:
             recipe = Recipe.model_validate({"name": "small", **self.options, **changes})
-            self._built[name] = build_bundle(recipe, self.folder / name)
+            self._built[name] = build_bundle(recipe, self.folder / name, golden=False)
         return self._built[name]
 
 

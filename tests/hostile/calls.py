@@ -59,7 +59,12 @@ class Call:
         return replace(self, arguments=tuple(arguments))
 
 
-_PLACES = {"compare subject": 1, "ask question": 1}
+_PLACES = {
+    "compare subject": 1,
+    "ask question": 1,
+    "check-receipt receipt": 1,
+    "check-receipt images": 2,
+}
 
 _OPENVINO: dict[str, Any] = {"--backend": "openvino", "--device": "cpu", "--precision-hint": "f32"}
 _PROVIDER = {"--provider": "CPUExecutionProvider"}
@@ -68,11 +73,12 @@ _BUILD = ("recipe.yaml", "checkpoint", "tower")
 _RUN = ("bundle", "image.png")
 _EVAL = {"--data": "scenes:3", "--limit": "6", **_ONE}
 _RUNS = ("bundle.runs/*", "dynamic.runs/*")
+_GOLDEN = ("bundle/golden.*",)
 _ANNOTATED = ("bundle", "annotations", "images")
 
 
 def _build(label: str, *needs: str, model: str = "recipe.yaml", **options: Any) -> Call:
-    given = {"--model": model, "--output": "out"} | {
+    given = {"--model": model, "--output": "out", "--no-golden": True} | {
         f"--{name.replace('_', '-')}": value for name, value in options.items()
     }
     return Call("build", (), given, (*_BUILD, *needs), ("out", "out/*"), label=label)
@@ -142,7 +148,13 @@ CALLS: tuple[Call, ...] = (
     Call(
         "build",
         (),
-        {"--model": "recipe.yaml", "--output": "bundle", "--keep": "0.25", "--replace": True},
+        {
+            "--model": "recipe.yaml",
+            "--output": "bundle",
+            "--keep": "0.25",
+            "--no-golden": True,
+            "--replace": True,
+        },
         (*_BUILD, "bundle"),
         ("bundle/*",),
         ("bundle/*",),
@@ -470,6 +482,7 @@ CALLS: tuple[Call, ...] = (
     ),
     Call("inspect", ("bundle",), {}, ("bundle",)),
     Call("inspect", ("bundle",), {"--verify": True, "--json": True}, ("bundle",), label="--json"),
+    Call("inspect", ("proven",), {}, ("proven",), label="proven"),
     Call("inspect", ("measured",), {}, ("measured",), label="measured"),
     Call(
         "report",
@@ -487,6 +500,37 @@ CALLS: tuple[Call, ...] = (
         {"--prove": True, "--kind": "decoder", "--ids-input": "position_ids", "--json": True},
         ("bundle",),
         label="--prove",
+    ),
+    Call("golden", ("bundle",), {"--json": True}, ("bundle",), _GOLDEN, ("bundle/manifest.json",)),
+    Call(
+        "golden",
+        ("proven",),
+        {"--replace": True, "--checkpoint": "checkpoint"},
+        ("proven", "checkpoint"),
+        rewrites=("proven/golden.*", "proven/manifest.json"),
+        label="--replace",
+    ),
+    Call(
+        "golden",
+        ("worded",),
+        {"--text-tower": "tower", "--checkpoint": "checkpoint"},
+        ("worded", "checkpoint", "tower"),
+        ("worded/golden.*",),
+        ("worded/manifest.json",),
+        label="--text-tower",
+    ),
+    Call(
+        "check-receipt",
+        ("bundle", "receipt.json", "image.png"),
+        {"--refer": "the red mug", **_ONE},
+        ("bundle", "receipt.json", "image.png"),
+    ),
+    Call(
+        "check-receipt",
+        ("bundle", "receipt.json", "image.png"),
+        {"--json": True, **_ONE},
+        ("bundle", "receipt.json", "image.png"),
+        label="--json",
     ),
     Call(
         "lint", ("bundle/vision.onnx",), {"--strict": True, "--kind": "vision"}, ("bundle",), label="vision"

@@ -19,9 +19,9 @@ from tests.hostile.world import World
 KNOWN: dict[str, str] = {}
 """Patterns of inputs that the short run leaves out -> the fault that they show, until it is mended."""
 
-_SLOW = {"bench", "validate", "sweep", "recommend"}
+_SLOW = {"bench", "validate", "sweep", "recommend", "golden"}
 """Commands whose harmless calls take seconds: of each, the short run tries what is refused at once."""
-_SLOWLY_MADE = {"measured", "sweep", "sharded", "engines"}
+_SLOWLY_MADE = {"measured", "sweep", "sharded", "engines", "proven"}
 """Harmless files that take seconds to make: the short run does without."""
 _FIRST = 60
 """The short run chooses among so many of the damages of a file: to make the later ones takes longer."""

@@ -229,6 +229,11 @@ SOURCES: tuple[Source, ...] = (
     Source(kinds.MANIFEST, "engines/manifest.json", "inspect engines", _json, 60),
     Source(kinds.BUNDLE_TOKENIZER, "bundle/tokenizer.json", "run", _json, 80, resealed="bundle"),
     Source(kinds.BUNDLE_TOKENIZER, "bundle/tokenizer.json", "inspect", _json, 2),
+    Source(kinds.GOLDEN, "proven/golden.json", "inspect proven", _json, 60, resealed="proven"),
+    Source(
+        kinds.GOLDEN_IMAGE, "proven/golden.png", "inspect proven", binaries.image_damaged, resealed="proven"
+    ),
+    Source(kinds.RECEIPT, "receipt.json", "check-receipt", _json, 60),
     Source(kinds.GRAPH, "bundle/decoder.onnx", "lint", graphs.graph_damaged, 160, strict=False),
     Source(kinds.GRAPH, "bundle/decoder.onnx", "lint --prove", graphs.graph_damaged, 40, strict=False),
     Source(kinds.GRAPH, "bundle/vision.onnx", "lint vision", graphs.graph_damaged, 60, strict=False),

@@ -200,6 +200,33 @@ def _worded(world: World, _: Materials) -> None:
     world.run(replace(made, options={**made.options, "--output": "worded"}), "worded")
 
 
+def _proven(world: World, given: Materials) -> None:
+    """A bundle with a golden request."""
+    from gap_export.pipeline.golden import add_golden
+
+    folder = world.folder / "proven"
+    shutil.copytree(given.bundle, folder, ignore=shutil.ignore_patterns("reports"))
+    add_golden(folder)
+
+
+def _receipt(world: World, _: Materials) -> None:
+    """Of the bundle's answer about the image."""
+    from gap_export.runtime.model import load
+    from gap_export.serving.engine import Engine
+    from gap_export.serving.limits import EngineLimits
+    from gap_export.serving.receipts import receipt_of
+    from gap_export.serving.work import Expression, Result, Work
+
+    image = Image.open(world.path("image.png")).convert("RGB")
+    work = Work((Expression("the red mug"),), lambda: [image], 1, trace=True)
+    with load(world.path("bundle"), threads=1) as model:
+        engine = Engine(model, EngineLimits(rows=1))
+        (result,) = engine.submit(work).result()
+        engine.close()
+        assert isinstance(result, Result)
+        receipt_of(model.bundle, work, 0, [image], result, None).write(world.folder / "receipt.json")
+
+
 def _prose(world: World, _: Materials) -> None:
     prose(world.folder, 300, name="prose.txt")
 
@@ -316,6 +343,8 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "measured.runs": _measured_runs,
     "engines": _engines,
     "worded": _worded,
+    "proven": _proven,
+    "receipt.json": _receipt,
     "prose.txt": _prose,
     "image.png": _image,
     "images": _images,

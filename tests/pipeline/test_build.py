@@ -70,7 +70,7 @@ def test_the_same_recipe_may_be_built_over_its_own_bundle(
 
     out = tmp_path / "out"
     recipe = Recipe.model_validate({**tiny_options, "pruner": "random"})
-    build(recipe, out, self_contained=True)
+    build(recipe, out, self_contained=True, golden=False)
     assert not os.path.samefile(out / "model.safetensors", Path(recipe.checkpoint) / "model.safetensors")
     before = (out / "manifest.json").read_text()
     monkeypatch.setattr("gap_export.pipeline.build.open_model", stop)
@@ -171,14 +171,14 @@ def test_what_was_built_is_opened_before_it_takes_a_place(
         with pytest.raises(
             BundleError, match=r"makes a bundle that cannot be opened: manifest\.json"
         ) as caught:
-            build(recipe, out, replace=True, tracer=tracer)
+            build(recipe, out, replace=True, golden=False, tracer=tracer)
         assert caught.value.subject == "tiny"
     assert {path: path.read_bytes() for path in bundle_copy.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(
         module, "_check_written", lambda *_: None
     )  # the control: it would have been put there
-    build(recipe, tmp_path / "new", tracer=tracer)
+    build(recipe, tmp_path / "new", golden=False, tracer=tracer)
     with pytest.raises(BundleError, match="capacity is 8"):
         open_bundle(tmp_path / "new")
 

@@ -13,6 +13,7 @@ LONGEST_NAME = 255
 """Characters of a name in a path."""
 
 CHAT_TEMPLATE = "chat_template.jinja"
+GOLDEN, GOLDEN_IMAGE = "golden.json", "golden.png"
 _TOKENIZER, _TEXT_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
 _PART = re.compile(r"[^\\/:\x00-\x1f\x7f]+")
 
@@ -27,6 +28,9 @@ def file_faults(manifest: Manifest) -> Faults:
             yield f"files.{name}.bytes is {shown(record.bytes)}"
         if re.fullmatch("[0-9a-f]{64}", record.sha256) is None:
             yield f"files.{name}.sha256 is no hash"
+    if (GOLDEN in files) != (GOLDEN_IMAGE in files):
+        one, other = (GOLDEN, GOLDEN_IMAGE) if GOLDEN in files else (GOLDEN_IMAGE, GOLDEN)
+        yield f"files: {one} is listed without {other}"
     used = [_TOKENIZER, *([_TEXT_TOKENIZER] if manifest.text_tower is not None else ())]
     graphs = {f"graphs.{name}": graph.file for name, graph in manifest.graphs.items()}
     engines = {

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from gap_export.boxes.codecs import CODECS
 from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.bundle.golden import golden_image
 from gap_export.bundle.manifest import Manifest, Pruning
 from gap_export.bundle.spec import TensorSpec
 from gap_export.engine.inspect import engine_facts
@@ -135,6 +136,7 @@ def bundle_facts(bundle: Bundle | Path | str, *, every_hash: bool = False) -> di
         "chat": None
         if manifest.chat is None
         else {"source": manifest.chat.source, "content": manifest.chat.content},
+        "golden": _golden(bundle),
         "pruner": pruning.pruner,
         "positions": pruning.positions,
         "keep": keeping(pruning, model.visual_tokens),
@@ -171,6 +173,15 @@ def bundle_facts(bundle: Bundle | Path | str, *, every_hash: bool = False) -> di
         "reports": bundle_reports.states(bundle),
         "versions": manifest.versions,
     }
+
+
+def _golden(bundle: Bundle) -> dict[str, Any] | None:
+    """What the golden request asks; its image is read too."""
+    golden = bundle.golden
+    if golden is None:
+        return None
+    golden_image(bundle.folder, golden)
+    return {"expression": golden.expression, "decided_by": golden.decided_by, "box": golden.right.box}
 
 
 def keeping(pruning: Pruning, visual_tokens: int) -> str:
@@ -268,6 +279,11 @@ def print_bundle(facts: dict[str, Any], console: Terminal) -> None:
         f"free questions in {facts['chat']['source']}"
         if facts["chat"]
         else "no chat template: free questions cannot be asked"
+    )
+    console.say(
+        f"golden request {facts['golden']['expression']!r}, decided by {facts['golden']['decided_by']}"
+        if facts["golden"]
+        else f"no golden request, which serve needs: gap-export golden {facts['bundle']}"
     )
     rule = Table("token", "position id", "cache slot")
     for row in facts["ids_and_slots"]:

@@ -249,7 +249,7 @@ class _PointWorker:
 
         recipe = request.recipe_of(point)
         folder = self._scratch / point.name
-        bundle = build(recipe, folder, tracer=self._tracer, progress=progress).bundle
+        bundle = build(recipe, folder, golden=False, tracer=self._tracer, progress=progress).bundle
         progress.stage("answering")
         with open_session(bundle, request.backend, threads=request.threads) as session:
             runs = runner.run_cases(

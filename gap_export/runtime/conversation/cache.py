@@ -207,6 +207,7 @@ class ConversationCache:
         other = ConversationCache(session, self._manifest)
         other._context, other._held, other._first_prompt = self._context, list(self._held), self._first_prompt
         other._begun, other._image_slots = session.caches_begun, self._image_slots
+        other._reach, other._first_seen = self._reach, self._first_seen
         return other
 
     def read(

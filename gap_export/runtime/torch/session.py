@@ -212,6 +212,10 @@ class TorchSession(Lifetime):
             for image, text_P in zip(batch, texts, strict=True)
         ]
 
+    def shifted_inside(self) -> TorchSession | None:
+        """This model with survivors renumbered inside the decoder, as a bundle that does so would answer; None where no token is dropped there."""
+        return None
+
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]; rows are not padded here."""
         self._check_open()

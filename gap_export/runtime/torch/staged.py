@@ -73,6 +73,13 @@ class StagedTorchSession(TorchSession):
             for number, layer in enumerate(self._decoder.layers)
         ]
 
+    def shifted_inside(self) -> StagedTorchSession | None:
+        """This model with survivors renumbered inside the decoder; None where that is what this one does. Weights are shared."""
+        if self._pruning.positions is not PositionPolicy.GAP:
+            return None
+        pruning = self._pruning.model_copy(update={"positions": PositionPolicy.SHIFTED})
+        return StagedTorchSession(self._model, pruning, text_tower=self._text_tower)
+
     @torch.inference_mode()
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on; `kept_indices` and `margins` are filled in."""

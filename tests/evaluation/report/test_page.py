@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -21,24 +20,11 @@ from gap_export.evaluation.refer.compare import compare
 from gap_export.evaluation.refer.dataset import open_dataset
 from gap_export.evaluation.report.page import page
 from gap_export.evaluation.report.runs import open_runs
+from tests.browser import CHROMIUM, FLAGS, browser
 
 from .conftest import gap_export
 
 pytestmark = pytest.mark.slow
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-]
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (package chromium)")
 
 # What a person would do and see, done inside a copy of the page; the page itself has no script.
 PROBE = """<script>

@@ -60,7 +60,7 @@ def chat_bundle(
             own = {"checkpoint": str(checkpoints[deep]), "keep": 0.25}
             longest = {"max_text": MAX_TEXT, "max_new_tokens": LONGEST}
             recipe = Recipe.model_validate({**tiny_options, **own, **longest, **changes})
-            built[name] = build(recipe, folder / str(len(built)), tracer=tracer).bundle
+            built[name] = build(recipe, folder / str(len(built)), golden=False, tracer=tracer).bundle
         return built[name]
 
     return bundle

@@ -211,7 +211,9 @@ def shapes(tmp_path_factory: pytest.TempPathFactory, tracer: Tracer) -> Any:
     """The bundled model."""
     from gap_export.pipeline.build import build
 
-    return build(Recipe.load("shapes"), tmp_path_factory.mktemp("bundles") / "shapes", tracer=tracer).bundle
+    return build(
+        Recipe.load("shapes"), tmp_path_factory.mktemp("bundles") / "shapes", golden=False, tracer=tracer
+    ).bundle
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

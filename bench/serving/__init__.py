@@ -1,0 +1,1 @@
+"""What `bench/serve.py` measures a server with: clients, requests whose answers are known, processes, and the parts of the measurement."""

@@ -1,0 +1,292 @@
+"""Is this session right? It is asked before it serves: the very one that will.
+
+    hashes -> lint -> the golden request: the stored answer -> the same with wrong position ids: another answer
+
+A session that renumbers gives the answer of wrong ids, or does not notice them. Either way it never becomes ready.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gap_export.bundle.folder import Bundle, open_bundle
+from gap_export.bundle.golden import (
+    MAX_PERTURBED_IOU,
+    MIN_IOU,
+    WRONG_IDS,
+    GoldenRequest,
+    golden_image,
+    overlap,
+)
+from gap_export.environment import missing_package
+from gap_export.errors import BundleError, GapExportError, GateError, InputError, LintError
+from gap_export.positions import Placement, PositionPolicy
+from gap_export.runtime.grounder import Grounder
+from gap_export.serving.engine import Engine
+from gap_export.serving.placing import placement_fault
+from gap_export.serving.work import Expression, Result, Work
+
+_SECONDS = 600.0
+"""After which a session counts as one that does not answer."""
+_ROUNDED = {"bf16", "f16"}
+"""Types of activations that a runtime was asked for, in its name: tokens of fp32 are not promised then."""
+
+
+@dataclass(frozen=True)
+class ReadyReport:
+    """What a session has shown.
+
+    Attributes:
+        decided_by: `boxes` or `logits`.
+        right: IoU with the stored box; where logits decide, the distance from the right ones, as a share of that of the wrong ones.
+        perturbed: that of the answer with wrong ids.
+        tokens_equal: whether all tokens are the stored ones; None where the precision does not promise it.
+        linted: names of the graphs that lint has passed.
+        not_linted: why there are none; "" where there are.
+        seconds: that it took.
+    """
+
+    decided_by: str
+    right: float
+    perturbed: float
+    tokens_equal: bool | None
+    linted: tuple[str, ...]
+    not_linted: str
+    seconds: float
+
+    def __str__(self) -> str:
+        measure = "IoU" if self.decided_by == "boxes" else "distance of logits"
+        lint = f"{len(self.linted)} graphs linted" if self.linted else f"not linted: {self.not_linted}"
+        tokens = {True: ", tokens equal", False: ", tokens differ", None: ""}[self.tokens_equal]
+        return (
+            f"golden request: {measure} {self.right:.3f}{tokens}, with wrong ids {self.perturbed:.3f}; {lint}; "
+            f"{self.seconds:.1f} s"
+        )
+
+
+def check_baseline(bundle: Bundle, *, allow_baselines: bool) -> None:
+    """Refuse a bundle that renumbers on purpose, unless that is allowed.
+
+    Args:
+        bundle: opened.
+        allow_baselines: whether it is.
+
+    Raises:
+        BundleError: it is not.
+    """
+    policy = bundle.manifest.pruning.positions
+    if policy is not PositionPolicy.GAP and not allow_baselines:
+        raise BundleError(
+            f"is a baseline: its position ids are {policy}",
+            subject=str(bundle.folder),
+            hint="serve one that was built with --positions gap, or add --allow-baselines",
+        )
+
+
+def check_golden(bundle: Bundle) -> GoldenRequest:
+    """The golden request of a bundle that is to be served.
+
+    Args:
+        bundle: opened.
+
+    Raises:
+        BundleError: it has none, or it cannot be read.
+    """
+    golden = bundle.golden
+    if golden is None:
+        raise BundleError(
+            "has no golden request, so that nothing tells whether a session of it is right",
+            subject=str(bundle.folder),
+            hint=f"add one: gap-export golden {bundle.folder}",
+        )
+    return golden
+
+
+def check_ready(bundle: Bundle, engine: Engine, *, allow_baselines: bool = False) -> ReadyReport:
+    """Whether a session may serve: files as they were written, graphs that lint passes, and the golden request answered.
+
+    Args:
+        bundle: that was loaded.
+        engine: with the session that is to serve.
+        allow_baselines: whether a bundle whose ids are renumbered on purpose may be served.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        BundleError: a file was changed, there is no golden request, or the bundle is a baseline.
+        GateError: the session does not answer as PyTorch does, or wrong position ids change nothing.
+    """
+    began = time.monotonic()
+    check_baseline(bundle, allow_baselines=allow_baselines)
+    golden = check_golden(bundle)
+    reread = open_bundle(bundle.folder, every_hash=True)
+    if reread.written_as(bundle.box_format).manifest != engine.bundle.manifest:
+        raise BundleError(
+            "is another one than was loaded: its manifest was changed meanwhile",
+            subject=str(bundle.folder),
+            hint="load it again",
+        )
+    linted, not_linted = _lint(reread)
+    request = _Golden(reread, golden, engine)
+    right = request.ask()
+    measured, tokens_equal = request.measure(right), request.tokens_equal(right)
+    request.check_right(measured, tokens_equal)
+    request.check_placement(right)
+    perturbed = request.measure(request.ask(WRONG_IDS[golden.wrong_ids]))
+    request.check_perturbed(perturbed)
+    return ReadyReport(
+        decided_by=golden.decided_by,
+        right=measured,
+        perturbed=perturbed,
+        tokens_equal=tokens_equal,
+        linted=linted,
+        not_linted=not_linted,
+        seconds=time.monotonic() - began,
+    )
+
+
+class _Golden:
+    """The golden request, asked through an engine.
+
+    Args:
+        bundle: read anew, in its own box format.
+        golden: of it.
+        engine: with the session that is to serve.
+
+    Raises:
+        BundleError: its image cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle, golden: GoldenRequest, engine: Engine) -> None:
+        self._bundle, self._golden, self._engine = bundle, golden, engine
+        self._grounder = Grounder(bundle)
+        self._images = [golden_image(bundle.folder, golden)] * self._grounder.images_per_prompt
+
+    def ask(self, perturb: Callable[[Placement], Placement] | None = None) -> Result:
+        """The engine's answer.
+
+        Args:
+            perturb: makes its position ids wrong.
+
+        Raises:
+            GateError: there is none.
+        """
+        chosen = self._bundle.manifest.pruning.keep_range is not None
+        work = Work(
+            questions=(Expression(self._golden.expression),),
+            open_images=lambda: self._images,
+            images=len(self._images),
+            keep=self._golden.keep if chosen else None,
+            deadline=_SECONDS,
+            trace=True,
+            perturb=perturb,
+        )
+        (outcome,) = self._engine.submit(work).result()
+        if isinstance(outcome, GapExportError):
+            raise self._failed(
+                f"does not answer its golden request: {outcome.subject}: {outcome.message}"
+            ) from outcome
+        return outcome
+
+    def measure(self, result: Result) -> float:
+        """IoU with the stored box; where logits decide, the distance from the right ones."""
+        if self._golden.decided_by == "boxes":
+            boxes = self._grounder.boxes_in(result.text, self._golden.size)
+            return overlap(boxes[0] if boxes else None, self._golden.right.box)
+        assert result.trace is not None
+        return self._golden.distance(result.trace.first_logits)
+
+    def tokens_equal(self, result: Result) -> bool | None:
+        """Whether tokens are the stored ones; None where activations are rounded, which promises none."""
+        if self._bundle.manifest.precision != "fp32" or _ROUNDED & set(self._engine.backend.split(":")):
+            return None
+        return result.ids == self._golden.right.token_ids
+
+    def check_right(self, measured: float, tokens_equal: bool | None) -> None:
+        """Refuse a session with another answer.
+
+        Raises:
+            GateError: it has.
+        """
+        if self._golden.decided_by == "boxes" and measured < MIN_IOU:
+            raise self._failed(
+                f"answers its golden request with another box than PyTorch: their IoU is {measured:.3f}, and {MIN_IOU} is required"
+            )
+        if self._golden.decided_by == "logits" and not measured <= self._golden.tolerance:
+            raise self._failed(
+                f"answers its golden request with other logits than PyTorch: their distance is {measured:.3f} of that of wrong ids, "
+                f"and at most {self._golden.tolerance:g} is required"
+            )
+        if tokens_equal is False:
+            raise self._failed("answers its golden request with other tokens than PyTorch")
+
+    def check_placement(self, result: Result) -> None:
+        """Refuse a session whose position ids do not follow from what was kept.
+
+        Raises:
+            GateError: they do not.
+        """
+        assert result.trace is not None
+        batch = self._grounder.prepare(self._images)
+        fault = placement_fault(self._bundle.manifest.pruning, [batch], result.trace)
+        if fault is not None:
+            raise self._failed(f"places its golden request otherwise than its manifest says: {fault}")
+
+    def check_perturbed(self, measured: float) -> None:
+        """Refuse a session that wrong ids do not change.
+
+        Raises:
+            GateError: they do not.
+        """
+        if self._golden.decided_by == "boxes":
+            if measured >= MAX_PERTURBED_IOU:
+                raise self._failed(
+                    f"gives its golden request the same box with wrong position ids (IoU {measured:.3f}, and below {MAX_PERTURBED_IOU} "
+                    "is required): it does not read them"
+                )
+        elif not measured > self._golden.tolerance:
+            raise self._failed(
+                f"gives its golden request the same logits with wrong position ids (distance {measured:.3f}, and above "
+                f"{self._golden.tolerance:g} is required): it does not read them"
+            )
+
+    def _failed(self, message: str) -> GateError:
+        return GateError(
+            f"{message}; it is not ready",
+            subject=f"{self._bundle.folder} in {self._engine.backend}",
+            hint="build it again, and compare it with PyTorch: gap-export validate",
+        )
+
+
+def _lint(bundle: Bundle) -> tuple[tuple[str, ...], str]:
+    """Names of the graphs that lint has passed; or why it was not asked.
+
+    Raises:
+        GateError: a graph would not carry position ids.
+    """
+    try:
+        from gap_export import linter
+    except ImportError as error:
+        missing = missing_package(error, "lint")
+        return (), f"{missing.subject} {missing.message}"
+    manifest = bundle.manifest
+    for name, graph in manifest.graphs.items():
+        own = graph.spec.name
+        try:
+            linter.lint_graph(
+                bundle.graph_path(name),
+                kind="decoder" if own == "prefill" or own == "decode" else own,
+                strict=True,
+                policy=manifest.pruning.positions,
+                mask=manifest.spec.attention_mask,
+            ).raise_for_errors()
+        except (LintError, InputError) as error:
+            raise GateError(
+                f"does not pass lint: {error.message}; the bundle is not ready",
+                subject=error.subject,
+                hint="build it again",
+            ) from error
+    return tuple(manifest.graphs), ""

@@ -1,0 +1,149 @@
+"""What is served: an engine, under a name, and whether it has shown that it is right."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+from gap_export.bundle.folder import Bundle
+from gap_export.errors import GapExportError, InputError
+from gap_export.records import Record
+from gap_export.serving.engine import Engine
+from gap_export.serving.work import Refused, Result, Work
+
+State = Literal["starting", "ready", "failed", "stopping"]
+ReceiptOf = Callable[[Bundle, Work, int, Sequence[Image.Image], Result, float | None], Record]
+"""(bundle, request, number of the question, images as decoded, answer, fraction asked for) -> what the answer was computed from."""
+
+
+class NotReady(Refused):
+    """A request that came before the session has shown that it is right, or after it has failed to."""
+
+    def __init__(self) -> None:
+        super().__init__("is not admitted: the server is not ready", reason="draining", retry_after=2.0)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Made again without arguments."""
+        return NotReady, ()
+
+
+class Metrics(Protocol):
+    """What is counted, as it is published.
+
+    Attributes:
+        content_type: of it.
+    """
+
+    content_type: str
+
+    def render(self) -> bytes:
+        """All of it by now."""
+        ...
+
+
+class Service:
+    """A bundle that is served.
+
+    Args:
+        engine: that answers.
+        name: of the model, for clients.
+        aliases: further names.
+        check: shows that the session computes what it should, or raises; None where that is not asked for.
+        metrics: published; None where none are.
+        receipt_of: makes receipts; None where there are none.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        *,
+        aliases: tuple[str, ...] = (),
+        check: Callable[[], object] | None = None,
+        metrics: Metrics | None = None,
+        receipt_of: ReceiptOf | None = None,
+    ) -> None:
+        self.engine, self.name, self.aliases, self.metrics = engine, name, aliases, metrics
+        self._check, self._receipt_of = check, receipt_of
+        self._state: State = "starting" if check is not None else "ready"
+        self._lock = threading.Lock()
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle."""
+        return self.engine.bundle
+
+    @property
+    def state(self) -> State:
+        """Where the server stands: requests are taken while it is ready."""
+        return self._state
+
+    def prove(self) -> None:
+        """Become ready, by the check; takes as long as it does.
+
+        Raises:
+            GapExportError: the session is not right; the service never becomes ready.
+        """
+        try:
+            if self._check is not None:
+                self._check()
+        except BaseException:
+            self._change("starting", "failed")
+            raise
+        self._change("starting", "ready")
+
+    def stop(self) -> None:
+        """Be ready no more; requests are taken until the engine is emptied."""
+        with self._lock:
+            self._state = "stopping"
+
+    def check_open(self) -> None:
+        """Refuse a request as the engine would by now, before anything of it is read.
+
+        Raises:
+            Refused: not ready yet, the queue is full, or the engine is being emptied.
+        """
+        if self._state in ("starting", "failed"):
+            raise NotReady
+        self.engine.check_admission()
+
+    def check_model(self, name: str | None) -> bool:
+        """Whether a name that a request gives is this model's; a request may leave it out."""
+        return name is None or name == self.name or name in self.aliases
+
+    def receipt(
+        self, work: Work, number: int, images: Sequence[Image.Image], result: Result
+    ) -> dict[str, Any]:
+        """What an answer was computed from.
+
+        Args:
+            work: of the request.
+            number: of the question.
+            images: of the request, RGB, as they were decoded.
+            result: the answer, with its trace.
+
+        Raises:
+            GapExportError: it cannot be told.
+        """
+        if self._receipt_of is None:
+            raise no_receipts()
+        made = self._receipt_of(self.bundle, work, number, images, result, work.keep)
+        return made.model_dump(mode="json")
+
+    @property
+    def gives_receipts(self) -> bool:
+        """Whether it can say what answers were computed from."""
+        return self._receipt_of is not None
+
+    def _change(self, before: State, after: State) -> None:
+        with self._lock:
+            if self._state == before:
+                self._state = after
+
+
+def no_receipts() -> GapExportError:
+    """The error of a receipt where none is made."""
+    return InputError("are not given by this server", subject="receipts", hint="leave receipt out")

@@ -1,0 +1,139 @@
+"""Bodies: JSON as its standard has it, of bounded size and depth, with the right headers; and errors of one form."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from gap_export.serving.http.errors import HttpError
+from gap_export.serving.http.json_body import MOST_VALUES, parse_object
+from tests.serving.http.serving_http import Running, read_all, status_of
+
+REFUSED = {
+    "nothing": (b"", "is not JSON"),
+    "no object": (b"[1]", "is not a JSON object"),
+    "NaN": (b'{"a": NaN}', "has NaN, which is no number"),
+    "infinity": (b'{"a": -Infinity}', "has -Infinity"),
+    "overflow": (b'{"a": 1e999}', "too large"),
+    "digits": (b'{"a": ' + b"9" * 500 + b"}", "too many digits"),
+    "long fraction": (b'{"a": 0.' + b"9" * 500 + b"}", "too long"),
+    "key twice": (b'{"a": 1, "b": {"c": 1, "c": 1}}', "has the key 'c' twice"),
+    "deep": (b'{"a":' * 33 + b"1" + b"}" * 33, "more than 32 deep"),
+    "very deep": (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "more than 32 deep"),
+    "brackets": (b'{"a": ' + b"[" * 50_000, "is not JSON|more than 32 deep"),
+    "many values": (b'{"a": [' + b"0," * MOST_VALUES + b"0]}", "has more than 100000 values"),
+    "half a pair": (rb'{"a": "\ud800"}', "half of a surrogate pair"),
+    "half a pair as key": (rb'{"\udc00": 1}', "half of a surrogate pair"),
+    "no UTF-8": (b'{"a": "\xff"}', "is not UTF-8"),
+    "surrogate in UTF-8": (b'{"a": "\xed\xa0\x80"}', "is not UTF-8"),
+    "behind it": (b'{"a": 1} x', "is not JSON"),
+    "two": (b'{"a": 1}{"b": 2}', "is not JSON"),
+    "single quotes": (b"{'a': 1}", "is not JSON"),
+    "comma": (b'{"a": 1,}', "is not JSON"),
+    "control character": (b'{"a": "\x01"}', "is not JSON"),
+    "mark": (b"\xef\xbb\xbf{}", "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_json_is_refused_in_a_line(name: str) -> None:
+    body, named = REFUSED[name]
+    began = time.process_time()
+    with pytest.raises(HttpError, match=named) as refused:
+        parse_object(body)
+    assert time.process_time() - began < 1
+    assert refused.value.status == 400
+    assert refused.value.message.isprintable()
+    assert len(refused.value.message) < 200
+
+
+def test_what_is_json_is_read() -> None:
+    text = {"a": [1, -0.5, 1e10, True, None, '\U0001f600 é \\ "', {"b": {}}]}
+    for ascii_alone in (True, False):
+        assert parse_object(json.dumps(text, ensure_ascii=ascii_alone).encode()) == text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, 415),
+        ({"Content-Type": "application/json; charset=latin-1"}, 415),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
+        ({"Content-Type": "application/json; charset=utf-8"}, 400),
+        ({"Content-Type": "Application/JSON"}, 400),
+    ],
+    ids=str,
+)
+def test_content_types(headers: dict[str, str], status: int, running: Running) -> None:
+    answer = running.http.post("/v1/ground", content=b"{}", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/ground", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("POST", "/v1/completions", 404, "not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models/other", 404, "model_not_found"),
+        ("GET", "/..%2f..%2fetc/passwd", 404, "not_found"),
+        ("GET", "/docs", 404, "not_found"),
+        ("OPTIONS", "/v1/ground", 405, "method_not_allowed"),
+    ],
+)
+def test_paths_and_methods(method: str, path: str, status: int, code: str, running: Running) -> None:
+    answer = running.http.request(method, path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_no_http_is_refused_in_the_same_form(running: Running) -> None:
+    for sent in (
+        b"HELLO\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nbad line\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 70_000,
+    ):
+        with running.connect() as connection:
+            connection.sendall(sent)
+            head, _, body = read_all(connection).partition(b"\r\n\r\n")
+        assert status_of(head) in (400, 431)
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_request_numbers_are_repeated_or_made(running: Running) -> None:
+    given = running.http.get("/healthz", headers={"X-Request-Id": "from-the-client.1"})
+    assert given.headers["x-request-id"] == "from-the-client.1"
+    made = {
+        running.http.get("/healthz", headers={"X-Request-Id": number}).headers["x-request-id"]
+        for number in ("", "a b", "x" * 129, "<script>")
+    }
+    assert len(made) == 4
+    assert all(len(number) == 32 and number.isalnum() for number in made)
+
+
+def test_the_schema_is_told(running: Running) -> None:
+    schema = running.http.get("/openapi.json").json()
+    assert schema["paths"]["/v1/ground"]["post"]["requestBody"]["required"] is True
+    names = set(schema["components"]["schemas"])
+    assert {"GroundRequest", "InferRequest", "ChatRequest", "Error"} <= names
+    references = {part.split('"')[0] for part in json.dumps(schema).split("#/components/schemas/")[1:]}
+    assert references <= names
+    for path in ("/v1/ground", "/v1/infer", "/v1/chat/completions"):
+        assert {"400", "401", "413", "422", "503", "504"} <= set(schema["paths"][path]["post"]["responses"])
+
+
+def test_health_and_models(running: Running) -> None:
+    for path in ("/v1/health/live", "/healthz", "/ping", "/v2/health/live"):
+        assert running.http.get(path).json() == {"status": "live"}
+    for path in ("/v1/health/ready", "/health", "/v2/health/ready"):
+        assert running.http.get(path).json() == {"status": "ready"}
+    assert running.http.head("/healthz").status_code == 200
+    (model, alias) = running.http.get("/v1/models").json()["data"]
+    assert (model["id"], alias["id"]) == ("shapes", "grounder")
+    assert model["gap"]["rows"] == 4
+    assert model["gap"]["one_at_a_time_because"] is None
+    assert model["gap"]["keep_range"] == [0.1, 1.0]
+    assert running.http.get("/v1/models/grounder").json() == alias
