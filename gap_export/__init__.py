@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from gap_export.families.table import overview as models
     from gap_export.linter import lint_graph as lint
     from gap_export.pipeline.build import build_bundle as build
+    from gap_export.pipeline.golden import add_golden
     from gap_export.recipe.recipe import Recipe
     from gap_export.runtime.conversation.chat import AskOptions, Chat, Reply, ReplyStream
     from gap_export.runtime.grounder import Answer
     from gap_export.runtime.model import Model, load
     from gap_export.serving.check_receipt import check_receipt
+    from gap_export.serving.serve import serve
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,7 @@ __all__ = [
     "Reply",
     "ReplyStream",
     "__version__",
+    "add_golden",
     "bench",
     "build",
     "calibrate",
@@ -72,6 +75,7 @@ __all__ = [
     "positions",
     "recommend",
     "report",
+    "serve",
     "sweep",
     "validate",
     "validate_text",
@@ -87,6 +91,7 @@ _DEFINED_IN = {
     "Recipe": "recipe.recipe:Recipe",
     "Reply": "runtime.conversation.chat:Reply",
     "ReplyStream": "runtime.conversation.chat:ReplyStream",
+    "add_golden": "pipeline.golden:add_golden",
     "bench": "evaluation.latency.bench:bench",
     "build": "pipeline.build:build_bundle",
     "calibrate": "evaluation.calibrate:calibrate",
@@ -105,6 +110,7 @@ _DEFINED_IN = {
     "positions": "positions",
     "recommend": "evaluation.refer.recommend:recommend",
     "report": "evaluation.report.write:report",
+    "serve": "serving.serve:serve",
     "sweep": "evaluation.sweep.run:sweep",
     "validate": "evaluation.validate:validate",
     "validate_text": "evaluation.validate_text:validate_text",

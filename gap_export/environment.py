@@ -23,12 +23,12 @@ BUILD_PACKAGES = (
     "tensorrt",
 )
 
-_SERVE_MODULES = ("fastapi", "uvicorn", "prometheus_client")
+_SERVE_MODULES = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client")
 _BUILD_MODULES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
 
 
 def missing_package(error: ImportError, wanted_by: str) -> MissingRequirementError:
-    """What to say where a package of the build extra is missing, or is there and cannot be imported.
+    """What to say where a package of the build or the serve extra is missing, or is there and cannot be imported.
 
     Args:
         error: that its import gave.
@@ -40,12 +40,13 @@ def missing_package(error: ImportError, wanted_by: str) -> MissingRequirementErr
     name = error.name or ""
     if name.partition(".")[0] == __name__.partition(".")[0]:
         raise error
+    extra = "serve" if name.partition(".")[0] in _SERVE_MODULES else "build"
     if isinstance(error, ModuleNotFoundError) and name:
-        return _needed(name, wanted_by)
+        return _needed(name, wanted_by, extra)
     return MissingRequirementError(
         f"is needed for {wanted_by} and cannot be imported: {first_line(error)}",
         subject=name or "a package",
-        hint="the versions in constraints.txt are the tested ones: pip install -c constraints.txt 'gap-export[build]'",
+        hint=f"the versions in constraints.txt are the tested ones: pip install -c constraints.txt 'gap-export[{extra}]'",
     )
 
 
@@ -83,7 +84,7 @@ def _check_installed(modules: Sequence[str], extra: str, wanted_by: str) -> None
             raise _needed(name, wanted_by, extra)
 
 
-def _needed(package: str, wanted_by: str, extra: str = "build") -> MissingRequirementError:
+def _needed(package: str, wanted_by: str, extra: str) -> MissingRequirementError:
     return MissingRequirementError(
         f"is needed for {wanted_by} and not installed",
         subject=package,

@@ -102,6 +102,24 @@ def receipted(bundle: Bundle) -> None:
     assert gap.check_receipt(bundle, answer.receipt, answer.image).agrees
 
 
+def served(bundle: Bundle) -> None:
+    """Until it was ready."""
+    from gap_export.serving.server import Server, ServerOptions
+
+    proven = gap.add_golden(shutil.copytree(bundle.folder, bundle.folder.with_name("proven")))
+    told: list[str] = []
+    servers: list[Server] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if line == "ready":
+            servers[0].stop()
+
+    gap.serve(proven, options=ServerOptions(port=0), threads=1, on_listening=servers.append, tell=tell)
+    assert told[-1] == "ready"
+    assert servers[0].address.startswith("http://127.0.0.1:")
+
+
 def chosen(tiny_bundle: BuildBundle, tmp_path: Path) -> Path:
     """Folder of a bundle in which requests choose how many tokens are kept."""
     return Path(shutil.copytree(tiny_bundle(keep="0.1:0.25:1.0").folder, tmp_path / "chosen"))
@@ -141,6 +159,10 @@ def test_every_public_name_does_what_it_says(
         "Chat": (lambda: asked(tiny_bundle(max_text=120), image_file),),
         "Reply": (lambda: asked(tiny_bundle(max_text=120), image_file),),
         "ReplyStream": (lambda: asked(tiny_bundle(max_text=120), image_file),),
+        "add_golden": (
+            lambda: gap.add_golden(bundle.folder).golden,
+            lambda: refused(lambda: gap.add_golden(nowhere)),
+        ),
         "Bundle": (lambda: gap.Bundle(bundle.folder, bundle.manifest).graph_path("vision").stat(),),
         "Model": (lambda: load(bundle, image_file),),
         "Recipe": (
@@ -212,6 +234,11 @@ def test_every_public_name_does_what_it_says(
         "report": (
             lambda: compared(bundle, scenes, tmp_path),
             lambda: refused(lambda: gap.report(nowhere)),
+        ),
+        "serve": (
+            lambda: served(bundle),
+            lambda: refused(lambda: gap.serve(bundle)),  # it has no golden request
+            lambda: refused(lambda: gap.serve(nowhere)),
         ),
         "sweep": (lambda: refused(lambda: gap.sweep(recipe, tmp_path / "out", keeps=[3.0])),),
         "validate": (

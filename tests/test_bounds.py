@@ -96,7 +96,7 @@ def _options_of_numbers() -> list[tuple[str, str, Any]]:
     found = []
     for command in app.registered_commands:
         assert command.callback is not None
-        name = command.name or command.callback.__name__
+        name = command.name or command.callback.__name__.replace("_", "-")
         for parameter, hint in get_type_hints(command.callback, include_extras=True).items():
             kinds = {hint, *get_args(hint), *(inner for outer in get_args(hint) for inner in get_args(outer))}
             if kinds & {int, float}:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,14 +21,6 @@ from gap_export.cli.options import (
     ThreadsOption,
     runtime_of,
 )
-from gap_export.errors import InputError
-
-if TYPE_CHECKING:
-    from gap_export.bundle.folder import Bundle
-    from gap_export.serving.engine import ChooseKeep
-    from gap_export.serving.http.settings import HttpSettings
-    from gap_export.serving.limits import EngineLimits
-    from gap_export.serving.server import ServerOptions
 
 _MIB = 2**20
 _PORT = Bound(0, 65_535)
@@ -148,17 +138,18 @@ def serve(
     from gap_export.environment import check_serve_extra
 
     check_serve_extra("serve")
-    from gap_export.bundle.folder import open_bundle
     from gap_export.serving.http.auth import Keys, others_can_read
     from gap_export.serving.http.settings import HttpSettings
     from gap_export.serving.images import ImageBounds
     from gap_export.serving.limits import EngineLimits
+    from gap_export.serving.remote_images import RemoteImages
+    from gap_export.serving.serve import AdaptOptions
+    from gap_export.serving.serve import serve as run_server
     from gap_export.serving.server import ServerOptions
 
     keys = None if api_keys is None else Keys.read(api_keys)
     if api_keys is not None and others_can_read(api_keys):
         console.say(("warning:", "yellow"), f" {api_keys} can be read by other users: chmod 600 {api_keys}")
-    _check_host(host, keys is not None or allow_anonymous)
     settings = HttpSettings(
         keys=keys,
         protect_metrics=protect_metrics,
@@ -166,138 +157,24 @@ def serve(
         images=ImageBounds(
             encoded_bytes=max_image_bytes * _MIB, pixels=max(16, round(max_pixels * 1e6)), side=max_side
         ),
-        domains=tuple(allow_domain or ()),
+        remote=RemoteImages(allow_domain) if allow_domain else None,
         body_bytes=max_body * _MIB,
         connections_per_address=max_connections,
         allow_baselines=allow_baselines,
     )
-    opened = open_bundle(bundle).written_as(box_format)
     ran = runtime_of(backend, device, precision_hint, provider, bundle)
-    limits = EngineLimits(rows=rows, queue=queue or _QUEUE_PER_ROW * rows, image_threads=image_threads)
-    _check_names(name, alias or [])
-    chosen = None if adapt is None else (adapt, max_accuracy_drop, target_delay)
-    _run(
-        opened,
-        ran,
-        threads,
-        limits,
-        settings,
-        ServerOptions(host, port, drain_grace),
-        names=(name or opened.manifest.name, *(alias or ())),
-        allow_baselines=allow_baselines,
-        adapt=chosen,
+    run_server(
+        bundle,
+        names=(*([name] if name is not None else []), *(alias or [])),
+        limits=EngineLimits(rows=rows, queue=queue or _QUEUE_PER_ROW * rows, image_threads=image_threads),
+        settings=settings,
+        options=ServerOptions(host, port, drain_grace),
+        allow_anonymous=allow_anonymous,
+        adapt=None if adapt is None else AdaptOptions(adapt, max_accuracy_drop, target_delay),
+        backend=ran,
+        threads=threads,
+        box_format=box_format,
+        on_listening=lambda server: out.write_line(f"serving {server.name} at {server.address}"),
+        tell=console.say,
     )
 
-
-def _check_host(host: str, allowed: bool) -> None:
-    """Refuse to listen beyond this machine where whoever comes is answered.
-
-    Raises:
-        InputError: without keys, and not allowed.
-    """
-    from gap_export.serving.server import is_loopback
-
-    if not allowed and not is_loopback(host):
-        raise InputError(
-            "is reached from other machines, and no keys are asked for",
-            subject=f"--host {host}",
-            hint="give --api-keys FILE, or --allow-anonymous where a proxy asks for keys",
-        )
-
-
-def _check_names(name: str | None, aliases: list[str]) -> None:
-    """Refuse names that cannot stand in an address.
-
-    Raises:
-        InputError: the first.
-    """
-    for each in (*([] if name is None else [name]), *aliases):
-        if not (0 < len(each) <= 200 and each.isascii() and each.isprintable() and " " not in each):
-            raise InputError(
-                "is not 1 to 200 characters of ASCII without blanks",
-                subject=f"name {each[:80]!r}",
-                hint="choose another --name or --alias",
-            )
-
-
-def _run(
-    bundle: Bundle,
-    backend: str,
-    threads: int,
-    limits: EngineLimits,
-    settings: HttpSettings,
-    options: ServerOptions,
-    *,
-    names: tuple[str, ...],
-    allow_baselines: bool,
-    adapt: tuple[str, float, float] | None,
-) -> None:
-    """Load the bundle, and serve it until it is told to stop.
-
-    Raises:
-        GapExportError: it cannot be served, or its session does not compute what it should.
-    """
-    from gap_export.runtime.model import load
-    from gap_export.serving.engine import Engine
-    from gap_export.serving.metrics import ServerMetrics
-    from gap_export.serving.ready import check_baseline, check_golden, check_ready
-    from gap_export.serving.receipts import receipt_of
-    from gap_export.serving.server import Server, address_of, listen
-    from gap_export.serving.service import Service
-
-    check_baseline(bundle, allow_baselines=allow_baselines)
-    check_golden(bundle)
-    choose_keep, metrics = _chooser(bundle, adapt), ServerMetrics()
-    _log_to_standard_error()
-    listening = listen(options)
-    with (
-        listening,
-        load(bundle, backend=backend, threads=threads, box_format=bundle.box_format) as model,
-        Engine(model, limits, observer=metrics, choose_keep=choose_keep) as engine,
-    ):
-        metrics.watch(engine)
-
-        def check() -> None:
-            console.say(str(check_ready(model.bundle, engine, allow_baselines=allow_baselines)))
-
-        service = Service(
-            engine, names[0], aliases=names[1:], check=check, metrics=metrics, receipt_of=receipt_of
-        )
-        server = Server(
-            service,
-            settings,
-            options,
-            on_listening=lambda: out.write_line(f"serving {names[0]} at {address_of(listening)}"),
-            on_ready=lambda: console.say("ready"),
-        )
-        server.run([listening])
-    if server.failure is not None:
-        raise server.failure
-
-
-def _chooser(bundle: Bundle, adapt: tuple[str, float, float] | None) -> ChooseKeep | None:
-    """What chooses the fraction of visual tokens of requests that choose none; None for the bundle's own.
-
-    Raises:
-        GapExportError: the bundle has no record of what that costs.
-    """
-    if adapt is None:
-        return None
-    from gap_export.serving.adapt import controller
-
-    chosen = controller(bundle, *adapt)
-    console.say(chosen.note)
-    return chosen
-
-
-def _log_to_standard_error() -> None:
-    """A line for every request, and for what failed."""
-    from PIL import Image
-
-    log = logging.getLogger("gap_export.serving")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bounds of images say it

@@ -68,6 +68,7 @@ TEXT = FileKind("a text", 16 * _MB, InputError, "give a file of prose in UTF-8")
 RECEIPT = FileKind(
     "a receipt", 16 * _MB, InputError, "give the `receipt` of an answer, as the server sent it"
 )
+KEYS = FileKind("a file of keys", _MB, InputError, "write one key a line")
 IMAGE = FileKind("an image", 512 * _MB, InputError, "give an image file: JPEG, PNG, WebP, BMP, ...")
 
 FILE_KINDS = (
@@ -93,5 +94,6 @@ FILE_KINDS = (
     PREDICTIONS,
     TEXT,
     RECEIPT,
+    KEYS,
     IMAGE,
 )

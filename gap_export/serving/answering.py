@@ -21,6 +21,7 @@ from gap_export.runtime.conversation.prompts import ChatPrompts
 from gap_export.runtime.generate import check_finite
 from gap_export.runtime.model import Model
 from gap_export.serving.lanes import Row
+from gap_export.serving.placing import placement_fault
 from gap_export.serving.preparing import Prepared, Prompted
 from gap_export.serving.work import Conversation, Result, Spent, Ticket, Trace
 
@@ -264,7 +265,7 @@ class Answer:
         lengths = text_lengths(ids)
         fed = self.row.fed[:, : end.slots[0]].copy()
         follows = len(lengths) > 1 and lengths[-1] > 0
-        return Trace(
+        trace = Trace(
             kept_indices=tuple(kept),
             position_ids=fed,
             first_text_position=int(fed[0, -lengths[-1]]) if follows else None,
@@ -273,6 +274,8 @@ class Answer:
             text_lengths=lengths,
             first_logits=self.first_logits,
         )
+        pruning = self._model.bundle.manifest.pruning
+        return replace(trace, fault=placement_fault(pruning, self._prepared.batches, trace))
 
 
 def text_lengths(ids: Sequence[int]) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from gap_export.runtime.grounder import Grounder, keep_counts
 from gap_export.runtime.model import Model
 from gap_export.serving.engine import Engine
 from gap_export.serving.limits import EngineLimits
-from gap_export.serving.placing import placed, placement_fault
+from gap_export.serving.placing import placed
 from gap_export.serving.receipts import (
     Receipt,
     digest_of,
@@ -312,7 +312,7 @@ class _Check:
         if asked is not None:
             result = again.ground(asked)
             assert result.trace is not None
-            fault = placement_fault(manifest.pruning, batches, result.trace)
+            fault = result.trace.fault
             self.add(
                 "ids of this bundle",
                 agrees=fault is None,

@@ -98,7 +98,7 @@ class ServerMetrics:
         )
         self._tokens = Counter("gap_generation_tokens", "Tokens of answers.", registry=registry)
         self._mismatches = Counter(
-            "gap_receipt_mismatch", "Receipts whose answer was not computed as they say.", registry=registry
+            "gap_receipt_mismatch", "Answers that were not computed as their receipt would have said.", registry=registry
         )
         for counter, label, values in (
             (self._succeeded, "finish_reason", ("stop", "length")),
@@ -124,7 +124,7 @@ class ServerMetrics:
         return generate_latest(self._published)
 
     def receipt_mismatch(self) -> None:
-        """A receipt was checked, and its answer was not computed as it says."""
+        """An answer was not computed as its receipt would say."""
         self._mismatches.inc()
 
     # Of the engine

@@ -25,7 +25,6 @@ from gap_export.errors import BundleError, GapExportError, GateError, InputError
 from gap_export.positions import Placement, PositionPolicy
 from gap_export.runtime.grounder import Grounder
 from gap_export.serving.engine import Engine
-from gap_export.serving.placing import placement_fault
 from gap_export.serving.work import Expression, Result, Work
 
 _SECONDS = 600.0
@@ -230,10 +229,10 @@ class _Golden:
             GateError: they do not.
         """
         assert result.trace is not None
-        batch = self._grounder.prepare(self._images)
-        fault = placement_fault(self._bundle.manifest.pruning, [batch], result.trace)
-        if fault is not None:
-            raise self._failed(f"places its golden request otherwise than its manifest says: {fault}")
+        if result.trace.fault is not None:
+            raise self._failed(
+                f"places its golden request otherwise than its manifest says: {result.trace.fault}"
+            )
 
     def check_perturbed(self, measured: float) -> None:
         """Refuse a session that wrong ids do not change.

@@ -92,10 +92,12 @@ class Server(uvicorn.Server):
         service: that answers.
         settings: of the HTTP side.
         options: how it ends.
-        on_listening: called when connections are accepted.
+        on_listening: told of this server when connections are accepted.
         on_ready: called when the session was checked.
 
     Attributes:
+        name: of the model.
+        address: what clients ask, once connections are accepted: `http://127.0.0.1:8000`.
         failure: why the service never became ready; None where it did.
     """
 
@@ -105,7 +107,7 @@ class Server(uvicorn.Server):
         settings: HttpSettings,
         options: ServerOptions,
         *,
-        on_listening: Callable[[], None] = lambda: None,
+        on_listening: Callable[[Server], None] = lambda _: None,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
@@ -133,13 +135,16 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._stop_asked = False
+        self.name, self.address = service.name, ""
         self.failure: GapExportError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections, and begin to check the session."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._on_listening()
+        if sockets:
+            self.address = address_of(sockets[0])
+        self._on_listening(self)
         threading.Thread(target=self._prove, name="gap-ready", daemon=True).start()
         if self._stop_asked:
             self._begin_to_stop()

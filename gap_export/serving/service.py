@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 from gap_export.bundle.folder import Bundle
-from gap_export.errors import GapExportError, InputError
+from gap_export.errors import GapExportError, InputError, SessionError
 from gap_export.records import Record
 from gap_export.serving.engine import Engine
 from gap_export.serving.work import Refused, Result, Work
@@ -41,6 +41,10 @@ class Metrics(Protocol):
 
     def render(self) -> bytes:
         """All of it by now."""
+        ...
+
+    def receipt_mismatch(self) -> None:
+        """An answer was not computed as its receipt would say."""
         ...
 
 
@@ -126,10 +130,20 @@ class Service:
             result: the answer, with its trace.
 
         Raises:
-            GapExportError: it cannot be told.
+            InputError: receipts are not given.
+            SessionError: position ids are other ones than follow from the tokens kept; it is counted.
         """
         if self._receipt_of is None:
             raise no_receipts()
+        assert result.trace is not None
+        if result.trace.fault is not None:
+            if self.metrics is not None:
+                self.metrics.receipt_mismatch()
+            raise SessionError(
+                f"was not computed as the manifest says: {result.trace.fault}",
+                subject="the answer",
+                hint="do not use this server: its session no longer places tokens where they belong",
+            )
         made = self._receipt_of(self.bundle, work, number, images, result, work.keep)
         return made.model_dump(mode="json")
 

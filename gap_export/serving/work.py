@@ -142,6 +142,7 @@ class Trace:
         next_slot: slot of the first generated token.
         text_lengths: text tokens before, between and after the images.
         first_logits: [V] float32 of the first token of the answer.
+        fault: what of it does not stand where it must, by the arithmetic of `placing.py`; None where all does.
     """
 
     kept_indices: tuple[Ids, ...]
@@ -151,6 +152,7 @@ class Trace:
     next_slot: int
     text_lengths: tuple[int, ...]
     first_logits: NDArray[np.float32]
+    fault: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gap_export.graph import trace
+from gap_export.serving.server import Server
 from tests.guard import GUARD
 
 UNTRACED = "stopped before a graph is traced that is new"
@@ -60,6 +61,8 @@ _IMPORTED = (
     "transformers.models.llava.modeling_llava",
     "transformers.models.clip.modeling_clip",
     "transformers.models.llama.modeling_llama",
+    "gap_export.serving.check_receipt",
+    "gap_export.serving.serve",
     "rich.progress",
     "rich.table",
     "jinja2",
@@ -217,6 +220,7 @@ def _child(
         GUARD.allow([place, caches, Path("/proc")])
         if not traces:
             trace.graph_from_component = _stop_before_tracing
+        _end_servers_when_ready()
         code = _command(line)
     finally:
         os._exit(code)
@@ -238,6 +242,17 @@ def _stop_before_tracing(*_: object, **__: object) -> NoReturn:
     """The module is made, and would be traced now."""
     print(UNTRACED, file=sys.stderr)
     raise SystemExit(0)
+
+
+def _end_servers_when_ready() -> None:
+    """A server that was accepted would not end."""
+    prove = Server._prove
+
+    def proved(server: Server) -> None:
+        prove(server)
+        server.stop()
+
+    Server._prove = proved  # type: ignore[method-assign]
 
 
 def _redirect(place: Path) -> None:

@@ -19,7 +19,7 @@ from tests.hostile.world import World
 KNOWN: dict[str, str] = {}
 """Patterns of inputs that the short run leaves out -> the fault that they show, until it is mended."""
 
-_SLOW = {"bench", "validate", "sweep", "recommend", "golden"}
+_SLOW = {"bench", "validate", "sweep", "recommend", "golden", "serve"}
 """Commands whose harmless calls take seconds: of each, the short run tries what is refused at once."""
 _SLOWLY_MADE = {"measured", "sweep", "sharded", "engines", "proven"}
 """Harmless files that take seconds to make: the short run does without."""
@@ -42,7 +42,7 @@ def sample(world: World, parameters: Iterable[Parameter], *, seed: int, count: i
         *(
             partial(of_source, source, world, seed, 0.1)
             for source in SOURCES
-            if source.call.split()[0] not in _SLOW
+            if _is_quickly_made(source)
         ),
         *(partial(of_surroundings, command) for command in commands if command not in _SLOW),
     ]

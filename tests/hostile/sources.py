@@ -144,6 +144,7 @@ _REPORTS = tuple(
         ("measured/reports/text_parity.json", "report measured", 20, False),
         ("measured/reports/bench.json", "report measured", 20, False),
         ("measured/reports/recommend.json", "report measured", 20, False),
+        ("measured/reports/recommend.json", "serve", 20, True),
     )
 )
 
@@ -233,6 +234,8 @@ SOURCES: tuple[Source, ...] = (
     Source(
         kinds.GOLDEN_IMAGE, "proven/golden.png", "inspect proven", binaries.image_damaged, resealed="proven"
     ),
+    Source(kinds.GOLDEN, "measured/golden.json", "serve", _json, 20, resealed="measured"),
+    Source(kinds.KEYS, "keys.txt", "serve", _text, strict=False),
     Source(kinds.RECEIPT, "receipt.json", "check-receipt", _json, 60),
     Source(kinds.GRAPH, "bundle/decoder.onnx", "lint", graphs.graph_damaged, 160, strict=False),
     Source(kinds.GRAPH, "bundle/decoder.onnx", "lint --prove", graphs.graph_damaged, 40, strict=False),

@@ -152,8 +152,11 @@ def _dynamic(world: World, given: Materials) -> None:
 
 
 def _measured(world: World, _: Materials) -> None:
-    """A bundle with reports of every command that leaves one, and an evaluation beside it."""
+    """A bundle with a golden request and reports of every command that leaves one, and an evaluation beside it."""
+    from gap_export.pipeline.golden import add_golden
+
     shutil.copytree(world.path("dynamic"), world.folder / "measured")
+    add_golden(world.folder / "measured")
     place = world.folder.parent / "measuring"
     (place / "work").mkdir(parents=True)
     world.copy(("measured", "annotations", "images", "checkpoint", "prose.txt"), place / "work")
@@ -225,6 +228,12 @@ def _receipt(world: World, _: Materials) -> None:
         engine.close()
         assert isinstance(result, Result)
         receipt_of(model.bundle, work, 0, [image], result, None).write(world.folder / "receipt.json")
+
+
+def _keys(world: World, _: Materials) -> None:
+    keys = world.folder / "keys.txt"
+    keys.write_text("# of tests\n0123456789abcdef\n")
+    keys.chmod(0o600)
 
 
 def _prose(world: World, _: Materials) -> None:
@@ -345,6 +354,7 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "worded": _worded,
     "proven": _proven,
     "receipt.json": _receipt,
+    "keys.txt": _keys,
     "prose.txt": _prose,
     "image.png": _image,
     "images": _images,

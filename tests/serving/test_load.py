@@ -64,7 +64,7 @@ def served(shapes_bundle: Bundle) -> Iterator[Served]:
             Service(engine, "shapes", metrics=metrics),
             HttpSettings(connections_per_address=0),
             ServerOptions(port=0),
-            on_listening=up.set,
+            on_listening=lambda _: up.set(),
         )
         thread = threading.Thread(target=server.run, args=([listening],), name="server")
         thread.start()

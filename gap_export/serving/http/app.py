@@ -25,7 +25,6 @@ from gap_export.serving.http.openapi import EVERY, body_of, describe, failures
 from gap_export.serving.http.page import page_routes
 from gap_export.serving.http.settings import HttpSettings
 from gap_export.serving.images import RequestImages
-from gap_export.serving.remote_images import RemoteImages
 from gap_export.serving.service import Service
 from gap_export.serving.work import Refused
 
@@ -42,9 +41,6 @@ def create_app(service: Service, settings: HttpSettings) -> FastAPI:
 
     Returns:
         An ASGI application; connections are the server's to bound, see `connections`.
-
-    Raises:
-        InputError: a domain that is none.
     """
     app = FastAPI(
         title="gap-export serve",
@@ -53,8 +49,7 @@ def create_app(service: Service, settings: HttpSettings) -> FastAPI:
         redirect_slashes=False,
         openapi_url="/openapi.json",
     )
-    remote = RemoteImages(settings.domains) if settings.domains else None
-    images = RequestImages(settings.images, remote)
+    images = RequestImages(settings.images, settings.remote)
     _add_questions(app, service, settings, images)
     _add_facts(app, service, settings)
     app.router.routes.extend(page_routes(settings.page))

@@ -12,13 +12,11 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gap_export.errors import InputError
-from gap_export.files import is_file
-from gap_export.files.kinds import FileKind
+from gap_export.files import is_file, kinds
 from gap_export.files.read import read_text
 from gap_export.serving.http.errors import HttpError
 
 _KEY = re.compile(r"[!-~]{8,512}")
-_KEYS = FileKind("a file of keys", 2**20, InputError, "write one key a line")
 _FREE = ("/v1/health/live", "/v1/health/ready")
 METRICS = "/metrics"
 
@@ -55,7 +53,7 @@ class Keys:
         Raises:
             InputError: it cannot be read, or has no key.
         """
-        lines = (line.strip() for line in read_text(path, _KEYS).splitlines())
+        lines = (line.strip() for line in read_text(path, kinds.KEYS).splitlines())
         return cls([line for line in lines if line and not line.startswith("#")])
 
     def hold(self, key: bytes) -> bool:

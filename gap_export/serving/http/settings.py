@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gap_export.serving.http.auth import Keys
 from gap_export.serving.images import ImageBounds
+from gap_export.serving.remote_images import RemoteImages
 
 PAGE = Path(__file__).parent.parent / "page"
 """Files of the page to try a server with."""
@@ -21,7 +22,7 @@ class HttpSettings:
         protect_metrics: whether metrics ask for a key too.
         deadline: seconds that a request may take from its admission to its last token.
         images: bounds of images.
-        domains: hosts that images may be fetched from.
+        remote: fetches images of allowed hosts; None where none is.
         body_bytes: most bytes of a body.
         body_seconds: within which a body must have come.
         bodies_bytes: most bytes of the bodies of all requests that are open.
@@ -40,7 +41,7 @@ class HttpSettings:
     protect_metrics: bool = False
     deadline: float = 60.0
     images: ImageBounds = field(default_factory=ImageBounds)
-    domains: tuple[str, ...] = ()
+    remote: RemoteImages | None = None
     body_bytes: int = 20 * 2**20
     body_seconds: float = 30.0
     bodies_bytes: int = 512 * 2**20

@@ -29,7 +29,7 @@ Serve = Callable[..., Running]
 def running_server(service: Service, settings: HttpSettings, **options: Any) -> Iterator[Running]:
     """A server in a thread, as it is in a process; at the end it does not empty its engine, which others use."""
     listening, up = listen(ServerOptions(port=0)), threading.Event()
-    server = Server(service, settings, ServerOptions(port=0, **options), on_listening=up.set)
+    server = Server(service, settings, ServerOptions(port=0, **options), on_listening=lambda _: up.set())
     thread = threading.Thread(target=server.run, args=([listening],), name="server")
     thread.start()
     assert up.wait(SECONDS)

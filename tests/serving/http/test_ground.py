@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from gap_export.bundle.golden import renumbered
 from gap_export.runtime.model import Model
 from gap_export.serving.images import ImageBounds
+from gap_export.serving.metrics import ServerMetrics
 from gap_export.serving.receipts import receipt_of
 from tests.serving.http.conftest import Serve
 from tests.serving.http.serving_http import Running, data_url, noise
@@ -109,6 +111,22 @@ def test_receipts_are_given_where_they_are_made(
     receipts = [result["receipt"] for result in ground(server, **body)["results"]]
     assert [receipt["expression"] for receipt in receipts] == body["expressions"]
     assert receipts[0]["images"][0]["size"] == [96, 96]
+
+
+def test_an_answer_that_stands_elsewhere_is_not_given_a_receipt(
+    serve: Serve, scene: Scene, scene_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ids are renumbered on the way into the session, as by a fault in it."""
+    metrics = ServerMetrics()
+    server = serve(service={"receipt_of": receipt_of, "metrics": metrics})
+    monkeypatch.setattr("gap_export.serving.http.ground.placed_by", lambda *_: renumbered)
+    body = {"image": scene_url, "expression": scene[1]}
+    status, message, _ = refused(server, **body, receipt=True)
+    assert (status, "failed to answer" in message) == (503, True)
+    assert metrics.registry.get_sample_value("gap_receipt_mismatch_total") == 1
+    monkeypatch.undo()
+    assert ground(server, **body, receipt=True)["results"][0]["receipt"]
+    assert metrics.registry.get_sample_value("gap_receipt_mismatch_total") == 1
 
 
 @pytest.mark.parametrize(
