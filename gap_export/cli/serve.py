@@ -177,4 +177,3 @@ def serve(
         on_listening=lambda server: out.write_line(f"serving {server.name} at {server.address}"),
         tell=console.say,
     )
-

@@ -98,7 +98,9 @@ class ServerMetrics:
         )
         self._tokens = Counter("gap_generation_tokens", "Tokens of answers.", registry=registry)
         self._mismatches = Counter(
-            "gap_receipt_mismatch", "Answers that were not computed as their receipt would have said.", registry=registry
+            "gap_receipt_mismatch",
+            "Answers that were not computed as their receipt would have said.",
+            registry=registry,
         )
         for counter, label, values in (
             (self._succeeded, "finish_reason", ("stop", "length")),

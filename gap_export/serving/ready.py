@@ -25,7 +25,7 @@ from gap_export.errors import BundleError, GapExportError, GateError, InputError
 from gap_export.positions import Placement, PositionPolicy
 from gap_export.runtime.grounder import Grounder
 from gap_export.serving.engine import Engine
-from gap_export.serving.work import Expression, Result, Work
+from gap_export.serving.work import Expression, Refused, Result, Work
 
 _SECONDS = 600.0
 """After which a session counts as one that does not answer."""
@@ -172,6 +172,7 @@ class _Golden:
 
         Raises:
             GateError: there is none.
+            Refused: the engine is told to stop.
         """
         chosen = self._bundle.manifest.pruning.keep_range is not None
         work = Work(
@@ -184,6 +185,8 @@ class _Golden:
             perturb=perturb,
         )
         (outcome,) = self._engine.submit(work).result()
+        if isinstance(outcome, Refused) and outcome.reason == "draining":
+            raise outcome
         if isinstance(outcome, GapExportError):
             raise self._failed(
                 f"does not answer its golden request: {outcome.subject}: {outcome.message}"

@@ -1,6 +1,6 @@
 """A bundle, served over HTTP until it is told to stop: `gap-export serve` is this function.
 
-    bundle -> refused, or loaded -> listening -> the very session checked: ready -> SIGTERM: what was admitted is answered
+bundle -> refused, or loaded -> listening -> the very session checked: ready -> SIGTERM: what was admitted is answered
 """
 
 from __future__ import annotations
@@ -86,7 +86,11 @@ def serve(
         SessionError: there is no such backend, or it failed.
         MissingRequirementError: the runtime is not installed.
     """
-    limits, settings, options = limits or EngineLimits(), settings or HttpSettings(), options or ServerOptions()
+    limits, settings, options = (
+        limits or EngineLimits(),
+        settings or HttpSettings(),
+        options or ServerOptions(),
+    )
     _check_names(names)
     _check_host(options.host, settings.keys is not None or allow_anonymous)
     opened = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).written_as(box_format)
@@ -116,9 +120,7 @@ def serve(
         service = Service(
             engine, first, aliases=tuple(aliases), check=check, metrics=metrics, receipt_of=receipt_of
         )
-        server = Server(
-            service, settings, options, on_listening=on_listening, on_ready=lambda: tell("ready")
-        )
+        server = Server(service, settings, options, on_listening=on_listening, on_ready=lambda: tell("ready"))
         server.run([listening])
     if server.failure is not None:
         raise server.failure

@@ -21,6 +21,7 @@ from gap_export.serving.http.app import create_app
 from gap_export.serving.http.connections import bounded_protocol
 from gap_export.serving.http.settings import HttpSettings
 from gap_export.serving.service import Service
+from gap_export.serving.work import Refused
 
 _KEEP_ALIVE_SECONDS = 15
 _LAST_WRITES_SECONDS = 10
@@ -165,7 +166,10 @@ class Server(uvicorn.Server):
         try:
             self._service.prove()
         except GapExportError as error:
-            self.failure = error
+            is_stopped = isinstance(error, Refused) and error.reason == "draining" and self._stop_asked
+            self.failure = (
+                None if is_stopped else error
+            )  # one that is told to stop before it is ready has not failed
             self.stop()
         except Exception as error:
             self.failure = SessionError(

@@ -39,11 +39,7 @@ def sample(world: World, parameters: Iterable[Parameter], *, seed: int, count: i
     commands = dict.fromkeys(parameter.command for parameter in parameters)
     origins: list[Callable[[], Iterable[Case]]] = [
         *(partial(of_parameter, parameter) for parameter in parameters),
-        *(
-            partial(of_source, source, world, seed, 0.1)
-            for source in SOURCES
-            if _is_quickly_made(source)
-        ),
+        *(partial(of_source, source, world, seed, 0.1) for source in SOURCES if _is_quickly_made(source)),
         *(partial(of_surroundings, command) for command in commands if command not in _SLOW),
     ]
     for origin in rng.sample(origins, count):

@@ -80,6 +80,7 @@ def test_every_runtime_answers_alike(
     check_same(engine, shapes_alone, works)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_decoders_that_drop_tokens_serve_one_at_a_time(
     backend: str, deep_bundle: BuildBundle, open_engine: OpenEngine
@@ -95,6 +96,7 @@ def test_decoders_that_drop_tokens_serve_one_at_a_time(
         check_same(engine, model, works_of([noise(each) for each in range(4)]))
 
 
+@pytest.mark.long
 def test_images_that_decide_themselves_are_served_one_at_a_time(
     tiny_bundle: BuildBundle, open_engine: OpenEngine
 ) -> None:

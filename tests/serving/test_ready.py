@@ -118,6 +118,7 @@ def test_boxes_are_compared_as_the_bundle_has_them_whatever_answers_are_read_as(
     assert report(shapes_bundle.written_as("bbox_1000")).right > 0.99
 
 
+@pytest.mark.long
 def test_decoders_that_drop_tokens(deep_bundle: BuildBundle, copied: Callable[[Bundle], Path]) -> None:
     folder = copied(deep_bundle(pruner="fastv"))
     golden = add_golden(folder).golden

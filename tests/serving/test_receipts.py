@@ -121,6 +121,7 @@ def test_answers_that_were_drawn_are_drawn_again(tiny_bundle: BuildBundle) -> No
     assert "tokens" in drawn.check(sealed(other)).contradicted
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [{"pruner": "trim"}, {"pruner": "prumerge", "keep": "adaptive"}, {"precision": "fp16"}],

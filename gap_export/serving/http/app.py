@@ -28,7 +28,6 @@ from gap_export.serving.images import RequestImages
 from gap_export.serving.service import Service
 from gap_export.serving.work import Refused
 
-_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -81,8 +80,8 @@ def _add_questions(app: FastAPI, service: Service, settings: HttpSettings, image
             methods=["POST"],
             name=path.rpartition("/v1/")[2].replace("/", "_"),
             response_class=Response,
-            responses={**failures(*EVERY), 200: _json(said)},
-            openapi_extra={**body_of(body), "security": [{"key": []}] if settings.keys else []},
+            responses={**failures(*EVERY), 200: _answer(said, streams=body is ChatRequest)},
+            openapi_extra={**body_of(body, service.name), "security": [{"key": []}] if settings.keys else []},
         )
 
 
@@ -103,7 +102,7 @@ def _add_facts(app: FastAPI, service: Service, settings: HttpSettings) -> None:
             name=name,
             response_class=Response,
             responses={**failures(400, 401, 404, 429, 431, 503), 200: {"description": said}},
-            openapi_extra={"parameters": [_MODEL]} if name == "model" else None,
+            openapi_extra={"parameters": [_model(service.name)]} if name == "model" else None,
         )
     for aliases, endpoint in ((LIVE_ALIASES, health.live), (READY_ALIASES, health.ready)):
         for path in aliases:
@@ -119,8 +118,15 @@ def _endpoint(call: Endpoint) -> Endpoint:
     return endpoint
 
 
-def _json(said: str) -> dict[str, object]:
-    return {"description": said, "content": {"application/json": {"schema": {"type": "object"}}}}
+def _answer(said: str, *, streams: bool) -> dict[str, object]:
+    content: dict[str, object] = {"application/json": {"schema": {"type": "object"}}}
+    if streams:
+        content["text/event-stream"] = {}
+    return {"description": said, "content": content}
+
+
+def _model(name: str) -> dict[str, object]:
+    return {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}, "example": name}
 
 
 async def _of_http(request: Request, error: Exception) -> Response:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from PIL import Image
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -46,18 +49,30 @@ _SAID = {
 }
 
 
-def body_of(model: type[BaseModel]) -> dict[str, Any]:
+def body_of(model: type[BaseModel], name: str) -> dict[str, Any]:
     """What an endpoint's `openapi_extra` says of its body.
 
     Args:
         model: that bodies are checked with.
+        name: of what is served, for the example.
     """
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}},
-        }
-    }
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    content = {"schema": schema, "example": _example(model, name)}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
+
+
+def _example(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """A body that is answered, about a small image of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 40, 40)).save(buffer, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    question = "the red circle"
+    if model is GroundRequest:
+        return {"image": url, "expression": question}
+    if model is InferRequest:
+        return {"input": [{"type": "image_url", "url": url}], "labels": [question]}
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    return {"model": name, "messages": [{"role": "user", "content": parts}], "max_tokens": 8}
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -173,10 +173,10 @@ def _of_fields(url: str, expression: str) -> Iterator[Payload]:
     }
     for name, fields in wrong.items():
         yield Payload(f"field: {name}", _json(**{"image": url, "expression": expression, **fields}))
-    yield Payload("field: 400 digits", b'{"image": "x", "expression": "a", "keep": ' + str(HUGE).encode() + b"}")
     yield Payload(
-        "field: 17 expressions", _json(image=url, expressions=[expression] * 17)
+        "field: 400 digits", b'{"image": "x", "expression": "a", "keep": ' + str(HUGE).encode() + b"}"
     )
+    yield Payload("field: 17 expressions", _json(image=url, expressions=[expression] * 17))
     yield Payload("field: 10,000 expressions", _json(image=url, expressions=["a"] * 10_000))
     yield Payload("infer: no labels", _json(input=[{"type": "image_url", "url": url}], labels=[]), INFER)
     yield Payload("infer: no images", _json(input=[], labels=["a"]), INFER)
@@ -267,7 +267,9 @@ def _of_headers(body: bytes) -> Iterator[Payload]:
     yield Payload("header: a form", body, headers={"Content-Type": "multipart/form-data; boundary=x"})
     yield Payload("header: compressed", zlib.compress(body), headers={**kinds, "Content-Encoding": "gzip"})
     yield Payload("header: 100 kB", body, headers={**kinds, "X-Long": "x" * 100_000})
-    yield Payload("header: a number of its own", body, headers={**kinds, "X-Request-Id": "a\tb"}, accepted=True)
+    yield Payload(
+        "header: a number of its own", body, headers={**kinds, "X-Request-Id": "a\tb"}, accepted=True
+    )
     yield Payload("header: odd keys", body, headers={**kinds, "Authorization": "Bearer \xff"}, accepted=True)
     yield Payload("body: more than may be", b" " * (21 * 2**20), headers=kinds)
     yield Payload("path: above", b"", "/..%2f..%2fetc/passwd", method="GET")

@@ -82,7 +82,9 @@ def golden(scene: tuple[Image.Image, str], scene_url: str) -> dict[str, Any]:
     return {"image": scene_url, "expression": scene[1]}
 
 
-def known_answer(http: httpx.Client, golden: dict[str, Any], alone: Model, image: Image.Image) -> dict[str, Any]:
+def known_answer(
+    http: httpx.Client, golden: dict[str, Any], alone: Model, image: Image.Image
+) -> dict[str, Any]:
     known: dict[str, Any] = http.post("/v1/ground", json=golden).json()["results"][0]
     answer = alone.ground(image, golden["expression"])
     assert [tuple(box["pixels"]) for box in known["boxes"]] == list(answer.boxes)
@@ -139,19 +141,20 @@ def test_all_of_them(
 
 @pytest.mark.long
 def test_the_schema_says_what_is_answered(process: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
-    """Schemathesis makes requests of the OpenAPI document, right and wrong ones, and holds the answers against it."""
+    """Schemathesis makes requests of the OpenAPI document, right and wrong ones, and holds the answers against it; that a text is an image, no schema can say."""
     _, url = process
     with httpx.Client(base_url=url, timeout=SECONDS) as http:
         wait_for(lambda: http.get("/v1/health/ready").status_code == 200, "it is ready")
+    har = tmp_path / "requests.har"
     program = str(Path(sys.executable).parent / "schemathesis")
     done = subprocess.run(
-        [program, "run", f"{url}/openapi.json", "--checks", "all", "--max-examples", "50", "--seed", "1", "--workers", "1",
-         "--request-timeout", "20", "--report", "har", "--report-dir", str(tmp_path)],
+        [program, "run", f"{url}/openapi.json", "--exclude-checks", "positive_data_acceptance", "--max-examples", "50", "--seed", "1", "--workers", "1",
+         "--request-timeout", "20", "--report-har-path", str(har)],
         cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
-    (har,) = tmp_path.glob("*.har")
     entries = json.loads(har.read_text())["log"]["entries"]
     statuses = [entry["response"]["status"] for entry in entries]
     assert len(statuses) > 300
+    assert 200 in statuses
     assert not [status for status in statuses if status >= 500 and status != 503]
     assert done.returncode == 0, done.stdout[-4000:]

@@ -68,6 +68,15 @@ def test_a_process_serves_until_it_is_told_to_stop(
     assert "Traceback" not in messages
 
 
+def test_a_process_that_is_told_to_stop_before_it_is_ready_has_not_failed(
+    served: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, _ = served
+    process.send_signal(signal.SIGTERM)
+    _, messages = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, messages
+
+
 def refused(*arguments: str, code: str | None = None) -> str:
     command = [*COMMAND, *arguments] if code is None else [sys.executable, "-c", code, "serve", *arguments]
     done = subprocess.run(
