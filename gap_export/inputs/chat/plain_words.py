@@ -21,7 +21,7 @@ from gap_export.inputs.tokenizer import tokenizer_errors
 
 _FIRST, _LAST, _DIGITS = 0xE100, 0xF8FF, 0xE000
 """Characters of private use: no normaliser changes them, no template trims them or changes their case."""
-_NONCE_LENGTH, _BASE = 8, 128
+_NONCE_LENGTH, _BASE = 12, 128
 
 
 class PlainWords:
@@ -44,12 +44,10 @@ class PlainWords:
             for id_ in sorted({*special, *guarded})
         )
         self._names = {name: id_ for id_, name in held if name}
-        nonce = "".join(chr(_FIRST + secrets.randbelow(_LAST - _FIRST + 1)) for _ in range(_NONCE_LENGTH))
-        self._hidden = {name: f"{nonce}{_number(2 * n)}{nonce}" for n, name in enumerate(self._names)}
-        self._random = {name: f"{nonce}{_number(2 * n + 1)}{nonce}" for n, name in enumerate(self._names)}
-        self._marker = f"{nonce}{_number(2 * len(self._names))}"
-        self._border = f"{nonce}{_number(2 * len(self._names) + 1)}{nonce}"
-        self._nonce = nonce
+        # All have nothing in common: the end of one, what somebody wrote, and the beginning of the next make up no third.
+        self._hidden = {name: _nonce() for name in self._names}
+        self._random = {name: _nonce() for name in self._names}
+        self._border, self._marker, self._marker_end = _nonce(), _nonce(), _nonce()
         self._heads = {name[:end] for name in self._names for end in range(1, len(name))}
         self._tails = {name[start:] for name in self._names for start in range(1, len(name))}
         self._longest = max(map(len, self._names), default=0)
@@ -75,7 +73,7 @@ class PlainWords:
 
     def marker(self, number: int) -> str:
         """A text that stands in no other: for what is put into a rendered conversation afterwards."""
-        return f"{self._marker}{_number(number)}{self._nonce}"
+        return f"{self._marker}{_number(number)}{self._marker_end}"
 
     def revealed(self, rendered: str) -> str:
         """A rendered text, or a piece of it, as `encode` takes it: the template's names replaced by random ones, people's put back."""
@@ -86,6 +84,11 @@ class PlainWords:
         """Token ids of what `revealed` gave, without any that the tokenizer adds by itself."""
         with tokenizer_errors("the conversation", "cannot be split into tokens"):
             return self._renamed.encode(revealed, add_special_tokens=False)
+
+
+def _nonce() -> str:
+    """A text that stands in no other, random and of private use."""
+    return "".join(chr(_FIRST + secrets.randbelow(_LAST - _FIRST + 1)) for _ in range(_NONCE_LENGTH))
 
 
 def _parts(merge: str | list[str]) -> set[str]:

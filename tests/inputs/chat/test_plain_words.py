@@ -139,6 +139,13 @@ def check_tokens_of_the_template(
     assert guarded(ids) == expected
 
 
+@every_kind
+def test_numbers_that_names_could_be_hidden_by_are_words(kind: str, normalized: bool) -> None:
+    """Characters of private use between two names that are hidden, or a template's and one of those."""
+    for said in (("\ue000", "\ue000<unk>"), ("<unk>\ue000\ue001", "<unk>"), ("\ue000\ue001", "")):
+        check_tokens_of_the_template(kind, normalized, ("<s>", "", "<s>"), said)
+
+
 texts_of_template = st.lists(of_template | plain, max_size=3).map("".join)
 templates, sayings = st.tuples(of_template, of_template, of_template), st.tuples(anything, anything)
 few, many = settings(max_examples=8), settings(max_examples=700)
