@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.hostile.calls import Call, call, calls_of
+from tests.hostile.calls import CALLS, Call, call, calls_of
 from tests.hostile.child import PLAIN, Environment
 from tests.hostile.commands import Meaning, Parameter
 from tests.hostile.nodes import TO_READ, TO_WRITE, Node
@@ -157,8 +157,11 @@ _UNREAD = {
     "eval --images": "images that are not there are skipped, and said to be",
 }
 """Paths that a call need not read, and why."""
-_HOLDS_THEM = {("recommend --images", "the folder above")}
-"""Images are found below a folder, however far."""
+_HOLDS_THEM = {
+    ("recommend --images", "the folder above"),
+    ("serve --api-keys", "a file of another kind"),
+}
+"""Images are found below a folder, however far; and any line of text is a key."""
 
 
 def _reading(parameter: Parameter, twin: Call, node: Node) -> Case:
@@ -291,7 +294,7 @@ def of_surroundings(command: str) -> Iterator[Case]:
 def _around(twin: Call, around: Surroundings) -> Case:
     given = (
         replace(twin, options={**twin.options, "--json": True})
-        if around.as_json and twin.command != "report"
+        if around.as_json and any("--json" in each.options for each in CALLS if each.command == twin.command)
         else twin
     )
     return Case(
