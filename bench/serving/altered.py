@@ -13,7 +13,8 @@ from typing import Any
 
 from gap_export.cli import main
 from gap_export.errors import GapExportError
-from gap_export.serving.engine import Engine, NoObserver, Observer
+from gap_export.serving.engine import Engine
+from gap_export.serving.observer import NoObserver, Observer
 from gap_export.serving.work import Result
 
 LEAKED_BYTES = 4096

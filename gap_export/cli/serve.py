@@ -30,7 +30,6 @@ _MEBIBYTES = Bound(1, 1024)
 _MEGAPIXELS = Bound(0, 1000, whole=False, above=True)
 _SIDE = Bound(4, 32_768)
 _CONNECTIONS = Bound(0, 100_000)
-_QUEUE_PER_ROW = 4
 
 
 def serve(
@@ -52,7 +51,7 @@ def serve(
         int | None,
         typer.Option(
             **number(_QUEUE),
-            help="Most requests that wait; further ones are refused. By default 4 for each row.",
+            help="Most requests that wait; further ones are refused. By default 4 for each row that there is, 8 at least.",
         ),
     ] = None,
     deadline: Annotated[
@@ -166,7 +165,7 @@ def serve(
     run_server(
         bundle,
         names=(*([name] if name is not None else []), *(alias or [])),
-        limits=EngineLimits(rows=rows, queue=queue or _QUEUE_PER_ROW * rows, image_threads=image_threads),
+        limits=EngineLimits(rows=rows, queue=queue, image_threads=image_threads),
         settings=settings,
         options=ServerOptions(host, port, drain_grace),
         allow_anonymous=allow_anonymous,

@@ -68,6 +68,9 @@ TEXT = FileKind("a text", 16 * _MB, InputError, "give a file of prose in UTF-8")
 RECEIPT = FileKind(
     "a receipt", 16 * _MB, InputError, "give the `receipt` of an answer, as the server sent it"
 )
+MESSAGES = FileKind(
+    "a conversation", 64 * _MB, InputError, "give the `messages` that were sent, or the whole body, as JSON"
+)
 KEYS = FileKind("a file of keys", _MB, InputError, "write one key a line")
 IMAGE = FileKind("an image", 512 * _MB, InputError, "give an image file: JPEG, PNG, WebP, BMP, ...")
 
@@ -94,6 +97,7 @@ FILE_KINDS = (
     PREDICTIONS,
     TEXT,
     RECEIPT,
+    MESSAGES,
     KEYS,
     IMAGE,
 )

@@ -24,7 +24,7 @@ CALM_SECONDS = 5.0
 
 
 class Adapt:
-    """Which ratio a request is answered with that chose none; may be used from any thread. It is an `engine.ChooseKeep`.
+    """Which ratio a request is answered with that chose none; may be used from any thread. It is a `choose_keep.ChooseKeep`.
 
     Args:
         ratios: that may be taken.
@@ -79,7 +79,7 @@ class Adapt:
         """The ratio of a request that begins.
 
         Args:
-            oldest_wait: seconds that the oldest request in the queue has waited.
+            oldest_wait: seconds that a request has waited for others to be begun, the longest of all.
         """
         with self._lock:
             now = self._now()

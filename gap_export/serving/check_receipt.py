@@ -24,24 +24,19 @@ from gap_export.inputs.images import ImageSource, load_image
 from gap_export.inputs.prompt import decode_answer
 from gap_export.positions import Ids, PositionPolicy
 from gap_export.runtime.answer.text_stream import TextStream
-from gap_export.runtime.backends import open_session
-from gap_export.runtime.conversation.cache import SeenImages
-from gap_export.runtime.generate import encode
-from gap_export.runtime.grounder import Grounder, keep_counts
-from gap_export.runtime.model import Model
-from gap_export.serving.engine import Engine
-from gap_export.serving.limits import EngineLimits
+from gap_export.runtime.grounder import Grounder
+from gap_export.serving.messages import Messages, SentConversation, read_messages
 from gap_export.serving.placing import placed
 from gap_export.serving.receipts import (
     Receipt,
+    conversation_digest,
     digest_of,
     graph_hashes,
     image_digest,
     read_receipt,
 )
-from gap_export.serving.work import Expression, Result, Work
-
-_SECONDS = 3600.0
+from gap_export.serving.recomputed import Recomputed
+from gap_export.serving.work import Expression, Question, Result
 
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 """One image, several in their order, or none."""
@@ -55,11 +50,13 @@ class Line:
         name: what it is about.
         agrees: whether it is so; None where that cannot be told here.
         said: what was found, in words.
+        checked: whether it was looked at as far as a check can; not where something for that was not given.
     """
 
     name: str
     agrees: bool | None
     said: str
+    checked: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,14 +70,21 @@ class ReceiptCheck:
     lines: tuple[Line, ...]
 
     @property
-    def agrees(self) -> bool:
-        """Whether nothing contradicts the receipt."""
-        return all(line.agrees is not False for line in self.lines)
+    def agrees(self) -> bool | None:
+        """Whether everything was checked and nothing contradicts the receipt; None where nothing does, and a part could not be checked."""
+        if self.contradicted:
+            return False
+        return None if self.unchecked else True
 
     @property
     def contradicted(self) -> tuple[str, ...]:
         """Names of the lines that do not agree."""
         return tuple(line.name for line in self.lines if line.agrees is False)
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """Names of the lines that could not be checked: anything may stand there."""
+        return tuple(line.name for line in self.lines if not line.checked)
 
 
 def check_receipt(
@@ -89,6 +93,7 @@ def check_receipt(
     image: Images = None,
     expression: str | None = None,
     *,
+    messages: Messages | None = None,
     threads: int = 0,
 ) -> ReceiptCheck:
     """Compute what a receipt says, and compare.
@@ -98,29 +103,47 @@ def check_receipt(
         receipt: as an answer had it, or a JSON file of it.
         image: that was asked about; a list of several, in their order; None of an answer without one.
         expression: that was asked; by default the one in the receipt.
+        messages: of a conversation, as they were sent: OpenAI's list, the whole body of the request, or a JSON file of either. A receipt does
+            not hold them, and of its answer nothing can be checked without.
         threads: of ONNX Runtime; 0 lets it choose.
 
     Returns:
-        What agrees and what does not.
+        What agrees and what does not, and what could not be checked.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
-        InputError: receipt or image cannot be read.
+        InputError: receipt, image or messages cannot be read, or an expression is given besides messages.
+        MissingRequirementError: messages are given, and the serve extra is not installed.
     """
+    if expression is not None and messages is not None:
+        raise InputError(
+            "are given both",
+            subject="an expression and messages",
+            hint="give the one that was asked",
+        )
     said = read_receipt(receipt)
+    asked = None if messages is None else read_messages(messages)
     opened = open_bundle(bundle, every_hash=True)
     images = [load_image(each) for each in _sources(image)]
     checked = _Check(opened, said, images)
     checked.identity()
     checked.pruning()
-    checked.question(expression)
+    checked.question(expression, asked)
     checked.answer()
     try:
-        with closing(_Recomputed(checked.bundle, said, images, threads)) as recomputed:
-            checked.computed(recomputed, expression)
+        with closing(Recomputed(checked.bundle, said, images, threads)) as recomputed:
+            checked.computed(recomputed, _question(said, expression, asked))
     except GapExportError as error:
         checked.add("computed again", agrees=False, said=in_one_line(f"{error.subject}: {error.message}"))
     return ReceiptCheck(tuple(checked.lines))
+
+
+def _question(receipt: Receipt, expression: str | None, asked: SentConversation | None) -> Question | None:
+    """What is to be answered again; None where it is neither given nor in the receipt."""
+    if asked is not None:
+        return asked.conversation
+    text = receipt.expression if expression is None else expression
+    return None if text is None else Expression(text)
 
 
 def _sources(image: Images) -> list[ImageSource]:
@@ -128,72 +151,6 @@ def _sources(image: Images) -> list[ImageSource]:
     if image is None:
         return []
     return list(image) if isinstance(image, list | tuple) else [image]
-
-
-class _Recomputed:
-    """The bundle, loaded to answer what a receipt is of."""
-
-    def __init__(self, bundle: Bundle, receipt: Receipt, images: Sequence[Image.Image], threads: int) -> None:
-        self._receipt, self._images = receipt, images
-        self.model = Model(bundle, open_session(bundle, "onnxruntime", threads=threads))
-        self.keep = receipt.keep_used if bundle.manifest.pruning.keep_range is not None else None
-
-    def close(self) -> None:
-        """Give back all memory."""
-        self.model.close()
-
-    def batches(self) -> list[ImageBatch]:
-        """The images as the vision graph takes them, as many at a time as the bundle's prompt has.
-
-        Raises:
-            InputError: they are not as many.
-        """
-        step = self.model.grounder.images_per_prompt
-        if len(self._images) % step:
-            raise InputError(
-                f"were given, and this bundle takes {step} at a time",
-                subject=f"{len(self._images)} images",
-                hint="give those that were asked about",
-            )
-        return [
-            self.model.grounder.prepare(self._images[first : first + step])
-            for first in range(0, len(self._images), step)
-        ]
-
-    def kept(self, batches: Sequence[ImageBatch]) -> list[Ids]:
-        """What is kept of every image, where that depends on the image alone."""
-        manifest, found = self.model.bundle.manifest, list[Ids]()
-        with self.model.session.turn():
-            for batch in batches:
-                counts = keep_counts(manifest.pruning, manifest.spec, batch, self.keep)
-                seen = SeenImages(batch, counts)
-                seen.visual = encode(self.model.session, batch, keep_counts=counts)
-                found += seen.kept_indices()
-        return found
-
-    def ground(self, expression: str) -> Result:
-        """The answer to an expression.
-
-        Raises:
-            GapExportError: there is none.
-        """
-        work = Work(
-            questions=(Expression(expression),),
-            open_images=lambda: self._images,
-            images=len(self._images),
-            keep=self.keep,
-            options=self._receipt.options,
-            deadline=_SECONDS,
-            trace=True,
-        )
-        engine = Engine(self.model, EngineLimits(rows=1, queue=1))
-        try:
-            (outcome,) = engine.submit(work).result()
-        finally:
-            engine.close()
-        if isinstance(outcome, GapExportError):
-            raise outcome
-        return outcome
 
 
 class _Check:
@@ -216,6 +173,10 @@ class _Check:
     def add(self, name: str, *, agrees: bool | None, said: str) -> None:
         """A line."""
         self.lines.append(Line(name, agrees, said))
+
+    def leave_open(self, name: str, said: str) -> None:
+        """A line about what could not be checked."""
+        self.lines.append(Line(name, None, said, checked=False))
 
     def same(self, name: str, said: object, found: object, *, unit: str = "") -> None:
         """A line about two values that must be the same; hashes are shortened."""
@@ -264,8 +225,13 @@ class _Check:
             self.same(f"{name}, size", said.size, image.size)
             self.same(f"{name}, pixels", said.sha256, image_digest(image).sha256)
 
-    def question(self, expression: str | None) -> None:
-        """What was asked."""
+    def question(self, expression: str | None, asked: SentConversation | None) -> None:
+        """What was asked.
+
+        Args:
+            expression: where one is given.
+            asked: the conversation, where its messages are given.
+        """
         receipt = self._receipt
         if (receipt.expression is None) == (receipt.conversation_sha256 is None):
             self.add(
@@ -275,6 +241,18 @@ class _Check:
             )
         if expression is not None:
             self.same("expression", receipt.expression, expression)
+        if asked is not None:
+            self.same("conversation", receipt.conversation_sha256, conversation_digest(asked.conversation))
+        elif receipt.conversation_sha256 is not None and expression is None:
+            self.leave_open(
+                "conversation", "is not in the receipt: give the messages that were sent (--messages)"
+            )
+        if asked is not None and asked.sent is not None:
+            options = asked.sent.options
+            self.same("sampling", receipt.sampling, options.sampling)
+            self.same("stop texts", receipt.stop, options.stop)
+            self.same("longest answer", receipt.max_new_tokens, options.max_new_tokens)
+            self.same("keep of the request", receipt.keep_asked, asked.sent.keep)
 
     def answer(self) -> None:
         """The answer by itself: its text is that of its tokens, and its boxes those of its text."""
@@ -297,20 +275,19 @@ class _Check:
         boxes = grounder.boxes_in(text, self._images[-1].size) if self._images else ()
         self.same("boxes", receipt.boxes, boxes)
 
-    def computed(self, again: _Recomputed, expression: str | None) -> None:
-        """What was kept, where it stood, and what came of it, as far as the receipt tells what was asked.
+    def computed(self, again: Recomputed, question: Question | None) -> None:
+        """What was kept, where it stood, and what came of it, as far as it is known what was asked.
 
         Args:
             again: the bundle, loaded.
-            expression: that was asked, where it was given.
+            question: that was asked; None where that is not known.
 
         Raises:
             GapExportError: the bundle gives no answer to it.
         """
-        receipt, manifest = self._receipt, self.bundle.manifest
-        asked, batches = receipt.expression if expression is None else expression, again.batches()
-        if asked is not None:
-            result = again.ground(asked)
+        receipt, batches = self._receipt, again.batches()
+        if question is not None:
+            result = again.answer(question)
             assert result.trace is not None
             fault = result.trace.fault
             self.add(
@@ -321,13 +298,13 @@ class _Check:
             self.same("text lengths", receipt.text_lengths, result.trace.text_lengths)
             self._placement(batches, result.trace.kept_indices, result.trace.text_lengths)
             self._tokens(result)
-        elif manifest.text_tower is not None and batches:
-            self.add(
-                "kept tokens", agrees=None, said="depend on the conversation, which is not in the receipt"
-            )
+            return
+        if self.bundle.manifest.text_tower is not None and batches:
+            self.leave_open("kept tokens", "depend on the conversation")
         elif self._lengths_fit():
             self._placement(batches, again.kept(batches), receipt.text_lengths)
-            self.add("tokens", agrees=None, said="follow from the conversation, which is not in the receipt")
+        for name in ("text lengths", "sampling", "tokens", "finish reason"):
+            self.leave_open(name, "could be anything: what was asked is not known")
 
     def _lengths_fit(self) -> bool:
         """Whether the text that the receipt tells of fits into the bundle's cache, around the images that were given."""
@@ -370,7 +347,10 @@ class _Check:
         receipt = self._receipt
         self.same("finish reason", receipt.finish_reason, result.finish_reason)
         rounded = self.bundle.manifest.precision != "fp32"
-        if rounded and receipt.token_ids != result.ids and len(receipt.boxes) == len(result.boxes) > 0:
+        if rounded and receipt.expression is None and receipt.token_ids != result.ids:
+            words = f"differ, as {self.bundle.manifest.precision} may on another machine; of a free answer that cannot be told from a wrong one"
+            self.leave_open("tokens", words)
+        elif rounded and receipt.token_ids != result.ids and len(receipt.boxes) == len(result.boxes) > 0:
             shared = min(
                 overlap(said, found) for said, found in zip(receipt.boxes, result.boxes, strict=True)
             )

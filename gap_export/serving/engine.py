@@ -1,6 +1,6 @@
 """The engine: requests in, answers out, as many at once as the cache has rows.
 
-    submit -> (counted, or refused) -> images decoded by a few threads -> read into a row, one at a time -> all rows decoded together -> answers
+    submit -> (counted, or refused) -> images fetched and decoded by a few threads -> read into a row, one at a time -> all rows decoded together -> answers
 
 One thread owns the session. A request is read alone into its row; single tokens of all rows are fed in one call. Each row has counters of its own, its
 own share of visual tokens, its own way of choosing tokens, deadline and mark that its client has left. Questions of one request that begin alike share
@@ -17,95 +17,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gap_export.errors import GapExportError, SessionError
+from gap_export.errors import GapExportError, InputError, SessionError
 from gap_export.runtime.conversation.cache import ConversationCache
 from gap_export.runtime.model import Model
 from gap_export.runtime.session import Session
 from gap_export.serving.answering import Answer, Answering
+from gap_export.serving.choose_keep import BundlesOwn, ChooseKeep
 from gap_export.serving.lanes import Row, open_lane, single_because
 from gap_export.serving.limits import EngineLimits
+from gap_export.serving.observer import NO_OBSERVER, Observer
 from gap_export.serving.preparing import Preparing, Prompted
 from gap_export.serving.queue import Queue, Ready
 from gap_export.serving.work import Refused, Result, Ticket, Work
 
+_FETCH_JOIN_SECONDS = 1.0
+"""How long the end of threads that fetch is waited for: they wait for other servers, and hold nothing of this one."""
 _SWEEP_SECONDS = 0.05
 """How often deadlines of waiting requests are looked at."""
-
-
-class Observer(Protocol):
-    """Whoever counts what the engine does; called from several threads."""
-
-    def refused(self, reason: str) -> None:
-        """A request was not admitted, or given up; see `work.Reason`."""
-        ...
-
-    def answered(self, result: Result) -> None:
-        """An answer was given."""
-        ...
-
-    def failed(self, error: GapExportError) -> None:
-        """A question has an error for an answer."""
-        ...
-
-    def stepped(self, seconds: float, intervals: Sequence[float]) -> None:
-        """One token of several rows was decoded.
-
-        Args:
-            seconds: that the call took.
-            intervals: of every row, seconds since its token before.
-        """
-        ...
-
-
-class NoObserver:
-    """Counts nothing."""
-
-    def refused(self, reason: str) -> None:
-        """Nothing."""
-
-    def answered(self, result: Result) -> None:
-        """Nothing."""
-
-    def failed(self, error: GapExportError) -> None:
-        """Nothing."""
-
-    def stepped(self, seconds: float, intervals: Sequence[float]) -> None:
-        """Nothing."""
-
-
-class ChooseKeep(Protocol):
-    """Whoever chooses the fraction of visual tokens of requests that choose none."""
-
-    @property
-    def largest(self) -> float | None:
-        """The largest fraction that is ever chosen: requests must fit with it, so that whether one is answered does not depend on others."""
-        ...
-
-    def choose(self, oldest_wait: float) -> float | None:
-        """The fraction of a request that begins, of all its questions.
-
-        Args:
-            oldest_wait: seconds that the oldest request in the queue has waited.
-
-        Returns:
-            A fraction; None for the bundle's own.
-        """
-        ...
-
-
-class BundlesOwn:
-    """The bundle's own fraction, always."""
-
-    largest: float | None = None
-
-    def choose(self, oldest_wait: float) -> float | None:
-        """None: the bundle's own."""
-        return None
 
 
 @dataclass
@@ -128,9 +61,10 @@ class Engine:
     Attributes:
         bundle: of the model.
         limits: as given.
+        most_waiting: requests that wait to be begun; whoever comes then is refused.
         single_because: why requests are computed one at a time; None where they share a cache.
         fault: what ended the engine by itself; None while it works, and when it was closed.
-        images_decoded: so far; none of a request that was refused.
+        images_decoded: so far; none of a request that was refused, and none of a check.
         prompts_read: questions whose computation was begun so far.
         steps: calls for one token of all rows so far.
     """
@@ -144,7 +78,7 @@ class Engine:
         choose_keep: ChooseKeep | None = None,
     ) -> None:
         self.bundle, self.limits = model.bundle, limits
-        self._observer = observer or NoObserver()
+        self._observer = observer or NO_OBSERVER
         self._choose_keep = choose_keep or BundlesOwn()
         self._session: Session = model.session
         manifest = model.bundle.manifest
@@ -153,7 +87,10 @@ class Engine:
         self._answering = Answering(model)
         self._preparing = Preparing(model.bundle, model.grounder, self._answering.prompts)
         # Decoded images wait in memory: no more than the rows will soon take.
-        self._queue = Queue(limits.queue, 2 * self._lane.rows + limits.image_threads)
+        self.most_waiting = limits.waiting(self._lane.rows)
+        self._queue = Queue(
+            self.most_waiting, 2 * self._lane.rows + limits.image_threads, most_fetched=limits.fetch_threads
+        )
         self._rows: list[_Running] = []
         # The row that ended last, while another question of its request waits and what was read lies in the cache.
         self._spare: _Running | None = None
@@ -167,7 +104,11 @@ class Engine:
             threading.Thread(target=self._prepare_requests, name=f"gap-images-{number}", daemon=True)
             for number in range(limits.image_threads)
         ]
-        for thread in (self._thread, *self._decoders):
+        self._fetchers = [
+            threading.Thread(target=self._fetch_requests, name=f"gap-fetch-{number}", daemon=True)
+            for number in range(limits.fetch_threads)
+        ]
+        for thread in (self._thread, *self._decoders, *self._fetchers):
             thread.start()
 
     # From any thread
@@ -204,7 +145,7 @@ class Engine:
         return sum(row.answer.slot for row in list(self._rows)) / capacity
 
     def oldest_wait(self) -> float:
-        """Seconds that the oldest request in the queue has waited; 0 where none waits."""
+        """Seconds that a request has waited for others to be begun, the longest of all; see `Queue.oldest_wait`."""
         return self._queue.oldest_wait()
 
     def submit(self, work: Work, on_piece: Callable[[int, str], None] | None = None) -> Ticket:
@@ -220,12 +161,36 @@ class Engine:
         Raises:
             Refused: the queue is full, or the engine is being emptied or has failed; no image of it was decoded.
         """
-        ticket = Ticket(work, on_piece, self._client_left)
-        refusal = self._queue.admit(ticket)
+        return self.submit_all([work], on_piece)[0]
+
+    def submit_all(
+        self, works: Sequence[Work], on_piece: Callable[[int, str], None] | None = None
+    ) -> list[Ticket]:
+        """Admit requests that belong together: all of them at once, or none.
+
+        Args:
+            works: what is asked; each takes a place in the queue.
+            on_piece: told of every piece of every answer, from the engine's thread: quick, as all rows wait for it.
+
+        Returns:
+            Where the answers of each will be.
+
+        Raises:
+            InputError: the queue has fewer places, even when it is empty.
+            Refused: too few of them are free, or the engine is being emptied or has failed; no image was decoded.
+        """
+        if len(works) > self.most_waiting:
+            raise InputError(
+                f"has {len(works)} parts that wait each for itself, and {self.most_waiting} may wait",
+                subject="the request",
+                hint=f"ask at most {self.most_waiting} of them at once",
+            )
+        tickets = [Ticket(work, on_piece, self._client_left) for work in works]
+        refusal = self._queue.admit(*tickets)
         if refusal is not None:
-            self._observer.refused(refusal.reason)
+            self._observer_of(works[0]).refused(refusal.reason)
             raise refusal
-        return ticket
+        return tickets
 
     def check_admission(self) -> None:
         """Refuse as `submit` would by now: for whoever can do so before a request is read.
@@ -252,14 +217,24 @@ class Engine:
             timeout = 0.0
         return self._queue.wait(lambda: not len(self._queue) and not self._rows, timeout)
 
-    def close(self) -> None:
-        """Give up what is left, and end the engine's threads; closing again does nothing. On one of those threads, there is no waiting for them."""
+    def give_up(self) -> None:
+        """Give up what is left after the call that is being computed, and wait for nothing; `drain` ends by then."""
         self._stopping = True
         self._queue.close(_stops())
+
+    def close(self) -> None:
+        """Give up what is left, and end the engine's threads; closing again does nothing.
+
+        On one of those threads, there is no waiting for them; those that fetch images are not waited for long anywhere.
+        """
+        self.give_up()
         threads = (self._thread, *self._decoders)
-        if threading.current_thread() not in threads:
+        if threading.current_thread() not in (*threads, *self._fetchers):
             for thread in threads:
                 thread.join()
+            ends = time.monotonic() + _FETCH_JOIN_SECONDS
+            for thread in self._fetchers:
+                thread.join(max(0.0, ends - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self
@@ -272,6 +247,22 @@ class Engine:
         self._is_given_up(ticket)
         self._queue.leave(ticket)
 
+    # On threads that fetch images
+
+    def _fetch_requests(self) -> None:
+        while (ticket := self._queue.next_unfetched()) is not None:
+            complete = False
+            try:
+                if ticket.work.fetch is not None and not self._is_given_up(ticket):
+                    ticket.work.fetch(ticket.seconds_left)
+                    complete = True
+            except Exception as error:  # one request fails, and no other
+                if not self._is_given_up(ticket):
+                    self._fail(ticket, _as_told(error))
+            finally:
+                self._queue.finish_fetch(ticket, complete=complete)
+            del ticket  # a thread that waits holds nothing of a request
+
     # On threads that decode images
 
     def _prepare_requests(self) -> None:
@@ -283,6 +274,7 @@ class Engine:
                 self._fail(ticket, _as_told(error))
             finally:
                 self._queue.finish(ticket, ready)
+            del ticket, ready  # a thread that waits holds nothing of a request
 
     def _prepared(self, ticket: Ticket) -> Ready | None:
         """A request, ready to be begun; None where nothing of it can be."""
@@ -290,10 +282,11 @@ class Engine:
             return None
         work = ticket.work
         with self._counting:
-            self.images_decoded += work.images
+            self.images_decoded += 0 if work.is_check else work.images
         prepared = self._preparing.prepare(
             work, self._choose_keep.largest if work.keep is None else work.keep
         )
+        prepared.seconds += ticket.complete - ticket.admitted
         for number, error in prepared.faults.items():
             self._settle(ticket, number, error)
         if not prepared.prompts:
@@ -312,9 +305,10 @@ class Engine:
             ended_by = Refused("is not answered: the engine has failed", reason="broken")
         finally:
             for ticket in (*self._queue.end(ended_by), *(row.ticket for row in self._rows)):
-                self._give_up(ticket, ended_by)
+                self._fail(ticket, ended_by)
                 self._queue.leave(ticket)
             self._rows.clear()
+            self._spare = None
             self._queue.notify()
 
     def _work(self) -> None:
@@ -346,6 +340,7 @@ class Engine:
         """
         ready = self._queue.head()
         if ready is None:
+            self._spare = None  # its request has left the queue: nothing of it is to be kept
             return False
         ticket = ready.ticket
         if not self._is_given_up(ticket):
@@ -421,7 +416,9 @@ class Engine:
             return
         now = time.perf_counter()
         seconds = now - began
-        self._observer.stepped(seconds, [row.answer.fed(seconds, now) for row in rows])
+        intervals = [(row.answer.fed(seconds, now), row.ticket.work.is_check) for row in rows]
+        if counted := [interval for interval, is_check in intervals if not is_check]:
+            self._observer.stepped(seconds, counted)
         for row, logits_V in zip(rows, logits_BV, strict=True):
             self._take_token(row, logits_V)
 
@@ -475,24 +472,25 @@ class Engine:
             )
         else:
             return False
-        self._give_up(ticket, reason)
+        self._fail(ticket, reason)
         return True
 
-    def _give_up(self, ticket: Ticket, reason: Refused) -> None:
-        if ticket.settle_all(reason):
-            self._observer.refused(reason.reason)
-
     def _fail(self, ticket: Ticket, error: GapExportError) -> None:
-        if ticket.settle_all(error):
-            self._observer.failed(error)
+        """Every question without an outcome has this one."""
+        for _ in range(ticket.settle_all(error)):
+            self._observer_of(ticket.work).failed(error)
 
     def _settle(self, ticket: Ticket, number: int, outcome: Result | GapExportError) -> None:
         if not ticket.settle(number, outcome):
             return
+        observer = self._observer_of(ticket.work)
         if isinstance(outcome, Result):
-            self._observer.answered(outcome)
+            observer.answered(outcome)
         else:
-            self._observer.failed(outcome)
+            observer.failed(outcome)
+
+    def _observer_of(self, work: Work) -> Observer:
+        return NO_OBSERVER if work.is_check else self._observer
 
 
 def _stops() -> Refused:

@@ -19,11 +19,14 @@ from gap_export.files import readable_size
 from gap_export.inputs import image_memory
 from gap_export.inputs.images import FORMATS, load_image
 from gap_export.records import Record
-from gap_export.serving.remote_images import ImageRefused, RemoteImages
+from gap_export.serving.remote_images import ImageRefused, RemoteImage, RemoteImages
 
 _DATA = re.compile(r"data:image/[a-z0-9][a-z0-9.+-]{0,60};base64,", re.IGNORECASE | re.ASCII)
 _PIXEL_BYTES = 3
 """Of a decoded RGB image."""
+
+MOST_IMAGES = 64
+"""Of a request, whatever a server is set to take."""
 
 Content = Callable[[], bytes]
 """Gives the content of an image file; raises `ImageRefused`."""
@@ -44,7 +47,7 @@ class ImageBounds(Record):
     pixels: Annotated[int, Field(ge=16, le=10**9, strict=True)] = 40_000_000
     side: Annotated[int, Field(ge=4, le=32_768, strict=True)] = 16_384
     min_side: Annotated[int, Field(ge=1, le=64, strict=True)] = 4
-    images: Annotated[int, Field(ge=1, le=64, strict=True)] = 8
+    images: Annotated[int, Field(ge=1, le=MOST_IMAGES, strict=True)] = 8
 
 
 class RequestImages:
@@ -58,7 +61,7 @@ class RequestImages:
     def __init__(self, bounds: ImageBounds, remote: RemoteImages | None = None) -> None:
         self.bounds, self._remote = bounds, remote
 
-    def content(self, url: str, subject: str) -> Content:
+    def content(self, url: str, subject: str) -> Content | RemoteImage:
         """Where the bytes of an image are; neither decoded nor fetched.
 
         Args:
@@ -77,8 +80,8 @@ class RequestImages:
                     subject=subject,
                     hint="send the image itself: data:image/png;base64,...",
                 )
-            remote, target = self._remote, self._remote.check(url, subject)
-            return lambda: remote.fetch(target, self.bounds.encoded_bytes, subject)
+            target = self._remote.check(url, subject)
+            return RemoteImage(self._remote, target, self.bounds.encoded_bytes, subject)
         raise ImageRefused(
             "is no data URL of an image", subject=subject, hint="send data:image/png;base64,..."
         )
@@ -87,7 +90,7 @@ class RequestImages:
         """Decode the images of a request.
 
         Args:
-            contents: of them.
+            contents: of them; those of other servers were fetched.
             subjects: the fields that they stand in.
 
         Returns:

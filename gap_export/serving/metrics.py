@@ -25,11 +25,11 @@ from gap_export.errors import (
     SessionError,
 )
 from gap_export.serving.engine import Engine
-from gap_export.serving.work import Result
+from gap_export.serving.work import Refused, Result
 
-REJECTIONS = ("full", "draining", "broken")
+REJECTIONS = ("full", "draining", "broken", "not_ready", "other")
 """Why a request is not admitted."""
-FAILURES = ("deadline", "cancelled", "invalid", "runtime", "other")
+FAILURES = ("deadline", "cancelled", "draining", "invalid", "runtime", "other")
 """Why a question that was admitted has no answer."""
 STAGES = ("decode_image", "vision", "prefill", "decode")
 """Of an answer, as in `work.Spent`."""
@@ -41,7 +41,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ServerMetrics:
-    """Counts what an engine does; it is an `engine.Observer`.
+    """Counts what an engine does for clients; it is an `observer.Observer`.
 
     Attributes:
         registry: of these metrics and no others, so that several servers in a process do not share theirs.
@@ -65,7 +65,7 @@ class ServerMetrics:
         self._queue = _histogram(
             registry,
             "gap_request_queue_time_seconds",
-            "From admission until an answer was begun, decoding of images left out.",
+            "From admission until an answer was begun, fetching and decoding of images left out.",
         )
         self._stages = Histogram(
             "gap_stage_seconds",
@@ -132,11 +132,8 @@ class ServerMetrics:
     # Of the engine
 
     def refused(self, reason: str) -> None:
-        """A request was not admitted, or given up."""
-        if reason in REJECTIONS:
-            self._rejected.labels(reason=reason).inc()
-        else:
-            self._failed.labels(reason=reason if reason in FAILURES else "other").inc()
+        """A request was not admitted."""
+        self._rejected.labels(reason=reason if reason in REJECTIONS else "other").inc()
 
     def answered(self, result: Result) -> None:
         """An answer was given."""
@@ -154,14 +151,17 @@ class ServerMetrics:
             self._visual.labels(fate="pruned").inc(max(0, result.visual_tokens - result.kept))
 
     def failed(self, error: GapExportError) -> None:
-        """A question has an error for an answer."""
-        if isinstance(error, InputError | RecipeError):
+        """A question that was admitted has an error for an answer."""
+        reason: str
+        if isinstance(error, Refused):
+            reason = "runtime" if error.reason == "broken" else error.reason
+        elif isinstance(error, InputError | RecipeError):
             reason = "invalid"
         elif isinstance(error, SessionError | MissingRequirementError):
             reason = "runtime"
         else:
             reason = "other"
-        self._failed.labels(reason=reason).inc()
+        self._failed.labels(reason=reason if reason in FAILURES else "other").inc()
 
     def stepped(self, seconds: float, intervals: Sequence[float]) -> None:
         """One token of several rows was decoded."""
@@ -193,7 +193,7 @@ class _OfEngine(Collector):
             ("gap_kv_cache_usage_perc", "Share of the cache's slots in use, from 0 to 1.", engine.used_slots),
             (
                 "gap_queue_oldest_wait_seconds",
-                "How long the oldest waiting request has waited.",
+                "How long a request has waited for others to be begun, the longest of all; fetching and decoding of its images left out.",
                 engine.oldest_wait(),
             ),
         ):

@@ -47,7 +47,7 @@ class Prepared:
         batches: images as the vision graph takes them, one for every call of the splice graph.
         prompts: its questions, those left out that cannot be asked.
         faults: number of a question that cannot be asked -> why.
-        seconds: that decoding images took.
+        seconds: that fetching and decoding images took.
         seen: images as they were encoded; questions share them where the pruner does not tell them apart.
     """
 

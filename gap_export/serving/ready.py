@@ -1,14 +1,15 @@
 """Is this session right? It is asked before it serves: the very one that will.
 
-    hashes -> lint -> the golden request: the stored answer -> the same with wrong position ids: another answer
+    hashes -> lint -> the golden request: the stored answer -> in several rows at once: the same -> with wrong position ids: another answer
 
-A session that renumbers gives the answer of wrong ids, or does not notice them. Either way it never becomes ready.
+A session that renumbers gives the answer of wrong ids, or does not notice them. One that is wrong only where rows share a step, in rows behind the
+first, or in copies of rows, gives another answer there. None of these becomes ready.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gap_export.bundle.folder import Bundle, open_bundle
@@ -31,6 +32,8 @@ _SECONDS = 600.0
 """After which a session counts as one that does not answer."""
 _ROUNDED = {"bf16", "f16"}
 """Types of activations that a runtime was asked for, in its name: tokens of fp32 are not promised then."""
+_ROWS = 4
+"""Most rows that are asked at once: one that is read, copies of it, and one that is read beside them."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class ReadyReport:
         right: IoU with the stored box; where logits decide, the distance from the right ones, as a share of that of the wrong ones.
         perturbed: that of the answer with wrong ids.
         tokens_equal: whether all tokens are the stored ones; None where the precision does not promise it.
+        rows: how many have answered at once, each of them rightly.
         linted: names of the graphs that lint has passed.
         not_linted: why there are none; "" where there are.
         seconds: that it took.
@@ -51,6 +55,7 @@ class ReadyReport:
     right: float
     perturbed: float
     tokens_equal: bool | None
+    rows: int
     linted: tuple[str, ...]
     not_linted: str
     seconds: float
@@ -59,8 +64,9 @@ class ReadyReport:
         measure = "IoU" if self.decided_by == "boxes" else "distance of logits"
         lint = f"{len(self.linted)} graphs linted" if self.linted else f"not linted: {self.not_linted}"
         tokens = {True: ", tokens equal", False: ", tokens differ", None: ""}[self.tokens_equal]
+        together = f", the same in {self.rows} rows at once" if self.rows > 1 else ""
         return (
-            f"golden request: {measure} {self.right:.3f}{tokens}, with wrong ids {self.perturbed:.3f}; {lint}; "
+            f"golden request: {measure} {self.right:.3f}{tokens}, with wrong ids {self.perturbed:.3f}{together}; {lint}; "
             f"{self.seconds:.1f} s"
         )
 
@@ -132,8 +138,10 @@ def check_ready(bundle: Bundle, engine: Engine, *, allow_baselines: bool = False
     request = _Golden(reread, golden, engine)
     right = request.ask()
     measured, tokens_equal = request.measure(right), request.tokens_equal(right)
-    request.check_right(measured, tokens_equal)
-    request.check_placement(right)
+    request.check_right(right)
+    rows = min(engine.rows, _ROWS)
+    for answer in request.ask_in_rows(rows):
+        request.check_right(answer, where=f" in one of {rows} rows")
     perturbed = request.measure(request.ask(WRONG_IDS[golden.wrong_ids]))
     request.check_perturbed(perturbed)
     return ReadyReport(
@@ -141,6 +149,7 @@ def check_ready(bundle: Bundle, engine: Engine, *, allow_baselines: bool = False
         right=measured,
         perturbed=perturbed,
         tokens_equal=tokens_equal,
+        rows=rows,
         linted=linted,
         not_linted=not_linted,
         seconds=time.monotonic() - began,
@@ -174,24 +183,48 @@ class _Golden:
             GateError: there is none.
             Refused: the engine is told to stop.
         """
+        (answer,) = self._answers([self._work(perturb=perturb)])
+        return answer
+
+    def ask_in_rows(self, rows: int) -> list[Result]:
+        """The engine's answers in so many rows at once; none for a single one.
+
+        Args:
+            rows: how many: the questions of one request are read once and copied, and another is read behind them.
+
+        Raises:
+            GateError: there is none.
+            Refused: the engine is told to stop.
+        """
+        if rows == 1:
+            return []
+        works = [self._work(max(2, rows - 1)), self._work()]
+        return self._answers(works[: self._engine.most_waiting])
+
+    def _work(self, questions: int = 1, *, perturb: Callable[[Placement], Placement] | None = None) -> Work:
         chosen = self._bundle.manifest.pruning.keep_range is not None
-        work = Work(
-            questions=(Expression(self._golden.expression),),
+        return Work(
+            questions=(Expression(self._golden.expression),) * questions,
             open_images=lambda: self._images,
             images=len(self._images),
             keep=self._golden.keep if chosen else None,
             deadline=_SECONDS,
             trace=True,
             perturb=perturb,
+            is_check=True,
         )
-        (outcome,) = self._engine.submit(work).result()
-        if isinstance(outcome, Refused) and outcome.reason == "draining":
-            raise outcome
-        if isinstance(outcome, GapExportError):
-            raise self._failed(
-                f"does not answer its golden request: {outcome.subject}: {outcome.message}"
-            ) from outcome
-        return outcome
+
+    def _answers(self, works: Sequence[Work]) -> list[Result]:
+        answers = []
+        for outcome in [each for ticket in self._engine.submit_all(works) for each in ticket.result()]:
+            if isinstance(outcome, Refused) and outcome.reason == "draining":
+                raise outcome
+            if isinstance(outcome, GapExportError):
+                raise self._failed(
+                    f"does not answer its golden request: {outcome.subject}: {outcome.message}"
+                ) from outcome
+            answers.append(outcome)
+        return answers
 
     def measure(self, result: Result) -> float:
         """IoU with the stored box; where logits decide, the distance from the right ones."""
@@ -207,34 +240,32 @@ class _Golden:
             return None
         return result.ids == self._golden.right.token_ids
 
-    def check_right(self, measured: float, tokens_equal: bool | None) -> None:
-        """Refuse a session with another answer.
+    def check_right(self, result: Result, where: str = "") -> None:
+        """Refuse a session with another answer, or whose position ids do not follow from what was kept.
+
+        Args:
+            result: the answer.
+            where: it was made, for the error.
 
         Raises:
-            GateError: it has.
+            GateError: it has, or they do not.
         """
+        measured = self.measure(result)
         if self._golden.decided_by == "boxes" and measured < MIN_IOU:
             raise self._failed(
-                f"answers its golden request with another box than PyTorch: their IoU is {measured:.3f}, and {MIN_IOU} is required"
+                f"answers its golden request{where} with another box than PyTorch: their IoU is {measured:.3f}, and {MIN_IOU} is required"
             )
         if self._golden.decided_by == "logits" and not measured <= self._golden.tolerance:
             raise self._failed(
-                f"answers its golden request with other logits than PyTorch: their distance is {measured:.3f} of that of wrong ids, "
+                f"answers its golden request{where} with other logits than PyTorch: their distance is {measured:.3f} of that of wrong ids, "
                 f"and at most {self._golden.tolerance:g} is required"
             )
-        if tokens_equal is False:
-            raise self._failed("answers its golden request with other tokens than PyTorch")
-
-    def check_placement(self, result: Result) -> None:
-        """Refuse a session whose position ids do not follow from what was kept.
-
-        Raises:
-            GateError: they do not.
-        """
+        if self.tokens_equal(result) is False:
+            raise self._failed(f"answers its golden request{where} with other tokens than PyTorch")
         assert result.trace is not None
         if result.trace.fault is not None:
             raise self._failed(
-                f"places its golden request otherwise than its manifest says: {result.trace.fault}"
+                f"places its golden request{where} otherwise than its manifest says: {result.trace.fault}"
             )
 
     def check_perturbed(self, measured: float) -> None:

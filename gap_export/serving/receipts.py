@@ -123,7 +123,7 @@ def receipt_of(
     bundle: Bundle,
     work: Work,
     number: int,
-    images: Sequence[Image.Image],
+    images: Sequence[ImageDigest],
     result: Result,
     keep_asked: float | None,
 ) -> Receipt:
@@ -133,7 +133,7 @@ def receipt_of(
         bundle: that answered.
         work: the request.
         number: of the question in it.
-        images: of the request, RGB, as they were answered about.
+        images: digests of the request's, as they were answered about: see `image_digest`.
         result: the answer, with its trace.
         keep_asked: fraction that the client asked for; None where the bundle or the server chose.
 
@@ -154,7 +154,7 @@ def receipt_of(
         keep_used=result.keep,
         kept=result.kept,
         visual_tokens=result.visual_tokens,
-        images=tuple(image_digest(image) for image in images),
+        images=tuple(images),
         kept_indices_sha256=digest_of(trace.kept_indices),
         position_ids_sha256=digest_of([trace.position_ids]),
         text_lengths=trace.text_lengths,

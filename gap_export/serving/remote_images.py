@@ -26,9 +26,17 @@ _PORTS = {"https": 443, "http": 80}
 _PLAIN = re.compile(r"[!-\[\]-~]+")  # printable ASCII without blanks and backslashes
 _PLACE = re.compile(r"([a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?)(?::([0-9]{1,5}))?", re.IGNORECASE | re.ASCII)
 _PIECE_BYTES = 2**16
-_TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
-"""IPv6 addresses that lead to an IPv4 address of any kind."""
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All IPv6 addresses that hosts of the public network have; outside lie those of one's own network, and others that stand for an IPv4 address."""
+_NO_HOSTS = tuple(
+    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20"))
+)
+"""Of protocols and tunnels, and for documents; `ipaddress` calls some of them global."""
+_ISATAP = 0x5EFE
+"""In the middle of an IPv6 address: an IPv4 address of any kind follows."""
 
+SecondsLeft = Callable[[], float]
+"""Tells how long whoever asked still waits; 0 or less from when they no longer do."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Sequence[str]]
 """(name, port) -> every address that the name has."""
@@ -143,20 +151,24 @@ class RemoteImages:
             )
         return target
 
-    def fetch(self, target: Target, most_bytes: int, subject: str) -> bytes:
+    def fetch(self, target: Target, most_bytes: int, subject: str, left: SecondsLeft) -> bytes:
         """The content of an image.
 
         Args:
             target: checked.
             most_bytes: that it may have.
             subject: for messages.
+            left: how long it is waited for; nothing more is asked for when it is not.
 
         Raises:
             ImageRefused: it cannot be had, is too large, takes too long, or leads elsewhere.
         """
-        ends = time.monotonic() + self._seconds
+        seconds = min(self._seconds, max(0.0, left()))
+        ends = time.monotonic() + seconds
         try:
             for _ in range(MOST_REDIRECTS + 1):
+                if left() <= 0:
+                    raise TimeoutError
                 addresses = self._public(target, subject, ends)
                 found = self._get(target, addresses, most_bytes, subject, ends)
                 if isinstance(found, bytes):
@@ -166,9 +178,9 @@ class RemoteImages:
                     raise _not_fetched("leads from https to http", subject)
                 target = after
         except (OSError, http.client.HTTPException, ValueError):
-            late = time.monotonic() >= ends
+            late = time.monotonic() >= ends or left() <= 0
             raise _not_fetched(
-                f"was not there within {self._seconds:g} s" if late else "cannot be fetched", subject
+                f"was not there within {seconds:.3g} s" if late else "cannot be fetched", subject
             ) from None
         raise _not_fetched(f"is redirected more than {MOST_REDIRECTS} times", subject)
 
@@ -250,6 +262,34 @@ class RemoteImages:
             made.settimeout(max(0.05, ends - time.monotonic()))
             return made
         raise failure
+
+
+@dataclass(frozen=True)
+class RemoteImage:
+    """An image at a checked address.
+
+    Attributes:
+        remote: fetches it.
+        target: its address.
+        most_bytes: that it may have.
+        subject: the field that it stands in, for messages.
+    """
+
+    remote: RemoteImages
+    target: Target
+    most_bytes: int
+    subject: str
+
+    def fetch(self, left: SecondsLeft) -> bytes:
+        """Its content.
+
+        Args:
+            left: how long it is waited for.
+
+        Raises:
+            ImageRefused: it cannot be had.
+        """
+        return self.remote.fetch(self.target, self.most_bytes, self.subject, left)
 
 
 class _Line:
@@ -341,8 +381,10 @@ def _is_public(text: str) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             address = address.ipv4_mapped
-        elif address.teredo is not None or any(address in network for network in _TRANSLATED):
+        elif address not in _UNICAST or (int(address) >> 32) & 0xFDFF_FFFF == _ISATAP:
             return False
+    if any(address in network for network in _NO_HOSTS):
+        return False
     return address.is_global and not address.is_multicast
 
 

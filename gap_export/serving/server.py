@@ -1,6 +1,7 @@
 """The server's process: listens, becomes ready, and on SIGTERM finishes what it admitted before it ends.
 
 listening -> checked: ready -> SIGTERM: ready no more -> grace -> nothing more is admitted -> all answered -> exit 0
+                                        (SIGTERM again, at any time: what is left is given up -> exit 0)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -154,10 +156,11 @@ class Server(uvicorn.Server):
         """Have it end as SIGTERM does; from any thread."""
         self._stop_asked = True
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._begin_to_stop)
+            with suppress(RuntimeError):  # the loop has ended, and the server with it
+                self._loop.call_soon_threadsafe(self._begin_to_stop)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Finish at the first signal, and end at once at the second."""
+        """Finish what was admitted at the first signal; give it up at the second, and end after the call that is being computed."""
         if self._stop_asked:
             self.should_exit = self.force_exit = True
         self.stop()
@@ -184,6 +187,9 @@ class Server(uvicorn.Server):
 
     def _begin_to_stop(self) -> None:
         self._service.stop()
+        if self.force_exit:
+            self._service.engine.give_up()  # or the thread that empties it would be waited for
+            self.config.timeout_graceful_shutdown = 0
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
 

@@ -6,28 +6,31 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from PIL import Image
-
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import GapExportError, InputError, SessionError
 from gap_export.records import Record
 from gap_export.serving.engine import Engine
+from gap_export.serving.receipts import ImageDigest
 from gap_export.serving.work import Refused, Result, Work
 
 State = Literal["starting", "ready", "failed", "stopping"]
-ReceiptOf = Callable[[Bundle, Work, int, Sequence[Image.Image], Result, float | None], Record]
-"""(bundle, request, number of the question, images as decoded, answer, fraction asked for) -> what the answer was computed from."""
+ReceiptOf = Callable[[Bundle, Work, int, Sequence[ImageDigest], Result, float | None], Record]
+"""(bundle, request, number of the question, digests of its images, answer, fraction asked for) -> what the answer was computed from."""
 
 
 class NotReady(Refused):
     """A request that came before the session has shown that it is right, or after it has failed to."""
 
     def __init__(self) -> None:
-        super().__init__("is not admitted: the server is not ready", reason="draining", retry_after=2.0)
+        super().__init__("is not admitted: the server is not ready", reason="not_ready", retry_after=2.0)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Made again without arguments."""
         return NotReady, ()
+
+
+class NotAsStated(SessionError):
+    """An answer whose position ids are other ones than follow from the tokens kept."""
 
 
 class Metrics(Protocol):
@@ -41,6 +44,10 @@ class Metrics(Protocol):
 
     def render(self) -> bytes:
         """All of it by now."""
+        ...
+
+    def refused(self, reason: str) -> None:
+        """A request was not admitted; see `work.Reason`."""
         ...
 
     def receipt_mismatch(self) -> None:
@@ -73,6 +80,8 @@ class Service:
         self.engine, self.name, self.aliases, self.metrics = engine, name, aliases, metrics
         self._check, self._receipt_of = check, receipt_of
         self._state: State = "starting" if check is not None else "ready"
+        # Beside the state, as a server that stops answers on where the session has shown that it is right, and only there.
+        self._is_proven = check is None
         self._lock = threading.Lock()
 
     @property
@@ -97,10 +106,11 @@ class Service:
         except BaseException:
             self._change("starting", "failed")
             raise
+        self._is_proven = True
         self._change("starting", "ready")
 
     def stop(self) -> None:
-        """Be ready no more; requests are taken until the engine is emptied."""
+        """Be ready no more; where the session is proven, requests are taken until the engine is emptied."""
         with self._lock:
             self._state = "stopping"
 
@@ -108,9 +118,11 @@ class Service:
         """Refuse a request as the engine would by now, before anything of it is read.
 
         Raises:
-            Refused: not ready yet, the queue is full, or the engine is being emptied.
+            Refused: the session has not shown that it is right, the queue is full, or the engine is being emptied.
         """
-        if self._state in ("starting", "failed"):
+        if not self._is_proven:
+            if self.metrics is not None:
+                self.metrics.refused("not_ready")
             raise NotReady
         self.engine.check_admission()
 
@@ -119,19 +131,19 @@ class Service:
         return name is None or name == self.name or name in self.aliases
 
     def receipt(
-        self, work: Work, number: int, images: Sequence[Image.Image], result: Result
+        self, work: Work, number: int, images: Sequence[ImageDigest], result: Result
     ) -> dict[str, Any]:
         """What an answer was computed from.
 
         Args:
             work: of the request.
             number: of the question.
-            images: of the request, RGB, as they were decoded.
+            images: digests of the request's, as they were decoded.
             result: the answer, with its trace.
 
         Raises:
             InputError: receipts are not given.
-            SessionError: position ids are other ones than follow from the tokens kept; it is counted.
+            NotAsStated: position ids are other ones than follow from the tokens kept; it is counted, and the service is ready no more.
         """
         if self._receipt_of is None:
             raise no_receipts()
@@ -139,7 +151,9 @@ class Service:
         if result.trace.fault is not None:
             if self.metrics is not None:
                 self.metrics.receipt_mismatch()
-            raise SessionError(
+            self._is_proven = False
+            self._change("ready", "failed")
+            raise NotAsStated(
                 f"was not computed as the manifest says: {result.trace.fault}",
                 subject="the answer",
                 hint="do not use this server: its session no longer places tokens where they belong",

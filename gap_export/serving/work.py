@@ -22,7 +22,7 @@ from gap_export.positions import Ids, Placement
 from gap_export.runtime.conversation.chat import AskOptions
 
 FinishReason = Literal["stop", "length"]
-Reason = Literal["full", "draining", "broken", "deadline", "cancelled"]
+Reason = Literal["full", "draining", "broken", "not_ready", "deadline", "cancelled"]
 _IDS = itertools.count(1)
 
 
@@ -77,11 +77,14 @@ class Work:
         questions: each is answered by itself; they share the images.
         open_images: gives the images, RGB, in their order; called at most once, when the request was admitted, on a thread that decodes images.
         images: how many there are.
+        fetch: brings here what the images need from elsewhere, before they are opened, on a thread that decodes none; called at most once, with what
+            tells how many seconds it is still waited for. None where nothing is needed.
         keep: fraction of the visual tokens to keep; None for the bundle's own, or the server's choice.
         options: how answers are made.
         deadline: seconds after its admission by which all answers must be there.
         trace: whether answers say what they were computed from.
         perturb: makes the placement of every call wrong, for checks that a wrong one shows; None for requests.
+        is_check: whether it is asked to check the session: it is not counted, and checks that wait are begun together.
 
     Raises:
         InputError: nothing is asked, or the deadline is no time.
@@ -90,11 +93,13 @@ class Work:
     questions: tuple[Question, ...]
     open_images: Callable[[], Sequence[Image.Image]]
     images: int
+    fetch: Callable[[Callable[[], float]], None] | None = None
     keep: float | None = None
     options: AskOptions = field(default_factory=AskOptions)
     deadline: float = 60.0
     trace: bool = False
     perturb: Callable[[Placement], Placement] | None = None
+    is_check: bool = False
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -114,8 +119,8 @@ class Spent:
     """Seconds of an answer, phase by phase.
 
     Attributes:
-        queue: until it was begun, decoding of images left out.
-        decode_image: images from bytes to pixels.
+        queue: until it was begun, fetching and decoding of images left out.
+        decode_image: fetching of images, and from bytes to pixels.
         vision: tower, pruner and projector; 0 where another answer of the request had encoded the image.
         prefill: of the prompt, what was read for another answer of the request left out.
         decode: of all further tokens, other rows' share included.
@@ -204,6 +209,7 @@ class Ticket:
         work: of it.
         number: counts requests of this process.
         admitted: `time.monotonic()`.
+        complete: `time.monotonic()` when its images were here, as they were sent: its admission, or when `Work.fetch` was done.
     """
 
     def __init__(
@@ -214,6 +220,7 @@ class Ticket:
     ) -> None:
         self.work, self.number = work, next(_IDS)
         self.admitted = time.monotonic()
+        self.complete = self.admitted
         self._on_piece, self._on_cancel = on_piece, on_cancel
         self._outcomes: list[Outcome | None] = [None] * len(work.questions)
         self._done = threading.Event()
@@ -225,6 +232,10 @@ class Ticket:
     def expires(self) -> float:
         """`time.monotonic()` of its deadline."""
         return self.admitted + self.work.deadline
+
+    def seconds_left(self) -> float:
+        """Until its deadline; 0 or less once it is settled or its client has left."""
+        return 0.0 if self.cancelled or self.done else self.expires - time.monotonic()
 
     @property
     def cancelled(self) -> bool:
@@ -276,8 +287,9 @@ class Ticket:
 
     def show(self, number: int, piece: str) -> None:
         """Give a piece of an answer to whoever listens."""
-        if self._on_piece is not None and piece:
-            self._on_piece(number, piece)
+        on_piece = self._on_piece
+        if on_piece is not None and piece:
+            on_piece(number, piece)
 
     def settle(self, number: int, outcome: Outcome) -> bool:
         """Give a question its outcome.
@@ -292,11 +304,15 @@ class Ticket:
         with self._lock:
             if self._outcomes[number] is not None:
                 return False
+            if isinstance(outcome, GapExportError):
+                outcome.__traceback__ = None  # (its frames hold the images of the request)
             self._outcomes[number] = outcome
             ended = all(each is not None for each in self._outcomes)
             call = self._when_done if ended else None
             if ended:
                 self._done.set()
+                # Whoever listens holds this ticket, and what was sent with it: all is free at once where this does not hold them.
+                self._on_piece = self._when_done = None
         if call is not None:
             with suppress(Exception):  # whoever listens may have ended, and others still wait for answers
                 call()

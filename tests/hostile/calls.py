@@ -566,6 +566,13 @@ CALLS: tuple[Call, ...] = (
         label="--json",
     ),
     Call(
+        "check-receipt",
+        ("talking", "answered.json", "image.png"),
+        {"--messages": "asked.json", **_ONE},
+        ("talking", "answered.json", "asked.json", "image.png"),
+        label="--messages",
+    ),
+    Call(
         "lint", ("bundle/vision.onnx",), {"--strict": True, "--kind": "vision"}, ("bundle",), label="vision"
     ),
 )

@@ -82,6 +82,7 @@ MEANINGS: dict[str, Meaning] = {
     "check-receipt receipt": Meaning.READ_FILE,
     "check-receipt images": Meaning.READ_FILE,
     "check-receipt --refer": Meaning.TEXT,
+    "check-receipt --messages": Meaning.READ_FILE,
     "lint graph": Meaning.READ_FILE,
     "lint --kind": Meaning.NAME,
     "lint --ids-input": Meaning.TEXT,

@@ -237,6 +237,7 @@ SOURCES: tuple[Source, ...] = (
     Source(kinds.GOLDEN, "measured/golden.json", "serve", _json, 20, resealed="measured"),
     Source(kinds.KEYS, "keys.txt", "serve", _text, strict=False),
     Source(kinds.RECEIPT, "receipt.json", "check-receipt", _json, 60),
+    Source(kinds.MESSAGES, "asked.json", "check-receipt --messages", _json, 40),
     Source(kinds.GRAPH, "bundle/decoder.onnx", "lint", graphs.graph_damaged, 160, strict=False),
     Source(kinds.GRAPH, "bundle/decoder.onnx", "lint --prove", graphs.graph_damaged, 40, strict=False),
     Source(kinds.GRAPH, "bundle/vision.onnx", "lint vision", graphs.graph_damaged, 60, strict=False),

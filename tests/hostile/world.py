@@ -214,20 +214,40 @@ def _proven(world: World, given: Materials) -> None:
 
 def _receipt(world: World, _: Materials) -> None:
     """Of the bundle's answer about the image."""
+    from gap_export.serving.work import Expression
+
+    _write_receipt(world, "bundle", Expression("the red mug"), "receipt.json")
+
+
+def _answered(world: World, _: Materials) -> None:
+    """A receipt of an answer in the conversation that was asked."""
+    from gap_export.serving.messages import read_messages
+
+    _write_receipt(world, "talking", read_messages(world.path("asked.json")).conversation, "answered.json")
+
+
+def _asked(world: World, _: Materials) -> None:
+    image = {"type": "image_url", "image_url": {"url": ""}}
+    content = [image, {"type": "text", "text": "what is on the table?"}]
+    (world.folder / "asked.json").write_text(json.dumps([{"role": "user", "content": content}]))
+
+
+def _write_receipt(world: World, bundle: str, question: Any, name: str) -> None:
     from gap_export.runtime.model import load
     from gap_export.serving.engine import Engine
     from gap_export.serving.limits import EngineLimits
-    from gap_export.serving.receipts import receipt_of
-    from gap_export.serving.work import Expression, Result, Work
+    from gap_export.serving.receipts import image_digest, receipt_of
+    from gap_export.serving.work import Result, Work
 
     image = Image.open(world.path("image.png")).convert("RGB")
-    work = Work((Expression("the red mug"),), lambda: [image], 1, trace=True)
-    with load(world.path("bundle"), threads=1) as model:
+    work = Work((question,), lambda: [image], 1, trace=True)
+    with load(world.path(bundle), threads=1) as model:
         engine = Engine(model, EngineLimits(rows=1))
         (result,) = engine.submit(work).result()
         engine.close()
         assert isinstance(result, Result)
-        receipt_of(model.bundle, work, 0, [image], result, None).write(world.folder / "receipt.json")
+        receipt = receipt_of(model.bundle, work, 0, [image_digest(image)], result, None)
+        receipt.write(world.folder / name)
 
 
 def _keys(world: World, _: Materials) -> None:
@@ -354,6 +374,8 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "worded": _worded,
     "proven": _proven,
     "receipt.json": _receipt,
+    "answered.json": _answered,
+    "asked.json": _asked,
     "keys.txt": _keys,
     "prose.txt": _prose,
     "image.png": _image,

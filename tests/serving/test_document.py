@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -19,9 +20,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from PIL import Image
 
 from gap_export.bundle.folder import Bundle
 from gap_export.serving.http.errors import _CODES
+from tests.serving.http.serving_http import data_url
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -91,8 +94,19 @@ def test_commands_for_the_shell(address: str, beside: Path) -> None:
     assert '"label":"the yellow circle"' in ground
     assert '"confidence":1.0' in infer
     assert receipt == ""
-    (check,) = commands("check-receipt")
+    check, check_conversation = commands("check-receipt")
     said = done([sys.executable, "-m", "gap_export", *shlex.split(check)[1:]], beside)
+    assert "the receipt agrees" in said
+    image = data_url(Image.open(beside / "scene.png"))
+    content = [
+        {"type": "image_url", "image_url": {"url": image}},
+        {"type": "text", "text": "where is the yellow circle?"},
+    ]
+    body = {"model": "shapes", "messages": [{"role": "user", "content": content}], "gap": {"receipt": True}}
+    (beside / "body.json").write_text(json.dumps(body))
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+    (beside / "receipt.json").write_text(json.dumps(answer["gap"]["receipt"]))
+    said = done([sys.executable, "-m", "gap_export", *shlex.split(check_conversation)[1:]], beside)
     assert "the receipt agrees" in said
 
 

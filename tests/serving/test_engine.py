@@ -54,6 +54,10 @@ class Counting:
     def refused(self, reason: str) -> None:
         self.reasons.append(reason)
 
+    @property
+    def given_up(self) -> list[str]:
+        return [each.reason for each in self.errors if isinstance(each, Refused)]
+
     def answered(self, result: Result) -> None:
         self.results.append(result)
 
@@ -225,6 +229,26 @@ def test_no_image_of_a_refused_request_is_decoded(shapes_bundle: Bundle, open_en
     engine.check_admission()
 
 
+def test_requests_that_belong_together_are_admitted_all_or_none(
+    shapes_bundle: Bundle, open_engine: OpenEngine
+) -> None:
+    counting, image = Counting(), scenes(1)[0].image
+    engine = open_engine(shapes_bundle, rows=1, queue=3, observer=counting)
+    with held(engine.model.session, "encode") as session:  # type: ignore[attr-defined]
+        first = engine.submit(work_of([image], "circle"))
+        assert session.waits.wait(WAIT)
+        with pytest.raises(Refused, match="1 are waiting, and 2 more may, not 3"):
+            engine.submit_all([work_of([image], "circle")] * 3)
+        assert (engine.waiting, engine.images_decoded) == (1, 1)
+        with pytest.raises(InputError, match="ask at most 3"):
+            engine.submit_all([work_of([image], "circle")] * 4)
+        both = engine.submit_all([work_of([image], "circle")] * 2)
+        session.go.set()
+    assert all(isinstance(ticket.result(WAIT)[0], Result) for ticket in (first, *both))
+    assert counting.reasons == ["full"], "none of those that were refused was cancelled"
+    assert engine.images_decoded == 3
+
+
 def test_a_client_that_leaves_costs_no_further_step(
     shapes_bundle: Bundle, shapes_alone: Model, open_engine: OpenEngine
 ) -> None:
@@ -279,9 +303,10 @@ def test_a_queued_request_whose_client_left_is_never_begun(
     assert isinstance(late.result(WAIT)[0], Result)
     assert_empty(engine)
     assert engine.prompts_read == 2
-    assert counting.reasons == ["cancelled"] * 7
+    assert counting.given_up == ["cancelled"] * 14, "question by question"
     first.cancel()
-    assert counting.reasons == ["cancelled"] * 7, "an answer was given already"
+    assert counting.given_up == ["cancelled"] * 14, "an answer was given already"
+    assert not counting.reasons, "all of them were admitted"
 
 
 def test_deadlines_of_requests_that_wait_are_read_and_run(
@@ -311,7 +336,7 @@ def test_deadlines_of_requests_that_wait_are_read_and_run(
     assert engine.prompts_read == 2
     slow.set()
     assert_empty(engine)
-    assert counting.reasons == ["deadline"] * 9
+    assert counting.given_up == ["deadline"] * 17
 
 
 def test_a_deadline_while_images_are_decoded(shapes_bundle: Bundle, open_engine: OpenEngine) -> None:
@@ -624,6 +649,24 @@ def test_draining_says_when_time_was_too_short(shapes_bundle: Bundle, open_engin
     assert ticket.done
 
 
+def test_giving_up_ends_whoever_waits_for_the_end(shapes_bundle: Bundle, open_engine: OpenEngine) -> None:
+    engine, image = open_engine(shapes_bundle, rows=2), scenes(1)[0].image
+    with held(engine.model.session, "step") as session:  # type: ignore[attr-defined]
+        tickets = [engine.submit(work_of([image], *WORDS)) for _ in range(3)]
+        assert session.waits.wait(WAIT)
+        drained: list[bool] = []
+        draining = threading.Thread(target=lambda: drained.append(engine.drain()))
+        draining.start()
+        assert soon(lambda: engine.draining)
+        engine.give_up()
+        session.go.set()
+        draining.join(WAIT)
+        assert session.calls == ["step"]
+    assert drained == [True]
+    outcomes = [each for ticket in tickets for each in ticket.result(0)]
+    assert {each.reason for each in outcomes if isinstance(each, Refused)} == {"draining"}
+
+
 # Who chooses how much is kept
 
 
@@ -696,6 +739,60 @@ def test_whether_a_request_fits_does_not_depend_on_others(
 
 
 # Memory and time
+
+
+def test_nothing_of_a_request_stays_when_its_client_left_between_two_questions(
+    shapes_bundle: Bundle, open_engine: OpenEngine
+) -> None:
+    engine, image = open_engine(shapes_bundle, rows=1), scenes(1)[0].image
+    free, kept = engine._free, list[Any]()
+
+    def left(row: Any, **named: Any) -> None:
+        free(row, **named)
+        kept.append(engine._spare)
+        ticket.cancel()
+
+    engine._free = left  # type: ignore[method-assign]
+    with held(engine.model.session, "encode") as session:  # type: ignore[attr-defined]
+        ticket = engine.submit(work_of([image], "circle", "square"))
+        session.go.set()
+        first, second = ticket.result(WAIT)
+    assert isinstance(first, Result)
+    assert isinstance(second, Refused)
+    assert kept[0] is not None, "the next question was to be read from it"
+    assert soon(lambda: engine._spare is None)
+
+
+def test_checks_that_are_asked_together_are_begun_together(
+    shapes_bundle: Bundle, open_engine: OpenEngine
+) -> None:
+    """Though the second one is prepared late; and nothing is told of them."""
+    counting = Counting()
+    engine, image = open_engine(shapes_bundle, rows=4, observer=counting), scenes(1)[0].image
+    gate, rows = threading.Event(), list[int]()
+    step = engine._lane.step
+
+    def counted(token_ids_B: Any, placement: Any) -> Any:
+        rows.append(len(token_ids_B))
+        return step(token_ids_B, placement)
+
+    engine._lane.step = counted  # type: ignore[method-assign]
+
+    def late() -> list[Any]:
+        assert gate.wait(WAIT)
+        return [image]
+
+    questions = work_of([], "circle").questions
+    works = [Work(questions, lambda: [image], 1, is_check=True), Work(questions * 3, late, 1, is_check=True)]
+    tickets = engine.submit_all(works)
+    assert soon(lambda: bool(engine._queue._ready))
+    assert engine.prompts_read == 0
+    gate.set()
+    assert all(isinstance(each, Result) for ticket in tickets for each in ticket.result(WAIT))
+    assert rows[:4] == [1, 2, 3, 4]
+    assert (counting.results, counting.errors, counting.reasons, counting.rows) == ([], [], [], [])
+    assert engine.images_decoded == 0
+    assert_empty(engine)
 
 
 def test_few_images_are_in_memory_at_once(shapes_bundle: Bundle, open_engine: OpenEngine) -> None:

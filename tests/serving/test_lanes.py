@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from typer.testing import CliRunner
 
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Engine as EngineFile
-from gap_export.errors import SessionError
+from gap_export.cli import app
+from gap_export.errors import InputError, SessionError
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.model import Model, load
 from gap_export.runtime.rows import RowSession
 from gap_export.runtime.trt import TensorRTSession
 from gap_export.serving.engine import Engine
 from gap_export.serving.lanes import SharedLane, SharedRow, SingleLane, open_lane, single_because
+from gap_export.serving.limits import EngineLimits
 from gap_export.serving.work import Result, Work
 from tests.conftest import BuildBundle
 from tests.families.answers import Tiny
@@ -380,6 +383,7 @@ def test_a_row_is_not_stepped_by_itself(shapes_bundle: Bundle) -> None:
             single.copied(row, 1)
 
 
+@pytest.mark.long
 def test_a_session_that_fails_while_one_is_served_alone(
     deep_bundle: BuildBundle, open_engine: OpenEngine
 ) -> None:
@@ -395,3 +399,29 @@ def test_a_session_that_fails_while_one_is_served_alone(
         for number, outcome in enumerate(outcomes):
             if number:
                 assert equal(facts(outcome), alone(model, work, number))
+
+
+@pytest.mark.parametrize(("backend", "waiting"), [("onnxruntime", 12), ("torch", 8)])
+def test_four_requests_wait_for_each_row_that_there_is_and_eight_at_least(
+    backend: str, waiting: int, shapes_bundle: Bundle
+) -> None:
+    """Three rows are asked for, and a runtime whose cache has none has one."""
+    work = work_of([scenes(1)[0].image], "the red circle")
+    with load(shapes_bundle, backend=backend, threads=1) as model:
+        with Engine(model, EngineLimits(rows=3)) as engine:
+            assert engine.most_waiting == waiting
+            with pytest.raises(InputError, match=f"{waiting} may wait"):
+                engine.submit_all([work] * (waiting + 1))
+        with Engine(model, EngineLimits(rows=3, queue=7)) as engine:
+            assert engine.most_waiting == 7
+
+
+@pytest.mark.parametrize(("words", "queue"), [((), None), (("--queue", "7"), 7)])
+def test_the_command_leaves_the_queue_to_the_rows(
+    words: tuple[str, ...], queue: int | None, shapes_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("gap_export.serving.serve.serve", lambda _, **options: given.update(options))
+    ended = CliRunner().invoke(app, ["serve", str(shapes_bundle.folder), "--rows", "16", *words])
+    assert ended.exit_code == 0, ended.output
+    assert given["limits"].queue == queue

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import BundleError, InputError, MissingRequirementError, RecipeError, SessionError
 from gap_export.serving.metrics import FAILURES, REJECTIONS, STAGES, ServerMetrics
+from gap_export.serving.ready import check_ready
 from gap_export.serving.work import Refused, Result, Spent
 from tests.serving.asking import WAIT, assert_empty, held, scenes, talk, work_of
 from tests.serving.conftest import OpenEngine
@@ -97,8 +98,10 @@ def test_what_is_told_is_counted() -> None:
     metrics = ServerMetrics()
     metrics.answered(result_of())
     metrics.answered(result_of(finish_reason="length", visual_tokens=0, kept=0, keep=None))
-    for reason in ("full", "full", "draining", "broken", "deadline", "cancelled", "of a later version"):
+    for reason in ("full", "full", "draining", "broken", "not_ready", "of a later version"):
         metrics.refused(reason)
+    for given_up in ("deadline", "cancelled", "draining", "broken"):
+        metrics.failed(Refused("x", reason=given_up))
     for kind in (InputError, RecipeError, SessionError, MissingRequirementError, BundleError):
         metrics.failed(kind("x", subject="x", hint="x"))
     metrics.stepped(0.25, [0.5, 0.5, 0.25])
@@ -110,11 +113,14 @@ def test_what_is_told_is_counted() -> None:
         "gap_admission_rejections_total full": 2,
         "gap_admission_rejections_total draining": 1,
         "gap_admission_rejections_total broken": 1,
+        "gap_admission_rejections_total not_ready": 1,
+        "gap_admission_rejections_total other": 1,
         "gap_request_failure_total deadline": 1,
         "gap_request_failure_total cancelled": 1,
+        "gap_request_failure_total draining": 1,
         "gap_request_failure_total invalid": 2,
-        "gap_request_failure_total runtime": 2,
-        "gap_request_failure_total other": 2,
+        "gap_request_failure_total runtime": 3,
+        "gap_request_failure_total other": 1,
         "gap_visual_tokens_total kept": 36,
         "gap_visual_tokens_total pruned": 108,
         "gap_generation_tokens_total": 6,
@@ -172,6 +178,47 @@ def test_what_an_engine_does(shapes_bundle: Bundle, open_engine: OpenEngine) -> 
         found["gap_inter_token_latency_seconds_count"] == sum(len(each.ids) - 1 for each in results) + stopped
     )
     assert found["gap_decode_rows_sum"] == found["gap_inter_token_latency_seconds_count"]
+
+
+def test_what_a_server_asks_itself_is_not_counted(shapes_bundle: Bundle, open_engine: OpenEngine) -> None:
+    metrics = ServerMetrics()
+    engine = open_engine(shapes_bundle, rows=4, observer=metrics)
+    metrics.watch(engine)
+    assert check_ready(engine.bundle, engine).rows == 4
+    assert_empty(engine)
+    assert set(values(metrics).values()) == {0.0}
+
+
+@pytest.mark.parametrize("ends", ["close", "fault"])
+def test_every_question_that_is_given_up_has_failed(
+    ends: str, shapes_bundle: Bundle, open_engine: OpenEngine
+) -> None:
+    """They were admitted: none of them counts as one that was not."""
+    metrics, image = ServerMetrics(), scenes(1)[0].image
+    engine = open_engine(shapes_bundle, rows=1, observer=metrics)
+    with held(engine.model.session, "encode") as session:  # type: ignore[attr-defined]
+        tickets = [engine.submit(work_of([image], "circle", "square", "triangle")) for _ in range(2)]
+        assert session.waits.wait(WAIT)
+        if ends == "close":
+            engine.give_up()
+        else:
+            engine._step = lambda: 1 // 0  # type: ignore[method-assign,assignment]
+        session.go.set()
+        outcomes = [each for ticket in tickets for each in ticket.result(WAIT)]
+    engine._thread.join(WAIT)
+    assert all(isinstance(each, Refused) for each in outcomes)
+    found = values(metrics)
+    assert found[f"gap_request_failure_total {'draining' if ends == 'close' else 'runtime'}"] == 6
+    assert not any(value for name, value in found.items() if "rejections" in name)
+
+
+def test_every_question_of_a_request_that_cannot_be_read_has_failed(
+    shapes_bundle: Bundle, open_engine: OpenEngine
+) -> None:
+    metrics, image = ServerMetrics(), scenes(1)[0].image
+    engine = open_engine(shapes_bundle, observer=metrics)
+    engine.submit(work_of([image, image], "circle", "square")).result(WAIT)
+    assert values(metrics)["gap_request_failure_total invalid"] == 2
 
 
 def test_several_servers_in_a_process_count_apart() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from gap_export.serving.queue import Queue, Ready
 from gap_export.serving.work import Refused, Ticket
 from tests.serving.asking import WAIT, work_of
 
-LONGEST, MOST = 5, 3
+LONGEST, MOST, MOST_FETCHED = 5, 3, 2
 STOPS = Refused("is not answered: the server stops", reason="draining", retry_after=5.0)
 
 
@@ -25,12 +27,20 @@ def ready_of(ticket: Ticket) -> Ready:
     return Ready(ticket, prepared, deque([prompted]))
 
 
+def ticket_of(*, remote: bool) -> Ticket:
+    work = work_of([], "x")
+    return Ticket(replace(work, fetch=lambda _: None) if remote else work)
+
+
 class Bookkeeping(RuleBasedStateMachine):
     """A queue, and the same in lists."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = Queue(LONGEST, MOST)
+        self.queue = Queue(LONGEST, MOST, MOST_FETCHED)
+        self.unfetched: list[Ticket] = []
+        self.fetching: list[Ticket] = []
+        self.not_waited_for: list[Ticket] = []  # while they were being fetched
         self.unprepared: list[Ticket] = []
         self.preparing: list[Ticket] = []
         self.given_up: list[Ticket] = []  # while they were being prepared
@@ -38,21 +48,43 @@ class Bookkeeping(RuleBasedStateMachine):
         self.admitted: list[Ticket] = []
         self.closed = self.ended = False
 
-    @rule()
-    def admit(self) -> None:
-        ticket, waiting = Ticket(work_of([], "x")), len(self.queue)
-        refusal = self.queue.admit(ticket)
+    @rule(remote=st.lists(st.booleans(), min_size=1, max_size=3))
+    def admit(self, remote: list[bool]) -> None:
+        tickets, waiting = [ticket_of(remote=each) for each in remote], len(self.queue)
+        refusal = self.queue.admit(*tickets)
         if self.closed:
             assert refusal is not None
             assert refusal.reason == "draining"
-        elif waiting == LONGEST:
-            assert refusal is not None
+        elif waiting + len(tickets) > LONGEST:
+            assert refusal is not None, "all or none"
             assert refusal.reason == "full"
         else:
             assert refusal is None
-            self.unprepared.append(ticket)
-            self.admitted.append(ticket)
+            for ticket in tickets:
+                (self.unprepared if ticket.work.fetch is None else self.unfetched).append(ticket)
+            self.admitted += tickets
         assert (self.queue.refusal() is None) == (not self.closed and len(self.queue) < LONGEST)
+
+    @precondition(lambda self: self.unfetched and self.fetched < MOST_FETCHED and not self.ended)
+    @rule()
+    def fetch(self) -> None:
+        ticket = self.queue.next_unfetched()
+        assert ticket is self.unfetched.pop(0), "in their order"
+        self.fetching.append(ticket)
+
+    @precondition(lambda self: self.fetching or self.not_waited_for)
+    @rule(data=st.data(), fails=st.booleans())
+    def finish_fetch(self, data: st.DataObject, fails: bool) -> None:
+        ticket = data.draw(st.sampled_from([*self.fetching, *self.not_waited_for]))
+        self.queue.finish_fetch(ticket, complete=not fails)
+        if ticket in self.not_waited_for:
+            self.not_waited_for.remove(ticket)
+            return
+        self.fetching.remove(ticket)
+        if fails:
+            self.admitted.remove(ticket)
+        elif not self.ended:
+            self.unprepared.append(ticket)
 
     @precondition(lambda self: self.unprepared and self.in_memory < MOST and not self.ended)
     @rule()
@@ -94,7 +126,10 @@ class Bookkeeping(RuleBasedStateMachine):
         if ticket in self.preparing:
             self.preparing.remove(ticket)
             self.given_up.append(ticket)
-        for place in (self.unprepared, self.ready):
+        if ticket in self.fetching:
+            self.fetching.remove(ticket)
+            self.not_waited_for.append(ticket)
+        for place in (self.unfetched, self.unprepared, self.ready):
             if ticket in place:
                 place.remove(ticket)
 
@@ -107,13 +142,20 @@ class Bookkeeping(RuleBasedStateMachine):
     def end(self) -> None:
         assert self.queue.end(STOPS) == self.admitted
         assert self.queue.next_unprepared() is None
+        assert self.queue.next_unfetched() is None
         self.closed = self.ended = True
+        self.unfetched.clear()
         self.unprepared.clear()
         self.ready.clear()
 
     @property
     def in_memory(self) -> int:
         return len(self.preparing) + len(self.given_up) + len(self.ready)
+
+    @property
+    def fetched(self) -> int:
+        waiting = [ticket for ticket in self.unprepared if ticket.work.fetch is not None]
+        return len(self.fetching) + len(self.not_waited_for) + len(waiting)
 
     @invariant()
     def agrees(self) -> None:
@@ -123,11 +165,38 @@ class Bookkeeping(RuleBasedStateMachine):
         assert self.queue.closed == self.closed
         head = self.queue.head()
         assert (head is None) == (not self.ready)
-        assert (self.queue.oldest_wait() > 0) == bool(self.admitted)
+        assert self.fetched <= MOST_FETCHED
+        backlog = self.ready or (self.unprepared and self.in_memory == MOST)
+        assert (self.queue.oldest_wait() > 0) == bool(backlog)
 
 
 TestBookkeeping = Bookkeeping.TestCase
 TestBookkeeping.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_who_waits_for_others() -> None:
+    """Not a request whose images are on their way, unless too many ready ones are in front of it."""
+    queue = Queue(10, most_prepared=2, most_fetched=2)
+    slow, first, second, third = (ticket_of(remote=remote) for remote in (True, False, False, False))
+    for long_ago in (slow, first, second, third):
+        long_ago.admitted = long_ago.complete = time.monotonic() - 1000
+    assert queue.admit(slow, first, second) is None
+    assert queue.next_unfetched() is slow
+    assert queue.next_unprepared() is first
+    assert queue.oldest_wait() == 0, "being fetched, being decoded, to be decoded"
+    queue.finish(first, ready_of(first))
+    assert 0 < queue.oldest_wait() < 1000, "from when it became ready"
+    queue.leave(first)
+    assert queue.next_unprepared() is second
+    queue.finish(second, ready_of(second))
+    assert queue.admit(third) is None
+    assert queue.next_unprepared() is third
+    queue.finish(third, ready_of(third))
+    queue.finish_fetch(slow, complete=True)
+    slow.complete -= 2000
+    assert queue.oldest_wait() >= 2000, "from when it could have been decoded"
+    queue.leave(second)
+    assert 0 < queue.oldest_wait() < 1000, "it is decoded as soon as a thread takes it"
 
 
 def test_threads_wait_for_what_they_may_take() -> None:

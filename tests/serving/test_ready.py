@@ -98,6 +98,8 @@ def test_a_right_session_is_ready(rows: int, shapes_bundle: Bundle, golden_bundl
     assert (boxes.decided_by, boxes.tokens_equal, len(boxes.linted)) == ("boxes", True, 4)
     assert boxes.right > 0.99 > 0.5 > boxes.perturbed
     assert "golden request: IoU 1.000, tokens equal, with wrong ids 0." in str(boxes)
+    assert boxes.rows == rows
+    assert ("the same in 4 rows at once" in str(boxes)) == (rows == 4)
     logits = report(golden_bundle, rows=rows)
     assert (logits.decided_by, logits.tokens_equal) == ("logits", True)
     assert logits.right < 1e-3
@@ -321,6 +323,54 @@ def test_a_session_that_does_not_read_ids(shapes_bundle: Bundle, golden_bundle: 
         "the same logits with wrong position ids (distance 0.0"
         in never_ready(golden_bundle, wrong=ignores_ids).message
     )
+
+
+# Wrong only where requests share a cache
+
+
+def spoils_steps(session: Any) -> None:
+    """In a step of several rows, those behind the first have others' logits."""
+    step = session.step
+
+    def stepped(ids: Any, placement: Placement) -> Any:
+        logits_BV = step(ids, placement)
+        return np.concatenate([logits_BV[:1], -logits_BV[1:]])
+
+    session.step = stepped
+
+
+def spoils_prompts(session: Any) -> None:
+    """Prompts that are read into rows behind the first are renumbered."""
+    prefill = session.prefill_row
+    session.prefill_row = lambda row, embeds, placement: prefill(
+        row, embeds, renumbered(placement) if row else placement
+    )
+
+
+def spoils_copies(session: Any) -> None:
+    """Rows behind the first cannot be copied to."""
+    copy = session.copy_row
+    session.copy_row = lambda source, target: None if target else copy(source, target)
+
+
+@pytest.mark.usefixtures("without_lint")
+@pytest.mark.parametrize("rows", [2, 3, 8])
+@pytest.mark.parametrize("spoils", [spoils_steps, spoils_prompts, spoils_copies])
+def test_a_session_that_is_right_in_its_first_row_alone(
+    spoils: Callable[[Any], None], rows: int, shapes_bundle: Bundle
+) -> None:
+    def wrong(model: Model) -> None:
+        spoils(model.session)
+
+    said = never_ready(shapes_bundle, rows=rows, wrong=wrong).message
+    assert f"its golden request in one of {min(rows, 4)} rows with other tokens" in said or "box" in said
+    assert report(shapes_bundle, rows=1, wrong=wrong if spoils is spoils_steps else None).rows == 1
+
+
+@pytest.mark.usefixtures("without_lint")
+def test_a_queue_of_one_is_enough_to_ask_in_several_rows(shapes_bundle: Bundle) -> None:
+    with load(shapes_bundle, threads=1) as model, Engine(model, EngineLimits(rows=4, queue=1)) as engine:
+        assert check_ready(engine.bundle, engine).rows == 4
 
 
 # Another bundle than was built

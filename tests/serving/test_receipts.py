@@ -27,7 +27,7 @@ from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.serving.check_receipt import ReceiptCheck, check_receipt
 from gap_export.serving.engine import Engine
 from gap_export.serving.limits import EngineLimits
-from gap_export.serving.receipts import Receipt, digest_of, read_receipt, receipt_of
+from gap_export.serving.receipts import Receipt, digest_of, image_digest, read_receipt, receipt_of
 from gap_export.serving.work import Conversation, Expression, Question, Result, Work
 from tests.serving.test_ready import ids_alone, splices
 
@@ -42,12 +42,15 @@ class Answered:
     image: Image.Image
     receipt: Receipt
 
-    def check(self, receipt: Any = None, image: Any = None, expression: str | None = None) -> ReceiptCheck:
+    def check(
+        self, receipt: Any = None, image: Any = None, expression: str | None = None, messages: Any = None
+    ) -> ReceiptCheck:
         return check_receipt(
             self.bundle,
             self.receipt if receipt is None else receipt,
             image or self.image,
             expression,
+            messages=messages,
             threads=1,
         )
 
@@ -72,7 +75,8 @@ def answered(
     receipts = []
     for number, outcome in enumerate(outcomes):
         assert isinstance(outcome, Result), outcome
-        receipts.append(Answered(bundle, image, receipt_of(bundle, work, number, [image], outcome, keep)))
+        receipt = receipt_of(bundle, work, number, [image_digest(image)], outcome, keep)
+        receipts.append(Answered(bundle, image, receipt))
     return receipts
 
 
@@ -104,10 +108,119 @@ def test_receipts_of_a_right_server_agree(shapes_bundle: Bundle) -> None:
     assert (first.receipt.keep_asked, first.receipt.keep_used, first.receipt.kept) == (0.5, 0.5, 72)
     assert free.receipt.expression is None
     assert "where is" not in free.receipt.model_dump_json(), "the conversation is told"
-    check = free.check()
+    check = free.check(messages=SENT)
     assert check.agrees, check.contradicted
+    assert all(line.agrees for line in check.lines), "something was not told"
+
+
+SENT = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": ""}},
+            {"type": "text", "text": "where is the red circle?"},
+        ],
+    }
+]
+"""Messages of a conversation, its image left out."""
+FREE = Conversation((Turn("user", "where is the red circle?", 1),))
+UNTOLD_OF_CONVERSATIONS = ("conversation", "text lengths", "sampling", "tokens", "finish reason")
+
+
+@pytest.fixture(scope="module")
+def free(shapes_bundle: Bundle) -> Answered:
+    """A greedy answer in a conversation."""
+    (each,) = answered(shapes_bundle, FREE)
+    return each
+
+
+def test_without_its_conversation_a_receipt_is_not_checked(free: Answered) -> None:
+    check = free.check()
+    assert check.agrees is None
+    assert (check.contradicted, check.unchecked) == ((), UNTOLD_OF_CONVERSATIONS)
     assert found(check, "position ids").agrees
-    assert [line.name for line in check.lines if line.agrees is None] == ["tokens"]
+    assert "--messages" in found(check, "conversation").said
+
+
+def forgeries(receipt: Receipt) -> dict[str, dict[str, Any]]:
+    """What might be written into a receipt, each consistent in itself."""
+    ids = receipt.token_ids[:-1]
+    return {
+        "tokens": {"token_ids": ids, "answer": ""},
+        "answer": {"answer": "nothing is there"},
+        "boxes": {"boxes": ((1.0, 2.0, 3.0, 4.0),)},
+        "conversation": {"conversation_sha256": "0" * 64},
+        "text lengths": {"text_lengths": (receipt.text_lengths[0] + 1, *receipt.text_lengths[1:])},
+        "finish reason": {"finish_reason": "length" if receipt.finish_reason == "stop" else "stop"},
+    }
+
+
+@pytest.mark.parametrize(
+    "forged", ["tokens", "answer", "boxes", "conversation", "text lengths", "finish reason"]
+)
+def test_a_forged_answer_in_a_conversation_is_noticed(forged: str, free: Answered) -> None:
+    wrong = sealed(free.receipt.model_copy(update=forgeries(free.receipt)[forged]))
+    assert forged in free.check(wrong, messages=SENT).contradicted
+    assert not free.check(wrong).agrees, "without its messages"
+
+
+def test_a_whole_answer_that_was_made_up_is_noticed(free: Answered, shapes_bundle: Bundle) -> None:
+    """Tokens, text and boxes of another answer of the same bundle, under this conversation's digest."""
+    (other,) = answered(shapes_bundle, Conversation((Turn("user", "where is the blue square?", 1),)))
+    fields = ("token_ids", "answer", "boxes", "finish_reason")
+    wrong = sealed(free.receipt.model_copy(update={name: getattr(other.receipt, name) for name in fields}))
+    assert other.receipt.token_ids != free.receipt.token_ids
+    assert free.check(wrong, messages=SENT).contradicted == ("tokens",)
+    assert free.check(wrong).agrees is None
+
+
+def test_forged_sampling_of_a_conversation_is_noticed(free: Answered, shapes_bundle: Bundle) -> None:
+    (drawn,) = answered(shapes_bundle, FREE, temperature=3.0, seed=7, max_new_tokens=4)
+    right = {"messages": SENT, "temperature": 3.0, "seed": 7, "max_tokens": 4}
+    assert drawn.check(messages=SENT).agrees
+    assert drawn.check(messages=right).agrees
+    sampling = drawn.receipt.sampling.model_copy(update={"seed": 8})
+    other = sealed(drawn.receipt.model_copy(update={"sampling": sampling}))
+    assert "tokens" in drawn.check(other, messages=SENT).contradicted
+    # Of a greedy answer nothing depends on the seed: the body that was sent tells it all the same.
+    sampling = free.receipt.sampling.model_copy(update={"seed": 8})
+    other = sealed(free.receipt.model_copy(update={"sampling": sampling}))
+    assert free.check(other, messages={"messages": SENT}).contradicted == ("sampling",)
+    for field, name in (
+        ({"max_tokens": 5}, "longest answer"),
+        ({"stop": "zzz"}, "stop texts"),
+        ({"gap": {"keep": 0.5}}, "keep of the request"),
+    ):
+        assert free.check(messages={"messages": SENT, **field}).contradicted == (name,)
+
+
+def test_other_messages_are_another_conversation(one: Answered, free: Answered, tmp_path: Path) -> None:
+    other = [{"role": "user", "content": [SENT[0]["content"][0], {"type": "text", "text": "and?"}]}]  # type: ignore[index]
+    assert "conversation" in free.check(messages=other).contradicted
+    assert "conversation" in one.check(messages=SENT).contradicted
+    no_image = [{"role": "user", "content": "where is the red circle?"}]
+    assert {"conversation", "computed again"} <= set(free.check(messages=no_image).contradicted)
+    (tmp_path / "sent.json").write_text(json.dumps({"model": "shapes", "messages": SENT}))
+    assert free.check(messages=tmp_path / "sent.json").agrees
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (3, "messages: must be a list"),
+        ([], "messages: must have at least 1"),
+        ({}, "messages: is missing"),
+        ([{"role": "nobody", "content": "x"}], "messages[0].role: must be"),
+        ({"messages": SENT, "answer": 1}, "answer: is not a field here"),
+        ([{"role": "assistant", "content": "x"}], "the user"),
+    ],
+)
+def test_what_are_no_messages(messages: Any, words: str, free: Answered) -> None:
+    with pytest.raises(InputError) as caught:
+        free.check(messages=messages)
+    assert words in str(caught.value)
+    with pytest.raises(InputError, match="both"):
+        free.check(expression="the red circle", messages=SENT)
 
 
 def test_answers_that_were_drawn_are_drawn_again(tiny_bundle: BuildBundle) -> None:
@@ -397,5 +510,23 @@ def test_the_command_tells_by_its_code(one: Answered, tmp_path: Path) -> None:
     wrong = command("--refer", "a cat")
     assert wrong.exit_code == 1
     assert "differs   expression: the receipt says 'the red mug', and it is 'a cat'" in wrong.output
+    assert json.loads(command("--refer", "a cat", "--json").output)["agrees"] is False
     arguments[1] = str(tmp_path / "nowhere.json")
     assert isinstance(command().exception, InputError), "which the entry point turns into exit code 2"
+
+
+def test_the_command_tells_what_it_could_not_check(free: Answered, tmp_path: Path) -> None:
+    free.receipt.write(tmp_path / "receipt.json")
+    free.image.save(tmp_path / "image.png")
+    (tmp_path / "sent.json").write_text(json.dumps(SENT))
+    names = ("receipt.json", "image.png")
+    arguments = [str(free.bundle.folder), *(str(tmp_path / name) for name in names), "--threads", "1"]
+    without = CliRunner().invoke(app, ["check-receipt", *arguments])
+    assert without.exit_code == 1
+    assert f"the receipt could not be checked: {', '.join(UNTOLD_OF_CONVERSATIONS)}" in without.output
+    assert "give the messages that were sent (--messages)" in without.output
+    record = json.loads(CliRunner().invoke(app, ["check-receipt", *arguments, "--json"]).output)
+    assert (record["agrees"], record["unchecked"]) == (None, list(UNTOLD_OF_CONVERSATIONS))
+    arguments += ["--messages", str(tmp_path / "sent.json")]
+    right = CliRunner().invoke(app, ["check-receipt", *arguments])
+    assert right.exit_code == 0, right.output

@@ -47,13 +47,20 @@ _FAULTS = {
     "time": ("took more than {seconds:g} s", _OTHER_TEMPLATE),
     "long": ("made a text of more than {characters} characters", "shorten the conversation, or give another"),
     "deep": ("is nested too deeply, or calls itself without end{line}", _OTHER_TEMPLATE),
-    "text": ("made a text with {said}", "leave such characters out of the conversation, or give another"),
+    "text": (
+        "made a text that cannot be read: {said}",
+        "leave such characters out of the conversation, or give another",
+    ),
     "loader": ("asks for another template{line}", "write what it includes or imports into it"),
     "failed": ("failed{line}: {said}", _OTHER_TEMPLATE),
     "ended": ("ended the process that renders it: {said}", _OTHER_TEMPLATE),
     "answer": ("brought an answer that is none from the process that renders it", _OTHER_TEMPLATE),
 }
 """Kind of fault -> message and hint."""
+
+
+class TemplateSaid(Exception):
+    """What the error of a template says: words of Jinja, or of whoever wrote the template, and none of this package."""
 
 
 class TookTooMuch(InputError):
@@ -125,7 +132,7 @@ class Renderer:
                 answer = self._started().exchange(request, self._limits.seconds, longest)
             except _Failed as failed:
                 self._stop()
-                raise self._error(failed.kind, None, failed.said) from None
+                raise self._error(failed.kind, None, failed.said) from TemplateSaid(in_one_line(failed.said))
             except BaseException:  # Ctrl-C, say: an answer may come that belongs to no later request
                 self._stop()
                 raise
@@ -162,7 +169,8 @@ class Renderer:
         """What was asked for, of an answer that a template may have had a hand in."""
         kind, texts = answer.get("kind"), answer.get("texts")
         if isinstance(kind, str) and kind in _FAULTS:
-            raise self._error(kind, answer.get("line"), str(answer.get("said")))
+            said = str(answer.get("said"))
+            raise self._error(kind, answer.get("line"), said) from TemplateSaid(in_one_line(said))
         if (
             not isinstance(texts, list)
             or len(texts) != count

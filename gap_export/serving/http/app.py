@@ -104,6 +104,7 @@ def _add_facts(app: FastAPI, service: Service, settings: HttpSettings) -> None:
             responses={**failures(400, 401, 404, 429, 431, 503), 200: {"description": said}},
             openapi_extra={"parameters": [_model(service.name)]} if name == "model" else None,
         )
+        app.add_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     for aliases, endpoint in ((LIVE_ALIASES, health.live), (READY_ALIASES, health.ready)):
         for path in aliases:
             app.add_route(path, endpoint, methods=["GET"], include_in_schema=False)

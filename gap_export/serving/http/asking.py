@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from gap_export.serving.engine import Engine
-from gap_export.serving.work import Outcome, Refused, Ticket, Work
+from gap_export.serving.work import Outcome, Refused, Work
 
 _GRACE_SECONDS = 1.0
 """How much later than the engine the deadline is looked at here; it looks at those that it computes, and these may wait."""
@@ -33,7 +33,8 @@ class Asking:
         listen: whether pieces of the answer are wanted as they are made, of a single question.
 
     Raises:
-        Refused: one was not admitted; none is computed then.
+        InputError: they are more than the engine's queue can hold.
+        Refused: they were not admitted; none is computed then.
     """
 
     def __init__(
@@ -51,13 +52,7 @@ class Asking:
         on_piece: Callable[[int, str], None] | None = (
             (lambda number, text: tell(_Piece(text))) if listen else None
         )
-        self._tickets: list[Ticket] = []
-        try:
-            for work in works:
-                self._tickets.append(engine.submit(work, on_piece))
-        except Refused:
-            self.give_up()
-            raise
+        self._tickets = engine.submit_all(works, on_piece)
         self._left_over = len(works)
         for ticket in self._tickets:
             ticket.when_done(lambda: tell("done"))

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +16,6 @@ from starlette.types import Receive, Scope, Send
 
 from gap_export.errors import GapExportError
 from gap_export.inputs.chat.conversation import check_conversation
-from gap_export.runtime.conversation.chat import AskOptions
 from gap_export.serving.http.asking import Asking
 from gap_export.serving.http.errors import HttpError, http_error, json_response
 from gap_export.serving.http.fields import checked
@@ -61,7 +61,7 @@ class Completions:
             GapExportError: for another reason.
         """
         self._service.check_open()
-        asked = checked(ChatRequest, await json_body(request), not_implemented=NOT_IMPLEMENTED)
+        asked = await json_body(request, partial(checked, ChatRequest, not_implemented=NOT_IMPLEMENTED))
         if asked.stream_options is not None and not asked.stream:
             raise HttpError(400, "stream_options: belongs to stream: true", param="stream_options")
         gap = asked.gap or GapOptions()
@@ -93,14 +93,14 @@ class Completions:
             characters=sum(len(turn.text) for turn in turns),
             most=self._settings.characters,
         )
+        images = Opener(self._images, given, digest=bool(gap.receipt))
         return Work(
             (Conversation(turns),),
-            Opener(self._images, given, keep=bool(gap.receipt)),
+            images,
             len(given),
+            fetch=images.fetch,
             keep=gap.keep,
-            options=AskOptions.of(
-                **asked.sampling, stop=tuple(asked.stop or ()), max_new_tokens=asked.longest
-            ),
+            options=asked.options,
             deadline=self._settings.deadline,
             trace=bool(gap.receipt),
         )

@@ -62,7 +62,7 @@ def bounded_protocol(settings: HttpSettings) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """Read, and see whether a request has begun."""
+            """Read, and see whether header lines are being sent."""
             super().data_received(data)
             self._watch_header()
 
@@ -100,8 +100,10 @@ def bounded_protocol(settings: HttpSettings) -> type[H11Protocol]:
             self.transport.close()
 
         def _watch_header(self) -> None:
-            """Have the connection closed where the header lines of its next request do not come in time."""
-            waits = self.cycle is None or self.cycle.response_complete
+            """Have the connection closed where header lines do not come in time: the first ones from its beginning, others from their first byte."""
+            # Where nothing was sent yet after an answer, the connection is idle: that lasts as long as it is kept alive.
+            is_next = self.cycle is not None and self.cycle.response_complete and self.conn.trailing_data[0]
+            waits = self.cycle is None or bool(is_next)
             if not waits or self.transport.is_closing():
                 self._stop_header_timer()
             elif self._header_timer is None:

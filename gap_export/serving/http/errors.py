@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from gap_export.errors import GapExportError, InputError, RecipeError, first_line, in_one_line
 from gap_export.serving.remote_images import ImageRefused
-from gap_export.serving.service import NotReady
+from gap_export.serving.service import NotAsStated, NotReady
 from gap_export.serving.work import Refused
 
 _CODES = {
@@ -30,6 +30,8 @@ _CODES = {
 }
 _REASONS = {"full": "queue_full", "broken": "server_fault"}
 """Why a request was refused -> its code, where that has another name."""
+_DOUBTFUL_SECONDS = 60.0
+"""After which a server is asked again whose answer was not what the manifest says: by then another stands in its place."""
 LONGEST_MESSAGE = 400
 """Characters."""
 
@@ -119,6 +121,13 @@ def http_error(error: GapExportError, param: str | None = None) -> HttpError:
             return HttpError(504, _sentence(error), code="deadline")
         code = "not_ready" if isinstance(error, NotReady) else _REASONS.get(error.reason, error.reason)
         return HttpError(503, _sentence(error), code=code, retry_after=error.retry_after or 1.0)
+    if isinstance(error, NotAsStated):
+        return HttpError(
+            503,
+            "the answer was not computed as the manifest says, and is not given: ask another server",
+            code="not_computed_as_stated",
+            retry_after=_DOUBTFUL_SECONDS,
+        )
     if isinstance(error, ImageRefused):
         return HttpError(error.status, _sentence(error), param=error.subject)
     if isinstance(error, InputError | RecipeError):
@@ -127,8 +136,9 @@ def http_error(error: GapExportError, param: str | None = None) -> HttpError:
 
 
 def _sentence(error: GapExportError) -> str:
-    """Subject, message and hint; without the message where that repeats what a library said."""
-    cause = error.__cause__
-    said = first_line(cause) if cause is not None and not isinstance(cause, GapExportError) else None
-    message = "cannot be used" if said is not None and said in error.message else error.message
-    return f"{error.subject}: {message} ({error.hint})"
+    """Subject, message and hint; of a message that repeats what a library said, what stands before that."""
+    cause, message = error.__cause__, error.message
+    if cause is not None and not isinstance(cause, GapExportError):
+        for said in (first_line(cause), in_one_line(first_line(cause))):
+            message = message.partition(said)[0].rstrip(": ")
+    return f"{error.subject}: {message or 'cannot be used'} ({error.hint})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -29,7 +30,7 @@ from gap_export.serving.http.replies import (
     usage_of,
 )
 from gap_export.serving.http.settings import HttpSettings
-from gap_export.serving.images import RequestImages
+from gap_export.serving.images import MOST_IMAGES, RequestImages
 from gap_export.serving.numbering import offered, placed_by
 from gap_export.serving.service import Service
 from gap_export.serving.work import Expression, Outcome, Result, Work
@@ -54,9 +55,11 @@ class GroundRequest(Body):
     """
 
     image: Image | None = None
-    images: Annotated[list[Image], Field(min_length=1)] | None = None
+    images: Annotated[list[Image], Field(min_length=1, max_length=MOST_IMAGES, fail_fast=True)] | None = None
     expression: TextField | None = None
-    expressions: Annotated[list[TextField], Field(min_length=1, max_length=MOST_EXPRESSIONS)] | None = None
+    expressions: (
+        Annotated[list[TextField], Field(min_length=1, max_length=MOST_EXPRESSIONS, fail_fast=True)] | None
+    ) = None
     keep: KeepField | None = None
     max_new_tokens: TokensField | None = None
     receipt: bool | None = None
@@ -112,7 +115,7 @@ class Grounding:
             GapExportError: for another reason.
         """
         self._service.check_open()
-        asked = checked(GroundRequest, await json_body(request))
+        asked = await json_body(request, partial(checked, GroundRequest))
         expressions, receipt = asked.asked, bool(asked.receipt)
         check_choices(
             self._service,
@@ -123,10 +126,12 @@ class Grounding:
             most=self._settings.characters,
         )
         shown, positions = asked.shown, self._positions(asked)
+        images = Opener(self._images, shown, digest=receipt)
         work = Work(
             tuple(map(Expression, expressions)),
-            Opener(self._images, shown, keep=receipt),
+            images,
             len(shown),
+            fetch=images.fetch,
             keep=asked.keep,
             options=AskOptions.of(max_new_tokens=asked.max_new_tokens),
             deadline=self._settings.deadline,
@@ -204,7 +209,7 @@ class Grounding:
 
 
 def check_answered(outcomes: list[Outcome]) -> None:
-    """Refuse a request of which nothing was answered, where one reason is behind it: its image, its deadline, its only expression.
+    """Refuse a request that the server failed to answer in any part, so that it is asked again as a whole; and one of which nothing was answered for one reason, as its image or its only expression.
 
     Args:
         outcomes: of all questions.
@@ -212,6 +217,9 @@ def check_answered(outcomes: list[Outcome]) -> None:
     Raises:
         GapExportError: the reason.
     """
+    for outcome in outcomes:
+        if isinstance(outcome, GapExportError) and http_error(outcome).status >= 500:
+            raise outcome
     first = outcomes[0]
     if isinstance(first, GapExportError) and all(outcome is first for outcome in outcomes):
         raise first

@@ -30,8 +30,8 @@ class Health:
         return json_response({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        """200 while requests are to be sent here; 503 before the session was checked, and once the server stops."""
-        state = self._service.state
+        """200 while requests are to be sent here; 503 before the session was checked, once the server stops, and where the engine has failed."""
+        state = "failed" if self._service.engine.fault is not None else self._service.state
         if state == "ready":
             return json_response({"status": state})
         return json_response({"status": state}, 503, {"Retry-After": _RETRY_SECONDS})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -25,13 +26,12 @@ from gap_export.serving.http.ground import MOST_EXPRESSIONS, check_answered
 from gap_export.serving.http.json_body import json_body
 from gap_export.serving.http.replies import Opener, check_choices, fractions, usage_of
 from gap_export.serving.http.settings import HttpSettings
-from gap_export.serving.images import RequestImages
+from gap_export.serving.images import MOST_IMAGES, RequestImages
 from gap_export.serving.service import Service
 from gap_export.serving.work import Expression, Outcome, Result, Work
 
 CONFIDENCE = 1.0
 """Detectors give one; an answer in words has none, and the shape requires the field."""
-MOST_IMAGES = 8
 
 
 class InferImage(Body):
@@ -52,8 +52,8 @@ class InferRequest(Body):
         model: its name, where that is to be checked.
     """
 
-    input: Annotated[list[InferImage], Field(min_length=1, max_length=MOST_IMAGES)]
-    labels: Annotated[list[TextField], Field(min_length=1, max_length=MOST_EXPRESSIONS)]
+    input: Annotated[list[InferImage], Field(min_length=1, max_length=MOST_IMAGES, fail_fast=True)]
+    labels: Annotated[list[TextField], Field(min_length=1, max_length=MOST_EXPRESSIONS, fail_fast=True)]
     keep: KeepField | None = None
     max_new_tokens: TokensField | None = None
     model: str | None = None
@@ -82,7 +82,15 @@ class Inference:
             GapExportError: for another reason.
         """
         self._service.check_open()
-        asked = checked(InferRequest, await json_body(request))
+        asked = await json_body(request, partial(checked, InferRequest))
+        # Each image is computed by itself, and takes a place in the queue.
+        most = min(self._images.bounds.images, self._service.engine.most_waiting)
+        if len(asked.input) > most:
+            raise HttpError(
+                400,
+                f"input: {len(asked.input)} images are given, and a request may have {most}",
+                param="input",
+            )
         if len(set(asked.labels)) < len(asked.labels):
             raise HttpError(400, "labels: one stands twice", param="labels")
         check_choices(
@@ -93,16 +101,21 @@ class Inference:
             characters=sum(map(len, asked.labels)),
             most=self._settings.characters,
         )
+        images = [
+            Opener(self._images, [(ImageUrl(url=image.url), f"input[{number}].url")])
+            for number, image in enumerate(asked.input)
+        ]
         works = [
             Work(
                 tuple(map(Expression, asked.labels)),
-                Opener(self._images, [(ImageUrl(url=image.url), f"input[{number}].url")]),
+                image,
                 1,
+                fetch=image.fetch,
                 keep=asked.keep,
                 options=AskOptions.of(max_new_tokens=asked.max_new_tokens),
                 deadline=self._settings.deadline,
             )
-            for number, image in enumerate(asked.input)
+            for image in images
         ]
         async with Asking(self._service.engine, works, request.receive) as asking:
             answered = await asking.outcomes()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -15,33 +15,37 @@ DEEPEST = 32
 """Lists and objects within each other."""
 MOST_VALUES = 100_000
 """Brackets, commas and colons of a body, those in texts included: a value of two bytes takes a hundred in memory."""
+MOST_KEYS = 100
+"""Of one object: each that is no field is a fault of its own to whoever checks them."""
 LONGEST_NUMBER = 400
 """Characters; more would take long to convert."""
-_LARGE_BYTES = 2**18
-"""What is larger is parsed on another thread."""
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_LARGE_BYTES = 2**16
+"""What is larger is parsed and checked on another thread."""
+
+Checked = TypeVar("Checked")
 
 
-async def json_body(request: Request) -> dict[str, Any]:
-    """The object that a request brings.
+async def json_body(request: Request, check: Callable[[dict[str, Any]], Checked]) -> Checked:
+    """The object that a request brings, checked.
 
     Args:
         request: its body was not read yet; limits of it are the middleware's.
+        check: makes of the object what is wanted, on whatever thread.
 
     Raises:
-        HttpError: another content type, a coding, or no such JSON.
+        HttpError: another content type, a coding, no such JSON, or what the check raises.
     """
     _check_headers(request)
     body = bytearray()  # not `request.body()`, which would hold it until the answer is given
     async for piece in request.stream():
         body += piece
     if len(body) < _LARGE_BYTES:
-        return parse_object(body)
-    return await asyncio.get_running_loop().run_in_executor(None, parse_object, body)
+        return check(parse_object(body))
+    return await asyncio.get_running_loop().run_in_executor(None, lambda: check(parse_object(body)))
 
 
 def parse_object(body: bytes | bytearray) -> dict[str, Any]:
-    """Parse a JSON object: no NaN, no infinity, no key twice, no half of a surrogate pair, nothing behind it.
+    """Parse a JSON object: no NaN, no infinity, no key twice, no half of a surrogate pair, nothing behind it, and no more of anything than may be.
 
     Args:
         body: of a request.
@@ -66,11 +70,8 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _no_json("is not a JSON object")
     _check_depth(value)
-    if "\\" in text and _HALF_PAIR.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise _no_json("has text with half of a surrogate pair") from None
+    if "\\u" in text:  # other text was UTF-8, and has no surrogates
+        _check_texts(value)
     return value
 
 
@@ -99,7 +100,25 @@ def _check_depth(value: dict[str, Any]) -> None:
     raise _too_deep()
 
 
+def _check_texts(value: Any) -> None:
+    if isinstance(value, str):
+        if not value.isascii():  # known of every text: the address of a large image is not read again
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise _no_json("has text with half of a surrogate pair") from None
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            _check_texts(key)
+            _check_texts(child)
+    elif isinstance(value, list):
+        for child in value:
+            _check_texts(child)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_KEYS:
+        raise _no_json(f"has an object with more than {MOST_KEYS} keys")
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -11,6 +12,8 @@ from gap_export.files import readable_size
 from gap_export.serving.http.errors import HttpError
 from gap_export.serving.http.settings import HttpSettings
 
+_SHARES = 4
+"""One address may hold such a part of what bodies may take together, so that others are answered whatever it sends."""
 _LINGER_SECONDS = 2.0
 """How long a refused client may send on, so that it reads the refusal and not that the connection was reset."""
 _LINGER_BODIES = 2
@@ -27,14 +30,15 @@ class Limits:
 
     def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
         self._app, self._settings = app, settings
-        self._held = 0  # bytes of bodies of all open requests
+        self._held: Counter[str] = Counter()  # bytes of bodies of all open requests, by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, bounded, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(self, self._settings, receive, comes=_has_body(scope))
+        address = scope["client"][0] if scope.get("client") else ""
+        body = _Body(self, self._settings, receive, address, comes=_has_body(scope))
         answer = _Answer(body, send, self._settings.body_bytes)
         try:
             self._check_headers(scope)
@@ -42,7 +46,9 @@ class Limits:
         except HttpError as error:
             await error.response()(scope, receive, answer.send)
         finally:
-            self._held -= body.held
+            self._held[address] -= body.held
+            if not self._held[address]:
+                del self._held[address]
 
     def _check_headers(self, scope: Scope) -> None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -54,30 +60,33 @@ class Limits:
         if lengths and (len(lengths[0]) > 15 or int(lengths[0]) > self._settings.body_bytes):
             raise _too_long(self._settings)
 
-    def hold(self, count: int) -> None:
+    def hold(self, count: int, address: str) -> None:
         """Count bytes of bodies.
 
         Args:
             count: of them.
+            address: that they come from.
 
         Raises:
-            HttpError: all together are too many.
+            HttpError: all together are too many, or those of the address.
         """
-        if self._held + count > self._settings.bodies_bytes:
-            raise HttpError(
-                503,
-                "too much is being sent at once: ask again later",
-                code="too_many_bytes",
-                retry_after=1.0,
-            )
-        self._held += count
+        settings = self._settings
+        # One body may come, however small the share; behind a proxy all have its address.
+        share = max(settings.body_bytes, settings.bodies_bytes // _SHARES)
+        if settings.connections_per_address and self._held[address] + count > share:
+            raise _too_much(429, "this address sends too much at once: ask again later")
+        if self._held.total() + count > settings.bodies_bytes:
+            raise _too_much(503, "too much is being sent at once: ask again later")
+        self._held[address] += count
 
 
 class _Body:
     """A request's body, counted while it comes."""
 
-    def __init__(self, limits: Limits, settings: HttpSettings, receive: Receive, *, comes: bool) -> None:
-        self._limits, self._settings, self._receive = limits, settings, receive
+    def __init__(
+        self, limits: Limits, settings: HttpSettings, receive: Receive, address: str, *, comes: bool
+    ) -> None:
+        self._limits, self._settings, self._receive, self._address = limits, settings, receive, address
         self._ends = time.monotonic() + settings.body_seconds
         self.held = 0
         self.complete = not comes
@@ -104,7 +113,7 @@ class _Body:
         size = len(message.get("body", b""))
         if self.held + size > self._settings.body_bytes:
             raise _too_long(self._settings)
-        self._limits.hold(size)
+        self._limits.hold(size, self._address)
         self.held += size
         self.complete = not message.get("more_body", False)
         return message
@@ -147,6 +156,10 @@ def _has_body(scope: Scope) -> bool:
         name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
         for name, value in scope["headers"]
     )
+
+
+def _too_much(status: int, message: str) -> HttpError:
+    return HttpError(status, message, code="too_many_bytes", retry_after=1.0)
 
 
 def _too_long(settings: HttpSettings) -> HttpError:

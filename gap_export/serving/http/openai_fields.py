@@ -5,11 +5,13 @@ A field that is ignored is a wrong answer: so every field of the schema stands h
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from gap_export.inputs.chat.conversation import Turn
+from gap_export.runtime.conversation.chat import AskOptions
 from gap_export.serving.http.errors import HttpError
 from gap_export.serving.http.fields import Body, Image, ImageUrl, KeepField, TokensField
 
@@ -89,7 +91,7 @@ _PART_SCHEMA = {
 }
 Content = Annotated[
     list[Part],
-    Field(max_length=MOST_PARTS),
+    Field(max_length=MOST_PARTS, fail_fast=True),
     BeforeValidator(_parts),
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "maxItems": MOST_PARTS}]}
@@ -102,7 +104,7 @@ class Message(Body):
 
     Attributes:
         role: who speaks; a developer is the system.
-        content: a text, or texts and images.
+        content: a text, or texts and images, which are put in front of them.
         name: of who speaks: no chat template reads it.
     """
 
@@ -154,7 +156,7 @@ def _stops(value: Any) -> Any:
 
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1)]],
-    Field(max_length=_LONGEST_STOP),
+    Field(max_length=_LONGEST_STOP, fail_fast=True),
     BeforeValidator(_stops),
     WithJsonSchema(
         {
@@ -171,7 +173,7 @@ class ChatRequest(Body):
     """A conversation that is to be answered."""
 
     model: Annotated[str, Field(max_length=1024)]
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: TokensField | None = None
@@ -238,10 +240,16 @@ class ChatRequest(Body):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """What was chosen of how tokens are chosen."""
+    def options(self) -> AskOptions:
+        """How the answer is to be made.
+
+        Raises:
+            HttpError: two fields that differ.
+            InputError: a value that is out of range.
+        """
         names = ("temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return AskOptions.of(**chosen, stop=tuple(self.stop or ()), max_new_tokens=self.longest)
 
 
 NOT_IMPLEMENTED = frozenset(
@@ -286,7 +294,7 @@ def conversation_of(asked: ChatRequest) -> tuple[tuple[Turn, ...], list[tuple[Im
         asked: checked.
 
     Raises:
-        HttpError: an image that is not the user's.
+        HttpError: an image that is not the user's, or a message that cannot be read in its order.
     """
     turns: list[Turn] = []
     images: list[tuple[ImageUrl, str]] = []
@@ -298,6 +306,25 @@ def conversation_of(asked: ChatRequest) -> tuple[tuple[Turn, ...], list[tuple[Im
         ]
         if own and message.role != "user":
             raise HttpError(400, f"{own[0][1]}: images are the user's alone", param=own[0][1])
+        _check_order(message, number)
         images += own
         turns.append(Turn(_ROLES[message.role], message.text, len(own)))
     return tuple(turns), images
+
+
+def _check_order(message: Message, number: int) -> None:
+    """Refuse a message whose images lie in several places: prompts have one for them, and the order would be another one without a word.
+
+    Raises:
+        HttpError: its images stand neither all before nor all behind its texts.
+    """
+    changes = 0
+    for place, (before, part) in enumerate(pairwise(message.content or ()), start=1):
+        changes += type(before) is not type(part)
+        if changes > 1:
+            name = f"messages[{number}].content[{place}]"
+            raise HttpError(
+                400,
+                f"{name}: images and texts alternate; put the images of a message before its texts, which are read as one",
+                param=name,
+            )

@@ -42,9 +42,9 @@ _SAID = {
     413: "The body, or an image, has too many bytes.",
     415: "The body is no uncompressed JSON.",
     422: "An image cannot be decoded, is too small or too large.",
-    429: "The address has too many connections.",
+    429: "The address has too many connections, or sends too much at once.",
     431: "The header is too large.",
-    503: "The queue is full, the server is not ready, stops, or failed; ask again after Retry-After seconds.",
+    503: "The queue is full, the server is not ready, stops, or failed: see its code; ask again after Retry-After seconds.",
     504: "There was no answer before the deadline.",
 }
 

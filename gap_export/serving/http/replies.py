@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,7 +12,9 @@ from gap_export.boxes.codecs import CODECS, Box
 from gap_export.runtime.grounder import check_keep
 from gap_export.serving.http.errors import HttpError
 from gap_export.serving.http.fields import ImageUrl
-from gap_export.serving.images import RequestImages
+from gap_export.serving.images import Content, RequestImages
+from gap_export.serving.receipts import ImageDigest, image_digest
+from gap_export.serving.remote_images import RemoteImage, SecondsLeft
 from gap_export.serving.service import Service, no_receipts
 from gap_export.serving.work import Result, Work
 
@@ -52,15 +54,15 @@ def check_choices(
 
 
 class Opener:
-    """Decodes the images of a request, once it was admitted.
+    """Fetches and decodes the images of a request, once it was admitted.
 
     Args:
         images: their bounds.
         given: each with the field that it stands in.
-        keep: whether they are kept, for a receipt.
+        digest: whether they are digested, for receipts.
 
     Attributes:
-        images: as they were decoded; empty before, and where they are not kept.
+        digests: of the images as they were decoded; empty before, and where they are not digested.
 
     Raises:
         HttpError: too many.
@@ -68,16 +70,18 @@ class Opener:
     """
 
     def __init__(
-        self, images: RequestImages, given: Sequence[tuple[ImageUrl, str]], *, keep: bool = False
+        self, images: RequestImages, given: Sequence[tuple[ImageUrl, str]], *, digest: bool = False
     ) -> None:
         if len(given) > images.bounds.images:
             raise HttpError(
                 400, f"{len(given)} images are given, and a request may have {images.bounds.images}"
             )
-        self._images, self._keep = images, keep
+        self._images, self._digest = images, digest
         self._subjects = [subject for _, subject in given]
-        self._contents = [images.content(image.url, subject) for image, subject in given]
-        self.images: list[Image.Image] = []
+        self._contents: Sequence[Content | RemoteImage] = [
+            images.content(image.url, subject) for image, subject in given
+        ]
+        self.digests: tuple[ImageDigest, ...] = ()
 
     def __call__(self) -> list[Image.Image]:
         """The images, RGB, upright.
@@ -85,11 +89,28 @@ class Opener:
         Raises:
             ImageRefused: one cannot be used.
         """
-        contents, self._contents = self._contents, []  # what was sent is not held while it is answered
-        opened = self._images.open(contents, self._subjects)
-        if self._keep:
-            self.images = opened
+        contents, self._contents = self._contents, ()  # what was sent is not held while it is answered
+        here = [content for content in contents if not isinstance(content, RemoteImage)]
+        opened = self._images.open(here, self._subjects)
+        if self._digest:
+            self.digests = tuple(map(image_digest, opened))
         return opened
+
+    @property
+    def fetch(self) -> Callable[[SecondsLeft], None] | None:
+        """Fetches those that lie on other servers, see `Work.fetch`; None where none does."""
+        remote = any(isinstance(content, RemoteImage) for content in self._contents)
+        return self._fetch if remote else None
+
+    def _fetch(self, left: SecondsLeft) -> None:
+        self._contents = [
+            _content_of(content.fetch(left)) if isinstance(content, RemoteImage) else content
+            for content in self._contents
+        ]
+
+
+def _content_of(file: bytes) -> Content:
+    return lambda: file
 
 
 def boxes_of(result: Result, label: str | None = None) -> list[dict[str, Any]]:
@@ -100,10 +121,13 @@ def boxes_of(result: Result, label: str | None = None) -> list[dict[str, Any]]:
         label: what the boxes are of; left out where that is not known.
 
     Returns:
-        Of each the edges as fractions of the image, 0..1 from its top left corner, and in pixels.
+        Of each the edges as fractions of the image, 0..1 from its top left corner, and in pixels; a box that is handed on by itself says what it is in.
     """
     named = {} if label is None else {"label": label}
-    return [{**named, **fractions(box, result), "pixels": list(map(float, box))} for box in result.boxes]
+    return [
+        {**named, **fractions(box, result), "pixels": list(map(float, box)), "frame": FRAME}
+        for box in result.boxes
+    ]
 
 
 def fractions(box: Box, result: Result) -> dict[str, float]:
@@ -215,6 +239,6 @@ async def evidence_of(
         found["patches"] = patches_of(service, result)
     if receipt:
         assert isinstance(work.open_images, Opener)
-        images = work.open_images.images
-        found["receipt"] = await asyncio.to_thread(service.receipt, work, number, images, result)
+        digests = work.open_images.digests
+        found["receipt"] = await asyncio.to_thread(service.receipt, work, number, digests, result)
     return found

@@ -25,14 +25,13 @@ class HttpSettings:
         remote: fetches images of allowed hosts; None where none is.
         body_bytes: most bytes of a body.
         body_seconds: within which a body must have come.
-        bodies_bytes: most bytes of the bodies of all requests that are open.
+        bodies_bytes: most bytes of the bodies of all requests that are open; one address may hold a quarter of them.
         header_bytes: most bytes of the header lines of a request.
-        header_seconds: within which they must have come.
+        header_seconds: within which they must have come, from the first byte on; of the first request, from the beginning of its connection.
         write_seconds: that a client may take no bytes of its answer.
-        expressions: most expressions of a request.
         characters: most characters of the texts of a request.
         connections: most connections of all clients.
-        connections_per_address: most connections of one address; 0 for no limit, where all clients come through one proxy.
+        connections_per_address: most connections of one address; 0 for no limit, of what it sends neither, where all clients come through one proxy.
         allow_baselines: whether requests may choose position ids that are wrong on purpose, to compare.
         page: folder of the page; no page where there is none.
     """
@@ -48,7 +47,6 @@ class HttpSettings:
     header_bytes: int = 16 * 2**10
     header_seconds: float = 10.0
     write_seconds: float = 60.0
-    expressions: int = 16
     characters: int = 100_000
     connections: int = 1024
     connections_per_address: int = 64

@@ -81,14 +81,14 @@ def own(shapes_bundle: Bundle) -> Iterator[Serve]:
             model = stack.enter_context(load(shapes_bundle, threads=1))
             engine = stack.enter_context(Engine(model, EngineLimits(rows=rows, queue=queue, image_threads=1)))
             made = stack.enter_context(running_server(Service(engine, "shapes"), HttpSettings(**settings)))
-            submit = engine.submit
+            submit_all = engine.submit_all
 
             def noted(*arguments: Any) -> Any:
-                ticket = submit(*arguments)
-                made.tickets.append(ticket)
-                return ticket
+                tickets = submit_all(*arguments)
+                made.tickets.extend(tickets)
+                return tickets
 
-            engine.submit = noted  # type: ignore[method-assign]
+            engine.submit_all = noted  # type: ignore[method-assign]
             stack.callback(lambda: [gate.open() for gate in made.gates])
             return made
 

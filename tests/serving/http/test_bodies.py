@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
+from pydantic import ValidationError
 
 from gap_export.serving.http.errors import HttpError
+from gap_export.serving.http.ground import GroundRequest
+from gap_export.serving.http.infer import InferRequest
 from gap_export.serving.http.json_body import MOST_VALUES, parse_object
+from gap_export.serving.http.openai_fields import ChatRequest
+from gap_export.serving.metrics import ServerMetrics
+from tests.serving.http.conftest import Serve
 from tests.serving.http.serving_http import Running, read_all, status_of
 
 REFUSED = {
@@ -24,7 +31,13 @@ REFUSED = {
     "very deep": (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "more than 32 deep"),
     "brackets": (b'{"a": ' + b"[" * 50_000, "is not JSON|more than 32 deep"),
     "many values": (b'{"a": [' + b"0," * MOST_VALUES + b"0]}", "has more than 100000 values"),
+    "many keys": (b"{" + b",".join(b'"%d":1' % n for n in range(101)) + b"}", "more than 100 keys"),
+    "many keys within": (
+        b'{"a":{' + b",".join(b'"%d":1' % n for n in range(101)) + b"}}",
+        "more than 100 keys",
+    ),
     "half a pair": (rb'{"a": "\ud800"}', "half of a surrogate pair"),
+    "half a pair in a list": (rb'{"a": [["\uDFFF\uD83D"]]}', "half of a surrogate pair"),
     "half a pair as key": (rb'{"\udc00": 1}', "half of a surrogate pair"),
     "no UTF-8": (b'{"a": "\xff"}', "is not UTF-8"),
     "surrogate in UTF-8": (b'{"a": "\xed\xa0\x80"}', "is not UTF-8"),
@@ -83,6 +96,7 @@ def test_content_types(headers: dict[str, str], status: int, running: Running) -
         ("GET", "/..%2f..%2fetc/passwd", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
         ("OPTIONS", "/v1/ground", 405, "method_not_allowed"),
+        ("POST", "/v1/health/live", 405, "method_not_allowed"),
     ],
 )
 def test_paths_and_methods(method: str, path: str, status: int, code: str, running: Running) -> None:
@@ -125,12 +139,58 @@ def test_the_schema_is_told(running: Running) -> None:
         assert {"400", "401", "413", "422", "503", "504"} <= set(schema["paths"][path]["post"]["responses"])
 
 
+def test_what_is_looked_at_answers_without_a_body_too(serve: Serve) -> None:
+    http = serve(service={"metrics": ServerMetrics()}).http
+    for path in ("/v1/health/live", "/v1/health/ready", "/health", "/ping", "/metrics", "/v1/models"):
+        whole, head = http.get(path), http.head(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+def test_large_bodies_are_checked_on_another_thread(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(*_: object) -> None:
+        threads.append(threading.current_thread().name)
+        raise HttpError(400, "is enough")
+
+    monkeypatch.setattr(GroundRequest, "model_validate", noted)
+    for size in (10, 100_000):
+        assert running.http.post("/v1/ground", json={"expression": "x" * size}).status_code == 400
+    assert [name == "server" for name in threads] == [True, False]
+
+
+def test_faults_of_a_body_are_few() -> None:
+    """Of lists the first one: what a body may hold of them would take long to write down."""
+    bad = {str(number): 1 for number in range(90)}
+    for model, body in (
+        (GroundRequest, {"images": [bad] * 50, "expressions": [1] * 16}),
+        (InferRequest, {"input": [bad] * 50, "labels": [1] * 16}),
+        (ChatRequest, {"model": "m", "messages": [{"content": [bad] * 60, **bad}] * 200, "stop": [1] * 9}),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            model.model_validate(body)
+        assert caught.value.error_count() < 300
+
+
+@pytest.mark.parametrize("path", ["/v1/ground", "/v1/infer"])
+def test_long_lists_of_images_are_refused_at_their_field(path: str, running: Running) -> None:
+    image = {"type": "image_url", "url": "data:"}
+    name, body = {
+        "/v1/ground": ("images", {"images": ["a"] * 90_000, "expression": "a"}),
+        "/v1/infer": ("input", {"input": [image] * 10_000, "labels": ["a"]}),
+    }[path]
+    error = running.http.post(path, json=body).json()["error"]
+    assert (error["message"], error["param"]) == (f"{name}: must have at most 64", name)
+
+
 def test_health_and_models(running: Running) -> None:
     for path in ("/v1/health/live", "/healthz", "/ping", "/v2/health/live"):
         assert running.http.get(path).json() == {"status": "live"}
     for path in ("/v1/health/ready", "/health", "/v2/health/ready"):
         assert running.http.get(path).json() == {"status": "ready"}
-    assert running.http.head("/healthz").status_code == 200
     (model, alias) = running.http.get("/v1/models").json()["data"]
     assert (model["id"], alias["id"]) == ("shapes", "grounder")
     assert model["gap"]["rows"] == 4

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from gap_export.errors import InputError
+from gap_export.inputs.chat.conversation import Turn
+from gap_export.inputs.chat.renderer import Renderer
 from gap_export.runtime.model import Model
-from gap_export.serving.http.openai_fields import ChatRequest
+from gap_export.serving.http.openai_fields import ChatRequest, Message, conversation_of
 from tests.serving.http.serving_http import Running
 
 PATH = "/v1/chat/completions"
@@ -23,6 +27,15 @@ def messages(scene: tuple[Image.Image, str], scene_url: str) -> list[dict[str, A
         {"type": "image_url", "image_url": {"url": scene_url, "detail": "auto"}},
     ]
     return [{"role": "user", "content": parts}]
+
+
+def parts(*kinds: str, url: str = "data:") -> dict[str, Any]:
+    """A message of the user."""
+    made = {
+        "image": {"type": "image_url", "image_url": {"url": url}},
+        "text": {"type": "text", "text": "where is it?"},
+    }
+    return {"role": "user", "content": [made[kind] for kind in kinds]}
 
 
 def refused(server: Running, **body: Any) -> tuple[int, str, str | None]:
@@ -77,6 +90,16 @@ def test_the_official_client_gets_the_answers_of_the_python_api(
             messages=[*messages, answered, {"role": "user", "content": "where is the red circle?"}],
         )
         assert again.choices[0].message.content
+
+
+def test_images_stand_in_front_of_the_texts_of_their_message() -> None:
+    for kinds in ((), ("text", "text"), ("image", "text", "text"), ("text", "text", "image", "image")):
+        turns, images = conversation_of(ChatRequest(model="m", messages=[Message(**parts(*kinds))]))
+        texts = kinds.count("text")
+        assert turns == (Turn("user", "\n".join(["where is it?"] * texts), kinds.count("image")),)
+        assert [field for _, field in images] == [
+            f"messages[0].content[{place}].image_url" for place, kind in enumerate(kinds) if kind == "image"
+        ]
 
 
 def test_a_stream_has_the_form_of_server_sent_events(running: Running, messages: Any) -> None:
@@ -223,7 +246,6 @@ def test_all_neutral_values_change_nothing(running: Running) -> None:
 def test_values_that_would_change_something_are_refused_by_name(name: str) -> None:
     """Without a server: bodies are checked before anything is asked."""
     from gap_export.errors import GapExportError
-    from gap_export.runtime.conversation.chat import AskOptions
     from gap_export.serving.http.errors import HttpError
     from gap_export.serving.http.fields import checked
     from gap_export.serving.http.openai_fields import NOT_IMPLEMENTED
@@ -231,7 +253,7 @@ def test_values_that_would_change_something_are_refused_by_name(name: str) -> No
     def check(value: Any) -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": "?"}], name: value}
         asked = checked(ChatRequest, body, not_implemented=NOT_IMPLEMENTED)
-        AskOptions.of(**asked.sampling, stop=tuple(asked.stop or ()), max_new_tokens=asked.longest)
+        _ = asked.options
         if (asked.longest or 0) > 1000:
             raise HttpError(400, name)  # the bundle's own limit
 
@@ -262,6 +284,9 @@ def test_values_that_would_change_something_are_refused_by_name(name: str) -> No
         ({"messages": [{"role": "user", "content": "a", "name": "me"}]}, "messages[0].name: must be null"),
         ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}, {"role": "user", "content": "a"}]}, "images are the user's alone"),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "contains a NUL character"),
+        ({"messages": [parts("image", "text", "image")]}, "messages[0].content[2]: images and texts alternate"),
+        ({"messages": [parts("text", "image", "image", "text")]}, "messages[0].content[3]: images and texts alternate"),
+        ({"messages": [parts("text"), {"role": "assistant", "content": "b"}, parts("text", "image", "text", "image")]}, "messages[2].content[2]: images and texts alternate"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens is 6"),
         ({"stream_options": {"include_usage": True}}, "stream_options: belongs to stream: true"),
         ({"stream": True, "stream_options": {"chunk": 1}}, "stream_options.chunk: is not a field here"),
@@ -274,3 +299,28 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], named: str, running: Ru
         running, **{name: value for name, value in body.items() if value is not None}
     )
     assert (status, named in message) == (400, True), message
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "own"),
+    [
+        ("{{ raise_exception('of the template alone') }}", "refuses the conversation (change", "the template alone"),
+        ("a\n{% of the template alone %}", "is not valid Jinja in line 2 (correct", "tag 'of'"),
+        ("{{ 'of the template alone' | shell }}", "is not valid Jinja in line 1 (correct", "shell"),
+        ("{{ {}['of the template alone'].b }}", "needs what it is not given in line 1 (give", "the template alone"),
+        ("{{ 1 // 0 }}", "failed in line 1 (give", "ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_what_a_template_says_is_for_the_operator_alone(
+    template: str, said: str, own: str, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Renderer(template) as renderer:
+        with pytest.raises(InputError, match=f"{re.escape(said.partition(' (')[0])}: .*{own}"):
+            renderer.render([{"role": "user", "content": "?"}])
+        prompts = running.service.engine._answering.prompts
+        assert prompts is not None
+        monkeypatch.setattr(prompts.tokens, "_renderer", renderer)
+        status, message, _ = refused(running, model="shapes", messages=[{"role": "user", "content": "?"}])
+    assert status == 400
+    assert message.startswith(f"chat template: {said}")
+    assert own not in message

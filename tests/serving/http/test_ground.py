@@ -46,6 +46,7 @@ def test_boxes_are_those_of_the_python_api(
     assert result["raw"] == expected.text
     assert [tuple(box["pixels"]) for box in result["boxes"]] == list(expected.boxes)
     (box,) = result["boxes"]
+    assert (box["label"], box["frame"]) == (expression, "image as displayed")
     edges = [box[name] for name in ("x_min", "y_min", "x_max", "y_max")]
     assert np.allclose(edges, np.array(expected.box) / 96)
     kept = len(expected.kept_indices)
@@ -121,11 +122,16 @@ def test_an_answer_that_stands_elsewhere_is_not_given_a_receipt(
     server = serve(service={"receipt_of": receipt_of, "metrics": metrics})
     monkeypatch.setattr("gap_export.serving.http.ground.placed_by", lambda *_: renumbered)
     body = {"image": scene_url, "expression": scene[1]}
-    status, message, _ = refused(server, **body, receipt=True)
-    assert (status, "failed to answer" in message) == (503, True)
+    reply = server.http.post("/v1/ground", json={**body, "receipt": True})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_computed_as_stated")
+    assert "ask another server" in reply.json()["error"]["message"]
+    assert int(reply.headers["Retry-After"]) >= 60
     assert metrics.registry.get_sample_value("gap_receipt_mismatch_total") == 1
     monkeypatch.undo()
-    assert ground(server, **body, receipt=True)["results"][0]["receipt"]
+    # It is not trusted with anything further, a receipt or none.
+    assert server.http.get("/v1/health/ready").json() == {"status": "failed"}
+    reply = server.http.post("/v1/ground", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
     assert metrics.registry.get_sample_value("gap_receipt_mismatch_total") == 1
 
 

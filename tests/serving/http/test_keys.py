@@ -93,7 +93,7 @@ def test_what_breaks_is_answered_and_logged_by_its_kind(
     def broken(*_: Any) -> None:
         raise RuntimeError("secret at 0x7f00")
 
-    monkeypatch.setattr(running.service.engine, "submit", broken)
+    monkeypatch.setattr(running.service.engine, "submit_all", broken)
     with caplog.at_level(logging.DEBUG):
         answer = running.http.post("/v1/ground", json={"image": scene_url, "expression": "a"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

@@ -6,9 +6,12 @@ import json
 import socket
 import time
 from contextlib import ExitStack
+from typing import Any
+
+import httpx
 
 from tests.serving.http.conftest import Serve
-from tests.serving.http.serving_http import read_all, status_of, wait_for
+from tests.serving.http.serving_http import SECONDS, read_all, status_of, wait_for
 
 PATH = "/v1/ground"
 KIB = 2**10
@@ -118,6 +121,59 @@ def test_bodies_of_all_requests_are_counted_together(serve: Serve) -> None:
         return answer.status_code == 400
 
     wait_for(taken, "the bytes of the first are given back")
+
+
+def test_one_address_holds_a_part_of_all_bodies_alone(serve: Serve) -> None:
+    server = serve(body_bytes=16 * KIB, bodies_bytes=64 * KIB, body_seconds=20.0)
+    kind = {"Content-Type": "application/json"}
+
+    def answered(source: str) -> httpx.Response:
+        transport = httpx.HTTPTransport(local_address=source)
+        with httpx.Client(base_url=server.url, transport=transport, timeout=SECONDS) as http:
+            return http.post(PATH, content=b"x" * (12 * KIB), headers=kind)
+
+    holder = server.send(PATH, b"x" * (12 * KIB), f"Content-Length: {15 * KIB}")
+    with holder:
+        wait_for(lambda: answered("127.0.0.1").status_code == 429, "its address has no more")
+        refused = answered("127.0.0.1")
+        assert refused.json()["error"]["code"] == "too_many_bytes"
+        assert refused.headers["retry-after"] == "1"
+        assert answered("127.0.0.2").status_code == 400, "others are read"
+    wait_for(lambda: answered("127.0.0.1").status_code == 400, "its bytes are given back")
+
+
+def test_behind_a_proxy_all_have_one_address(serve: Serve) -> None:
+    server = serve(body_bytes=16 * KIB, bodies_bytes=64 * KIB, body_seconds=20.0, connections_per_address=0)
+    kind = {"Content-Type": "application/json"}
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(server.send(PATH, b"x" * (14 * KIB), f"Content-Length: {15 * KIB}"))
+        wait_for(
+            lambda: server.http.post(PATH, content=b"x" * (9 * KIB), headers=kind).status_code == 503,
+            "all together hold as much as may be",
+        )
+
+
+def test_the_clock_of_header_lines_begins_with_their_first_byte(serve: Serve) -> None:
+    server = serve(header_seconds=0.2)
+    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    with server.connect() as connection:
+
+        def answer() -> bytes:
+            connection.sendall(request)
+            came = b""
+            while not came.endswith(b"}"):
+                came += connection.recv(4096)
+            return came
+
+        assert status_of(answer()) == 200
+        protocol: Any = next(iter(server.server.server_state.connections))
+        wait_for(lambda: protocol.timeout_keep_alive_task is not None, "it is kept alive")
+        assert protocol._header_timer is None
+        time.sleep(0.4)
+        assert status_of(answer()) == 200
+        connection.sendall(request[:20])
+        assert read_all(connection) == b"", "half a request ends"
 
 
 def test_small_answers_are_sent_at_once(serve: Serve) -> None:

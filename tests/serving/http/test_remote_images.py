@@ -6,7 +6,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
@@ -14,8 +14,8 @@ import pytest
 
 from gap_export.errors import InputError
 from gap_export.serving.images import ImageBounds, RequestImages
-from gap_export.serving.remote_images import ImageRefused, RemoteImages
-from tests.serving.http.serving_http import noise
+from gap_export.serving.remote_images import ImageRefused, RemoteImage, RemoteImages
+from tests.serving.http.serving_http import SECONDS, noise
 
 HOST, PUBLIC = "images.example.org", "93.184.216.34"
 
@@ -134,6 +134,18 @@ class Net:
         return RequestImages(ImageBounds(encoded_bytes=encoded_bytes), remote)
 
 
+def waited_for() -> float:
+    """Seconds."""
+    return SECONDS
+
+
+def fetched(images: RequestImages, url: str, left: Callable[[], float] = waited_for) -> bytes:
+    """The content of an image at an address."""
+    content = images.content(url, "image")
+    assert isinstance(content, RemoteImage)
+    return content.fetch(left)
+
+
 def test_an_image_is_fetched_from_the_address_that_was_checked(
     site: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +154,9 @@ def test_an_image_is_fetched_from_the_address_that_was_checked(
     net = Net(site)
     content = net.images().content(f"http://{HOST}/image.png?size=2", "image")
     assert (net.resolved, net.dialled) == ([], [])  # nothing is looked up before a request is admitted
-    images = net.images().open([content], ["image"])
+    assert isinstance(content, RemoteImage)
+    file = content.fetch(waited_for)
+    images = net.images().open([lambda: file], ["image"])
     assert [image.size for image in images] == [(20, 10)]
     assert net.resolved == [HOST]
     assert net.dialled == [(PUBLIC, 80)]
@@ -153,7 +167,7 @@ def test_an_image_is_fetched_from_the_address_that_was_checked(
 
 def test_redirects_are_followed_where_they_stay(site: int) -> None:
     net = Net(site)
-    assert net.images().content(f"http://{HOST}/1", "image")() == png()
+    assert fetched(net.images(), f"http://{HOST}/1") == png()
     assert net.resolved == [HOST] * 4  # each is looked up and checked again
 
 
@@ -179,12 +193,28 @@ def test_redirects_are_followed_where_they_stay(site: int) -> None:
 )
 def test_what_a_server_may_answer_is_bounded(path: str, status: int, named: str, site: int) -> None:
     seconds = 0.5 if "slow" in path else 20.0
-    content = Net(site).images(seconds=seconds).content(f"http://{HOST}{path}", "image")
+    images = Net(site).images(seconds=seconds)
     began = time.monotonic()
     with pytest.raises(ImageRefused, match=named) as refused:
-        content()
+        fetched(images, f"http://{HOST}{path}")
     assert refused.value.status == status
     assert time.monotonic() - began < seconds + 5
+
+
+def test_nothing_is_asked_for_when_nobody_waits(site: int) -> None:
+    net = Net(site)
+    with pytest.raises(ImageRefused, match="not there"):
+        fetched(net.images(), f"http://{HOST}/image.png", lambda: 0.0)
+    assert (net.resolved, net.dialled) == ([], [])
+    waits = iter([SECONDS, SECONDS, SECONDS, 0.0, 0.0])  # at the beginning, and before each address
+    with pytest.raises(ImageRefused, match="not there"):
+        fetched(net.images(), f"http://{HOST}/1", lambda: next(waits))
+    assert [path for path, _, _ in Handler.asked] == ["/1", "/2"]
+
+
+def test_an_image_takes_no_longer_than_it_is_waited_for(site: int) -> None:
+    with pytest.raises(ImageRefused, match=r"not there within 0\.2 s"):
+        fetched(Net(site).images(seconds=1000.0), f"http://{HOST}/slow", lambda: 0.2)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +232,7 @@ def test_what_a_server_may_answer_is_bounded(path: str, status: int, named: str,
 def test_no_other_address_is_taken(url: str) -> None:
     net = Net(1)
     with pytest.raises(ImageRefused) as refused:
-        net.images().content(url, "image")()
+        fetched(net.images(), url)
     assert refused.value.status == 400
     assert (net.resolved, net.dialled) == ([], [])
 
@@ -216,7 +246,7 @@ def test_ports_and_names_are_taken_as_they_were_allowed(site: int) -> None:
         f"http://{HOST}:8443/image.png",
         "http://a.b/image.png",
     ):
-        assert images.content(url, "image")() == png()
+        assert fetched(images, url) == png()
     assert net.dialled[2] == (PUBLIC, 8443)
     assert Handler.asked[2][1] == f"{HOST}:8443"
     for name in ("", "a b", "http://a.org", "a.org/", "*.a.org", "a.org:", "a.org:0", "a.org:99999", "é.org"):
@@ -230,13 +260,16 @@ def test_ports_and_names_are_taken_as_they_were_allowed(site: int) -> None:
         ["127.0.0.1"], ["10.1.2.3"], ["172.16.0.1"], ["192.168.1.1"], ["169.254.169.254"], ["100.64.0.1"], ["0.0.0.0"],
         ["224.0.0.1"], ["255.255.255.255"], ["::1"], ["fe80::1"], ["fc00::1"], ["::ffff:127.0.0.1"], ["::ffff:10.0.0.1"],
         ["64:ff9b::7f00:1"], ["2002:7f00:1::"], ["::"], [PUBLIC, "127.0.0.1"], ["2606:2800:220:1::1", "fd00::1"], ["no address"],
+        ["64:ff9b:1::7f00:1"], ["64:ff9b:1::5db8:d822"], ["fec0::1"], ["::7f00:1"], ["::5db8:d822"], ["::ffff:0:7f00:1"],
+        ["192.0.0.8"], ["192.0.0.9"], ["192.88.99.1"], ["::ffff:192.88.99.1"], ["2001:0:4136:e378:8000:63bf:3fff:fdd2"],
+        ["2001:db8::1"], ["3fff::1"], ["2606:2800:220:1::5efe:a00:1"], ["2606:2800:220:1:200:5efe:a00:1"], ["4000::1"], ["ff0e::1"],
     ],
     ids=str,
 )  # fmt: skip
 def test_hosts_that_are_not_on_the_public_network_are_refused(addresses: list[str]) -> None:
     net = Net(1, images=addresses)
     with pytest.raises(ImageRefused, match="not on the public network"):
-        net.images().content(f"http://{HOST}/image.png", "image")()
+        fetched(net.images(), f"http://{HOST}/image.png")
     assert net.dialled == []
 
 
@@ -252,11 +285,11 @@ def test_public_addresses_are_dialled_one_after_the_other(site: int) -> None:
         return made
 
     remote = RemoteImages([HOST], resolve=net.resolve, dial=first_fails)
-    assert RequestImages(ImageBounds(), remote).content(f"http://{HOST}/image.png", "image")() == png()
+    assert fetched(RequestImages(ImageBounds(), remote), f"http://{HOST}/image.png") == png()
     assert [address for address, _ in net.dialled] == ["2606:2800:220:1::1", "::ffff:93.184.216.34"]
     for names, named in (([], "without an address"),):
         with pytest.raises(ImageRefused, match=named):
-            Net(site, images=names).images().content(f"http://{HOST}/image.png", "image")()
+            fetched(Net(site, images=names).images(), f"http://{HOST}/image.png")
 
 
 def test_https_names_the_host_and_wants_its_certificate() -> None:
@@ -272,7 +305,7 @@ def test_https_names_the_host_and_wants_its_certificate() -> None:
     thread.start()
     net = Net(listening.getsockname()[1])
     with pytest.raises(ImageRefused, match="cannot be fetched") as refused:
-        net.images().content(f"https://{HOST}/image.png", "image")()
+        fetched(net.images(), f"https://{HOST}/image.png")
     thread.join(5)
     listening.close()
     assert net.dialled == [(PUBLIC, 443)]

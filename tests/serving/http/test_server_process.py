@@ -77,6 +77,38 @@ def test_a_process_that_is_told_to_stop_before_it_is_ready_has_not_failed(
     assert process.returncode == 0, messages
 
 
+def test_a_process_that_is_told_twice_ends_after_a_step(shapes_bundle: Bundle) -> None:
+    """Before it is ready: its golden request is given up in the middle."""
+    code = """
+import sys, time
+from gap_export import cli
+from gap_export.serving.engine import Engine
+step = Engine._step
+def slow(engine):
+    print("step", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+    step(engine)
+Engine._step = slow
+cli.main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "serve", str(shapes_bundle.folder), "--port", "0", "--threads", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert "step\n" in lines
+        process.send_signal(signal.SIGTERM)
+        assert "step\n" in lines, "it is finished"
+        process.send_signal(signal.SIGTERM)
+        left = list(lines)
+    assert process.returncode == 0, left
+    assert left.count("step\n") <= 1
+    assert not [line for line in left if "Traceback" in line]
+
+
 def refused(*arguments: str, code: str | None = None) -> str:
     command = [*COMMAND, *arguments] if code is None else [sys.executable, "-c", code, "serve", *arguments]
     done = subprocess.run(
