@@ -346,7 +346,7 @@ class Engine:
         if not self._is_given_up(ticket):
             self._begin(ready, ready.left.popleft())
         if not ready.left or ticket.done:
-            self._queue.leave(ticket)
+            self._queue.begun(ticket)
             self._spare = None
         return True
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gap_export.serving.preparing import Prepared, Prompted
+from gap_export.serving.retry_after import RetryAfter
 from gap_export.serving.work import Refused, Ticket
 
 
@@ -61,6 +62,7 @@ class Queue:
         self._being_fetched = self._being_prepared = 0
         self._closed_because: Refused | None = None
         self._ended = False
+        self._retry_after = RetryAfter()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -127,7 +129,7 @@ class Queue:
             return Refused(
                 f"is not admitted: {len(self._waiting)} are waiting, {more}",
                 reason="full",
-                retry_after=1.0,
+                retry_after=self._retry_after.seconds(),
             )
 
     def close(self, because: Refused) -> None:
@@ -228,8 +230,18 @@ class Queue:
         ready = {each.ticket.number for each in self._ready}
         return any(each.work.is_check and each.number not in ready for each in self._waiting.values())
 
+    def begun(self, ticket: Ticket) -> None:
+        """A request has begun with all that it asks.
+
+        Args:
+            ticket: of it.
+        """
+        with self._lock:
+            self.leave(ticket)
+            self._retry_after.note_begun(len(self._waiting))
+
     def leave(self, ticket: Ticket) -> bool:
-        """A request has begun with all that it asks, or is given up.
+        """A request has begun, or is given up.
 
         Args:
             ticket: of it.

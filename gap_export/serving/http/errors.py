@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +62,7 @@ class HttpError(Exception):
         self.code = code or _CODES.get(status, "invalid_request")
         self.headers = dict(headers or {})
         if retry_after is not None:
-            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+            self.headers["Retry-After"] = str(max(1, round(retry_after)))
 
     @property
     def body(self) -> dict[str, Any]:
