@@ -1,6 +1,6 @@
 """A server under load, faults and time: what is wrong, lost or leaked, and what serving costs. See README.md for the protocol.
 
-    python bench/serve.py [--part NAME ...] [--trained] [--rounds N] [--seconds N] [--clients N] [--minutes N] [--limit-minutes N] [--label TEXT]
+    python bench/serve.py [--part NAME ...] [--rounds N] [--seconds N] [--clients N] [--minutes N] [--limit-minutes N] [--label TEXT]
 
 Parts are load, overhead, refusals, cancel, sigterm, kill9, memory and aiperf; all but the last by default. Each is a measurement by itself, and its record replaces
 the same part's of an earlier run in bench/results/serve.json. Requests go to 127.0.0.1 alone. The last line printed is the record.
@@ -29,7 +29,7 @@ from serving.part_overhead import overhead
 from serving.part_refusals import refusals
 from serving.part_stops import kill9, sigterm
 from serving.process import ensure_bundle
-from serving.setup import IMAGES, Outcome, Part, Setup
+from serving.setup import Outcome, Part, Setup
 
 from gap_export.bundle.folder import open_bundle
 from gap_export.environment import versions
@@ -63,11 +63,6 @@ def main() -> int:
     parser.add_argument("--control-minutes", type=float, default=5.0, help="of memory with a leak")
     parser.add_argument("--bundle", type=Path, help="that is served, in place of one that is built")
     parser.add_argument(
-        "--trained",
-        action="store_true",
-        help="serve a decoder of 135M parameters, which was trained: a request takes as long as one does",
-    )
-    parser.add_argument(
         "--server-options", default="", help="further ones of `gap-export serve`, in one text"
     )
     parser.add_argument("--adapt", help="FROM:TO, of the load: the server chooses fractions of visual tokens")
@@ -78,7 +73,7 @@ def main() -> int:
     options = parser.parse_args()
     end_after(60 * options.limit_minutes)
     console = Console()
-    bundle = options.bundle or (ensure_trained if options.trained else ensure_bundle)(options.scratch)
+    bundle = options.bundle or ensure_bundle(options.scratch)
     server_options = shlex.split(options.server_options)
     chosen: tuple[float, ...] = ()
     if options.adapt:
@@ -94,12 +89,11 @@ def main() -> int:
         minutes=options.minutes,
         control_minutes=options.control_minutes,
         server_options=tuple(server_options),
-        images=1 if options.trained else IMAGES,
         chosen=chosen,
         aiperf=options.aiperf,
         console=console,
     )
-    suffix = (" of a trained decoder" if options.trained else "") + (" with --adapt" if options.adapt else "")
+    suffix = " with --adapt" if options.adapt else ""
     parts = recorded(options.output)
     for name in options.part or BY_DEFAULT:
         outcome = PARTS[name](setup)
@@ -112,35 +106,6 @@ def main() -> int:
     ok = all(part["ok"] for part in parts.values())
     print(json.dumps({"benchmark": "serve", "ok": ok, "parts": parts}))
     return 0 if ok else 1
-
-
-def ensure_trained(scratch: Path) -> Path:
-    """The checkpoint of `asking.py` as a bundle whose requests choose their share of the visual tokens: answers of 24 tokens.
-
-    Args:
-        scratch: folder of bundles and checkpoints, where an earlier run's are found again.
-    """
-    import asking
-    import real_weights
-
-    import gap_export as gap
-
-    folder = scratch / "bundle-serve-trained"
-    if not (folder / "golden.json").exists():
-        decoder, _ = real_weights.ensure_decoder(scratch)
-        checkpoint = asking.ensure_chat(scratch, decoder, real_weights.ensure_llava(scratch, decoder))
-        recipe = gap.Recipe.load(
-            "llava",
-            checkpoint=str(checkpoint),
-            precision="fp32",
-            keep="0.1:0.25:1.0",
-            pruner="cls_attention",
-            max_text=256,
-            max_new_tokens=24,
-            prompt=asking.as_grounding_prompt((checkpoint / asking.TEMPLATE).read_text()),
-        )
-        gap.build(recipe, folder, replace=True)
-    return folder
 
 
 def chosen_fractions(bundle: Path, adapt: str, max_drop: float) -> tuple[float, ...]:

@@ -32,7 +32,6 @@ class Setup:
         minutes: of the measurement of memory.
         control_minutes: of its control.
         server_options: further ones of the server, as they are written on a command line.
-        images: that requests are about.
         chosen: fractions of visual tokens that a server with `--adapt` may choose.
         aiperf: the program.
         pin: whether server and clients have a core each, where there are two: what is counted alone does not need it.
@@ -47,7 +46,6 @@ class Setup:
     minutes: float = 30.0
     control_minutes: float = 5.0
     server_options: tuple[str, ...] = ()
-    images: int = IMAGES
     chosen: tuple[float, ...] = ()
     aiperf: Path | None = None
     pin: bool = True

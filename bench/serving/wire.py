@@ -95,6 +95,8 @@ class Connection:
             Broken: there is no server, or the connection ended too early.
         """
         sent = False
+        if self._reader is not None and self._reader.at_eof():
+            self.leave()  # the server has closed it, as none was asked for so long
         try:
             if self._writer is None:
                 self._reader, self._writer = await asyncio.open_connection(
