@@ -32,6 +32,7 @@ from gap_export.serving.lanes import Row, open_lane, single_because
 from gap_export.serving.limits import EngineLimits
 from gap_export.serving.observer import NO_OBSERVER, Observer
 from gap_export.serving.preparing import Preparing, Prompted
+from gap_export.serving.priority import yield_to_others
 from gap_export.serving.queue import Queue, Ready
 from gap_export.serving.work import Refused, Result, Ticket, Work
 
@@ -266,6 +267,7 @@ class Engine:
     # On threads that decode images
 
     def _prepare_requests(self) -> None:
+        yield_to_others()
         while (ticket := self._queue.next_unprepared()) is not None:
             ready = None
             try:
