@@ -22,6 +22,7 @@ from gap_export.records import Record
 from gap_export.serving.remote_images import ImageRefused, RemoteImage, RemoteImages
 
 _DATA = re.compile(r"data:image/[a-z0-9][a-z0-9.+-]{0,60};base64,", re.IGNORECASE | re.ASCII)
+_PIECE = 2**16  # of base64, a multiple of four
 _PIXEL_BYTES = 3
 """Of a decoded RGB image."""
 
@@ -128,10 +129,7 @@ class RequestImages:
             raise _too_many_bytes(self.bounds, subject)
 
         def content() -> bytes:
-            try:
-                file = binascii.a2b_base64(url[head.end() :], strict_mode=True)
-            except ValueError:
-                file = b""
+            file = _from_base64(url, head.end())
             if not file:
                 raise ImageRefused(
                     "is not base64",
@@ -173,6 +171,24 @@ class RequestImages:
             except InputError:
                 raise _unusable(f"of {width}x{height} pixels would take too much memory", subject) from None
         return width, height
+
+
+def _from_base64(text: str, first: int) -> bytes:
+    """What a text stands for; nothing where it is not base64.
+
+    Args:
+        text: of any length: it is read in pieces, as other threads wait while one is read.
+        first: place at which it begins.
+    """
+    pieces: list[bytes] = []
+    try:
+        for start in range(first, len(text), _PIECE):
+            if pieces and len(pieces[-1]) % 3:
+                return b""  # what follows padding
+            pieces.append(binascii.a2b_base64(text[start : start + _PIECE], strict_mode=True))
+    except ValueError:
+        return b""
+    return b"".join(pieces)
 
 
 def _unusable(message: str, subject: str) -> ImageRefused:

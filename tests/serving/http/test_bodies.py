@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import threading
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gap_export.serving.http.errors import HttpError
@@ -14,6 +18,7 @@ from gap_export.serving.http.ground import GroundRequest
 from gap_export.serving.http.infer import InferRequest
 from gap_export.serving.http.json_body import MOST_VALUES, parse_object
 from gap_export.serving.http.openai_fields import ChatRequest
+from gap_export.serving.images import _PIECE, _from_base64
 from gap_export.serving.metrics import ServerMetrics
 from tests.serving.http.conftest import Serve
 from tests.serving.http.serving_http import Running, read_all, status_of
@@ -197,3 +202,13 @@ def test_health_and_models(running: Running) -> None:
     assert model["gap"]["one_at_a_time_because"] is None
     assert model["gap"]["keep_range"] == [0.1, 1.0]
     assert running.http.get("/v1/models/grounder").json() == alias
+
+
+@given(st.binary(max_size=40), st.integers(0, 3), st.sampled_from(["", "=", "A", " ", "é", "AAAA"]))
+def test_base64_is_read_in_pieces_as_it_is_whole(file: bytes, pieces: int, behind: str) -> None:
+    text = base64.b64encode(bytes(3 * _PIECE // 4 * pieces) + file).decode() + behind
+    try:
+        whole = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        whole = b""
+    assert _from_base64(f"data:{text}", 5) == whole
