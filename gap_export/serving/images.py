@@ -181,6 +181,8 @@ def _from_base64(text: str, first: int) -> bytes:
         first: place at which it begins.
     """
     pieces: list[bytes] = []
+    if (len(text) - first) % 4:
+        return b""  # padding is wanting, or more of it than there may be
     try:
         for start in range(first, len(text), _PIECE):
             if pieces and len(pieces[-1]) % 3:

@@ -208,7 +208,7 @@ def test_health_and_models(running: Running) -> None:
 def test_base64_is_read_in_pieces_as_it_is_whole(file: bytes, pieces: int, behind: str) -> None:
     text = base64.b64encode(bytes(3 * _PIECE // 4 * pieces) + file).decode() + behind
     try:
-        whole = binascii.a2b_base64(text, strict_mode=True)
+        whole = b"" if len(text) % 4 else binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
         whole = b""
     assert _from_base64(f"data:{text}", 5) == whole
