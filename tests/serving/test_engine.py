@@ -16,6 +16,7 @@ from gap_export.inputs.chat.conversation import Turn
 from gap_export.runtime.model import Model
 from gap_export.serving.adapt import Adapt
 from gap_export.serving.engine import Engine
+from gap_export.serving.retry_after import LEAST_SECONDS, MOST_SECONDS
 from gap_export.serving.work import Conversation, Refused, Result, Ticket, Work
 from tests.runtime.conversation.talking import failing, spied
 from tests.serving.asking import (
@@ -142,10 +143,12 @@ class Crowd:
             try:
                 return self.engine.submit(work)
             except Refused as refused:
-                said = (refused.reason, refused.retry_after)
+                said = refused  # (the name of an exception ends with its block)
                 self.refused += 1
                 time.sleep(rng.random() * 0.02)
-            assert said == ("full", 1.0)
+            assert said.reason == "full"
+            assert said.retry_after is not None
+            assert LEAST_SECONDS <= said.retry_after <= MOST_SECONDS
 
 
 def check_crowd(engine: Engine, model: Model, requests: int, seed: int) -> Crowd:

@@ -111,6 +111,7 @@ def test_images_that_decide_themselves_are_served_one_at_a_time(
         check_same(engine, model, works_of([noise(each) for each in range(5)]))
 
 
+@pytest.mark.long
 def test_questions_that_the_pruner_tells_apart_share_nothing(
     tiny_bundle: BuildBundle, open_engine: OpenEngine
 ) -> None:

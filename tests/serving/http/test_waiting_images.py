@@ -191,7 +191,13 @@ def openers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Opener
     gc.enable()
 
 
-@pytest.mark.parametrize("path", ["/v1/ground", "/v1/infer", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/ground",
+        *(pytest.param(path, marks=pytest.mark.long) for path in ("/v1/infer", "/v1/chat/completions")),
+    ],
+)
 @pytest.mark.parametrize("how", ["answered", "deadline", "left", "broken"])
 def test_what_was_sent_is_dropped_with_its_request(
     how: str, path: str, own: Serve, openers: list[weakref.ref[Opener]], scene_url: str
