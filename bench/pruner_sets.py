@@ -49,8 +49,8 @@ def random_features(
         "class_query_BAD": normal(heads, width // heads),
         "keys_BATD": normal(heads, visual + 1, width // heads),
         "class_token_BE": normal(width),
-        "following_query_BE": normal(width),
-        "following_keys_BTE": np.concatenate([normal(1, width), patches + normal(visual, width)], axis=1),
+        "full_width_query_BE": normal(width),
+        "full_width_keys_BTE": np.concatenate([normal(1, width), patches + normal(visual, width)], axis=1),
         "projected_BNH": (patches[:, :, ::-1] + normal(visual, width)).astype(np.float32),
         # As long as CLIP's: raw products of a patch with a text are of the order of ten.
         "aligned_BNP": patches[:, :, :aligned] + normal(visual, aligned),
@@ -60,11 +60,11 @@ def random_features(
 
 SOURCES = {
     "patches": ("patches_BNE",),
-    "class_attention": ("class_query_BAD", "keys_BATD"),
+    "attention": ("class_query_BAD", "keys_BATD"),
     "class_token": ("class_token_BE",),
     "mean_keys": ("keys_BATD",),
-    "following_attention": ("following_query_BE", "following_keys_BTE"),
-    "following_keys": ("following_keys_BTE",),
+    "full_width_attention": ("full_width_query_BE", "full_width_keys_BTE"),
+    "full_width_keys": ("full_width_keys_BTE",),
     "projected": ("projected_BNH",),
     "aligned": ("aligned_BNP",),
     "text": ("text_BP",),
@@ -88,14 +88,14 @@ def features_of(
     return kind(
         patches=given["patches_BNE"],
         grid=grid,
-        class_attention=field("class_attention", prune.class_attention),
+        attention=field("attention", prune.class_attention),
         class_token=field("class_token"),
         mean_keys=field("mean_keys", prune.mean_keys),
-        following_attention=field(
-            "following_attention",
+        full_width_attention=field(
+            "full_width_attention",
             lambda query_BE, keys_BTE: prune.class_attention(query_BE[:, None], keys_BTE[:, None]),
         ),
-        following_keys=field("following_keys", lambda keys_BTE: keys_BTE[:, 1:].float()),
+        full_width_keys=field("full_width_keys", lambda keys_BTE: keys_BTE[:, 1:].float()),
         projected=field("projected"),
         aligned=field("aligned"),
         text=field("text"),
@@ -111,13 +111,13 @@ def features_in_float64(
     return prune.VisionFeatures(
         patches=exact["patches_BNE"],
         grid=grid,
-        class_attention=reference.class_attention(exact["class_query_BAD"], exact["keys_BATD"]),
+        attention=reference.class_attention(exact["class_query_BAD"], exact["keys_BATD"]),
         class_token=exact["class_token_BE"],
         mean_keys=exact["keys_BATD"].mean(axis=0)[1:],
-        following_attention=reference.class_attention(
-            exact["following_query_BE"][None], exact["following_keys_BTE"][None]
+        full_width_attention=reference.class_attention(
+            exact["full_width_query_BE"][None], exact["full_width_keys_BTE"][None]
         ),
-        following_keys=exact["following_keys_BTE"][1:],
+        full_width_keys=exact["full_width_keys_BTE"][1:],
         projected=exact["projected_BNH"],
         aligned=exact["aligned_BNP"],
         text=exact["text_BP"],

@@ -175,12 +175,8 @@ def row_of(checkpoint: Checkpoint) -> FamilyRow:
     )
 
 
-_NO_CLASS_TOKEN: tuple[VisionFeature, ...] = (
-    "class_token",
-    "projected_class_token",
-    "following_layer",
-    "grid",
-)
+_NO_CLASS_TOKEN: tuple[VisionFeature, ...] = ("projected_class_token", "grid")
+"""There is none, or none that the decoder could take, and images differ."""
 _PADDED_SQUARE = BoxFormat(codec="llava", frame="padded_square")
 _REFERENCES = "gap_export.families.reference"
 
@@ -249,7 +245,7 @@ for _row in (
         box=BoxFormat(codec="minigpt_v2", frame="image"),
         published="a `.pth` with low-rank updates; EVA-CLIP (`eva_vit_g.pth`) and Llama-2-7b-chat beside it",
         visual_tokens="256, four patches each",
-        missing_features=("projected_class_token", "following_layer"),
+        missing_features=("projected_class_token",),
         reads_text=False,
     ),
     FamilyRow(
@@ -286,7 +282,7 @@ for _row in (
         box=BoxFormat(codec="internvl", frame="image"),
         published="`OpenGVLab/InternVL3-*-hf`",
         visual_tokens="by the image: 256 per tile",
-        missing_features=("projected_class_token", "following_layer", "grid"),
+        missing_features=_NO_CLASS_TOKEN,
         dynamic=True,
         reads_text=False,
     ),

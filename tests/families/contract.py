@@ -53,12 +53,12 @@ class Contract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """`usual` is the first bundle of every family, `build` every bundle, `engine` every bundle with engines; but for the first with one image, engines take
-        long.
+        long, and so do builds of `more`.
         """
         cases: dict[str, list[Case]] = {"usual": [], "build": [], "engine": []}
         number = {"images": self.images} if self.images > 1 else {}
         for family in self.families:
-            builds = family.builds[self.images]
+            builds = (*family.builds[self.images], *(family.more if self.images == 1 else ()))
             engines = [ranged(pruner) | ENGINES for pruner in family.engines.get(self.images, ())]
             for argument, recipes in (("usual", builds[:1]), ("build", builds), ("engine", engines)):
                 cases[argument] += [Case(family, options | number) for options in recipes]
@@ -66,7 +66,9 @@ class Contract:
             quick = 1 if self.images == 1 else 0
             long = cases[argument][quick:] if argument == "engine" else []
             values = [
-                pytest.param(case, marks=pytest.mark.long, id=str(case)) if case in long else case
+                pytest.param(case, marks=pytest.mark.long, id=str(case))
+                if case in long or case.options in case.family.more
+                else case
                 for case in cases[argument]
             ]
             metafunc.parametrize(argument, values, ids=str)

@@ -85,6 +85,7 @@ class TinyFamily:
             transformers' model takes beside the ids.
         builds: images in a prompt -> recipes whose graphs are compared with the reference. The first keeps a range; every
             other part of the contract is asked of it.
+        more: recipes of prompts with one image, compared in the long tests alone.
         engines: images in a prompt -> pruners of bundles of which engines are built.
         number: transformers' model, its inputs, [1, S] ids -> [R, S] position ids of the unpruned prompt.
     """
@@ -97,6 +98,7 @@ class TinyFamily:
     builds: Mapping[int, tuple[Options, ...]]
     engines: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     number: Callable[[Any, Inputs, torch.Tensor], Ids] = counted_ids
+    more: tuple[Options, ...] = ()
 
 
 def ranged(pruner: str) -> Options:
@@ -115,15 +117,31 @@ def _family(
     builds: Mapping[int, tuple[Options, ...]],
     engines: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
     number: Callable[[Any, Inputs, torch.Tensor], Ids] = counted_ids,
+    more: tuple[Options, ...] = (),
 ) -> TinyFamily:
     config, processor = reduced(published, name.removesuffix("_mistral"))
-    return TinyFamily(name, published, config, processor, inputs, builds, engines, number)
+    return TinyFamily(name, published, config, processor, inputs, builds, engines, number, more)
 
 
-def _qwen_vl(name: str, published: str, other: Options, engines: Mapping[int, tuple[str, ...]]) -> TinyFamily:
+def _qwen_vl(
+    name: str,
+    published: str,
+    others: tuple[Options, ...],
+    engines: Mapping[int, tuple[str, ...]],
+    more: tuple[Options, ...],
+) -> TinyFamily:
     """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
-    builds = {1: (ranged("divprune"), fixed("dart"), other), 2: (ranged("dart"),)}
-    return _family(name, published, native_inputs, builds, engines, mrope_ids)
+    builds = {1: (ranged("divprune"), fixed("dart"), *others), 2: (ranged("dart"),)}
+    return _family(name, published, native_inputs, builds, engines, mrope_ids, more)
+
+
+BY_ATTENTION = ("cls_attention", "tile_attention", "prumerge", "prumerge_plus", "visionzip", "vispruner")
+"""Pruners that go by attention of the tower."""
+
+
+def by_attention(*, but: str) -> tuple[Options, ...]:
+    """Their bundles, but for one."""
+    return tuple(fixed(pruner) for pruner in BY_ATTENTION if pruner != but)
 
 
 # The table
@@ -132,20 +150,23 @@ NATIVE = (
     _qwen_vl(
         "qwen2_vl",
         "Qwen/Qwen2-VL-7B-Instruct",
-        fixed("random", positions="permuted"),
+        (fixed("random", positions="permuted"), fixed("visionzip")),
         {1: ("dart",)},
+        by_attention(but="visionzip"),
     ),
     _qwen_vl(
         "qwen2_5_vl",
         "Qwen/Qwen2.5-VL-7B-Instruct",
-        fixed("divprune", positions="shifted"),
+        (fixed("divprune", positions="shifted"), fixed("cls_attention")),
         {1: ("dart", "divprune")},
+        by_attention(but="cls_attention"),
     ),
     _qwen_vl(
         "qwen3_vl",
         "Qwen/Qwen3-VL-8B-Instruct",
-        fixed("divprune", positions="permuted"),
+        (fixed("divprune", positions="permuted"), fixed("prumerge")),
         {1: ("dart",), 2: ("dart",)},
+        by_attention(but="prumerge"),
     ),
 )
 """Families that take images at their own shape."""
@@ -176,8 +197,9 @@ TILES = (
         "llava_onevision",
         "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         anyres_inputs,
-        {1: (ranged("divprune"), fixed("dart")), 2: (ranged("dart"),)},
+        {1: (ranged("divprune"), fixed("dart"), fixed("tile_attention")), 2: (ranged("dart"),)},
         {1: ("divprune",)},
+        more=by_attention(but="tile_attention"),
     ),
     _family(
         "internvl",
@@ -188,6 +210,7 @@ TILES = (
             2: (ranged("cls_attention"),),
         },
         {1: ("cls_attention",)},
+        more=tuple(fixed(pruner) for pruner in ("visionzip", "prumerge", "prumerge_plus")),
     ),
 )
 """Families whose images become tiles: a whole image and up to six tiles, an end of line after every row of tokens in LLaVA's."""

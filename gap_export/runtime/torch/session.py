@@ -156,7 +156,7 @@ class TorchSession(Lifetime):
             kept_BK[row, : counts_B[row]] = kept_K
         # One score decides, and is as long for every image: what differs can be told to be a tie token by token.
         by_score = pruning.pruner == "cls_attention" and self._model.grid is not None
-        scores = [image.shown.class_attention for image in batch] if by_score else []
+        scores = [image.shown.attention for image in batch] if by_score else []
         return VisualTokens(
             embeds=list(embeds) if adaptive else torch.stack(embeds),
             kept_indices=kept_BK,
