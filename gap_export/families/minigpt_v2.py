@@ -269,7 +269,7 @@ class MiniGptVision(nn.Module):
         self.multi_modal_projector = modules["multi_modal_projector"]
         self._plan, self._grid = plan, grid
 
-    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, ...]:
         """Encode and prune.
 
         Args:
@@ -277,7 +277,8 @@ class MiniGptVision(nn.Module):
             keep_count: K, where requests choose it.
 
         Returns:
-            visual_embeds [B, K, H], kept_indices [B, K] int64.
+            visual_embeds [B, K, H], kept_indices [B, K] int64; where images differ in how many they keep, kept_counts [B]
+            int64, rows being padded to the bound.
         """
         tower: Any = self.vision_tower
         out_BTE, into_BTE = tower(pixel_values.to(tower.cls_token.dtype))
@@ -306,4 +307,4 @@ class MiniGptVision(nn.Module):
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
-        return embeds_BKH, selected.indices_BK
+        return selection.outputs(embeds_BKH, selected)

@@ -66,13 +66,18 @@ class FamilyRow:
     @property
     def pruners(self) -> tuple[str, ...]:
         """Names of the pruners that work."""
-        return tuple(
-            row.name
-            for row in prune.PRUNERS.values()
-            if not set(row.needs) & set(self.missing_features)
-            and (self.reads_text or not row.needs_text)
-            and not (row.in_decoder and (self.dynamic or self.attention_mask != "causal"))
-        )
+        return tuple(row.name for row in prune.PRUNERS.values() if not self.lacks(row))
+
+    def lacks(self, pruner: prune.Pruner) -> str:
+        """What a pruner needs and models of this family do not have, as text; "" where it works."""
+        missing = [prune.NEEDED[part] for part in pruner.needs if part in self.missing_features]
+        if pruner.needs_text and not self.reads_text:
+            missing.append("a text tower")
+        if pruner.in_decoder and self.dynamic:
+            missing.append("images of one size")
+        if pruner.in_decoder and self.attention_mask != "causal":
+            missing.append("a causal mask")
+        return " and ".join(missing)
 
     def load(self) -> type[Family]:
         """The class of the family; imports torch and transformers."""

@@ -79,9 +79,7 @@ class ClipVision(nn.Module):
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
-        if selected.counts_B is not None:
-            return embeds_BKH, selected.indices_BK, selected.counts_B
-        return embeds_BKH, selected.indices_BK
+        return selection.outputs(embeds_BKH, selected)
 
     def extract_features(
         self, pixel_values: Tensor, text_ids: Tensor | None = None

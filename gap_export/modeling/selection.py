@@ -87,3 +87,10 @@ def select_and_project(
     """
     selected = order.in_decoder_order(select(plan, features, keep_count), plan.pruning.positions)
     return project(plan, features, selected, projector), selected
+
+
+def outputs(embeds_BKH: Tensor, selected: prune.Selected) -> tuple[Tensor, ...]:
+    """visual_embeds [B, K, H], kept_indices [B, K] and, where images differ in how many they keep, kept_counts [B], of a vision graph."""
+    if selected.counts_B is None:
+        return embeds_BKH, selected.indices_BK
+    return embeds_BKH, selected.indices_BK, selected.counts_B

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from gap_export.positions import MergedId
 from gap_export.prune.compatibility import (
+    NEEDED,
     check_adaptive,
     check_count,
     check_fraction,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "NEEDED",
     "PRUNERS",
     "AdaptiveModule",
     "Pruner",

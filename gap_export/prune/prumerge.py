@@ -67,7 +67,9 @@ def merged_into(
     alike_BKN = torch.matmul(take(keys_BNE, layout.ranked_BK), keys_BNE.transpose(1, 2))
     # A small image has fewer than 32 others: what is chosen beyond them is no token, but better than the token itself.
     is_large = isinstance(visual, int) and visual > NEIGHBOURS
-    others_BKM = pad(alike_BKN.masked_fill(is_itself_BKN, -2.0), (0, 0 if is_large else NEIGHBOURS), value=-1.5)
+    others_BKM = pad(
+        alike_BKN.masked_fill(is_itself_BKN, -2.0), (0, 0 if is_large else NEIGHBOURS), value=-1.5
+    )
     nearest_BKJ = others_BKM.topk(NEIGHBOURS, dim=-1).indices
     is_near_BKN = torch.zeros_like(others_BKM).scatter(2, nearest_BKJ, 1.0)[..., :visual]
 

@@ -126,22 +126,23 @@ def _family(
 def _qwen_vl(
     name: str,
     published: str,
-    others: tuple[Options, ...],
+    other: Options,
+    of_two: Options,
     engines: Mapping[int, tuple[str, ...]],
-    more: tuple[Options, ...],
+    more: Options,
 ) -> TinyFamily:
     """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
-    builds = {1: (ranged("divprune"), fixed("dart"), *others), 2: (ranged("dart"),)}
-    return _family(name, published, native_inputs, builds, engines, mrope_ids, more)
+    builds = {1: (ranged("divprune"), fixed("dart"), other), 2: (of_two,)}
+    return _family(name, published, native_inputs, builds, engines, mrope_ids, (more, *by_attention()))
 
 
 BY_ATTENTION = ("cls_attention", "tile_attention", "prumerge", "prumerge_plus", "visionzip", "vispruner")
 """Pruners that go by attention of the tower."""
 
 
-def by_attention(*, but: str) -> tuple[Options, ...]:
-    """Their bundles, but for one."""
-    return tuple(fixed(pruner) for pruner in BY_ATTENTION if pruner != but)
+def by_attention() -> tuple[Options, ...]:
+    """A bundle of each."""
+    return tuple(fixed(pruner) for pruner in BY_ATTENTION)
 
 
 # The table
@@ -150,23 +151,26 @@ NATIVE = (
     _qwen_vl(
         "qwen2_vl",
         "Qwen/Qwen2-VL-7B-Instruct",
-        (fixed("random", positions="permuted"), fixed("visionzip")),
-        {1: ("dart",)},
-        by_attention(but="visionzip"),
+        fixed("visionzip", positions="permuted"),
+        ranged("dart"),
+        {1: ("dart", "visionzip")},
+        fixed("random", positions="permuted"),
     ),
     _qwen_vl(
         "qwen2_5_vl",
         "Qwen/Qwen2.5-VL-7B-Instruct",
-        (fixed("divprune", positions="shifted"), fixed("cls_attention")),
-        {1: ("dart", "divprune")},
-        by_attention(but="cls_attention"),
+        fixed("prumerge", positions="shifted"),
+        ranged("cls_attention"),
+        {1: ("dart", "divprune", "prumerge_plus")},
+        fixed("divprune", positions="shifted"),
     ),
     _qwen_vl(
         "qwen3_vl",
         "Qwen/Qwen3-VL-8B-Instruct",
-        (fixed("divprune", positions="permuted"), fixed("prumerge")),
-        {1: ("dart",), 2: ("dart",)},
-        by_attention(but="prumerge"),
+        fixed("prumerge_plus", positions="permuted"),
+        ranged("visionzip"),
+        {1: ("dart", "cls_attention"), 2: ("dart",)},
+        fixed("divprune", positions="permuted"),
     ),
 )
 """Families that take images at their own shape."""
@@ -197,9 +201,9 @@ TILES = (
         "llava_onevision",
         "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         anyres_inputs,
-        {1: (ranged("divprune"), fixed("dart"), fixed("tile_attention")), 2: (ranged("dart"),)},
-        {1: ("divprune",)},
-        more=by_attention(but="tile_attention"),
+        {1: (ranged("divprune"), fixed("tile_attention")), 2: (ranged("tile_attention"),)},
+        {1: ("divprune", "tile_attention", "prumerge")},
+        more=(fixed("dart"), *by_attention()),
     ),
     _family(
         "internvl",

@@ -50,17 +50,18 @@ class Qwen2VLReference:
             """[N, p, ...]: of the patches of every token, in raster order."""
             return self._in_raster_order(of_patches.unflatten(0, (len(pixels["pixel_values"]), -1)), grid_13)
 
-        by_head_P, whole_P = (
-            _received(query_PAD.flatten(1).unflatten(1, heads), keys_PAD.flatten(1).unflatten(1, heads))
-            for heads in ((attention.num_heads, -1), (1, -1))
-        )
+        def full_width(heads_PAD: Tensor) -> Tensor:
+            return heads_PAD.flatten(1)[:, None]
+
         features = VisionFeatures(
             states.pooler_output,
             grid=None,
-            attention=of_tokens(by_head_P).mean(dim=1),
-            mean_keys=of_tokens(keys_PAD.mean(dim=1)).mean(dim=1),
-            full_width_attention=of_tokens(whole_P).sum(dim=1),
-            full_width_keys=of_tokens(keys_PAD.flatten(1)).mean(dim=1),
+            attention=lambda: of_tokens(_received(query_PAD, keys_PAD)).mean(dim=1),
+            mean_keys=lambda: of_tokens(keys_PAD.mean(dim=1)).mean(dim=1),
+            full_width_attention=lambda: of_tokens(
+                _received(full_width(query_PAD), full_width(keys_PAD))
+            ).sum(dim=1),
+            full_width_keys=lambda: of_tokens(keys_PAD.flatten(1)).mean(dim=1),
             projected=states.pooler_output,
             embeds=torch.cat([states.pooler_output, *self._levels(states)], dim=-1),
         )
@@ -142,9 +143,11 @@ def _query_and_keys(
 
 def _received(query_PAD: Tensor, keys_PAD: Tensor) -> Tensor:
     """[P] float64: column means of the attention map, mean over heads."""
-    logits_APP = torch.einsum("qad,kad->aqk", query_PAD.double(), keys_PAD.double())
-    received_P: Tensor = (logits_APP / query_PAD.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=(0, 1))
-    return received_P
+    columns = [
+        (query_PD.double() @ keys_PD.double().T / query_PD.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=0)
+        for query_PD, keys_PD in zip(query_PAD.unbind(1), keys_PAD.unbind(1), strict=True)
+    ]
+    return torch.stack(columns).mean(dim=0)
 
 
 class _WithEmptyLevels(nn.Module):

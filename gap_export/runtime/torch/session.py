@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from gap_export.inputs.prompt import TextTower, text_lengths
 from gap_export.modeling.config_fields import check_values
 from gap_export.positions import PAD, AttentionMask, Ids, Placement, place, visible
 from gap_export.prune import VisionFeatures, reference
+from gap_export.prune.features import OnDemand
 from gap_export.prune.reference import Floats
 from gap_export.runtime.session import (
     Buffer,
@@ -434,9 +436,15 @@ def _rotary_by_length(language_model: Any) -> Any:
 
 
 def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:
-    """Features in float64, as the twins of the pruners take them."""
-    values: dict[str, Any] = {field.name: getattr(features, field.name) for field in fields(features)}
+    """Features in float64, as the twins of the pruners take them; what is computed when it is read, is so here too."""
+
+    def exact(name: str) -> Any:
+        value = getattr(features, name)
+        return value.double().numpy() if isinstance(value, Tensor) else value
+
+    on_demand = {name for name, kind in vars(VisionFeatures).items() if isinstance(kind, OnDemand)}
     arrays: dict[str, Any] = {
-        name: value.double().numpy() if isinstance(value, Tensor) else value for name, value in values.items()
+        field.name: partial(exact, field.name) if field.name in on_demand else exact(field.name)
+        for field in fields(features)
     }
     return VisionFeatures(**arrays)
