@@ -127,6 +127,7 @@ class LlavaNext(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
+        _ = self._feature_layer  # one that is not supported is refused by now
         return self.spec_of_varying_images(
             self._tiles.token_range(),
             published_tower=published_tower(self.config.vision_config),

@@ -91,7 +91,8 @@ def level_of(merger: Any, hidden_PE: Tensor, tokens: Sequence[int]) -> Level:
 
 def side_by_side(patches_PE: Tensor, tokens: Sequence[int]) -> Tensor:
     """[1, N, p * E]: the patches of every token; arguments as of `level_of`."""
-    return patches_PE.unflatten(0, tokens).flatten(1)[None]
+    joined_1NE: Tensor = patches_PE.unflatten(0, tokens).flatten(1)[None]
+    return joined_1NE
 
 
 def pruned(
