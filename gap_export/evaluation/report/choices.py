@@ -85,8 +85,7 @@ def pruner_choices(
     text, text_ids, refused = _text(bundle, expressions)
     session = TorchSession(model, bundle.manifest.pruning, text_tower=text)
     found = []
-    for row in prune.PRUNERS.values():
-        pruner = row.on_tower(bundle.manifest.spec.missing_features)
+    for pruner in prune.PRUNERS.values():
         if pruner.name == "none":
             continue
         try:
