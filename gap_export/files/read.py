@@ -227,8 +227,14 @@ def check_depth(value: Any, subject: str, kind: FileKind) -> None:
     Raises:
         GapExportError: of the kind's type.
     """
+    if is_deeper(value, DEEPEST):
+        raise _too_deep(subject, kind)
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and mappings lie more than so many within each other; told without recursion."""
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(DEEPEST):
+    for _ in range(most):
         level = [
             child
             for each in level
@@ -236,8 +242,8 @@ def check_depth(value: Any, subject: str, kind: FileKind) -> None:
             if isinstance(child, dict | list)
         ]
         if not level:
-            return
-    raise _too_deep(subject, kind)
+            return False
+    return True
 
 
 def _line_of(path: Path, mark: Any) -> str:

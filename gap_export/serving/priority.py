@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ _NICER = 10
 
 def yield_to_others() -> None:
     """Have this thread run after others of the machine that have something to do; on Linux, where threads have priorities of their own."""
-    if hasattr(os, "setpriority") and os.uname().sysname == "Linux":
+    if sys.platform == "linux":
         thread = threading.get_native_id()
         with suppress(OSError):  # where that is not allowed, it runs as all do
             os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICER)

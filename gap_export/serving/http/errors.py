@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from gap_export.errors import GapExportError, InputError, RecipeError, first_line, in_one_line
 from gap_export.serving.remote_images import ImageRefused
-from gap_export.serving.service import NotAsStated, NotReady
+from gap_export.serving.service import NotAsStated
 from gap_export.serving.work import Refused
 
 _CODES = {
@@ -118,7 +118,7 @@ def http_error(error: GapExportError, param: str | None = None) -> HttpError:
     if isinstance(error, Refused):
         if error.reason == "deadline":
             return HttpError(504, _sentence(error), code="deadline")
-        code = "not_ready" if isinstance(error, NotReady) else _REASONS.get(error.reason, error.reason)
+        code = _REASONS.get(error.reason, error.reason)
         return HttpError(503, _sentence(error), code=code, retry_after=error.retry_after or 1.0)
     if isinstance(error, NotAsStated):
         return HttpError(

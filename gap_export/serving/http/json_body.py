@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from gap_export.files.read import is_deeper
 from gap_export.serving.http.errors import HttpError
 
 DEEPEST = 32
@@ -69,7 +70,8 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any]:
         raise _too_deep() from None
     if not isinstance(value, dict):
         raise _no_json("is not a JSON object")
-    _check_depth(value)
+    if is_deeper(value, DEEPEST):
+        raise _too_deep()
     # Other text was UTF-8, and has no surrogates. One character is found much sooner than two.
     if "\\" in text and "\\u" in text:
         _check_texts(value)
@@ -85,20 +87,6 @@ def _check_headers(request: Request) -> None:
         raise HttpError(415, "the body must be JSON in UTF-8: send Content-Type: application/json")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise HttpError(415, "the body must not be compressed: send it without Content-Encoding")
-
-
-def _check_depth(value: dict[str, Any]) -> None:
-    level: list[Any] = [value]
-    for _ in range(DEEPEST):
-        level = [
-            child
-            for each in level
-            for child in (each.values() if isinstance(each, dict) else each)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise _too_deep()
 
 
 def _check_texts(value: Any) -> None:
