@@ -135,7 +135,7 @@ class OpenVINOSession(Lifetime):
         self._decoding.clear(slots)
 
     def grow(self, slots: Sequence[int]) -> None:
-        """Give the cache of one row at least so many slots; what lies in it stays."""
+        """Give every row of the cache at least so many slots; what lies in them stays."""
         self._check_open()
         self._decoding.grow(slots)
 

@@ -219,7 +219,7 @@ class OnnxRuntimeSession(Lifetime):
         self._cache.clear()
 
     def grow(self, slots: Sequence[int]) -> None:
-        """Give the cache of one row at least so many slots; what lies in it stays."""
+        """Give every row of the cache at least so many slots; what lies in them stays."""
         self._check_open()
         if self._cache.grow(self._bundle.manifest.cache_layout.slots_for(slots)):
             self._decodes.clear()

@@ -53,19 +53,19 @@ class Cache:
         if layout == self.layout:
             return False
         self.layout = layout
-        self._shapes = {each.name: self._shape_of(each) for each in self._pasts}
+        self._shapes = {each.name: self._shape_of(each, layout) for each in self._pasts}
         sizes = {name: math.prod(shape) for name, shape in self._shapes.items()}
         if self._blocks and all(size <= self._sizes[name] for name, size in sizes.items()):
             return False
         largest = {name: max(size, self._sizes.get(name, 0)) for name, size in sizes.items()}
-        blocks = {each.name: self._memory.zeros((largest[each.name],), each.dtype) for each in self._pasts}
+        blocks = self._new_blocks({name: (size,) for name, size in largest.items()})
         for name, block in self._blocks.items():
             self._memory.copy(self._memory.part(blocks[name], (self._sizes[name],)), block)
         self._blocks, self._sizes = blocks, largest
         return True
 
     def grow(self, capacities: tuple[int, ...]) -> bool:
-        """Give every row at least so many slots of every stage; what lies in them stays.
+        """Give every row at least so many slots of every stage; what lies in them stays. If memory is missing, nothing has changed.
 
         Returns:
             Whether it lies elsewhere now than what was bound before.
@@ -73,12 +73,34 @@ class Cache:
         wanted = tuple(map(max, capacities, self.layout.capacities))
         if wanted == self.layout.capacities:
             return False
-        shapes, blocks = self._shapes, self._blocks
-        self._blocks, self._sizes = {}, {}
-        self.lay_out(Layout(self.layout.rows, wanted))
-        for name, shape in shapes.items():
-            self._copy_heads(blocks[name], shape, self._blocks[name], self._shapes[name])
-        return True
+        before, layout = self._shapes, Layout(self.layout.rows, wanted)
+        shapes = {each.name: self._shape_of(each, layout) for each in self._pasts}
+        moves = any(math.prod(shape) > self._sizes[name] for name, shape in shapes.items())
+        if moves:
+            sources, blocks = self._blocks, self._new_blocks(shapes)
+            for name, shape in before.items():
+                self._copy_heads(sources[name], shape, blocks[name], shapes[name])
+            self._blocks, self._sizes = blocks, {name: math.prod(shape) for name, shape in shapes.items()}
+        else:
+            self._spread(before, shapes)
+        self.layout, self._shapes = layout, shapes
+        return moves
+
+    def _spread(self, before: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]) -> None:
+        """Move the slots of every head apart, within blocks that are large enough."""
+        largest = {
+            each.dtype: max(
+                math.prod(before[other.name]) for other in self._pasts if other.dtype == each.dtype
+            )
+            for each in self._pasts
+        }
+        held = {dtype: self._memory.zeros((size,), dtype) for dtype, size in largest.items()}
+        for each in self._pasts:
+            block, shape = self._blocks[each.name], before[each.name]
+            copy = self._memory.part(held[each.dtype], shape)
+            self._memory.copy(copy, self._memory.part(block, shape))
+            self._memory.clear(self._memory.part(block, shapes[each.name]))
+            self._copy_heads(copy, shape, block, shapes[each.name])
 
     def _copy_heads(
         self, source: Region, source_shape: tuple[int, ...], target: Region, target_shape: tuple[int, ...]
@@ -145,9 +167,14 @@ class Cache:
         for held in (self._blocks, self._sizes, self._shapes):
             held.clear()
 
-    def _shape_of(self, past: TensorSpec) -> tuple[int, ...]:
+    def _new_blocks(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Region]:
+        return {
+            each.name: self._memory.zeros((math.prod(shapes[each.name]),), each.dtype) for each in self._pasts
+        }
+
+    def _shape_of(self, past: TensorSpec, layout: Layout) -> tuple[int, ...]:
         extents = {
-            "batch": self.layout.rows,
-            **dict(zip(self._slots.dims, self.layout.capacities, strict=False)),
+            "batch": layout.rows,
+            **dict(zip(self._slots.dims, layout.capacities, strict=False)),
         }
         return tuple(dim if isinstance(dim, int) else extents[dim.name] for dim in past.shape)

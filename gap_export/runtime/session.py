@@ -182,7 +182,7 @@ class Session(Protocol):
         ...
 
     def grow(self, slots: Sequence[int]) -> None:
-        """Give the cache of one row at least so many slots; what lies in it stays.
+        """Give every row of the cache at least so many slots; what lies in them stays.
 
         Args:
             slots: of every stage. A cache that may vary in length has no more of them than were asked for, or a few.

@@ -150,26 +150,34 @@ class SharedRow(Row):
         session: whose cache it is.
         manifest: of its bundle.
         place: of the row among those of the cache; it holds nothing.
+        grow: gives all rows at least so many slots.
     """
 
-    def __init__(self, session: RowSession, manifest: Manifest, place: int) -> None:
+    def __init__(
+        self, session: RowSession, manifest: Manifest, place: int, grow: Callable[[int], None]
+    ) -> None:
         super().__init__(session, manifest, place)
-        self._rows, self._is_empty = session, True
+        self._rows, self._grow, self._is_empty = session, grow, True
 
     def clear(self, slots: Sequence[int]) -> None:
-        """Begin anew, with nothing in the row."""
+        """Begin anew, with nothing in the row, and space for so many slots."""
         self.caches_begun += 1
         if not self._is_empty:
             self._rows.clear_row(self.place)
         self._is_empty = True
+        self.grow(slots)
 
     def grow(self, slots: Sequence[int]) -> None:
-        """Nothing: it has all its slots from the beginning."""
+        """Make space for so many slots."""
+        self._grow(slots[0])
 
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the row from slot 0 on."""
         self.caches_begun += 1
         self._is_empty = False
+        most = self._rows.capacities[0]
+        written = max(int(placement.next_slot.max()), placement.position_ids.shape[-1])
+        self._grow(most if reserve is None else min(most, written + reserve))
         return self._rows.prefill_row(self.place, embeds, self._fed(placement))
 
     def append(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
@@ -193,6 +201,9 @@ class SharedRow(Row):
 class SharedLane:
     """Rows of one cache: a request is read alone into its row, and single tokens of all rows are fed together.
 
+    Every step attends to all slots of its rows, filled or not, so rows have as many as one of them needs; memory for all that the bundle allows is
+    taken at the beginning, and a row that becomes longer moves the others within it.
+
     Args:
         session: whose cache has rows.
         manifest: of its bundle.
@@ -203,16 +214,20 @@ class SharedLane:
         self._session, self._manifest = session, manifest
         self.rows = rows if session.most_rows is None else min(rows, session.most_rows)
         session.open_rows(self.rows)
+        # Slots of a row, and most of them that were needed since no row was in use.
+        self._slots, self._needed = session.capacities[0], 1
 
     def take(self, place: int) -> Row:
         """A row for a new request: what another request left in it is overwritten with zeros."""
+        if place == 0:
+            self._shrink()
         self._session.clear_row(place)
-        return SharedRow(self._session, self._manifest, place)
+        return SharedRow(self._session, self._manifest, place, self._grow)
 
     def copied(self, row: Row, place: int) -> Row:
         """A row that holds what another does."""
         self._session.copy_row(row.place, place)
-        copied = SharedRow(self._session, self._manifest, place)
+        copied = SharedRow(self._session, self._manifest, place, self._grow)
         copied.copied_from(row)
         return copied
 
@@ -227,7 +242,21 @@ class SharedLane:
 
     def recover(self) -> None:
         """Lay all rows out anew."""
-        self._session.open_rows(self.rows)
+        self._session.open_rows(self.rows, self._slots)
+
+    def _grow(self, slots: int) -> None:
+        """Give all rows at least so many slots."""
+        self._needed = max(self._needed, slots)
+        if slots > self._slots:
+            self._session.grow([slots])
+            self._slots = slots
+
+    def _shrink(self) -> None:
+        """Where no row is in use, and none needed half of what they have: give them less."""
+        if 2 * self._needed <= self._slots:
+            self._session.open_rows(self.rows, self._needed)
+            self._slots = self._needed
+        self._needed = 1
 
 
 class SingleLane:

@@ -352,7 +352,7 @@ def assert_as_alone(spoke: Spoke, new_tokens: int) -> None:
         assert each.chat._cache.context == single.chat._cache.context
 
 
-@pytest.mark.parametrize("name", ["llava", "deep"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("deep", marks=pytest.mark.long)])
 def test_conversations_that_take_turns(name: str, open_family: Open) -> None:
     assert_as_alone(staged(open_family) if name == "deep" else open_family(name, **USUAL[name]), 5)
 
@@ -363,6 +363,7 @@ def test_dynamic_frequencies_in_conversations_that_take_turns(open_family: Open)
     assert_as_alone(of_kind("dynamic", open_family), 40)
 
 
+@pytest.mark.long
 def test_a_long_question_without_an_answer_leaves_nothing(open_family: Open) -> None:
     """What was read beyond the trained length is not taken for what a shorter conversation needs."""
     spoke = of_kind("dynamic", open_family)

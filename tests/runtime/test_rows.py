@@ -97,15 +97,28 @@ OPERATIONS = st.lists(
 )
 
 
-def run(session: Any, alone: Independent, operations: list[tuple[str, int, int]], *, extends: bool) -> int:
-    """How many answers were compared."""
-    session.open_rows(ROWS)
+def run(
+    session: Any,
+    alone: Independent,
+    operations: list[tuple[str, int, int]],
+    *,
+    extends: bool,
+    slots: int | None = None,
+) -> int:
+    """How many answers were compared; with `slots`, rows begin with so many and grow when they need more."""
+    session.open_rows(ROWS, slots)
+
+    def make_space(placement: Placement) -> None:
+        if slots is not None:
+            session.grow([max(int(placement.next_slot.max()), placement.position_ids.shape[-1])])
+
     rows: dict[int, Row] = {}
     compared = 0
     for number, (what, row, other) in enumerate(operations):
         found: dict[int, NDArray[np.float32]] = {}
         if what == "prefill":
             spliced = alone.spliced(other)
+            make_space(spliced.placement)
             found[row] = session.prefill_row(row, spliced.embeds, spliced.placement).logits[0]
             rows[row] = Row(other, spliced.placement)
         elif what == "copy" and row in rows:
@@ -117,11 +130,13 @@ def run(session: Any, alone: Independent, operations: list[tuple[str, int, int]]
         elif what == "extend" and row in rows and extends:
             tokens = tuple(20 + (number + place) % 30 for place in range(other))
             placement = after(rows[row].placement, other)
+            make_space(placement)
             found[row] = session.extend_row(row, np.array([tokens], np.int64), placement)[0]
             rows[row] = replace(rows[row], placement=placement, fed=(*rows[row].fed, tokens))
         elif what == "step" and all(each in rows for each in range(row)):
             tokens = [(20 + (number + each) % 30,) for each in range(row)]
             placement = together([rows[each] for each in range(row)])
+            make_space(placement)
             logits = session.step(np.array(tokens)[:, 0], placement).copy()
             for each in range(row):
                 state = rows[each]
@@ -169,6 +184,81 @@ def test_rows_hold_their_own_history(
         compared.append(run(with_rows(session), alone, fixed, extends=not staged))
     assert compared[-1] >= 10
     assert sum(compared) > 30
+
+
+LONGER = [
+    ("prefill", 0, 1),
+    ("prefill", 1, 0),
+    *[("step", 2, 0), ("extend", 0, 3)] * 5,
+    ("prefill", 2, 2),
+    ("extend", 2, 3),
+    ("step", 3, 0),
+    ("clear", 1, 0),
+    ("copy", 0, 1),
+    *[("extend", 1, 3), ("step", 3, 0)] * 4,
+]
+"""Rows of different lengths, each beyond what it began with."""
+
+
+@pytest.mark.parametrize("room", [False, True], ids=["anew", "within their memory"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_rows_that_grow_hold_what_they_held(
+    backend: str, room: bool, tiny_bundle: BuildBundle, pixels: NDArray[np.float32]
+) -> None:
+    pixels = np.resize(pixels, (len(PROMPTS), *pixels.shape[1:]))
+    with (
+        open_session(tiny_bundle(), backend, threads=1) as session,
+        open_session(tiny_bundle(), threads=1) as other,
+    ):
+        rows = with_rows(session)
+        if room:
+            rows.open_rows(ROWS)
+        assert run(rows, Independent(other, pixels), LONGER, extends=True, slots=16) > 20
+
+
+@pytest.mark.parametrize("room", [False, True], ids=["anew", "within their memory"])
+def test_a_row_that_is_forgotten_when_others_grow_would_show(
+    room: bool, tiny_bundle: BuildBundle, pixels: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.resize(pixels, (len(PROMPTS), *pixels.shape[1:]))
+    with open_session(tiny_bundle(), threads=1) as session, open_session(tiny_bundle(), threads=1) as other:
+        rows = with_rows(session)
+        if room:
+            rows.open_rows(ROWS)
+        monkeypatch.setattr(Cache, "_copy_heads", lambda *given: None)
+        with pytest.raises(AssertionError):
+            run(rows, Independent(other, pixels), LONGER, extends=True, slots=16)
+
+
+@pytest.mark.parametrize("room", [False, True], ids=["anew", "within their memory"])
+def test_without_memory_to_grow_nothing_has_changed(
+    room: bool, tiny_bundle: BuildBundle, pixels: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.resize(pixels, (len(PROMPTS), *pixels.shape[1:]))
+    with open_session(tiny_bundle(), threads=1) as session, open_session(tiny_bundle(), threads=1) as other:
+        rows, alone = with_rows(session), Independent(other, pixels)
+        if room:
+            rows.open_rows(ROWS)
+        rows.open_rows(ROWS, 16)
+        spliced = alone.spliced(1)
+        rows.prefill_row(0, spliced.embeds, spliced.placement)
+        with monkeypatch.context() as patch:
+            patch.setattr(session._memory, "zeros", failing_with(MemoryError()))  # type: ignore[attr-defined]
+            with pytest.raises(MemoryError):
+                rows.grow([40])
+        placement = after(spliced.placement, 2)
+        found = rows.extend_row(0, np.array([[20, 21]], np.int64), placement)[0]
+        expected = alone.logits(Row(1, placement, ((20, 21),)))
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def failing_with(error: Exception) -> Callable[..., Any]:
+    """What raises it, however it is called."""
+
+    def fail(*given: object, **named: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_a_row_that_others_write_into_would_show(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
+from gap_export.bundle.cache_layout import in_slot_steps
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Engine as EngineFile
 from gap_export.cli import app
@@ -130,6 +131,7 @@ def test_questions_that_the_pruner_tells_apart_share_nothing(
     assert len(encoded) == 4, "the fifth is the first again"
 
 
+@pytest.mark.long
 def test_images_of_different_sizes_share_a_batch(qwen: Tiny, open_engine: OpenEngine) -> None:
     """Two images to a prompt, each of a size of its own, and so every request is of another length."""
     bundle = qwen.bundle(images=2, **qwen.family.builds[2][0])
@@ -333,7 +335,7 @@ def session_of(*, rows: bool = True, most: int | None = None) -> Any:
     if rows:
         fake.most_rows = most
         fake.opened = []
-        fake.open_rows = fake.opened.append
+        fake.open_rows = lambda rows, slots=None: fake.opened.append((rows, slots))
     return fake
 
 
@@ -366,9 +368,9 @@ def test_who_shares_a_cache(session: Any, manifest: Any, because: str | None) ->
     assert isinstance(lane, SharedLane) == (because is None)
     if because is None:
         assert lane.rows == (session.most_rows or 5)
-        assert session.opened[-1] == lane.rows
+        assert session.opened[-1] == (lane.rows, None)
         lane.recover()
-        assert session.opened[-2:] == [lane.rows] * 2
+        assert session.opened[-1] == (lane.rows, 8)
     assert isinstance(open_lane(session, manifest, 1), SingleLane)
 
 
@@ -382,6 +384,30 @@ def test_a_row_is_not_stepped_by_itself(shapes_bundle: Bundle) -> None:
         single = open_lane(model.session, model.bundle.manifest, 1)
         with pytest.raises(ValueError, match="has no other to copy to"):
             single.copied(row, 1)
+
+
+def test_rows_are_as_long_as_the_longest_needs(shapes_bundle: Bundle, open_engine: OpenEngine) -> None:
+    """Requests of one token each, then long ones beside them, then short ones again when all have left."""
+    engine = open_engine(shapes_bundle, rows=3)
+    session, lane = engine.model.session, engine._lane  # type: ignore[attr-defined]
+    slots: list[int] = []
+    step = session.step
+    session.step = lambda *given: (slots.append(session._cache.layout.capacities[0]), step(*given))[1]
+    case = scenes(1)[0]
+    works = [
+        work_of([case.image], case.expression, keep=keep, max_new_tokens=tokens)
+        for keep, tokens in ((0.1, 3), (0.1, 3), (1.0, 12), (0.1, 3), (0.25, 8), (0.1, 3))
+    ]
+    for ticket in [engine.submit(work) for work in works]:
+        ticket.result(WAIT)
+    longest = lane._slots
+    assert max(slots) == in_slot_steps(longest) < session.capacities[0]
+    for _ in range(2):  # when the second comes, none was long since all had left
+        engine.submit(works[0]).result(WAIT)
+    assert slots[-1] < max(slots)
+    with load(shapes_bundle, threads=1) as model:
+        check_same(engine, model, works)
+    assert slots[0] < max(slots), "they grew"
 
 
 @pytest.mark.long

@@ -64,6 +64,7 @@ def test_questions_share_images_where_the_pruner_reads_no_text(shapes: Preparing
     assert first[0].keep_counts == [72]
 
 
+@pytest.mark.long
 def test_every_image_is_seen_with_the_question_it_came_with(tiny_bundle: BuildBundle) -> None:
     """Pruners that read text: as in a conversation that is asked turn by turn."""
     with load(tiny_bundle(pruner="cdpruner", max_text=60), threads=1) as model:

@@ -174,6 +174,7 @@ def test_a_whole_answer_that_was_made_up_is_noticed(free: Answered, shapes_bundl
     assert free.check(wrong).agrees is None
 
 
+@pytest.mark.long
 def test_forged_sampling_of_a_conversation_is_noticed(free: Answered, shapes_bundle: Bundle) -> None:
     (drawn,) = answered(shapes_bundle, FREE, temperature=3.0, seed=7, max_new_tokens=4)
     right = {"messages": SENT, "temperature": 3.0, "seed": 7, "max_tokens": 4}
@@ -194,6 +195,7 @@ def test_forged_sampling_of_a_conversation_is_noticed(free: Answered, shapes_bun
         assert free.check(messages={"messages": SENT, **field}).contradicted == (name,)
 
 
+@pytest.mark.long
 def test_other_messages_are_another_conversation(one: Answered, free: Answered, tmp_path: Path) -> None:
     other = [{"role": "user", "content": [SENT[0]["content"][0], {"type": "text", "text": "and?"}]}]  # type: ignore[index]
     assert "conversation" in free.check(messages=other).contradicted
@@ -395,6 +397,7 @@ def test_one_id_off_is_caught(tiny_bundle: BuildBundle) -> None:
     assert "position ids" in each.check().contradicted
 
 
+@pytest.mark.long
 def test_another_image_question_or_bundle(one: Answered, tiny_bundle: BuildBundle) -> None:
     almost = np.asarray(one.image).copy()
     almost[0, 0, 0] ^= 1

@@ -128,6 +128,7 @@ def test_text_is_read_in_calls_as_long_as_graphs_take(open_model: OpenModel, ima
         assert lengths[:3] == [48, 40, lengths[2]]
 
 
+@pytest.mark.long
 def test_text_before_an_image_may_be_long(open_model: OpenModel, images: list[Pixels]) -> None:
     model = open_model(max_text=40, capacity=160)
     told = facts(model.ask("a cat ?", images[0], system="mug " * 70, max_new_tokens=3))

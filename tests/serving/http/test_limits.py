@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.serving.http.conftest import Serve
 from tests.serving.http.serving_http import SECONDS, read_all, status_of, wait_for
@@ -61,6 +62,7 @@ def test_lies_about_the_length(serve: Serve) -> None:
         assert status_of(bad.recv(4096)) == 400
 
 
+@pytest.mark.long
 def test_slow_bodies_and_header_lines_end(serve: Serve) -> None:
     server = serve(body_seconds=0.3, header_seconds=0.3)
     began = time.monotonic()

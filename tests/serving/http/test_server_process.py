@@ -77,6 +77,7 @@ def test_a_process_that_is_told_to_stop_before_it_is_ready_has_not_failed(
     assert process.returncode == 0, messages
 
 
+@pytest.mark.long
 def test_a_process_that_is_told_twice_ends_after_a_step(shapes_bundle: Bundle) -> None:
     """Before it is ready: its golden request is given up in the middle."""
     code = """
