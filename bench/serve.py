@@ -1,6 +1,6 @@
 """A server under load, faults and time: what is wrong, lost or leaked, and what serving costs. See README.md for the protocol.
 
-    python bench/serve.py [--part NAME ...] [--rounds N] [--seconds N] [--clients N] [--minutes N] [--limit-minutes N] [--label TEXT]
+    python bench/serve.py [--part NAME ...] [--rounds N] [--seconds N] [--clients N] [--images N] [--minutes N] [--limit-minutes N] [--label TEXT]
 
 Parts are load, overhead, refusals, cancel, sigterm, kill9, memory and aiperf; all but the last by default. Each is a measurement by itself, and its record replaces
 the same part's of an earlier run in bench/results/serve.json. Requests go to 127.0.0.1 alone. The last line printed is the record.
@@ -29,7 +29,7 @@ from serving.part_overhead import overhead
 from serving.part_refusals import refusals
 from serving.part_stops import kill9, sigterm
 from serving.process import ensure_bundle
-from serving.setup import Outcome, Part, Setup
+from serving.setup import IMAGES, Outcome, Part, Setup
 
 from gap_export.bundle.folder import open_bundle
 from gap_export.environment import versions
@@ -59,6 +59,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of times")
     parser.add_argument("--seconds", type=float, help="of a load")
     parser.add_argument("--clients", type=int, help="of a load")
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, help="that a load asks about, with 25 requests for each"
+    )
     parser.add_argument("--minutes", type=float, default=30.0, help="of memory")
     parser.add_argument("--control-minutes", type=float, default=5.0, help="of memory with a leak")
     parser.add_argument("--bundle", type=Path, help="that is served, in place of one that is built")
@@ -86,6 +89,7 @@ def main() -> int:
         rounds=options.rounds,
         seconds=options.seconds,
         clients=options.clients,
+        images=options.images,
         minutes=options.minutes,
         control_minutes=options.control_minutes,
         server_options=tuple(server_options),

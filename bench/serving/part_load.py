@@ -12,7 +12,7 @@ from serving.bound import Costs, measure
 from serving.known import learn
 from serving.load import Load, Manners, Tally, idle_counts, metrics_of
 from serving.process import cores, pinned
-from serving.setup import IMAGES, ROWS, Outcome, Setup, Target, child_on
+from serving.setup import ROWS, Outcome, Setup, Target, child_on
 
 CLIENTS, SECONDS, HANG_UP = 200, 60.0, 0.1
 LEAST_SHARE = 0.85
@@ -50,6 +50,7 @@ def load(setup: Setup) -> Outcome:
             "clients": setup.clients or CLIENTS,
             "hang_up": HANG_UP,
             "rows": ROWS,
+            "requests": len(requests),
             "server_options": list(setup.server_options),
             "pinned": both is not None,
             "rounds": rounds,
@@ -71,7 +72,7 @@ def load(setup: Setup) -> Outcome:
 
 def requests_of(setup: Setup) -> list[Request]:
     """The mixture; where the server chooses fractions, without the endpoint that does not tell which."""
-    return mixture(IMAGES, tuple(kind for kind in KINDS if not (setup.chosen and kind == "infer")))
+    return mixture(setup.images, tuple(kind for kind in KINDS if not (setup.chosen and kind == "infer")))
 
 
 def _round(

@@ -29,6 +29,7 @@ class Setup:
         rounds: how often times are measured.
         seconds: of a load; None for the part's own.
         clients: of a load; None for the part's own.
+        images: that the requests of a load show; 25 requests for each.
         minutes: of the measurement of memory.
         control_minutes: of its control.
         server_options: further ones of the server, as they are written on a command line.
@@ -43,6 +44,7 @@ class Setup:
     rounds: int = 5
     seconds: float | None = None
     clients: int | None = None
+    images: int = IMAGES
     minutes: float = 30.0
     control_minutes: float = 5.0
     server_options: tuple[str, ...] = ()

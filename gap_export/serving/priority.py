@@ -7,7 +7,7 @@ import sys
 import threading
 from contextlib import suppress
 
-_NICER = 10
+_NICER = 3
 
 
 def yield_to_others() -> None:

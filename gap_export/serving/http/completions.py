@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from gap_export.serving.http.asking import Asking
 from gap_export.serving.http.errors import HttpError, http_error, json_response
 from gap_export.serving.http.fields import checked
 from gap_export.serving.http.json_body import json_body
+from gap_export.serving.http.numbers import new_number
 from gap_export.serving.http.openai_fields import NOT_IMPLEMENTED, ChatRequest, GapOptions, conversation_of
 from gap_export.serving.http.replies import (
     FRAME,
@@ -66,7 +66,7 @@ class Completions:
             raise HttpError(400, "stream_options: belongs to stream: true", param="stream_options")
         gap = asked.gap or GapOptions()
         work = self._work(asked, gap)
-        one = _One(self._service, work, gap, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+        one = _One(self._service, work, gap, f"chatcmpl-{new_number()}", int(time.time()))
         asking = Asking(self._service.engine, [work], request.receive, listen=bool(asked.stream))
         try:
             if asked.stream:

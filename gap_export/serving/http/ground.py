@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from gap_export.serving.http.asking import Asking
 from gap_export.serving.http.errors import HttpError, http_error, json_response
 from gap_export.serving.http.fields import Body, Image, ImageUrl, KeepField, TextField, TokensField, checked
 from gap_export.serving.http.json_body import json_body
+from gap_export.serving.http.numbers import new_number
 from gap_export.serving.http.replies import (
     FRAME,
     Opener,
@@ -144,7 +144,7 @@ class Grounding:
         results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
         return json_response(
             {
-                "id": f"ground-{uuid.uuid4().hex}",
+                "id": f"ground-{new_number()}",
                 "model": self._service.name,
                 "frame": FRAME,
                 "image": image_of(results),

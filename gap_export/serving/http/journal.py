@@ -9,7 +9,6 @@ import logging
 import re
 import time
 import traceback
-import uuid
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gap_export.serving.http.auth import METRICS
 from gap_export.serving.http.errors import server_fault
 from gap_export.serving.http.health import LIVE_ALIASES, READY_ALIASES
+from gap_export.serving.http.numbers import new_number
 from gap_export.terminal import one_line
 
 LOG = logging.getLogger("gap_export.serving")
@@ -81,7 +81,7 @@ def request_id(scope: MutableMapping[str, Any]) -> str:
     given = [value for name, value in scope["headers"] if name == b"x-request-id"]
     if len(given) == 1 and _ID.fullmatch(given[0]):
         return str(given[0].decode("ascii"))
-    return uuid.uuid4().hex
+    return new_number()
 
 
 def where(error: BaseException) -> str:
