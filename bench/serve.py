@@ -3,7 +3,7 @@
     python bench/serve.py [--part NAME ...] [--rounds N] [--seconds N] [--clients N] [--images N] [--minutes N] [--limit-minutes N] [--label TEXT]
 
 Parts are load, overhead, refusals, cancel, sigterm, kill9, memory and aiperf; all but the last by default. Each is a measurement by itself, and its record replaces
-the same part's of an earlier run in bench/results/serve.json. Requests go to 127.0.0.1 alone. The last line printed is the record.
+the same part's of an earlier run in bench/results/serve.json. `--trained` needs the environment of `peers/environment.py` for the weights. Requests go to 127.0.0.1 alone. The last line printed is the record.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from serving.part_refusals import refusals
 from serving.part_stops import kill9, sigterm
 from serving.process import ensure_bundle
 from serving.setup import IMAGES, Outcome, Part, Setup
+from serving.trained import ensure_trained
 
 from gap_export.bundle.folder import open_bundle
 from gap_export.environment import versions
@@ -64,7 +65,11 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="of memory")
     parser.add_argument("--control-minutes", type=float, default=5.0, help="of memory with a leak")
-    parser.add_argument("--bundle", type=Path, help="that is served, in place of one that is built")
+    served = parser.add_mutually_exclusive_group()
+    served.add_argument("--bundle", type=Path, help="that is served, in place of one that is built")
+    served.add_argument(
+        "--trained", action="store_true", help="serve a trained decoder, and record its parts apart"
+    )
     parser.add_argument(
         "--server-options", default="", help="further ones of `gap-export serve`, in one text"
     )
@@ -76,7 +81,10 @@ def main() -> int:
     options = parser.parse_args()
     end_after(60 * options.limit_minutes)
     console = Console()
-    bundle = options.bundle or ensure_bundle(options.scratch)
+    if options.trained:
+        bundle = ensure_trained(options.scratch)
+    else:
+        bundle = options.bundle or ensure_bundle(options.scratch)
     server_options = shlex.split(options.server_options)
     chosen: tuple[float, ...] = ()
     if options.adapt:
@@ -97,7 +105,7 @@ def main() -> int:
         aiperf=options.aiperf,
         console=console,
     )
-    suffix = " with --adapt" if options.adapt else ""
+    suffix = (" of a trained decoder" if options.trained else "") + (" with --adapt" if options.adapt else "")
     parts = recorded(options.output)
     for name in options.part or BY_DEFAULT:
         outcome = PARTS[name](setup)
