@@ -20,6 +20,7 @@ from gap_export.bundle.spec import Dim, GraphSpec, TensorSpec, float_spec, int64
 from gap_export.graph import passes
 from gap_export.graph.trace_cache import Tracer
 from gap_export.modeling.components import Component
+from gap_export.modeling.received import received
 from gap_export.positions import PAD, MergedId, PositionPolicy
 from gap_export.prune import order, reference
 
@@ -28,12 +29,20 @@ Arrays = dict[str, NDArray[np.float32]]
 HEADS = 16
 ALIGNED = 768
 """Width of the space that OpenAI's CLIP ViT-L shares with its text tower."""
+TOWERS = {"class_token": 0, "patches": 1, "groups": 4}
+"""What scores tokens: a class token; or attention that patches receive from each other, of which a token is one, or four (a decoder then takes
+no sum of what is before the projector). -> patches of a token where there is no class token."""
 TIE = 1e-6
 """A choice that float64 makes by less than this, float32 may make otherwise."""
 
 
 def random_features(
-    generator: np.random.Generator, grid: tuple[int, int], *, batch: int = 1, width: int = 1024
+    generator: np.random.Generator,
+    grid: tuple[int, int],
+    *,
+    batch: int = 1,
+    width: int = 1024,
+    tower: str = "class_token",
 ) -> Arrays:
     """What a tower's layers give, from which `features_of` computes: spread like a tower's, with tokens that resemble each other."""
     visual, heads, aligned = grid[0] * grid[1], min(HEADS, width // 4), min(ALIGNED, width)
@@ -44,32 +53,50 @@ def random_features(
     # A few themes shared by many tokens: independent ones would all be at right angles in a space this wide.
     themes, weights = normal(12, width), normal(visual, 12)
     patches = np.einsum("bnt,bte->bne", weights, themes) / np.float32(2.0) + normal(visual, width)
-    return {
+    arrays = {
         "patches_BNE": patches.astype(np.float32),
         "class_query_BAD": normal(heads, width // heads),
         "keys_BATD": normal(heads, visual + 1, width // heads),
         "class_token_BE": normal(width),
-        "following_query_BE": normal(width),
-        "following_keys_BTE": np.concatenate([normal(1, width), patches + normal(visual, width)], axis=1),
+        "full_width_query_BE": normal(width),
+        "full_width_keys_BTE": np.concatenate([normal(1, width), patches + normal(visual, width)], axis=1),
         "projected_BNH": (patches[:, :, ::-1] + normal(visual, width)).astype(np.float32),
         # As long as CLIP's: raw products of a patch with a text are of the order of ten.
         "aligned_BNP": patches[:, :, :aligned] + normal(visual, aligned),
         "text_BP": (themes[:, 0, :aligned] + normal(aligned)) / np.float32(8.0),
     }
+    if TOWERS[tower]:
+        of_tower = ("class", "keys", "full")
+        arrays = {name: array for name, array in arrays.items() if not name.startswith(of_tower)}
+        heads_of_patches = (heads, visual * TOWERS[tower], width // heads)
+        # Some patches are looked at by all others.
+        bias = normal(heads, 1, width // heads)
+        arrays["query_BAPD"] = normal(*heads_of_patches) + bias
+        arrays["patch_keys_BAPD"] = normal(*heads_of_patches) + bias * normal(1, heads_of_patches[1], 1)
+    return arrays
 
 
 SOURCES = {
     "patches": ("patches_BNE",),
-    "class_attention": ("class_query_BAD", "keys_BATD"),
+    "attention": ("class_query_BAD", "keys_BATD"),
     "class_token": ("class_token_BE",),
     "mean_keys": ("keys_BATD",),
-    "following_attention": ("following_query_BE", "following_keys_BTE"),
-    "following_keys": ("following_keys_BTE",),
+    "full_width_attention": ("full_width_query_BE", "full_width_keys_BTE"),
+    "full_width_keys": ("full_width_keys_BTE",),
     "projected": ("projected_BNH",),
     "aligned": ("aligned_BNP",),
     "text": ("text_BP",),
 }
 """Field of `prune.VisionFeatures` -> what it is computed from."""
+
+RECEIVED = ("query_BAPD", "patch_keys_BAPD")
+"""What attention and keys are computed from where there is no class token."""
+
+SOURCES_WITHOUT_CLASS_TOKEN = {
+    **dict.fromkeys(("attention", "mean_keys", "full_width_attention", "full_width_keys"), RECEIVED),
+    "projected": ("projected_BNH",),
+    "embeds": ("projected_BNH",),
+}
 
 
 def features_of(
@@ -77,6 +104,7 @@ def features_of(
     grid: tuple[int, int],
     *,
     aligned_inversely: bool = True,
+    tower: str = "class_token",
     kind: type[prune.VisionFeatures[Tensor]] = prune.VisionFeatures,
 ) -> prune.VisionFeatures[Tensor]:
     """The features of a batch, as far as what they are computed from is given."""
@@ -85,17 +113,25 @@ def features_of(
         sources = [given[source] for source in SOURCES[name] if source in given]
         return partial(compute, *sources) if len(sources) == len(SOURCES[name]) else None
 
+    if TOWERS[tower]:
+        return kind(
+            patches=given["patches_BNE"],
+            grid=grid,
+            projected=field("projected"),
+            embeds=field("projected") if tower == "groups" else None,
+            **(received(*(given[name] for name in RECEIVED), TOWERS[tower]) if RECEIVED[0] in given else {}),
+        )
     return kind(
         patches=given["patches_BNE"],
         grid=grid,
-        class_attention=field("class_attention", prune.class_attention),
+        attention=field("attention", prune.class_attention),
         class_token=field("class_token"),
         mean_keys=field("mean_keys", prune.mean_keys),
-        following_attention=field(
-            "following_attention",
+        full_width_attention=field(
+            "full_width_attention",
             lambda query_BE, keys_BTE: prune.class_attention(query_BE[:, None], keys_BTE[:, None]),
         ),
-        following_keys=field("following_keys", lambda keys_BTE: keys_BTE[:, 1:].float()),
+        full_width_keys=field("full_width_keys", lambda keys_BTE: keys_BTE[:, 1:].float()),
         projected=field("projected"),
         aligned=field("aligned"),
         text=field("text"),
@@ -104,20 +140,41 @@ def features_of(
 
 
 def features_in_float64(
-    arrays: Arrays, row: int, grid: tuple[int, int], *, aligned_inversely: bool = True
+    arrays: Arrays,
+    row: int,
+    grid: tuple[int, int],
+    *,
+    aligned_inversely: bool = True,
+    tower: str = "class_token",
 ) -> prune.VisionFeatures[reference.Floats]:
     """Those of one row as the twins of the pruners take them."""
     exact = {name: array[row].astype(np.float64) for name, array in arrays.items()}
+    if TOWERS[tower]:
+        query_APD, keys_APD = (exact[name] for name in RECEIVED)
+        groups = (len(exact["patches_BNE"]), TOWERS[tower])
+        whole_1PE, whole_keys_1PE = (np.concatenate(heads, axis=-1)[None] for heads in (query_APD, keys_APD))
+        return prune.VisionFeatures(
+            patches=exact["patches_BNE"],
+            grid=grid,
+            attention=reference.received_attention(query_APD, keys_APD).reshape(groups).mean(axis=1),
+            mean_keys=keys_APD.mean(axis=0).reshape(*groups, -1).mean(axis=1),
+            full_width_attention=reference.received_attention(whole_1PE, whole_keys_1PE)
+            .reshape(groups)
+            .sum(axis=1),
+            full_width_keys=whole_keys_1PE[0].reshape(*groups, -1).mean(axis=1),
+            projected=exact["projected_BNH"],
+            embeds=exact["projected_BNH"] if tower == "groups" else None,
+        )
     return prune.VisionFeatures(
         patches=exact["patches_BNE"],
         grid=grid,
-        class_attention=reference.class_attention(exact["class_query_BAD"], exact["keys_BATD"]),
+        attention=reference.class_attention(exact["class_query_BAD"], exact["keys_BATD"]),
         class_token=exact["class_token_BE"],
         mean_keys=exact["keys_BATD"].mean(axis=0)[1:],
-        following_attention=reference.class_attention(
-            exact["following_query_BE"][None], exact["following_keys_BTE"][None]
+        full_width_attention=reference.class_attention(
+            exact["full_width_query_BE"][None], exact["full_width_keys_BTE"][None]
         ),
-        following_keys=exact["following_keys_BTE"][1:],
+        full_width_keys=exact["full_width_keys_BTE"][1:],
         projected=exact["projected_BNH"],
         aligned=exact["aligned_BNP"],
         text=exact["text_BP"],
@@ -138,7 +195,9 @@ class Selection(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph = self._graph
         given = {"patches_BNE": tensors[0], **dict(zip(graph.reads, tensors, strict=False))}
-        features = features_of(given, graph.grid, aligned_inversely=graph.aligned_inversely)
+        features = features_of(
+            given, graph.grid, aligned_inversely=graph.aligned_inversely, tower=graph.tower
+        )
         kept = tensors[-1].shape[0] if graph.kept is None else graph.kept
         if graph.adaptive:
             adaptive = prune.load_adaptive(graph.pruner)
@@ -169,14 +228,15 @@ class _Watched(prune.VisionFeatures[Tensor]):
 
 
 @functools.cache
-def reads(pruner: str) -> tuple[str, ...]:
+def reads(pruner: str, tower: str) -> tuple[str, ...]:
     """The features that a strategy reads or chooses from."""
-    arrays = random_features(np.random.default_rng(0), (3, 4), width=16)
+    arrays = random_features(np.random.default_rng(0), (3, 4), width=16, tower=tower)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    watched = features_of(tensors, (3, 4), kind=_Watched)
+    watched = features_of(tensors, (3, 4), tower=tower, kind=_Watched)
     _Watched.looked_at.clear()
     prune.load(pruner).select(watched, 12, seed=0, merged_id=MergedId.LAST_VISUAL)
-    read = {source for field in _Watched.looked_at & SOURCES.keys() for source in SOURCES[field]}
+    sources = SOURCES_WITHOUT_CLASS_TOKEN if TOWERS[tower] else SOURCES
+    read = {source for field in _Watched.looked_at & sources.keys() for source in sources[field]}
     return tuple(name for name in arrays if name in read | {source_of(pruner)})
 
 
@@ -194,13 +254,19 @@ class Graph:
     merged_id: MergedId = MergedId.LAST_VISUAL
     adaptive: bool = False
     aligned_inversely: bool = True
+    tower: str = "class_token"
     model: Any = None
     session: Any = None
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The features among its inputs."""
-        return reads(self.pruner)
+        return reads(self.pruner, self.tower)
+
+    @property
+    def row(self) -> prune.Pruner:
+        """Of the pruner, on this tower."""
+        return prune.row(self.pruner).on_tower(("projected_class_token",) if TOWERS[self.tower] else ())
 
     def __call__(self, arrays: Arrays, kept: int | None = None) -> list[NDArray[Any]]:
         given: dict[str, Any] = {name: arrays[name] for name in self.reads}
@@ -232,11 +298,11 @@ def graph(
 
 def _component(graph: Graph, width: int) -> Component:
     """The selection, ready to be traced."""
-    example = random_features(np.random.default_rng(0), graph.grid, batch=1, width=width)
+    example = random_features(np.random.default_rng(0), graph.grid, batch=1, width=width, tower=graph.tower)
     visual, batch = graph.grid[0] * graph.grid[1], Dim(name="batch", minimum=1, optimum=1, maximum=8)
     kept: int | Dim
     if graph.kept is None:
-        kept = Dim(name="kept", minimum=prune.row(graph.pruner).min_tokens, optimum=7, maximum=visual)
+        kept = Dim(name="kept", minimum=graph.row.min_tokens, optimum=7, maximum=visual)
     else:
         kept = graph.kept
     given = [float_spec(name, "float32", batch, *example[name].shape[1:]) for name in graph.reads]
@@ -259,6 +325,7 @@ def _component(graph: Graph, width: int) -> Component:
             graph.merged_id,
             graph.adaptive,
             graph.aligned_inversely,
+            graph.tower,
         ),
     )
 
@@ -271,7 +338,9 @@ def agrees(graph: Graph, arrays: Arrays, kept: int | None = None) -> list[str]:
     assert extent is not None
     verdicts = []
     for row, (embeds_KE, indices_K) in enumerate(zip(*outputs[:2], strict=True)):
-        image = features_in_float64(arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely)
+        image = features_in_float64(
+            arrays, row, graph.grid, aligned_inversely=graph.aligned_inversely, tower=graph.tower
+        )
         if graph.adaptive:
             choice = reference.choose_adaptive(graph.pruner, image, extent, merged_id=graph.merged_id)
             same_count = outputs[2][row] == choice.needed

@@ -173,6 +173,17 @@ def models() -> str:
     return "\n".join(rows)
 
 
+def matrix() -> str:
+    """Which pruner works on which family, and what the others lack."""
+    names = families.names()
+    rows = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for pruner in prune.PRUNERS.values():
+        lacking = (families.row(name).lacks(pruner) for name in names)
+        cells = (f"needs {what}" if what else "yes" for what in lacking)
+        rows.append(f"| `{pruner.name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def box_formats() -> str:
     """The box codecs, from their rows; who scores them, from the table of evaluators."""
     rows = [
@@ -278,6 +289,7 @@ DECODER_OPERATORS = (
 
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models),
+    "matrix": (ROOT / "docs" / "models.md", matrix),
     "box formats": (ROOT / "docs" / "models.md", box_formats),
     "layers": (ROOT / "docs" / "architecture.md", layers),
     "precisions": (ROOT / "docs" / "precision.md", precisions),

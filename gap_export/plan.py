@@ -90,7 +90,7 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
     _check_engines(recipe)
     _check_ranges(recipe)
     _check_calibration(recipe)
-    pruner = prune.row(recipe.pruner)
+    pruner = prune.row(recipe.pruner).on_tower(spec.missing_features)
     differ = spec.token_range is not None
     prune.check_tower(pruner, spec.missing_features, differ=differ)
     prune.check_text(

@@ -23,14 +23,14 @@ from gap_export.precision import Thresholds, known
 from gap_export.recipe.recipe import Recipe
 from gap_export.records import Record
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raised once for every change of what a manifest says; bundles of another number are built again."""
 _SLOT_AXIS = 2
 
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
-VisionFeature = Literal["class_token", "projected_class_token", "following_layer", "grid"]
-"""What a pruner may ask of a vision tower: a class token; one that the projector takes; a layer after the one whose output the
-decoder gets; patches that lie on one grid, the same for all images."""
+VisionFeature = Literal["attention", "projected_class_token", "grid"]
+"""What a pruner may ask of a vision tower: attention, of its class token or of all patches, with the keys; a class token that the
+decoder can take; patches that lie on one grid, the same for all images."""
 
 
 class BoxFormat(Record):

@@ -106,12 +106,10 @@ class ClipLlama(Family):
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
         config = self.config
-        has_following = config.feature_layer < config.vision_config.num_hidden_layers
         return ModelSpec(
             **hf_config.decoder_sizes(config.text_config),
             visual_tokens=config.side**2,
             grid=(config.side, config.side),
-            missing_features=() if has_following else ("following_layer",),
             published_tower=published_tower(config.vision_config),
         )
 

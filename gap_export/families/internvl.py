@@ -2,7 +2,7 @@
 
 Facts: the image is stretched to the grid of tiles whose shape is nearest to its own; the whole image follows as the last tile.
 Features are those of the last layer, class token dropped. Squares of two by two patches are laid side by side (`pixel_shuffle`) and
-projected together, so that a token's score and key are the means over its four patches. Position ids count, in one row. Boxes
+projected together, so that a token's score and key are the means over its four patches, and pruners that merge add up projected tokens. Position ids count, in one row. Boxes
 are `[[x1, y1, x2, y2]]` in 0..1000 of the image's own width and height.
 
 The class token is a quarter as wide as what the projector takes: it can score, but not enter the decoder.
@@ -79,6 +79,7 @@ class InternVLVision(nn.Module):
         heads = (attention.num_heads, attention.head_dim)
         keys_tATD = keys_tTE.unflatten(-1, heads).transpose(1, 2)
         scores_tC = prune.class_attention(query_tE.unflatten(-1, heads), keys_tATD)
+        weights_tC = prune.class_attention(query_tE[:, None], keys_tTE[:, None])
         patches_tCE = self.vision_tower.layernorm(last(hidden_tTE))[:, 1:]
 
         side = round(patches_tCE.shape[1] ** 0.5)
@@ -89,12 +90,16 @@ class InternVLVision(nn.Module):
             scale_factor=self._shrink,
         )
         tokens_tCE = shuffled.flatten(1, 2)
+        projected_tCH = self.multi_modal_projector(tokens_tCE)
         return prune.VisionFeatures(
             patches=tokens_tCE,
             grid=None,
-            projected=self.multi_modal_projector(tokens_tCE),
-            class_attention=self._means(scores_tC[..., None], side)[..., 0],
+            projected=projected_tCH,
+            embeds=projected_tCH,
+            attention=self._means(scores_tC[..., None], side)[..., 0],
             mean_keys=self._means(prune.mean_keys(keys_tATD), side),
+            full_width_attention=self._means(weights_tC[..., None], side)[..., 0] / self._shrink**2,
+            full_width_keys=self._means(keys_tTE[:, 1:].float(), side),
         )
 
     def _means(self, patches_tCE: Tensor, side: int) -> Tensor:

@@ -127,10 +127,9 @@ class LlavaNext(Family):
 
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
-        has_following = self._feature_layer < self.config.vision_config.num_hidden_layers
+        _ = self._feature_layer  # one that is not supported is refused by now
         return self.spec_of_varying_images(
             self._tiles.token_range(),
-            missing_features=("grid",) if has_following else ("grid", "following_layer"),
             published_tower=published_tower(self.config.vision_config),
         )
 

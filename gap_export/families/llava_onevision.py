@@ -2,9 +2,11 @@
 
 Facts: tiles as in LLaVA-NeXT, up to 36 of them; a grid with clearly more tokens than nine tiles have is scaled down bilinearly, after
 the projector (`anyres_max_9`). Tokens of such a grid are what is pruned: places count them. The tower has no class token, and
-features are those of its last layer before its last norm (`vision_feature_layer: -1`).
+features are those of its last layer before its last norm (`vision_feature_layer: -1`); so are scores, attention that the patches of a tile
+receive from each other.
 
-Projectors are not linear, so that an image's tokens are made from projected ones: all of them are projected.
+Projectors are not linear, so that an image's tokens are made from projected ones: all of them are projected. What is known of a token of a
+scaled-down grid (scores, keys) is the same weighted sum, and its tile is that of the token which weighs most.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ from gap_export.inputs.layouts import AnyResLayout
 from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.layers import LayerStack
-from gap_export.modeling.tiles import corners_gather, with_newlines
+from gap_export.modeling.received import received
+from gap_export.modeling.tiles import corners_gather, features_of_image, heaviest_corner_gather, with_newlines
 from gap_export.plan import Plan
-from gap_export.prune.order import take
 from gap_export.recipe.recipe import Recipe
 
 GROUNDING_PROMPT = f"<|im_start|>user\n<image>\n{frames.LLAVA_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 """As transformers tests the chat template of the published checkpoints."""
+
+
+WHOLE = 0
+"""The tile that shows the whole image."""
 
 
 class LlavaOnevisionVision(nn.Module):
@@ -68,15 +74,31 @@ class LlavaOnevisionVision(nn.Module):
             visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
         """
         hidden_tCE = self.vision_tower.embeddings(pixel_values)
-        for layer in self.vision_tower.encoder.layers:
+        *layers, last = self.vision_tower.encoder.layers
+        for layer in layers:
             hidden_tCE = layer(hidden_tCE, None)
-        tokens_BPH = corners_gather(corners, corner_weights)(self.multi_modal_projector(hidden_tCE))
-        features = prune.VisionFeatures(patches=tokens_BPH, grid=None, projected=tokens_BPH)
+        projected_tCH = self.multi_modal_projector(last(hidden_tCE, None))
+        tiles = prune.VisionFeatures(
+            patches=projected_tCH, grid=None, projected=projected_tCH, **_scores(last, hidden_tCE)
+        )
+        pick = heaviest_corner_gather(corners, corner_weights)
+        features = features_of_image(tiles, corners_gather(corners, corner_weights), WHOLE, pick=pick)
         selected = selection.select(self._plan, features, keep_count)
-        embeds_BKH = take(tokens_BPH, selected.indices_BK)
+        embeds_BKH = selection.project(self._plan, features, selected, nn.Identity())
         return with_newlines(
             self._plan, embeds_BKH, selected, token_positions, self.image_newline, newline_positions
         )
+
+
+def _scores(layer: Any, hidden_tCE: Tensor) -> dict[str, Any]:
+    """Fields of `prune.VisionFeatures`, from a layer of the tower and its input."""
+    attention, normed_tCE = layer.self_attn, layer.layer_norm1(hidden_tCE)
+    heads = (attention.num_heads, attention.head_dim)
+    query_tACD, keys_tACD = (
+        project(normed_tCE).unflatten(-1, heads).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    return received(query_tACD, keys_tACD)
 
 
 class LlavaOnevision(Family):
@@ -126,6 +148,6 @@ class LlavaOnevision(Family):
             language_model=model.model.language_model,
             lm_head=model.lm_head,
             vision_layers=LayerStack(
-                "vision_tower.encoder.layers", (range(self.config.vision_config.num_hidden_layers),)
+                "vision_tower.encoder.layers", (range(self.config.vision_config.num_hidden_layers - 1),)
             ),
         )

@@ -2,7 +2,8 @@
 
 Facts: a checkpoint is a `.pth` with what was trained: `llama_proj`, and rank-64 updates (alpha 16) of q and v; tower and language
 model lie beside it. The tower's output goes through `ln_vision`, loses its class token, and every four patches that follow each other
-in a row become one token: 32 rows of 8. What scores a patch scores a token by the mean over its four. Images are stretched,
+in a row become one token: 32 rows of 8. What scores a patch scores a token by the mean over its four; pruners that merge add up
+projected tokens. Images are stretched,
 boxes are `{<x1><y1><x2><y2>}` in hundredths of width and height. The prompt begins with two BOS: one that it spells, one that the
 tokenizer adds.
 """
@@ -268,7 +269,7 @@ class MiniGptVision(nn.Module):
         self.multi_modal_projector = modules["multi_modal_projector"]
         self._plan, self._grid = plan, grid
 
-    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, ...]:
         """Encode and prune.
 
         Args:
@@ -276,7 +277,8 @@ class MiniGptVision(nn.Module):
             keep_count: K, where requests choose it.
 
         Returns:
-            visual_embeds [B, K, H], kept_indices [B, K] int64.
+            visual_embeds [B, K, H], kept_indices [B, K] int64; where images differ in how many they keep, kept_counts [B]
+            int64, rows being padded to the bound.
         """
         tower: Any = self.vision_tower
         out_BTE, into_BTE = tower(pixel_values.to(tower.cls_token.dtype))
@@ -285,6 +287,7 @@ class MiniGptVision(nn.Module):
         last = tower.blocks[-1]
         query_BATD, keys_BATD, _ = last.attn.split(last.norm1(into_BTE))
         projected_BNH, query_BAD = self.multi_modal_projector(tokens_BNE), query_BATD[:, :, 0]
+        query_B1E, keys_B1TE = query_BAD.flatten(1)[:, None], keys_BATD.transpose(1, 2).flatten(2)[:, None]
 
         def mean_of_group(patches: Tensor) -> Tensor:
             """A token is four patches."""
@@ -294,11 +297,14 @@ class MiniGptVision(nn.Module):
         features = prune.VisionFeatures(
             patches=tokens_BNE,
             grid=self._grid,
-            class_attention=lambda: mean_of_group(prune.class_attention(query_BAD, keys_BATD)),
+            attention=lambda: mean_of_group(prune.class_attention(query_BAD, keys_BATD)),
             mean_keys=lambda: mean_of_group(prune.mean_keys(keys_BATD)),
+            full_width_attention=lambda: mean_of_group(prune.class_attention(query_B1E, keys_B1TE)) * GROUP,
+            full_width_keys=lambda: mean_of_group(keys_B1TE[:, 0, 1:].float()),
             projected=projected_BNH,
+            embeds=projected_BNH,
         )
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
-        return embeds_BKH, selected.indices_BK
+        return selection.outputs(embeds_BKH, selected)

@@ -1,7 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images at their own shape, M-RoPE, one layout of checkpoint and prompt.
 
 Facts: squares of patches become one visual token each. Position ids have three rows (time, height, width); text after an image
-continues from its longer side, and so do answers, whatever was pruned. No tower has a class token. What differs:
+continues from its longer side, and so do answers, whatever was pruned. No tower has a class token: attention that patches
+receive from each other scores them. What differs:
 
     model        patch   tower                                          boxes
     Qwen2-VL     14      rotary positions                               `(x1,y1),(x2,y2)` in 0..1000 of the image
@@ -27,7 +28,7 @@ from transformers import (
 )
 from typing_extensions import override
 
-from gap_export.bundle.manifest import ModelSpec
+from gap_export.bundle.manifest import ModelSpec, VisionFeature
 from gap_export.bundle.vision_inputs import native_inputs
 from gap_export.checkpoint.weight_map import Prefixes
 from gap_export.errors import RecipeError
@@ -69,7 +70,10 @@ class QwenVL(Family):
     @override
     def spec(self, recipe: Recipe) -> ModelSpec:
         return self.spec_of_varying_images(
-            self.layout(recipe).token_range(), position_rows=3, deepstack_levels=self.deepstack_levels
+            self.layout(recipe).token_range(),
+            missing_features=self.missing_features,
+            position_rows=3,
+            deepstack_levels=self.deepstack_levels,
         )
 
     @override
@@ -116,6 +120,11 @@ class QwenVL(Family):
     def window(self) -> int | None:
         """Tokens along the side of a window; None where there are none."""
         return None
+
+    @property
+    def missing_features(self) -> tuple[VisionFeature, ...]:
+        """What pruners cannot read from the tower."""
+        return self.row.missing_features
 
     @property
     def deepstack_levels(self) -> int:
@@ -198,6 +207,15 @@ class Qwen25VL(QwenVL):
     @override
     def window(self) -> int:
         return _window(self.config.vision_config)
+
+    @property
+    @override
+    def missing_features(self) -> tuple[VisionFeature, ...]:
+        # Within a window attention compares the few patches that are in it.
+        shown: tuple[VisionFeature, ...] = (
+            () if self.config.vision_config.fullatt_block_indexes else ("attention",)
+        )
+        return (*shown, *super().missing_features)
 
     @override
     def vision(self, model: Any, plan: Plan) -> nn.Module:

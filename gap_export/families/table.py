@@ -66,13 +66,18 @@ class FamilyRow:
     @property
     def pruners(self) -> tuple[str, ...]:
         """Names of the pruners that work."""
-        return tuple(
-            row.name
-            for row in prune.PRUNERS.values()
-            if not set(row.needs) & set(self.missing_features)
-            and (self.reads_text or not row.needs_text)
-            and not (row.in_decoder and (self.dynamic or self.attention_mask != "causal"))
-        )
+        return tuple(row.name for row in prune.PRUNERS.values() if not self.lacks(row))
+
+    def lacks(self, pruner: prune.Pruner) -> str:
+        """What a pruner needs and models of this family do not have, as text; "" where it works."""
+        missing = [prune.NEEDED[part] for part in pruner.needs if part in self.missing_features]
+        if pruner.needs_text and not self.reads_text:
+            missing.append("a text tower")
+        if pruner.in_decoder and self.dynamic:
+            missing.append("images of one size")
+        if pruner.in_decoder and self.attention_mask != "causal":
+            missing.append("a causal mask")
+        return " and ".join(missing)
 
     def load(self) -> type[Family]:
         """The class of the family; imports torch and transformers."""
@@ -175,12 +180,8 @@ def row_of(checkpoint: Checkpoint) -> FamilyRow:
     )
 
 
-_NO_CLASS_TOKEN: tuple[VisionFeature, ...] = (
-    "class_token",
-    "projected_class_token",
-    "following_layer",
-    "grid",
-)
+_NO_CLASS_TOKEN: tuple[VisionFeature, ...] = ("projected_class_token", "grid")
+"""There is none, or none that the decoder could take, and images differ."""
 _PADDED_SQUARE = BoxFormat(codec="llava", frame="padded_square")
 _REFERENCES = "gap_export.families.reference"
 
@@ -249,7 +250,7 @@ for _row in (
         box=BoxFormat(codec="minigpt_v2", frame="image"),
         published="a `.pth` with low-rank updates; EVA-CLIP (`eva_vit_g.pth`) and Llama-2-7b-chat beside it",
         visual_tokens="256, four patches each",
-        missing_features=("projected_class_token", "following_layer"),
+        missing_features=("projected_class_token",),
         reads_text=False,
     ),
     FamilyRow(
@@ -286,7 +287,7 @@ for _row in (
         box=BoxFormat(codec="internvl", frame="image"),
         published="`OpenGVLab/InternVL3-*-hf`",
         visual_tokens="by the image: 256 per tile",
-        missing_features=("projected_class_token", "following_layer", "grid"),
+        missing_features=_NO_CLASS_TOKEN,
         dynamic=True,
         reads_text=False,
     ),

@@ -79,9 +79,7 @@ class ClipVision(nn.Module):
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
-        if selected.counts_B is not None:
-            return embeds_BKH, selected.indices_BK, selected.counts_B
-        return embeds_BKH, selected.indices_BK
+        return selection.outputs(embeds_BKH, selected)
 
     def extract_features(
         self, pixel_values: Tensor, text_ids: Tensor | None = None
@@ -91,7 +89,8 @@ class ClipVision(nn.Module):
         layers = self.vision_tower.encoder.layers
         for layer in layers[: self._run - 1]:
             hidden_BTE = layer(hidden_BTE, None)
-        return self._features(hidden_BTE, layers[self._run - 1], layers[self._run : self._run + 1], text_ids)
+        following = layers[self._run] if self._run < len(layers) else None
+        return self._features(hidden_BTE, layers[self._run - 1], following, text_ids)
 
     def _features(
         self, hidden_BTE: Tensor, feature: Any, following: Any, text_ids: Tensor | None
@@ -101,18 +100,19 @@ class ClipVision(nn.Module):
         Args:
             hidden_BTE: input of the feature layer.
             feature: the layer whose output the decoder gets.
-            following: the next layer, or nothing.
+            following: the next layer; None where the tower ends.
             text_ids: of the expression.
         """
         attention = feature.self_attn
         heads = (attention.num_heads, attention.head_dim)
         normed_BTE = feature.layer_norm1(hidden_BTE)
         out_BTE = feature(hidden_BTE, None)
-        query_above_BE = keys_above_BTE = aligned_BNP = text_BP = None
-        for layer in following:
-            normed_above_BTE = layer.layer_norm1(out_BTE)
-            query_above_BE = layer.self_attn.q_proj(normed_above_BTE[:, 0])
-            keys_above_BTE = layer.self_attn.k_proj(normed_above_BTE)
+        above, normed_above_BTE = feature, normed_BTE
+        if following is not None:
+            above, normed_above_BTE = following, following.layer_norm1(out_BTE)
+        query_above_BE = above.self_attn.q_proj(normed_above_BTE[:, 0])
+        keys_above_BTE = above.self_attn.k_proj(normed_above_BTE)
+        aligned_BNP = text_BP = None
         if self.text_tower is not None and text_ids is not None:
             aligned_BNP = self.text_tower.visual_projection(self.vision_tower.post_layernorm(out_BTE[:, 1:]))
             text_BP = self.text_tower(text_ids)
@@ -120,22 +120,16 @@ class ClipVision(nn.Module):
         query_BAD = attention.q_proj(normed_BTE[:, 0]).unflatten(-1, heads)
         keys_BATD = attention.k_proj(normed_BTE).unflatten(-1, heads).transpose(1, 2)
 
-        def following_attention() -> Tensor | None:
-            if query_above_BE is None or keys_above_BTE is None:
-                return None
-            return prune.class_attention(query_above_BE[:, None], keys_above_BTE[:, None])
-
-        def following_keys() -> Tensor | None:
-            return None if keys_above_BTE is None else keys_above_BTE[:, 1:].float()
-
         return prune.VisionFeatures(
             patches=patches_BNE,
             grid=self._grid,
-            class_attention=lambda: prune.class_attention(query_BAD, keys_BATD),
+            attention=lambda: prune.class_attention(query_BAD, keys_BATD),
             class_token=out_BTE[:, 0],
             mean_keys=lambda: prune.mean_keys(keys_BATD),
-            following_attention=following_attention,
-            following_keys=following_keys,
+            full_width_attention=lambda: prune.class_attention(
+                query_above_BE[:, None], keys_above_BTE[:, None]
+            ),
+            full_width_keys=lambda: keys_above_BTE[:, 1:].float(),
             projected=self.multi_modal_projector(out_BTE[:, 1:]),
             aligned=aligned_BNP,
             text=text_BP,

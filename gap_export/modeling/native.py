@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
+from gap_export.modeling.received import received
+
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, [P, D] each."""
 
@@ -82,11 +84,29 @@ def layer(block: Any, hidden_PE: Tensor, rotary: Rotary, windows: Windows | None
     return output_PE
 
 
-def _attended(attention: Any, hidden_PE: Tensor, rotary: Rotary, windows: Windows | None) -> Tensor:
+def shown(block: Any, hidden_PE: Tensor, rotary: Rotary, patches: int) -> dict[str, Any]:
+    """What a layer in which all patches attend to all shows pruners: fields of `prune.VisionFeatures`.
+
+    Args:
+        block: as of `layer`.
+        hidden_PE: its input.
+        rotary: of the places.
+        patches: of a visual token.
+    """
+    query_PAD, key_PAD, _ = _heads(block.attn, block.norm1(hidden_PE), rotary)
+    return received(query_PAD.transpose(0, 1)[None], key_PAD.transpose(0, 1)[None], patches)
+
+
+def _heads(attention: Any, hidden_PE: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [P, A, D] each."""
     extents = (3, attention.num_heads, attention.head_dim)
     query_PAD, key_PAD, value_PAD = attention.qkv(hidden_PE).unflatten(-1, extents).unbind(1)
     query_PAD, key_PAD = apply_rotary_pos_emb_vision(query_PAD, key_PAD, *rotary)
-    heads = (query_PAD, key_PAD, value_PAD)
+    return query_PAD, key_PAD, value_PAD
+
+
+def _attended(attention: Any, hidden_PE: Tensor, rotary: Rotary, windows: Windows | None) -> Tensor:
+    heads = _heads(attention, hidden_PE, rotary)
     compute = AttentionInterface()[attention.config._attn_implementation]
     if windows is None:
         whole = (each.transpose(0, 1)[None] for each in heads)

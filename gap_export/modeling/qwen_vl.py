@@ -1,5 +1,8 @@
 """The vision towers of the Qwen-VL generations: patches of one image, the pruner, and the merger for what is left.
 
+The merger lays the patches of a token side by side and projects them together, so that tokens are what is pruned, after the tower and never
+inside it. What scores a patch scores a token by the mean over its patches; pruners that merge add up tokens that were projected.
+
 DeepStack (Qwen3-VL, arXiv 2406.04334): features of some layers of the tower are projected too, and added to the hidden states of the
 visual tokens after the first layers of the decoder; they are pruned with the same indices.
 
@@ -8,7 +11,8 @@ Shape letters: as in `native.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 
 from gap_export import prune
 from gap_export.modeling import selection
-from gap_export.modeling.native import Windows, embedded, layer
+from gap_export.modeling.native import Windows, embedded, layer, shown
 from gap_export.plan import Plan
 from gap_export.prune import order
 
@@ -46,30 +50,87 @@ class Qwen2VLVision(nn.Module):
         tower = self.visual
         hidden_PE = embedded(tower.patch_embed, pixel_values)
         rotary = tower.rotary_pos_emb(hidden_PE, patch_positions.flatten(0, 1))
-        for block in tower.blocks:
+        *blocks, last = tower.blocks
+        for block in blocks:
             hidden_PE = layer(block, hidden_PE, rotary)
-        return merged(self._plan, tower.merger, hidden_PE, pixel_values.shape[:2], keep_count)
+        tokens = pixel_values.shape[:2]
+        scores = shown(last, hidden_PE, rotary, tokens[1])
+        hidden_PE = layer(last, hidden_PE, rotary)
+        return pruned(self._plan, [level_of(tower.merger, hidden_PE, tokens)], scores, keep_count)
 
 
-def merged(
-    plan: Plan, merger: Any, hidden_PE: Tensor, tokens: Sequence[int], keep_count: Tensor | None
+@dataclass(frozen=True)
+class Level:
+    """Features of all tokens before their merger: those of the tower's end, or a level of DeepStack.
+
+    Attributes:
+        tokens_BNE: the patches of a token side by side.
+        merger: projects them, token by token.
+    """
+
+    tokens_BNE: Tensor
+    merger: Callable[[Tensor], Any]
+
+    def embeds(self, indices_BK: Tensor | None = None) -> Tensor:
+        """[1, N, H] as the decoder takes them; of those at [1, K] alone, where they are given."""
+        tokens_BNE = self.tokens_BNE if indices_BK is None else order.take(self.tokens_BNE, indices_BK)
+        embeds_BNH: Tensor = self.merger(tokens_BNE)
+        return embeds_BNH
+
+
+def level_of(merger: Any, hidden_PE: Tensor, tokens: Sequence[int]) -> Level:
+    """The end of a tower whose merger norms patch by patch.
+
+    Args:
+        merger: of Qwen2-VL or Qwen2.5-VL.
+        hidden_PE: patches of all tokens.
+        tokens: (how many tokens, patches of each).
+    """
+    return Level(side_by_side(merger.ln_q(hidden_PE), tokens), merger.mlp)
+
+
+def side_by_side(patches_PE: Tensor, tokens: Sequence[int]) -> Tensor:
+    """[1, N, p * E]: the patches of every token; arguments as of `level_of`."""
+    joined_1NE: Tensor = patches_PE.unflatten(0, tokens).flatten(1)[None]
+    return joined_1NE
+
+
+def pruned(
+    plan: Plan, levels: Sequence[Level], scores: dict[str, Any], keep_count: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Prune the tokens, and give what is left to the decoder.
 
     Args:
         plan: of the build.
-        merger: of the tower, which lays the normed patches of a token side by side and projects them.
-        hidden_PE: patches of all tokens.
-        tokens: (how many tokens, patches of each).
+        levels: the tower's end, and those of DeepStack.
+        scores: further fields of `prune.VisionFeatures`.
         keep_count: K, where requests choose it.
 
     Returns:
-        visual_embeds [1, K, H], kept_indices [1, K] int64.
+        visual_embeds [1, K, (1 + deepstack_levels) * H], kept_indices [1, K] int64.
     """
-    patches_BNE = merger.ln_q(hidden_PE).unflatten(0, tokens).flatten(1)[None]
-    features = prune.VisionFeatures(patches=patches_BNE, grid=None, projected=merger.mlp(patches_BNE))
-    embeds_BKH, selected = selection.select_and_project(plan, features, keep_count, merger.mlp)
-    return embeds_BKH, selected.indices_BK
+    end, *beside = levels
+    projected_BNH = end.embeds()
+    features = prune.VisionFeatures(
+        patches=projected_BNH,
+        grid=None,
+        projected=projected_BNH,
+        embeds=lambda: _behind_each_other([projected_BNH, *(level.embeds() for level in beside)]),
+        **scores,
+    )
+    selected = order.in_decoder_order(selection.select(plan, features, keep_count), plan.pruning.positions)
+    indices_BK = selected.indices_BK
+    if selected.patches_BKE is not None:
+        return selected.patches_BKE, indices_BK
+    if prune.row(selection.pruner_of(plan)).reads_projected:
+        own_BKH = order.take(projected_BNH, indices_BK)
+    else:
+        own_BKH = end.embeds(indices_BK)
+    return _behind_each_other([own_BKH, *(level.embeds(indices_BK) for level in beside)]), indices_BK
+
+
+def _behind_each_other(embeds: Sequence[Tensor]) -> Tensor:
+    return embeds[0] if len(embeds) == 1 else torch.cat(list(embeds), dim=-1)
 
 
 class Qwen25VLVision(nn.Module):
@@ -103,10 +164,13 @@ class Qwen25VLVision(nn.Module):
         tower, windows = self.visual, Windows.of(window_tokens, token_slots, pixel_values.shape[1])
         hidden_PE = embedded(tower.patch_embed, pixel_values)
         rotary = tower.rotary_pos_emb(hidden_PE, patch_positions.flatten(0, 1))
+        tokens, scores = pixel_values.shape[:2], {}
         for number, block in enumerate(tower.blocks):
             sees_all = number in tower.fullatt_block_indexes
+            if number == max(tower.fullatt_block_indexes, default=None):
+                scores = shown(block, hidden_PE, rotary, tokens[1])
             hidden_PE = layer(block, hidden_PE, rotary, None if sees_all else windows)
-        return merged(self._plan, tower.merger, hidden_PE, pixel_values.shape[:2], keep_count)
+        return pruned(self._plan, [level_of(tower.merger, hidden_PE, tokens)], scores, keep_count)
 
 
 class Qwen3VLVision(nn.Module):
@@ -135,21 +199,23 @@ class Qwen3VLVision(nn.Module):
         learned_PE = interpolated(tower.pos_embed, tower.num_grid_per_side, positions_P2)
         hidden_PE = hidden_PE + learned_PE.to(hidden_PE.dtype)
         rotary = tower.rotary_pos_emb(hidden_PE, positions_P2)
-        beside: list[Tensor] = []
+        tokens, beside, scores = pixel_values.shape[:2], list[Tensor](), {}
         for number, block in enumerate(tower.blocks):
+            if number == len(tower.blocks) - 1:
+                scores = shown(block, hidden_PE, rotary, tokens[1])
             hidden_PE = layer(block, hidden_PE, rotary)
             if number in tower.deepstack_visual_indexes:
                 beside.append(hidden_PE)
-
-        tokens, project = pixel_values.shape[:2], partial(_projected, tower.merger)
-        patches_BNE = tower.merger.norm(hidden_PE).unflatten(0, tokens).flatten(1)[None]
-        features = prune.VisionFeatures(patches=patches_BNE, grid=None, projected=project(patches_BNE))
-        embeds_BKH, selected = selection.select_and_project(self._plan, features, keep_count, project)
-        deepstack_levels = [
-            merger(order.take(plane_PE.unflatten(0, tokens).flatten(1)[None], selected.indices_BK)[0])[None]
-            for plane_PE, merger in zip(beside, tower.deepstack_merger_list, strict=True)
+        # The last merger norms patch by patch, those of DeepStack the patches of a token together.
+        end = side_by_side(tower.merger.norm(hidden_PE), tokens)
+        levels = [
+            Level(end, partial(_projected, tower.merger)),
+            *(
+                Level(side_by_side(patches_PE, tokens), partial(_row_by_row, merger))
+                for patches_PE, merger in zip(beside, tower.deepstack_merger_list, strict=True)
+            ),
         ]
-        return torch.cat([embeds_BKH, *deepstack_levels], dim=-1), selected.indices_BK
+        return pruned(self._plan, levels, scores, keep_count)
 
 
 def add_deepstack(language_model: Any, levels: Sequence[Tensor]) -> dict[str, Any]:
@@ -165,6 +231,12 @@ def _projected(merger: Any, normed_BNE: Tensor) -> Tensor:
     """What the merger does after it has normed the patches and laid them side by side."""
     projected_BNH: Tensor = merger.linear_fc2(merger.act_fn(merger.linear_fc1(normed_BNE)))
     return projected_BNH
+
+
+def _row_by_row(merger: Any, tokens_1NE: Tensor) -> Tensor:
+    """[1, N, H] from a merger of DeepStack, which takes the tokens of all images one behind the other."""
+    embeds_NH: Tensor = merger(tokens_1NE[0])
+    return embeds_NH[None]
 
 
 def interpolated(table: nn.Embedding, side: int, positions_P2: Tensor) -> Tensor:

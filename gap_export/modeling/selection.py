@@ -51,10 +51,12 @@ def project(
 ) -> Tensor:
     """[B, K, H]: the selected tokens as the decoder takes them.
 
-    Only they are projected, unless the pruner looks at projected ones: projectors work token by token, so the order does not
-    matter.
+    Only they are projected, unless the pruner looks at projected ones, or has made tokens of such: projectors work token by token, so the
+    order does not matter.
     """
     survivors_BKE = selected.patches_BKE
+    if survivors_BKE is not None and features.embeds is not None:
+        return survivors_BKE
     # Padding repeats the first patch: any token will do where nothing looks.
     indices_BK = selected.indices_BK.clamp(min=0)
     reads_projected = prune.row(pruner_of(plan)).reads_projected
@@ -85,3 +87,10 @@ def select_and_project(
     """
     selected = order.in_decoder_order(select(plan, features, keep_count), plan.pruning.positions)
     return project(plan, features, selected, projector), selected
+
+
+def outputs(embeds_BKH: Tensor, selected: prune.Selected) -> tuple[Tensor, ...]:
+    """visual_embeds [B, K, H], kept_indices [B, K] and, where images differ in how many they keep, kept_counts [B], of a vision graph."""
+    if selected.counts_B is None:
+        return embeds_BKH, selected.indices_BK
+    return embeds_BKH, selected.indices_BK, selected.counts_B

@@ -41,15 +41,21 @@ def corners_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
     return gather
 
 
+def heaviest_corner_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
+    """Of the four tokens that a scaled-down one is the sum of, the one that counts most; of equal ones the first."""
+    return token_gather(corners_P4.gather(1, weights_P4.argmax(dim=1, keepdim=True)).flatten())
+
+
 def features_of_image(
-    tiles: prune.VisionFeatures[Tensor], gather: Gather, whole: int
+    tiles: prune.VisionFeatures[Tensor], gather: Gather, whole: int, *, pick: Gather | None = None
 ) -> prune.VisionFeatures[Tensor]:
     """Features of one image from those of its tiles: scores and keys of a patch are those of its own tile.
 
     Args:
         tiles: as a batch.
-        gather: picks the image's tokens.
+        gather: picks the image's tokens, or adds them up.
         whole: index of the tile that shows the whole image; its class token is the image's.
+        pick: picks a tile for each of them, where `gather` adds up.
     """
 
     def gathered(tokens_tCE: Tensor | None) -> Tensor | None:
@@ -63,15 +69,16 @@ def features_of_image(
     return prune.VisionFeatures(
         patches=gather(patches_tCE),
         grid=None,
-        class_attention=lambda: scores(tiles.class_attention),
+        attention=lambda: scores(tiles.attention),
         class_token=None if class_token_tE is None else class_token_tE[whole][None],
         mean_keys=lambda: gathered(tiles.mean_keys),
-        following_attention=lambda: scores(tiles.following_attention),
-        following_keys=lambda: gathered(tiles.following_keys),
+        full_width_attention=lambda: scores(tiles.full_width_attention),
+        full_width_keys=lambda: gathered(tiles.full_width_keys),
         projected=gathered(tiles.projected),
+        embeds=lambda: gathered(tiles.embeds),
         aligned=gathered(tiles.aligned),
         text=tiles.text,
-        tile=gather(numbers_tC1).flatten(),
+        tile=(pick or gather)(numbers_tC1).flatten(),
         aligned_inversely=tiles.aligned_inversely,
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from gap_export.positions import MergedId
 from gap_export.prune.compatibility import (
+    NEEDED,
     check_adaptive,
     check_count,
     check_fraction,
@@ -23,13 +24,14 @@ from gap_export.prune.compatibility import (
     share_of,
     working,
 )
-from gap_export.prune.features import VisionFeatures, class_attention, mean_keys
+from gap_export.prune.features import VisionFeatures, class_attention, mean_keys, received_attention
 from gap_export.prune.table import PRUNERS, Pruner, merging, names, needs, register, row, where
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "NEEDED",
     "PRUNERS",
     "AdaptiveModule",
     "Pruner",
@@ -49,6 +51,7 @@ __all__ = [
     "merging",
     "names",
     "needs",
+    "received_attention",
     "register",
     "row",
     "share_of",
@@ -64,8 +67,8 @@ class Selected:
     Attributes:
         indices_BK: raster indices, int64, best first. Distinct within a row, except that tokens without an index of their
             own (`Pruner.merged`) may share that of another.
-        patches_BKE: features of the chosen tokens in the same order, before the projector, where they are not simply the
-            patches at the indices.
+        patches_BKE: features of the chosen tokens in the same order, where they are not simply the patches at the indices: before
+            the projector, or, where features have `embeds`, as they enter the decoder.
         counts_B: int64, how many tokens each image needs, where the pruner adapts to the image. Up to that many (at most
             K) stand first in a row; the indices after them are `positions.PAD`, their features arbitrary but finite. A count
             above K says that the bound was too low for that image.

@@ -2,6 +2,8 @@
 
 Source: FasterVLM (arXiv 2412.01818), score: attention of the class token to each patch, mean over heads, in the layer
 whose output the decoder gets; top-k. The other rows of the attention map are not needed, so only that one is computed.
+
+In a tower without a class token: attention received from all patches, the mean of those rows, as VisPruner's authors have it for SigLIP.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ def scores(features: VisionFeatures[Tensor]) -> Tensor:
     """Score of every patch.
 
     Returns:
-        [B, N] float32: softmax over class token and patches, class column dropped without renormalising.
+        [B, N] float32, as `VisionFeatures.attention`.
     """
-    scores_BN = features.class_attention
+    scores_BN = features.attention
     if scores_BN is None:
-        raise ValueError("cls_attention needs a vision tower with a class token")
+        raise ValueError("cls_attention needs a vision tower that shows its attention")
     return scores_BN
 
 

@@ -8,6 +8,13 @@ from gap_export.bundle.manifest import VisionFeature
 from gap_export.errors import RecipeError
 from gap_export.prune.table import PRUNERS, Pruner
 
+NEEDED: dict[VisionFeature, str] = {
+    "attention": "attention",
+    "projected_class_token": "a class token that the decoder can take",
+    "grid": "patches on one grid",
+}
+"""What a pruner may need of a tower, in words."""
+
 
 def working(
     lacking: tuple[VisionFeature, ...], wanted: Callable[[Pruner], bool], *, differ: bool = False
@@ -37,11 +44,11 @@ def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: b
     Raises:
         RecipeError: with the list of those that can.
     """
-    missing = [part.replace("_", " ") for part in wanted.needs if part in lacking]
+    missing = [NEEDED[part] for part in wanted.needs if part in lacking]
     if missing:
         able = working(lacking, lambda row: not row.needs_text, differ=differ)
         raise RecipeError(
-            f"needs a {' and a '.join(missing)}, which this vision tower does not have",
+            f"needs {' and '.join(missing)}, which this vision tower does not show",
             subject=f"pruner {wanted.name}",
             hint=f"these work on it: {', '.join(able)}",
         )

@@ -43,18 +43,26 @@ class VisionFeatures(Generic[Array]):
     """What a vision tower shows a pruner. A family fills in what it has; the rest is None.
 
     The feature layer is the one whose output the decoder gets; the following layer is the next one up, which the decoder
-    never sees.
+    never sees, or the feature layer, where the tower ends at it. In a tower where most layers attend within windows both are the last
+    layer that attends to all.
+
+    What is said of a patch is said of a visual token, where several patches become one: its `attention` and keys are the means of
+    theirs, its `full_width_attention`, which weighs features, is the sum.
 
     Attributes:
-        patches: [N, E] output of the feature layer, before the projector, class token dropped.
+        patches: [N, E] output of the feature layer, before the projector, class token dropped; or after the projector, where no vector
+            before it stands for a token.
         grid: (rows, columns) with rows * columns = N; None where images differ in how many patches they have.
-        class_attention: [N] float32, attention of the class token to every patch in the feature layer, mean over heads; softmax
-            over class token and patches, class column dropped without renormalising.
-        class_token: [E] output of the feature layer at the class token.
+        attention: [N] float32, attention to every patch in the feature layer, mean over heads. That of the class token: softmax over
+            class token and patches, class column dropped without renormalising (`class_attention`). In a tower without one, that of
+            all patches, mean over them (`received_attention`).
+        class_token: [E] output of the feature layer at the class token; None where the decoder cannot take it.
         mean_keys: [N, D] float32, keys of the patches in the feature layer, mean over heads.
-        following_attention: [N] as `class_attention`, in the following layer, heads not split (PruMerge, arXiv 2403.15388).
-        following_keys: [N, E] float32, keys of the patches in the following layer, full width.
+        full_width_attention: [N] as `attention`, in the following layer, heads not split (PruMerge, arXiv 2403.15388).
+        full_width_keys: [N, E] float32, keys of the patches in the following layer, full width.
         projected: [N, H] the patches after the projector.
+        embeds: [N, (1 + deepstack_levels) * H] the patches as they enter the decoder, where that is what pruners add up: a projector
+            that joins several patches is not linear, and features of DeepStack belong to their token. None where they add up `patches`.
         aligned: [N, P] the patches in the space shared with text: CLIP's `visual_projection(post_layernorm(patches))`, not
             normalised; None without a text tower.
         text: [P] the expression in that space: CLIP's `text_embeds` before normalisation; None without a text tower.
@@ -65,12 +73,13 @@ class VisionFeatures(Generic[Array]):
 
     patches: Array
     grid: tuple[int, int] | None
-    class_attention: OnDemand[Array] = OnDemand()
+    attention: OnDemand[Array] = OnDemand()
     class_token: OnDemand[Array] = OnDemand()
     mean_keys: OnDemand[Array] = OnDemand()
-    following_attention: OnDemand[Array] = OnDemand()
-    following_keys: OnDemand[Array] = OnDemand()
+    full_width_attention: OnDemand[Array] = OnDemand()
+    full_width_keys: OnDemand[Array] = OnDemand()
     projected: OnDemand[Array] = OnDemand()
+    embeds: OnDemand[Array] = OnDemand()
     aligned: OnDemand[Array] = OnDemand()
     text: OnDemand[Array] = OnDemand()
     tile: OnDemand[Array] = OnDemand()
@@ -84,6 +93,12 @@ class VisionFeatures(Generic[Array]):
         patches: Any = self.patches
         visual: int = patches.shape[-2]
         return visual
+
+    @property
+    def added_up(self) -> Array:
+        """What pruners that merge make tokens of."""
+        embeds = self.embeds
+        return self.patches if embeds is None else embeds
 
 
 def class_attention(query_BAD: Tensor, keys_BATD: Tensor) -> Tensor:
@@ -99,6 +114,23 @@ def class_attention(query_BAD: Tensor, keys_BATD: Tensor) -> Tensor:
     scale = query_BAD.shape[-1] ** -0.5
     logits_BAT = (keys_BATD.float() @ query_BAD.float()[..., None])[..., 0] * scale
     scores_BN: Tensor = logits_BAT.softmax(dim=-1).mean(dim=1)[:, 1:]
+    return scores_BN
+
+
+def received_attention(query_BAND: Tensor, keys_BAND: Tensor) -> Tensor:
+    """How much every patch is looked at by all patches of its image, mean over heads and over those that look.
+
+    One head after the other: all maps at once are A * N * N large.
+
+    Returns:
+        [B, N] float32; a row adds up to one.
+    """
+    scale = query_BAND.shape[-1] ** -0.5
+    heads = []
+    for query_BND, keys_BND in zip(query_BAND.float().unbind(1), keys_BAND.float().unbind(1), strict=True):
+        map_BNN = (query_BND * scale @ keys_BND.transpose(1, 2)).softmax(dim=-1)
+        heads.append(map_BNN.mean(dim=1))
+    scores_BN: Tensor = sum(heads[1:], heads[0]) / len(heads)
     return scores_BN
 
 

@@ -5,6 +5,8 @@ queries and keys at full width, heads not split. Every kept token gets its 32 ne
 count too) added, weighted by their scores; one more token is the weighted sum of all that were not kept. Nothing is
 normalised.
 
+In a tower without a class token the scores are the attention that patches receive from each other, at full width as well.
+
 With a static count, K - 1 tokens are kept by score. With an adaptive one, as many as have outstanding scores (`outliers.py`).
 """
 
@@ -14,7 +16,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
@@ -40,12 +42,10 @@ def select_adaptive(features: VisionFeatures[Tensor], bound: int, *, merged_id: 
 
 
 def full_width_scores(features: VisionFeatures[Tensor]) -> Tensor:
-    """[B, N] float32: softmax over class token and patches in the following layer, class column dropped."""
-    scores_BN = features.following_attention
+    """[B, N] float32, as `VisionFeatures.full_width_attention`."""
+    scores_BN = features.full_width_attention
     if scores_BN is None:
-        raise ValueError(
-            "prumerge needs a vision tower with a class token and a layer after the feature layer"
-        )
+        raise ValueError("prumerge needs a vision tower that shows its attention")
     return scores_BN
 
 
@@ -60,15 +60,18 @@ def merged_into(
         layout: what is kept in which row.
         merged_id: index of the appended token.
     """
-    visual, patches_BNE = features.visual_tokens, features.patches
-    assert features.following_keys is not None
-    keys_BNE = normalize(features.following_keys, dim=-1)
+    visual, patches_BNE = features.visual_tokens, features.added_up
+    assert features.full_width_keys is not None
+    keys_BNE = normalize(features.full_width_keys, dim=-1)
     is_itself_BKN = layout.ranked_BK[:, :, None] == torch.arange(visual)
     alike_BKN = torch.matmul(take(keys_BNE, layout.ranked_BK), keys_BNE.transpose(1, 2))
-    nearest_BKJ = (
-        alike_BKN.masked_fill(is_itself_BKN, -2.0).topk(torch.sym_min(NEIGHBOURS, visual - 1), dim=-1).indices
+    # A small image has fewer than 32 others: what is chosen beyond them is no token, but better than the token itself.
+    is_large = isinstance(visual, int) and visual > NEIGHBOURS
+    others_BKM = pad(
+        alike_BKN.masked_fill(is_itself_BKN, -2.0), (0, 0 if is_large else NEIGHBOURS), value=-1.5
     )
-    is_near_BKN = torch.zeros_like(alike_BKN).scatter(2, nearest_BKJ, 1.0)
+    nearest_BKJ = others_BKM.topk(NEIGHBOURS, dim=-1).indices
+    is_near_BKN = torch.zeros_like(others_BKM).scatter(2, nearest_BKJ, 1.0)[..., :visual]
 
     own_BKN = (is_itself_BKN + is_near_BKN * scores_BN[:, None]) * layout.is_own_BK[:, :, None]
     rest_BN = scores_BN * layout.is_rest_BN

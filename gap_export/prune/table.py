@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from gap_export.bundle.manifest import VisionFeature
@@ -32,6 +32,7 @@ class Pruner:
         reads_projected: whether it looks at tokens after the projector, all N of which are then projected.
         merges: whether features of dropped tokens go into those of kept ones.
         merged: how many of the K tokens have no raster index of their own.
+        keeps_class_token: whether one of those is the class token; see `on_tower`.
         sequential: whether it chooses one token (or round) after the other, which is a loop in the graph.
         min_tokens: smallest K that it can give.
         in_decoder: whether tokens are dropped inside the decoder, and not before it.
@@ -49,6 +50,7 @@ class Pruner:
     reads_projected: bool = False
     merges: bool = False
     merged: int = 0
+    keeps_class_token: bool = False
     sequential: bool = False
     min_tokens: int = 1
     in_decoder: bool = False
@@ -62,10 +64,24 @@ class Pruner:
             )
         if self.merged and not self.merges:
             raise ValueError(f"{self.name} has merged tokens and does not merge")
+        if self.keeps_class_token and not self.merged:
+            raise ValueError(
+                f"{self.name} keeps the class token, which has no index, and has no merged token"
+            )
         if self.in_decoder and self.adaptive:
             raise ValueError(
                 f"{self.name} drops tokens inside the decoder, whose graphs are laid out for one count"
             )
+
+    def on_tower(self, lacking: tuple[VisionFeature, ...]) -> Pruner:
+        """This row as it is on a tower: without a class token that the decoder could take, none of the K tokens is it.
+
+        Args:
+            lacking: what the tower does not have.
+        """
+        if not self.keeps_class_token or "projected_class_token" not in lacking:
+            return self
+        return replace(self, merged=self.merged - 1, min_tokens=self.min_tokens - 1, keeps_class_token=False)
 
     def text_of(self, question: str) -> str:
         """What the choice depends on, of a free question.
@@ -155,7 +171,10 @@ def merging(pruner: Pruner) -> str:
     """What a pruner does with the features of dropped tokens, as text."""
     if not pruner.merges:
         return "no"
-    return f"yes, {pruner.merged} of K without a place of its own" if pruner.merged else "yes"
+    if not pruner.merged:
+        return "yes"
+    which = " (the class token, where there is one)" if pruner.keeps_class_token else ""
+    return f"yes, {pruner.merged} of K without a place of its own{which}"
 
 
 _SCORES, _MERGING, _DIVERSE = (f"{__package__}.reference.{name}" for name in ("scores", "merging", "diverse"))
@@ -165,13 +184,13 @@ for _row in (
         "cls_attention",
         "what the class token attends to most",
         reference=_SCORES,
-        needs=("class_token",),
+        needs=("attention",),
     ),
     Pruner(
         "tile_attention",
         "the same, by an equal share of every tile",
         reference=_SCORES,
-        needs=("class_token",),
+        needs=("attention",),
     ),
     Pruner(
         "text_similarity",
@@ -183,7 +202,7 @@ for _row in (
         "prumerge",
         "class-token attention; neighbours are added in, the rest becomes one token",
         reference=_MERGING,
-        needs=("class_token", "following_layer"),
+        needs=("attention",),
         adaptive=True,
         merges=True,
         merged=1,
@@ -193,7 +212,7 @@ for _row in (
         "prumerge_plus",
         "a quarter as prumerge, three quarters evenly spread",
         reference=_MERGING,
-        needs=("class_token", "following_layer"),
+        needs=("attention",),
         adaptive=True,
         merges=True,
         merged=1,
@@ -213,9 +232,10 @@ for _row in (
         "visionzip",
         "class token, what it attends to most, and tokens that sum up the rest",
         reference=_MERGING,
-        needs=("class_token", "projected_class_token"),
+        needs=("attention",),
         merges=True,
         merged=1,
+        keeps_class_token=True,
         min_tokens=2,
     ),
     Pruner(
@@ -229,7 +249,7 @@ for _row in (
         "vispruner",
         "half by class-token attention, half by weeding out what is alike",
         reference=_DIVERSE,
-        needs=("class_token",),
+        needs=("attention",),
         sequential=True,
     ),
     Pruner(

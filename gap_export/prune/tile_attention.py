@@ -1,4 +1,4 @@
-"""Class-token attention within every tile: the same share of each is kept, whatever the others show.
+"""Attention within every tile, as `cls_attention` has it: the same share of each is kept, whatever the others show.
 
 Source: FasterVLM (arXiv 2412.01818) on LLaVA-NeXT, which treats tiles as images of their own. Patches are ranked among those of
 their own tile, and kept by the share of the tile that comes before them, so that K needs no division among the tiles. With one

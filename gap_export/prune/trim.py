@@ -58,7 +58,7 @@ def _relative_scores(logits_BN: Tensor) -> Tensor:
 
 
 def _with_mean(features: VisionFeatures[Tensor], layout: Layout, merged_id: MergedId) -> Selected:
-    patches_BNE = features.patches
+    patches_BNE = features.added_up
     shares_BN = layout.is_rest_BN / layout.is_rest_BN.sum(dim=-1, keepdim=True)
     mean_B1E = torch.matmul(shares_BN[:, None], patches_BNE.float()).to(patches_BNE.dtype)
     return Selected(

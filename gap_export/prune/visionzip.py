@@ -7,6 +7,9 @@ a target becomes itself plus the mean of what went to it.
 
 K splits 54 : 10 into dominant and contextual tokens, as in the original's 64. Contextual tokens stand where their targets
 stand; the class token, first in the original, stands nowhere and is given an index by `merged_id`, its attention being the weights.
+
+Where the tower has no class token, or none that the decoder could take, all K are patches; without one, patches are ranked by the attention
+that they receive from each other.
 """
 
 from __future__ import annotations
@@ -29,14 +32,12 @@ def contextual_count(kept: int) -> int:
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """Choose K tokens of every image: class token, dominant patches by score, contextual tokens in raster order."""
-    if features.class_token is None:
-        raise ValueError("visionzip needs a vision tower with a class token")
-    visual, patches_BNE = features.visual_tokens, features.patches
-    contextual = contextual_count(kept)
-    dominant = kept - contextual - 1
+    visual, patches_BNE, class_token_BE = features.visual_tokens, features.added_up, features.class_token
+    contextual, leading = contextual_count(kept), 0 if class_token_BE is None else 1
+    dominant = kept - contextual - leading
     step = torch.sym_max(1, (visual - dominant) // torch.sym_max(1, contextual))
     rows_K = torch.arange(kept)
-    is_class_K, is_target_K = rows_K == 0, rows_K > dominant
+    is_class_K, is_target_K = rows_K < leading, rows_K >= leading + dominant
 
     scores_BN = cls_attention.scores(features)
     ranked_BN = scores_BN.topk(visual, dim=-1).indices
@@ -44,12 +45,12 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
     behind_N = torch.where(torch.arange(visual) < dominant, visual, 0)
     rest_BN = (ranked_BN + behind_N).sort(dim=-1).values
     # (The row of the class token stands in for that of the first dominant patch until the end.)
-    dominant_BK = ranked_BN[:, (rows_K - 1).clamp(min=0)]
-    target_BK = rest_BN[:, (rows_K - dominant - 1).clamp(min=0) * step]
+    dominant_BK = ranked_BN[:, (rows_K - leading).clamp(min=0)]
+    target_BK = rest_BN[:, (rows_K - leading - dominant).clamp(min=0) * step]
     chosen_BK = torch.where(is_target_K, target_BK, dominant_BK)
-    class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
 
-    assert features.mean_keys is not None
+    if features.mean_keys is None:
+        raise ValueError("visionzip needs a vision tower that shows its keys")
     keys_BND = normalize(features.mean_keys, dim=-1)
     alike_BKN = torch.matmul(take(keys_BND, chosen_BK), keys_BND.transpose(1, 2))
     nearest_BN = alike_BKN.masked_fill(~is_target_K[:, None], _LESS_THAN_ANY).argmax(dim=1)
@@ -57,7 +58,11 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
     goes_BKN = (nearest_BN[:, None] == rows_K[:, None]) * is_target_K[:, None] * is_other_BN[:, None]
     mean_BKN = goes_BKN / goes_BKN.sum(dim=-1, keepdim=True).clamp(min=1.0)
     tokens_BKE = take(patches_BNE, chosen_BK).float() + torch.matmul(mean_BKN, patches_BNE.float())
+    tokens_BKE = tokens_BKE.to(patches_BNE.dtype)
+    if class_token_BE is None:
+        return Selected(chosen_BK, tokens_BKE)
+    class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
     return Selected(
         torch.where(is_class_K, class_B1, chosen_BK),
-        torch.where(is_class_K[:, None], features.class_token[:, None], tokens_BKE.to(patches_BNE.dtype)),
+        torch.where(is_class_K[:, None], class_token_BE[:, None], tokens_BKE),
     )

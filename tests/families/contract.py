@@ -17,10 +17,19 @@ import torch
 
 from gap_export.evaluation.controls import controls
 from gap_export.graph.quantize import DECODERS
-from tests.families.answers import PROMPTS, Asked, Families, assert_equal, unpruned_prompt, whole_model
+from gap_export.runtime.grounder import keep_counts
+from tests.families.answers import (
+    PROMPTS,
+    Asked,
+    Families,
+    assert_equal,
+    noise,
+    unpruned_prompt,
+    whole_model,
+)
 from tests.families.cuda_kernels import HALVES, documented_operators, without_kernel
 from tests.families.reduced import IMAGE_TOKEN
-from tests.families.tiny_families import Inputs, Options, TinyFamily, ranged
+from tests.families.tiny_families import BY_ATTENTION, Inputs, Options, TinyFamily, ranged
 from tests.unpruned import gather_ids
 
 ENGINES = {"targets": ("onnx", "tensorrt-rtx"), "compute_capabilities": ("8.6",), "precision": "fp16"}
@@ -41,7 +50,7 @@ class Case:
 
 
 class Contract:
-    """Tests of a group of families; their arguments are cases: `usual`, `build`, `engine`.
+    """Tests of a group of families; their arguments are cases: `usual`, `build`, `scored`, `other`, `engine`.
 
     Attributes:
         families: of the group.
@@ -52,21 +61,31 @@ class Contract:
     images: ClassVar[int] = 1
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """`usual` is the first bundle of every family, `build` every bundle, `engine` every bundle with engines; but for the first with one image, engines take
-        long.
+        """`usual` is the first bundle of every family, `build` every bundle, `scored` those that go by attention, `other` those of
+        `more` (of prompts with several images, all), `engine` every bundle with engines; but for the first with one image, engines take
+        long, and so do builds of `more`.
         """
-        cases: dict[str, list[Case]] = {"usual": [], "build": [], "engine": []}
+        cases: dict[str, list[Case]] = {"usual": [], "build": [], "scored": [], "other": [], "engine": []}
         number = {"images": self.images} if self.images > 1 else {}
         for family in self.families:
-            builds = family.builds[self.images]
+            builds = (*family.builds[self.images], *(family.more if self.images == 1 else ()))
             engines = [ranged(pruner) | ENGINES for pruner in family.engines.get(self.images, ())]
-            for argument, recipes in (("usual", builds[:1]), ("build", builds), ("engine", engines)):
+            scored = [options for options in builds if options["pruner"] in BY_ATTENTION]
+            for argument, recipes in (
+                ("usual", builds[:1]),
+                ("build", builds),
+                ("scored", scored),
+                ("other", family.more if self.images == 1 else builds),
+                ("engine", engines),
+            ):
                 cases[argument] += [Case(family, options | number) for options in recipes]
         for argument in cases.keys() & set(metafunc.fixturenames):
             quick = 1 if self.images == 1 else 0
             long = cases[argument][quick:] if argument == "engine" else []
             values = [
-                pytest.param(case, marks=pytest.mark.long, id=str(case)) if case in long else case
+                pytest.param(case, marks=pytest.mark.long, id=str(case))
+                if argument == "other" or case in long or case.options in case.family.more
+                else case
                 for case in cases[argument]
             ]
             metafunc.parametrize(argument, values, ids=str)
@@ -149,6 +168,32 @@ class Contract:
     @pytest.mark.parametrize("control", controls())
     def test_wrong_placements_show(self, tiny_family: Families, usual: Case, control: str) -> None:
         assert usual.asked(tiny_family).moved_by(control) > 1e-2
+
+    def test_wrong_placements_show_whatever_prunes(self, tiny_family: Families, other: Case) -> None:
+        asked = other.asked(tiny_family)
+        assert {control: asked.moved_by(control) > 1e-2 for control in controls()} == dict.fromkeys(
+            controls(), True
+        )
+
+    def test_many_images_keep_what_the_reference_keeps(self, tiny_family: Families, scored: Case) -> None:
+        """Noise of random sizes. Scores of the reference come from transformers' attention, in float64 from there on."""
+        asked, generator = scored.asked(tiny_family), np.random.default_rng(3)
+        manifest = asked.bundle.manifest
+        verdicts = []
+        for width, height in generator.integers(24, 120, (20, 2)):
+            batch = manifest.layout.prepare(
+                [noise(int(width), int(height))], visual_tokens=manifest.spec.visual_tokens
+            )
+            (count,) = keep_counts(manifest.pruning, manifest.spec, batch, None)
+            mine, theirs = (
+                session.encode(batch.calls[0], keep_count=count)
+                for session in (asked.session, asked.reference)
+            )
+            assert theirs.margins is not None
+            equal = np.array_equal(mine.kept_indices, theirs.kept_indices)
+            verdicts.append("equal" if equal else "tie" if theirs.margins[0] < 1e-5 else "different")
+        assert set(verdicts) <= {"equal", "tie"}
+        assert verdicts.count("tie") <= 4, verdicts
 
     def test_every_row_of_the_ids_is_read(self, tiny_family: Families, usual: Case) -> None:
         asked = usual.asked(tiny_family)

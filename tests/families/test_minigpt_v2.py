@@ -233,7 +233,34 @@ def test_other_strategies_build(pruner: str, build: Bundles) -> None:
     assert build(pruner=pruner, max_new_tokens=4, **layers).manifest.pruning.pruner == pruner
 
 
-@pytest.mark.parametrize("pruner", ["prumerge", "visionzip", "trim"])
+@pytest.mark.parametrize(
+    ("pruner", "keep"),
+    [
+        ("visionzip", 0.5),
+        pytest.param("prumerge", 0.5, marks=pytest.mark.long),
+        pytest.param("prumerge_plus", "adaptive", marks=pytest.mark.long),
+    ],
+)
+def test_projected_tokens_are_merged(
+    pruner: str, keep: float | str, build: Bundles, places: dict[str, Path]
+) -> None:
+    """As the reference of `validate` merges them, in float64: half of a token of four patches could not be projected."""
+    bundle = build(pruner=pruner, keep=keep, **({"keep_bound": 1.0} if keep == "adaptive" else {}))
+    session = open_session(bundle, "onnxruntime", threads=1)
+    parts = {name: places[name] for name in ("base", "vision_tower")}
+    reference = open_reference("minigpt_v2", places["checkpoint"], bundle.manifest.pruning, parts=parts)
+    assert bundle.manifest.pruning.merged == (0 if pruner == "visionzip" else 1)
+    for rows in ([0], [0, 1]):
+        mine, theirs = (asked(who, bundle, rows, NEW) for who in (session, reference))
+        for row in range(len(rows)):
+            kept = theirs.kept_indices[row][theirs.kept_indices[row] >= 0]
+            assert mine.kept_indices[row][mine.kept_indices[row] >= 0].tolist() == kept.tolist()
+        assert mine.tokens == theirs.tokens
+        for one, other in zip(mine.logits, theirs.logits, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("pruner", ["trim"])
 def test_what_this_tower_cannot_do(pruner: str, options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(GapExportError) as caught:
         build_bundle(Recipe.model_validate({**options, "pruner": pruner}), tmp_path / "out")

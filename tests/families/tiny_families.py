@@ -85,6 +85,7 @@ class TinyFamily:
             transformers' model takes beside the ids.
         builds: images in a prompt -> recipes whose graphs are compared with the reference. The first keeps a range; every
             other part of the contract is asked of it.
+        more: recipes of prompts with one image, compared in the long tests alone.
         engines: images in a prompt -> pruners of bundles of which engines are built.
         number: transformers' model, its inputs, [1, S] ids -> [R, S] position ids of the unpruned prompt.
     """
@@ -97,6 +98,7 @@ class TinyFamily:
     builds: Mapping[int, tuple[Options, ...]]
     engines: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     number: Callable[[Any, Inputs, torch.Tensor], Ids] = counted_ids
+    more: tuple[Options, ...] = ()
 
 
 def ranged(pruner: str) -> Options:
@@ -115,15 +117,32 @@ def _family(
     builds: Mapping[int, tuple[Options, ...]],
     engines: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
     number: Callable[[Any, Inputs, torch.Tensor], Ids] = counted_ids,
+    more: tuple[Options, ...] = (),
 ) -> TinyFamily:
     config, processor = reduced(published, name.removesuffix("_mistral"))
-    return TinyFamily(name, published, config, processor, inputs, builds, engines, number)
+    return TinyFamily(name, published, config, processor, inputs, builds, engines, number, more)
 
 
-def _qwen_vl(name: str, published: str, other: Options, engines: Mapping[int, tuple[str, ...]]) -> TinyFamily:
+def _qwen_vl(
+    name: str,
+    published: str,
+    other: Options,
+    of_two: Options,
+    engines: Mapping[int, tuple[str, ...]],
+    more: Options,
+) -> TinyFamily:
     """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
-    builds = {1: (ranged("divprune"), fixed("dart"), other), 2: (ranged("dart"),)}
-    return _family(name, published, native_inputs, builds, engines, mrope_ids)
+    builds = {1: (ranged("divprune"), fixed("dart"), other), 2: (of_two,)}
+    return _family(name, published, native_inputs, builds, engines, mrope_ids, (more, *by_attention()))
+
+
+BY_ATTENTION = ("cls_attention", "tile_attention", "prumerge", "prumerge_plus", "visionzip", "vispruner")
+"""Pruners that go by attention of the tower."""
+
+
+def by_attention() -> tuple[Options, ...]:
+    """A bundle of each."""
+    return tuple(fixed(pruner) for pruner in BY_ATTENTION)
 
 
 # The table
@@ -132,20 +151,26 @@ NATIVE = (
     _qwen_vl(
         "qwen2_vl",
         "Qwen/Qwen2-VL-7B-Instruct",
+        fixed("visionzip", positions="permuted"),
+        ranged("dart"),
+        {1: ("dart", "visionzip")},
         fixed("random", positions="permuted"),
-        {1: ("dart",)},
     ),
     _qwen_vl(
         "qwen2_5_vl",
         "Qwen/Qwen2.5-VL-7B-Instruct",
+        fixed("prumerge", positions="shifted"),
+        ranged("cls_attention"),
+        {1: ("dart", "divprune", "prumerge_plus")},
         fixed("divprune", positions="shifted"),
-        {1: ("dart", "divprune")},
     ),
     _qwen_vl(
         "qwen3_vl",
         "Qwen/Qwen3-VL-8B-Instruct",
+        fixed("prumerge_plus", positions="permuted"),
+        ranged("visionzip"),
+        {1: ("dart", "cls_attention"), 2: ("dart",)},
         fixed("divprune", positions="permuted"),
-        {1: ("dart",), 2: ("dart",)},
     ),
 )
 """Families that take images at their own shape."""
@@ -176,8 +201,9 @@ TILES = (
         "llava_onevision",
         "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         anyres_inputs,
-        {1: (ranged("divprune"), fixed("dart")), 2: (ranged("dart"),)},
-        {1: ("divprune",)},
+        {1: (ranged("divprune"), fixed("tile_attention")), 2: (ranged("tile_attention"),)},
+        {1: ("divprune", "tile_attention", "prumerge")},
+        more=(fixed("dart"), *by_attention()),
     ),
     _family(
         "internvl",
@@ -188,6 +214,7 @@ TILES = (
             2: (ranged("cls_attention"),),
         },
         {1: ("cls_attention",)},
+        more=tuple(fixed(pruner) for pruner in ("visionzip", "prumerge", "prumerge_plus")),
     ),
 )
 """Families whose images become tiles: a whole image and up to six tiles, an end of line after every row of tokens in LLaVA's."""

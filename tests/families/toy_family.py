@@ -180,7 +180,7 @@ ROW = FamilyRow(
     reference="tests.families.toy_reference:ToyReference",
     model_types=("toy",),
     box=BoxFormat(codec="toy", frame="image"),
-    missing_features=("class_token", "projected_class_token", "following_layer"),
+    missing_features=("attention", "projected_class_token"),
     attention_mask="image_blocks",
     reads_text=False,
 )

@@ -41,8 +41,8 @@ def tensors(batch: int = 4, grid: tuple[int, int] = GRID, seed: int = 0) -> dict
         "class_query_BAD": normal(HEADS, WIDTH),
         "keys_BATD": normal(HEADS, visual + 1, WIDTH),
         "class_token_BE": normal(width),
-        "following_query_BE": normal(width),
-        "following_keys_BTE": normal(visual + 1, width),
+        "full_width_query_BE": normal(width),
+        "full_width_keys_BTE": normal(visual + 1, width),
         "projected_BNH": normal(visual, 2 * width),
         "aligned_BNP": normal(visual, width),
         "text_BP": normal(width),
@@ -53,13 +53,13 @@ def features_of(given: dict[str, torch.Tensor], grid: tuple[int, int] = GRID) ->
     return VisionFeatures(
         patches=given["patches_BNE"],
         grid=grid,
-        class_attention=prune.class_attention(given["class_query_BAD"], given["keys_BATD"]),
+        attention=prune.class_attention(given["class_query_BAD"], given["keys_BATD"]),
         class_token=given["class_token_BE"],
         mean_keys=prune.mean_keys(given["keys_BATD"]),
-        following_attention=prune.class_attention(
-            given["following_query_BE"][:, None], given["following_keys_BTE"][:, None]
+        full_width_attention=prune.class_attention(
+            given["full_width_query_BE"][:, None], given["full_width_keys_BTE"][:, None]
         ),
-        following_keys=given["following_keys_BTE"][:, 1:],
+        full_width_keys=given["full_width_keys_BTE"][:, 1:],
         projected=given["projected_BNH"],
         aligned=given["aligned_BNP"],
         text=given["text_BP"],
@@ -118,16 +118,14 @@ def test_only_strategies_that_say_so_depend_on_the_seed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", prune.names(in_decoder=False))
-def test_strategies_that_need_no_class_token_work_without_one(name: str) -> None:
+def test_strategies_that_need_no_attention_work_without(name: str) -> None:
     bare = replace(
         features(),
-        **dict.fromkeys(
-            ("class_attention", "class_token", "mean_keys", "following_attention", "following_keys")
-        ),
+        **dict.fromkeys(("attention", "class_token", "mean_keys", "full_width_attention", "full_width_keys")),
     )
     kept = counts_of(name)[-1]
-    if "class_token" in prune.row(name).needs:
-        with pytest.raises(ValueError, match="class token"):
+    if "attention" in prune.row(name).needs:
+        with pytest.raises(ValueError, match="shows its"):
             select(name, bare, kept)
     else:
         assert select(name, bare, kept).shape == (4, kept)
@@ -230,7 +228,7 @@ def test_class_attention_equals_the_eager_attention_map_of_transformers(tiny_che
         own = VisionFeatures(
             patches=seen.hidden_states[-2][:, 1:],
             grid=(6, 6),
-            class_attention=prune.class_attention(
+            attention=prune.class_attention(
                 attention.q_proj(normed[:, 0]).unflatten(-1, heads),
                 attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2),
             ),

@@ -16,6 +16,7 @@ from gap_export import prune
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import RecipeError
 from gap_export.positions import Ids, MergedId, PositionPolicy
+from gap_export.runtime.torch.staged import open_reference
 from tests.exported import ExportedGraph
 
 pytestmark = pytest.mark.slow
@@ -57,43 +58,48 @@ def test_exported_tower_equals_transformers(
     np.testing.assert_allclose(embeds, expected.embeds.numpy(), rtol=0, atol=2e-5 * scale)
 
     above = {key.partition(".layers.2.")[2] for key in vision.keys if ".layers.2." in key}
-    assert above == (HEAD_OF_LAST_LAYER if "following_layer" in row.needs else set())
+    assert above == (HEAD_OF_LAST_LAYER if name in ("prumerge", "prumerge_plus") else set())
 
 
 @pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
 def test_a_tower_that_ends_at_the_feature_layer(
-    name: str, vision_graph: Callable[..., ExportedGraph], checkpoint_copy: Path
+    name: str,
+    vision_graph: Callable[..., ExportedGraph],
+    checkpoint_copy: Path,
+    pixels: NDArray[np.float32],
 ) -> None:
+    """The feature layer is then the last that there is, and what would be read above it is read there."""
     config = json.loads((checkpoint_copy / "config.json").read_text())
     (checkpoint_copy / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
-    with pytest.raises(RecipeError, match="needs a following layer") as caught:
-        vision_graph(pruner=name, checkpoint=str(checkpoint_copy))
-    assert caught.value.hint.startswith(
-        "these work on it: cls_attention, tile_attention, visionzip, divprune"
-    )
-    assert vision_graph(pruner="visionzip", checkpoint=str(checkpoint_copy))
+    vision = vision_graph(pruner=name, checkpoint=str(checkpoint_copy))
+    embeds, kept = ort.InferenceSession(str(vision.path)).run(None, {"pixel_values": pixels})
+    pruning = Pruning(pruner=name, keep=0.34, kept=KEPT, positions="gap", seed=0, merged=1)
+    expected = open_reference("llava", checkpoint_copy, pruning).encode({"pixel_values": pixels})
+    assert np.array_equal(kept, expected.kept_indices)
+    scale = float(expected.embeds.abs().max())
+    np.testing.assert_allclose(embeds, expected.embeds.numpy(), rtol=0, atol=2e-5 * scale)
 
 
-def test_a_tower_without_a_class_token_is_told_what_works() -> None:
+def test_a_tower_that_shows_no_attention_is_told_what_works() -> None:
     for row in prune.PRUNERS.values():
-        if "class_token" in row.needs:
-            with pytest.raises(RecipeError, match="needs a class token") as caught:
-                prune.check_tower(row, ("class_token",))
+        if "attention" in row.needs:
+            with pytest.raises(
+                RecipeError, match="needs attention, which this vision tower does not show"
+            ) as caught:
+                prune.check_tower(row, ("attention",))
             assert caught.value.hint == (
                 "these work on it: divprune, dart, random, spatial, none, fastv, pyramiddrop, sparsevlm"
             )
         else:
-            prune.check_tower(row, ("class_token", "following_layer"))
+            prune.check_tower(row, ("attention", "projected_class_token"))
 
 
 def test_advice_names_only_what_works_on_the_tower() -> None:
     with pytest.raises(RecipeError, match="looks at the expression") as caught:
-        prune.check_text(
-            prune.row("trim"), ("class_token",), differ=True, has_text_tower=False, published=None
-        )
+        prune.check_text(prune.row("trim"), ("attention",), differ=True, has_text_tower=False, published=None)
     assert caught.value.hint.endswith("or use one of divprune, dart, random, spatial, none")
     with pytest.raises(RecipeError, match="has no rule of its own") as caught:
-        prune.check_adaptive(prune.row("divprune"), ("class_token", "following_layer"))
+        prune.check_adaptive(prune.row("divprune"), ("attention",))
     assert caught.value.hint == "give a fraction or a range, or use one of trim"
 
 

@@ -30,7 +30,7 @@ def test_models_shows_every_strategy() -> None:
     rows = {row["name"]: row for row in json.loads(result.stdout)["pruners"]}
     assert tuple(rows) == prune.names()
     assert rows["visionzip"]["merges"]
-    assert rows["prumerge"]["needs"] == ["class_token", "following_layer"]
+    assert rows["prumerge"]["needs"] == ["attention"]
     assert all(name in CliRunner().invoke(app, ["models"]).stdout for name in prune.names())
 
 

@@ -85,7 +85,8 @@ def pruner_choices(
     text, text_ids, refused = _text(bundle, expressions)
     session = TorchSession(model, bundle.manifest.pruning, text_tower=text)
     found = []
-    for pruner in prune.PRUNERS.values():
+    for row in prune.PRUNERS.values():
+        pruner = row.on_tower(bundle.manifest.spec.missing_features)
         if pruner.name == "none":
             continue
         try:

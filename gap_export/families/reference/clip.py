@@ -41,26 +41,22 @@ def clip_features(
     keys_BTE = scoring.k_proj(layers[run - 1].layer_norm1(into_BTE))
     keys_BND = keys_BTE.float().unflatten(-1, (scoring.num_heads, -1)).mean(dim=2)[:, 1:]
     attention_BN = states.attentions[run - 1].float().mean(dim=1)[:, 0, 1:]
-    query_above_BE = keys_above_BTE = None
-    if run < len(layers):
-        above_BTE = layers[run].layer_norm1(out_BTE)
-        query_above_BE = layers[run].self_attn.q_proj(above_BTE[:, 0])
-        keys_above_BTE = layers[run].self_attn.k_proj(above_BTE)
+    # (Hidden state `run` is what layer `run` is given.)
+    above = min(run, len(layers) - 1)
+    above_BTE = layers[above].layer_norm1(states.hidden_states[above])
+    query_above_BE = layers[above].self_attn.q_proj(above_BTE[:, 0])
+    keys_above_BTE = layers[above].self_attn.k_proj(above_BTE)
     normed_BNE = tower.post_layernorm(out_BTE[:, 1:])
     images = []
     for row, out_TE in enumerate(out_BTE):
-        following_attention = following_keys = None
-        if query_above_BE is not None and keys_above_BTE is not None:
-            following_attention = _attention(query_above_BE[row], keys_above_BTE[row])
-            following_keys = keys_above_BTE[row, 1:]
         features = VisionFeatures(
             patches=out_TE[1:],
             grid=grid,
-            class_attention=attention_BN[row],
+            attention=attention_BN[row],
             class_token=out_TE[0],
             mean_keys=keys_BND[row],
-            following_attention=following_attention,
-            following_keys=following_keys,
+            full_width_attention=_attention(query_above_BE[row], keys_above_BTE[row]),
+            full_width_keys=keys_above_BTE[row, 1:],
             projected=None if projector is None else projector(out_TE[1:]),
         )
         images.append(ImageFeatures(features, {"normed": normed_BNE[row]}))

@@ -43,17 +43,25 @@ class InternVLReference:
         keys_tTE = last.attention.k_norm(last.attention.k_proj(normed_tTE))
         keys_tCD = keys_tTE.float().unflatten(-1, (last.attention.num_heads, -1)).mean(dim=2)[:, 1:]
         attention_tC = states.attentions[-1].float().mean(dim=1)[:, 0, 1:]
+        query_tE = last.attention.q_norm(last.attention.q_proj(normed_tTE[:, 0])).double()
+        whole_tT = (keys_tTE.double() @ query_tE[..., None] / query_tE.shape[-1] ** 0.5).softmax(dim=1)[
+            ..., 0
+        ]
         patches_tCE = states.last_hidden_state[:, 1:]
         side = int(patches_tCE.shape[1] ** 0.5)
         squares = self._model.pixel_shuffle(patches_tCE.unflatten(1, (side, side)), scale_factor=self._shrink)
         patches_NE = squares.flatten(0, 2)
+        projected_NH, patches = self._projector(patches_NE), round(1 / self._shrink) ** 2
         features = VisionFeatures(
             patches_NE,
             grid=None,
-            class_attention=self._over_squares(attention_tC[..., None], side)[..., 0],
+            attention=self._over_squares(attention_tC[..., None], side)[..., 0],
             mean_keys=self._over_squares(keys_tCD, side),
+            full_width_attention=self._over_squares(whole_tT[:, 1:, None], side)[..., 0] * patches,
+            full_width_keys=self._over_squares(keys_tTE[:, 1:].float(), side),
             tile=torch.arange(len(squares)).repeat_interleave(len(patches_NE) // len(squares)),
-            projected=self._projector(patches_NE),
+            projected=projected_NH,
+            embeds=projected_NH,
         )
         return [ImageFeatures(features)]
 
@@ -65,4 +73,5 @@ class InternVLReference:
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
-        return self._projector(chosen_features(image, choice)), choice.indices_K
+        chosen_KE = chosen_features(image, choice)
+        return chosen_KE if choice.patches_KE is not None else self._projector(chosen_KE), choice.indices_K

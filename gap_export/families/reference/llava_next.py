@@ -46,11 +46,11 @@ class LlavaNextReference:
         features = VisionFeatures(
             patches_NE,
             grid=None,
-            class_attention=_of_tokens([tile.class_attention for tile in shown], token_index),
+            attention=_of_tokens([tile.attention for tile in shown], token_index),
             class_token=shown[_WHOLE].class_token,
             mean_keys=_of_tokens([tile.mean_keys for tile in shown], token_index),
-            following_attention=_of_tokens([tile.following_attention for tile in shown], token_index),
-            following_keys=_of_tokens([tile.following_keys for tile in shown], token_index),
+            full_width_attention=_of_tokens([tile.full_width_attention for tile in shown], token_index),
+            full_width_keys=_of_tokens([tile.full_width_keys for tile in shown], token_index),
             projected=self._projector(patches_NE),
             tile=token_index // len(shown[_WHOLE].patches),
         )

@@ -37,16 +37,36 @@ class LlavaOnevisionReference:
     def extract_features(self, pixels: PixelInputs) -> list[ImageFeatures]:
         """What the tower gives of every image of a call."""
         values_tCHW = torch.from_numpy(pixels["pixel_values"]).to(self.dtype)
-        features_tCE = self._tower(values_tCHW, output_hidden_states=True).hidden_states[-1]
-        tokens_H = self._projector(features_tCE).flatten(0, 1)
-        corners_P4H = tokens_H[torch.from_numpy(pixels["corners"])].float()
-        weights_P4 = torch.from_numpy(pixels["corner_weights"])
-        projected_NH = (corners_P4H * weights_P4[..., None]).sum(dim=1).to(self.dtype)
+        states = self._tower(values_tCHW, output_hidden_states=True, output_attentions=True)
+        corners_P4, weights_P4 = (torch.from_numpy(pixels[name]) for name in ("corners", "corner_weights"))
+
+        def blended(tokens_tCE: Tensor) -> Tensor:
+            """[N, E] of the image's tokens."""
+            return (tokens_tCE.flatten(0, 1)[corners_P4].float() * weights_P4[..., None]).sum(dim=1)
+
+        projected_NH = blended(self._projector(states.hidden_states[-1])).to(self.dtype)
+        last = self._tower.encoder.layers[-1]
+        normed_tCE = last.layer_norm1(states.hidden_states[-2])
+        query_tCE, keys_tCE = last.self_attn.q_proj(normed_tCE), last.self_attn.k_proj(normed_tCE)
+        whole_tCC = (query_tCE.double() @ keys_tCE.double().mT / keys_tCE.shape[-1] ** 0.5).softmax(dim=-1)
+        attention_tC, whole_tC = states.attentions[-1].float().mean(dim=(1, 2)), whole_tCC.mean(dim=1)
+        tile_tC1 = torch.arange(len(keys_tCE))[:, None, None].expand(-1, keys_tCE.shape[1], 1)
+        heaviest_P = corners_P4.gather(1, weights_P4.argmax(dim=1, keepdim=True))[:, 0]
+        features = VisionFeatures(
+            projected_NH,
+            grid=None,
+            attention=blended(attention_tC[..., None])[:, 0],
+            mean_keys=blended(keys_tCE.unflatten(-1, (last.self_attn.num_heads, -1)).mean(dim=2)),
+            full_width_attention=blended(whole_tC[..., None])[:, 0],
+            full_width_keys=blended(keys_tCE),
+            projected=projected_NH,
+            tile=tile_tC1.flatten()[heaviest_P],
+        )
         beside = {
             "places": torch.from_numpy(pixels["token_positions"]),
             "lines": torch.from_numpy(pixels["newline_positions"]),
         }
-        return [ImageFeatures(VisionFeatures(projected_NH, grid=None, projected=projected_NH), beside)]
+        return [ImageFeatures(features, beside)]
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""

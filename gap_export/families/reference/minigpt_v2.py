@@ -56,7 +56,8 @@ class MiniGptReference:
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
         """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
-        return self._projected(chosen_features(image, choice)), choice.indices_K
+        chosen_KE = chosen_features(image, choice)
+        return chosen_KE if choice.patches_KE is not None else self._projected(chosen_KE), choice.indices_K
 
     def _features(self, pixels_CHW: Tensor) -> ImageFeatures:
         w = self._tower
@@ -64,9 +65,9 @@ class MiniGptReference:
         patches = conv2d(pixels_CHW[None], weight, w["patch_embed.proj.bias"], stride=weight.shape[-1])
         side = patches.shape[-1]
         x_TE = torch.cat([w["cls_token"][0], patches[0].flatten(1).T]) + self._positions(side)
-        attention_T, keys_TE = torch.empty(0), torch.empty(0)
+        attention_T, query_TE, keys_TE = torch.empty(0), torch.empty(0), torch.empty(0)
         for number in range(self._blocks()):
-            x_TE, attention_T, keys_TE = self._block(number, x_TE)
+            x_TE, attention_T, query_TE, keys_TE = self._block(number, x_TE)
         scale, shift = self._own.get("ln_vision.weight"), self._own.get("ln_vision.bias")
         normed = layer_norm(
             x_TE.float(),
@@ -76,16 +77,21 @@ class MiniGptReference:
         ).to(self.dtype)
         tokens_NE = normed[1:].reshape(-1, GROUP * normed.shape[-1])
         keys_ND = keys_TE[1:].float().unflatten(-1, (-1, HEAD_WIDTH)).mean(dim=1)
+        whole_T = (keys_TE.double() @ query_TE[0].double() / keys_TE.shape[-1] ** 0.5).softmax(dim=0)
+        projected_NH = self._projected(tokens_NE)
         features = VisionFeatures(
             tokens_NE,
             grid=self.grid,
-            class_attention=attention_T[1:].reshape(-1, GROUP).mean(dim=1),
+            attention=attention_T[1:].reshape(-1, GROUP).mean(dim=1),
             mean_keys=keys_ND.reshape(-1, GROUP, HEAD_WIDTH).mean(dim=1),
-            projected=self._projected(tokens_NE),
+            full_width_attention=whole_T[1:].reshape(-1, GROUP).sum(dim=1),
+            full_width_keys=keys_TE[1:].float().reshape(-1, GROUP, keys_TE.shape[-1]).mean(dim=1),
+            projected=projected_NH,
+            embeds=projected_NH,
         )
         return ImageFeatures(features)
 
-    def _block(self, number: int, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _block(self, number: int, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         w = {
             key.removeprefix(f"blocks.{number}."): value
             for key, value in self._tower.items()
@@ -100,7 +106,7 @@ class MiniGptReference:
         x_TE = x_TE + linear(mixed, w["attn.proj.weight"], w["attn.proj.bias"])
         normed = layer_norm(x_TE, x_TE.shape[-1:], w["norm2.weight"], w["norm2.bias"], EPS)
         hidden = gelu(linear(normed, w["mlp.fc1.weight"], w["mlp.fc1.bias"]))
-        return x_TE + linear(hidden, w["mlp.fc2.weight"], w["mlp.fc2.bias"]), map_ATT.mean(dim=0)[0], k
+        return x_TE + linear(hidden, w["mlp.fc2.weight"], w["mlp.fc2.bias"]), map_ATT.mean(dim=0)[0], q, k
 
     def _positions(self, side: int) -> Tensor:
         table_1TE = self._tower["pos_embed"]

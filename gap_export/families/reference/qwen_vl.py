@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
 from gap_export.families.reference import ImageFeatures
-from gap_export.families.reference.clip import chosen_features
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
 from gap_export.prune import VisionFeatures
@@ -40,41 +41,66 @@ class Qwen2VLReference:
         patches_PF = torch.from_numpy(pixels["pixel_values"]).flatten(0, 1).to(self.dtype)
         rows, columns = (int(last) + 1 for last in np.max(pixels["patch_positions"], axis=(0, 1)))
         grid_13 = torch.tensor([[1, rows, columns]])
-        states = self._tower(patches_PF, grid_thw=grid_13)
-        normed_PE = self._normed(states.last_hidden_state)
-        tokens_NE = self._in_raster_order(normed_PE.reshape(len(pixels["pixel_values"]), -1), grid_13)
-        features = VisionFeatures(tokens_NE, grid=None, projected=states.pooler_output)
-        return [ImageFeatures(features, self._beside(states))]
+        attention = self._tower.blocks[self._scoring].attn
+        with _first_call(attention) as given:
+            states = self._tower(patches_PF, grid_thw=grid_13)
+        query_PAD, keys_PAD = _query_and_keys(attention, **given)
+
+        def of_tokens(of_patches: Tensor) -> Tensor:
+            """[N, p, ...]: of the patches of every token, in raster order."""
+            return self._in_raster_order(of_patches.unflatten(0, (len(pixels["pixel_values"]), -1)), grid_13)
+
+        def full_width(heads_PAD: Tensor) -> Tensor:
+            return heads_PAD.flatten(1)[:, None]
+
+        features = VisionFeatures(
+            states.pooler_output,
+            grid=None,
+            attention=lambda: of_tokens(_received(query_PAD, keys_PAD)).mean(dim=1),
+            mean_keys=lambda: of_tokens(keys_PAD.mean(dim=1)).mean(dim=1),
+            full_width_attention=lambda: of_tokens(
+                _received(full_width(query_PAD), full_width(keys_PAD))
+            ).sum(dim=1),
+            full_width_keys=lambda: of_tokens(keys_PAD.flatten(1)).mean(dim=1),
+            projected=states.pooler_output,
+            embeds=torch.cat([states.pooler_output, *self._levels(states)], dim=-1),
+        )
+        return [ImageFeatures(features)]
 
     def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
-        return self._projected(chosen_features(image, choice)), choice.indices_K
+        """Embeddings [K, (1 + deepstack_levels) * H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
+        embeds_NX = image.shown.embeds
+        assert embeds_NX is not None
+        if choice.patches_KE is not None:
+            return torch.from_numpy(choice.patches_KE).to(embeds_NX.dtype), choice.indices_K
+        return embeds_NX[torch.from_numpy(choice.indices_K)], choice.indices_K
 
-    def _normed(self, hidden_PE: Tensor) -> Tensor:
-        normed_PE: Tensor = self._tower.merger.ln_q(hidden_PE)
-        return normed_PE
+    @property
+    def _scoring(self) -> int:
+        """The last layer in which all patches attend to all."""
+        return len(self._tower.blocks) - 1
 
-    def _projected(self, tokens_KE: Tensor) -> Tensor:
-        projected_KH: Tensor = self._tower.merger.mlp(tokens_KE)
-        return projected_KH
+    def _in_raster_order(self, tokens: Tensor, grid_13: Tensor) -> Tensor:
+        return tokens
 
-    def _in_raster_order(self, tokens_NE: Tensor, grid_13: Tensor) -> Tensor:
-        return tokens_NE
-
-    def _beside(self, states: Any) -> dict[str, Tensor]:
-        """What else goes into the decoder."""
-        return {}
+    def _levels(self, states: Any) -> list[Tensor]:
+        """[N, H] each, what goes into the decoder behind the embedding."""
+        return []
 
 
 class Qwen25VLReference(Qwen2VLReference):
     """Qwen2.5-VL in transformers; the tower leaves its tokens in the order of its windows."""
 
-    def _in_raster_order(self, tokens_NE: Tensor, grid_13: Tensor) -> Tensor:
+    @property
+    def _scoring(self) -> int:
+        return max(self._tower.fullatt_block_indexes, default=super()._scoring)
+
+    def _in_raster_order(self, tokens: Tensor, grid_13: Tensor) -> Tensor:
         tower = self._tower
         order_N, _ = get_vision_window_index(
             grid_13, tower.spatial_merge_size, tower.window_size, tower.patch_size
         )
-        return tokens_NE[order_N.argsort()]
+        return tokens[order_N.argsort()]
 
 
 class Qwen3VLReference(Qwen2VLReference):
@@ -86,24 +112,42 @@ class Qwen3VLReference(Qwen2VLReference):
         self.embedding = _WithEmptyLevels(self.embedding, deepstack_levels)
         self.language_model = _Stacked(self.language_model, deepstack_levels)
 
-    def tokens(self, image: ImageFeatures, choice: Choice) -> tuple[Tensor, Ids]:
-        """Embeddings [K, H] that enter the decoder, and their places [K] int64 in the unpruned prompt."""
-        embeds_KH, places_K = super().tokens(image, choice)
-        levels = [level for name, level in sorted(image.beside.items()) if name.startswith("level.")]
-        kept = [level[torch.from_numpy(choice.indices_K)] for level in levels]
-        return torch.cat([embeds_KH, *kept], dim=-1), places_K
+    def _levels(self, states: Any) -> list[Tensor]:
+        return list(states.deepstack_features)
 
-    def _normed(self, hidden_PE: Tensor) -> Tensor:
-        normed_PE: Tensor = self._tower.merger.norm(hidden_PE)
-        return normed_PE
 
-    def _projected(self, tokens_KE: Tensor) -> Tensor:
-        merger = self._tower.merger
-        projected_KH: Tensor = merger.linear_fc2(merger.act_fn(merger.linear_fc1(tokens_KE)))
-        return projected_KH
+@contextmanager
+def _first_call(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Filled in with what the module is called with: its input under `hidden`, and everything given by name."""
+    given: dict[str, Any] = {}
 
-    def _beside(self, states: Any) -> dict[str, Tensor]:
-        return {f"level.{number}": level for number, level in enumerate(states.deepstack_features)}
+    def hook(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        given.update(hidden=inputs[0], **options)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+def _query_and_keys(
+    attention: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+) -> tuple[Tensor, Tensor]:
+    """[P, A, D] each, rotated, float32."""
+    query_PE, keys_PE, _values = attention.qkv(hidden).chunk(3, dim=-1)
+    query_PAD, keys_PAD = (part.unflatten(-1, (attention.num_heads, -1)) for part in (query_PE, keys_PE))
+    rotated_PAD = apply_rotary_pos_emb_vision(query_PAD, keys_PAD, *position_embeddings)
+    return rotated_PAD[0].float(), rotated_PAD[1].float()
+
+
+def _received(query_PAD: Tensor, keys_PAD: Tensor) -> Tensor:
+    """[P] float64: column means of the attention map, mean over heads."""
+    columns = [
+        (query_PD.double() @ keys_PD.double().T / query_PD.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=0)
+        for query_PD, keys_PD in zip(query_PAD.unbind(1), keys_PAD.unbind(1), strict=True)
+    ]
+    return torch.stack(columns).mean(dim=0)
 
 
 class _WithEmptyLevels(nn.Module):

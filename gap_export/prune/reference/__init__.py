@@ -17,9 +17,9 @@ from typing import Protocol, cast
 from gap_export import prune
 from gap_export.positions import MergedId
 from gap_export.prune.features import VisionFeatures
-from gap_export.prune.reference.choice import Choice, Floats, Ids, class_attention
+from gap_export.prune.reference.choice import Choice, Floats, Ids, class_attention, received_attention
 
-__all__ = ["Choice", "Floats", "Ids", "choose", "choose_adaptive", "class_attention"]
+__all__ = ["Choice", "Floats", "Ids", "choose", "choose_adaptive", "class_attention", "received_attention"]
 
 
 class Twin(Protocol):

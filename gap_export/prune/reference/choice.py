@@ -88,6 +88,16 @@ def class_attention(query_AD: Floats, keys_ATD: Floats) -> Floats:
     return np.asarray(np.mean(rows, axis=0)[1:], np.float64)
 
 
+def received_attention(query_APD: Floats, keys_APD: Floats) -> Floats:
+    """[P]: softmax of every patch's query over all keys, per head, mean over heads and patches."""
+    received = []
+    for query_PD, keys_PD in zip(query_APD, keys_APD, strict=True):
+        logits_PP = query_PD @ keys_PD.T / np.sqrt(query_PD.shape[1])
+        powers_PP = np.exp(logits_PP - logits_PP.max(axis=1, keepdims=True))
+        received.append((powers_PP / powers_PP.sum(axis=1, keepdims=True)).mean(axis=0))
+    return np.asarray(np.mean(received, axis=0), np.float64)
+
+
 def matching(features: VisionFeatures[Floats], similarity_N: Floats) -> Floats:
     """More for patches that match the expression better."""
     return -similarity_N if features.aligned_inversely else similarity_N

@@ -29,13 +29,13 @@ def divprune(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_i
 def vispruner(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """Half by attention; of the rest, rounds drop what is most alike."""
     ranked, directions_NE, margin = (
-        descending(given(features.class_attention)),
+        descending(given(features.attention)),
         unit(features.patches),
         Margin(),
     )
     important = int(kept * 0.5)
     margin.order(
-        given(features.class_attention)[ranked], relative=True
+        given(features.attention)[ranked], relative=True
     )  # all of it matters: even and odd places part ways
     left = list(ranked[important:])
     while len(left) > kept - important:

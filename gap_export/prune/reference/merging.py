@@ -22,7 +22,7 @@ from gap_export.prune.reference.choice import (
 
 def prumerge(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """K - 1 by score, and one for the rest."""
-    scores = given(features.following_attention)
+    scores = given(features.full_width_attention)
     margin, ranked = Margin(), descending(scores)
     margin.cut(scores[ranked], kept - 1, relative=True)
     return _merge_neighbours(features, scores, list(ranked[: kept - 1]), merged_id, margin)
@@ -30,7 +30,7 @@ def prumerge(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_i
 
 def prumerge_adaptive(features: VisionFeatures[Floats], bound: int, *, merged_id: MergedId) -> Choice:
     """As many by score as are outliers."""
-    margin, scores = Margin(), given(features.following_attention)
+    margin, scores = Margin(), given(features.full_width_attention)
     outliers = _outliers(scores, margin)
     choice = prumerge(features, min(outliers + 1, bound), seed=0, merged_id=merged_id)
     return replace(choice, margin=min(choice.margin, margin.smallest), needed=outliers + 1)
@@ -38,7 +38,7 @@ def prumerge_adaptive(features: VisionFeatures[Floats], bound: int, *, merged_id
 
 def prumerge_plus(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """A quarter of K - 1 by score, the rest evenly spaced, and one for the rest."""
-    scores, others = given(features.following_attention), kept - 1
+    scores, others = given(features.full_width_attention), kept - 1
     visual = len(scores)
     best = max(1, int(np.floor(others / 4 + 0.5)))
     spread = [int(np.floor(visual / (others - best) * place + 1e-9)) for place in range(others - best)]
@@ -50,7 +50,7 @@ def prumerge_plus(features: VisionFeatures[Floats], kept: int, *, seed: int, mer
 
 def prumerge_plus_adaptive(features: VisionFeatures[Floats], bound: int, *, merged_id: MergedId) -> Choice:
     """As many by score as are outliers, and a sequence of three times as many."""
-    margin, scores = Margin(), given(features.following_attention)
+    margin, scores = Margin(), given(features.full_width_attention)
     outliers, ranked, visual = _outliers(scores, margin), descending(scores), len(scores)
     margin.cut(scores[ranked], outliers, relative=True)
     best = [int(token) for token in ranked[:outliers]]
@@ -69,7 +69,8 @@ def trim(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: M
     own, rest = [int(token) for token in ranked[: kept - 1]], np.sort(ranked[kept - 1 :])
     weights = {int(token): 1.0 for token in rest}
     index = _merged_index(merged_id, own, weights, features, margin)
-    features_KE = np.concatenate([features.patches[own], features.patches[rest].mean(axis=0)[None]])
+    patches_NX = features.added_up
+    features_KE = np.concatenate([patches_NX[own], patches_NX[rest].mean(axis=0)[None]])
     return Choice(np.array([*own, index], np.int64), features_KE, margin.smallest)
 
 
@@ -92,19 +93,19 @@ def _outliers(scores_N: Floats, margin: Margin) -> int:
 def _merge_neighbours(
     features: VisionFeatures[Floats], scores_N: Floats, own: list[int], merged_id: MergedId, margin: Margin
 ) -> Choice:
-    directions_NE = unit(given(features.following_keys))
+    directions_NE, patches_NX = unit(given(features.full_width_keys)), features.added_up
     merge_margin, rows = Margin(), []
     for token in own:
         others = np.delete(np.arange(len(scores_N)), token)
         alike = directions_NE[others] @ directions_NE[token]
         nearest = descending(alike)
         merge_margin.cut(alike[nearest], 32, relative=False)
-        row = features.patches[token].copy()
+        row = patches_NX[token].copy()
         for neighbour in others[nearest[:32]]:
-            row += scores_N[neighbour] * features.patches[neighbour]
+            row += scores_N[neighbour] * patches_NX[neighbour]
         rows.append(row)
     rest = sorted(set(range(len(scores_N))) - set(own))
-    rows.append(scores_N[rest] @ features.patches[rest])
+    rows.append(scores_N[rest] @ patches_NX[rest])
     index = _merged_index(merged_id, own, dict(zip(rest, scores_N[rest], strict=True)), features, margin)
     return Choice(np.array([*own, index], np.int64), np.array(rows), margin.smallest, merge_margin.smallest)
 
@@ -135,10 +136,11 @@ def _merged_index(
 
 def visionzip(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """The class token, what it attends to most, and targets with what is most alike to them."""
-    scores, visual = given(features.class_attention), len(given(features.class_attention))
+    scores, patches_NX = given(features.attention), features.added_up
+    visual, class_tokens = len(scores), [] if features.class_token is None else [features.class_token]
     contextual = int(np.floor(kept * 10 / 64 + 0.5))
     margin, merge_margin, ranked = Margin(), Margin(), descending(scores)
-    dominant = [int(token) for token in ranked[: kept - contextual - 1]]
+    dominant = [int(token) for token in ranked[: kept - contextual - len(class_tokens)]]
     margin.cut(scores[ranked], len(dominant), relative=True)
     rest = [token for token in range(visual) if token not in set(dominant)]
     targets = rest[:: max(1, len(rest) // contextual)][:contextual] if contextual else []
@@ -148,11 +150,10 @@ def visionzip(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_
             alike = unit(given(features.mean_keys)[targets]) @ unit(given(features.mean_keys)[token])
             order = descending(alike)
             merge_margin.cut(alike[order], 1, relative=False)
-            gathered[targets[order[0]]].append(features.patches[token])
-    rows = [given(features.class_token), *(features.patches[token] for token in dominant)]
-    rows += [features.patches[t] + (np.mean(gathered[t], axis=0) if gathered[t] else 0.0) for t in targets]
+            gathered[targets[order[0]]].append(patches_NX[token])
+    rows = [*class_tokens, *(patches_NX[token] for token in dominant)]
+    rows += [patches_NX[t] + (np.mean(gathered[t], axis=0) if gathered[t] else 0.0) for t in targets]
     chosen = [*dominant, *targets]
-    index = _merged_index(merged_id, chosen, dict(enumerate(scores)), features, margin)
-    return Choice(
-        np.array([index, *chosen], np.int64), np.array(rows), margin.smallest, merge_margin.smallest
-    )
+    if class_tokens:
+        chosen = [_merged_index(merged_id, chosen, dict(enumerate(scores)), features, margin), *chosen]
+    return Choice(np.array(chosen, np.int64), np.array(rows), margin.smallest, merge_margin.smallest)

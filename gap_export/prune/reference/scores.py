@@ -15,7 +15,7 @@ from gap_export.prune.spatial import used_rows
 
 def cls_attention(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """What the class token attends to most."""
-    return _best(given(features.class_attention), kept, relative=True)
+    return _best(given(features.attention), kept, relative=True)
 
 
 def text_similarity(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
@@ -25,7 +25,7 @@ def text_similarity(features: VisionFeatures[Floats], kept: int, *, seed: int, m
 
 def tile_attention(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
     """Each tile's tokens in their own order; all by how far they stand from the front of their tile."""
-    scores = given(features.class_attention)
+    scores = given(features.attention)
     tiles = np.zeros(len(scores)) if features.tile is None else features.tile
     margin, queue, lines = Margin(), [], {}
     for tile in np.unique(tiles):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from gap_export.inputs.prompt import TextTower, text_lengths
 from gap_export.modeling.config_fields import check_values
 from gap_export.positions import PAD, AttentionMask, Ids, Placement, place, visible
 from gap_export.prune import VisionFeatures, reference
+from gap_export.prune.features import OnDemand
 from gap_export.prune.reference import Floats
 from gap_export.runtime.session import (
     Buffer,
@@ -156,7 +158,7 @@ class TorchSession(Lifetime):
             kept_BK[row, : counts_B[row]] = kept_K
         # One score decides, and is as long for every image: what differs can be told to be a tie token by token.
         by_score = pruning.pruner == "cls_attention" and self._model.grid is not None
-        scores = [image.shown.class_attention for image in batch] if by_score else []
+        scores = [image.shown.attention for image in batch] if by_score else []
         return VisualTokens(
             embeds=list(embeds) if adaptive else torch.stack(embeds),
             kept_indices=kept_BK,
@@ -434,9 +436,15 @@ def _rotary_by_length(language_model: Any) -> Any:
 
 
 def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:
-    """Features in float64, as the twins of the pruners take them."""
-    values: dict[str, Any] = {field.name: getattr(features, field.name) for field in fields(features)}
+    """Features in float64, as the twins of the pruners take them; what is computed when it is read, is so here too."""
+
+    def exact(name: str) -> Any:
+        value = getattr(features, name)
+        return value.double().numpy() if isinstance(value, Tensor) else value
+
+    on_demand = {name for name, kind in vars(VisionFeatures).items() if isinstance(kind, OnDemand)}
     arrays: dict[str, Any] = {
-        name: value.double().numpy() if isinstance(value, Tensor) else value for name, value in values.items()
+        field.name: partial(exact, field.name) if field.name in on_demand else exact(field.name)
+        for field in fields(features)
     }
     return VisionFeatures(**arrays)

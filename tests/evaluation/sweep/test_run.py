@@ -120,10 +120,8 @@ def test_every_strategy_at_every_count_under_every_policy(tiny_options: dict[str
 
 def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any]) -> None:
     """Too few tokens for one, nothing to look at for others; the rest of the sweep is made."""
-    request = request_of(
-        tiny_options, pruners=("prumerge", "visionzip", "random", "trim"), keeps=(0.25, 0.02)
-    )
-    lacking = FACTS.model_copy(update={"missing_features": ("following_layer",)})
+    request = request_of(tiny_options, pruners=("spatial", "visionzip", "random", "trim"), keeps=(0.25, 0.02))
+    lacking = FACTS.model_copy(update={"missing_features": ("grid",)})
     points, skipped = plan_points(request, lacking)
     assert {(point.pruner, point.kept) for point in points[1:]} == {
         ("visionzip", 9),
@@ -134,7 +132,7 @@ def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any])
     assert len(reasons) == (2 + 1 + 2) * 3
     for policy in PositionPolicy:
         assert "has no text tower" in reasons["trim", 9, policy]
-        assert "needs a following layer" in reasons["prumerge", 9, policy]
+        assert "needs patches on one grid" in reasons["spatial", 9, policy]
         assert "keeps at least 2 tokens" in reasons["visionzip", 1, policy]
 
 
