@@ -28,9 +28,9 @@ SCHEMA_VERSION = 5
 _SLOT_AXIS = 2
 
 EngineTarget = Literal["tensorrt-rtx", "tensorrt"]
-VisionFeature = Literal["attention", "projected_class_token", "grid"]
+VisionFeature = Literal["attention", "projected_class_token"]
 """What a pruner may ask of a vision tower: attention, of its class token or of all patches, with the keys; a class token that the
-decoder can take; patches that lie on one grid, the same for all images."""
+decoder can take."""
 
 
 class BoxFormat(Record):

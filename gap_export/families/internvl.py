@@ -10,6 +10,7 @@ The class token is a quarter as wide as what the projector takes: it can score, 
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -61,7 +62,10 @@ class InternVLVision(nn.Module):
             visual_embeds [1, K, H], kept_indices [1, K] int64.
         """
         every: Gather = lambda tokens_tCE: tokens_tCE.flatten(0, 1)[None]  # noqa: E731
-        features = features_of_image(self._extract_features(pixel_values), every, whole=-1)
+        tiles = self._extract_features(pixel_values)
+        side = math.isqrt(tiles.patches.shape[1])
+        grids = (prune.Grid(side, side, count=pixel_values.shape[0]),)
+        features = features_of_image(tiles, every, whole=-1, grids=grids)
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )

@@ -30,7 +30,7 @@ from gap_export.modeling.clip_text import published_tower, read_text_tower, text
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.fake import fake_mode
 from gap_export.modeling.layers import LayerStack
-from gap_export.modeling.tiles import features_of_image, token_gather, with_newlines
+from gap_export.modeling.tiles import features_of_image, lined_grids, token_gather, with_newlines
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -77,9 +77,9 @@ class LlavaNextVision(ClipVision):
         Returns:
             visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
         """
-        features = features_of_image(
-            self.extract_features(pixel_values, text_ids), token_gather(token_index), WHOLE
-        )
+        tiles = self.extract_features(pixel_values, text_ids)
+        grids = lined_grids(token_positions, newline_positions, tiles.patches.shape[1])
+        features = features_of_image(tiles, token_gather(token_index), WHOLE, grids=grids)
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = selection.project(self._plan, features, selected, self.multi_modal_projector)
         return with_newlines(

@@ -29,7 +29,13 @@ from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.received import received
-from gap_export.modeling.tiles import corners_gather, features_of_image, heaviest_corner_gather, with_newlines
+from gap_export.modeling.tiles import (
+    corners_gather,
+    features_of_image,
+    heaviest_corner_gather,
+    lined_grids,
+    with_newlines,
+)
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -82,7 +88,10 @@ class LlavaOnevisionVision(nn.Module):
             patches=projected_tCH, grid=None, projected=projected_tCH, **_scores(last, hidden_tCE)
         )
         pick = heaviest_corner_gather(corners, corner_weights)
-        features = features_of_image(tiles, corners_gather(corners, corner_weights), WHOLE, pick=pick)
+        grids = lined_grids(token_positions, newline_positions, projected_tCH.shape[1])
+        features = features_of_image(
+            tiles, corners_gather(corners, corner_weights), WHOLE, grids=grids, pick=pick
+        )
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = selection.project(self._plan, features, selected, nn.Identity())
         return with_newlines(

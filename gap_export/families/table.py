@@ -180,8 +180,8 @@ def row_of(checkpoint: Checkpoint) -> FamilyRow:
     )
 
 
-_NO_CLASS_TOKEN: tuple[VisionFeature, ...] = ("projected_class_token", "grid")
-"""There is none, or none that the decoder could take, and images differ."""
+_NO_CLASS_TOKEN: tuple[VisionFeature, ...] = ("projected_class_token",)
+"""There is none, or none that the decoder could take."""
 _PADDED_SQUARE = BoxFormat(codec="llava", frame="padded_square")
 _REFERENCES = "gap_export.families.reference"
 
@@ -262,7 +262,6 @@ for _row in (
         box=_PADDED_SQUARE,
         published="`llava-hf/llava-v1.6-vicuna-7b-hf`, `-mistral-7b-hf`",
         visual_tokens="by the image: tiles, and ends of lines that are never pruned",
-        missing_features=("grid",),
         dynamic=True,
     ),
     FamilyRow(

@@ -11,6 +11,7 @@ Shape letters: as in `native.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +57,12 @@ class Qwen2VLVision(nn.Module):
         tokens = pixel_values.shape[:2]
         scores = shown(last, hidden_PE, rotary, tokens[1])
         hidden_PE = layer(last, hidden_PE, rotary)
-        return pruned(self._plan, [level_of(tower.merger, hidden_PE, tokens)], scores, keep_count)
+        return pruned(
+            self._plan,
+            [level_of(tower.merger, hidden_PE, tokens)],
+            {**scores, **lying(patch_positions)},
+            keep_count,
+        )
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,16 @@ def pruned(
     return _behind_each_other([own_BKH, *(level.embeds(indices_BK) for level in beside)]), indices_BK
 
 
+def lying(patch_positions: Tensor) -> dict[str, Any]:
+    """Fields of `prune.VisionFeatures`: the grid of the tokens, each a square of patches.
+
+    Args:
+        patch_positions: [n, p, 2] int64, row and column of the patches of every token.
+    """
+    rows, columns = ((patch_positions.amax(dim=(0, 1)) + 1) // math.isqrt(patch_positions.shape[1])).unbind()
+    return {"grids": (prune.Grid(rows, columns),)}
+
+
 def _behind_each_other(embeds: Sequence[Tensor]) -> Tensor:
     return embeds[0] if len(embeds) == 1 else torch.cat(list(embeds), dim=-1)
 
@@ -170,7 +186,12 @@ class Qwen25VLVision(nn.Module):
             if number == max(tower.fullatt_block_indexes, default=None):
                 scores = shown(block, hidden_PE, rotary, tokens[1])
             hidden_PE = layer(block, hidden_PE, rotary, None if sees_all else windows)
-        return pruned(self._plan, [level_of(tower.merger, hidden_PE, tokens)], scores, keep_count)
+        return pruned(
+            self._plan,
+            [level_of(tower.merger, hidden_PE, tokens)],
+            {**scores, **lying(patch_positions)},
+            keep_count,
+        )
 
 
 class Qwen3VLVision(nn.Module):
@@ -215,7 +236,7 @@ class Qwen3VLVision(nn.Module):
                 for patches_PE, merger in zip(beside, tower.deepstack_merger_list, strict=True)
             ),
         ]
-        return pruned(self._plan, levels, scores, keep_count)
+        return pruned(self._plan, levels, {**scores, **lying(patch_positions)}, keep_count)
 
 
 def add_deepstack(language_model: Any, levels: Sequence[Tensor]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ lines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,7 +48,12 @@ def heaviest_corner_gather(corners_P4: Tensor, weights_P4: Tensor) -> Gather:
 
 
 def features_of_image(
-    tiles: prune.VisionFeatures[Tensor], gather: Gather, whole: int, *, pick: Gather | None = None
+    tiles: prune.VisionFeatures[Tensor],
+    gather: Gather,
+    whole: int,
+    *,
+    grids: tuple[prune.Grid, ...],
+    pick: Gather | None = None,
 ) -> prune.VisionFeatures[Tensor]:
     """Features of one image from those of its tiles: scores and keys of a patch are those of its own tile.
 
@@ -55,6 +61,7 @@ def features_of_image(
         tiles: as a batch.
         gather: picks the image's tokens, or adds them up.
         whole: index of the tile that shows the whole image; its class token is the image's.
+        grids: those that the image's tokens lie on.
         pick: picks a tile for each of them, where `gather` adds up.
     """
 
@@ -69,6 +76,7 @@ def features_of_image(
     return prune.VisionFeatures(
         patches=gather(patches_tCE),
         grid=None,
+        grids=grids,
         attention=lambda: scores(tiles.attention),
         class_token=None if class_token_tE is None else class_token_tE[whole][None],
         mean_keys=lambda: gathered(tiles.mean_keys),
@@ -81,6 +89,19 @@ def features_of_image(
         tile=(pick or gather)(numbers_tC1).flatten(),
         aligned_inversely=tiles.aligned_inversely,
     )
+
+
+def lined_grids(token_positions_P: Tensor, newlines_R: Tensor, tokens_of_tile: int) -> tuple[prune.Grid, ...]:
+    """The grids of an image whose whole comes first, and whose tiles together are one grid with an end to every line.
+
+    Args:
+        token_positions_P: places of all P tokens in the unpruned prompt.
+        newlines_R: places of the ends of lines.
+        tokens_of_tile: C.
+    """
+    side, lines = math.isqrt(tokens_of_tile), newlines_R.shape[0]
+    columns = (token_positions_P.shape[0] - side * side) // lines
+    return prune.Grid(side, side), prune.Grid(lines, columns)
 
 
 def with_newlines(

@@ -24,7 +24,7 @@ from gap_export.prune.compatibility import (
     share_of,
     working,
 )
-from gap_export.prune.features import VisionFeatures, class_attention, mean_keys, received_attention
+from gap_export.prune.features import Grid, VisionFeatures, class_attention, mean_keys, received_attention
 from gap_export.prune.table import PRUNERS, Pruner, merging, names, needs, register, row, where
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "NEEDED",
     "PRUNERS",
     "AdaptiveModule",
+    "Grid",
     "Pruner",
     "PrunerModule",
     "Selected",

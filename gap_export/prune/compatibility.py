@@ -11,7 +11,6 @@ from gap_export.prune.table import PRUNERS, Pruner
 NEEDED: dict[VisionFeature, str] = {
     "attention": "attention",
     "projected_class_token": "a class token that the decoder can take",
-    "grid": "patches on one grid",
 }
 """What a pruner may need of a tower, in words."""
 

@@ -15,6 +15,24 @@ if TYPE_CHECKING:
 
 Array = TypeVar("Array")
 
+Extent = Any
+"""A whole number: known, symbolic while a graph is traced (an extent of an input), or a tensor of one int64 (computed from an input)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid that tokens of an image lie on, row by row.
+
+    Attributes:
+        rows: of it.
+        columns: of it.
+        count: as many such grids one behind the other: tiles.
+    """
+
+    rows: Extent
+    columns: Extent
+    count: Extent = 1
+
 
 class OnDemand(Generic[Array]):
     """A field that may be given as a function, which is called when the field is first read.
@@ -53,6 +71,7 @@ class VisionFeatures(Generic[Array]):
         patches: [N, E] output of the feature layer, before the projector, class token dropped; or after the projector, where no vector
             before it stands for a token.
         grid: (rows, columns) with rows * columns = N; None where images differ in how many patches they have.
+        grids: those that the N tokens lie on, one behind the other, where they lie on several, or images differ.
         attention: [N] float32, attention to every patch in the feature layer, mean over heads. That of the class token: softmax over
             class token and patches, class column dropped without renormalising (`class_attention`). In a tower without one, that of
             all patches, mean over them (`received_attention`).
@@ -73,6 +92,7 @@ class VisionFeatures(Generic[Array]):
 
     patches: Array
     grid: tuple[int, int] | None
+    grids: tuple[Grid, ...] = ()
     attention: OnDemand[Array] = OnDemand()
     class_token: OnDemand[Array] = OnDemand()
     mean_keys: OnDemand[Array] = OnDemand()
@@ -93,6 +113,18 @@ class VisionFeatures(Generic[Array]):
         patches: Any = self.patches
         visual: int = patches.shape[-2]
         return visual
+
+    @property
+    def laid_out(self) -> tuple[Grid, ...]:
+        """The grids that all tokens lie on.
+
+        Raises:
+            ValueError: they lie on none.
+        """
+        grids = self.grids or (() if self.grid is None else (Grid(*self.grid),))
+        if not grids:
+            raise ValueError("the pruner needs tokens that lie on grids")
+        return grids
 
     @property
     def added_up(self) -> Array:

@@ -1,18 +1,24 @@
 """Spatial: a uniform grid over the image, whatever it shows.
 
-Rows are chosen so that cells are as square as K allows, each at the middle of its stripe; the K points are assigned to the rows
-as evenly as possible and spread the same way along each.
+Of a grid of tokens, rows are chosen so that cells are as square as K allows, each at the middle of its stripe; the K points are assigned to the rows as
+evenly as possible and spread the same way along each. Where the tokens of an image lie on several grids (a whole image and its tiles), K is divided
+among them by how many tokens they have.
+
+Nothing of it is a choice that others published; uniform points are what other pruners are measured against (arXiv 2502.11501). It is integer arithmetic
+throughout, so that K and the extents of the grids may be known when the graph runs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
+from gap_export.prune.features import Extent, Grid
 
 
 def used_rows(grid: tuple[int, int], kept: int) -> int:
@@ -24,15 +30,52 @@ def used_rows(grid: tuple[int, int], kept: int) -> int:
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """Choose K tokens of every image."""
-    if features.grid is None:
-        raise ValueError("spatial needs patches that lie on one grid")
-    rows, columns = features.grid
-    # The rows in use are rounded to taste, so a table of them is baked in; all else is integer arithmetic with K.
-    table_N = torch.tensor([used_rows(features.grid, count + 1) for count in range(rows * columns)])
-    used_1 = table_N[torch.full((1,), kept - 1)]
+    rows_G, columns_G, first_G = _extents(features.laid_out)
+    # Grids share the points by where their tokens begin among the N; a grid may get none.
+    cut_G = kept * first_G // features.visual_tokens
+    own_G = torch.cat([cut_G[1:], torch.full((1,), kept)]) - cut_G
+    used_G = _used_rows(rows_G, columns_G, own_G)
     points_K = torch.arange(kept)
-    stripe_K = ((points_K + 1) * used_1 - 1) // kept
-    first_K, end_K = stripe_K * kept // used_1, (stripe_K + 1) * kept // used_1
-    row_K = (2 * stripe_K + 1) * rows // (2 * used_1)
-    column_K = (2 * (points_K - first_K) + 1) * columns // (2 * (end_K - first_K))
-    return Selected((row_K * columns + column_K).expand(features.patches.shape[0], -1))
+    grid_K = (points_K[:, None] >= cut_G).sum(dim=1) - 1
+    rows_K, columns_K, own_K, used_K, at_K = (
+        of_G[grid_K] for of_G in (rows_G, columns_G, own_G, used_G, first_G)
+    )
+    within_K = points_K - cut_G[grid_K]
+    stripe_K = ((within_K + 1) * used_K - 1) // own_K
+    first_K, end_K = stripe_K * own_K // used_K, (stripe_K + 1) * own_K // used_K
+    row_K = (2 * stripe_K + 1) * rows_K // (2 * used_K)
+    column_K = (2 * (within_K - first_K) + 1) * columns_K // (2 * (end_K - first_K))
+    indices_K = at_K + row_K * columns_K + column_K
+    return Selected(indices_K.expand(features.patches.shape[0], -1))
+
+
+def _extents(grids: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor]:
+    """[G] int64 each of all grids, those that stand for several repeated: rows, columns, and which token is the first."""
+    rows, columns, firsts = [], [], []
+    offset: Extent = 0
+    for grid in grids:
+        tokens = grid.rows * grid.columns
+        rows.append(_of_each(grid.rows, grid.count))
+        columns.append(_of_each(grid.columns, grid.count))
+        firsts.append(offset + torch.arange(grid.count) * tokens)
+        offset = offset + grid.count * tokens
+    return torch.cat(rows), torch.cat(columns), torch.cat(firsts)
+
+
+def _of_each(extent: Extent, count: int) -> Tensor:
+    return extent.expand(count) if isinstance(extent, Tensor) else torch.full((count,), extent)
+
+
+def _used_rows(rows_G: Tensor, columns_G: Tensor, kept_G: Tensor) -> Tensor:
+    """`used_rows` of every grid; 0 where it holds no points.
+
+    A square root in float32 may be off by one: it is rounded by comparing whole numbers, halves to the even number as `round` does.
+    """
+    least_G = ((kept_G * rows_G / columns_G).sqrt().long() - 1).clamp(min=0)
+    near_G3 = least_G[:, None] + torch.arange(3)
+    halfway_G3 = (2 * near_G3 + 1) ** 2 * columns_G[:, None]
+    square_G1 = (4 * kept_G * rows_G)[:, None]
+    beyond_G3 = (square_G1 > halfway_G3) | ((square_G1 == halfway_G3) & (near_G3 % 2 == 1))
+    rounded_G = least_G + beyond_G3.sum(dim=1)
+    enough_G = (kept_G + columns_G - 1) // columns_G
+    return rounded_G.maximum(enough_G).clamp(min=1).minimum(rows_G).minimum(kept_G)

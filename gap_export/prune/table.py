@@ -268,7 +268,7 @@ for _row in (
         reads_projected=True,
     ),
     Pruner("random", "a seeded draw", reference=_SCORES, needs_seed=True),
-    Pruner("spatial", "a uniform grid", reference=_SCORES, needs=("grid",)),
+    Pruner("spatial", "a uniform grid", reference=_SCORES),
     Pruner("none", "nothing is pruned", reference=_SCORES),
     Pruner(
         "fastv",

@@ -111,13 +111,13 @@ def test_windows_alone_show_no_attention(tiny_family: Families) -> None:
     family.config.vision_config.fullatt_block_indexes = []
     with pytest.raises(RecipeError, match="needs attention, which this vision tower does not show") as caught:
         plan_for(recipe, family.spec(recipe))
-    assert caught.value.hint == "these work on it: divprune, dart, random, none"
+    assert caught.value.hint == "these work on it: divprune, dart, random, spatial, none"
 
 
 @pytest.mark.parametrize(
     ("name", "pruner", "words"),
     [
-        ("qwen3_vl", "spatial", "needs patches on one grid, which this vision tower does not show"),
+        ("qwen3_vl", "text_similarity", "no text tower to read it with"),
         ("llava_onevision", "trim", "no text tower to read it with"),
         ("qwen2_vl", "fastv", "needs images that all have the same number of visual tokens"),
     ],

@@ -133,7 +133,9 @@ def _qwen_vl(
 ) -> TinyFamily:
     """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
     builds = {1: (ranged("divprune"), fixed("dart"), other), 2: (of_two,)}
-    return _family(name, published, native_inputs, builds, engines, mrope_ids, (more, *by_attention()))
+    return _family(
+        name, published, native_inputs, builds, engines, mrope_ids, (more, ranged("spatial"), *by_attention())
+    )
 
 
 BY_ATTENTION = ("cls_attention", "tile_attention", "prumerge", "prumerge_plus", "visionzip", "vispruner")
@@ -153,7 +155,7 @@ NATIVE = (
         "Qwen/Qwen2-VL-7B-Instruct",
         fixed("visionzip", positions="permuted"),
         ranged("dart"),
-        {1: ("dart", "visionzip")},
+        {1: ("dart", "visionzip", "spatial")},
         fixed("random", positions="permuted"),
     ),
     _qwen_vl(
@@ -189,13 +191,13 @@ TILES = (
                 fixed("cls_attention", positions="permuted"),
             )
         },
-        {1: ("cls_attention",)},
+        {1: ("cls_attention", "spatial")},
     ),
     _family(
         "llava_next_mistral",
         "llava-hf/llava-v1.6-mistral-7b-hf",
         anyres_inputs,
-        {1: (ranged("cls_attention"),)},
+        {1: (ranged("spatial"),)},
     ),
     _family(
         "llava_onevision",
@@ -203,7 +205,7 @@ TILES = (
         anyres_inputs,
         {1: (ranged("divprune"), fixed("tile_attention")), 2: (ranged("tile_attention"),)},
         {1: ("divprune", "tile_attention", "prumerge")},
-        more=(fixed("dart"), *by_attention()),
+        more=(fixed("dart"), ranged("spatial"), *by_attention()),
     ),
     _family(
         "internvl",
@@ -213,8 +215,8 @@ TILES = (
             1: (ranged("cls_attention"), fixed("tile_attention"), fixed("vispruner")),
             2: (ranged("cls_attention"),),
         },
-        {1: ("cls_attention",)},
-        more=tuple(fixed(pruner) for pruner in ("visionzip", "prumerge", "prumerge_plus")),
+        {1: ("cls_attention", "spatial")},
+        more=(ranged("spatial"), *(fixed(pruner) for pruner in ("visionzip", "prumerge", "prumerge_plus"))),
     ),
 )
 """Families whose images become tiles: a whole image and up to six tiles, an end of line after every row of tokens in LLaVA's."""

@@ -297,7 +297,7 @@ def test_a_draw_does_not_need_to_know_the_size_beforehand() -> None:
 
 def test_a_grid_is_not_made_up() -> None:
     loose = replace(features(), grid=None)
-    with pytest.raises(ValueError, match="one grid"):
+    with pytest.raises(ValueError, match="lie on grids"):
         select("spatial", loose, 5)
     with pytest.raises(ValueError, match="one grid"):
         prune.load("trim").select(loose, 5, seed=0, merged_id=MergedId.CENTROID)

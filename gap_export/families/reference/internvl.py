@@ -14,7 +14,7 @@ from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
-from gap_export.prune import VisionFeatures
+from gap_export.prune import Grid, VisionFeatures
 from gap_export.prune.reference import Choice
 
 
@@ -55,6 +55,7 @@ class InternVLReference:
         features = VisionFeatures(
             patches_NE,
             grid=None,
+            grids=tuple(Grid(*square.shape[:2]) for square in squares),
             attention=self._over_squares(attention_tC[..., None], side)[..., 0],
             mean_keys=self._over_squares(keys_tCD, side),
             full_width_attention=self._over_squares(whole_tT[:, 1:, None], side)[..., 0] * patches,

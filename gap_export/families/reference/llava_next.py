@@ -12,7 +12,7 @@ from transformers import LlavaNextForConditionalGeneration
 
 from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features, clip_features
-from gap_export.families.reference.lines import with_lines
+from gap_export.families.reference.lines import grids_of, with_lines
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
 from gap_export.prune import VisionFeatures
@@ -46,6 +46,7 @@ class LlavaNextReference:
         features = VisionFeatures(
             patches_NE,
             grid=None,
+            grids=grids_of(pixels, len(shown[_WHOLE].patches)),
             attention=_of_tokens([tile.attention for tile in shown], token_index),
             class_token=shown[_WHOLE].class_token,
             mean_keys=_of_tokens([tile.mean_keys for tile in shown], token_index),

@@ -12,7 +12,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from gap_export.families.reference import ImageFeatures
 from gap_export.families.reference.clip import chosen_features
-from gap_export.families.reference.lines import with_lines
+from gap_export.families.reference.lines import grids_of, with_lines
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
 from gap_export.prune import VisionFeatures
@@ -55,6 +55,7 @@ class LlavaOnevisionReference:
         features = VisionFeatures(
             projected_NH,
             grid=None,
+            grids=grids_of(pixels, keys_tCE.shape[1]),
             attention=blended(attention_tC[..., None])[:, 0],
             mean_keys=blended(keys_tCE.unflatten(-1, (last.self_attn.num_heads, -1)).mean(dim=2)),
             full_width_attention=blended(whole_tC[..., None])[:, 0],

@@ -17,7 +17,7 @@ from transformers.vision_utils import get_vision_window_index
 from gap_export.families.reference import ImageFeatures
 from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids
-from gap_export.prune import VisionFeatures
+from gap_export.prune import Grid, VisionFeatures
 from gap_export.prune.reference import Choice
 
 
@@ -56,6 +56,7 @@ class Qwen2VLReference:
         features = VisionFeatures(
             states.pooler_output,
             grid=None,
+            grids=(Grid(rows // self._tower.spatial_merge_size, columns // self._tower.spatial_merge_size),),
             attention=lambda: of_tokens(_received(query_PAD, keys_PAD)).mean(dim=1),
             mean_keys=lambda: of_tokens(keys_PAD.mean(dim=1)).mean(dim=1),
             full_width_attention=lambda: of_tokens(

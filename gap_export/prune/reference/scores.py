@@ -44,9 +44,15 @@ def random(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id:
 
 
 def spatial(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
-    """A uniform grid."""
-    assert features.grid is not None
-    return Choice(np.array(grid_indices(features.grid, kept), np.int64))
+    """A uniform grid; of several, each its part of the points."""
+    extents = [(each.rows, each.columns) for each in features.laid_out for _ in range(each.count)]
+    total, first, chosen = sum(rows * columns for rows, columns in extents), 0, list[int]()
+    for rows, columns in extents:
+        end = first + rows * columns
+        own = kept * end // total - kept * first // total
+        chosen += [first + index for index in grid_indices((rows, columns), own)] if own else []
+        first = end
+    return Choice(np.array(chosen, np.int64))
 
 
 def none(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:

@@ -120,20 +120,24 @@ def test_every_strategy_at_every_count_under_every_policy(tiny_options: dict[str
 
 def test_what_cannot_be_is_skipped_with_its_reason(tiny_options: dict[str, Any]) -> None:
     """Too few tokens for one, nothing to look at for others; the rest of the sweep is made."""
-    request = request_of(tiny_options, pruners=("spatial", "visionzip", "random", "trim"), keeps=(0.25, 0.02))
-    lacking = FACTS.model_copy(update={"missing_features": ("grid",)})
+    request = request_of(
+        tiny_options, pruners=("vispruner", "prumerge", "random", "trim"), keeps=(0.25, 0.02)
+    )
+    lacking = FACTS.model_copy(update={"missing_features": ("attention",)})
     points, skipped = plan_points(request, lacking)
     assert {(point.pruner, point.kept) for point in points[1:]} == {
-        ("visionzip", 9),
         ("random", 9),
         ("random", 1),
     }
     reasons = {(each.pruner, each.kept, each.positions): each.reason for each in skipped}
-    assert len(reasons) == (2 + 1 + 2) * 3
+    assert len(reasons) == (2 + 2 + 2) * 3
     for policy in PositionPolicy:
         assert "has no text tower" in reasons["trim", 9, policy]
-        assert "needs patches on one grid" in reasons["spatial", 9, policy]
-        assert "keeps at least 2 tokens" in reasons["visionzip", 1, policy]
+        assert "needs attention" in reasons["vispruner", 9, policy]
+    few = request_of(tiny_options, pruners=("visionzip",), keeps=(0.25, 0.02))
+    _, skipped = plan_points(few, FACTS)
+    assert len(skipped) == 3
+    assert all("keeps at least 2 tokens" in each.reason and each.kept == 1 for each in skipped)
 
 
 def test_points_that_are_the_same_or_that_nobody_knows(tiny_options: dict[str, Any]) -> None:
