@@ -257,7 +257,7 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, toke
         )
     if recipe.merged_id is MergedId.CENTROID and pruner.merges:
         raise RecipeError(
-            "needs patches that lie on one grid, and this model's do not",
+            "needs images that all have the same grid of patches, and this model's differ",
             subject="merged_id centroid",
             hint="use last_visual or max_kept",
         )

@@ -226,7 +226,7 @@ def test_requests_may_choose_the_share() -> None:
     [
         ({"pruner": "fastv"}, "inside the decoder needs images that all have the same number"),
         ({"pruner": "trim", "keep": "adaptive"}, "keep adaptive needs images"),
-        ({"pruner": "prumerge", "merged_id": "centroid"}, "patches that lie on one grid"),
+        ({"pruner": "prumerge", "merged_id": "centroid"}, "images that all have the same grid of patches"),
     ],
 )
 def test_what_needs_images_of_one_size(changes: dict[str, Any], message: str) -> None:

@@ -141,8 +141,10 @@ def lying(patch_positions: Tensor) -> dict[str, Any]:
     Args:
         patch_positions: [n, p, 2] int64, row and column of the patches of every token.
     """
-    rows, columns = ((patch_positions.amax(dim=(0, 1)) + 1) // math.isqrt(patch_positions.shape[1])).unbind()
-    return {"grids": (prune.Grid(rows, columns),)}
+    last_12 = patch_positions.flatten(0, 1).amax(dim=0, keepdim=True)
+    # Of one element each: TensorRT-RTX 1.7 builds no graph that makes indices of scalars.
+    rows_1, columns_1 = ((last_12 + 1) // math.isqrt(patch_positions.shape[1])).unbind(dim=1)
+    return {"grids": (prune.Grid(rows_1, columns_1),)}
 
 
 def _behind_each_other(embeds: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Array = TypeVar("Array")
 
 Extent = Any
-"""A whole number: known, symbolic while a graph is traced (an extent of an input), or a tensor of one int64 (computed from an input)."""
+"""A whole number: known, symbolic while a graph is traced (an extent of an input), or [1] int64 (computed from an input)."""
 
 
 @dataclass(frozen=True)

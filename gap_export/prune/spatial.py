@@ -32,15 +32,17 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
     """Choose K tokens of every image."""
     rows_G, columns_G, first_G = _extents(features.laid_out)
     # Grids share the points by where their tokens begin among the N; a grid may get none.
-    cut_G = kept * first_G // features.visual_tokens
-    own_G = torch.cat([cut_G[1:], torch.full((1,), kept)]) - cut_G
+    cut_G, end_G = (
+        kept * token_G // features.visual_tokens for token_G in (first_G, first_G + rows_G * columns_G)
+    )
+    own_G = end_G - cut_G
     used_G = _used_rows(rows_G, columns_G, own_G)
     points_K = torch.arange(kept)
     grid_K = (points_K[:, None] >= cut_G).sum(dim=1) - 1
     rows_K, columns_K, own_K, used_K, at_K = (
-        of_G[grid_K] for of_G in (rows_G, columns_G, own_G, used_G, first_G)
+        of_G.index_select(0, grid_K) for of_G in (rows_G, columns_G, own_G, used_G, first_G)
     )
-    within_K = points_K - cut_G[grid_K]
+    within_K = points_K - cut_G.index_select(0, grid_K)
     stripe_K = ((within_K + 1) * used_K - 1) // own_K
     first_K, end_K = stripe_K * own_K // used_K, (stripe_K + 1) * own_K // used_K
     row_K = (2 * stripe_K + 1) * rows_K // (2 * used_K)
@@ -73,7 +75,8 @@ def _used_rows(rows_G: Tensor, columns_G: Tensor, kept_G: Tensor) -> Tensor:
     """
     least_G = ((kept_G * rows_G / columns_G).sqrt().long() - 1).clamp(min=0)
     near_G3 = least_G[:, None] + torch.arange(3)
-    halfway_G3 = (2 * near_G3 + 1) ** 2 * columns_G[:, None]
+    odd_G3 = 2 * near_G3 + 1
+    halfway_G3 = odd_G3 * odd_G3 * columns_G[:, None]
     square_G1 = (4 * kept_G * rows_G)[:, None]
     beyond_G3 = (square_G1 > halfway_G3) | ((square_G1 == halfway_G3) & (near_G3 % 2 == 1))
     rounded_G = least_G + beyond_G3.sum(dim=1)

@@ -14,7 +14,7 @@ from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures, cls_attention
 
 SHARES = 2**19
-"""Steps of a share: fine enough for tiles of up to 700 patches, and all products stay below 2**31."""
+"""Steps of a share: fine enough for tiles of 729 patches and parts of them, and all products stay below 2**31."""
 
 MOST_TILES = 64
 

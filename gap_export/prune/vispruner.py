@@ -8,8 +8,8 @@ any odd one are dropped; the even survivors, most alike first, then the odd ones
 A round moves no features: all that changes is the place of each token in the list. Where fewer than 8 even tokens are left, a
 round drops all of them, where the original's indexing gives up; it fails at lists of odd length too, which are no different here.
 
-In a tower without a class token the scores are those of `cls_attention` there. Where a token is several patches joined by the projector,
-tokens are compared after it.
+In a tower without a class token the scores are those of `cls_attention` there. Where no vector before the projector stands for a token
+(Qwen-VL, LLaVA-OneVision's scaled-down grids), tokens are compared after it.
 """
 
 from __future__ import annotations

@@ -45,24 +45,24 @@ class Cache:
         self.layout = Layout(0, ())
 
     def lay_out(self, layout: Layout) -> bool:
-        """Give it so many rows of so many slots; with as many slots as before, what lies in the first row stays.
+        """Give it so many rows of so many slots; with as many slots as before, what lies in the first row stays. If memory is missing, nothing has changed.
 
         Returns:
             Whether it lies elsewhere now than what was bound before.
         """
         if layout == self.layout:
             return False
-        self.layout = layout
-        self._shapes = {each.name: self._shape_of(each, layout) for each in self._pasts}
-        sizes = {name: math.prod(shape) for name, shape in self._shapes.items()}
-        if self._blocks and all(size <= self._sizes[name] for name, size in sizes.items()):
-            return False
-        largest = {name: max(size, self._sizes.get(name, 0)) for name, size in sizes.items()}
-        blocks = self._new_blocks({name: (size,) for name, size in largest.items()})
-        for name, block in self._blocks.items():
-            self._memory.copy(self._memory.part(blocks[name], (self._sizes[name],)), block)
-        self._blocks, self._sizes = blocks, largest
-        return True
+        shapes = {each.name: self._shape_of(each, layout) for each in self._pasts}
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        moves = not self._blocks or any(size > self._sizes[name] for name, size in sizes.items())
+        if moves:
+            largest = {name: max(size, self._sizes.get(name, 0)) for name, size in sizes.items()}
+            blocks = self._new_blocks({name: (size,) for name, size in largest.items()})
+            for name, block in self._blocks.items():
+                self._memory.copy(self._memory.part(blocks[name], (self._sizes[name],)), block)
+            self._blocks, self._sizes = blocks, largest
+        self.layout, self._shapes = layout, shapes
+        return moves
 
     def grow(self, capacities: tuple[int, ...]) -> bool:
         """Give every row at least so many slots of every stage; what lies in them stays. If memory is missing, nothing has changed.

@@ -18,6 +18,11 @@ from gap_export.positions import Ids, Placement
 from gap_export.runtime.rows import RowSession
 from gap_export.runtime.session import Buffer, Prefilled, Session, Spliced, VisualTokens
 
+_PAUSES = 16
+"""So often no row is in use before rows become shorter: long requests between short ones do not move them back and forth."""
+_SPARE = 8
+"""A row that becomes longer becomes longer by an eighth more."""
+
 
 class Lane(Protocol):
     """A session's cache, as requests share it.
@@ -201,8 +206,9 @@ class SharedRow(Row):
 class SharedLane:
     """Rows of one cache: a request is read alone into its row, and single tokens of all rows are fed together.
 
-    Every step attends to all slots of its rows, filled or not, so rows have as many as one of them needs; memory for all that the bundle allows is
-    taken at the beginning, and a row that becomes longer moves the others within it.
+    Every step attends to all slots of its rows, filled or not, so rows have about as many as the longest of late needed; memory for all that the bundle
+    allows is taken at the beginning, and a row that becomes longer moves the others within it. When no row is in use, and has not been long for a
+    while, they become shorter again.
 
     Args:
         session: whose cache has rows.
@@ -214,8 +220,9 @@ class SharedLane:
         self._session, self._manifest = session, manifest
         self.rows = rows if session.most_rows is None else min(rows, session.most_rows)
         session.open_rows(self.rows)
-        # Slots of a row, and most of them that were needed since no row was in use.
-        self._slots, self._needed = session.capacities[0], 1
+        self._slots = session.capacities[0]
+        # Most slots that were needed of late, and how often no row was in use since.
+        self._needed, self._pauses = 1, _PAUSES
 
     def take(self, place: int) -> Row:
         """A row for a new request: what another request left in it is overwritten with zeros."""
@@ -248,15 +255,19 @@ class SharedLane:
         """Give all rows at least so many slots."""
         self._needed = max(self._needed, slots)
         if slots > self._slots:
-            self._session.grow([slots])
-            self._slots = slots
+            # With some to spare: requests that are each a little longer than the last do not move all rows every time.
+            more = min(self._session.capacities[0], slots + slots // _SPARE)
+            self._session.grow([more])
+            self._slots = more
 
     def _shrink(self) -> None:
-        """Where no row is in use, and none needed half of what they have: give them less."""
-        if 2 * self._needed <= self._slots:
-            self._session.open_rows(self.rows, self._needed)
-            self._slots = self._needed
-        self._needed = 1
+        """Where no row is in use, and none needed half of what they have for a while: give them less."""
+        self._pauses += 1
+        if self._pauses > _PAUSES:
+            if 2 * self._needed <= self._slots:
+                self._session.open_rows(self.rows, self._needed)
+                self._slots = self._needed
+            self._needed, self._pauses = 1, 0
 
 
 class SingleLane:

@@ -170,10 +170,11 @@ class Contract:
         assert usual.asked(tiny_family).moved_by(control) > 1e-2
 
     def test_wrong_placements_show_whatever_prunes(self, tiny_family: Families, other: Case) -> None:
+        """In a bundle that renumbers, what renumbers is no other placement, and nothing moves."""
         asked = other.asked(tiny_family)
-        assert {control: asked.moved_by(control) > 1e-2 for control in controls()} == dict.fromkeys(
-            controls(), True
-        )
+        same = {"ids shifted", "decoding continues at kept length"} if "positions" in other.options else set()
+        moved = {control for control in controls() if asked.moved_by(control) > 1e-2}
+        assert moved == set(controls()) - same
 
     def test_many_images_keep_what_the_reference_keeps(self, tiny_family: Families, scored: Case) -> None:
         """Noise of random sizes. Scores of the reference come from transformers' attention, in float64 from there on."""

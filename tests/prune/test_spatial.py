@@ -26,7 +26,7 @@ def chosen(grids: tuple[Grid, ...], kept: int, *, as_tensors: bool = False) -> l
     given_as = grids
     if as_tensors:
         given_as = tuple(
-            Grid(torch.tensor(each.rows), torch.tensor(each.columns), each.count) for each in grids
+            Grid(torch.tensor([each.rows]), torch.tensor([each.columns]), each.count) for each in grids
         )
     features = VisionFeatures(torch.empty(2, tokens_of(grids), 1), grid=None, grids=given_as)
     selected = prune.load("spatial").select(features, kept, seed=0, merged_id=MergedId.LAST_VISUAL)

@@ -252,6 +252,24 @@ def test_without_memory_to_grow_nothing_has_changed(
         np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+def test_without_memory_for_a_larger_cache_the_next_request_is_right(
+    tiny_bundle: BuildBundle, pixels: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.resize(pixels, (len(PROMPTS), *pixels.shape[1:]))
+    with open_session(tiny_bundle(), threads=1) as session, open_session(tiny_bundle(), threads=1) as other:
+        rows, alone = with_rows(session), Independent(other, pixels)
+        rows.open_rows(1, 16)
+        with monkeypatch.context() as patch:
+            patch.setattr(session._memory, "zeros", failing_with(MemoryError()))  # type: ignore[attr-defined]
+            for _ in range(2):
+                with pytest.raises(MemoryError):
+                    rows.open_rows(ROWS)
+        rows.open_rows(ROWS)
+        spliced = alone.spliced(0)
+        found = rows.prefill_row(ROWS - 1, spliced.embeds, spliced.placement).logits[0]
+        np.testing.assert_allclose(found, alone.logits(Row(0, spliced.placement)), atol=2e-4)
+
+
 def failing_with(error: Exception) -> Callable[..., Any]:
     """What raises it, however it is called."""
 

@@ -190,7 +190,7 @@ class TorchSession(Lifetime):
             [K] int64 raster indices, best first.
         """
         (image,) = self._extract_features(pixels, text_ids_BL)
-        features, pruning = _in_float64(replace(image.shown, grid=grid)), self._pruning
+        features, pruning = _in_float64(image.shown, grid=grid), self._pruning
         return reference.choose(
             pruner, features, kept, seed=pruning.seed, merged_id=pruning.merged_id
         ).indices_K
@@ -435,8 +435,13 @@ def _rotary_by_length(language_model: Any) -> Any:
     return rotary if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope") else None
 
 
-def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:
-    """Features in float64, as the twins of the pruners take them; what is computed when it is read, is so here too."""
+def _in_float64(features: VisionFeatures[Tensor], **changes: Any) -> VisionFeatures[Floats]:
+    """Features in float64, as the twins of the pruners take them; what is computed when it is read, is so here too.
+
+    Args:
+        features: of one image.
+        changes: fields that are others.
+    """
 
     def exact(name: str) -> Any:
         value = getattr(features, name)
@@ -447,4 +452,4 @@ def _in_float64(features: VisionFeatures[Tensor]) -> VisionFeatures[Floats]:
         field.name: partial(exact, field.name) if field.name in on_demand else exact(field.name)
         for field in fields(features)
     }
-    return VisionFeatures(**arrays)
+    return VisionFeatures(**arrays | changes)
