@@ -200,7 +200,8 @@ def test_models(command: Command) -> None:
     )
     assert by_name["shikra"]["needs"]["base"] == "huggyllama/llama-7b"
     assert "prumerge" in by_name["llava"]["pruners"]
-    assert "prumerge" not in by_name["minigpt-v2"]["pruners"]
+    assert "prumerge" in by_name["minigpt-v2"]["pruners"]
+    assert "fastv" not in by_name["qwen2-vl"]["pruners"]
     shown = command("models").out
     assert all(name in shown for name in by_name)
     formats = {each["name"]: each for each in record["box_formats"]}
