@@ -24,14 +24,7 @@ from gap_export.prune.compatibility import (
     share_of,
     working,
 )
-from gap_export.prune.features import (
-    Grid,
-    VisionFeatures,
-    changed,
-    class_attention,
-    mean_keys,
-    received_attention,
-)
+from gap_export.prune.features import Grid, VisionFeatures, class_attention, mean_keys, received_attention
 from gap_export.prune.table import PRUNERS, Pruner, merging, names, needs, register, row, where
 
 if TYPE_CHECKING:
@@ -46,7 +39,6 @@ __all__ = [
     "PrunerModule",
     "Selected",
     "VisionFeatures",
-    "changed",
     "check_adaptive",
     "check_count",
     "check_fraction",
