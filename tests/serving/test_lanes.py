@@ -387,7 +387,7 @@ def test_a_row_is_not_stepped_by_itself(shapes_bundle: Bundle) -> None:
 
 
 def test_rows_are_as_long_as_the_longest_needs(shapes_bundle: Bundle, open_engine: OpenEngine) -> None:
-    """Requests of one token each, then long ones beside them, then short ones again when all have left."""
+    """Short answers with a long one among them, then short ones alone."""
     engine = open_engine(shapes_bundle, rows=3)
     session, lane = engine.model.session, engine._lane  # type: ignore[attr-defined]
     slots: list[int] = []
