@@ -343,8 +343,8 @@ def tiny_reference(tiny_checkpoint: Path, tiny_text_tower: Path) -> Callable[[Pr
     def session(pruning: Pruning) -> Any:
         from gap_export import prune
         from gap_export.inputs.prompt import TextTower
-        from gap_export.runtime.torch.session import TextReference
         from gap_export.runtime.torch.staged import open_reference
+        from gap_export.runtime.torch.text_reference import TextReference
 
         key = pruning.model_dump_json()
         if key not in sessions:

@@ -104,8 +104,9 @@ class Bundle:
 
     @property
     def text_tokenizer_path(self) -> Path:
-        """Path of the text tower's tokenizer, where there is one."""
-        return self.folder / "text_tokenizer.json"
+        """Path of the tokenizer of expressions that the pruner reads: the text tower's, where there is one, otherwise the decoder's."""
+        tower = self.manifest.text_tower
+        return self.folder / "text_tokenizer.json" if tower and tower.kind == "clip" else self.tokenizer_path
 
     @property
     def chat_template_path(self) -> Path:

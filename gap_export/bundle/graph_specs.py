@@ -284,7 +284,8 @@ class GraphSpecs:
         if self.text_tower is None:
             return ()
         longest = self.text_tower.context
-        tokens = Dim(name="expression", minimum=3, optimum=min(16, longest), maximum=longest)
+        shortest = 3 if self.text_tower.kind == "clip" else 1  # what begins and what ends it, and a word
+        tokens = Dim(name="expression", minimum=shortest, optimum=min(16, longest), maximum=longest)
         return (int64_spec("text_ids", batch, tokens),)
 
     def _unpruned(self) -> tuple[TensorSpec, ...]:

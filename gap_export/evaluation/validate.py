@@ -219,14 +219,15 @@ def _recipe_here(
         recipe = recipe.replaced(ranges=str(bundle.folder / RANGES))
     if recipe.calibration is not None:
         recipe = recipe.replaced(calibration=str(bundle.folder / CALIBRATION))
-    if text_tower is not None and manifest.text_tower is None:
+    own = manifest.text_tower.checkpoint if manifest.text_tower is not None else None
+    if text_tower is not None and own is None:
         raise InputError(
-            "belongs to a bundle whose pruner reads the expression, and this one has no text tower",
+            "belongs to a bundle whose pruner reads the expression with a text tower, and this one has none",
             subject=f"text_tower {text_tower}",
             hint="leave it out",
         )
-    if manifest.text_tower is not None:
-        recipe = recipe.replaced(text_tower=str(text_tower or resolve(manifest.text_tower.checkpoint)))
+    if own is not None:
+        recipe = recipe.replaced(text_tower=str(text_tower or resolve(own)))
     if manifest.pruning.keep_mode == "dynamic":  # baselines differ in one thing, and the count is not it
         recipe = recipe.replaced(keep=manifest.pruning.keep if keep is None else keep)
     return recipe.replaced(checkpoint=str(checkpoint or resolve(manifest.checkpoint)))

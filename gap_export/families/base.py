@@ -246,6 +246,24 @@ class Family(ABC):
         self.check_no_fit(recipe)
         return self.row.box
 
+    def text_embeddings(self, spec: ModelSpec, recipe: Recipe) -> TextTower | None:
+        """The decoder's token embedding as what reads the expression; None for families beside whose tower a text tower is put.
+
+        Args:
+            spec: sizes of the model.
+            recipe: of the build.
+        """
+        if self.row.text_by != "embeddings":
+            return None
+        return TextTower(
+            kind="embeddings",
+            checkpoint=None,
+            context=recipe.max_text,
+            width=spec.hidden_size,
+            vocabulary=spec.vocabulary,
+            aligned_inversely=False,
+        )
+
     def text_tower(self, companion: Checkpoint) -> TextTower:
         """What there is to know about a CLIP text tower for the pruners that look at the expression.
 

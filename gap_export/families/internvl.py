@@ -28,6 +28,7 @@ from gap_export.inputs.layouts import DynamicTilesLayout
 from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.layers import LayerStack
+from gap_export.modeling.text_embedding import embedding_for, with_text
 from gap_export.modeling.tiles import Gather, features_of_image
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
@@ -50,12 +51,16 @@ class InternVLVision(nn.Module):
         self.vision_tower = model.model.vision_tower
         self.multi_modal_projector = model.model.multi_modal_projector
         self._shrink, self._plan = model.config.downsample_ratio, plan
+        self.embed_tokens = embedding_for(plan, model.get_input_embeddings())
 
-    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixel_values: Tensor, text_ids: Tensor | None = None, keep_count: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode and prune one image.
 
         Args:
             pixel_values: [tiles, 3, size, size] float32, the whole image last.
+            text_ids: [1, L] int64 of the expression, for pruners that look at it.
             keep_count: [K] int64 counting from 0, traced for its extent: tokens to keep.
 
         Returns:
@@ -66,6 +71,7 @@ class InternVLVision(nn.Module):
         side = math.isqrt(tiles.patches.shape[1])
         grids = (prune.Grid(side, side, count=pixel_values.shape[0]),)
         features = features_of_image(tiles, every, whole=-1, grids=grids)
+        features = with_text(features, self.embed_tokens, text_ids)
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )

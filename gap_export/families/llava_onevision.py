@@ -29,6 +29,7 @@ from gap_export.modeling import hf_config, selection, sizes
 from gap_export.modeling.components import ModelParts
 from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.received import received
+from gap_export.modeling.text_embedding import embedding_for, with_text
 from gap_export.modeling.tiles import (
     corners_gather,
     features_of_image,
@@ -56,6 +57,7 @@ class LlavaOnevisionVision(nn.Module):
         self.multi_modal_projector = model.model.multi_modal_projector
         self.image_newline: nn.Parameter = model.model.image_newline
         self._plan = plan
+        self.embed_tokens = embedding_for(plan, model.get_input_embeddings())
 
     def forward(
         self,
@@ -64,6 +66,7 @@ class LlavaOnevisionVision(nn.Module):
         newline_positions: Tensor,
         corners: Tensor,
         corner_weights: Tensor,
+        text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode and prune one image.
@@ -74,6 +77,7 @@ class LlavaOnevisionVision(nn.Module):
             newline_positions: [R] int64, places of the ends of lines.
             corners: [P, 4] int64, the four tokens among those of all tiles, flattened, that a prunable token is the sum of.
             corner_weights: [P, 4] float32, their weights.
+            text_ids: [1, L] int64 of the expression, for pruners that look at it.
             keep_count: [K] int64 counting from 0, traced for its extent: prunable tokens to keep.
 
         Returns:
@@ -92,6 +96,7 @@ class LlavaOnevisionVision(nn.Module):
         features = features_of_image(
             tiles, corners_gather(corners, corner_weights), WHOLE, grids=grids, pick=pick
         )
+        features = with_text(features, self.embed_tokens, text_ids)
         selected = selection.select(self._plan, features, keep_count)
         embeds_BKH = selection.project(self._plan, features, selected, nn.Identity())
         return with_newlines(

@@ -41,6 +41,7 @@ from gap_export.modeling.components import ModelParts, square_images, torch_dtyp
 from gap_export.modeling.eva import EvaSizes, EvaTower, eva_sizes
 from gap_export.modeling.fake import fake, fake_mode
 from gap_export.modeling.layers import LayerStack
+from gap_export.modeling.text_embedding import embedding_for, with_text
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -268,12 +269,17 @@ class MiniGptVision(nn.Module):
         self.vision_tower, self.ln_vision = modules["vision_tower"], modules["ln_vision"]
         self.multi_modal_projector = modules["multi_modal_projector"]
         self._plan, self._grid = plan, grid
+        language_model: Any = modules["language_model"]
+        self.embed_tokens = embedding_for(plan, language_model.get_input_embeddings())
 
-    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, pixel_values: Tensor, text_ids: Tensor | None = None, keep_count: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Encode and prune.
 
         Args:
             pixel_values: [B, 3, size, size] float32.
+            text_ids: [B, L] int64 of the expressions, for pruners that look at them.
             keep_count: K, where requests choose it.
 
         Returns:
@@ -304,6 +310,7 @@ class MiniGptVision(nn.Module):
             projected=projected_BNH,
             embeds=projected_BNH,
         )
+        features = with_text(features, self.embed_tokens, text_ids)
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gap_export import prune
 from gap_export.boxes.codecs import CODECS
@@ -43,7 +43,8 @@ class FamilyRow:
         missing_features: what pruners cannot read from the tower (`ModelSpec.missing_features`), of models as published.
         dynamic: whether images differ in how many visual tokens they have.
         attention_mask: which tokens see which in the decoder; see `ModelSpec.attention_mask`.
-        reads_text: whether a CLIP text tower can be put beside the vision tower.
+        text_by: what reads the expression for pruners that look at it: CLIP's text tower, put beside the vision tower, or the decoder's own token
+            embedding, where no text tower shares a space with the vision tower.
         recognises: tells its checkpoints from others of the same `model_type`; rows that have it are asked before those that have
             not.
     """
@@ -60,7 +61,7 @@ class FamilyRow:
     missing_features: tuple[VisionFeature, ...] = ()
     dynamic: bool = False
     attention_mask: AttentionMask = "causal"
-    reads_text: bool = True
+    text_by: Literal["clip", "embeddings"] = "clip"
     recognises: Callable[[Checkpoint], bool] | None = None
 
     @property
@@ -71,8 +72,6 @@ class FamilyRow:
     def lacks(self, pruner: prune.Pruner) -> str:
         """What a pruner needs and models of this family do not have, as text; "" where it works."""
         missing = [prune.NEEDED[part] for part in pruner.needs if part in self.missing_features]
-        if pruner.needs_text and not self.reads_text:
-            missing.append("a text tower")
         if pruner.in_decoder and self.dynamic:
             missing.append("images of one size")
         if pruner.in_decoder and self.attention_mask != "causal":
@@ -201,7 +200,7 @@ def _qwen_vl(name: str, title: str, published: str, visual_tokens: str) -> Famil
         position_rows=3,
         missing_features=_NO_CLASS_TOKEN,
         dynamic=True,
-        reads_text=False,
+        text_by="embeddings",
     )
 
 
@@ -251,7 +250,7 @@ for _row in (
         published="a `.pth` with low-rank updates; EVA-CLIP (`eva_vit_g.pth`) and Llama-2-7b-chat beside it",
         visual_tokens="256, four patches each",
         missing_features=("projected_class_token",),
-        reads_text=False,
+        text_by="embeddings",
     ),
     FamilyRow(
         name="llava_next",
@@ -275,7 +274,7 @@ for _row in (
         visual_tokens="by the image",
         missing_features=_NO_CLASS_TOKEN,
         dynamic=True,
-        reads_text=False,
+        text_by="embeddings",
     ),
     FamilyRow(
         name="internvl",
@@ -288,7 +287,7 @@ for _row in (
         visual_tokens="by the image: 256 per tile",
         missing_features=_NO_CLASS_TOKEN,
         dynamic=True,
-        reads_text=False,
+        text_by="embeddings",
     ),
     _qwen_vl(
         "qwen2_vl",

@@ -180,20 +180,23 @@ def _traced_shape(tensor: TensorSpec) -> tuple[int | Dim, ...]:
 
 
 def _example_inputs(component: Component) -> dict[str, torch.Tensor]:
-    """Fake inputs; every symbol gets an extent of its own, so that no two are taken for the same."""
+    """Fake inputs; every symbol gets an extent of its own, so that no two are taken for the same.
+
+    Earlier ones get the larger extents, as counts of what is chosen come behind what they are chosen of.
+    """
     weight = next(component.module.parameters(), None)
     mode = fake_mode() if weight is None else weight.fake_mode  # type: ignore[attr-defined]
-    extents: dict[str, int] = {}
-
-    def extent(dim: int | Dim) -> int:
-        if isinstance(dim, int):
-            return dim
-        return extents.setdefault(dim.name, max(2, dim.minimum) + len(extents))
-
+    shapes = {tensor.name: _traced_shape(tensor) for tensor in component.spec.inputs}
+    dims = {dim.name: dim for shape in shapes.values() for dim in shape if isinstance(dim, Dim)}
+    extents = {
+        name: min(traced_bounds(dim)[1], max(2, dim.minimum) + len(dims) - place)
+        for place, (name, dim) in enumerate(dims.items())
+    }
     with mode:
         return {
             tensor.name: torch.zeros(
-                [extent(dim) for dim in _traced_shape(tensor)], dtype=getattr(torch, tensor.dtype)
+                [dim if isinstance(dim, int) else extents[dim.name] for dim in shapes[tensor.name]],
+                dtype=getattr(torch, tensor.dtype),
             )
             for tensor in component.spec.inputs
         }

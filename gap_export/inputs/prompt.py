@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -28,19 +28,21 @@ SLOT = "{expression}"
 
 
 class TextTower(Record):
-    """The CLIP text tower inside the vision graph, for pruners that look at the expression.
+    """What reads the expression inside the vision graph, for pruners that look at it: CLIP's text tower, or the decoder's own token embedding.
 
     Attributes:
-        checkpoint: folder or hub id its weights came from.
-        context: most tokens of an expression, those that begin and end it included. Short rows are filled with the token
-            that ends them; the tower reads its answer at the first one.
+        kind: which of them.
+        checkpoint: folder or hub id that the tower's weights came from; None for embeddings, which are the checkpoint's own.
+        context: most tokens of an expression, with CLIP those that begin and end it included. Short rows are filled: with CLIP with the token
+            that ends them, at the first of which the tower reads its answer, otherwise with `PAD`.
         width: of the space shared by patches and text.
         vocabulary: rows of its token embedding.
         aligned_inversely: whether patches that match the text are less similar to it than others.
     """
 
-    checkpoint: Text
-    context: int = Field(ge=3)
+    kind: Literal["clip", "embeddings"] = "clip"
+    checkpoint: Text | None
+    context: int = Field(ge=1)
     width: int
     vocabulary: int
     aligned_inversely: bool
@@ -239,7 +241,7 @@ def encode_text(tokenizer: Tokenizer, tower: TextTower, expressions: Sequence[st
         expressions: at least one.
 
     Returns:
-        [B, L] int64, short rows filled with the token that ends them.
+        [B, L] int64, short rows filled with the token that ends them, or with `PAD` where nothing ends them.
 
     Raises:
         InputError: an expression that is empty, not text, names a special token, has a token that the tower has no embedding of, or is
@@ -249,17 +251,20 @@ def encode_text(tokenizer: Tokenizer, tower: TextTower, expressions: Sequence[st
     for raw in expressions:
         expression = clean_expression(raw)
         _check_special_text(tokenizer, set(), expression)
-        row = list(tokenizer.encode(expression).ids)
+        row = list(tokenizer.encode(expression, add_special_tokens=tower.kind == "clip").ids)
         _check_embedded(tokenizer, row, tower.vocabulary, expression)
         if len(row) > tower.context:
             raise InputError(
-                f"has {len(row)} tokens for the text tower, which reads {tower.context}",
+                f"has {len(row)} tokens, and the pruner reads {tower.context}",
                 subject=_quoted(expression),
                 hint=f"shorten the expression by {len(row) - tower.context} tokens",
             )
         rows.append(row)
     longest = max(map(len, rows))
-    return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int64)
+    fillers = [row[-1] if tower.kind == "clip" else PAD for row in rows]
+    return np.array(
+        [row + [filler] * (longest - len(row)) for row, filler in zip(rows, fillers, strict=True)], np.int64
+    )
 
 
 def encode_prose(tokenizer: Tokenizer, content: str, vocabulary: int, *, subject: str) -> list[int]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gap_export import prune
 from gap_export.modeling import selection
 from gap_export.modeling.native import Windows, embedded, layer, shown
+from gap_export.modeling.text_embedding import embedding_for, with_text
 from gap_export.plan import Plan
 from gap_export.prune import order
 
@@ -34,15 +35,21 @@ class Qwen2VLVision(nn.Module):
         super().__init__()
         self.visual = model.model.visual
         self._plan = plan
+        self.embed_tokens = embedding_for(plan, model.get_input_embeddings())
 
     def forward(
-        self, pixel_values: Tensor, patch_positions: Tensor, keep_count: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        patch_positions: Tensor,
+        text_ids: Tensor | None = None,
+        keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode and prune one image.
 
         Args:
             pixel_values: [n, p, F] float32, the patches of every token.
             patch_positions: [n, p, 2] int64, row and column of each.
+            text_ids: [1, L] int64 of the expression, for pruners that look at it.
             keep_count: [K] int64 counting from 0, traced for its extent: tokens to keep.
 
         Returns:
@@ -61,8 +68,23 @@ class Qwen2VLVision(nn.Module):
             self._plan,
             [level_of(tower.merger, hidden_PE, tokens)],
             {**scores, **lying(patch_positions)},
-            keep_count,
+            Choosing(self.embed_tokens, text_ids, keep_count),
         )
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """What a request says of the tokens to keep, and what its text is read by.
+
+    Attributes:
+        embedding: of the decoder; None where no text is read.
+        text_ids: [1, L] int64 of the expression.
+        keep_count: K, where requests choose it.
+    """
+
+    embedding: nn.Module | None
+    text_ids: Tensor | None
+    keep_count: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ def side_by_side(patches_PE: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def pruned(
-    plan: Plan, levels: Sequence[Level], scores: dict[str, Any], keep_count: Tensor | None
+    plan: Plan, levels: Sequence[Level], scores: dict[str, Any], given: Choosing
 ) -> tuple[Tensor, Tensor]:
     """Prune the tokens, and give what is left to the decoder.
 
@@ -110,7 +132,7 @@ def pruned(
         plan: of the build.
         levels: the tower's end, and those of DeepStack.
         scores: further fields of `prune.VisionFeatures`.
-        keep_count: K, where requests choose it.
+        given: what a request says.
 
     Returns:
         visual_embeds [1, K, (1 + deepstack_levels) * H], kept_indices [1, K] int64.
@@ -124,7 +146,9 @@ def pruned(
         embeds=lambda: _behind_each_other([projected_BNH, *(level.embeds() for level in beside)]),
         **scores,
     )
-    selected = order.in_decoder_order(selection.select(plan, features, keep_count), plan.pruning.positions)
+    features = with_text(features, given.embedding, given.text_ids)
+    selected = selection.select(plan, features, given.keep_count)
+    selected = order.in_decoder_order(selected, plan.pruning.positions)
     indices_BK = selected.indices_BK
     if selected.patches_BKE is not None:
         return selected.patches_BKE, indices_BK
@@ -158,6 +182,7 @@ class Qwen25VLVision(nn.Module):
         super().__init__()
         self.visual = model.model.visual
         self._plan = plan
+        self.embed_tokens = embedding_for(plan, model.get_input_embeddings())
 
     def forward(
         self,
@@ -165,6 +190,7 @@ class Qwen25VLVision(nn.Module):
         patch_positions: Tensor,
         window_tokens: Tensor,
         token_slots: Tensor,
+        text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode and prune one image.
@@ -174,6 +200,7 @@ class Qwen25VLVision(nn.Module):
             patch_positions: [n, p, 2] int64, row and column of each.
             window_tokens: [W, M] int64, the tokens of every window, -1 where it ends early.
             token_slots: [n] int64, where each token stands among those W * M.
+            text_ids: [1, L] int64 of the expression, for pruners that look at it.
             keep_count: [K] int64 counting from 0, traced for its extent: tokens to keep.
 
         Returns:
@@ -192,7 +219,7 @@ class Qwen25VLVision(nn.Module):
             self._plan,
             [level_of(tower.merger, hidden_PE, tokens)],
             {**scores, **lying(patch_positions)},
-            keep_count,
+            Choosing(self.embed_tokens, text_ids, keep_count),
         )
 
 
@@ -203,15 +230,21 @@ class Qwen3VLVision(nn.Module):
         super().__init__()
         self.visual = model.model.visual
         self._plan = plan
+        self.embed_tokens = embedding_for(plan, model.get_input_embeddings())
 
     def forward(
-        self, pixel_values: Tensor, patch_positions: Tensor, keep_count: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        patch_positions: Tensor,
+        text_ids: Tensor | None = None,
+        keep_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode and prune one image.
 
         Args:
             pixel_values: [n, p, F] float32, the patches of every token.
             patch_positions: [n, p, 2] int64, row and column of each.
+            text_ids: [1, L] int64 of the expression, for pruners that look at it.
             keep_count: [K] int64 counting from 0, traced for its extent: tokens to keep.
 
         Returns:
@@ -238,7 +271,12 @@ class Qwen3VLVision(nn.Module):
                 for patches_PE, merger in zip(beside, tower.deepstack_merger_list, strict=True)
             ),
         ]
-        return pruned(self._plan, levels, {**scores, **lying(patch_positions)}, keep_count)
+        return pruned(
+            self._plan,
+            levels,
+            {**scores, **lying(patch_positions)},
+            Choosing(self.embed_tokens, text_ids, keep_count),
+        )
 
 
 def add_deepstack(language_model: Any, levels: Sequence[Tensor]) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def _check_written(folder: Path, recipe: Recipe) -> None:
 
 def _write_tokenizers(model: OpenedModel, folder: Path) -> None:
     model.tokenizer.save(str(folder / TOKENIZER))
-    if model.text_tower is not None:
+    if model.text_tower is not None and model.text_tower.kind == "clip":
         text_tower = model.checkpoint.companions["text_tower"]
         shutil.copyfile(text_tower.folder / TOKENIZER, folder / _TEXT_TOKENIZER)
 

@@ -138,7 +138,8 @@ def open_model(
     )
     check_in_vocabulary(tokenizer, family.image_token_id, spec.vocabulary, family.checkpoint)
     chat = open_chat(family, recipe, tokenizer, spec.vocabulary)
-    text_tower, companion = None, family.checkpoint.companions.get("text_tower")
+    text_tower = family.text_embeddings(spec, recipe) if reads_text else None
+    companion = family.checkpoint.companions.get("text_tower")
     if companion is not None:
         text_tower = family.text_tower(companion)
         check_text_tokenizer(load_tokenizer(companion.folder / TOKENIZER), text_tower)

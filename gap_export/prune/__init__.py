@@ -24,7 +24,14 @@ from gap_export.prune.compatibility import (
     share_of,
     working,
 )
-from gap_export.prune.features import Grid, VisionFeatures, class_attention, mean_keys, received_attention
+from gap_export.prune.features import (
+    Grid,
+    VisionFeatures,
+    changed,
+    class_attention,
+    mean_keys,
+    received_attention,
+)
 from gap_export.prune.table import PRUNERS, Pruner, merging, names, needs, register, row, where
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ __all__ = [
     "PrunerModule",
     "Selected",
     "VisionFeatures",
+    "changed",
     "check_adaptive",
     "check_count",
     "check_fraction",

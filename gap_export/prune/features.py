@@ -7,7 +7,7 @@ CLIP tower shares with its text tower. Tensors of the vision graph have a batch 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -131,6 +131,16 @@ class VisionFeatures(Generic[Array]):
         """What pruners that merge make tokens of."""
         embeds = self.embeds
         return self.patches if embeds is None else embeds
+
+
+def changed(features: VisionFeatures[Array], **changes: Any) -> VisionFeatures[Array]:
+    """Features with some fields of them others. Those that are computed when they are read still are, as `dataclasses.replace` would not leave them.
+
+    Args:
+        features: of a batch or an image.
+        changes: fields by their names.
+    """
+    return VisionFeatures(**{field.name: vars(features)[field.name] for field in fields(features)} | changes)
 
 
 def class_attention(query_BAD: Tensor, keys_BATD: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.torch.staged import open_reference
+from gap_export.runtime.torch.text_reference import EmbeddingReference
 from tests.families.both_ways import assert_equal_both_ways
 from tests.families.plain_answers import (
     EXPRESSIONS,
@@ -338,3 +339,29 @@ def test_a_language_model_of_another_kind(
 @pytest.mark.long
 def test_layers_are_copied(options: dict[str, Any], tmp_path: Path) -> None:
     assert_equal_both_ways(options, tmp_path, copied=("vision", "decoder"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pruner", ["text_similarity", "trim", "cdpruner"])
+def test_expressions_are_read_by_embeddings(pruner: str, build: Bundles, places: dict[str, Path]) -> None:
+    bundle = build(pruner=pruner, keep=0.5)
+    grounder = Grounder(bundle)
+    text_ids = grounder.text_ids(EXPRESSIONS[:2])
+    assert text_ids is not None
+    shades = np.random.default_rng(0).integers(0, 256, (2, 60, 60, 3), np.uint8)
+    (pixels,) = grounder.prepare([Image.fromarray(each) for each in shades]).calls
+    parts = {name: places[name] for name in ("base", "vision_tower")}
+    session = open_session(bundle, "onnxruntime", threads=1)
+    reference = open_reference(
+        "minigpt_v2",
+        places["checkpoint"],
+        bundle.manifest.pruning,
+        parts=parts,
+        text_tower=EmbeddingReference(),
+    )
+    mine, theirs, swapped = (
+        who.encode(pixels, text_ids_BL=ids)
+        for who, ids in ((session, text_ids), (reference, text_ids), (session, text_ids[::-1].copy()))
+    )
+    assert mine.kept_indices.tolist() == theirs.kept_indices.tolist()
+    assert mine.kept_indices.tolist() != swapped.kept_indices.tolist(), "it is read"

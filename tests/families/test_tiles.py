@@ -56,7 +56,7 @@ class TestTiles(Contract):
     def test_the_expression_is_read_once_for_all_tiles(
         self, tiny_family: Families, tiny_text_tower: Path, text_ids: Any
     ) -> None:
-        from gap_export.runtime.torch.session import TextReference
+        from gap_export.runtime.torch.text_reference import TextReference
 
         asked = tiny_family("llava_next").asked(
             pruner="text_similarity", keep=0.3, text_tower=str(tiny_text_tower)

@@ -29,6 +29,7 @@ from gap_export.modeling.attention import IMPLEMENTATION, CallSlots, causal
 from gap_export.modeling.components import ModelParts, square_images, torch_dtype
 from gap_export.modeling.decoder import DecoderHooks
 from gap_export.modeling.fake import fake, fake_mode
+from gap_export.modeling.text_embedding import embedding_for, with_text
 from gap_export.plan import Plan
 from gap_export.recipe.recipe import Recipe
 
@@ -69,17 +70,23 @@ class ToyTower(nn.Module):
 class ToyVision(nn.Module):
     """Tower, pruner, projector."""
 
-    def __init__(self, tower: ToyTower, projector: nn.Linear, plan: Plan, side: int) -> None:
+    def __init__(
+        self, tower: ToyTower, projector: nn.Linear, embedding: nn.Module, plan: Plan, side: int
+    ) -> None:
         super().__init__()
+        self.embed_tokens = embedding_for(plan, embedding)
         self.vision_tower, self.multi_modal_projector = tower, projector
         self._plan, self._side = plan, side
 
-    def forward(self, pixel_values: Tensor, keep_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixel_values: Tensor, text_ids: Tensor | None = None, keep_count: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """[B, 3, size, size] -> visual_embeds [B, K, H], kept_indices [B, K]."""
         patches_BNE = self.vision_tower(pixel_values)
         features = prune.VisionFeatures(
             patches_BNE, (self._side, self._side), projected=self.multi_modal_projector(patches_BNE)
         )
+        features = with_text(features, self.embed_tokens, text_ids)
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
@@ -153,7 +160,7 @@ class Toy(Family):
         }
         self.check_weights(f"{name}.{key}" for name, module in modules.items() for key in module.state_dict())
         return ModelParts(
-            vision=ToyVision(tower, projector, plan, side),
+            vision=ToyVision(tower, projector, language_model.get_input_embeddings(), plan, side),
             vision_inputs=(square_images(plan, config.size),),
             language_model=language_model,
             lm_head=lm_head,
@@ -182,5 +189,5 @@ ROW = FamilyRow(
     box=BoxFormat(codec="toy", frame="image"),
     missing_features=("attention", "projected_class_token"),
     attention_mask="image_blocks",
-    reads_text=False,
+    text_by="embeddings",
 )

@@ -87,11 +87,16 @@ def _size_faults(manifest: Manifest) -> Faults:
     if tower is not None:
         yield from outside(
             [
-                ("text_tower.context", tower.context, 3, 2**16),
+                ("text_tower.context", tower.context, 3 if tower.kind == "clip" else 1, 2**20),
                 ("text_tower.width", tower.width, 1, 2**17),
                 ("text_tower.vocabulary", tower.vocabulary, 1, LARGEST_VOCABULARY),
             ]
         )
+        if tower.kind == "embeddings" and (tower.width, tower.vocabulary) != (
+            model.hidden_size,
+            model.vocabulary,
+        ):
+            yield f"text_tower is {tower.vocabulary} embeddings of width {tower.width}, and the decoder has {model.vocabulary} of {model.hidden_size}"
     row_bytes = precision(manifest.precision).activations.bytes
     runs = manifest.pruning.cache_layout(model.layers, manifest.capacity, static=True)
     cache = 2 * runs.total_slots(runs.capacities) * model.kv_heads * model.head_dim * row_bytes
@@ -202,6 +207,12 @@ def _recipe_faults(manifest: Manifest) -> Faults:
         ("gates", manifest.gates, recipe.gates or manifest.gates),
         ("engines", sorted(manifest.engines), targets),
     ]
+    if manifest.text_tower is not None and manifest.text_tower.kind == "embeddings":
+        own = manifest.text_tower
+        pairs += [
+            ("text_tower.context", own.context, recipe.max_text),
+            ("text_tower.aligned_inversely", own.aligned_inversely, False),
+        ]
     if manifest.text_tower is not None:
         pairs.append(("text_tower.checkpoint", manifest.text_tower.checkpoint, recipe.text_tower))
     for field, said, built in pairs:

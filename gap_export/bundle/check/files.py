@@ -31,7 +31,8 @@ def file_faults(manifest: Manifest) -> Faults:
     if (GOLDEN in files) != (GOLDEN_IMAGE in files):
         one, other = (GOLDEN, GOLDEN_IMAGE) if GOLDEN in files else (GOLDEN_IMAGE, GOLDEN)
         yield f"files: {one} is listed without {other}"
-    used = [_TOKENIZER, *([_TEXT_TOKENIZER] if manifest.text_tower is not None else ())]
+    tower = manifest.text_tower
+    used = [_TOKENIZER, *([_TEXT_TOKENIZER] if tower is not None and tower.kind == "clip" else ())]
     graphs = {f"graphs.{name}": graph.file for name, graph in manifest.graphs.items()}
     engines = {
         f"engines.{target}.{name}": engine.file

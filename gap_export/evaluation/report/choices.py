@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gap_export import prune
+from gap_export import families, prune
 from gap_export.boxes.draw import patch_edges
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import GapExportError
@@ -26,7 +26,8 @@ from gap_export.pipeline.opened import TOKENIZER, open_model
 from gap_export.positions import Ids
 from gap_export.runtime.grounder import keep_counts
 from gap_export.runtime.torch.reference import open_model_of
-from gap_export.runtime.torch.session import TextReference, TorchSession
+from gap_export.runtime.torch.session import TorchSession
+from gap_export.runtime.torch.text_reference import EmbeddingReference, TextReader, TextReference
 
 _SLATE = (72, 77, 86, 190)
 _OPACITY = 185
@@ -117,15 +118,18 @@ class _Refusal(Exception):
     """Why a pruner is not on the page."""
 
 
-def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReference | None, Ids | None, str]:
-    """The text tower that the recipe names, ids of the expressions for it, or why there is none."""
+def _text(bundle: Bundle, expressions: Sequence[str]) -> tuple[TextReader | None, Ids | None, str]:
+    """What reads the expressions, their ids for it, or why there is none."""
     recipe = bundle.manifest.recipe
-    if not recipe.text_tower:
+    by_embeddings = families.row(bundle.manifest.family).text_by == "embeddings"
+    if not recipe.text_tower and not by_embeddings:
         return None, None, "looks at the expression, and the recipe names no text tower"
     try:
         # Ranges and texts are no part of the question, and the files need not be there any more.
         opened = open_model(recipe.model_copy(update={"ranges": None, "calibration": None}), reads_text=True)
         assert opened.text_tower is not None
+        if by_embeddings:
+            return EmbeddingReference(), encode_text(opened.tokenizer, opened.text_tower, expressions), ""
         folder = opened.checkpoint.companions["text_tower"].folder
         ids = encode_text(load_tokenizer(folder / TOKENIZER), opened.text_tower, expressions)
         return TextReference(folder, opened.text_tower), ids, ""

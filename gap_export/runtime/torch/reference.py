@@ -10,8 +10,9 @@ from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint.hub import resolve
 from gap_export.families import COMPANIONS
 from gap_export.families.reference import ReferenceModel, open_model
-from gap_export.runtime.torch.session import TextReference, TorchSession
+from gap_export.runtime.torch.session import TorchSession
 from gap_export.runtime.torch.staged import open_reference
+from gap_export.runtime.torch.text_reference import EmbeddingReference, TextReader, TextReference
 
 
 def open_torch(
@@ -30,10 +31,12 @@ def open_torch(
     """
     if threads:
         torch.set_num_threads(threads)
-    manifest, reads = bundle.manifest, None
-    if manifest.text_tower is not None:
-        folder = text_tower or resolve(manifest.text_tower.checkpoint)
-        reads = TextReference(folder, manifest.text_tower)
+    manifest, tower = bundle.manifest, bundle.manifest.text_tower
+    reads: TextReader | None = None
+    if tower is not None and tower.checkpoint is None:
+        reads = EmbeddingReference()
+    elif tower is not None:
+        reads = TextReference(text_tower or resolve(str(tower.checkpoint)), tower)
     return open_reference(
         manifest.family,
         checkpoint or resolve(manifest.checkpoint),

@@ -11,23 +11,19 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, DynamicCache
+from transformers import DynamicCache
 
+from gap_export import prune
 from gap_export.bundle.manifest import Pruning
-from gap_export.checkpoint import open_checkpoint
-from gap_export.errors import CheckpointError, first_line
-from gap_export.families.reference import ImageFeatures, ReferenceModel, quiet_loading
+from gap_export.families.reference import ImageFeatures, ReferenceModel
 from gap_export.inputs.batch import PixelInputs
-from gap_export.inputs.prompt import TextTower, text_lengths
-from gap_export.modeling.config_fields import check_values
+from gap_export.inputs.prompt import text_lengths
 from gap_export.positions import PAD, AttentionMask, Ids, Placement, place, visible
 from gap_export.prune import VisionFeatures, reference
 from gap_export.prune.features import OnDemand
@@ -41,6 +37,7 @@ from gap_export.runtime.session import (
     check_within_bound,
     vision_inputs,
 )
+from gap_export.runtime.torch.text_reference import TextReader
 
 _UNBOUNDED = 2**31
 
@@ -51,53 +48,6 @@ class _Group:
 
     rows: list[int]
     cache: DynamicCache
-
-
-class TextReference:
-    """transformers' own text tower of a CLIP checkpoint, and its projection of patches.
-
-    Args:
-        checkpoint: folder of the CLIP checkpoint.
-        facts: from the bundle's manifest.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
-
-    def __init__(self, checkpoint: Path, facts: TextTower) -> None:
-        self.aligned_inversely = facts.aligned_inversely
-        check_values(open_checkpoint(checkpoint))
-        try:
-            with quiet_loading():  # it would report what else a CLIP checkpoint holds
-                self._model = CLIPTextModelWithProjection.from_pretrained(
-                    checkpoint, attn_implementation="eager", local_files_only=True
-                ).eval()
-            files = sorted(checkpoint.glob("*.safetensors"))
-            (self._visual_projection_PE,) = (
-                stored.get_tensor("visual_projection.weight").float()
-                for file in files
-                for stored in [safe_open(file, framework="pt")]
-                if "visual_projection.weight" in stored.keys()  # noqa: SIM118  (not a dict)
-            )
-        except Exception as error:  # transformers raises what it meets
-            raise CheckpointError(
-                f"could not be loaded by transformers: {first_line(error)}",
-                subject=str(checkpoint),
-                hint="the reference needs the text tower the bundle was built with",
-            ) from error
-
-    def embedded(self, text_ids_BL: Ids) -> Tensor:
-        """[B, P]: every expression by itself, without padding."""
-        rows = []
-        for ids_L in text_ids_BL:
-            end = int(np.flatnonzero(ids_L == ids_L[-1])[0])
-            rows.append(self._model(input_ids=torch.from_numpy(ids_L[None, : end + 1])).text_embeds[0])
-        return torch.stack(rows)
-
-    def aligned(self, normed_BNE: Tensor) -> Tensor:
-        """[B, N, E] patches after the vision tower's last norm -> [B, N, P]."""
-        aligned_BNP: Tensor = normed_BNE.float() @ self._visual_projection_PE.T
-        return aligned_BNP
 
 
 class TorchSession(Lifetime):
@@ -117,7 +67,7 @@ class TorchSession(Lifetime):
         model: ReferenceModel,
         pruning: Pruning,
         *,
-        text_tower: TextReference | None = None,
+        text_tower: TextReader | None = None,
         mask: AttentionMask = "causal",
     ) -> None:
         self._loaded: ReferenceModel | None = model
@@ -200,13 +150,13 @@ class TorchSession(Lifetime):
         batch, tower = self._model.extract_features(pixels), self._text_tower
         if tower is None:
             return batch
-        texts = [None] * len(batch) if text_ids_BL is None else list(tower.embedded(text_ids_BL))
+        texts = [None] * len(batch) if text_ids_BL is None else list(tower.embedded(text_ids_BL, self._model))
         return [
             replace(
                 image,
-                shown=replace(
+                shown=prune.changed(
                     image.shown,
-                    aligned=None if text_P is None else tower.aligned(image.beside["normed"]),
+                    aligned=None if text_P is None else tower.aligned(image),
                     text=text_P,
                     aligned_inversely=tower.aligned_inversely,
                 ),

@@ -24,7 +24,8 @@ from gap_export.families.reference import ReferenceModel, open_model
 from gap_export.positions import Ids, Placement, PositionPolicy
 from gap_export.prune.in_decoder.stages import load
 from gap_export.runtime.session import Buffer, Prefilled
-from gap_export.runtime.torch.session import TextReference, TorchSession, as_loaded, shorten
+from gap_export.runtime.torch.session import TorchSession, as_loaded, shorten
+from gap_export.runtime.torch.text_reference import TextReader
 
 
 @dataclass
@@ -58,7 +59,7 @@ class StagedTorchSession(TorchSession):
         model: ReferenceModel,
         pruning: Pruning,
         *,
-        text_tower: TextReference | None = None,
+        text_tower: TextReader | None = None,
     ) -> None:
         super().__init__(model, pruning, text_tower=text_tower)
         self._decoder: Any = model.language_model
@@ -220,7 +221,7 @@ def open_reference(
     pruning: Pruning,
     *,
     parts: Mapping[str, Path] = MappingProxyType({}),
-    text_tower: TextReference | None = None,
+    text_tower: TextReader | None = None,
 ) -> TorchSession:
     """The reference of a family for a way of pruning, in fp32.
 
