@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from gap_export import prune
@@ -14,8 +15,7 @@ from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.prompt import TextTower
 from gap_export.positions import MergedId
 from gap_export.precision import Activations, one_of, precision
-from gap_export.prune.in_decoder import stages
-from gap_export.prune.in_decoder.stages import Cut
+from gap_export.prune.in_decoder import schedules
 from gap_export.recipe.ranges import CALIBRATE
 from gap_export.recipe.recipe import Recipe
 
@@ -91,26 +91,18 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
     _check_ranges(recipe)
     _check_calibration(recipe)
     pruner = prune.row(recipe.pruner).on_tower(spec.missing_features)
-    differ = spec.token_range is not None
-    prune.check_tower(pruner, spec.missing_features, differ=differ)
+    prune.check_tower(pruner, spec.missing_features)
     prune.check_text(
         pruner,
         spec.missing_features,
-        differ=differ,
         has_text_tower=text_tower is not None,
         published=spec.published_tower,
     )
+    first_layers = schedules.layers_for(recipe.pruner, spec.layers, recipe.prune_layers)
     counts = (
         _counts(recipe, pruner, spec)
         if spec.token_range is None
         else _counts_of_range(recipe, pruner, spec, spec.token_range)
-    )
-    cuts = stages.cuts_for(
-        recipe.pruner,
-        counts.keep,
-        visual_tokens=spec.visual_tokens,
-        layers=spec.layers,
-        prune_layers=recipe.prune_layers,
     )
     _check_several(recipe, spec)
     _check_mask(recipe, pruner, spec)
@@ -124,7 +116,7 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
         seed=recipe.seed,
         merged=pruner.merged,
         merged_id=recipe.merged_id,
-        stages=_stages(cuts, spec, capacity),
+        stages=_stages(recipe, spec, counts, first_layers, capacity),
     )
     return Plan(
         activations=precision(recipe.precision).activations,
@@ -222,18 +214,12 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec) -> _Counts:
         prune.check_count(pruner, bound, visual_tokens)
         return _Counts("adaptive", recipe.keep_bound, pruner.min_tokens, bound, bound)
     if isinstance(recipe.keep, float | int):
-        # What is dropped inside the decoder enters it.
-        inside = pruner.in_decoder
-        kept = visual_tokens if inside else prune.kept_count(recipe.keep, visual_tokens)
+        kept = prune.kept_count(recipe.keep, visual_tokens)
         prune.check_count(pruner, kept, visual_tokens)
+        if pruner.in_decoder:  # what is dropped inside the decoder enters it
+            kept = visual_tokens
         return _Counts("fixed", recipe.keep, kept, kept, kept)
     smallest, default, largest = recipe.keep
-    if pruner.in_decoder:
-        raise RecipeError(
-            "drops tokens inside the decoder, whose graphs and caches are laid out for one share",
-            subject=f"pruner {pruner.name}, keep {smallest:g}:{largest:g}",
-            hint="give one fraction, or use a pruner that works before the decoder",
-        )
     least, kept, most = (prune.kept_count(keep, visual_tokens) for keep in recipe.keep)
     for count in (least, most):
         prune.check_count(pruner, count, visual_tokens)
@@ -243,15 +229,16 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec) -> _Counts:
             subject=f"keep {smallest:g}:{largest:g}",
             hint="give a wider range, or one fraction",
         )
+    if pruner.in_decoder:
+        least = kept = most = visual_tokens
     return _Counts("dynamic", default, least, kept, most)
 
 
 def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, tokens: TokenRange) -> _Counts:
     """Where images differ in how many visual tokens they have: every image keeps the same share."""
-    if pruner.in_decoder or recipe.keep == "adaptive":
-        what = "keep adaptive" if recipe.keep == "adaptive" else "dropping tokens inside the decoder"
+    if recipe.keep == "adaptive":
         raise RecipeError(
-            f"{what} needs images that all have the same number of visual tokens, and this model's differ",
+            "keep adaptive needs images that all have the same number of visual tokens, and this model's differ",
             subject=f"pruner {pruner.name}",
             hint=f"give a fraction or a range, with one of {_before_decoder(recipe, spec)}",
         )
@@ -261,30 +248,73 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, toke
             subject="merged_id centroid",
             hint="use last_visual or max_kept",
         )
-    smallest, default, largest = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
+    keeps = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
+    for keep in keeps:
+        prune.check_fraction(keep)
+    # What is dropped inside the decoder enters it.
+    smallest, default, largest = (1.0,) * 3 if pruner.in_decoder else keeps
     least = prune.share_of(smallest, tokens.min_tokens, pruner.min_tokens)
     typical = prune.share_of(default, tokens.typical_tokens, pruner.min_tokens) + tokens.never_pruned
     # The image with most patches is not the one with most rows, and neither has more tokens than the largest.
     most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
     most = min(most, spec.visual_tokens)
     keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
-    return _Counts(keep_mode, default, least, typical, most)
+    return _Counts(keep_mode, keeps[1], least, typical, most)
 
 
-def _stages(cuts: tuple[Cut, ...], spec: ModelSpec, capacity: int) -> tuple[Stage, ...]:
-    """Stage 0 with every token, and one for each cut. A later stage has as many slots to spare as stage 0, or a few more."""
-    if not cuts:
+def _stages(
+    recipe: Recipe, spec: ModelSpec, counts: _Counts, first_layers: tuple[int, ...], capacity: int
+) -> tuple[Stage, ...]:
+    """Stage 0 with every token, and one for each cut. A later stage has as many slots to spare as stage 0, or a few more.
+
+    Args:
+        recipe: what to build.
+        spec: sizes of the model.
+        counts: of what enters the decoder.
+        first_layers: of the later stages; none for pruners before the decoder.
+        capacity: slots of stage 0.
+
+    Raises:
+        RecipeError: a share of which some stage has nothing left.
+    """
+    if not first_layers:
         return ()
-    ends = [*(cut.first_layer for cut in cuts), spec.layers]
+
+    def of(keep: float, tokens: int) -> tuple[tuple[int, int], ...]:
+        """(kept, merged) of every later stage."""
+        if spec.token_range is None:
+            cuts = schedules.cuts_for(
+                recipe.pruner,
+                keep,
+                visual_tokens=tokens,
+                layers=spec.layers,
+                prune_layers=recipe.prune_layers,
+            )
+            return tuple((cut.kept, cut.merged) for cut in cuts)
+        schedule = prune.row(recipe.pruner).load_schedule()
+        kept = schedule.counts(keep, tokens)
+        return tuple((k, schedule.merged(b, k) or 0) for b, k in pairwise((tokens, *kept)))
+
+    keeps = recipe.keep if isinstance(recipe.keep, tuple) else (counts.keep,) * 3
+    of(keeps[0], counts.kept)  # (the smallest share must leave something)
+    typical, largest = of(keeps[1], counts.kept), of(keeps[-1], counts.max_tokens)
+    firsts, entering, most = (0, *first_layers), (counts.kept, 0), (counts.max_tokens, 0)
     return tuple(
         Stage(
-            first_layer=cut.first_layer,
-            layers=end - cut.first_layer,
-            kept=cut.kept,
-            merged=cut.merged,
-            capacity=min(capacity, in_slot_steps(capacity - (spec.visual_tokens - cut.kept))),
+            first_layer=first,
+            layers=end - first,
+            kept=kept,
+            max_kept=max_kept,
+            merged=merged,
+            capacity=min(capacity, in_slot_steps(capacity - recipe.images * (counts.max_tokens - max_kept))),
         )
-        for cut, end in zip((Cut(0, spec.visual_tokens), *cuts), ends, strict=True)
+        for first, end, (kept, merged), (max_kept, _) in zip(
+            firsts,
+            (*first_layers, spec.layers),
+            (entering, *typical),
+            (most, *largest),
+            strict=True,
+        )
     )
 
 

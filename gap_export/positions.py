@@ -81,8 +81,8 @@ class Placement:
         last_index: [B] int64, the index within S of each row's last real token.
         next_position: [B] int64, the position id of the first generated token.
         next_slot: [B] int64, the cache slot of the first generated token.
-        image_start: [B] int64, text tokens before the image; None where the splice does not tell.
         image_slots: [B, I, 2] int64, the first slot of every image and the one after its last; None where the splice does not tell.
+        stage_counts: [B, I, J] int64, visual tokens of every image in every later stage, of a prompt where they are told.
         stage_write_index: of every later stage (1, 2, ...) of a decoder that drops tokens, `write_index` [B] there.
         stage_next_slot: of every later stage, `next_slot` [B] there.
     """
@@ -92,8 +92,8 @@ class Placement:
     last_index: Ids
     next_position: Ids
     next_slot: Ids
-    image_start: Ids | None = None
     image_slots: Ids | None = None
+    stage_counts: Ids | None = None
     stage_write_index: tuple[Ids, ...] = ()
     stage_next_slot: tuple[Ids, ...] = ()
 
@@ -102,6 +102,16 @@ class Placement:
         """`next_slot` of every stage, the first included."""
         return (self.next_slot, *self.stage_next_slot)
 
+    @property
+    def stage_lengths(self) -> Ids:
+        """[B, J]: tokens of every prompt in every later stage, where counts are told."""
+        assert self.image_slots is not None
+        assert self.stage_counts is not None
+        entered_BI = self.image_slots[:, :, 1] - self.image_slots[:, :, 0]
+        gone_BJ = (entered_BI[:, :, None] - self.stage_counts).sum(axis=1)
+        lengths_BJ: Ids = self.last_index[:, None] + 1 - gone_BJ
+        return lengths_BJ
+
     def decoder_inputs(self) -> dict[str, Ids]:
         """The numbers that decoder graphs take, by the names of their inputs. A graph takes those that it names."""
         inputs = {
@@ -109,15 +119,22 @@ class Placement:
             "write_index": self.write_index,
             "last_index": self.last_index,
         }
-        if self.image_start is not None:
-            inputs["image_start"] = self.image_start
         if self.image_slots is not None:
             inputs["image_slots"] = self.image_slots
+        if self.stage_counts is not None:
+            inputs["stage_counts"] = self.stage_counts
+            longest_J = self.stage_lengths.max(axis=0)
+            inputs |= {f"stage_slots.{stage}": longest for stage, longest in enumerate(longest_J, 1)}
         return inputs | {f"write_index.{stage}": slot for stage, slot in enumerate(self.stage_write_index, 1)}
 
 
-def placement_from_splice(outputs: Mapping[str, Ids]) -> Placement:
-    """The placement that a splice graph gives, by the names of its outputs."""
+def placement_from_splice(outputs: Mapping[str, Ids], stage_counts: Ids | None = None) -> Placement:
+    """The placement that a splice graph gives.
+
+    Args:
+        outputs: of the graph, by name.
+        stage_counts: what it was told.
+    """
     next_slot = outputs["next_slot"]
     later = sorted(
         (name for name in outputs if name.startswith("next_slot.")), key=lambda n: int(n.split(".")[1])
@@ -128,8 +145,8 @@ def placement_from_splice(outputs: Mapping[str, Ids]) -> Placement:
         last_index=next_slot - 1,
         next_position=outputs["next_position"],
         next_slot=next_slot,
-        image_start=outputs.get("image_start"),
         image_slots=outputs.get("image_slots"),
+        stage_counts=stage_counts,
         stage_write_index=tuple(np.zeros_like(next_slot) for _ in later),
         stage_next_slot=tuple(outputs[name] for name in later),
     )
@@ -210,7 +227,7 @@ def place(
     visual_tokens: int | Ids,
     policy: PositionPolicy,
     merged: int = 0,
-    stages: tuple[int, ...] = (),
+    stage_counts: Ids | None = None,
     grids: Ids | None = None,
     between: Ids | None = None,
     kept_counts: Ids | None = None,
@@ -225,7 +242,7 @@ def place(
         visual_tokens: N, of all images or [B], [B, I] of each.
         policy: how to number.
         merged: where tokens merged from many stand, as for `prompt_position_ids`.
-        stages: visual tokens that every later stage has.
+        stage_counts: [B, I, J] visual tokens of every image in every later stage.
         grids: [B, 2], [B, I, 2] rows and columns of each image's visual tokens, for M-RoPE.
         between: [B, I - 1] tokens between one image and the next; None where there is one.
         kept_counts: [B, I] how many of K each image keeps; None where there is one.
@@ -258,16 +275,17 @@ def place(
         )
         for row in range(batch)
     ]
+    later = [] if stage_counts is None else list(np.moveaxis(stage_counts, -1, 0))
     return Placement(
         position_ids=np.stack([ids for ids, _ in rows], axis=-2),
         write_index=np.zeros(batch, np.int64),
         last_index=lengths - 1,
         next_position=np.array([following for _, following in rows], np.int64) - padding,
         next_slot=lengths,
-        image_start=text_before,
         image_slots=np.stack([image_ends_BI - counts_BI, image_ends_BI], axis=-1),
-        stage_write_index=tuple(np.zeros(batch, np.int64) for _ in stages),
-        stage_next_slot=tuple(text_before + left + text_after for left in stages),
+        stage_counts=stage_counts,
+        stage_write_index=tuple(np.zeros(batch, np.int64) for _ in later),
+        stage_next_slot=tuple(lengths - kept + left_BI.sum(axis=1) for left_BI in later),
     )
 
 
@@ -286,7 +304,6 @@ def advance(placement: Placement) -> Placement:
         last_index=np.zeros_like(placement.last_index),
         next_position=placement.next_position + 1,
         next_slot=placement.next_slot + 1,
-        image_start=placement.image_start,
         image_slots=placement.image_slots,
         stage_write_index=placement.stage_next_slot,
         stage_next_slot=tuple(slot + 1 for slot in placement.stage_next_slot),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec
 from gap_export.bundle.spec import Dim
 from gap_export.errors import RecipeError
@@ -174,7 +175,8 @@ def test_strategies_before_the_decoder_have_no_stages() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pruner": "fastv", "keep": "0.1:1.0"}, "laid out for one share"),
+        ({"pruner": "fastv", "keep": "0.0001:1.0"}, "keeps none of 576 tokens"),
+        ({"pruner": "sparsevlm", "keep": "0.003:1.0"}, "no token of the image"),
         ({"pruner": "sparsevlm", "keep": "adaptive"}, "no rule of its own"),
         ({"pruner": "fastv", "prune_layers": (32,)}, "from 1 to 31"),
         ({"pruner": "spatial", "prune_layers": (2,)}, "drops no tokens inside the decoder"),
@@ -185,6 +187,24 @@ def test_strategies_before_the_decoder_have_no_stages() -> None:
 def test_stages_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         plan_for(recipe_with(**changes), DEEP)
+
+
+def test_requests_choose_a_share_inside_the_decoder() -> None:
+    """All tokens enter; what later stages have is told with every prompt, and their caches hold the largest share."""
+    plan = plan_for(recipe_with(pruner="pyramiddrop", keep="0.125:0.25:0.5"), DEEP)
+    pruning = plan.pruning
+    assert (pruning.keep_mode, pruning.keep_range) == ("dynamic", (0.125, 0.5))
+    assert (pruning.min_tokens, pruning.kept, pruning.max_tokens) == (576, 576, 576)
+    assert pruning.stage_counts_are_told
+    assert not pruning.count_is_given
+    assert pruning.stages[-1].kept == 144
+    assert [stage.max_kept for stage in pruning.stages] == [576, 457, 363, 288]
+    specs = plan.graph_specs(DEEP)
+    assert [tensor.name for tensor in specs.prefill.inputs if tensor.extent_of is not None] == [
+        f"stage_slots.{stage}" for stage in (1, 2, 3)
+    ]
+    assert specs.splice.inputs[-1].name == "stage_counts"
+    assert specs.splice.inputs[-1].shape[1:] == (1, 3)
 
 
 def test_a_shallow_decoder_is_told_what_it_lacks() -> None:
@@ -214,6 +234,27 @@ def test_every_image_keeps_the_same_share(keep: float) -> None:
     assert plan.capacity >= 127 + plan.pruning.max_tokens + 32 + 1
 
 
+@pytest.mark.parametrize("images", [1, 2])
+@given(keep=st.floats(0.001, 1.0))
+def test_stages_follow_the_size_of_the_image(keep: float, images: int) -> None:
+    """Every later stage has as many slots to spare as the first, or a few more, for the largest images."""
+    facts = MANY.model_copy(update={"layers": 32})
+    prompt = "<image>" * images + " {expression}"
+    plan = plan_for(recipe_with(keep=keep, pruner="sparsevlm", images=images, prompt=prompt), facts)
+    pruning = plan.pruning
+    assert pruning.keep_mode == "ratio"
+    assert (pruning.min_tokens, pruning.kept, pruning.max_tokens) == (4, 240, 600), "all of them enter"
+    first, *later = pruning.stages
+    assert (first.kept, first.max_kept, first.capacity) == (240, 600, plan.capacity)
+    schedule = prune.row("sparsevlm").load_schedule()
+    assert tuple(stage.kept for stage in later) == schedule.counts(keep, 240)
+    assert tuple(stage.max_kept for stage in later) == schedule.counts(keep, 600)
+    for stage in later:
+        assert stage.capacity - images * stage.max_kept >= plan.capacity - images * 600
+    assert plan.cache_layout(32).lengths_of(100) == [100] * 4, "of a prompt of which nothing is known"
+    assert plan.cache_layout(32).lengths_of(100, [10, 20, 30]) == [100, 90, 80, 70]
+
+
 def test_requests_may_choose_the_share() -> None:
     plan = plan_for(recipe_with(keep="0.1:1.0", pruner="random"), MANY)
     assert (plan.pruning.keep_mode, plan.pruning.keep_range) == ("dynamic", (0.1, 1.0))
@@ -224,7 +265,6 @@ def test_requests_may_choose_the_share() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pruner": "fastv"}, "inside the decoder needs images that all have the same number"),
         ({"pruner": "trim", "keep": "adaptive"}, "keep adaptive needs images"),
         ({"pruner": "prumerge", "merged_id": "centroid"}, "images that all have the same grid of patches"),
     ],

@@ -290,7 +290,7 @@ def staged(stages: tuple[int, ...]) -> Placement:
         text_after=np.array([3, 1]),
         visual_tokens=6,
         policy=GAP,
-        stages=stages,
+        stage_counts=np.tile(np.array(stages, np.int64), (2, 1, 1)),
     )
 
 
@@ -299,8 +299,6 @@ def test_stages_are_counted_by_walking_their_own_caches(left: list[int], steps: 
     """One list of tokens per stage and row, appended to: a token's slot is where it lands; its id is the same in all of them."""
     turn = staged(tuple(left))
     caches = [[["token"] * (text + count) for text in (5, 1)] for count in (6, *left)]
-    assert turn.image_start is not None
-    assert turn.image_start.tolist() == [2, 0]
     assert [slot.tolist() for slot in turn.stage_write_index] == [[0, 0]] * len(left)
     for step in range(steps):
         turn = advance(turn)
@@ -312,17 +310,15 @@ def test_stages_are_counted_by_walking_their_own_caches(left: list[int], steps: 
 
 
 def test_a_graph_is_given_what_it_names() -> None:
-    turn = advance(staged((4, 1)))
+    prompt = staged((4, 1))
+    common = ["position_ids", "write_index", "last_index", "image_slots"]
+    told = ["stage_counts", "stage_slots.1", "stage_slots.2"]
+    inputs = prompt.decoder_inputs()
+    assert list(inputs) == [*common, *told, "write_index.1", "write_index.2"]
+    assert [int(inputs[name]) for name in told[1:]] == [9, 6], "the longest row: 5 tokens of text"
+    turn = advance(prompt)
     inputs = turn.decoder_inputs()
-    assert list(inputs) == [
-        "position_ids",
-        "write_index",
-        "last_index",
-        "image_start",
-        "image_slots",
-        "write_index.1",
-        "write_index.2",
-    ]
+    assert list(inputs) == [*common, "write_index.1", "write_index.2"]
     assert (inputs["write_index.1"].tolist(), inputs["write_index.2"].tolist()) == ([9, 5], [6, 2])
     plain = Placement(*(np.zeros(1, np.int64) for _ in range(5)))
     assert list(plain.decoder_inputs()) == ["position_ids", "write_index", "last_index"]
@@ -340,7 +336,8 @@ def test_outputs_of_a_splice_are_read_by_number() -> None:
     placement = placement_from_splice(outputs)
     assert [int(slot[0]) for slot in placement.slots_of_stages] == list(range(100, 89, -1))
     assert placement.last_index.tolist() == [99]
-    assert placement.image_start is None
+    assert placement.image_slots is None
+    assert placement.stage_counts is None
 
 
 def test_controls_of_stages() -> None:
@@ -356,3 +353,39 @@ def test_controls_of_stages() -> None:
     whole = staged(())
     assert with_last_stage_off_by_one(whole) is whole
     assert with_one_slot_counter(whole).slots_of_stages[0].tolist() == whole.next_slot.tolist()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3)), min_size=2, max_size=2),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_stages_of_two_images_are_counted_image_by_image(
+    rows: list[tuple[int, list[tuple[int, int]]]],
+) -> None:
+    """Rows of text and of images with tokens that some stages drop, walked one by one: what remains is as long as it says."""
+    entered = np.array([[tokens for tokens, _ in images] for _, images in rows])
+    counts = np.stack([np.maximum(1, entered - drop) for drop in (1, 3)], axis=-1)
+    kept = np.full((len(rows), int(entered.sum(axis=1).max())), -1)
+    for row, (first, second) in enumerate(entered):
+        kept[row, : first + second] = [*range(first), *range(second)]
+    placement = place(
+        kept,
+        text_before=np.array([before for before, _ in rows]),
+        between=np.array([[images[0][1]] for _, images in rows]),
+        text_after=np.array([images[1][1] for _, images in rows]),
+        visual_tokens=entered,
+        kept_counts=entered,
+        policy=GAP,
+        stage_counts=counts,
+    )
+    for row, (before, images) in enumerate(rows):
+        text = before + sum(words for _, words in images)
+        lengths = [text + int(counts[row, :, stage].sum()) for stage in range(2)]
+        assert placement.stage_lengths[row].tolist() == lengths
+        assert [int(slot[row]) for slot in placement.stage_next_slot] == lengths

@@ -27,7 +27,7 @@ class CacheRun:
     Attributes:
         layers: how many.
         capacity: most slots of each.
-        dropped: tokens of the first run that these layers do not see.
+        dropped: tokens of the first run that these layers never see.
     """
 
     layers: int
@@ -85,8 +85,15 @@ class CacheLayout:
             min(in_slot_steps(slots), run.capacity) for slots, run in zip(needed, self.runs, strict=True)
         )
 
-    def lengths_of(self, length: int) -> list[int]:
-        """Tokens in every run of a prompt that has `length` in the first."""
+    def lengths_of(self, length: int, gone: Sequence[int] | None = None) -> list[int]:
+        """Most tokens in every run of a prompt that has `length` in the first.
+
+        Args:
+            length: tokens.
+            gone: how many of them every later run does not see, where prompts differ in that and it is known.
+        """
+        if gone is not None:
+            return [length, *(length - dropped for dropped in gone)]
         return [length - run.dropped for run in self.runs]
 
     def total_slots(self, slots: Sequence[int]) -> int:

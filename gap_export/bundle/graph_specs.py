@@ -99,6 +99,17 @@ class GraphSpecs:
             maximum=text + self.images * pruning.max_tokens,
         )
 
+    def stage_dim(self, number: int) -> Dim:
+        """Slots of a prompt in a later stage."""
+        stage, text = self.pruning.stages[number], self.max_text - self.images
+        fewest = 1 if self.pruning.stage_counts_are_told else stage.kept
+        return Dim(
+            name=f"stage_{number}",
+            minimum=self.images * fewest + 1,
+            optimum=text + self.images * stage.kept,
+            maximum=text + self.images * stage.max_kept,
+        )
+
     # Graphs
 
     def vision(self, image_inputs: tuple[TensorSpec, ...]) -> GraphSpec:
@@ -118,7 +129,8 @@ class GraphSpecs:
     def splice(self) -> GraphSpec:
         """Of the splice."""
         text = Dim(name="text", minimum=1 + self.images, optimum=self.max_text, maximum=self.max_text)
-        visual = self._visual(self.pruning.max_tokens if self.pruning.keep_mode == "fixed" else self.row_dim)
+        one_count = self.pruning.keep_mode == "fixed" or self.pruning.enters_whole
+        visual = self._visual(self.pruning.max_tokens if one_count else self.row_dim)
         return GraphSpec(
             name="splice",
             inputs=(
@@ -130,6 +142,7 @@ class GraphSpecs:
                     if given.name != "kept_indices" or self.pruning.positions is PositionPolicy.GAP
                 ),
                 *self._unpruned(),
+                *self._stage_counts,
             ),
             outputs=(
                 self._inputs_embeds,
@@ -137,7 +150,7 @@ class GraphSpecs:
                 int64_spec("next_position", self.batch),
                 int64_spec("next_slot", self.batch),
                 *self._image_slots,
-                *self._counters_of_stages(),
+                *(int64_spec(f"next_slot.{number}", self.batch) for number in self._later_stages),
             ),
         )
 
@@ -179,15 +192,17 @@ class GraphSpecs:
             name="prefill",
             inputs=(
                 self._inputs_embeds,
-                int64_spec("position_ids", self.batch, self.spliced),
+                int64_spec("position_ids", *self._ids_rows, self.batch, self.spliced),
                 int64_spec("last_index", self.batch),
-                int64_spec("image_start", self.batch),
+                *self._image_slots,
+                *self._stage_counts,
+                *self._stage_slots,
                 *past,
             ),
             outputs=(
                 self._logits,
                 *(
-                    int64_spec(f"kept_indices.{number}", self.batch, self.pruning.stages[number].kept)
+                    int64_spec(f"kept_slots.{number}", self.batch, self.stage_dim(number))
                     for number in self._later_stages
                 ),
                 *present,
@@ -203,7 +218,7 @@ class GraphSpecs:
             name="decode",
             inputs=(
                 self._embeds("inputs_embeds", 1),
-                int64_spec("position_ids", self.batch, 1),
+                int64_spec("position_ids", *self._ids_rows, self.batch, 1),
                 int64_spec("write_index", self.batch),
                 *(int64_spec(f"write_index.{number}", self.batch) for number in self._later_stages),
                 *past,
@@ -244,10 +259,29 @@ class GraphSpecs:
 
     @cached_property
     def _image_slots(self) -> tuple[TensorSpec, ...]:
-        """What splice gives and the decoder takes where the mask looks at images."""
-        if not self.model.reads_image_slots:
+        """What splice gives and the decoder takes where the mask looks at images, or tokens of them are dropped inside it."""
+        if not self.model.reads_image_slots and not self.pruning.stages:
             return ()
         return (int64_spec("image_slots", self.batch, self.images, 2),)
+
+    @cached_property
+    def _stage_counts(self) -> tuple[TensorSpec, ...]:
+        """Visual tokens of every image in every later stage, where counts are told."""
+        if not self.pruning.stage_counts_are_told:
+            return ()
+        return (int64_spec("stage_counts", self.batch, self.images, len(self._later_stages)),)
+
+    @cached_property
+    def _stage_slots(self) -> tuple[TensorSpec, ...]:
+        """Tokens of the longest row in every later stage; the same."""
+        if not self.pruning.stage_counts_are_told:
+            return ()
+        return tuple(
+            TensorSpec(
+                name=f"stage_slots.{number}", dtype="int64", shape=(), extent_of=self.stage_dim(number)
+            )
+            for number in self._later_stages
+        )
 
     @cached_property
     def _cached(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -295,10 +329,3 @@ class GraphSpecs:
         if self.model.position_rows == 3:
             return (int64_spec("image_grid", *self._per_image, 2),)
         return (int64_spec("visual_counts", *self._per_image),)
-
-    def _counters_of_stages(self) -> tuple[TensorSpec, ...]:
-        """What splice gives besides, where the decoder drops tokens."""
-        if not self.pruning.stages:
-            return ()
-        names = ("image_start", *(f"next_slot.{number}" for number in self._later_stages))
-        return tuple(int64_spec(name, self.batch) for name in names)

@@ -23,7 +23,7 @@ from gap_export.precision import Thresholds, known
 from gap_export.recipe.recipe import Recipe
 from gap_export.records import Record
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Raised once for every change of what a manifest says; bundles of another number are built again."""
 _SLOT_AXIS = 2
 
@@ -131,7 +131,9 @@ class Stage(Record):
     Attributes:
         first_layer: the layer it begins with.
         layers: how many it has.
-        kept: visual tokens that its layers see, merged ones included.
+        kept: visual tokens that its layers see of an image, merged ones included; of a typical one and the default share, where counts are told
+            (`Pruning.stage_counts_are_told`).
+        max_kept: of the largest image and share; left out, the same.
         merged: how many of them were merged from several as the stage began. Each has the raster index of one of those.
         capacity: cache slots of its layers.
     """
@@ -139,6 +141,7 @@ class Stage(Record):
     first_layer: int = Field(ge=0)
     layers: int = Field(ge=1)
     kept: int = Field(ge=1)
+    max_kept: int = Field(default_factory=lambda given: int(given["kept"]))
     merged: int = Field(default=0, ge=0)
     capacity: int = Field(ge=1)
 
@@ -189,7 +192,7 @@ class Pruning(Record):
 
     @property
     def mean_kept(self) -> float:
-        """Visual tokens that a decoder layer sees, on average: what papers about dropping them inside it compare by."""
+        """Visual tokens that a decoder layer sees, on average: what papers about dropping them inside it compare by. Of a typical image."""
         if not self.stages:
             return float(self.kept)
         layers = sum(stage.layers for stage in self.stages)
@@ -197,8 +200,18 @@ class Pruning(Record):
 
     @property
     def count_is_given(self) -> bool:
-        """Whether every call of the vision graph is told how many tokens to keep."""
-        return self.keep_mode in ("dynamic", "ratio")
+        """Whether every call of the vision graph is told how many tokens to keep: of images of one size that are pruned later, it keeps all."""
+        return self.keep_mode in ("dynamic", "ratio") and not self.enters_whole
+
+    @property
+    def enters_whole(self) -> bool:
+        """Whether as many tokens of every image enter the decoder, which drops them itself."""
+        return bool(self.stages) and self.min_tokens == self.max_tokens
+
+    @property
+    def stage_counts_are_told(self) -> bool:
+        """Whether every prompt comes with how many tokens of each of its images every later stage has."""
+        return bool(self.stages) and self.keep_mode != "fixed"
 
     def cache_layout(self, layers: int, capacity: int, *, static: bool) -> CacheLayout:
         """The cache of a decoder with this pruning: a run of layers for every stage, or one.
@@ -208,8 +221,10 @@ class Pruning(Record):
             capacity: slots of the layers that see every token.
             static: whether a cache always has all its slots.
         """
+        told = self.stage_counts_are_told
         runs = tuple(
-            CacheRun(stage.layers, stage.capacity, self.stages[0].kept - stage.kept) for stage in self.stages
+            CacheRun(stage.layers, stage.capacity, 0 if told else self.stages[0].kept - stage.kept)
+            for stage in self.stages
         )
         return CacheLayout(runs or (CacheRun(layers, capacity),), static)
 

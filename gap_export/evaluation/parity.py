@@ -27,6 +27,7 @@ from gap_export.precision import Thresholds, hinted_margin, precision
 from gap_export.records import Amount, Count, Flag, Record, Share
 from gap_export.runtime.generate import Generation
 from gap_export.runtime.grounder import Grounded
+from gap_export.runtime.keep import stage_counts_of
 
 SCORE_MARGIN = 1e-3
 """Relative difference to the score of the last token kept below which the choice between two tokens is a tie."""
@@ -264,7 +265,7 @@ def _expected_placement(run: Grounded, manifest: Manifest) -> Placement:
         visual_tokens=run.batch.by_prompt(run.batch.visual_tokens),
         policy=pruning.positions,
         merged=pruning.merged,
-        stages=tuple(stage.kept for stage in pruning.stages[1:]),
+        stage_counts=stage_counts_of(pruning, generation.placement.stage_counts, len(run.answers)),
         grids=run.batch.grids,
         between=run.prompts.between,
         kept_counts=generation.kept_counts,

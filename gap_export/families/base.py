@@ -353,7 +353,9 @@ class Family(ABC):
             plan: of the build.
             mode: of the fake parameters, where other modules are to be traced with the same.
         """
-        attention = {"": IMPLEMENTATION, "vision_config": selection.tower_attention(plan)}
+        # (What stands under "" is not handed down to the configs below.)
+        tower = selection.tower_attention(plan)
+        attention = {"": IMPLEMENTATION, "text_config": IMPLEMENTATION, "vision_config": tower}
         options: dict[str, Any] = {"dtype": torch_dtype(plan), "attn_implementation": attention}
         model = hf_config.accepted(
             lambda: fake(lambda: kind._from_config(self.config, **options), mode or fake_mode()),

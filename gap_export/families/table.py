@@ -72,8 +72,6 @@ class FamilyRow:
     def lacks(self, pruner: prune.Pruner) -> str:
         """What a pruner needs and models of this family do not have, as text; "" where it works."""
         missing = [prune.NEEDED[part] for part in pruner.needs if part in self.missing_features]
-        if pruner.in_decoder and self.dynamic:
-            missing.append("images of one size")
         if pruner.in_decoder and self.attention_mask != "causal":
             missing.append("a causal mask")
         return " and ".join(missing)

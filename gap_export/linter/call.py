@@ -41,6 +41,7 @@ _COUNTS = (
     (re.compile(r"total_seq|total_len|kv_len|context_len"), lambda c: c.past + c.tokens),
     (re.compile(r"last_ind"), lambda c: c.tokens - 1),
     (re.compile(r"logits_to_keep|query_len|seq_len|sequence_length"), lambda c: c.tokens),
+    (re.compile(r"stage_slots"), lambda c: c.tokens),  # no image, and nothing dropped
 )
 """What integers of one value, or one per row, count; the first that matches."""
 

@@ -18,7 +18,7 @@ FOLLOW = Rule(
     id="ids-follow-survivors",
     title="where a decoder drops tokens, ids are gathered with the index that the tokens are gathered with",
 )
-KEPT_INSIDE, WRITE_INSIDE = "kept_indices.", "write_index."
+KEPT_INSIDE, WRITE_INSIDE = "kept_slots.", "write_index."
 """What the outputs and inputs of such graphs begin with that belong to a later stage."""
 _RESHAPING = ("Unsqueeze", "Squeeze", "Expand", "Reshape", "Identity", "Cast")
 
@@ -80,7 +80,7 @@ def find_stage_ids(flow: Flow, ids: ir.Value, tokens: int) -> StageIds:
 
 
 def check_kept_inside(flow: Flow, stages: StageIds, *, keeps_ids: bool, sorted_wanted: bool) -> list[Finding]:
-    """Whether the `kept_indices.*` that are given out are those of the choices.
+    """Whether the `kept_slots.*` that are given out are those of the choices.
 
     Args:
         flow: the graph.
@@ -112,7 +112,7 @@ def check_kept_inside(flow: Flow, stages: StageIds, *, keeps_ids: bool, sorted_w
                 _finding(
                     name_of(kept),
                     "these are not the places that the tokens were gathered with",
-                    "give out raster indices gathered with the same places",
+                    "give out slots gathered with the same places",
                 )
             )
     return findings

@@ -23,7 +23,7 @@ from gap_export.modeling import staged
 from gap_export.modeling.decoder import Decoder, DecoderHooks
 from gap_export.modeling.layers import LayerStack
 from gap_export.modeling.rope import by_row
-from gap_export.modeling.splice import Embed, Splice, SpliceSeveral
+from gap_export.modeling.splice import Embed, Splice, SpliceSeveral, StagedSplice, StagedSpliceSeveral
 from gap_export.plan import Plan
 from gap_export.positions import PositionPolicy
 
@@ -114,7 +114,9 @@ def build_components(
         (specs.embed, Embed(embedding, deepstack_levels=spec.deepstack_levels)),
     ]
     if plan.pruning.stages:
-        modules = staged.decoder_modules(parts.language_model, parts.lm_head, plan)
+        modules = staged.decoder_modules(
+            parts.language_model, parts.lm_head, plan, deepstack_levels=spec.deepstack_levels
+        )
         graphs += zip((specs.prefill, specs.decode), modules, strict=True)
     else:
         decoder = Decoder(
@@ -146,27 +148,30 @@ def build_components(
 
 
 def _decoder_layers(spec: ModelSpec, plan: Plan) -> LayerStack:
-    """In runs, between which tokens are dropped, or features added by DeepStack."""
-    stages = tuple(stage.run for stage in plan.pruning.stages)
-    return LayerStack("language_model.layers", stages or (range(spec.deepstack_levels, spec.layers),))
+    """In runs, between which tokens are dropped; without the layers behind which DeepStack adds something."""
+    stages = tuple(stage.run for stage in plan.pruning.stages) or (range(spec.layers),)
+    alike = (range(max(run.start, spec.deepstack_levels), run.stop) for run in stages)
+    return LayerStack("language_model.layers", tuple(run for run in alike if run))
 
 
 def _splice(embedding: nn.Embedding, spec: ModelSpec, plan: Plan, image_token_id: int) -> nn.Module:
-    placing: dict[str, Any] = {
+    pruning = plan.pruning
+    options: dict[str, Any] = {
         "image_token_id": image_token_id,
         "visual_tokens": None if spec.token_range is not None else spec.visual_tokens,
+        "policy": pruning.positions,
+        "mrope": spec.position_rows == 3,
+        "deepstack_levels": spec.deepstack_levels,
     }
-    if plan.pruning.stages:
-        return staged.StagedSplice(embedding, plan, **placing)
-    kind: Any = SpliceSeveral if plan.images > 1 else Splice
-    splice: nn.Module = kind(
-        embedding,
-        policy=plan.pruning.positions,
-        mrope=spec.position_rows == 3,
-        deepstack_levels=spec.deepstack_levels,
-        gives_image_slots=spec.reads_image_slots,
-        **placing,
-    )
+    kind: Any
+    if pruning.stages:
+        kind = StagedSpliceSeveral if plan.images > 1 else StagedSplice
+        dropped = tuple(pruning.kept - stage.kept for stage in pruning.stages[1:])
+        options["dropped"] = None if pruning.stage_counts_are_told else dropped
+    else:
+        kind = SpliceSeveral if plan.images > 1 else Splice
+        options["gives_image_slots"] = spec.reads_image_slots
+    splice: nn.Module = kind(embedding, **options)
     return splice
 
 
@@ -189,7 +194,8 @@ class _Dependencies:
         if graph == "splice":
             visual_tokens = None if model.token_range is not None else model.visual_tokens
             placed = self.image_token_id, visual_tokens, model.position_rows, model.deepstack_levels
-            stages = (pruning.kept, *(stage.kept for stage in pruning.stages)) if pruning.stages else ()
+            told = pruning.stage_counts_are_told
+            stages = told, *(pruning.kept - stage.kept for stage in pruning.stages if not told)
             return self._table, placed, model.reads_image_slots, plan.images, pruning.positions, stages
         if graph == "vision":
             return self.checkpoint.fingerprint(), self.family, model, self.image_token_id, self._encoding
@@ -226,7 +232,11 @@ class _Dependencies:
         keeps_order = plan.pruning.positions.keeps_raster_order
         order = PositionPolicy.GAP if keeps_order else PositionPolicy.PERMUTED
         if plan.pruning.stages:  # what drops tokens later encodes as if nothing did
-            return _with_pruning(plan, positions=order, pruner="none", keep=1.0, stages=())
+            mode = plan.pruning.keep_mode if plan.pruning.count_is_given else "fixed"
+            mode = "ratio" if mode == "dynamic" else mode
+            return _with_pruning(
+                plan, positions=order, pruner="none", keep=1.0, keep_mode=mode, keep_range=None, stages=()
+            )
         return _with_pruning(plan, positions=order)
 
 

@@ -16,6 +16,8 @@ H hidden size; with several images: I of them, T text tokens with I placeholders
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -266,3 +268,89 @@ class SpliceSeveral(Splice):
             return image_grid.amax(dim=2)
         assert visual_counts is not None
         return visual_counts
+
+
+class StagedSplice(Splice):
+    """Splice for a decoder that drops tokens between its layers: besides its counters those of the later stages.
+
+    Args:
+        embedding: as of `Splice`.
+        dropped: of every later stage, how many visual tokens of a row it does not have; None where every call is told (`stage_counts`).
+        options: of `Splice`, `image_slots` among the outputs.
+    """
+
+    def __init__(self, embedding: nn.Embedding, *, dropped: tuple[int, ...] | None, **options: Any) -> None:
+        super().__init__(embedding, gives_image_slots=True, **options)
+        self._dropped = dropped
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        visual_embeds: Tensor,
+        kept_indices: Tensor | None = None,
+        kept_counts: Tensor | None = None,
+        visual_counts: Tensor | None = None,
+        image_grid: Tensor | None = None,
+        stage_counts: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What `Splice.forward` gives; then next_slot [B] int64 of every later stage.
+
+        Args:
+            input_ids: as of `Splice`, like all others but the last.
+            visual_embeds: as of `Splice`.
+            kept_indices: as of `Splice`.
+            kept_counts: as of `Splice`.
+            visual_counts: as of `Splice`.
+            image_grid: as of `Splice`.
+            stage_counts: [B, I, J] int64, visual tokens of every image in every later stage.
+        """
+        spliced = super().forward(
+            input_ids, visual_embeds, kept_indices, kept_counts, visual_counts, image_grid
+        )
+        return _with_later_stages(spliced, self._dropped, stage_counts)
+
+
+class StagedSpliceSeveral(SpliceSeveral):
+    """The same for prompts with several images, whose counts are told."""
+
+    def __init__(self, embedding: nn.Embedding, *, dropped: None, **options: Any) -> None:
+        super().__init__(embedding, gives_image_slots=True, **options)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        visual_embeds: Tensor,
+        kept_counts: Tensor,
+        stage_counts: Tensor,
+        kept_indices: Tensor | None = None,
+        visual_counts: Tensor | None = None,
+        image_grid: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What `SpliceSeveral.forward` gives; then next_slot [B] int64 of every later stage.
+
+        Args:
+            input_ids: as of `SpliceSeveral`, like all others but stage_counts.
+            visual_embeds: as of `SpliceSeveral`.
+            kept_counts: as of `SpliceSeveral`.
+            stage_counts: [B, I, J] int64, visual tokens of every image in every later stage.
+            kept_indices: as of `SpliceSeveral`.
+            visual_counts: as of `SpliceSeveral`.
+            image_grid: as of `SpliceSeveral`.
+        """
+        spliced = super().forward(
+            input_ids, visual_embeds, kept_counts, kept_indices, visual_counts, image_grid
+        )
+        return _with_later_stages(spliced, None, stage_counts)
+
+
+def _with_later_stages(
+    spliced: tuple[Tensor, ...], dropped: tuple[int, ...] | None, stage_counts: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Counters of the later stages behind those of the first: a slot less for every token that is gone."""
+    _embeds, _position_ids, _next_position, next_slot, image_slots = spliced
+    if dropped is not None:
+        return (*spliced, *(next_slot - gone for gone in dropped))
+    assert stage_counts is not None
+    entered_BI = image_slots[:, :, 1] - image_slots[:, :, 0]
+    gone_BJ = (entered_BI[:, :, None] - stage_counts).sum(dim=1)
+    return (*spliced, *(next_slot - gone_B for gone_B in gone_BJ.unbind(-1)))

@@ -15,37 +15,29 @@ NEEDED: dict[VisionFeature, str] = {
 """What a pruner may need of a tower, in words."""
 
 
-def working(
-    lacking: tuple[VisionFeature, ...], wanted: Callable[[Pruner], bool], *, differ: bool = False
-) -> tuple[str, ...]:
+def working(lacking: tuple[VisionFeature, ...], wanted: Callable[[Pruner], bool]) -> tuple[str, ...]:
     """Names of the pruners of a kind that work on a tower, for advice.
 
     Args:
         lacking: what the tower does not have.
         wanted: whether a pruner is of the kind.
-        differ: whether images differ in how many visual tokens they have, so that none can be dropped inside the decoder.
     """
-    return tuple(
-        row.name
-        for row in PRUNERS.values()
-        if wanted(row) and not set(row.needs) & set(lacking) and not (differ and row.in_decoder)
-    )
+    return tuple(row.name for row in PRUNERS.values() if wanted(row) and not set(row.needs) & set(lacking))
 
 
-def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...], *, differ: bool = False) -> None:
+def check_tower(wanted: Pruner, lacking: tuple[VisionFeature, ...]) -> None:
     """Refuse a pruner that cannot work on a tower.
 
     Args:
         wanted: the pruner.
         lacking: what the tower does not have.
-        differ: whether images differ in how many visual tokens they have, so that none can be dropped inside the decoder.
 
     Raises:
         RecipeError: with the list of those that can.
     """
     missing = [NEEDED[part] for part in wanted.needs if part in lacking]
     if missing:
-        able = working(lacking, lambda row: not row.needs_text, differ=differ)
+        able = working(lacking, lambda row: not row.needs_text)
         raise RecipeError(
             f"needs {' and '.join(missing)}, which this vision tower does not show",
             subject=f"pruner {wanted.name}",
@@ -77,7 +69,6 @@ def check_text(
     wanted: Pruner,
     lacking: tuple[VisionFeature, ...] = (),
     *,
-    differ: bool = False,
     has_text_tower: bool,
     published: str | None,
 ) -> None:
@@ -86,7 +77,6 @@ def check_text(
     Args:
         wanted: the pruner.
         lacking: what the tower does not have.
-        differ: as of `check_tower`.
         has_text_tower: whether the recipe names a CLIP checkpoint with one.
         published: hub id of the checkpoint to add, where it is known.
 
@@ -94,7 +84,7 @@ def check_text(
         RecipeError: with the checkpoint to add, and the pruners that do without and work on the tower.
     """
     if wanted.needs_text and not has_text_tower:
-        able = ", ".join(working(lacking, lambda row: not row.needs_text, differ=differ))
+        able = ", ".join(working(lacking, lambda row: not row.needs_text))
         raise RecipeError(
             "looks at the expression, and the checkpoint has no text tower to read it with",
             subject=f"pruner {wanted.name}",

@@ -10,9 +10,13 @@ import difflib
 import importlib
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from gap_export.bundle.manifest import VisionFeature
 from gap_export.errors import RecipeError
+
+if TYPE_CHECKING:
+    from gap_export.prune.in_decoder.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Pruner:
         sequential: whether it chooses one token (or round) after the other, which is a loop in the graph.
         min_tokens: smallest K that it can give.
         in_decoder: whether tokens are dropped inside the decoder, and not before it.
+        schedule: `module:name` of the `Schedule` of one that does; by default the one of the pruner's name in `in_decoder/schedules.py`.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Pruner:
     sequential: bool = False
     min_tokens: int = 1
     in_decoder: bool = False
+    schedule: str = ""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -70,7 +76,7 @@ class Pruner:
             )
         if self.in_decoder and self.adaptive:
             raise ValueError(
-                f"{self.name} drops tokens inside the decoder, whose graphs are laid out for one count"
+                f"{self.name} drops tokens inside the decoder, where no rule finds the count of an image"
             )
 
     def on_tower(self, lacking: tuple[VisionFeature, ...]) -> Pruner:
@@ -100,6 +106,13 @@ class Pruner:
     def load_reference(self) -> ModuleType:
         """The module with the same in float64."""
         return importlib.import_module(self.reference)
+
+    def load_schedule(self) -> Schedule:
+        """When a pruner inside the decoder drops tokens, and how many; imports no torch."""
+        default = f"{__package__}.in_decoder.schedules:{self.name.upper()}"
+        module, _, name = (self.schedule or default).partition(":")
+        schedule: Schedule = getattr(importlib.import_module(module), name)
+        return schedule
 
     def load(self) -> ModuleType:
         """The module with the tensor code; imports torch.

@@ -6,8 +6,8 @@ Shape letters: B batch, T text tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gap_export.errors import InputError, SessionError
 from gap_export.inputs.batch import ImageBatch
 from gap_export.positions import Ids, Placement, advance
+from gap_export.runtime.keep import KeepCounts
 from gap_export.runtime.session import Encoder, Session, VisualTokens, together
 
 Adjust = Callable[[Placement, VisualTokens], Placement]
@@ -82,9 +83,12 @@ class Generation:
     def kept_of_last(self) -> list[Ids]:
         """Per row, what is left at the end of its last image, without padding."""
         rows = [row[row >= 0] for row in self.every_kept_indices[-1]]
-        if self.kept_counts is None or self.kept_counts.ndim == 1:
+        counts = self.kept_counts
+        if self.placement.stage_counts is not None:
+            counts = self.placement.stage_counts[:, :, -1]
+        if counts is None or counts.ndim == 1:
             return rows
-        return [row[-count:] for row, count in zip(rows, self.kept_counts[:, -1], strict=True)]
+        return [row[-count:] for row, count in zip(rows, counts[:, -1], strict=True)]
 
 
 def generate(
@@ -95,7 +99,7 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
     text_ids_BL: Ids | None = None,
-    keep_counts: Sequence[int | None] | None = None,
+    keep_counts: KeepCounts | None = None,
     adjust: Adjust | None = None,
     keep_logits: bool = False,
 ) -> Generation:
@@ -108,7 +112,7 @@ def generate(
         max_new_tokens: longest answer.
         eos_token_ids: end an answer.
         text_ids_BL: the expressions, for pruners that look at them.
-        keep_counts: of every call of the vision graph, see `Session.encode`.
+        keep_counts: what the graphs are told.
         adjust: changes the placement before it is used; negative controls are made with it.
         keep_logits: keep those of every step, not of the first alone.
 
@@ -233,7 +237,7 @@ def encode(
     batch: ImageBatch,
     *,
     text_ids_BL: Ids | None = None,
-    keep_counts: Sequence[int | None] | None = None,
+    keep_counts: KeepCounts | None = None,
 ) -> VisualTokens:
     """The visual tokens of a batch, in as many calls as its images take; arguments as of `generate`."""
     rows = batch.rows_per_call
@@ -243,11 +247,12 @@ def encode(
         session.encode(
             call,
             text_ids_BL=None if texts is None else texts[number * rows : (number + 1) * rows],
-            keep_count=None if keep_counts is None else keep_counts[number],
+            keep_count=None if keep_counts is None else keep_counts.calls[number],
         )
         for number, call in enumerate(batch.calls)
     ]
-    return together(session, parts, batch)
+    visual = together(session, parts, batch)
+    return visual if keep_counts is None else replace(visual, stage_counts=keep_counts.stages)
 
 
 def check_overflow(generation: Generation | Decoded, backend: str) -> None:

@@ -14,17 +14,16 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from gap_export import prune
 from gap_export.boxes.codecs import CODECS, Box, Unparsable, to_pixels
 from gap_export.bundle.folder import Bundle
-from gap_export.bundle.manifest import ModelSpec, Pruning
 from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageBatch, Size
 from gap_export.inputs.prompt import Prompts, decode_answer, encode_prompts, encode_text, unknown_words
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import PAD, Ids
 from gap_export.runtime.generate import Adjust, Generation, Timings, check_overflow, generate
-from gap_export.runtime.session import Session, vision_inputs
+from gap_export.runtime.keep import keep_counts
+from gap_export.runtime.session import Session
 from gap_export.runtime.shared_prefix import common_length, continue_answers, prefill_shared, unshared_because
 
 
@@ -348,61 +347,6 @@ class Grounder:
         """A normalised box in pixels of the image, cut at its edges; None where it lies beside it."""
         pixels = to_pixels(box, self._manifest.box.frame, *size, clamp=True)
         return None if pixels[0] == pixels[2] or pixels[1] == pixels[3] else pixels
-
-
-def keep_counts(
-    pruning: Pruning, model: ModelSpec, batch: ImageBatch, keep: float | None
-) -> list[int | None]:
-    """How many tokens every call of the vision graph is told to keep; None where it is not told.
-
-    Args:
-        pruning: of the bundle.
-        model: sizes of the bundle's model.
-        batch: of images.
-        keep: fraction that the request asks for, or None for the bundle's own.
-
-    Raises:
-        InputError: a fraction that the bundle was not built for.
-        RecipeError: no fraction.
-    """
-    check_keep(pruning, model, keep)
-    if model.token_range is None:
-        count = None if keep is None else prune.kept_count(keep, model.visual_tokens)
-        return [count] * len(batch.calls)
-    share, at_least = pruning.keep if keep is None else keep, pruning.pruner_min_tokens
-    return [prune.share_of(share, int(tokens), at_least) for tokens in batch.prunable]
-
-
-def check_keep(pruning: Pruning, model: ModelSpec, keep: float | None) -> None:
-    """Refuse a fraction of visual tokens that requests to a bundle cannot choose.
-
-    Args:
-        pruning: of the bundle.
-        model: sizes of the bundle's model.
-        keep: fraction that the request asks for, or None for the bundle's own.
-
-    Raises:
-        InputError: a fraction that the bundle was not built for.
-        RecipeError: no fraction.
-    """
-    if keep is None:
-        return
-    if model.token_range is None:
-        count = prune.kept_count(keep, model.visual_tokens)
-        vision_inputs(pruning, reads_text=False, text_ids_BL=None, keep_count=count)
-        return
-    if pruning.keep_range is None and keep != pruning.keep:
-        raise InputError(
-            f"cannot be chosen: this bundle keeps {pruning.keep:g} of every image",
-            subject=f"keep {keep:g}",
-            hint="build it with a range: --keep 0.1:1.0",
-        )
-    if pruning.keep_range is not None and not pruning.keep_range[0] <= keep <= pruning.keep_range[1]:
-        raise InputError(
-            f"is outside {pruning.keep_range[0]:g} to {pruning.keep_range[1]:g}, which this bundle was built for",
-            subject=f"keep {keep:g}",
-            hint="choose within the range, or build with a wider --keep",
-        )
 
 
 def _trimmed(ids_BT: Ids) -> Ids:

@@ -33,6 +33,7 @@ from gap_export.runtime.session import (
     Spliced,
     VisualTokens,
     as_many_as_kept,
+    kept_of_stages,
     padded_together,
     splice_inputs,
     vision_inputs,
@@ -120,7 +121,7 @@ class OpenVINOSession(Lifetime):
         inputs = splice_inputs(spec, input_ids_BT, visual)
         found = self._graphs["splice"].run({name: _array(value) for name, value in inputs.items()})
         embeds = found.pop("inputs_embeds")
-        return Spliced(embeds=embeds, placement=placement_from_splice(found))
+        return Spliced(embeds=embeds, placement=placement_from_splice(found, visual.stage_counts))
 
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
         """Fill the cache from slot 0 on: OpenVINO computes it, and writes it where ONNX Runtime reads it."""
@@ -203,7 +204,7 @@ class OpenVINOSession(Lifetime):
             {present: cache[past] for present, past in aliased.items()},
         )
         logits = found.pop("logits")
-        return Prefilled(logits, tuple(found.values()))
+        return Prefilled(logits, kept_of_stages(list(found.values()), placement))
 
     def _empty(self, like: NDArray[Any]) -> NDArray[Any]:
         """Zeros in the shape of a past; those of all layers lie in one memory, which is only read."""

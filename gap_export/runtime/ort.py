@@ -22,6 +22,7 @@ from gap_export.runtime.ort_memory import CudaMemory, HostMemory, Memory, Region
 from gap_export.runtime.ort_providers import providers_on
 from gap_export.runtime.providers import CPU, Provider
 from gap_export.runtime.session import (
+    KEPT_SLOTS,
     Buffer,
     Lifetime,
     Prefilled,
@@ -29,6 +30,7 @@ from gap_export.runtime.session import (
     VisualTokens,
     as_many_as_kept,
     check_within_bound,
+    kept_of_stages,
     splice_inputs,
     vision_inputs,
 )
@@ -157,7 +159,8 @@ class OnnxRuntimeSession(Lifetime):
         embeds, *counters = self._run("splice", splice_inputs(spec, input_ids_BT, visual))
         names = [tensor.name for tensor in spec.outputs[1:]]
         placement = placement_from_splice(
-            {name: counter.numpy() for name, counter in zip(names, counters, strict=True)}
+            {name: counter.numpy() for name, counter in zip(names, counters, strict=True)},
+            visual.stage_counts,
         )
         return Spliced(embeds=embeds, placement=placement)
 
@@ -233,7 +236,7 @@ class OnnxRuntimeSession(Lifetime):
     def append(self, embeds: Buffer, placement: Placement) -> NDArray[np.float32]:
         """Feed text, images or both after what lies in a cache of one row: logits [1, V]."""
         self._check_open()
-        return self._call_decoder(self._cache.row(0), embeds, placement)
+        return self._call_decoder(self._cache.row(0), embeds, placement)[0]
 
     def open_rows(self, rows: int, slots: int | None = None) -> None:
         """Lay out a cache of so many rows; see `runtime.rows.RowSession`."""
@@ -264,7 +267,7 @@ class OnnxRuntimeSession(Lifetime):
         """Feed text, images or both after what is in a row: logits [1, V]."""
         self._check_open()
         self._cache.check_fits(row, [int(placement.write_index[0]) + placement.position_ids.shape[-1]])
-        return self._call_decoder(self._cache.row(row), embeds, placement)
+        return self._call_decoder(self._cache.row(row), embeds, placement)[0]
 
     def extend_row(self, row: int, token_ids_1T: Ids, placement: Placement) -> NDArray[np.float32]:
         """Feed several tokens after what is in a row: logits [1, V]."""
@@ -283,36 +286,30 @@ class OnnxRuntimeSession(Lifetime):
         self._cache.clear(row)
 
     def _prefill(self, cache: dict[str, Region], embeds: Buffer, placement: Placement) -> Prefilled:
-        rows = placement.position_ids.shape[-2]
-        kept = {
-            tensor.name: self._memory.zeros((rows, *tensor.extents("maximum")[1:]), tensor.dtype)
-            for tensor in self._bundle.manifest.graphs[self._prompt_graph].spec.outputs
-            if tensor.name.startswith("kept_indices.")
-        }
-        logits = self._call_decoder(cache, embeds, placement, kept)
-        return Prefilled(logits, tuple(map(self._memory.read, kept.values())))
+        logits, kept = self._call_decoder(cache, embeds, placement)
+        return Prefilled(logits, kept_of_stages(kept, placement))
 
     def _extend(
         self, cache: dict[str, Region], token_ids_BT: Ids, placement: Placement
     ) -> NDArray[np.float32]:
         (embeds,) = self._run("embed", {"input_ids": np.maximum(token_ids_BT, 0)})
-        return self._call_decoder(cache, embeds, placement)
+        return self._call_decoder(cache, embeds, placement)[0]
 
     def _call_decoder(
-        self,
-        cache: dict[str, Region],
-        embeds: Buffer,
-        placement: Placement,
-        others: dict[str, Region] | None = None,
-    ) -> NDArray[np.float32]:
-        """Logits [B, V] of each row's last token, after several."""
+        self, cache: dict[str, Region], embeds: Buffer, placement: Placement
+    ) -> tuple[NDArray[np.float32], list[Ids]]:
+        """Logits [B, V] of each row's last token, after several; and the slots [B, T] that are left in every later stage."""
         rows = placement.position_ids.shape[-2]
         logits = self._memory.zeros((rows, self._model.vocabulary), "float32")
-        outputs = {"logits": logits, **(others or {})}
-        numbers = placement.decoder_inputs()
-        binding = self._decoder_binding(self._prompt_graph, cache, embeds, numbers, outputs)
-        self._execute(self._prompt_graph, binding)
-        return self._memory.read(logits)
+        numbers, graph = placement.decoder_inputs(), self._prompt_graph
+        binding = self._decoder_binding(graph, cache, embeds, numbers, {"logits": logits})
+        spec = self._bundle.manifest.graphs[graph].spec
+        slots = [tensor.name for tensor in spec.outputs if tensor.name.startswith(KEPT_SLOTS)]
+        for name in slots:
+            binding.bind_output(name)  # to the host
+        self._execute(graph, binding)
+        given = binding.get_outputs()[-len(slots) :] if slots else []  # in the order in which they were bound
+        return self._memory.read(logits), [value.numpy() for value in given]
 
     def _free(self) -> None:
         self._decodes.clear()
@@ -350,7 +347,10 @@ class OnnxRuntimeSession(Lifetime):
         """Of every stage: what the prompt writes, padding included, or where its tokens end, and the slots reserved after that."""
         if reserve is None:
             return None
-        written = self._bundle.manifest.cache_layout.lengths_of(placement.position_ids.shape[-1])
+        length = placement.position_ids.shape[-1]
+        written = self._bundle.manifest.cache_layout.lengths_of(length)
+        if placement.stage_counts is not None:
+            written = [length, *map(int, placement.stage_lengths.max(axis=0))]
         return [
             max(int(slots.max()), own) + reserve
             for slots, own in zip(placement.slots_of_stages, written, strict=True)

@@ -27,8 +27,11 @@ Buffer = Any
 """A tensor in the session's own form (NumPy array, OrtValue, torch tensor, device pointer)."""
 
 TEXT_IDS, KEEP_COUNT, KEPT_COUNTS = "text_ids", "keep_count", "kept_counts"
-VISUAL_COUNTS, IMAGE_GRID = "visual_counts", "image_grid"
+VISUAL_COUNTS, IMAGE_GRID, STAGE_COUNTS = "visual_counts", "image_grid", "stage_counts"
 """Names of inputs and outputs that graphs have only where they are needed."""
+
+KEPT_SLOTS = "kept_slots."
+"""What the outputs of `prefill` begin with that say which tokens a later stage has."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class VisualTokens:
         kept_counts: [B] ([B, I] of several) int64, tokens of each image, where images differ; None where all keep K.
         visual_counts: [B] ([B, I]) int64, tokens of each image before pruning, where images differ in size.
         image_grid: [B, 2] ([B, I, 2]) int64, rows and columns of those, where positions follow the grid.
+        stage_counts: [B, I, J] int64, how many of them every later stage of the decoder has, where that is told.
         scores: [B, N] float32 the selection was made by, where one score decides; only the reference tells.
         margins: [B] float64, the smallest gap any choice was made by, where no single score decides; the same.
     """
@@ -51,6 +55,7 @@ class VisualTokens:
     kept_counts: Ids | None = None
     visual_counts: Ids | None = None
     image_grid: Ids | None = None
+    stage_counts: Ids | None = None
     scores: NDArray[np.float32] | None = None
     margins: NDArray[np.float64] | None = None
 
@@ -69,7 +74,8 @@ class Prefilled:
 
     Attributes:
         logits: [B, V] float32 of each row's last real token.
-        kept_indices: of every later stage of a decoder that drops tokens, [B, K] int64 raster indices.
+        kept_indices: of every later stage of a decoder that drops tokens, [B, K] int64 raster indices, one image's after the other's and -1 at
+            the end of rows that keep fewer.
         margins: [B] float64, by how little those were chosen; only the reference tells.
     """
 
@@ -306,7 +312,7 @@ def vision_inputs(
                 hint="tokenize the expression with the bundle's text_tokenizer.json and pass its ids",
             )
         inputs[TEXT_IDS] = text_ids_BL
-    if pruning.keep_mode == "ratio":
+    if pruning.keep_mode == "ratio" and pruning.count_is_given:
         if keep_count is None:
             raise InputError(
                 "must be told how many tokens to keep, as images differ in how many they have",
@@ -314,7 +320,7 @@ def vision_inputs(
                 hint="keep the bundle's share of the image's tokens",
             )
         inputs[KEEP_COUNT] = np.array(keep_count, np.int64)
-    elif pruning.keep_mode == "dynamic":
+    elif pruning.count_is_given:
         kept = pruning.kept if keep_count is None else keep_count
         if not pruning.min_tokens <= kept <= pruning.max_tokens:
             raise InputError(
@@ -347,8 +353,38 @@ def splice_inputs(spec: GraphSpec, input_ids_BT: Ids, visual: VisualTokens) -> d
         KEPT_COUNTS: visual.kept_counts,
         VISUAL_COUNTS: visual.visual_counts,
         IMAGE_GRID: visual.image_grid,
+        STAGE_COUNTS: visual.stage_counts,
     }
     return {tensor.name: offered[tensor.name] for tensor in spec.inputs}
+
+
+def kept_of_stages(slots: Sequence[Ids], placement: Placement) -> tuple[Ids, ...]:
+    """What every later stage of the decoder has of the images.
+
+    Args:
+        slots: for each, [B, T] int64, where its tokens stood in stage 0; a short row is filled up with anything.
+        placement: of the prompts.
+
+    Returns:
+        For each, [B, K] int64 as of `Prefilled.kept_indices`.
+    """
+    return tuple(_kept_of_stage(slots_BT, placement, number) for number, slots_BT in enumerate(slots))
+
+
+def _kept_of_stage(slots_BT: Ids, placement: Placement, later: int) -> Ids:
+    assert placement.image_slots is not None
+    told = placement.stage_counts is not None
+    ends = placement.stage_lengths[:, later] if told else [slots_BT.shape[1]] * len(slots_BT)
+    rows = []
+    for slots_T, images_I2, end in zip(slots_BT, placement.image_slots, ends, strict=True):
+        of_images = [(slots_T[:end], first, behind) for first, behind in images_I2]
+        rows.append(
+            np.concatenate([s[(s >= first) & (s < behind)] - first for s, first, behind in of_images])
+        )
+    kept_BK = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
+    for number, kept_K in enumerate(rows):
+        kept_BK[number, : len(kept_K)] = kept_K
+    return kept_BK
 
 
 def together(session: Encoder, parts: Sequence[VisualTokens], batch: ImageBatch) -> VisualTokens:

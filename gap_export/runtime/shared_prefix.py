@@ -12,7 +12,6 @@ Shape letters: B rows, T text tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +22,7 @@ from gap_export.inputs.batch import ImageBatch
 from gap_export.inputs.prompt import SLOT
 from gap_export.positions import PAD, Ids, Placement, extended
 from gap_export.runtime.generate import Decoded, Timings, decode, encode
+from gap_export.runtime.keep import KeepCounts
 from gap_export.runtime.session import Session
 
 
@@ -79,7 +79,7 @@ def prefill_shared(
     batch: ImageBatch,
     prefix_ids_T: Ids,
     *,
-    keep_counts: Sequence[int | None] | None = None,
+    keep_counts: KeepCounts | None = None,
     reserve: int | None = None,
 ) -> SharedPrefix:
     """Encode the image and put the common beginning into the session's cache.
@@ -88,7 +88,7 @@ def prefill_shared(
         session: of a bundle whose prompts can share their beginning (`unshared_because`).
         batch: images of one prompt.
         prefix_ids_T: ids of the beginning, placeholders included.
-        keep_counts: tokens to keep of every image, where requests choose.
+        keep_counts: what the graphs are told.
         reserve: tokens that will follow at most, the rest of a prompt and its answer; see `Session.prefill`.
     """
     began = time.perf_counter()

@@ -32,12 +32,14 @@ from gap_export.inputs.batch import PixelInputs
 from gap_export.positions import Ids, Placement, placement_from_splice
 from gap_export.runtime.session import (
     KEPT_COUNTS,
+    KEPT_SLOTS,
     Buffer,
     Lifetime,
     Prefilled,
     Spliced,
     VisualTokens,
     check_within_bound,
+    kept_of_stages,
     padded_together,
     splice_inputs,
     vision_inputs,
@@ -144,7 +146,9 @@ class TensorRTSession(Lifetime):
         embeds = self._tensor(splice, "inputs_embeds")
         splice.run({"visual_embeds": seen.address, "inputs_embeds": embeds.address})
         counters = [tensor.name for tensor in splice.spec.outputs if tensor.name != "inputs_embeds"]
-        placement = placement_from_splice({name: splice.download(name) for name in counters})
+        placement = placement_from_splice(
+            {name: splice.download(name) for name in counters}, visual.stage_counts
+        )
         return Spliced(embeds=embeds, placement=placement)
 
     def prefill(self, embeds: Buffer, placement: Placement, *, reserve: int | None = None) -> Prefilled:
@@ -300,8 +304,8 @@ class TensorRTSession(Lifetime):
     def _prefill(self, embeds: Buffer, placement: Placement, row: int | None = None) -> Prefilled:
         graph = self._graph(self._prompt_graph)
         logits = self._decode(graph, embeds, placement, placement.slots_of_stages, row)
-        kept = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith("kept_indices.")]
-        return Prefilled(logits, tuple(graph.download(name) for name in kept))
+        slots = [tensor.name for tensor in graph.spec.outputs if tensor.name.startswith(KEPT_SLOTS)]
+        return Prefilled(logits, kept_of_stages([graph.download(name) for name in slots], placement))
 
     def _append(self, embeds: Buffer, placement: Placement, row: int | None = None) -> NDArray[np.float32]:
         written = (placement.write_index + placement.last_index + 1,)

@@ -15,7 +15,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.errors import BundleError, GapExportError, InputError, RecipeError
 from gap_export.evaluation.bundle_reports import RECOMMENDATION, read_report
 from gap_export.evaluation.refer.recommend import Point, Recommendation
-from gap_export.runtime.grounder import check_keep
+from gap_export.runtime.keep import check_keep
 
 CALM = 1 / 3
 """Share of the target: as long as requests wait for less, the queue is calm."""

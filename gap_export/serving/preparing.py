@@ -15,7 +15,8 @@ from gap_export.inputs.chat.tokens import IMAGE
 from gap_export.positions import Ids
 from gap_export.runtime.conversation.cache import SeenImages, check_fits
 from gap_export.runtime.conversation.prompts import ChatPrompts
-from gap_export.runtime.grounder import Grounder, keep_counts
+from gap_export.runtime.grounder import Grounder
+from gap_export.runtime.keep import keep_counts
 from gap_export.serving.work import Conversation, Expression, Question, Work
 
 

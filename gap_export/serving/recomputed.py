@@ -13,7 +13,7 @@ from gap_export.positions import Ids
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.conversation.cache import SeenImages
 from gap_export.runtime.generate import encode
-from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.model import Model
 from gap_export.serving.engine import Engine
 from gap_export.serving.limits import EngineLimits

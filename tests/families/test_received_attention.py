@@ -119,7 +119,6 @@ def test_windows_alone_show_no_attention(tiny_family: Families) -> None:
     [
         ("qwen3_vl", "text_similarity", "no text tower to read it with"),
         ("llava_onevision", "trim", "no text tower to read it with"),
-        ("qwen2_vl", "fastv", "needs images that all have the same number of visual tokens"),
     ],
 )
 def test_what_a_family_cannot_have_is_refused_by_one_line(

@@ -16,12 +16,14 @@ from gap_export import prune
 from gap_export.bundle.folder import Bundle
 from gap_export.bundle.manifest import Pruning
 from gap_export.bundle.spec import GraphName
+from gap_export.errors import InputError
 from gap_export.evaluation import runner
 from gap_export.evaluation.controls import controls
 from gap_export.inputs.batch import of_one_size
 from gap_export.positions import Ids, Placement, PositionPolicy, advance
 from gap_export.precision import precision
 from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.session import VisualTokens
 from tests.exported import GraphExporter
@@ -123,6 +125,31 @@ def test_keeping_everything_is_the_whole_decoder(
     assert difference(mine, answer(deep_reference(whole), pixels, questions)) < 1e-3
 
 
+# Shares that requests choose
+
+
+@pytest.mark.parametrize(
+    "pruner", [name if name == "sparsevlm" else pytest.param(name, marks=pytest.mark.long) for name in INSIDE]
+)
+def test_a_share_that_is_chosen_is_the_share_that_is_built(
+    pruner: str, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids
+) -> None:
+    """Counts that are told with the prompt, and counts that are constants of the graphs."""
+    ranged = deep_bundle(pruner=pruner, positions=GAP, keep="0.15:0.25:1.0")
+    session, manifest = opened(ranged), ranged.manifest
+    for keep in (0.15, 0.25, 1.0):
+        counts = keep_counts(manifest.pruning, manifest.spec, of_one_size(pixels, VISUAL), keep)
+        assert counts.calls == (None,), "all of them enter the decoder"
+        mine = answer(session, pixels, questions, keep_counts=counts)
+        built = answer(opened(deep_bundle(pruner=pruner, positions=GAP, keep=keep)), pixels, questions)
+        for one, other in zip(mine.every_kept_indices, built.every_kept_indices, strict=True):
+            assert one.tolist() == other.tolist()
+        assert mine.tokens == built.tokens
+        assert difference(mine, built) < 1e-4
+    with pytest.raises(InputError, match=r"outside 0\.15 to 1"):
+        keep_counts(manifest.pruning, manifest.spec, of_one_size(pixels, VISUAL), 0.1)
+
+
 # Batches
 
 
@@ -155,8 +182,8 @@ def test_every_stage_has_the_slots_of_its_own_tokens(
     placement = session.splice(questions, session.encode({"pixel_values": pixels})).placement
     tokens = [[int(token) for token in row if token >= 0] for row in questions]
     text = [len(row) - 1 for row in tokens]
-    assert placement.image_start is not None
-    assert placement.image_start.tolist() == [row.index(4) for row in tokens]
+    assert placement.image_slots is not None
+    assert placement.image_slots[:, 0, 0].tolist() == [row.index(4) for row in tokens]
     assert placement.next_position.tolist() == [count + VISUAL for count in text]
     for stage, slots in zip(bundle.manifest.pruning.stages, placement.slots_of_stages, strict=True):
         assert slots.tolist() == [count + stage.kept for count in text]

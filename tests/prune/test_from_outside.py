@@ -103,7 +103,7 @@ def test_a_second_row_of_a_name_is_refused(
         ({"merges": True, "merged": 1}, "one must be a patch"),
         ({"merged": 1, "min_tokens": 2}, "does not merge"),
         ({"min_tokens": 0}, "one must be a patch"),
-        ({"in_decoder": True}, "laid out for one count"),
+        ({"in_decoder": True}, "where no rule finds the count"),
     ],
 )
 def test_rows_that_contradict_themselves_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -49,10 +49,11 @@ def pruning_faults(manifest: Manifest) -> Faults:
 def _counts(pruning: Pruning, visual_tokens: int, tokens: TokenRange | None) -> tuple[int, int, int]:
     """(smallest, default, largest) count that the fractions of a pruning give."""
     smallest, largest = pruning.keep_range or (pruning.keep, pruning.keep)
+    typical = pruning.keep
+    if pruning.stages:  # what is dropped inside the decoder enters it
+        smallest = typical = largest = 1.0
     if tokens is None:
-        if pruning.stages:
-            return visual_tokens, visual_tokens, visual_tokens
-        least, kept, most = (_nearest(share, visual_tokens) for share in (smallest, pruning.keep, largest))
+        least, kept, most = (_nearest(share, visual_tokens) for share in (smallest, typical, largest))
         return (pruning.pruner_min_tokens if pruning.keep_mode == "adaptive" else least), kept, most
 
     def share_of(share: float, count: int) -> int:
@@ -61,7 +62,7 @@ def _counts(pruning: Pruning, visual_tokens: int, tokens: TokenRange | None) -> 
     never = tokens.never_pruned
     return (
         share_of(smallest, tokens.min_tokens),
-        share_of(pruning.keep, tokens.typical_tokens) + never,
+        share_of(typical, tokens.typical_tokens) + never,
         min(visual_tokens, share_of(largest, tokens.max_tokens) + never),
     )
 
@@ -71,25 +72,32 @@ def _nearest(share: float, count: int) -> int:
 
 
 def _stage_faults(manifest: Manifest, stages: tuple[Stage, ...]) -> Faults:
-    model, capacity = manifest.spec, manifest.capacity
-    if manifest.pruning.keep_mode != "fixed":
-        yield f"pruning.keep_mode is {manifest.pruning.keep_mode}, and stages keep a fixed count"
+    model, pruning, capacity = manifest.spec, manifest.pruning, manifest.capacity
+    if pruning.keep_mode == "adaptive":
+        yield "pruning.keep_mode is adaptive, and stages keep a share of every image"
     if model.attention_mask != "causal":
         yield f"pruning.stages are given, and the attention mask is {model.attention_mask}"
     ends = [0, *itertools.accumulate(stage.layers for stage in stages)]
     if [stage.first_layer for stage in stages] != ends[:-1] or ends[-1] != model.layers:
         yield f"pruning.stages have the layers {shown(tuple((s.first_layer, s.layers) for s in stages))} (first, how many) of {model.layers}"
-    first = stages[0]
-    if (first.kept, first.capacity) != (model.visual_tokens, capacity):
+    first, images = stages[0], manifest.prompt.images
+    entering = (pruning.kept, pruning.max_tokens, capacity)
+    if (first.kept, first.max_kept, first.capacity) != entering:
         yield (
-            f"pruning.stages.0 has {first.kept} tokens and {first.capacity} slots, "
-            f"and the decoder {model.visual_tokens} and {capacity}"
+            f"pruning.stages.0 has {shown((first.kept, first.max_kept, first.capacity))} (kept, max_kept, capacity), "
+            f"and the decoder {shown(entering)}"
         )
-    for number, (before, stage) in enumerate(itertools.pairwise(stages), 1):
-        if stage.kept > before.kept:
-            yield f"pruning.stages.{number}.kept is {stage.kept}, more than the {before.kept} before"
-        if not capacity - (first.kept - stage.kept) <= stage.capacity <= before.capacity:
-            yield f"pruning.stages.{number}.capacity is {stage.capacity}, after {before.capacity} slots for {before.kept - stage.kept} more tokens"
     for number, stage in enumerate(stages):
+        if stage.kept > stage.max_kept or (stage.kept < stage.max_kept and not pruning.stage_counts_are_told):
+            yield f"pruning.stages.{number} keeps {stage.kept} and at most {stage.max_kept}, where keep_mode is {pruning.keep_mode}"
         if stage.merged > (stage.kept if number else 0):
             yield f"pruning.stages.{number}.merged is {stage.merged}, of {stage.kept} tokens"
+    for number, (before, stage) in enumerate(itertools.pairwise(stages), 1):
+        if stage.kept > before.kept or stage.max_kept > before.max_kept:
+            yield (
+                f"pruning.stages.{number} keeps {shown((stage.kept, stage.max_kept))} (kept, max_kept), more than the "
+                f"{shown((before.kept, before.max_kept))} before"
+            )
+        gone = images * (first.max_kept - stage.max_kept)
+        if not capacity - gone <= stage.capacity <= before.capacity:
+            yield f"pruning.stages.{number}.capacity is {stage.capacity}, after {before.capacity} slots for {gone} more tokens"

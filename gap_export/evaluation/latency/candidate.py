@@ -5,7 +5,6 @@ Shape letters: B batch, T text tokens, L tokens of an expression.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from gap_export.inputs.batch import ImageBatch
 from gap_export.inputs.prompt import encode_prompts, encode_text
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import Ids
-from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.keep import KeepCounts, keep_counts
 from gap_export.runtime.session import Session
 
 EXPRESSION = "the small red circle on the left"
@@ -35,7 +34,7 @@ class Candidate:
         images: B of them.
         input_ids_BT: [B, T] int64, one placeholder per row.
         text_ids_BL: [B, L] int64, for pruners that look at the expression.
-        keep_counts: what every call of the vision graph is told, where it is.
+        keep_counts: what the graphs are told.
         keep: fraction that was asked for; the bundle's own when left out.
     """
 
@@ -45,14 +44,14 @@ class Candidate:
     images: ImageBatch
     input_ids_BT: Ids
     text_ids_BL: Ids | None = None
-    keep_counts: Sequence[int | None] | None = None
+    keep_counts: KeepCounts | None = None
     keep: float | None = None
 
     @property
     def kept(self) -> int:
         """Visual tokens of the longest image as they enter the decoder."""
-        told = [count for count in self.keep_counts or () if count is not None]
-        return max(told, default=self.bundle.manifest.pruning.kept)
+        told = None if self.keep_counts is None else self.keep_counts.most
+        return self.bundle.manifest.pruning.kept if told is None else told
 
     @property
     def prompt_slots(self) -> int:
@@ -62,10 +61,9 @@ class Candidate:
 
     def capacities(self, new_tokens: int) -> tuple[int, ...]:
         """Cache slots of every stage that the session lays out for the request."""
-        manifest = self.bundle.manifest
-        return manifest.cache_layout.slots_for(
-            manifest.cache_layout.lengths_of(self.prompt_slots + new_tokens)
-        )
+        layout = self.bundle.manifest.cache_layout
+        gone = None if self.keep_counts is None else self.keep_counts.gone(self.images)
+        return layout.slots_for(layout.lengths_of(self.prompt_slots + new_tokens, gone))
 
 
 def candidate(

@@ -27,7 +27,7 @@ from gap_export.files import FolderKind, FolderLock, check_folder
 from gap_export.parallel.ray import Cluster
 from gap_export.progress import SILENT, Progress
 from gap_export.runtime.backends import open_session, row
-from gap_export.runtime.grounder import check_keep
+from gap_export.runtime.keep import check_keep
 
 ALL = "all"
 """Name of the split where none was asked for."""

@@ -24,7 +24,7 @@ from gap_export.inputs.prompt import encode_text
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.pipeline.opened import TOKENIZER, open_model
 from gap_export.positions import Ids
-from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.torch.reference import open_model_of
 from gap_export.runtime.torch.session import TorchSession
 from gap_export.runtime.torch.text_reference import EmbeddingReference, TextReader, TextReference
@@ -146,7 +146,7 @@ def _map(
         raise _Refusal("tokens of this model do not lie on one grid")
     batch = manifest.layout.prepare([image], visual_tokens=manifest.spec.visual_tokens)
     tokens = int(batch.prunable[0])
-    (count,) = keep_counts(manifest.pruning, manifest.spec, batch, None)
+    count = keep_counts(manifest.pruning, manifest.spec, batch, None).most
     kept = max(pruner.min_tokens, min(tokens, manifest.pruning.kept if count is None else count))
     order = session.order_of(pruner.name, batch.calls[0], kept, grid=grid, text_ids_BL=text_ids)
     columns_x, rows_y = patch_edges(image.width, image.height, grid, manifest.layout)

@@ -186,6 +186,8 @@ def _golden(bundle: Bundle) -> dict[str, Any] | None:
 
 def keeping(pruning: Pruning, visual_tokens: int) -> str:
     """How many visual tokens a bundle keeps, in words."""
+    if pruning.stages:
+        return _keeping_at_the_end(pruning, visual_tokens)
     if pruning.keep_mode == "ratio":
         return f"keep {pruning.keep:g} of every image, at most {pruning.max_tokens} of {visual_tokens}"
     if pruning.keep_mode == "dynamic":
@@ -194,9 +196,19 @@ def keeping(pruning: Pruning, visual_tokens: int) -> str:
         )
     if pruning.keep_mode == "adaptive":
         return f"keep what each image needs, at most {pruning.max_tokens} of {visual_tokens}"
-    if pruning.stages:
-        return f"keep {pruning.kept_after_last_stage} of {visual_tokens} at the end, {pruning.mean_kept:.4g} in the mean over layers"
     return f"keep {pruning.kept} of {visual_tokens}"
+
+
+def _keeping_at_the_end(pruning: Pruning, visual_tokens: int) -> str:
+    """What is left where tokens are dropped inside the decoder: after the last stage, in every stage, and in the mean by which papers compare."""
+    by_stage = ", ".join(str(stage.kept) for stage in pruning.stages)
+    mean = f"{pruning.mean_kept:.4g} in the mean over layers"
+    if not pruning.stage_counts_are_told:
+        return f"keep {pruning.kept_after_last_stage} of {visual_tokens} at the end ({by_stage} by stage), {mean}"
+    share = f"{pruning.keep:g}"
+    if pruning.keep_range is not None:
+        share = f"{pruning.keep_range[0]:g} to {pruning.keep_range[1]:g} ({pruning.keep:g} by default)"
+    return f"keep {share} of every image at the end; of a typical one {by_stage} by stage, {mean}"
 
 
 def end_tokens(bundle: Bundle) -> list[dict[str, Any]]:
@@ -255,6 +267,7 @@ def stages(pruning: Pruning) -> list[dict[str, Any]]:
             "stage": number,
             "layers": [stage.run[0], stage.run[-1]],
             "kept": stage.kept,
+            "max_kept": stage.max_kept,
             "merged": stage.merged,
             "capacity": stage.capacity,
             "next_slot": "next_slot" + (f".{number}" if number else ""),
@@ -302,8 +315,9 @@ def print_bundle(facts: dict[str, Any], console: Terminal) -> None:
         )
         for stage in facts["stages"]:
             first, last = stage["layers"]
+            kept, most = stage["kept"], stage["max_kept"]
             runs.add_row(
-                str(stage["stage"]), f"{first} to {last}", str(stage["kept"]), str(stage["merged"]), str(stage["capacity"]),
+                str(stage["stage"]), f"{first} to {last}", f"{kept}" if kept == most else f"{kept}, at most {most}", str(stage["merged"]), str(stage["capacity"]),
                 stage["next_slot"], stage["write_index"], stage["reads_ids"],
             )  # fmt: skip
         console.print(runs)

@@ -111,7 +111,7 @@ class Qwen3VLReference(Qwen2VLReference):
         super().__init__(checkpoint, dtype, companions)
         deepstack_levels = len(self._tower.deepstack_visual_indexes)
         self.embedding = _WithEmptyLevels(self.embedding, deepstack_levels)
-        self.language_model = _Stacked(self.language_model, deepstack_levels)
+        self.language_model = Stacked(self.language_model, deepstack_levels)
 
     def _levels(self, states: Any) -> list[Tensor]:
         return list(states.deepstack_features)
@@ -164,17 +164,22 @@ class _WithEmptyLevels(nn.Module):
         return nn.functional.pad(embeds, (0, self._levels * embeds.shape[-1]))
 
 
-class _Stacked:
-    """The decoder, called as transformers calls it: DeepStack features apart, for the visual tokens alone, found by a mask."""
+class Stacked:
+    """The decoder, called as transformers calls it: DeepStack features apart, for the visual tokens alone, found by a mask.
+
+    Attributes:
+        language_model: of transformers.
+        deepstack_levels: how many features lie behind each embedding.
+    """
 
     def __init__(self, language_model: Any, deepstack_levels: int) -> None:
-        self._language_model, self._levels = language_model, deepstack_levels
+        self.language_model, self.deepstack_levels = language_model, deepstack_levels
 
     def __call__(self, *, inputs_embeds: Tensor, **options: Any) -> Any:
         """Run the decoder on embeddings [B, S, (1 + deepstack_levels) * H]."""
-        embeds_BSH, *deepstack_levels = inputs_embeds.chunk(1 + self._levels, dim=-1)
+        embeds_BSH, *deepstack_levels = inputs_embeds.chunk(1 + self.deepstack_levels, dim=-1)
         visual_BS = torch.stack(deepstack_levels).ne(0).any(dim=-1).any(dim=0)
         if visual_BS.any():
             options["visual_pos_masks"] = visual_BS
             options["deepstack_visual_embeds"] = [level[visual_BS] for level in deepstack_levels]
-        return self._language_model(inputs_embeds=embeds_BSH, **options)
+        return self.language_model(inputs_embeds=embeds_BSH, **options)

@@ -9,22 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gap_export import prune
-from gap_export.prune import Selected
-from gap_export.prune.in_decoder.stages import Cut, Prompt, QueryRows, best, last_token, spread
+from gap_export.prune.in_decoder.stages import Image, Kept, Prompt, QueryRows, best, last_token
 
-STAGES = 1
 USES_NEXT_LAYER_ATTENTION = False
-
-
-def first_layers(layers: int) -> tuple[int, ...]:
-    """Layers before which tokens are dropped, scaled to a decoder of `layers` layers."""
-    return spread((2,), layers)
-
-
-def cuts(keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-    """What each stage keeps."""
-    return (Cut(first_layers[0], prune.kept_count(keep, visual_tokens)),)
 
 
 def scoring_queries(prompt: Prompt) -> QueryRows:
@@ -32,6 +19,6 @@ def scoring_queries(prompt: Prompt) -> QueryRows:
     return last_token(prompt)
 
 
-def select(scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-    """Choose K visual tokens by their scores."""
-    return best(scores_BN, kept)
+def select(scores_BS: Tensor, hidden_BSH: Tensor, image: Image) -> Kept:
+    """Choose visual tokens by their scores."""
+    return best(scores_BS, image)

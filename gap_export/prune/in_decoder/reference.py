@@ -22,8 +22,8 @@ def scoring_queries(pruner: str, image_NH: Floats, text_TH: Floats) -> tuple[lis
 
     Args:
         pruner: its name.
-        image_NH: embeddings of the image, before layer 0.
-        text_TH: of the text after it.
+        image_NH: embeddings of all visual tokens, before layer 0.
+        text_TH: of the text after them.
 
     Returns:
         (rows, by how little, relative, a text token became a scoring query or not).
@@ -49,17 +49,19 @@ def choose(
     rows: list[int],
     kept: int,
     merged: int,
+    carried_NX: Floats | None = None,
 ) -> Choice:
-    """What a cut keeps.
+    """What a cut keeps of an image.
 
     Args:
         pruner: its name.
         attention_ASS: the whole map of the layer that the pruner goes by.
         visual_NH: hidden states of the visual tokens.
-        image_start: text tokens before the image.
+        image_start: tokens before the image.
         rows: of the prompt, whose attention scores the visual tokens.
         kept: K, merged tokens included.
         merged: how many of them.
+        carried_NX: all that belongs to the visual tokens, of which merged ones have the mean; the hidden states alone when left out.
 
     Returns:
         Choice with places in 0..N-1.
@@ -76,10 +78,11 @@ def choose(
         last = chosen + len(recycled)
         margin = min(margin, _cut(paid[ranked], last) / paid[ranked[last - 1]])
     centres, cluster_R, centre_margin, merge_margin = _clusters(visual_NH[recycled], merged)
-    means = [visual_NH[recycled[cluster_R == number]].mean(axis=0) for number in range(merged)]
+    carried_NX = visual_NH if carried_NX is None else carried_NX
+    means = [carried_NX[recycled[cluster_R == number]].mean(axis=0) for number in range(merged)]
     return Choice(
         np.concatenate([ranked[:chosen], recycled[centres]]),
-        np.concatenate([visual_NH[ranked[:chosen]], means]),
+        np.concatenate([carried_NX[ranked[:chosen]], means]),
         min(margin, centre_margin),
         merge_margin,
     )

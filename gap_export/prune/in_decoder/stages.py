@@ -1,42 +1,23 @@
-"""Pruners that drop visual tokens inside the decoder, between the layers of the prefill: their contract and their schedules.
+"""Pruners that drop visual tokens inside the decoder, between the layers of the prefill: what the module of one has.
 
-Such a pruner cuts the decoder into stages. Stage 0 has all N visual tokens; before the first layer of each later stage some
-are dropped, by the attention that some rows of the prompt (its *scoring queries*) pay to the image. The text is never touched.
+When they do, and how many tokens, stands in `schedules.py`. Before the first layer of each later stage some tokens are dropped, by the
+attention that some rows of the prompt (its *scoring queries*) pay to the images, of each image as many as its count says. The text is
+never touched. Counts differ between the images and rows of a batch: what is too much for one is masked.
 
-`keep` is the share of visual tokens left after the last cut. Papers about these pruners compare by the mean over the
-decoder's layers instead, which is larger: `Pruning.mean_kept` tells it.
-
-Shape letters: B batch, S tokens of the stage that ends, N its visual tokens, K visual tokens of the stage that begins,
-R scoring queries, H decoder width and query heads, G key heads, A query heads per key head, D head width, C slots of keys.
+Shape letters: B batch, S tokens of the stage that ends, K of the one that begins, I images of a prompt, M visual tokens that are looked
+at, R scoring queries, H decoder width and query heads, G key heads, A query heads per key head, D head width, C slots of keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from gap_export import prune
-from gap_export.errors import RecipeError
-from gap_export.prune import Selected
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where a stage begins and what it has.
-
-    Attributes:
-        first_layer: its first layer.
-        kept: K, merged tokens included.
-        merged: how many of those are merged from several dropped ones.
-    """
-
-    first_layer: int
-    kept: int
-    merged: int = 0
+from gap_export.prune.order import take
 
 
 @dataclass(frozen=True)
@@ -44,16 +25,18 @@ class Prompt:
     """A batch of prompts as they enter the decoder.
 
     Attributes:
-        embeds_BSH: embeddings of text and image, short rows padded at the end.
-        image_start_B: int64, text tokens before the image.
-        last_index_B: int64, row of the last real token.
-        visual_tokens: how many the image has.
+        embeds_BSH: embeddings of text and images, short rows padded at the end.
+        is_image_BS: which slots hold visual tokens.
+        images_end_B: int64, the slot behind the last image.
+        last_index_B: int64, slot of the last real token.
+        most_text: tokens that may follow the last image, the last visual token counted as one; symbolic while a graph is traced.
     """
 
     embeds_BSH: Tensor
-    image_start_B: Tensor
+    is_image_BS: Tensor
+    images_end_B: Tensor
     last_index_B: Tensor
-    visual_tokens: int
+    most_text: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ class QueryRows:
     """The rows of the prompt whose attention decides.
 
     Attributes:
-        rows_BR: int64, their slots in stage 0. They come after the image, or are its last token.
+        rows_BR: int64, their slots in stage 0. They come after the images, or are the last visual token.
         weights_BR: float32, their shares, which sum to one; zero for rows that only fill up.
     """
 
@@ -69,45 +52,82 @@ class QueryRows:
     weights_BR: Tensor
 
 
+@dataclass(frozen=True)
+class Image:
+    """One image of every row, as a cut sees it.
+
+    Attributes:
+        is_mine_BS: which slots hold its tokens.
+        before_B: int64, how many those are.
+        kept_B: int64, how many of them the stage that begins has, merged ones included; at least one.
+        most_kept: not exceeded by any of these; symbolic while a graph is traced.
+        most_before: the same of `before_B`.
+    """
+
+    is_mine_BS: Tensor
+    before_B: Tensor
+    kept_B: Tensor
+    most_kept: int
+    most_before: int
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Tokens that stand for several.
+
+    Attributes:
+        slots_BC: int64, where they stand; S for none.
+        members_BM: int64, slots of the tokens that go into them.
+        shares_BCM: float32, how much of every member goes into each, rows summing to one.
+    """
+
+    slots_BC: Tensor
+    members_BM: Tensor
+    shares_BCM: Tensor
+
+    def of(self, features_BSH: Tensor) -> Tensor:
+        """[B, S, H] in which these tokens are the means that they stand for; works for anything that belongs to a token."""
+        means_BCH = torch.matmul(self.shares_BCM, take(features_BSH, self.members_BM).float())
+        with_spare_BSH = torch.cat([features_BSH, features_BSH[:, :1]], dim=1)
+        index_BCH = self.slots_BC[:, :, None].expand(-1, -1, features_BSH.shape[2])
+        return with_spare_BSH.scatter(1, index_BCH, means_BCH.to(features_BSH.dtype))[:, :-1]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of one image of every row.
+
+    Attributes:
+        ranks_BS: int64, the place of every kept token, best first and merged ones last; at least `kept_B` for what is dropped, and for what is
+            no token of the image.
+        merging: where some were merged.
+    """
+
+    ranks_BS: Tensor
+    merging: Merging | None = None
+
+
 class DecoderModule(Protocol):
     """A pruner that works inside the decoder: what its module has.
 
     Attributes:
-        STAGES: how many stages it begins, the first not counted.
         USES_NEXT_LAYER_ATTENTION: whether it goes by the attention of the layer that comes next, on what is about to enter it, and not by
             that of the layer that just ran.
     """
 
-    STAGES: int
     USES_NEXT_LAYER_ATTENTION: bool
-
-    def first_layers(self, layers: int) -> tuple[int, ...]:
-        """The layers before which the original drops tokens, scaled to a decoder of `layers` layers."""
-        ...
-
-    def cuts(self, keep: float, visual_tokens: int, first_layers: tuple[int, ...]) -> tuple[Cut, ...]:
-        """What each stage has.
-
-        Raises:
-            RecipeError: a share of which some stage has nothing left.
-        """
-        ...
 
     def scoring_queries(self, prompt: Prompt) -> QueryRows:
         """Who decides; asked once, before layer 0."""
         ...
 
-    def select(self, scores_BN: Tensor, tokens_BNH: Tensor, *, kept: int, merged: int) -> Selected:
-        """Choose.
+    def select(self, scores_BS: Tensor, hidden_BSH: Tensor, image: Image) -> Kept:
+        """Choose among the tokens of one image.
 
         Args:
-            scores_BN: float32, attention paid to every visual token by the scoring queries, mean over heads.
-            tokens_BNH: hidden states of the visual tokens.
-            kept: K.
-            merged: how many of them to merge from several.
-
-        Returns:
-            Distinct places in 0..N-1, best first and merged ones last. With features only where some were merged.
+            scores_BS: float32, attention paid to every token by the scoring queries, mean over heads.
+            hidden_BSH: hidden states.
+            image: which tokens, and how many of them are kept.
         """
         ...
 
@@ -117,68 +137,33 @@ def load(name: str) -> DecoderModule:
     return cast(DecoderModule, prune.row(name).load())
 
 
-def cuts_for(
-    name: str, keep: float, *, visual_tokens: int, layers: int, prune_layers: tuple[int, ...] = ()
-) -> tuple[Cut, ...]:
-    """The schedule of a pruner; nothing for those that prune before the decoder.
-
-    Args:
-        name: of the pruner.
-        keep: share of visual tokens left after the last cut.
-        visual_tokens: N before the first one.
-        layers: of the decoder.
-        prune_layers: layers to cut before; empty for the pruner's own.
-
-    Raises:
-        RecipeError: layers that the decoder does not have or that are out of order, too few layers, or too little left.
-    """
-    if not prune.row(name).in_decoder:
-        if prune_layers:
-            raise RecipeError(
-                "drops no tokens inside the decoder, so there is no layer to choose",
-                subject=f"pruner {name}",
-                hint=f"leave out --prune-layers, or use {', '.join(prune.names(in_decoder=True))}",
-            )
-        return ()
-    pruner = load(name)
-    if layers <= pruner.STAGES:
-        raise RecipeError(
-            f"needs a decoder of more than {pruner.STAGES} layers, this one has {layers}",
-            subject=f"pruner {name}",
-            hint="use another pruner",
-        )
-    first_layers = prune_layers or pruner.first_layers(layers)
-    ascending = all(one < other for one, other in pairwise((0, *first_layers, layers)))
-    if not ascending or len(first_layers) != pruner.STAGES:
-        count = "one layer" if pruner.STAGES == 1 else f"{pruner.STAGES} layers in ascending order"
-        raise RecipeError(
-            f"takes {count} from 1 to {layers - 1}",
-            subject=f"pruner {name}, prune_layers {', '.join(map(str, first_layers))}",
-            hint="leave prune_layers out for the pruner's own: "
-            + ", ".join(map(str, pruner.first_layers(layers))),
-        )
-    return pruner.cuts(keep, visual_tokens, first_layers)
-
-
-def spread(wanted: tuple[float, ...], layers: int) -> tuple[int, ...]:
-    """Layers nearest to the wanted ones (halves up) that are distinct, ascending, and from 1 to `layers` - 1."""
-    chosen: list[int] = []
-    for place, layer in enumerate(wanted):
-        lowest = chosen[-1] + 1 if chosen else 1
-        highest = layers - (len(wanted) - place)
-        chosen.append(min(max(int(layer + 0.5), lowest), highest))
-    return tuple(chosen)
-
-
 def last_token(prompt: Prompt) -> QueryRows:
     """The last token of the prompt decides alone."""
     rows_B1 = prompt.last_index_B[:, None]
     return QueryRows(rows_B1, torch.ones_like(rows_B1, dtype=torch.float32))
 
 
-def best(scores_BN: Tensor, kept: int) -> Selected:
+def best_first(scores_BS: Tensor, image: Image, count: int) -> Tensor:
+    """[B, count] int64: slots of an image's tokens, by falling scores, then slots of others."""
+    return torch.where(image.is_mine_BS, scores_BS, -1.0).topk(count, dim=-1).indices
+
+
+def ranked(slots_BM: Tensor, kept_B: Tensor, like_BS: Tensor) -> Tensor:
+    """[B, S] int64 ranks as `Kept` has them.
+
+    Args:
+        slots_BM: int64 slots, best first; those from `kept_B` on do not count.
+        kept_B: int64.
+        like_BS: any tensor of that shape.
+    """
+    places_M = torch.arange(slots_BM.shape[1])
+    never_BS = torch.zeros_like(like_BS, dtype=torch.int64) + kept_B[:, None]
+    return never_BS.scatter(1, slots_BM, torch.minimum(places_M[None], kept_B[:, None]))
+
+
+def best(scores_BS: Tensor, image: Image) -> Kept:
     """The tokens with the highest scores."""
-    return Selected(scores_BN.topk(kept, dim=-1).indices)
+    return Kept(ranked(best_first(scores_BS, image, image.most_kept), image.kept_B, scores_BS))
 
 
 def attention_paid(query_BHRD: Tensor, key_BGCD: Tensor, rows_BR: Tensor, scale: float) -> Tensor:

@@ -25,6 +25,7 @@ from gap_export.inputs.chat.tokens import IMAGE
 from gap_export.positions import Ids, Placement, PositionPolicy
 from gap_export.runtime.conversation.context import Context, moved, reaching, text_placement
 from gap_export.runtime.generate import encode
+from gap_export.runtime.keep import KeepCounts
 from gap_export.runtime.session import Buffer, Prefilled, Spliced, VisualTokens
 
 
@@ -34,13 +35,13 @@ class SeenImages:
 
     Attributes:
         batch: of them.
-        keep_counts: of every call of the vision graph, see `Session.encode`.
+        keep_counts: what the graphs are told.
         text_ids: [1, L] int64, for pruners that read text.
         visual: what the vision graph gave, once it was asked.
     """
 
     batch: ImageBatch
-    keep_counts: Sequence[int | None] | None = None
+    keep_counts: KeepCounts | None = None
     text_ids: Ids | None = None
     visual: VisualTokens | None = None
 
@@ -53,9 +54,9 @@ class SeenImages:
             return [real] if images == 1 or counts is None else [int(count) for count in counts.reshape(-1)]
         if pruning.keep_mode == "adaptive":
             return [pruning.max_tokens] * images
-        told = self.keep_counts or [None]
+        told = (None,) * images if self.keep_counts is None else self.keep_counts.calls
         if self.batch.one_size:
-            return [pruning.kept if told[0] is None or pruning.stages else told[0]] * images
+            return [pruning.kept if told[0] is None else told[0]] * images
         never = self.batch.visual_tokens - self.batch.prunable
         return [
             (pruning.kept if count is None else count) + int(extra)
@@ -320,7 +321,8 @@ class ConversationCache:
         text = sum(id_ != IMAGE for id_ in ids)
         whole = text + sum(sum(each.kept(self._manifest)) for each in seen) + new_tokens
         layout = self._manifest.cache_layout
-        lengths = layout.lengths_of(whole) if seen else [whole] * self._stages
+        gone = seen[0].keep_counts.gone(seen[0].batch) if seen and seen[0].keep_counts is not None else None
+        lengths = layout.lengths_of(whole, gone) if seen else [whole] * self._stages
         return [min(length, most) for length, most in zip(lengths, layout.capacities, strict=True)]
 
     def _read(

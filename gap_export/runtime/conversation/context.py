@@ -86,12 +86,12 @@ class Context:
         """
         marks, of_images = list(self.marks), iter(zip(kept, extents, strict=True))
         position, slot = self.end.position, self.end.slots[0]
-        # What later stages do not see are tokens of the image.
-        dropped = [int(placement.next_slot[0] - later[0]) for later in placement.stage_next_slot]
-        gone = [0] * len(dropped)
+        # What later stages do not see are tokens of the images.
+        gone, dropped = [0] * len(placement.stage_next_slot), iter(_dropped(placement))
         for id_ in ids:
             slots, positions = next(of_images) if id_ == IMAGE else (1, 1)
-            gone = dropped if id_ == IMAGE else gone
+            if id_ == IMAGE and gone:
+                gone = [before + more for before, more in zip(gone, next(dropped), strict=True)]
             slot, position = slot + slots, position + positions
             marks.append(Mark(position, (slot, *(slot - drop for drop in gone))))
         if (position, slot) != (int(placement.next_position[0]), int(placement.next_slot[0])):
@@ -101,6 +101,16 @@ class Context:
                 hint="the graphs do not belong to the manifest: build the bundle again",
             )
         return Context((*self.ids, *ids), tuple(marks))
+
+
+def _dropped(placement: Placement) -> list[list[int]]:
+    """Of every image of a prompt, how many tokens every later stage does not see."""
+    if placement.stage_counts is None:
+        return [[int(placement.next_slot[0] - later[0]) for later in placement.stage_next_slot]]
+    assert placement.image_slots is not None
+    entered_I = placement.image_slots[0, :, 1] - placement.image_slots[0, :, 0]
+    gone_IJ: list[list[int]] = (entered_I[:, None] - placement.stage_counts[0]).tolist()
+    return gone_IJ
 
 
 def text_placement(at: Mark, tokens: int, rows: int, image_slots: Ids | None = None) -> Placement:
@@ -139,7 +149,6 @@ def moved(placement: Placement, at: Mark) -> Placement:
         write_index=placement.write_index + slot,
         next_position=placement.next_position + at.position,
         next_slot=placement.next_slot + slot,
-        image_start=None if placement.image_start is None else placement.image_start + slot,
         image_slots=None if placement.image_slots is None else placement.image_slots + slot,
     )
 

@@ -17,7 +17,8 @@ from gap_export.inputs.prompt import encode_text
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import Ids
 from gap_export.runtime.conversation.cache import SeenImages
-from gap_export.runtime.grounder import Grounder, check_keep, keep_counts
+from gap_export.runtime.grounder import Grounder
+from gap_export.runtime.keep import check_keep, keep_counts
 
 if TYPE_CHECKING:
     from gap_export.boxes.codecs import Box

@@ -28,6 +28,7 @@ from gap_export.positions import PAD, AttentionMask, Ids, Placement, place, visi
 from gap_export.prune import VisionFeatures, reference
 from gap_export.prune.features import OnDemand
 from gap_export.prune.reference import Floats
+from gap_export.runtime.keep import stage_counts_of
 from gap_export.runtime.session import (
     Buffer,
     Lifetime,
@@ -199,7 +200,7 @@ class TorchSession(Lifetime):
             visual_tokens=self._pruning_extent(visual),
             policy=self._pruning.positions,
             merged=self._pruning.merged,
-            stages=tuple(stage.kept for stage in self._pruning.stages[1:]),
+            stage_counts=stage_counts_of(self._pruning, visual.stage_counts, len(rows)),
             grids=visual.image_grid,
         )
         return Spliced(embeds=rows, placement=placement)
@@ -347,7 +348,7 @@ class TorchSession(Lifetime):
             choice = reference.choose(
                 pruner,
                 features,
-                pruning.kept if keep_count is None or pruning.stages else keep_count,
+                pruning.kept if keep_count is None else keep_count,
                 seed=pruning.seed,
                 merged_id=pruning.merged_id,
             )

@@ -21,7 +21,8 @@ from transformers import DynamicCache
 from gap_export import families, prune
 from gap_export.bundle.manifest import Pruning, Stage
 from gap_export.families.reference import ReferenceModel, open_model
-from gap_export.positions import Ids, Placement, PositionPolicy
+from gap_export.families.reference.qwen_vl import Stacked
+from gap_export.positions import PAD, Ids, Placement, PositionPolicy
 from gap_export.prune.in_decoder.stages import load
 from gap_export.runtime.session import Buffer, Prefilled
 from gap_export.runtime.torch.session import TorchSession, as_loaded, shorten
@@ -33,22 +34,31 @@ class _Row:
     """One prompt on its way through the stages.
 
     Attributes:
-        hidden_SH: hidden states.
-        ids_S: int64, what RoPE reads.
-        raster_N: int64 raster indices of the visual tokens that are left.
-        image_start: text tokens before the image.
+        hidden_SX: hidden states, and behind them what DeepStack adds after each of the first layers.
+        ids_RS: int64, what RoPE reads: one row, or the three of M-RoPE.
+        raster_N: int64 raster indices of the visual tokens that are left, for every image.
+        texts: how many tokens stand before, between and after the images.
         cache: of all layers.
-        kept: raster indices at the beginning of every later stage.
+        kept: raster indices at the beginning of every later stage, one image's behind the other's.
         margin: the smallest gap that any choice was made by.
     """
 
-    hidden_SH: Tensor
-    ids_S: Tensor
-    raster_N: Ids
-    image_start: int
+    hidden_SX: Tensor
+    ids_RS: Tensor
+    raster_N: list[Ids]
+    texts: list[int]
     cache: DynamicCache = field(default_factory=DynamicCache)
     kept: list[Ids] = field(default_factory=list)
     margin: float = np.inf
+
+    @property
+    def images(self) -> list[slice]:
+        """Where the tokens of every image stand."""
+        found, start = list[slice](), 0
+        for text, raster_N in zip(self.texts, self.raster_N, strict=False):
+            found.append(slice(start + text, start + text + len(raster_N)))
+            start = found[-1].stop
+        return found
 
 
 class StagedTorchSession(TorchSession):
@@ -62,8 +72,12 @@ class StagedTorchSession(TorchSession):
         text_tower: TextReader | None = None,
     ) -> None:
         super().__init__(model, pruning, text_tower=text_tower)
-        self._decoder: Any = model.language_model
+        decoder, self._levels = model.language_model, 0
+        if isinstance(decoder, Stacked):
+            decoder, self._levels = decoder.language_model, decoder.deepstack_levels
+        self._decoder: Any = decoder
         self._uses_next_layer_attention = load(pruning.pruner).USES_NEXT_LAYER_ATTENTION
+        self._schedule = prune.row(pruning.pruner).load_schedule()
         self._twin: Any = prune.row(pruning.pruner).load_reference()
         self._rows: list[_Row] = []
         self._maps: dict[int, Tensor] = {}
@@ -86,18 +100,25 @@ class StagedTorchSession(TorchSession):
         """Fill the cache from slot 0 on; `kept_indices` and `margins` are filled in."""
         self._check_open()
         self.caches_begun += 1
-        assert placement.image_start is not None
+        assert placement.image_slots is not None
+        assert placement.stage_counts is not None
         self._rows, logits = [], []
-        for embeds_SH, ids_S, start in zip(
-            embeds, placement.position_ids, placement.image_start, strict=True
-        ):
-            ids = torch.from_numpy(np.ascontiguousarray(ids_S[: len(embeds_SH)]))
-            row = _Row(embeds_SH, ids, np.arange(self._pruning.kept), int(start))
+        for number, embeds_SX in enumerate(embeds):
+            ids = placement.position_ids[..., number, : len(embeds_SX)]
+            slots_I2 = placement.image_slots[number]
+            behind = [0, *map(int, slots_I2[:, 1])]
+            row = _Row(
+                embeds_SX,
+                torch.from_numpy(np.atleast_2d(ids).copy()),
+                [np.arange(end - first) for first, end in slots_I2],
+                [int(first) - end for first, end in zip(slots_I2[:, 0], behind, strict=False)],
+            )
+            row.texts.append(len(embeds_SX) - behind[-1])
             self._rows.append(row)
-            logits.append(self._whole_prompt(row))
+            logits.append(self._whole_prompt(row, placement.stage_counts[number]))
         return Prefilled(
             np.stack(logits),
-            tuple(np.stack(stage) for stage in zip(*(row.kept for row in self._rows), strict=True)),
+            tuple(_padded(stage) for stage in zip(*(row.kept for row in self._rows), strict=True)),
             np.array([row.margin for row in self._rows]),
         )
 
@@ -105,7 +126,7 @@ class StagedTorchSession(TorchSession):
         """Begin anew with a cache of one row in which nothing lies."""
         self._check_open()
         self.caches_begun += 1
-        self._rows = [_Row(torch.empty(0), torch.empty(0), np.empty(0, np.int64), 0)]
+        self._rows = [_Row(torch.empty(0), torch.empty(0), [], [])]
 
     @torch.inference_mode()
     def step(self, token_ids_B: Ids, placement: Placement) -> NDArray[np.float32]:
@@ -113,18 +134,17 @@ class StagedTorchSession(TorchSession):
         embed = self._model.embedding
         logits = []
         begins = (placement.write_index, *placement.stage_write_index)
-        for number, (token, row, ids_1) in enumerate(
-            zip(token_ids_B, self._rows, placement.position_ids, strict=True)
-        ):
+        for number, (token, row) in enumerate(zip(token_ids_B, self._rows, strict=True)):
             stages = zip(self._pruning.stages, begins, strict=True)
             shorten(row.cache, [int(slots[number]) for stage, slots in stages for _ in stage.run])
-            hidden_1H = embed(torch.tensor([int(token)]))
+            hidden_1X = embed(torch.tensor([int(token)]))
+            given = torch.from_numpy(np.atleast_2d(placement.position_ids[..., number, :]).copy())
             for stage in self._pruning.stages:
-                ids = torch.from_numpy(np.ascontiguousarray(ids_1))
+                ids_R1 = given
                 if stage.first_layer and self._pruning.positions is not PositionPolicy.GAP:
-                    ids = torch.tensor([row.cache.get_seq_length(stage.first_layer)])
-                hidden_1H = self._layers(stage, hidden_1H, ids, row.cache)
-            logits.append(self._logits(hidden_1H))
+                    ids_R1 = torch.full_like(given, row.cache.get_seq_length(stage.first_layer))
+                hidden_1X = self._layers(stage, hidden_1X, ids_R1, row.cache)
+            logits.append(self._logits(hidden_1X))
         return np.stack(logits)
 
     def _free(self) -> None:
@@ -134,73 +154,84 @@ class StagedTorchSession(TorchSession):
         self._maps.clear()
         super()._free()
 
-    def _whole_prompt(self, row: _Row) -> NDArray[np.float32]:
-        visual = len(row.raster_N)
-        image_NH = row.hidden_SH[row.image_start : row.image_start + visual].double().numpy()
-        text_TH = row.hidden_SH[row.image_start + visual :].double().numpy()
-        queries, row.margin = self._twin.scoring_queries(self._pruning.pruner, image_NH, text_TH)
-        for stage in self._pruning.stages:
-            if stage.first_layer:
-                self._cut(row, stage, queries)
-            row.hidden_SH = self._layers(stage, row.hidden_SH, row.ids_S, row.cache)
-        return self._logits(row.hidden_SH)
+    def _whole_prompt(self, row: _Row, counts_IJ: Ids) -> NDArray[np.float32]:
+        hidden_SH = self._hidden(row.hidden_SX).double().numpy()
+        images_NH = np.concatenate([hidden_SH[image] for image in row.images])
+        text_TH = hidden_SH[len(hidden_SH) - row.texts[-1] :]
+        queries, row.margin = self._twin.scoring_queries(self._pruning.pruner, images_NH, text_TH)
+        for number, stage in enumerate(self._pruning.stages):
+            if number:
+                self._cut(row, stage, counts_IJ[:, number - 1], queries)
+            row.hidden_SX = self._layers(stage, row.hidden_SX, row.ids_RS, row.cache)
+        return self._logits(row.hidden_SX)
 
-    def _cut(self, row: _Row, stage: Stage, queries: list[int]) -> None:
+    def _cut(self, row: _Row, stage: Stage, kept_I: Ids, queries: list[int]) -> None:
+        hidden_SH = self._hidden(row.hidden_SX)
         if (
             self._uses_next_layer_attention
         ):  # the attention of the next layer on all that is there, and nothing else of that layer
             layer = self._decoder.layers[stage.first_layer]
             layer.self_attn(
-                layer.input_layernorm(row.hidden_SH[None]),
-                position_embeddings=self._rotary(row.hidden_SH, row.ids_S),
-                attention_mask=self._causal(len(row.hidden_SH)),
+                layer.input_layernorm(hidden_SH[None]),
+                position_embeddings=self._rotary(hidden_SH, row.ids_RS),
+                attention_mask=self._causal(len(hidden_SH)),
             )
         attention_ASS = self._maps[
             stage.first_layer if self._uses_next_layer_attention else stage.first_layer - 1
         ][0]
-        start, visual = row.image_start, len(row.raster_N)
-        choice = self._twin.choose(
-            self._pruning.pruner,
-            attention_ASS.double().numpy(),
-            row.hidden_SH[start : start + visual].double().numpy(),
-            image_start=start,
-            rows=queries,
-            kept=stage.kept,
-            merged=stage.merged,
-        )
-        row.margin = min(row.margin, choice.margin)
-        order = np.argsort(choice.indices_K) if self._pruning.positions.keeps_raster_order else slice(None)
-        places = choice.indices_K[order]
-        image_KH = row.hidden_SH[start + torch.from_numpy(places)]
-        if choice.patches_KE is not None:
-            image_KH = torch.from_numpy(choice.patches_KE[order]).to(image_KH.dtype)
-        after = slice(start + visual, None)
-        row.hidden_SH = torch.cat([row.hidden_SH[:start], image_KH, row.hidden_SH[after]])
-        if self._pruning.positions is PositionPolicy.GAP:
-            row.ids_S = torch.cat(
-                [row.ids_S[:start], row.ids_S[start + torch.from_numpy(places)], row.ids_S[after]]
+        hidden_SX, places, left = row.hidden_SX, list[Tensor](), list[Ids]()
+        for image, raster_N, kept in zip(row.images, row.raster_N, map(int, kept_I), strict=True):
+            choice = self._twin.choose(
+                self._pruning.pruner,
+                attention_ASS.double().numpy(),
+                hidden_SH[image].double().numpy(),
+                image_start=image.start,
+                rows=queries,
+                kept=kept,
+                merged=self._schedule.merged(len(raster_N), kept) or 0,
+                carried_NX=row.hidden_SX[image].double().numpy(),
             )
+            row.margin = min(row.margin, choice.margin)
+            keeps_order = self._pruning.positions.keeps_raster_order
+            order = np.argsort(choice.indices_K) if keeps_order else slice(None)
+            places.append(image.start + torch.from_numpy(choice.indices_K[order]))
+            left.append(raster_N[choice.indices_K[order]])
+            if choice.patches_KE is not None:
+                hidden_SX = hidden_SX.clone()
+                hidden_SX[places[-1]] = torch.from_numpy(choice.patches_KE[order]).to(hidden_SX.dtype)
+        ends = [0, *(image.stop for image in row.images)]
+        texts = [torch.arange(end, end + text) for end, text in zip(ends, row.texts, strict=True)]
+        source = torch.cat([part for pair in zip(texts, places, strict=False) for part in pair] + texts[-1:])
+        row.hidden_SX, row.raster_N = hidden_SX[source], left
+        if self._pruning.positions is PositionPolicy.GAP:
+            row.ids_RS = row.ids_RS[:, source]
         else:
-            row.ids_S = torch.arange(len(row.hidden_SH))
-        row.raster_N = row.raster_N[places]
-        row.kept.append(row.raster_N)
+            row.ids_RS = torch.arange(len(source)).expand(len(row.ids_RS), -1)
+        row.kept.append(np.concatenate(left))
 
-    def _layers(self, stage: Stage, hidden_SH: Tensor, ids_S: Tensor, cache: DynamicCache) -> Tensor:
-        hidden_1SH = hidden_SH[None]
+    def _layers(self, stage: Stage, hidden_SX: Tensor, ids_RS: Tensor, cache: DynamicCache) -> Tensor:
+        hidden_SH, *levels_SH = hidden_SX.chunk(1 + self._levels, dim=-1)
         for number in stage.run:
-            hidden_1SH = self._decoder.layers[number](
-                hidden_1SH,
+            hidden_SH = self._decoder.layers[number](
+                hidden_SH[None],
                 attention_mask=self._causal(len(hidden_SH)),
-                position_ids=ids_S[None],
+                position_ids=ids_RS[:1],
                 past_key_values=cache,
                 use_cache=True,
-                position_embeddings=self._rotary(hidden_1SH, ids_S),
-            )
-        return hidden_1SH[0]
+                position_embeddings=self._rotary(hidden_SH, ids_RS),
+            )[0]
+            if number < self._levels:
+                hidden_SH = hidden_SH + levels_SH[number]
+        return torch.cat([hidden_SH, *levels_SH], dim=-1)
 
-    def _rotary(self, hidden: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden(self, hidden_SX: Tensor) -> Tensor:
+        """[S, H]: without what DeepStack adds."""
+        return hidden_SX.chunk(1 + self._levels, dim=-1)[0]
+
+    def _rotary(self, hidden: Tensor, ids_RS: Tensor) -> tuple[Tensor, Tensor]:
         as_loaded(self._decoder)
-        cos_sin: tuple[Tensor, Tensor] = self._decoder.rotary_emb(hidden, ids_S[None])
+        ids = ids_RS if len(ids_RS) == 1 else ids_RS[:, None]
+        cos_sin: tuple[Tensor, Tensor] = self._decoder.rotary_emb(hidden[None], ids)
         return cos_sin
 
     def _causal(self, tokens: int) -> Tensor | None:
@@ -210,9 +241,18 @@ class StagedTorchSession(TorchSession):
         least = torch.finfo(self._model.dtype).min
         return torch.full((tokens, tokens), least, dtype=self._model.dtype).triu(1)[None, None]
 
-    def _logits(self, hidden_SH: Tensor) -> NDArray[np.float32]:
-        logits_V: NDArray[np.float32] = self._model.lm_head(self._decoder.norm(hidden_SH[-1])).float().numpy()
+    def _logits(self, hidden_SX: Tensor) -> NDArray[np.float32]:
+        last_H = self._decoder.norm(self._hidden(hidden_SX)[-1])
+        logits_V: NDArray[np.float32] = self._model.lm_head(last_H).float().numpy()
         return logits_V
+
+
+def _padded(rows: Sequence[Ids]) -> Ids:
+    """[B, K] int64, short rows filled with `PAD` at the end."""
+    kept_BK = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
+    for number, kept_K in enumerate(rows):
+        kept_BK[number, : len(kept_K)] = kept_K
+    return kept_BK
 
 
 def open_reference(

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from gap_export.boxes.codecs import CODECS, Box
-from gap_export.runtime.grounder import check_keep
+from gap_export.runtime.keep import check_keep
 from gap_export.serving.http.errors import HttpError
 from gap_export.serving.http.fields import ImageUrl
 from gap_export.serving.images import Content, RequestImages

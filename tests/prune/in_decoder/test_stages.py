@@ -1,4 +1,4 @@
-"""Schedules of the strategies inside the decoder, and their choices as torch code against float64."""
+"""Choices of the strategies inside the decoder as torch code, against float64."""
 
 from __future__ import annotations
 
@@ -10,132 +10,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gap_export import prune
-from gap_export.errors import RecipeError
 from gap_export.prune.in_decoder import reference, sparsevlm, stages
-from gap_export.prune.in_decoder.stages import Cut, Prompt, attention_paid, cuts_for
+from gap_export.prune.in_decoder.schedules import Cut, cluster_count, cuts_for
+from gap_export.prune.in_decoder.stages import Image, Kept, Prompt, attention_paid
 
 INSIDE = prune.names(in_decoder=True)
-
-
-def cuts(
-    name: str, keep: float = 0.25, *, visual: int = 576, layers: int = 32, at: tuple[int, ...] = ()
-) -> tuple[Cut, ...]:
-    return cuts_for(name, keep, visual_tokens=visual, layers=layers, prune_layers=at)
-
-
-# Schedules
-
-
-def test_the_table_knows_three() -> None:
-    assert INSIDE == ("fastv", "pyramiddrop", "sparsevlm")
-    assert cuts("cls_attention") == ()
-
-
-def test_published_schedules() -> None:
-    assert cuts("fastv", 0.5) == (Cut(2, 288),)
-    assert cuts("pyramiddrop", 0.125) == (Cut(8, 288), Cut(16, 144), Cut(24, 72))
-
-
-PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
-"""Mean over the layers -> tokens chosen of 576 in SparseVLM's three stages, as its `score.py` lists them."""
-WITH_MERGED = {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)}
-
-
-@pytest.mark.parametrize("mean", PUBLISHED)
-def test_published_schedules_of_sparsevlm(mean: int) -> None:
-    found = cuts("sparsevlm", WITH_MERGED[mean][-1] / 576)
-    assert tuple(cut.kept for cut in found) == WITH_MERGED[mean]
-    assert tuple(cut.kept - cut.merged for cut in found) == PUBLISHED[mean]
-    before = 576
-    for chosen, kept in zip(PUBLISHED[mean], WITH_MERGED[mean], strict=True):
-        recycled = int(0.3 * (before - chosen)) + 1
-        assert kept == chosen + int(recycled / 10) + 1
-        before = kept
-
-
-@given(along=st.floats(0, 1), gap=st.integers(0, 4))
-def test_between_published_schedules_each_stage_lies_between_theirs(along: float, gap: int) -> None:
-    ends = [(576, 576, 576), *WITH_MERGED.values(), (1, 1, 1)]
-    above, below = ends[gap], ends[gap + 1]
-    kept = round(above[-1] ** (1 - along) * below[-1] ** along)
-    try:
-        found = cuts("sparsevlm", kept / 576)
-    except RecipeError:
-        return  # cluster means alone
-    for cut, one, other in zip(found, above, below, strict=True):
-        assert min(one, other) <= cut.kept <= max(one, other)
-
-
-@given(
-    name=st.sampled_from(INSIDE),
-    keep=st.floats(0.01, 1.0),
-    visual=st.integers(4, 700),
-    layers=st.integers(1, 80),
-)
-def test_every_schedule_is_one(name: str, keep: float, visual: int, layers: int) -> None:
-    wanted = stages.load(name).STAGES
-    if layers <= wanted:
-        with pytest.raises(RecipeError, match=f"more than {wanted} layers, this one has {layers}"):
-            cuts(name, keep, visual=visual, layers=layers)
-        return
-    if keep * visual < 0.5:
-        with pytest.raises(RecipeError, match=f"keeps none of {visual} tokens|and no token of the image"):
-            cuts(name, keep, visual=visual, layers=layers)
-        return
-    try:
-        found = cuts(name, keep, visual=visual, layers=layers)
-    except RecipeError:
-        if name == "sparsevlm":  # which has cluster means to make room for
-            return
-        raise
-    firsts = [cut.first_layer for cut in found]
-    assert len(found) == wanted
-    assert firsts == sorted(set(firsts))
-    assert firsts[0] > 0
-    assert firsts[-1] < layers
-    counts = [visual, *(cut.kept for cut in found)]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[-1] == prune.kept_count(keep, visual)
-    for before, cut in zip(counts, found, strict=False):
-        assert 0 <= cut.merged < cut.kept
-        if name == "sparsevlm":
-            dropped = before - (cut.kept - cut.merged)
-            assert cut.merged == (int((int(0.3 * dropped) + 1) / 10) + 1 if dropped else 0)
-        else:
-            assert not cut.merged
-
-
-def test_keeping_everything_drops_nothing() -> None:
-    for name in INSIDE:
-        assert {(cut.kept, cut.merged) for cut in cuts(name, 1.0)} == {(576, 0)}
-
-
-def test_chosen_layers_are_taken() -> None:
-    assert cuts("fastv", at=(7,)) == (Cut(7, 144),)
-    assert [cut.first_layer for cut in cuts("pyramiddrop", at=(1, 2, 31))] == [1, 2, 31]
-
-
-@pytest.mark.parametrize(
-    ("name", "at"),
-    [("fastv", (0,)), ("fastv", (32,)), ("fastv", (2, 3)), ("pyramiddrop", (8,)), ("pyramiddrop", (8, 8, 9)),
-     ("sparsevlm", (9, 7, 16)), ("sparsevlm", (1, 2, 33))],
-)  # fmt: skip
-def test_layers_that_cannot_be_are_refused(name: str, at: tuple[int, ...]) -> None:
-    with pytest.raises(RecipeError, match="from 1 to 31") as caught:
-        cuts(name, at=at)
-    assert str(stages.load(name).first_layers(32)[0]) in caught.value.hint
-
-
-def test_layers_are_refused_for_strategies_before_the_decoder() -> None:
-    with pytest.raises(RecipeError, match="drops no tokens inside the decoder") as caught:
-        cuts("cls_attention", at=(2,))
-    assert "fastv, pyramiddrop, sparsevlm" in caught.value.hint
-
-
-def test_a_share_that_leaves_cluster_means_alone_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no token of the image") as caught:
-        cuts("sparsevlm", 0.003)
-    assert caught.value.hint == "use a larger --keep"
 
 
 # Attention of a few rows
@@ -167,7 +46,10 @@ def prompt_of(
     embeds = draw.normal(size=(len(texts), longest, width))
     starts = torch.tensor([before for before, _ in texts])
     last = torch.tensor([before + visual + after - 1 for before, after in texts])
-    return Prompt(torch.from_numpy(embeds).float(), starts, last, visual), embeds
+    within = torch.arange(longest) - starts[:, None]
+    is_image = (within >= 0) & (within < visual)
+    tokens = torch.from_numpy(embeds).float()
+    return Prompt(tokens, is_image, starts + visual, last, longest - visual + 1), embeds
 
 
 @pytest.mark.parametrize("name", INSIDE)
@@ -190,93 +72,163 @@ def test_scoring_queries_of_ragged_prompts(name: str) -> None:
             assert np.allclose(weights[weights > 0], 1 / len(expected))
 
 
+@pytest.mark.parametrize("name", INSIDE)
+def test_scoring_queries_of_two_images(name: str) -> None:
+    """What is rated is the text behind the last image, by all images together; text between them rates nothing."""
+    draw = np.random.default_rng(3)
+    embeds = draw.normal(size=(1, 20, 8))
+    is_image = torch.zeros(1, 20, dtype=torch.bool)
+    is_image[0, 2:6] = is_image[0, 9:14] = True
+    prompt = Prompt(torch.from_numpy(embeds).float(), is_image, torch.tensor([14]), torch.tensor([18]), 12)
+    found = stages.load(name).scoring_queries(prompt)
+    expected, _ = reference.scoring_queries(name, embeds[0][is_image[0].numpy()], embeds[0, 14:19])
+    weights = found.weights_BR[0].numpy()
+    assert [int(row) - 19 for row in found.rows_BR[0].numpy()[weights > 0]] == expected
+
+
 def test_words_that_are_all_alike_all_rate() -> None:
     """Relevances equal to their mean, which rounding may put above them."""
     for after in range(1, 12):
         embeds = torch.ones(1, 4 + after, 6) * 0.1
-        found = sparsevlm.scoring_queries(Prompt(embeds, torch.tensor([0]), torch.tensor([3 + after]), 4))
+        is_image = (torch.arange(4 + after) < 4)[None]
+        found = sparsevlm.scoring_queries(
+            Prompt(embeds, is_image, torch.tensor([4]), torch.tensor([3 + after]), after + 1)
+        )
         assert int((found.weights_BR > 0).sum()) == after
 
 
 # Choices
 
 
-def check_choice(name: str, visual: int, cut: Cut, seed: int) -> None:
-    """Torch code against the reference, which is given a map of one head and one scoring query."""
+def image_of(visual: list[int], kept: list[int], *, before: int = 1, after: int = 3) -> Image:
+    """An image in every row, behind `before` tokens of text, with as many tokens as that row's number says; the longest row has `after` behind."""
+    within = torch.arange(before + max(visual) + after) - before
+    mine = torch.stack([(within >= 0) & (within < count) for count in visual])
+    return Image(mine, torch.tensor(visual), torch.tensor(kept), max(kept), max(visual))
+
+
+def in_order(kept: Kept, row: int, count: int, before: int = 1) -> list[int]:
+    """Places within the image of a row, best first."""
+    ranks = kept.ranks_BS[row]
+    return [int((ranks == rank).nonzero().item()) - before for rank in range(count)]
+
+
+def check_choice(name: str, visual: list[int], cuts: list[Cut], seed: int) -> None:
+    """Torch code against the reference, which is given a map of one head and one scoring query; rows differ in what they have and keep."""
     draw = np.random.default_rng(seed)
-    hidden = draw.normal(size=(3, visual, 24)) * 3
-    paid = draw.dirichlet(np.ones(visual), size=3)
-    selected = stages.load(name).select(
-        torch.from_numpy(paid).float(), torch.from_numpy(hidden).float(), kept=cut.kept, merged=cut.merged
-    )
-    for row in range(3):
-        attention = np.zeros((1, visual + 2, visual + 2))
-        attention[0, -1, 1 : visual + 1] = paid[row]
+    image = image_of(visual, [cut.kept for cut in cuts])
+    shape = image.is_mine_BS.shape
+    hidden, beside = draw.normal(size=(2, *shape, 24)) * 3
+    paid = draw.dirichlet(np.ones(shape[1]), size=shape[0])
+    tokens = torch.from_numpy(hidden).float()
+    selected = stages.load(name).select(torch.from_numpy(paid).float(), tokens, image)
+    merged = None
+    if selected.merging is not None:
+        merged = [selected.merging.of(torch.from_numpy(x).float()) for x in (hidden, beside)]
+    for row, (count, cut) in enumerate(zip(visual, cuts, strict=True)):
+        attention = np.zeros((1, shape[1], shape[1]))
+        attention[0, -1] = paid[row]
+        own = slice(1, 1 + count)
         choice = reference.choose(
-            name, attention, hidden[row], image_start=1, rows=[-1], kept=cut.kept, merged=cut.merged
-        )
+            name, attention, hidden[row, own], image_start=1, rows=[-1], kept=cut.kept, merged=cut.merged,
+            carried_NX=np.concatenate([hidden[row, own], beside[row, own]], axis=1),
+        )  # fmt: skip
         if choice.margin < 1e-5:
             continue  # float32 may decide otherwise
-        assert selected.indices_BK[row].tolist() == choice.indices_K.tolist()
-        assert len(set(choice.indices_K)) == cut.kept
-        if cut.merged:
-            assert selected.patches_BKE is not None
-            assert choice.patches_KE is not None
-            if choice.merge_margin > 1e-5:
-                np.testing.assert_allclose(selected.patches_BKE[row].numpy(), choice.patches_KE, atol=1e-4)
-        else:
-            assert selected.patches_BKE is None
+        assert int((selected.ranks_BS[row] < cut.kept).sum()) == cut.kept
+        found = in_order(selected, row, cut.kept)
+        assert found == choice.indices_K.tolist()
+        assert len(set(found)) == cut.kept
+        if merged is None:
+            assert choice.patches_KE is None
+        elif choice.merge_margin > 1e-5:
+            expected = np.concatenate([hidden[row], beside[row]], axis=1)
+            if choice.patches_KE is not None:
+                expected[[1 + place for place in found]] = choice.patches_KE
+            mine = torch.cat([each[row] for each in merged], dim=1).numpy()
+            np.testing.assert_allclose(mine, expected, atol=1e-4, err_msg="others are left as they are")
+
+
+def cuts_of(name: str, keep: float, visual: int) -> tuple[Cut, ...]:
+    return cuts_for(name, keep, visual_tokens=visual, layers=32)
 
 
 @pytest.mark.parametrize("name", INSIDE)
 @pytest.mark.parametrize("visual", [6, 36, 144, 300])
 def test_choices_equal_float64(name: str, visual: int) -> None:
     before = visual
-    for cut in cuts(name, 0.3, visual=visual):
+    for cut in cuts_of(name, 0.3, visual):
         for seed in range(4):
-            check_choice(name, before, cut, seed)
+            check_choice(name, [before] * 3, [cut] * 3, seed)
         before = cut.kept
+
+
+@given(
+    sizes=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    keep=st.floats(0.05, 1.0),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.parametrize("name", INSIDE)
+def test_rows_with_images_of_any_size_equal_float64(
+    name: str, sizes: list[int], keep: float, seed: int
+) -> None:
+    """Every row keeps its own count; nothing of a longer one reaches it."""
+    schedule = prune.row(name).load_schedule()
+    before = sizes
+    for stage in range(schedule.stages):
+        kept = [schedule.counts(keep, size)[stage] for size in sizes]
+        cuts = [Cut(1, k, schedule.merged(b, k) or 0) for b, k in zip(before, kept, strict=True)]
+        check_choice(name, before, cuts, seed + stage)
+        before = kept
 
 
 @given(dropped=st.integers(1, 150), chosen=st.integers(1, 8), seed=st.integers(0, 99))
 def test_recycling_of_any_size_equals_float64(dropped: int, chosen: int, seed: int) -> None:
-    merged = sparsevlm.cluster_count(dropped)
-    check_choice("sparsevlm", chosen + dropped, Cut(1, chosen + merged, merged), seed)
+    before, kept = chosen + dropped, chosen + cluster_count(dropped)
+    merged = prune.row("sparsevlm").load_schedule().merged(before, kept)
+    assert merged is not None
+    check_choice("sparsevlm", [before], [Cut(1, kept, merged)], seed)
+
+
+@given(before=st.integers(1, 20_000), share=st.floats(0.0, 1.0))
+def test_how_many_are_merged_follows_from_what_is_kept(before: int, share: float) -> None:
+    """The arithmetic of the graph finds what the schedule finds by looking at every count."""
+    least = 1 + cluster_count(before - 1)
+    kept = least + int(share * (before - least))
+    mine = sparsevlm.merged_counts(torch.tensor([before]), torch.tensor([kept]))
+    assert int(mine) == prune.row("sparsevlm").load_schedule().merged(before, kept)
 
 
 def test_tokens_that_are_all_the_same_still_make_clusters() -> None:
     """No distances, no densities to tell apart: every centre keeps itself, and nothing is lost or not a number."""
-    tokens = torch.ones(1, 24, 4)
-    centres, nearest = sparsevlm.clusters(tokens, 3)
+    centres, nearest = sparsevlm.clusters(torch.ones(1, 24, 4), torch.tensor([24]), torch.tensor([3]), 3)
     assert len(set(centres[0].tolist())) == 3
     assert {int(nearest[0, centre]) for centre in centres[0]} == {0, 1, 2}
-    selected = sparsevlm.select(torch.rand(1, 80), torch.ones(1, 80, 4), kept=10, merged=3)
-    assert selected.patches_BKE is not None
-    torch.testing.assert_close(selected.patches_BKE, torch.ones(1, 10, 4))
+    kept = 7 + cluster_count(80 - 7)
+    selected = sparsevlm.select(torch.rand(1, 84), torch.ones(1, 84, 4), image_of([80], [kept]))
+    assert selected.merging is not None
+    torch.testing.assert_close(selected.merging.of(torch.ones(1, 84, 4)), torch.ones(1, 84, 4))
+    assert sorted(in_order(selected, 0, kept)) == sorted(set(in_order(selected, 0, kept)))
 
 
 def test_clusters_are_found_where_they_are() -> None:
-    """Three groups far apart: a centre in each, every token goes to its own group's."""
+    """Three groups far apart: a centre in each, every token goes to its own group's; tokens that do not count are no part of one."""
     draw = np.random.default_rng(0)
     group = np.arange(24) % 3
     tokens = torch.from_numpy(np.eye(3)[group] * 50 + draw.normal(size=(24, 3)) * 0.1).float()[None]
-    centres, nearest = sparsevlm.clusters(tokens, 3)
-    assert sorted(int(group[centre]) for centre in centres[0]) == [0, 1, 2]
-    assert [int(group[centres[0, cluster]]) for cluster in nearest[0]] == group.tolist()
+    beyond = torch.cat([tokens, torch.full((1, 6, 3), 1e3)], dim=1)
+    for points in (tokens, beyond):
+        centres, nearest = sparsevlm.clusters(points, torch.tensor([24]), torch.tensor([3]), 3)
+        assert sorted(int(group[centre]) for centre in centres[0]) == [0, 1, 2]
+        assert [int(group[centres[0, cluster]]) for cluster in nearest[0, :24]] == group.tolist()
 
 
 def test_a_row_is_chosen_as_alone() -> None:
     draw = torch.Generator().manual_seed(0)
-    scores, hidden = torch.rand(4, 100, generator=draw), torch.randn(4, 100, 16, generator=draw)
+    scores, hidden = torch.rand(4, 104, generator=draw), torch.randn(4, 104, 16, generator=draw)
     for name in INSIDE:
-        cut = cuts(name, 0.3, visual=100)[0]
-        pruner = stages.load(name)
-        together = pruner.select(scores, hidden, kept=cut.kept, merged=cut.merged)
+        cut, pruner = cuts_of(name, 0.3, 100)[0], stages.load(name)
+        together = pruner.select(scores, hidden, image_of([100] * 4, [cut.kept] * 4))
         for row in range(4):
-            alone = pruner.select(scores[[row]], hidden[[row]], kept=cut.kept, merged=cut.merged)
-            assert alone.indices_BK[0].tolist() == together.indices_BK[row].tolist()
-
-
-@pytest.mark.parametrize(("keep", "mean"), [(0.1962, 192), (0.0677, 128), (0.0469, 96), (0.03125, 64)])
-def test_the_shares_that_the_page_names(keep: float, mean: int) -> None:
-    assert tuple(cut.kept - cut.merged for cut in cuts("sparsevlm", keep)) == PUBLISHED[mean]
+            alone = pruner.select(scores[[row]], hidden[[row]], image_of([100], [cut.kept]))
+            assert in_order(alone, 0, cut.kept) == in_order(together, row, cut.kept)

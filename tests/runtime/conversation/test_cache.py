@@ -124,7 +124,7 @@ class FakeSession:
             visual_tokens=np.full((1, len(places)), VISUAL),
             kept_counts=np.full((1, len(places)), 3),
             policy=PositionPolicy.GAP,
-            stages=self.kind.left,
+            stage_counts=np.array(self.kind.left, np.int64).reshape(1, 1, -1) if self.kind.left else None,
             grids=np.full((1, len(places), 2), (1, VISUAL)) if self.kind.mrope else None,
         )
         return Spliced(Embeds(tokens, places[0]), placement)  # type: ignore[arg-type]

@@ -208,7 +208,7 @@ def test_every_stage_has_slots_of_its_own(
         text_after=np.array([after]),
         visual_tokens=9,
         policy=GAP,
-        stages=tuple(left),
+        stage_counts=np.array(left, np.int64).reshape(1, 1, -1),
     )
     ids = [1] * before + [IMAGE] + [2] * after
     context = Context.empty(1 + len(left)).with_images(ids, placement, [6], [9]).with_text([3] * more)
@@ -245,8 +245,6 @@ def test_where_images_lie_moves_with_the_prompt() -> None:
     placement = moved(alone, Mark(10, (6,)))
     assert placement.image_slots is not None
     assert placement.image_slots.tolist() == (alone.image_slots + 6).tolist()
-    assert placement.image_start is not None
-    assert placement.image_start.tolist() == [7]
     assert placement.position_ids.tolist() == [[10, 11, 13, 15, 16]]
 
 
