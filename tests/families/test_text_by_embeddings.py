@@ -160,9 +160,7 @@ def test_a_kind_that_its_family_has_not_is_refused(tiny_family: Families) -> Non
     tower = told.text_tower.model_copy(update={"kind": "clip", "checkpoint": "clip"})
     for changes in ({"family": "llava"}, {"text_tower": tower}):
         bundle = Bundle(asked.bundle.folder, told.model_copy(update=changes))
-        with pytest.raises(
-            BundleError, match=r"reads the expression by \w+, and models of family"
-        ) as caught:
+        with pytest.raises(BundleError, match=r"reads the expression by \w+, and models of family") as caught:
             open_torch(bundle, checkpoint=asked.folder)
         assert "\n" not in str(caught.value.message)
     with open_torch(asked.bundle, checkpoint=asked.folder) as session:
