@@ -21,17 +21,21 @@ from gap_export.graph import passes
 from gap_export.graph.trace_cache import Tracer
 from gap_export.modeling.components import Component
 from gap_export.modeling.received import received
+from gap_export.modeling.text_embedding import with_text
 from gap_export.positions import PAD, MergedId, PositionPolicy
 from gap_export.prune import order, reference
 
-Arrays = dict[str, NDArray[np.float32]]
+Arrays = dict[str, NDArray[Any]]
 
 HEADS = 16
 ALIGNED = 768
 """Width of the space that OpenAI's CLIP ViT-L shares with its text tower."""
 TOWERS = {"class_token": 0, "patches": 1, "groups": 4}
 """What scores tokens: a class token; or attention that patches receive from each other, of which a token is one, or four (a decoder then takes
-no sum of what is before the projector). -> patches of a token where there is no class token."""
+no sum of what is before the projector). Text is read by CLIP's text tower beside a class token, and by the decoder's token embedding elsewhere.
+-> patches of a token where there is no class token."""
+WORDS, VOCABULARY = 6, 40
+"""Most tokens of an expression, and how many there are, where the decoder's embedding reads it."""
 TIE = 1e-6
 """A choice that float64 makes by less than this, float32 may make otherwise."""
 
@@ -69,10 +73,19 @@ def random_features(
         of_tower = ("class", "keys", "full")
         arrays = {name: array for name, array in arrays.items() if not name.startswith(of_tower)}
         heads_of_patches = (heads, visual * TOWERS[tower], width // heads)
-        # Some patches are looked at by all others.
-        bias = normal(heads, 1, width // heads)
+        # Some patches are looked at by all others. At full width, where the heads' products add up, no softmax may be all of one patch: the
+        # scores of others would be 0 in float32 and not in float64, and their order lost.
+        bias = normal(heads, 1, width // heads) / np.float32(2.0)
         arrays["query_BAPD"] = normal(*heads_of_patches) + bias
         arrays["patch_keys_BAPD"] = normal(*heads_of_patches) + bias * normal(1, heads_of_patches[1], 1)
+        # Short beside a visual token, as embeddings are, and with a theme of the image in them.
+        about = themes[:, :1, ::-1] / np.float32(2.0)
+        (of_text,) = generator.spawn(1)  # sets are the same for pruners that read it and for others
+        table_BVH = about + of_text.normal(size=(batch, VOCABULARY, width))
+        arrays["table_BVH"] = (table_BVH / 50).astype(np.float32)
+        words_BL = of_text.integers(0, VOCABULARY, (batch, WORDS))
+        is_filled_BL = np.arange(WORDS) < of_text.integers(1, WORDS + 1, (batch, 1))
+        arrays["text_ids_BL"] = np.where(is_filled_BL, words_BL, PAD)
     return arrays
 
 
@@ -91,12 +104,28 @@ SOURCES = {
 
 RECEIVED = ("query_BAPD", "patch_keys_BAPD")
 """What attention and keys are computed from where there is no class token."""
+EMBEDDED = ("table_BVH", "text_ids_BL")
+"""What text is computed from there: the decoder's token embedding, another one for every image, and an expression."""
 
 SOURCES_WITHOUT_CLASS_TOKEN = {
     **dict.fromkeys(("attention", "mean_keys", "full_width_attention", "full_width_keys"), RECEIVED),
     "projected": ("projected_BNH",),
     "embeds": ("projected_BNH",),
+    "aligned": ("projected_BNH",),
+    "text": EMBEDDED,
 }
+
+
+class _Table(nn.Module):
+    """A token embedding that is given and not stored."""
+
+    def __init__(self, table_BVH: Tensor) -> None:
+        super().__init__()
+        self._table_BVH = table_BVH
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """[B, L] -> [B, L, H]."""
+        return order.take(self._table_BVH, ids_BL)
 
 
 def features_of(
@@ -114,13 +143,15 @@ def features_of(
         return partial(compute, *sources) if len(sources) == len(SOURCES[name]) else None
 
     if TOWERS[tower]:
-        return kind(
+        features = kind(
             patches=given["patches_BNE"],
             grid=grid,
             projected=field("projected"),
             embeds=field("projected") if tower == "groups" else None,
             **(received(*(given[name] for name in RECEIVED), TOWERS[tower]) if RECEIVED[0] in given else {}),
         )
+        table_BVH, text_ids_BL = (given.get(name) for name in EMBEDDED)
+        return with_text(features, None if table_BVH is None else _Table(table_BVH), text_ids_BL)
     return kind(
         patches=given["patches_BNE"],
         grid=grid,
@@ -148,11 +179,14 @@ def features_in_float64(
     tower: str = "class_token",
 ) -> prune.VisionFeatures[reference.Floats]:
     """Those of one row as the twins of the pruners take them."""
-    exact = {name: array[row].astype(np.float64) for name, array in arrays.items()}
+    exact = {name: array[row].astype(np.float64) for name, array in arrays.items() if name != "text_ids_BL"}
     if TOWERS[tower]:
         query_APD, keys_APD = (exact[name] for name in RECEIVED)
         groups = (len(exact["patches_BNE"]), TOWERS[tower])
         whole_1PE, whole_keys_1PE = (np.concatenate(heads, axis=-1)[None] for heads in (query_APD, keys_APD))
+        words_L = arrays["text_ids_BL"][row]
+        mean_H = exact["table_BVH"][words_L[words_L != PAD]].mean(axis=0)
+        projected_NH = exact["projected_BNH"]
         return prune.VisionFeatures(
             patches=exact["patches_BNE"],
             grid=grid,
@@ -162,8 +196,11 @@ def features_in_float64(
             .reshape(groups)
             .sum(axis=1),
             full_width_keys=whole_keys_1PE[0].reshape(*groups, -1).mean(axis=1),
-            projected=exact["projected_BNH"],
-            embeds=exact["projected_BNH"] if tower == "groups" else None,
+            projected=projected_NH,
+            embeds=projected_NH if tower == "groups" else None,
+            aligned=projected_NH / np.linalg.norm(projected_NH, axis=1, keepdims=True),
+            text=mean_H / np.linalg.norm(mean_H),
+            aligned_inversely=False,
         )
     return prune.VisionFeatures(
         patches=exact["patches_BNE"],
@@ -305,7 +342,10 @@ def _component(graph: Graph, width: int) -> Component:
         kept = Dim(name="kept", minimum=graph.row.min_tokens, optimum=7, maximum=visual)
     else:
         kept = graph.kept
-    given = [float_spec(name, "float32", batch, *example[name].shape[1:]) for name in graph.reads]
+    given = [
+        TensorSpec(name=name, dtype=example[name].dtype.name, shape=(batch, *example[name].shape[1:]))
+        for name in graph.reads
+    ]
     if isinstance(kept, Dim):
         given.append(TensorSpec(name="keep_count", dtype="int64", shape=(), extent_of=kept))
     chosen = example[source_of(graph.pruner)].shape[-1]

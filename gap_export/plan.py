@@ -82,7 +82,7 @@ def plan_for(recipe: Recipe, spec: ModelSpec, text_tower: TextTower | None = Non
     Args:
         recipe: what to build.
         spec: sizes of the model.
-        text_tower: of the recipe's CLIP checkpoint, where the pruner looks at the expression.
+        text_tower: what reads the expression, where the pruner looks at it: of the recipe's CLIP checkpoint, or the decoder's embedding.
 
     Raises:
         RecipeError: numbers that contradict each other or the model.

@@ -255,13 +255,8 @@ class Family(ABC):
         """
         if self.row.text_by != "embeddings":
             return None
-        return TextTower(
-            kind="embeddings",
-            checkpoint=None,
-            context=recipe.max_text,
-            width=spec.hidden_size,
-            vocabulary=spec.vocabulary,
-            aligned_inversely=False,
+        return TextTower.of_embeddings(
+            width=spec.hidden_size, vocabulary=spec.vocabulary, longest=recipe.max_text
         )
 
     def text_tower(self, companion: Checkpoint) -> TextTower:
@@ -277,7 +272,9 @@ class Family(ABC):
         raise CheckpointError(
             f"has a text tower that shares no space with the vision tower of {self.row.title}",
             subject=str(companion.folder),
-            hint="use a pruner that does not look at the expression",
+            hint="leave --text-tower out: expressions are read by the decoder's own token embedding"
+            if self.row.text_by == "embeddings"
+            else "use a pruner that does not look at the expression",
         )
 
     @abstractmethod

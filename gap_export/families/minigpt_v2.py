@@ -209,7 +209,7 @@ class MiniGpt(Family):
         raise CheckpointError(
             "belongs to another vision tower: MiniGPT-v2 sees through EVA-CLIP, which is published without its text tower",
             subject=companion.name,
-            hint="use a pruner that does not look at the expression",
+            hint="leave --text-tower out: expressions are read by the decoder's own token embedding",
         )
 
     @override

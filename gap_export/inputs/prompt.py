@@ -47,6 +47,24 @@ class TextTower(Record):
     vocabulary: int
     aligned_inversely: bool
 
+    @classmethod
+    def of_embeddings(cls, *, width: int, vocabulary: int, longest: int) -> TextTower:
+        """The decoder's own token embedding.
+
+        Args:
+            width: of the decoder.
+            vocabulary: rows of the embedding.
+            longest: most tokens of an expression.
+        """
+        return cls(
+            kind="embeddings",
+            checkpoint=None,
+            context=longest,
+            width=width,
+            vocabulary=vocabulary,
+            aligned_inversely=False,
+        )
+
 
 class PromptTemplate(Record):
     """How an expression becomes token ids.

@@ -53,7 +53,7 @@ class OpenedModel:
         chat: how it is used; None where there is none.
         layout: how images become pixel values.
         box: how boxes are written.
-        text_tower: for pruners that read the expression; its weights are those of the companion `text_tower`.
+        text_tower: for pruners that read the expression; its weights are those of the companion `text_tower`, or the decoder's embedding.
         ranges: of activations, for precisions that need them.
         calibration: text that the decoder reads, where its rounding is compensated.
         notes: what the user should know of how the checkpoint was read, a sentence each.
@@ -97,7 +97,7 @@ def open_model(
 
     Args:
         recipe: what to open.
-        reads_text: whether the recipe's text tower is wanted; by default, whether its pruner reads the expression.
+        reads_text: whether something has to read the expression; by default, whether the recipe's pruner looks at it.
         progress: told when reading begins, and when weights are fetched or made.
 
     Warns:

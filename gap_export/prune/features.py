@@ -83,8 +83,9 @@ class VisionFeatures(Generic[Array]):
         embeds: [N, (1 + deepstack_levels) * H] the patches as they enter the decoder, where that is what pruners add up: a projector
             that joins several patches is not linear, and features of DeepStack belong to their token. None where they add up `patches`.
         aligned: [N, P] the patches in the space shared with text: CLIP's `visual_projection(post_layernorm(patches))`, not
-            normalised; None without a text tower.
-        text: [P] the expression in that space: CLIP's `text_embeds` before normalisation; None without a text tower.
+            normalised; where the decoder's token embedding reads the text, the directions of `projected`. None where nothing reads it.
+        text: [P] the expression in that space: CLIP's `text_embeds` before normalisation, or the direction of the mean of its
+            tokens' embeddings. None where nothing reads it.
         tile: [N] int64, the same for all images of a batch: which tile saw each patch; None where one saw all.
         aligned_inversely: whether a patch is *less* similar to the text that describes it than other patches are. So it is
             in OpenAI's CLIP, which was trained on whole images (CLIP Surgery, arXiv 2304.05653).
@@ -140,7 +141,8 @@ def changed(features: VisionFeatures[Array], **changes: Any) -> VisionFeatures[A
         features: of a batch or an image.
         changes: fields by their names.
     """
-    return VisionFeatures(**{field.name: vars(features)[field.name] for field in fields(features)} | changes)
+    stored = {field.name: vars(features)[field.name] for field in fields(features)}
+    return type(features)(**stored | changes)
 
 
 def class_attention(query_BAD: Tensor, keys_BATD: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ HARMLESS = {
     r"chat(\.(variables|begins_twice|separator)(\..+)?)?": "what the template writes of itself: any text, as the template; or left out",
     r"layout(\.(mean|std|background)(\.\d)?)?": "colours: any that there are",
     r"prompt(\.(add_special_tokens|eos_token_ids|image_token_id)(\.\d)?)?": "of the tokenizer, held against it",
-    r"text_tower\.(width|vocabulary|aligned_inversely)": "inside the vision graph; expressions are held against it",
+    r"text_tower(\.(width|vocabulary|aligned_inversely))?": "inside the vision graph; expressions are held against it; or left out and the same",
     r"pruning(\.(merged|pruner_min_tokens|stages\.\d+(\.merged)?))?": "of the pruner; or left out and the same",
     r"files(\..+)?": "held against the files",
 }
@@ -149,12 +149,14 @@ EXAMPLES: tuple[tuple[str, Any, str], ...] = (
 )  # fmt: skip
 
 
-def replaced(bundle: Bundle, field: str, value: Any) -> Mutation:
+def replaced(bundle: Bundle, field: str, value: Any, **also: Any) -> Mutation:
+    """The manifest with another value in a field, and in further ones whose names have `__` for the dots."""
     content = json.loads((bundle.folder / "manifest.json").read_text())
-    place, path = content, [int(key) if key.isdigit() else key for key in field.split(".")]
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+    for name, new in {field: value, **{key.replace("__", "."): each for key, each in also.items()}}.items():
+        place, path = content, [int(key) if key.isdigit() else key for key in name.split(".")]
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = new
     return Mutation(tuple(path), "replaced", content)
 
 
@@ -165,6 +167,33 @@ def test_what_is_wrong_is_named(
     error = read(replaced(tiny_bundle(), field, value))
     assert error is not None
     assert words in error.message
+
+
+BY_EMBEDDINGS = {"text_tower__checkpoint": None, "recipe__text_tower": None}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "also", "words"),
+    [
+        ("text_tower.kind", "embeddings", {}, "text_tower.kind is embeddings, and text_tower.checkpoint is"),
+        ("text_tower.checkpoint", None, {}, "text_tower.kind is clip, and text_tower.checkpoint is None"),
+        ("text_tower.checkpoint", None, {"recipe__text_tower": None}, "text_tower.kind is clip"),
+        ("text_tower.checkpoint", "another", {}, "text_tower.checkpoint is 'another', and the recipe says"),
+        ("text_tower.context", 2, {}, "text_tower.context is 2, and is from 3 to"),
+        ("text_tower.context", 2**17, {}, "text_tower.context is 131072, and is from 3 to"),
+        ("text_tower.kind", "embeddings", BY_EMBEDDINGS, "and that of the decoder's embeddings is"),
+        ("text_tower", None, {}, "graphs.vision.spec.inputs"),
+        ("text_tower.kind", "siglip", {}, "text_tower.kind"),
+        ("text_tower.kind", None, {}, "text_tower.kind"),
+    ],
+)  # fmt: skip
+def test_what_reads_the_expression_is_of_one_kind(
+    field: str, value: Any, also: dict[str, Any], words: str, tiny_bundle: Callable[..., Bundle]
+) -> None:
+    error = read(replaced(tiny_bundle(pruner="trim"), field, value, **also))
+    assert error is not None
+    assert words in error.message
+    assert str(error).isprintable()
 
 
 def test_without_the_check_they_are_taken(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint import open_checkpoint
-from gap_export.errors import CheckpointError, GapExportError
+from gap_export.errors import CheckpointError
 from gap_export.families import open_family
 from gap_export.inputs.square import fit
 from gap_export.pipeline.build import build_bundle
@@ -261,11 +261,14 @@ def test_projected_tokens_are_merged(
             np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("pruner", ["trim"])
-def test_what_this_tower_cannot_do(pruner: str, options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(GapExportError) as caught:
-        build_bundle(Recipe.model_validate({**options, "pruner": pruner}), tmp_path / "out")
-    assert "cls_attention" in caught.value.hint
+def test_a_text_tower_of_another_vision_tower_is_refused(
+    options: dict[str, Any], tiny_text_tower: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate({**options, "pruner": "trim", "text_tower": str(tiny_text_tower)})
+    with pytest.raises(CheckpointError, match="belongs to another vision tower") as caught:
+        build_bundle(recipe, tmp_path / "out")
+    assert "\n" not in str(caught.value.message)
+    assert "leave --text-tower out" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from gap_export.bundle.folder import Bundle
-from gap_export.errors import CheckpointError, InputError
+from gap_export.errors import BundleError, CheckpointError, InputError
 from gap_export.families.reference import open_model as open_reference_model
 from gap_export.inputs.prompt import encode_text
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import PAD, Ids
 from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.torch.reference import open_torch
 from gap_export.runtime.torch.staged import open_reference
 from gap_export.runtime.torch.text_reference import EmbeddingReference
+from tests.bundle.test_check import SAMPLE, read, replaced, sweep
 from tests.families.answers import Asked, Families, answer, assert_equal, noise
 
 pytestmark = pytest.mark.slow
@@ -94,6 +96,75 @@ def embeddings_of(folder: Path) -> NDArray[np.float32]:
             if name.endswith("embed_tokens.weight"):
                 return array
     raise AssertionError("no table")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "internvl"])
+def test_tensorrt_builds_the_vision_graph_in_half_precision(
+    name: str, tiny_family: Families, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'")
+    from gap_export.engine.build import engine_from_graph
+
+    bundle = asked_of(tiny_family, name, "cdpruner", precision="fp16").bundle
+    vision = bundle.manifest.graphs["vision"].spec
+    assert "text_ids" in [tensor.name for tensor in vision.inputs]
+    engine = engine_from_graph(
+        bundle.graph_path("vision"),
+        vision,
+        target="tensorrt-rtx",
+        compute_capabilities=("8.6",),
+        folder=tmp_path,
+    )
+    assert (tmp_path / engine.file).stat().st_size > 0
+
+
+CLIP = {"text_tower__checkpoint": "clip", "recipe__text_tower": "clip"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "also", "words"),
+    [
+        ("text_tower.kind", "clip", {}, "text_tower.kind is clip, and text_tower.checkpoint is None"),
+        ("text_tower.checkpoint", "x", {}, "text_tower.kind is embeddings, and text_tower.checkpoint is 'x'"),
+        ("text_tower.checkpoint", "x", {"recipe__text_tower": "x"}, "text_tower.kind is embeddings"),
+        ("recipe.text_tower", "x", {}, "text_tower.checkpoint is None, and the recipe says 'x'"),
+        ("text_tower.context", 25, {}, "text_tower.context is 25, and that of the decoder's embeddings is 24"),
+        ("text_tower.context", 0, {}, "text_tower.context"),
+        ("text_tower.width", 33, {}, "text_tower.width is 33, and that of the decoder's embeddings is"),
+        ("text_tower.vocabulary", 10**12, {}, "text_tower.vocabulary is 1000000000000, and is from 1 to"),
+        ("text_tower.vocabulary", 65, {}, "text_tower.vocabulary is 65, and that of the decoder's embeddings"),
+        ("text_tower.aligned_inversely", True, {}, "text_tower.aligned_inversely is True"),
+        ("text_tower", None, {}, "graphs.vision.spec.inputs"),
+        ("text_tower.kind", "clip", CLIP, "text_tokenizer.json"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_says_otherwise_is_refused(
+    field: str, value: Any, also: dict[str, Any], words: str, tiny_family: Families
+) -> None:
+    error = read(replaced(asked_of(tiny_family, "qwen2_vl", "trim").bundle, field, value, **also))
+    assert error is not None
+    assert words in error.message
+    assert str(error).isprintable()
+
+
+def test_manifests_with_one_thing_wrong(tiny_family: Families) -> None:
+    sweep(asked_of(tiny_family, "qwen2_vl", "trim").bundle, SAMPLE)
+
+
+def test_a_kind_that_its_family_has_not_is_refused(tiny_family: Families) -> None:
+    """What a manifest alone cannot tell is told where the checkpoint is opened."""
+    asked = asked_of(tiny_family, "qwen2_vl", "trim")
+    told = asked.bundle.manifest
+    assert told.text_tower is not None
+    tower = told.text_tower.model_copy(update={"kind": "clip", "checkpoint": "clip"})
+    for changes in ({"family": "llava"}, {"text_tower": tower}):
+        bundle = Bundle(asked.bundle.folder, told.model_copy(update=changes))
+        with pytest.raises(BundleError, match=r"reads the expression by \w+, and models of family") as caught:
+            open_torch(bundle, checkpoint=asked.folder)
+        assert "\n" not in str(caught.value.message)
+    with open_torch(asked.bundle, checkpoint=asked.folder) as session:
+        assert session is not None  # the control
 
 
 def test_bad_input_is_one_line(tiny_family: Families, tiny_text_tower: Path) -> None:

@@ -1,26 +1,33 @@
-"""Attention that patches receive from each other in the place of a class token's, and tokens that are several patches."""
+"""Attention that patches receive from each other in the place of a class token's, tokens that are several patches, and text that the decoder's
+token embedding reads."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gap_export import families, prune
 from gap_export.errors import RecipeError
+from gap_export.positions import MergedId
 from gap_export.prune import reference
 
 NAMES = tuple(row.name for row in prune.PRUNERS.values() if "attention" in row.needs)
+READERS = tuple(row.name for row in prune.PRUNERS.values() if row.needs_text)
 BY_FULL_WIDTH = ("prumerge", "prumerge_plus")
 QUICK = [
     ("cls_attention", "patches"),
     ("visionzip", "groups"),
     ("prumerge", "groups"),
     ("vispruner", "patches"),
+    ("text_similarity", "patches"),
+    ("trim", "groups"),
+    ("cdpruner", "groups"),
 ]
-ALL = [(name, tower) for name in NAMES for tower in ("patches", "groups")]
+ALL = [(name, tower) for name in (*NAMES, *READERS) for tower in ("patches", "groups")]
 
 
 @pytest.mark.slow
@@ -75,6 +82,35 @@ def test_visionzip_keeps_patches_alone() -> None:
         assert prune.row(name).on_tower(("projected_class_token",)) is prune.row(name)
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("tower", ["patches", "groups"])
+def test_counts_that_follow_from_embeddings_equal_float64(exported: Any, sets: Any, tower: str) -> None:
+    graph, generator = exported("trim", 256, (16, 16), adaptive=True, tower=tower), np.random.default_rng(3)
+    features = (sets.random_features(generator, (16, 16), tower=tower) for _ in range(200))
+    verdicts = [sets.agrees(graph, each)[0] for each in features]
+    assert set(verdicts) <= {"equal", "tie"}, verdicts
+    assert verdicts.count("tie") <= 20, verdicts
+
+
+@pytest.mark.parametrize("tower", ["patches", "groups"])
+def test_another_table_gives_another_choice(sets: Any, tower: str) -> None:
+    """The control: what is read of the expression decides."""
+    arrays = sets.random_features(np.random.default_rng(0), (8, 12), width=16, tower=tower)
+    for name in READERS:
+        first, other = (
+            reference.choose(
+                name,
+                sets.features_in_float64({**arrays, **changes}, 0, (8, 12), tower=tower),
+                24,
+                seed=0,
+                merged_id=MergedId.LAST_VISUAL,
+            )
+            for changes in ({}, {"table_BVH": -arrays["table_BVH"]})
+        )
+        assert first.indices_K.tolist() != other.indices_K.tolist()
+
+
 @pytest.mark.parametrize("name", families.names())
-def test_every_published_tower_shows_attention(name: str) -> None:
-    assert set(NAMES) <= set(families.row(name).pruners)
+def test_every_published_tower_shows_attention_and_reads_text(name: str) -> None:
+    assert {*NAMES, *READERS} <= set(families.row(name).pruners)

@@ -18,7 +18,7 @@ from gap_export.bundle.check.pruning import pruning_faults
 from gap_export.bundle.manifest import Manifest
 from gap_export.errors import BundleError, in_one_line, shown
 from gap_export.inputs.layouts import SquareLayout
-from gap_export.inputs.prompt import SLOT
+from gap_export.inputs.prompt import SLOT, TextTower
 from gap_export.precision import precision
 
 __all__ = [
@@ -61,6 +61,7 @@ def manifest_faults(manifest: Manifest) -> Faults:
     yield from visual_faults(manifest.spec, manifest.layout)
     yield from _box_faults(manifest)
     yield from _size_faults(manifest)
+    yield from _text_faults(manifest)
     yield from pruning_faults(manifest)
     yield from _length_faults(manifest)
     yield from _prompt_faults(manifest)
@@ -72,7 +73,7 @@ def manifest_faults(manifest: Manifest) -> Faults:
 
 
 def _size_faults(manifest: Manifest) -> Faults:
-    model, recipe, tower = manifest.spec, manifest.recipe, manifest.text_tower
+    model, recipe = manifest.spec, manifest.recipe
     yield from outside(
         [
             ("pruning.pruner_min_tokens", manifest.pruning.pruner_min_tokens, 1, model.visual_tokens),
@@ -84,19 +85,6 @@ def _size_faults(manifest: Manifest) -> Faults:
             ("recipe.max_batch", recipe.max_batch, 1, 2**16),
         ]
     )
-    if tower is not None:
-        yield from outside(
-            [
-                ("text_tower.context", tower.context, 3 if tower.kind == "clip" else 1, 2**20),
-                ("text_tower.width", tower.width, 1, 2**17),
-                ("text_tower.vocabulary", tower.vocabulary, 1, LARGEST_VOCABULARY),
-            ]
-        )
-        if tower.kind == "embeddings" and (tower.width, tower.vocabulary) != (
-            model.hidden_size,
-            model.vocabulary,
-        ):
-            yield f"text_tower is {tower.vocabulary} embeddings of width {tower.width}, and the decoder has {model.vocabulary} of {model.hidden_size}"
     row_bytes = precision(manifest.precision).activations.bytes
     runs = manifest.pruning.cache_layout(model.layers, manifest.capacity, static=True)
     cache = 2 * runs.total_slots(runs.capacities) * model.kv_heads * model.head_dim * row_bytes
@@ -107,6 +95,33 @@ def _size_faults(manifest: Manifest) -> Faults:
                 f"capacity is {manifest.capacity}, which makes {what} of {nbytes} bytes for one row: "
                 f"the limit is {LARGEST_CACHE}"
             )
+
+
+def _text_faults(manifest: Manifest) -> Faults:
+    """What reads the expression, against its limits, the decoder and the recipe."""
+    tower, model, recipe = manifest.text_tower, manifest.spec, manifest.recipe
+    if tower is None:
+        return
+    by_embeddings = tower.kind == "embeddings"
+    if by_embeddings != (tower.checkpoint is None):
+        yield f"text_tower.kind is {tower.kind}, and text_tower.checkpoint is {shown(tower.checkpoint)}"
+    yield from outside(
+        [
+            ("text_tower.context", tower.context, *((1, 2**20) if by_embeddings else (3, 2**16))),
+            ("text_tower.width", tower.width, 1, 2**17),
+            ("text_tower.vocabulary", tower.vocabulary, 1, LARGEST_VOCABULARY),
+        ]
+    )
+    if tower.checkpoint != recipe.text_tower:
+        yield f"text_tower.checkpoint is {shown(tower.checkpoint)}, and the recipe says {shown(recipe.text_tower)}"
+    if by_embeddings:
+        follows = TextTower.of_embeddings(
+            width=model.hidden_size, vocabulary=model.vocabulary, longest=recipe.max_text
+        )
+        for field in ("context", "width", "vocabulary", "aligned_inversely"):
+            said, right = getattr(tower, field), getattr(follows, field)
+            if said != right:
+                yield f"text_tower.{field} is {shown(said)}, and that of the decoder's embeddings is {shown(right)}"
 
 
 def _box_faults(manifest: Manifest) -> Faults:
@@ -207,14 +222,6 @@ def _recipe_faults(manifest: Manifest) -> Faults:
         ("gates", manifest.gates, recipe.gates or manifest.gates),
         ("engines", sorted(manifest.engines), targets),
     ]
-    if manifest.text_tower is not None and manifest.text_tower.kind == "embeddings":
-        own = manifest.text_tower
-        pairs += [
-            ("text_tower.context", own.context, recipe.max_text),
-            ("text_tower.aligned_inversely", own.aligned_inversely, False),
-        ]
-    if manifest.text_tower is not None:
-        pairs.append(("text_tower.checkpoint", manifest.text_tower.checkpoint, recipe.text_tower))
     for field, said, built in pairs:
         if said != built:
             yield f"{field} is {shown(said)}, and the recipe says {shown(built)}"

@@ -124,7 +124,7 @@ def plan_points(
     Args:
         request: of the sweep.
         spec: sizes of the model.
-        text_tower: for pruners that look at the expression, where the recipe has one.
+        text_tower: for pruners that look at the expression, where there is something that reads it.
 
     Raises:
         RecipeError: an unknown pruner, two fractions that keep the same count, or a recipe that does not work unpruned either.

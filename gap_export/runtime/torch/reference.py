@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from gap_export import families
 from gap_export.bundle.folder import Bundle
 from gap_export.checkpoint.hub import resolve
+from gap_export.errors import BundleError
 from gap_export.families import COMPANIONS
 from gap_export.families.reference import ReferenceModel, open_model
 from gap_export.runtime.torch.session import TorchSession
@@ -27,23 +29,35 @@ def open_torch(
         threads: of this process from now on; 0 leaves them as they are.
 
     Raises:
+        BundleError: its manifest says that something else reads the expression than does in its family.
         CheckpointError: the weights are not there any more, or cannot be loaded.
     """
     if threads:
         torch.set_num_threads(threads)
-    manifest, tower = bundle.manifest, bundle.manifest.text_tower
-    reads: TextReader | None = None
-    if tower is not None and tower.checkpoint is None:
-        reads = EmbeddingReference()
-    elif tower is not None:
-        reads = TextReference(text_tower or resolve(str(tower.checkpoint)), tower)
+    manifest = bundle.manifest
     return open_reference(
         manifest.family,
         checkpoint or resolve(manifest.checkpoint),
         manifest.pruning,
         parts=_part_folders(bundle),
-        text_tower=reads,
+        text_tower=_text_reader(bundle, text_tower),
     )
+
+
+def _text_reader(bundle: Bundle, text_tower: Path | None) -> TextReader | None:
+    """What reads the expression; None where the pruner does not look at it."""
+    tower, family = bundle.manifest.text_tower, families.row(bundle.manifest.family)
+    if tower is None:
+        return None
+    if tower.kind != family.text_by:
+        raise BundleError(
+            f"reads the expression by {tower.kind}, and models of family {family.name!r} read it by {family.text_by}",
+            subject=str(bundle.folder),
+            hint="the bundle is damaged: build it again",
+        )
+    if tower.checkpoint is None:
+        return EmbeddingReference()
+    return TextReference(text_tower or resolve(tower.checkpoint), tower)
 
 
 def open_model_of(bundle: Bundle, *, checkpoint: Path | None = None) -> ReferenceModel:
