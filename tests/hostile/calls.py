@@ -479,6 +479,27 @@ CALLS: tuple[Call, ...] = (
         label="--pruners",
     ),
     Call(
+        "recommend",
+        (),
+        {
+            "--model": "recipe.yaml",
+            "--pruners": "divprune",
+            "--keep": "0.25",
+            "--data": "scenes",
+            "--limit": "2",
+            "--requests": "1",
+            "--no-plot": True,
+            "--output": "choice",
+            "--replace": True,  # it was made of a checkpoint elsewhere
+            "--json": True,
+            **_ONE,
+        },
+        (*_BUILD, "choice"),
+        ("choice/*",),
+        ("choice/*",),
+        label="finished",
+    ),
+    Call(
         "report",
         ("one", "two"),
         {"--output": "page.html", "--no-pruners": True},
