@@ -54,7 +54,8 @@ def verdict(record: Recommendation) -> str:
         return (
             f"no smaller keep ratio is sure to lose at most {allowed}; more expressions narrow the intervals"
         )
-    return f"{choice.label}: first token {_speed(choice)}, loses {_points(choice.difference)} points, at most {_points(choice.low)}"
+    changes = f"accuracy {100 * choice.difference:+.2f} points, {100 * choice.low:+.2f} at worst"
+    return f"{choice.label}: first token {_speed(choice)}, {changes}"
 
 
 def _cells(point: Point, record: Recommendation) -> tuple[str | Text, ...]:

@@ -56,7 +56,7 @@ def test_the_front_of_pruners_and_what_was_left_out() -> None:
     assert below == ["left out", "keep", "why"]
     assert left_out == ["trim", "0.5, 0.25", "has no text tower"]
     assert verdict(record) == (
-        "dart, keep 0.5: first token 2.00 times as fast, loses 0.00 points, at most 0.00"
+        "dart, keep 0.5: first token 2.00 times as fast, accuracy +0.00 points, +0.00 at worst"
     )
 
 
