@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from gap_export.evaluation.calibrate import calibrate
     from gap_export.evaluation.latency.bench import bench
     from gap_export.evaluation.latency.fastest import fastest_backend
+    from gap_export.evaluation.recommend.bundle import recommend
+    from gap_export.evaluation.recommend.run import recommend_pruner
     from gap_export.evaluation.refer.compare import compare
     from gap_export.evaluation.refer.dataset import open_dataset
     from gap_export.evaluation.refer.evaluate import evaluate, evaluate_predictions
-    from gap_export.evaluation.refer.recommend import recommend
     from gap_export.evaluation.report.terminal import bundle_facts as inspect
     from gap_export.evaluation.report.write import report
     from gap_export.evaluation.sweep.run import sweep
@@ -74,6 +75,7 @@ __all__ = [
     "open_dataset",
     "positions",
     "recommend",
+    "recommend_pruner",
     "report",
     "serve",
     "sweep",
@@ -108,7 +110,8 @@ _DEFINED_IN = {
     "open_bundle": "bundle.folder:open_bundle",
     "open_dataset": "evaluation.refer.dataset:open_dataset",
     "positions": "positions",
-    "recommend": "evaluation.refer.recommend:recommend",
+    "recommend": "evaluation.recommend.bundle:recommend",
+    "recommend_pruner": "evaluation.recommend.run:recommend_pruner",
     "report": "evaluation.report.write:report",
     "serve": "serving.serve:serve",
     "sweep": "evaluation.sweep.run:sweep",

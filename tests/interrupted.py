@@ -26,6 +26,8 @@ import gap_export
 from gap_export import cli
 from gap_export.bundle.folder import open_bundle
 from gap_export.evaluation import parity, validate
+from gap_export.evaluation.recommend import run as recommend
+from gap_export.evaluation.recommend.record import Recommendation
 from gap_export.evaluation.refer import evaluate
 from gap_export.evaluation.refer.evaluator import Answered
 from gap_export.evaluation.refer.journal import Settings, read_journal
@@ -259,6 +261,14 @@ def _replace_work(patch: pytest.MonkeyPatch, tracer: Any) -> None:
     patch.setattr(sweep.runner, "run_cases", lambda *_, **__: [])
     patch.setattr(sweep.plotting, "png", lambda _: b"plot")
     patch.setattr(sweep, "figure", lambda _: None)
+    patch.setattr(recommend, "open_session", lambda *_, **__: nullcontext())
+    patch.setattr(recommend, "candidate", lambda name, *_, **__: name)
+    patch.setattr(
+        recommend,
+        "first_token_ms",
+        lambda names, **_: {name: 1.0 + (name == "none, keep 1") for name in names},
+    )
+    patch.setattr(recommend, "figure", lambda _: None)
     patch.setattr(write, "page", lambda *_, **__: PAGE)
     patch.setattr(gap_export, "calibrate", lambda *_, **__: RANGES, raising=False)
     patch.setattr(reference, "open_torch", lambda *_, **__: nullcontext())
@@ -331,6 +341,16 @@ def swept(root: Path) -> None:
     assert "sweep.png" in (root / "out" / "sweep.md").read_text()
 
 
+def recommended(root: Path) -> None:
+    record = Recommendation.read(root / "out" / "recommend.json", hint="")
+    assert [point.label for point in record.points] == ["none, keep 1", "random, keep 0.5"]
+    assert (root / "out" / "recommend.png").read_bytes() == b"plot"
+    for name in ("none-keep1.0", "random-keep0.5"):
+        evaluation = root / "out" / "evaluations" / name
+        assert len(open_run(evaluation).ids) == 6
+        assert len((evaluation / "answers.jsonl").read_text().splitlines()) == 6
+
+
 def page_or_other(root: Path) -> None:
     assert (root / "out.html").read_text() in (PAGE, PAGE + "old")
 
@@ -385,6 +405,19 @@ def cases(interrupted: Interrupted) -> dict[str, Case]:
         ("out",),
         swept,
         before=lambda root: shutil.copytree(interrupted.finished("sweep", made["sweep"]), root / "out"),
+    )
+    tried = (
+        "recommend --model {inputs}/tiny.yaml --pruners random --keep 0.5 --data {inputs}/questions.jsonl --images {inputs}/images"
+        " --requests 1 -o {root}/out"
+    )
+    made["recommend"] = Case(tried, ("out",), recommended)
+    made["recommend --replace"] = Case(
+        f"{tried} --replace --ignore-exif",
+        ("out",),
+        recommended,
+        before=lambda root: shutil.copytree(
+            interrupted.finished("recommend", made["recommend"]), root / "out"
+        ),
     )
     made["calibrate"] = Case(
         "calibrate {inputs}/bundle -o {root}/out.json --limit 1",

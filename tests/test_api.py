@@ -231,6 +231,15 @@ def test_every_public_name_does_what_it_says(
             ),
             lambda: refused(lambda: gap.recommend(bundle, scenes, keeps=[0.5])),
         ),
+        "recommend_pruner": (
+            lambda: refused(
+                lambda: gap.recommend_pruner(recipe, tmp_path / "out", scenes, pruners=["dart"], keeps=[1.0])
+            ),
+            lambda: refused(lambda: gap.recommend_pruner(recipe, tmp_path / "out", scenes, pruners=["none"])),
+            lambda: refused(
+                lambda: gap.recommend_pruner(recipe, tmp_path / "out", scenes, max_accuracy_drop=2.0)
+            ),
+        ),
         "report": (
             lambda: compared(bundle, scenes, tmp_path),
             lambda: refused(lambda: gap.report(nowhere)),
@@ -289,6 +298,7 @@ calls = [
     lambda: gap.lint("x.onnx"),
     lambda: gap.calibrate(sys.argv[1]),
     lambda: gap.sweep(gap.Recipe.load("shapes"), "x"),
+    lambda: gap.recommend_pruner(gap.Recipe.load("shapes"), "x"),
 ]
 for call in calls:
     try:

@@ -255,6 +255,7 @@ assert not found, found
         ("validate", "x"),
         ("lint", "x.onnx"),
         ("sweep", "--model", "shapes"),
+        ("recommend", "--pruners", "all", "--model", "shapes", "-o", "x"),
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -106,6 +106,15 @@ class Checkpoint:
                 digest.update(f"{name} {companion.fingerprint()}\n".encode())
         return digest.hexdigest()
 
+    def files_sha256(self) -> str:
+        """What tells this checkpoint from others with the same graphs: SHA-256 over its JSON and safetensors files, those of companions left out."""
+        files = {
+            path.name: sha256_of(path)
+            for path in sorted(self.folder.iterdir())
+            if path.suffix in (".json", ".safetensors")
+        }
+        return hashlib.sha256(repr(files).encode()).hexdigest()
+
     @property
     def model_type(self) -> str:
         """`model_type` of `config.json`."""

@@ -23,10 +23,14 @@ PALETTE = {
 }
 """Colours that the colour-blind can tell apart (Okabe and Ito)."""
 
+COLOURS = tuple(PALETTE[name] for name in ("blue", "vermilion", "green", "purple", "orange", "sky"))
+"""In the order in which lines get them."""
+
 MARKS = ("o", "s", "^", "D", "v", "P")
 """Marks that can be told apart in print without colour."""
 
 _DOTS_PER_INCH = 160
+_RING_POINTS = 15
 
 
 def available() -> bool:
@@ -55,6 +59,11 @@ def hide_frame(axes: Axes) -> None:
     """Leave two of the four sides, and faint lines to read values by."""
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def ring(axes: Axes, x: float, y: float) -> None:
+    """Mark the point that was chosen."""
+    axes.plot([x], [y], "o", markersize=_RING_POINTS, markerfacecolor="none", color="#222222")
 
 
 def without_math(text: str) -> str:

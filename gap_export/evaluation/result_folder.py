@@ -9,14 +9,34 @@ So a run can be interrupted at any moment: whatever lies in its folder is finish
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 from gap_export.bundle.folder import BUNDLE
 from gap_export.errors import BundleError
-from gap_export.files import FILES, FolderKind, ListedFolder, atomic_folder, check_folder, is_file, visible
+from gap_export.evaluation.digests import unsealed
+from gap_export.files import (
+    FILES,
+    FolderKind,
+    ListedFolder,
+    atomic_folder,
+    check_folder,
+    is_file,
+    read_bytes,
+    visible,
+)
+from gap_export.files.kinds import REPORT
 from gap_export.records import Record
 
+R = TypeVar("R", bound=Record)
+
 SETTINGS = "settings.json"
+
+COMPUTED_ANEW = (
+    "it is missing or damaged: delete it, and run the same command again: that point is computed anew"
+)
+"""What to do about the file of a finished point."""
 
 
 def open_result_folder(
@@ -60,6 +80,25 @@ def open_result_folder(
     with atomic_folder(folder, check=lambda: check_folder(folder, kind)) as fresh:
         ListedFolder(fresh, kind).write(SETTINGS, settings.text())
     return ListedFolder(folder, kind), False
+
+
+def read_sealed(path: Path, kind: type[R], before: str) -> R:
+    """A finished point: a record in one line, with its digest.
+
+    Args:
+        path: of the file.
+        kind: of the record.
+        before: digest that its own follows from.
+
+    Raises:
+        BundleError: it is missing, damaged, or was changed.
+    """
+    line = read_bytes(path, dataclasses.replace(REPORT, error=BundleError, hint=COMPUTED_ANEW))
+    try:
+        content, _ = unsealed(line.removesuffix(b"\n"), before)
+    except ValueError as reason:
+        raise BundleError(str(reason), subject=str(path), hint=COMPUTED_ANEW) from reason
+    return kind.parse(content, subject=str(path), hint=COMPUTED_ANEW, error=BundleError)
 
 
 def _difference(results: ListedFolder, wanted: Record) -> str | None:

@@ -23,7 +23,9 @@ _OWNER = (
     r"(?P<target>[0-9a-f]{16})-(?P<machine>[0-9a-f]{16})-(?P<boot>[0-9a-f]{16})"
     r"-(?P<pid>[1-9][0-9]*)-(?P<began>[0-9]*)-[0-9a-f]{16}"
 )
-_HIDDEN = re.compile(rf"\..*\.{_OWNER}\.[a-z]+", re.DOTALL)
+HIDDEN = rf"\.[^/]*\.{_OWNER}\.[a-z]+"
+"""Pattern of such names."""
+_HIDDEN = re.compile(HIDDEN)
 
 WRITING = "writing"
 """Purpose of a file that is to replace another."""

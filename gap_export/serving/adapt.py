@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import BundleError, GapExportError, InputError, RecipeError
 from gap_export.evaluation.bundle_reports import RECOMMENDATION, read_report
-from gap_export.evaluation.refer.recommend import Point, Recommendation
+from gap_export.evaluation.recommend.record import Point, Recommendation
 from gap_export.runtime.keep import check_keep
 
 CALM = 1 / 3

@@ -16,7 +16,7 @@ from gap_export.errors import BundleError, InputError
 from gap_export.evaluation import gates
 from gap_export.evaluation.bundle_reports import UNREADABLE, read_report, state_of
 from gap_export.evaluation.parity import Control, Grounding, Measurement, ParityReport
-from gap_export.evaluation.refer.recommend import Point, Recommendation
+from gap_export.evaluation.recommend.record import LeftOut, Point, Recommendation
 from gap_export.evaluation.sweep.record import Answers, Settings, SweepPoint
 from gap_export.evaluation.sweep.store import Store, open_store
 from gap_export.positions import PositionPolicy
@@ -53,6 +53,20 @@ RECOMMENDATION = Recommendation(
         Point(keep=0.1, mean_kept=4.0, accuracy=0.7, difference=-0.2, low=-0.3, high=-0.1, inside=False, ttft_ms=3.0, speedup=3.0),
     ),
     chosen=0.5,
+)  # fmt: skip
+OF_PRUNERS = Recommendation(
+    manifest_sha256="m",
+    protocol="unc",
+    max_accuracy_drop=0.02,
+    expressions=400,
+    points=(
+        Point(pruner="none", front=True, manifest_sha256="m", keep=1.0, mean_kept=36.0, accuracy=0.9, difference=0.0, low=0.0, high=0.0, inside=True, ttft_ms=9.0, speedup=1.0),
+        Point(pruner="dart", front=True, manifest_sha256="n", keep=0.5, mean_kept=18.0, accuracy=0.89, difference=-0.01, low=-0.015, high=0.0, inside=True, ttft_ms=5.0, speedup=1.8),
+        Point(pruner="fastv", front=False, manifest_sha256="o", keep=0.5, mean_kept=18.0, accuracy=0.7, difference=-0.2, low=-0.3, high=-0.1, inside=False, ttft_ms=6.0, speedup=1.5),
+    ),
+    chosen=0.5,
+    chosen_pruner="dart",
+    left_out=(LeftOut(pruner="trim", keeps=(0.5,), reason="has no text tower"),),
 )  # fmt: skip
 PARITY = ParityReport(
     ok=True,
@@ -119,7 +133,9 @@ def _holds(record: Any, given: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "record", [RECOMMENDATION, PARITY, ANSWERS, SETTINGS], ids=lambda record: type(record).__name__
+    "record",
+    [RECOMMENDATION, OF_PRUNERS, PARITY, ANSWERS, SETTINGS],
+    ids=lambda record: type(record).__name__,
 )
 def test_every_value_of_every_record(record: Record) -> None:
     counts: collections.Counter[str] = collections.Counter()
@@ -150,9 +166,7 @@ def test_without_the_guard_a_contradiction_is_believed(monkeypatch: pytest.Monke
         content = json.dumps({**json.loads(record.model_dump_json()), field: value}).encode()
         with pytest.raises(InputError, match=field):
             type(record).parse(content, subject="x", hint="")
-        unguarded = type(
-            "Unguarded", (Record,), {"__annotations__": dict.fromkeys(type(record).model_fields, Any)}
-        )
+        unguarded = type("Unguarded", (Record,), {"__annotations__": dict.fromkeys(json.loads(content), Any)})
         assert getattr(unguarded.parse(content, subject="x", hint=""), field) == value
 
 

@@ -49,6 +49,11 @@ class Call:
                     words += [flag, str(each)]
         return (*words, *self.further)
 
+    @property
+    def builds(self) -> bool:
+        """Whether graphs are traced for it."""
+        return "--model" in self.options
+
     def given(self, parameter: Parameter, value: str) -> Call:
         """The same with another value of an option or argument."""
         if not parameter.is_argument:
@@ -454,6 +459,45 @@ CALLS: tuple[Call, ...] = (
         ("dynamic.runs", *_RUNS, "dynamic/reports", "dynamic/reports/*"),
         ("dynamic/reports/*",),
         label="--data",
+    ),
+    Call(
+        "recommend",
+        (),
+        {
+            "--model": "recipe.yaml",
+            "--pruners": "divprune",
+            "--keep": "0.25",
+            "--data": "scenes",
+            "--limit": "2",
+            "--requests": "1",
+            "--no-plot": True,
+            "--output": "chosen",
+            **_ONE,
+        },
+        _BUILD,
+        ("chosen", "chosen/*"),
+        label="--pruners",
+    ),
+    Call(
+        "recommend",
+        (),
+        {
+            "--model": "recipe.yaml",
+            "--pruners": "divprune",
+            "--keep": "0.25",
+            "--data": "scenes",
+            "--limit": "2",
+            "--requests": "1",
+            "--no-plot": True,
+            "--output": "choice",
+            "--replace": True,  # it was made of a checkpoint elsewhere
+            "--json": True,
+            **_ONE,
+        },
+        (*_BUILD, "choice"),
+        ("choice/*",),
+        ("choice/*",),
+        label="finished",
     ),
     Call(
         "report",

@@ -121,7 +121,7 @@ class Campaign:
         """How a harmless call ends; it must be accepted."""
         if call.name not in self._twins:
             # What is traced is kept: where that was done, the second time is the one to compare with.
-            for _ in range(2 if call.command in ("build", "sweep") else 1):
+            for _ in range(2 if call.builds else 1):
                 ended, faults = self._run(Case("twin", "", "", call, call), traces=True)
             assert ended is not None
             assert ended.code in (0, 1), f"{call.name}: {ended.err}"
@@ -133,7 +133,7 @@ class Campaign:
         """Run one input, and once more where its time or memory was wrong."""
         if case.environment.needs_mount and not self._may_mount():
             return Result(case, NOT_HERE, (), 0.0)
-        if self._compares and case.twin.command in ("build", "sweep"):
+        if self._compares and case.twin.builds:
             self.twin(case.twin)  # so that its graphs are traced already
         for attempt in range(2):
             ended, faults = self._run(case, traces=self._is_traced(case))

@@ -32,6 +32,7 @@ VALUES, READ, WRITTEN, SWITCHES, AROUND = (
 _SUFFIXES = {
     "build --model": ".yaml",
     "sweep --model": ".yaml",
+    "recommend --model": ".yaml",
     **{f"{command} --{option}": ".png" for command in ("run", "ask") for option in ("draw", "image")},
 }
 

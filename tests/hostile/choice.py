@@ -21,7 +21,7 @@ KNOWN: dict[str, str] = {}
 
 _SLOW = {"bench", "validate", "sweep", "recommend", "golden", "serve"}
 """Commands whose harmless calls take seconds: of each, the short run tries what is refused at once."""
-_SLOWLY_MADE = {"measured", "sweep", "sharded", "engines", "proven"}
+_SLOWLY_MADE = {"measured", "sweep", "choice", "sharded", "engines", "proven"}
 """Harmless files that take seconds to make: the short run does without."""
 _FIRST = 60
 """The short run chooses among so many of the damages of a file: to make the later ones takes longer."""

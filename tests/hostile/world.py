@@ -389,5 +389,6 @@ _MAKERS: dict[str, Callable[[World, Materials], None]] = {
     "one": _made_by("eval", "one"),
     "two": _made_by("eval", "two", **{"--one-by-one": True}),
     "sweep": _made_by("sweep", "sweep"),
+    "choice": _made_by("recommend --pruners", "choice"),
     "report.html": _made_by("report", "report.html"),
 }

@@ -23,6 +23,8 @@ NAMES = (
     "eval --replace",
     "sweep",
     "sweep --replace",
+    "recommend",
+    "recommend --replace",
     "calibrate",
     "report",
     "validate",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gap_export.bundle.manifest import Pruning
 from gap_export.errors import BundleError, GapExportError, InputError, RecipeError
 from gap_export.evaluation.bundle_reports import RECOMMENDATION
-from gap_export.evaluation.refer.recommend import Point, Recommendation
+from gap_export.evaluation.recommend.record import Point, Recommendation
 from gap_export.positions import PositionPolicy
 from gap_export.serving.adapt import CALM_SECONDS, Adapt, controller
 

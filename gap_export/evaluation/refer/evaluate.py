@@ -182,12 +182,7 @@ def prepare(
     opened = open_bundle(bundle).written_as(options.box_format)
     check_keep(opened.manifest.pruning, opened.manifest.spec, options.keep)
     protocol = protocol_of(options.protocol, opened.manifest.box)
-    if dataset.source is None:
-        raise InputError(
-            "brings no images", subject=dataset.name, hint="give the folder that holds them (--images)"
-        )
-    expressions = fitted(dataset.expressions[: options.limit], dataset.source, rescale=options.rescale_boxes)
-    work = work_of(expressions.expressions, dataset.source)
+    questions = questions_of(dataset, limit=options.limit, rescale_boxes=options.rescale_boxes)
     settings = Settings(
         manifest_sha256=opened.manifest_sha256,
         annotations=dataset.identity,
@@ -203,19 +198,53 @@ def prepare(
     lock = FolderLock(folder)
     with lock.kept():
         journal = open_journal(folder, settings, replace=replace)
-        journal.check(work.expressions, opened.manifest.spec.visual_tokens)
+        journal.check(questions.work.expressions, opened.manifest.spec.visual_tokens)
     return Prepared(
         opened,
         dataset,
-        dataset.source,
+        questions.source,
         options,
         protocol,
-        work,
-        expressions.rescaled,
-        expressions.stretched,
+        questions.work,
+        questions.fitted.rescaled,
+        questions.fitted.stretched,
         journal,
         lock,
     )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a data set asks.
+
+    Attributes:
+        source: of the images.
+        fitted: expressions, their true boxes those of the images.
+        work: expressions by image, and what is left out.
+    """
+
+    source: Source
+    fitted: Fitted
+    work: Work
+
+
+def questions_of(dataset: Dataset, *, limit: int | None, rescale_boxes: bool) -> Questions:
+    """What is asked; images are opened for their sizes alone.
+
+    Args:
+        dataset: with images.
+        limit: only so many expressions, from the first on.
+        rescale_boxes: scale true boxes where images are of another size than their annotations.
+
+    Raises:
+        InputError: no images, or images of another size.
+    """
+    if dataset.source is None:
+        raise InputError(
+            "brings no images", subject=dataset.name, hint="give the folder that holds them (--images)"
+        )
+    expressions = fitted(dataset.expressions[:limit], dataset.source, rescale=rescale_boxes)
+    return Questions(dataset.source, expressions, work_of(expressions.expressions, dataset.source))
 
 
 def check_output(out: Path | None, kind: FolderKind) -> None:

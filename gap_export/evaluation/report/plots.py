@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gap_export.evaluation.plotting import MARKS, PALETTE, hide_frame, without_math
+from gap_export.evaluation.plotting import COLOURS, MARKS, hide_frame, ring, without_math
 from gap_export.evaluation.report.runs import Evaluated, ReportedRuns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = tuple(PALETTE[name] for name in ("blue", "vermilion", "green", "purple", "orange", "sky"))
 _INCHES = (5.2, 3.5)
-_RING_POINTS = 15
 _HEADROOM = 0.12
 """Above the highest value, as a share of the axis: a marker and the ring around it end inside."""
 
@@ -55,10 +53,10 @@ def latency_figure(reported: ReportedRuns) -> tuple[Figure, str]:
         figure, axes = _panel("time to the first token, ms")
         points = [point for point in recommendation.points if point.ttft_ms is not None]
         times = [point.ttft_ms or 0.0 for point in points]
-        axes.plot([point.mean_kept for point in points], times, color=_COLOURS[0], marker=MARKS[0])
+        axes.plot([point.mean_kept for point in points], times, color=COLOURS[0], marker=MARKS[0])
         for point, time in zip(points, times, strict=True):
             if point.keep == recommendation.chosen:
-                _ring(axes, point.mean_kept, time)
+                ring(axes, point.mean_kept, time)
         axes.set_xlim(left=0)
         caption = "Median time to the first token; shares were interleaved in one run (gap-export recommend)."
     else:
@@ -102,14 +100,14 @@ def _draw(
             [point.value for point in points],
             yerr=_bars(points),
             label=without_math(label),
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             marker=MARKS[number % len(MARKS)],
             capsize=3,
         )
     # Beside the axes and not in them, where it would cover what is drawn.
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     subject = point_of(reported.subject)
-    _ring(axes, subject.tokens, subject.value)
+    ring(axes, subject.tokens, subject.value)
     axes.set_xlim(left=0)
 
 
@@ -117,7 +115,3 @@ def _bars(points: Sequence[_Point]) -> list[list[float]] | None:
     if not any(point.below or point.above for point in points):
         return None
     return [[point.below for point in points], [point.above for point in points]]
-
-
-def _ring(axes: Axes, tokens: float, value: float) -> None:
-    axes.plot([tokens], [value], "o", markersize=_RING_POINTS, markerfacecolor="none", color="#222222")

@@ -21,8 +21,8 @@ from gap_export.evaluation.bundle_reports import (
     states,
 )
 from gap_export.evaluation.parity import ParityReport
+from gap_export.evaluation.recommend.record import Recommendation
 from gap_export.evaluation.refer.journal import Settings, read_settings
-from gap_export.evaluation.refer.recommend import Recommendation
 from gap_export.evaluation.refer.results import (
     EvalRun,
     Provenance,

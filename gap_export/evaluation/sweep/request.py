@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gap_export import bounds, prune
 from gap_export.bundle.manifest import ModelSpec
@@ -54,20 +54,37 @@ class SweepRequest:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_pruners(self.pruners)
-        _check_keeps(self.keeps)
+        check_pruners(self.pruners)
+        check_keeps(self.keeps)
         _check_distinct(self.positions, "positions")
         bounds.check(limit=self.limit, batch=self.batch, threads=self.threads)
 
     def recipe_of(self, point: SweepPoint) -> Recipe:
         """The recipe of one point's bundle."""
-        # A capacity that is just enough for one count is too small for another; by default it is enough for each.
-        return self.recipe.model_copy(update={"capacity": None}).replaced(
+        return recipe_for(
+            self.recipe,
+            self.backend,
             pruner=point.pruner,
             keep=point.keep,
             positions=PositionPolicy.GAP if point.positions == FULL else point.positions,
-            targets=(target_of(self.backend),),
         )
+
+
+def recipe_for(recipe: Recipe, backend: str, **options: Any) -> Recipe:
+    """The recipe of one of many bundles.
+
+    Args:
+        recipe: what they have in common.
+        backend: name of the runtime that runs them.
+        options: fields that are this bundle's own.
+
+    Raises:
+        RecipeError: an option that cannot work.
+        SessionError: an unknown backend, or one that runs no bundles.
+    """
+    # A capacity that is just enough for one count is too small for another; by default it is enough for each.
+    fitting = recipe.model_copy(update={"capacity": None})
+    return fitting.replaced(**options, targets=(target_of(backend),))
 
 
 def pruners_from(text: str) -> tuple[str, ...]:
@@ -79,7 +96,7 @@ def pruners_from(text: str) -> tuple[str, ...]:
     if text.strip() == "all":
         return all_pruners()
     names = tuple(_entries(text, "pruners"))
-    _check_pruners(names)
+    check_pruners(names)
     return names
 
 
@@ -131,16 +148,7 @@ def plan_points(
     """
     # An unknown name is a mistake, not a pruner to be skipped.
     pruners = [prune.row(name) for name in request.pruners]
-    counts: dict[int, float] = {}
-    for keep in request.keeps:
-        kept = prune.kept_count(keep, spec.visual_tokens)
-        if kept in counts:
-            raise RecipeError(
-                f"keep the same {kept} of {spec.visual_tokens} tokens",
-                subject=f"keep {counts[kept]:g} and {keep:g}",
-                hint="leave one of them out",
-            )
-        counts[kept] = keep
+    counts = counts_of(request.keeps, spec.visual_tokens)
     full = SweepPoint(pruner=UNPRUNED, keep=1.0, kept=spec.visual_tokens, positions=FULL)
     plan_for(request.recipe_of(full), spec)
     points, skipped = [full], []
@@ -156,6 +164,29 @@ def plan_points(
     return points, skipped
 
 
+def counts_of(keeps: Sequence[float], visual_tokens: int) -> dict[int, float]:
+    """How many tokens each fraction keeps -> the fraction.
+
+    Args:
+        keeps: fractions of visual tokens kept.
+        visual_tokens: before pruning.
+
+    Raises:
+        RecipeError: two fractions that keep the same count, or one that keeps none.
+    """
+    counts: dict[int, float] = {}
+    for keep in keeps:
+        kept = prune.kept_count(keep, visual_tokens)
+        if kept in counts:
+            raise RecipeError(
+                f"keep the same {kept} of {visual_tokens} tokens",
+                subject=f"keep {counts[kept]:g} and {keep:g}",
+                hint="leave one of them out",
+            )
+        counts[kept] = keep
+    return counts
+
+
 def _entries(text: str, option: str) -> list[str]:
     entries = [entry.strip() for entry in text.split(",")]
     if not all(entries):
@@ -165,18 +196,28 @@ def _entries(text: str, option: str) -> list[str]:
     return entries
 
 
-def _check_pruners(names: Sequence[str]) -> None:
+def check_pruners(names: Sequence[str]) -> None:
+    """Refuse pruners that cannot be compared.
+
+    Raises:
+        RecipeError: an unknown name, `none`, a name twice.
+    """
     for name in names:
         if prune.row(name).name == UNPRUNED:
             raise RecipeError(
-                "is the reference of every sweep and always measured",
+                "is the reference and always measured",
                 subject="pruners: none",
                 hint="leave it out",
             )
     _check_distinct(names, "pruners")
 
 
-def _check_keeps(keeps: Sequence[float]) -> None:
+def check_keeps(keeps: Sequence[float]) -> None:
+    """Refuse fractions that cannot be compared.
+
+    Raises:
+        RecipeError: one outside (0, 1], or one twice.
+    """
     for keep in keeps:
         prune.check_fraction(keep)
     _check_distinct(keeps, "keep")

@@ -7,7 +7,6 @@ depend on the pruner, nor the vision graph on how the kept tokens are numbered, 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,6 @@ from gap_export.files import (
     FolderLock,
     check_folder,
     scratch_folder,
-    sha256_of,
 )
 from gap_export.parallel import dispatch
 from gap_export.parallel.ray import Cluster
@@ -295,8 +293,8 @@ def _settings(request: SweepRequest, checkpoint: Checkpoint) -> Settings:
     swept = {"pruner", "keep", "positions", "capacity", "targets"}
     return Settings(
         recipe=request.recipe.model_dump(mode="json", exclude=swept),
-        checkpoint_sha256=_hash_of(checkpoint),
-        text_tower_sha256=None if text_tower is None else _hash_of(text_tower),
+        checkpoint_sha256=checkpoint.files_sha256(),
+        text_tower_sha256=None if text_tower is None else text_tower.files_sha256(),
         backend=request.backend,
         limit=request.limit,
         scenes_seed=scenes.HELD_OUT_SEED,
@@ -304,12 +302,3 @@ def _settings(request: SweepRequest, checkpoint: Checkpoint) -> Settings:
         threads=request.threads,
         versions=versions(BUILD_PACKAGES),
     )
-
-
-def _hash_of(checkpoint: Checkpoint) -> str:
-    files = {
-        path.name: sha256_of(path)
-        for path in sorted(checkpoint.folder.iterdir())
-        if path.suffix in (".json", ".safetensors")
-    }
-    return hashlib.sha256(repr(files).encode()).hexdigest()

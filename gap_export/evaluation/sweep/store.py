@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 from gap_export.errors import BundleError
-from gap_export.evaluation.digests import first_digest, sealed, unsealed
-from gap_export.evaluation.result_folder import SETTINGS, open_result_folder
+from gap_export.evaluation.digests import first_digest, sealed
+from gap_export.evaluation.result_folder import COMPUTED_ANEW, SETTINGS, open_result_folder, read_sealed
 from gap_export.evaluation.sweep.record import Answers, Settings, SweepPoint
-from gap_export.files import ListedFolder, read_bytes, results_kind
-from gap_export.files.kinds import REPORT
+from gap_export.files import ListedFolder, results_kind
 
 SWEEP = results_kind(
     "sweep",
@@ -50,22 +48,16 @@ class Store:
             BundleError: its file is missing or damaged.
         """
         path = self._path(point)
-        hint = (
-            "it is missing or damaged: delete it, and run the same command again: that point is computed anew"
-        )
-        line = read_bytes(path, dataclasses.replace(REPORT, error=BundleError, hint=hint))
-        try:
-            content, _ = unsealed(line.removesuffix(b"\n"), self._before(point))
-        except ValueError as reason:
-            raise BundleError(str(reason), subject=str(path), hint=hint) from reason
-        answers = Answers.parse(content, subject=str(path), hint=hint, error=BundleError)
+        answers = read_sealed(path, Answers, self._before(point))
         if len(answers.ious) != self.settings.limit:
-            raise BundleError(f"holds answers to {len(answers.ious)} scenes", subject=str(path), hint=hint)
+            raise BundleError(
+                f"holds answers to {len(answers.ious)} scenes", subject=str(path), hint=COMPUTED_ANEW
+            )
         if answers.without_box > answers.ious.count(0.0):
             raise BundleError(
                 f"without_box is {answers.without_box}, and {answers.ious.count(0.0)} of ious are 0",
                 subject=str(path),
-                hint=hint,
+                hint=COMPUTED_ANEW,
             )
         return answers
 

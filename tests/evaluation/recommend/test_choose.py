@@ -1,4 +1,4 @@
-"""The smallest share whose whole interval is inside; nothing where none is."""
+"""The smallest share of a bundle, or the fastest of many pruners, whose whole interval is inside; nothing where none is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_export.evaluation.refer.recommend import choose
+from gap_export.evaluation.recommend.choose import Measured, choose, choose_pruner
 from gap_export.evaluation.refer.results import EvalRun
 from gap_export.evaluation.refer.run import EvalRecord
 
@@ -72,3 +72,54 @@ def test_who_allows_more_keeps_no_more(hits: list[int], one: float, other: float
     runs = {1 / (number + 1): run_of(hit / COUNT, number) for number, hit in enumerate(hits)}
     less, more = (choose(runs, drop, manifest_sha256="m").chosen for drop in sorted((one, other)))
     assert less is None or (more is not None and more <= less)
+
+
+# Among pruners
+
+
+def measured(**of: tuple[float, float, float]) -> list[Measured]:
+    """Pruner -> keep, accuracy, and share of the unpruned model's time; the unpruned model first."""
+    return [
+        Measured(
+            pruner=name, keep=keep, run=run_of(accuracy, keep), manifest_sha256=f"of {name}", time_share=time
+        )
+        for name, (keep, accuracy, time) in {"none": (1.0, 0.9, 1.0), **of}.items()
+    ]
+
+
+def test_the_fastest_inside_is_chosen_not_the_smallest_share() -> None:
+    found = choose_pruner(
+        measured(dart=(0.1, 0.9, 0.5), random=(0.25, 0.89, 0.4), spatial=(0.5, 0.6, 0.2)), 0.03, ttft_ms=50.0
+    )
+    assert (found.chosen_pruner, found.chosen) == ("random", 0.25)
+    assert [point.inside for point in found.points] == [True, True, True, False]
+    assert [point.front for point in found.points] == [False, True, True, True]
+    assert [point.ttft_ms for point in found.points] == pytest.approx([50, 25, 20, 10])
+    assert [point.speedup for point in found.points] == pytest.approx([1, 2, 2.5, 5])
+    assert found.points[3].difference == pytest.approx(-0.3)
+    assert found.manifest_sha256 == "of none"
+    assert found.points[1].manifest_sha256 == "of dart"
+
+
+def test_of_two_that_are_as_fast_the_more_accurate_is_chosen() -> None:
+    found = choose_pruner(measured(dart=(0.1, 0.89, 0.5), random=(0.25, 0.9, 0.5)), 0.05, ttft_ms=50.0)
+    assert found.chosen_pruner == "random"
+
+
+@pytest.mark.parametrize("of", [{"dart": (0.5, 0.9, 1.2)}, {"dart": (0.5, 0.5, 0.5)}])
+def test_nothing_is_chosen_that_is_slower_or_not_inside(of: dict[str, tuple[float, float, float]]) -> None:
+    found = choose_pruner(measured(**of), 0.02, ttft_ms=50.0)
+    assert (found.chosen_pruner, found.chosen, found.choice) == (None, None, None)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    st.lists(st.tuples(st.integers(300, 400), st.floats(0.1, 2)), min_size=1, max_size=5),
+    st.floats(0, 0.1),
+    st.floats(0, 0.1),
+)
+def test_who_allows_more_waits_no_longer(of: list[tuple[int, float]], one: float, other: float) -> None:
+    pruners = {f"p{number}": (0.5, hits / COUNT, time) for number, (hits, time) in enumerate(of)}
+    less, more = (choose_pruner(measured(**pruners), drop, ttft_ms=50.0) for drop in sorted((one, other)))
+    first, second = (found.choice or found.points[0] for found in (less, more))
+    assert second.time_ms <= first.time_ms
