@@ -98,17 +98,13 @@ def main() -> int:
     log = folder / "cells.jsonl"
     if options.fresh:
         log.unlink(missing_ok=True)
-    done = {
-        cell: outcome
-        for cell, outcome in read(log, sources()).items()
-        if cell in wanted and agrees(cell, outcome)
-    }
+    done = {cell: outcome for cell, outcome in read(log).items() if cell in wanted and agrees(cell, outcome)}
     if done:
         console.print(f"{len(done)} of {len(wanted)} cells were done before")
     for number, cell in enumerate(wanted, 1):
         if cell not in done:
             done[cell] = tried(cell, folder)
-            append(log, cell, done[cell], sources())
+            append(log, cell, done[cell])
             outcome = done[cell]
             said = "" if agrees(cell, outcome) else ", against the table"
             console.print(
@@ -276,15 +272,10 @@ def difference(exported: Any, reference: Any) -> str:
 
 
 @cache
-def sources() -> str:
-    """What an outcome depends on: every source of the package, its recipes, and the scripts that make a cell."""
-    package = Path(gap.__file__).parent
-    files = [
-        *package.rglob("*.py"),
-        *known_recipes().values(),
-        Path(__file__),
-        Path(small_checkpoints.__file__),
-    ]
+def sources(recipe: str) -> str:
+    """What an outcome depends on: every source of the package, the recipe, and the scripts that make a cell."""
+    scripts = (Path(__file__), Path(small_checkpoints.__file__))
+    files = [*Path(gap.__file__).parent.rglob("*.py"), known_recipes()[recipe], *scripts]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -292,13 +283,14 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def append(log: Path, cell: Cell, outcome: Outcome, of: str) -> None:
+def append(log: Path, cell: Cell, outcome: Outcome) -> None:
     """One line more."""
+    line = {"sources": sources(cell.recipe), "cell": asdict(cell), "outcome": asdict(outcome)}
     with log.open("a", encoding="utf-8") as out:
-        out.write(json.dumps({"sources": of, "cell": asdict(cell), "outcome": asdict(outcome)}) + "\n")
+        out.write(json.dumps(line) + "\n")
 
 
-def read(log: Path, of: str) -> Done:
+def read(log: Path) -> Done:
     """What was done before with the same sources; a line that was cut off counts as not written."""
     done: Done = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
@@ -306,10 +298,11 @@ def read(log: Path, of: str) -> Done:
             content = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if content["sources"] == of:
+        cell = Cell(**content["cell"])
+        if cell.recipe in known_recipes() and content["sources"] == sources(cell.recipe):
             outcome = content["outcome"]
             tokens = outcome["tokens"] and tuple(outcome["tokens"])
-            done[Cell(**content["cell"])] = Outcome(**{**outcome, "tokens": tokens})
+            done[cell] = Outcome(**{**outcome, "tokens": tokens})
     return done
 
 

@@ -80,16 +80,23 @@ def test_a_reason_is_the_line_that_is_about_the_pruner(matrix: ModuleType) -> No
     assert matrix.reason_in("checkpoint: there: is no folder\n", "fastv") == ""
 
 
-def test_an_interrupted_run_continues(matrix: ModuleType, tmp_path: Path) -> None:
-    log, cell = tmp_path / "cells.jsonl", cell_of(matrix, "dart")
-    assert matrix.read(log, "now") == {}
-    outcome = matrix.Outcome("works", tokens=(36, 9), seconds=1.5)
-    matrix.append(log, cell, matrix.Outcome("failed", "once"), "now")
-    matrix.append(log, cell, outcome, "now")
-    matrix.append(log, cell_of(matrix, "trim"), outcome, "before")
+def test_an_interrupted_run_continues(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, cell, outcome = (
+        tmp_path / "cells.jsonl",
+        cell_of(matrix, "dart"),
+        matrix.Outcome("works", tokens=(36, 9)),
+    )
+    assert matrix.read(log) == {}
+    matrix.append(log, cell, matrix.Outcome("failed", "once"))
+    matrix.append(log, cell, outcome)
     with log.open("a") as out:
-        out.write(json.dumps({"sources": "now"})[:-3])  # killed while it was written
-    assert matrix.read(log, "now") == {cell: outcome}
+        out.write(json.dumps({"sources": "x"})[:-3])  # killed while it was written
+    assert matrix.read(log) == {cell: outcome}
+    assert matrix.sources("llava") != matrix.sources("qwen2-vl")
+    monkeypatch.setattr(matrix, "sources", lambda recipe: "another")
+    assert matrix.read(log) == {}
 
 
 def generation(**changes: Any) -> Any:
