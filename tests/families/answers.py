@@ -19,7 +19,7 @@ from gap_export.positions import Ids
 from gap_export.recipe.recipe import Recipe
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
-from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.session import Session
 from gap_export.runtime.torch.staged import open_reference
 from tests.families.reduced import IMAGE_TOKEN

@@ -17,7 +17,7 @@ import torch
 
 from gap_export.evaluation.controls import controls
 from gap_export.graph.quantize import DECODERS
-from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.keep import keep_counts
 from tests.families.answers import (
     PROMPTS,
     Asked,
@@ -185,7 +185,7 @@ class Contract:
             batch = manifest.layout.prepare(
                 [noise(int(width), int(height))], visual_tokens=manifest.spec.visual_tokens
             )
-            (count,) = keep_counts(manifest.pruning, manifest.spec, batch, None)
+            (count,) = keep_counts(manifest.pruning, manifest.spec, batch, None).calls
             mine, theirs = (
                 session.encode(batch.calls[0], keep_count=count)
                 for session in (asked.session, asked.reference)

@@ -16,7 +16,7 @@ from gap_export.families.reference import open_model as open_reference_model
 from gap_export.inputs.prompt import encode_text
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import PAD, Ids
-from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.torch.reference import open_torch
 from gap_export.runtime.torch.staged import open_reference
 from gap_export.runtime.torch.text_reference import EmbeddingReference
@@ -77,7 +77,7 @@ def test_the_relevance_is_a_cosine_with_the_mean_embedding(name: str, tiny_famil
         batch = bundle.manifest.layout.prepare(
             [noise(width, height)], visual_tokens=bundle.manifest.spec.visual_tokens
         )
-        (count,) = keep_counts(bundle.manifest.pruning, bundle.manifest.spec, batch, 0.3)
+        (count,) = keep_counts(bundle.manifest.pruning, bundle.manifest.spec, batch, 0.3).calls
         ids = ids_of(bundle, [WORDS[number]])
         kept = asked.session.encode(batch.calls[0], text_ids_BL=ids, keep_count=count).kept_indices[0]
         (image,) = model.extract_features(batch.calls[0])
@@ -173,7 +173,9 @@ def test_bad_input_is_one_line(tiny_family: Families, tiny_text_tower: Path) -> 
         ids_of(asked.bundle, ["red mug " * 20])
     with pytest.raises(InputError, match="is empty"):
         ids_of(asked.bundle, ["   "])
-    (count,) = keep_counts(asked.bundle.manifest.pruning, asked.bundle.manifest.spec, asked.batch(1), None)
+    (count,) = keep_counts(
+        asked.bundle.manifest.pruning, asked.bundle.manifest.spec, asked.batch(1), None
+    ).calls
     with pytest.raises(InputError, match="looks at the expression, and no text ids were given"):
         asked.session.encode(asked.batch(1).calls[0], keep_count=count)
     with pytest.raises(CheckpointError, match="shares no space with the vision tower"):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gap_export.bundle.manifest import ModelSpec, Pruning
+from gap_export.bundle.manifest import ModelSpec, Pruning, Stage
 from gap_export.errors import InputError
 from gap_export.inputs.batch import ImageBatch, of_one_size
 from gap_export.inputs.layouts import TokenRange
 from gap_export.positions import PositionPolicy
-from gap_export.runtime.grounder import keep_counts
+from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.session import VisualTokens, padded_together, together
 
 MODEL = ModelSpec(
@@ -49,13 +50,17 @@ def pruning(**changes: Any) -> Pruning:
 
 
 def test_every_image_keeps_its_share_of_what_may_be_pruned() -> None:
-    assert keep_counts(pruning(), MODEL, IMAGES, None) == [2, 10, 1]
-    assert keep_counts(pruning(pruner="prumerge", pruner_min_tokens=2), MODEL, IMAGES, None) == [2, 10, 2]
+    assert keep_counts(pruning(), MODEL, IMAGES, None).calls == (2, 10, 1)
+    assert keep_counts(pruning(pruner="prumerge", pruner_min_tokens=2), MODEL, IMAGES, None).calls == (
+        2,
+        10,
+        2,
+    )
 
 
 def test_a_share_is_chosen_within_its_range() -> None:
     free = pruning(keep_mode="dynamic", keep_range=(0.1, 0.5))
-    assert keep_counts(free, MODEL, IMAGES, 0.5) == [3, 20, 2]
+    assert keep_counts(free, MODEL, IMAGES, 0.5).calls == (3, 20, 2)
     for keep in (0.05, 0.6):
         with pytest.raises(InputError, match=r"outside 0\.1 to 0\.5"):
             keep_counts(free, MODEL, IMAGES, keep)
@@ -66,10 +71,29 @@ def test_a_share_is_chosen_within_its_range() -> None:
 def test_images_of_one_size_are_counted_in_one_call() -> None:
     square = MODEL.model_copy(update={"token_range": None, "grid": (6, 10)})
     batch = of_one_size(np.zeros((3, 3, 2, 2), np.float32), 60)
-    assert keep_counts(pruning(keep_mode="fixed"), square, batch, None) == [None]
-    assert keep_counts(pruning(keep_mode="dynamic", max_tokens=30), square, batch, 0.5) == [30]
+    assert keep_counts(pruning(keep_mode="fixed"), square, batch, None).calls == (None,)
+    assert keep_counts(pruning(keep_mode="dynamic", max_tokens=30), square, batch, 0.5).calls == (30,)
     with pytest.raises(InputError, match="outside 1 to 15"):
         keep_counts(pruning(keep_mode="dynamic"), square, batch, 0.5)
+
+
+def test_counts_of_stages_follow_every_image() -> None:
+    """What is dropped inside the decoder enters it; line ends count there."""
+    stages = [
+        Stage(first_layer=0, layers=2, kept=40, capacity=64),
+        Stage(first_layer=2, layers=2, kept=10, capacity=48),
+    ]
+    inside = pruning(pruner="fastv", stages=stages)
+    counts = keep_counts(inside, MODEL, IMAGES, None)
+    assert counts.calls == (6, 40, 4)
+    assert counts.stages is not None
+    assert counts.stages.tolist() == [[[2]], [[10]], [[1]]]
+    assert counts.gone(IMAGES) == [4], "of the prompt that loses fewest"
+    pairs = replace(IMAGES, per_prompt=3)
+    assert keep_counts(inside, MODEL, pairs, None).gone(pairs) == [6 + 30 + 4]
+    assert keep_counts(pruning(), MODEL, IMAGES, None).gone(IMAGES) is None
+    with pytest.raises(InputError, match="cannot be chosen"):
+        keep_counts(inside, MODEL, IMAGES, 0.5)
 
 
 class Padding:

@@ -24,6 +24,7 @@ from gap_export.positions import Ids, advance
 from gap_export.precision import PRECISIONS
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.generate import Generation, generate
+from gap_export.runtime.keep import KeepCounts, keep_counts
 from gap_export.runtime.session import Session
 from tests.conftest import IMAGE_TOKEN
 
@@ -49,9 +50,10 @@ def apart(one: Generation, other: Generation) -> float:
 
 BUNDLES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fixed": ("tiny_bundle", {}, {}),
-    "a range": ("tiny_bundle", {"keep": "0.1:0.5:1.0"}, {"keep_counts": [4]}),
+    "a range": ("tiny_bundle", {"keep": "0.1:0.5:1.0"}, {"keep_counts": KeepCounts((4,))}),
     "adaptive": ("tiny_bundle", {"pruner": "prumerge", "keep": "adaptive"}, {}),
     "stages": ("deep_bundle", {"pruner": "fastv"}, {}),
+    "stages of a range": ("deep_bundle", {"pruner": "sparsevlm", "keep": "0.15:0.25:1.0"}, {}),
     "shifted": ("tiny_bundle", {"positions": "shifted"}, {}),
 }
 
@@ -67,6 +69,11 @@ def test_answers_are_those_of_onnx_runtime(
     pixels = np.resize(pixels, (rows, *pixels.shape[1:]))
     with open_session(bundle, threads=1) as true, open_session(bundle, "openvino", threads=1) as session:
         for some in (slice(0, rows), slice(0, 1), slice(0, rows)):
+            if bundle.manifest.pruning.stage_counts_are_told:
+                images = of_one_size(pixels[some], 36)
+                options = {
+                    "keep_counts": keep_counts(bundle.manifest.pruning, bundle.manifest.spec, images, None)
+                }
             expected = answer(true, pixels[some], ragged_ids[some], **options)
             mine = answer(session, pixels[some], ragged_ids[some], **options)
             assert mine.tokens == expected.tokens

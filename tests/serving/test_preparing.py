@@ -15,6 +15,7 @@ from gap_export.bundle.folder import Bundle
 from gap_export.errors import InputError
 from gap_export.inputs.chat.conversation import Turn
 from gap_export.inputs.chat.tokens import IMAGE
+from gap_export.runtime.keep import KeepCounts
 from gap_export.runtime.model import Model, load
 from gap_export.serving.preparing import Preparing
 from gap_export.serving.work import Conversation, Work
@@ -61,7 +62,7 @@ def test_questions_share_images_where_the_pruner_reads_no_text(shapes: Preparing
     prepared = shapes.prepare(work_of([scenes(1)[0].image], "circle", "square", keep=0.5), 0.5)
     first, second = (shapes.seen(prepared, each, 0.5) for each in prepared.prompts)
     assert first is second
-    assert first[0].keep_counts == [72]
+    assert first[0].keep_counts == KeepCounts((72,))
 
 
 @pytest.mark.long
