@@ -235,20 +235,27 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec) -> _Counts:
 
 
 def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, tokens: TokenRange) -> _Counts:
-    """Where images differ in how many visual tokens they have: every image keeps the same share."""
-    if recipe.keep == "adaptive":
-        raise RecipeError(
-            "keep adaptive needs images that all have the same number of visual tokens, and this model's differ",
-            subject=f"pruner {pruner.name}",
-            hint=f"give a fraction or a range, with one of {_before_decoder(recipe, spec)}",
-        )
+    """Where images differ in how many visual tokens they have: every image keeps the same share, or at most that."""
     if recipe.merged_id is MergedId.CENTROID and pruner.merges:
         raise RecipeError(
             "needs images that all have the same grid of patches, and this model's differ",
             subject="merged_id centroid",
             hint="use last_visual or max_kept",
         )
-    keeps = recipe.keep if isinstance(recipe.keep, tuple) else (recipe.keep,) * 3
+    keep_mode: KeepMode
+    if recipe.keep == "adaptive":
+        prune.check_adaptive(pruner, spec.missing_features)
+        if tokens.never_pruned and not recipe.positions.keeps_raster_order:
+            raise RecipeError(
+                "leaves tokens in the order of their scores, and ends of lines would stand behind those that an image does not need",
+                subject="positions permuted, keep adaptive",
+                hint="use gap or shifted, or a fixed --keep",
+            )
+        keep_mode, keeps = "bounded", (recipe.keep_bound,) * 3
+    elif isinstance(recipe.keep, tuple):
+        keep_mode, keeps = "dynamic", recipe.keep
+    else:
+        keep_mode, keeps = "ratio", (recipe.keep,) * 3
     for keep in keeps:
         prune.check_fraction(keep)
     # What is dropped inside the decoder enters it.
@@ -258,7 +265,8 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, toke
     # The image with most patches is not the one with most rows, and neither has more tokens than the largest.
     most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
     most = min(most, spec.visual_tokens)
-    keep_mode: KeepMode = "dynamic" if isinstance(recipe.keep, tuple) else "ratio"
+    if keep_mode == "bounded":
+        least = pruner.min_tokens
     return _Counts(keep_mode, keeps[1], least, typical, most)
 
 

@@ -255,6 +255,25 @@ def test_stages_follow_the_size_of_the_image(keep: float, images: int) -> None:
     assert plan.cache_layout(32).lengths_of(100, [10, 20, 30]) == [100, 90, 80, 70]
 
 
+@given(bound=st.floats(0.01, 1.0))
+def test_an_image_finds_its_count_up_to_a_share(bound: float) -> None:
+    """Every call is told the most, which follows from its image."""
+    plan = plan_for(recipe_with(keep="adaptive", keep_bound=bound, pruner="prumerge"), MANY)
+    fixed = plan_for(recipe_with(keep=bound, pruner="prumerge"), MANY)
+    assert plan.pruning.keep_mode == "bounded"
+    assert plan.pruning.finds_count
+    assert plan.pruning.count_is_given
+    assert (plan.pruning.min_tokens, plan.pruning.keep) == (2, bound)
+    assert plan.pruning.max_tokens == fixed.pruning.max_tokens
+    vision = plan.graph_specs(MANY).vision(())
+    assert [tensor.name for tensor in vision.inputs] == ["keep_count"]
+    assert [tensor.name for tensor in vision.outputs] == ["visual_embeds", "kept_indices", "kept_counts"]
+    with pytest.raises(RecipeError, match="no rule of its own"):
+        plan_for(recipe_with(keep="adaptive", pruner="divprune"), MANY)
+    with pytest.raises(RecipeError, match="ends of lines would stand behind"):
+        plan_for(recipe_with(keep="adaptive", pruner="prumerge", positions="permuted"), MANY)
+
+
 def test_requests_may_choose_the_share() -> None:
     plan = plan_for(recipe_with(keep="0.1:1.0", pruner="random"), MANY)
     assert (plan.pruning.keep_mode, plan.pruning.keep_range) == ("dynamic", (0.1, 1.0))
@@ -265,7 +284,6 @@ def test_requests_may_choose_the_share() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pruner": "trim", "keep": "adaptive"}, "keep adaptive needs images"),
         ({"pruner": "prumerge", "merged_id": "centroid"}, "images that all have the same grid of patches"),
     ],
 )

@@ -121,8 +121,11 @@ class GraphSpecs:
             else ()
         )
         kept = self._visual(self.kept_dim if self.pruning.count_is_given else self.pruning.max_tokens)
+        found = (int64_spec("kept_counts", 1 if self._differ else self.batch),)
         return GraphSpec(
-            name="vision", inputs=(*image_inputs, *text, *count), outputs=kept[: 2 if self._differ else None]
+            name="vision",
+            inputs=(*image_inputs, *text, *count),
+            outputs=(*kept[:2], *(found if self.pruning.finds_count else ())),
         )
 
     @cached_property
@@ -307,7 +310,7 @@ class GraphSpecs:
 
     def _visual(self, extent: int | Dim) -> tuple[TensorSpec, ...]:
         """What vision gives and splice takes, in this order."""
-        has_counts = self.pruning.keep_mode == "adaptive" or self._differ
+        has_counts = self.pruning.finds_count or self._differ
         return (
             self._embeds("visual_embeds", extent),
             int64_spec("kept_indices", self.batch, extent),

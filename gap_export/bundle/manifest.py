@@ -120,9 +120,9 @@ class ModelSpec(Record):
         return self.hidden_size * (1 + self.deepstack_levels)
 
 
-KeepMode = Literal["fixed", "ratio", "dynamic", "adaptive"]
-"""Who says how many visual tokens an image keeps: the build; the build, as a share of what the image has; each request; or
-what the image shows."""
+KeepMode = Literal["fixed", "ratio", "dynamic", "adaptive", "bounded"]
+"""Who says how many visual tokens an image keeps: the build; the build, as a share of what the image has; each request; what the image
+shows, up to a count; or what it shows, up to a share of what it has."""
 
 
 class Stage(Record):
@@ -201,7 +201,12 @@ class Pruning(Record):
     @property
     def count_is_given(self) -> bool:
         """Whether every call of the vision graph is told how many tokens to keep: of images of one size that are pruned later, it keeps all."""
-        return self.keep_mode in ("dynamic", "ratio") and not self.enters_whole
+        return self.keep_mode in ("dynamic", "ratio", "bounded") and not self.enters_whole
+
+    @property
+    def finds_count(self) -> bool:
+        """Whether the vision graph finds how many tokens an image needs."""
+        return self.keep_mode in ("adaptive", "bounded")
 
     @property
     def enters_whole(self) -> bool:

@@ -55,7 +55,7 @@ class InternVLVision(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, text_ids: Tensor | None = None, keep_count: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Encode and prune one image.
 
         Args:
@@ -75,7 +75,7 @@ class InternVLVision(nn.Module):
         embeds_BKH, selected = selection.select_and_project(
             self._plan, features, keep_count, self.multi_modal_projector
         )
-        return embeds_BKH, selected.indices_BK
+        return selection.outputs(embeds_BKH, selected)
 
     def _extract_features(self, pixel_values: Tensor) -> prune.VisionFeatures[Tensor]:
         """Features of the tiles. A token stands for a square of four patches: its scores and keys are means over them."""

@@ -63,7 +63,7 @@ class LlavaNextVision(ClipVision):
         token_index: Tensor,
         text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Encode and prune one image.
 
         Args:

@@ -68,7 +68,7 @@ class LlavaOnevisionVision(nn.Module):
         corner_weights: Tensor,
         text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Encode and prune one image.
 
         Args:

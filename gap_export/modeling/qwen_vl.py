@@ -43,7 +43,7 @@ class Qwen2VLVision(nn.Module):
         patch_positions: Tensor,
         text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Encode and prune one image.
 
         Args:
@@ -125,7 +125,7 @@ def side_by_side(patches_PE: Tensor, tokens: Sequence[int]) -> Tensor:
 
 def pruned(
     plan: Plan, levels: Sequence[Level], scores: dict[str, Any], given: Choosing
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Prune the tokens, and give what is left to the decoder.
 
     Args:
@@ -135,7 +135,7 @@ def pruned(
         given: what a request says.
 
     Returns:
-        visual_embeds [1, K, (1 + deepstack_levels) * H], kept_indices [1, K] int64.
+        visual_embeds [1, K, (1 + deepstack_levels) * H], kept_indices [1, K] int64, and kept_counts [1] int64 where the pruner finds it.
     """
     end, *beside = levels
     projected_BNH = end.embeds()
@@ -149,14 +149,15 @@ def pruned(
     features = with_text(features, given.embedding, given.text_ids)
     selected = selection.select(plan, features, given.keep_count)
     selected = order.in_decoder_order(selected, plan.pruning.positions)
-    indices_BK = selected.indices_BK
     if selected.patches_BKE is not None:
-        return selected.patches_BKE, indices_BK
+        return selection.outputs(selected.patches_BKE, selected)
+    indices_BK = selected.indices_BK.clamp(min=0)  # padding shows any token
     if prune.row(selection.pruner_of(plan)).reads_projected:
         own_BKH = order.take(projected_BNH, indices_BK)
     else:
         own_BKH = end.embeds(indices_BK)
-    return _behind_each_other([own_BKH, *(level.embeds(indices_BK) for level in beside)]), indices_BK
+    embeds_BKX = _behind_each_other([own_BKH, *(level.embeds(indices_BK) for level in beside)])
+    return selection.outputs(embeds_BKX, selected)
 
 
 def lying(patch_positions: Tensor) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Qwen25VLVision(nn.Module):
         token_slots: Tensor,
         text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Encode and prune one image.
 
         Args:
@@ -238,7 +239,7 @@ class Qwen3VLVision(nn.Module):
         patch_positions: Tensor,
         text_ids: Tensor | None = None,
         keep_count: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Encode and prune one image.
 
         Args:

@@ -32,13 +32,12 @@ def select(plan: Plan, features: prune.VisionFeatures[Tensor], keep_count: Tenso
     Args:
         plan: of the build.
         features: of the batch.
-        keep_count: where a call is told how many tokens to keep: [K] int64, traced for its extent.
+        keep_count: where a call is told how many tokens to keep, or keep at most: [K] int64, traced for its extent.
     """
     name = pruner_of(plan)
-    if plan.pruning.keep_mode == "adaptive":
-        return prune.load_adaptive(name).select_adaptive(
-            features, plan.pruning.max_tokens, merged_id=plan.pruning.merged_id
-        )
+    if plan.pruning.finds_count:
+        bound = plan.pruning.max_tokens if keep_count is None else keep_count.shape[0]
+        return prune.load_adaptive(name).select_adaptive(features, bound, merged_id=plan.pruning.merged_id)
     kept = plan.pruning.kept if keep_count is None else keep_count.shape[0]
     return prune.load(name).select(features, kept, seed=plan.pruning.seed, merged_id=plan.pruning.merged_id)
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from gap_export import prune
+from gap_export.modeling import selection
 from gap_export.plan import Plan
+from gap_export.positions import PAD
 from gap_export.prune import order
 
 Gather = Callable[[Tensor], Tensor]
@@ -111,7 +113,7 @@ def with_newlines(
     places_P: Tensor,
     newline_H: Tensor,
     newlines_R: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Kept tokens and ends of lines in the order in which they enter the decoder.
 
     Sorted by place, or, under the policy that keeps the order of scores, ends of lines last.
@@ -125,13 +127,17 @@ def with_newlines(
         newlines_R: places of the ends of lines.
 
     Returns:
-        visual_embeds [1, K + R, H], kept_indices [1, K + R] int64.
+        visual_embeds [1, K + R, H], kept_indices [1, K + R] int64, and kept_counts [1] int64 where the pruner finds it.
     """
     ends_BRH = newline_H.to(embeds_BKH.dtype).expand(1, newlines_R.shape[0], -1)
-    places_BK = places_P.index_select(0, selected.indices_BK.flatten())[None]
+    places_BK = places_P.index_select(0, selected.indices_BK.flatten().clamp(min=0))[None]
+    if selected.counts_B is not None:
+        places_BK = torch.where(selected.indices_BK < 0, PAD, places_BK)
     both = prune.Selected(
-        torch.cat([places_BK, newlines_R[None]], dim=1), torch.cat([embeds_BKH, ends_BRH], dim=1)
+        torch.cat([places_BK, newlines_R[None]], dim=1),
+        torch.cat([embeds_BKH, ends_BRH], dim=1),
+        None if selected.counts_B is None else selected.counts_B + newlines_R.shape[0],
     )
     ordered = order.in_decoder_order(both, plan.pruning.positions)
     assert ordered.patches_BKE is not None
-    return ordered.patches_BKE, ordered.indices_BK
+    return selection.outputs(ordered.patches_BKE, ordered)

@@ -15,16 +15,17 @@ from torch import Tensor
 def outlier_count(scores_BN: Tensor) -> Tensor:
     """[B, 1] int64: how many scores of an image are outliers, at least one."""
     ranked_BN = scores_BN.topk(scores_BN.shape[1], dim=-1).values
-    lower_B1, upper_B1 = _quantile(ranked_BN, 0.25), _quantile(ranked_BN, 0.75)
+    lower_B1, upper_B1 = _quartile(ranked_BN, 1), _quartile(ranked_BN, 3)
     is_outlier_BN = scores_BN > upper_B1 + 1.5 * (upper_B1 - lower_B1)
     count_B1: Tensor = is_outlier_BN.float().sum(dim=-1, keepdim=True).clamp(min=1.0).to(torch.int64)
     return count_B1
 
 
-def _quantile(ranked_BN: Tensor, share: float) -> Tensor:
-    """[B, 1] of scores in descending order."""
-    last = ranked_BN.shape[1] - 1
-    below, part = divmod(share * last, 1.0)
-    place = last - int(below)
-    higher_B1 = ranked_BN[:, max(place - 1, 0)][:, None]
-    return torch.lerp(ranked_BN[:, place][:, None], higher_B1, part)
+def _quartile(ranked_BN: Tensor, number: int) -> Tensor:
+    """[B, 1] of scores in descending order, the first quartile or the third; in whole numbers, as N may be symbolic."""
+    last_1 = torch.full((1,), ranked_BN.shape[1]) - 1
+    below_1 = torch.div(number * last_1, 4, rounding_mode="trunc")
+    part_1 = (number * last_1 - 4 * below_1).float() / 4
+    place_1 = last_1 - below_1
+    lower_B1, higher_B1 = (ranked_BN.index_select(1, at) for at in (place_1, (place_1 - 1).clamp(min=0)))
+    return torch.lerp(lower_B1, higher_B1, part_1.to(ranked_BN.dtype))

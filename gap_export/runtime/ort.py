@@ -135,7 +135,15 @@ class OnnxRuntimeSession(Lifetime):
         if self._memory.is_host:
             whole = self._memory.of(embeds, self._dtypes["vision"]["visual_embeds"])
             return as_many_as_kept(whole, kept_BK, counts_B, manifest.pruning)
-        check_within_bound(counts_B, manifest.pruning)  # the padding stays on the device, where it was made
+        check_within_bound(counts_B, kept_BK.shape[1], manifest.pruning)
+        if (
+            manifest.pruning.keep_mode == "bounded"
+        ):  # one image; what is behind its tokens is left out where it lies
+            region = self._memory.of(embeds, self._dtypes["vision"]["visual_embeds"])
+            count = int(counts_B[0])
+            embeds = self._memory.part(region, (1, count, region.shape[-1]), 0)
+            kept_BK = kept_BK[:, :count]
+        # (All others stay on the device with their padding.)
         return VisualTokens(embeds=embeds, kept_indices=kept_BK, kept_counts=counts_B)
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:

@@ -312,7 +312,7 @@ def vision_inputs(
                 hint="tokenize the expression with the bundle's text_tokenizer.json and pass its ids",
             )
         inputs[TEXT_IDS] = text_ids_BL
-    if pruning.keep_mode == "ratio" and pruning.count_is_given:
+    if pruning.keep_mode in ("ratio", "bounded") and pruning.count_is_given:
         if keep_count is None:
             raise InputError(
                 "must be told how many tokens to keep, as images differ in how many they have",
@@ -431,15 +431,20 @@ def padded_together(rows: Sequence[Sequence[NDArray[Any]]], longest: int) -> NDA
     return whole
 
 
-def check_within_bound(counts_B: Ids, pruning: Pruning) -> None:
+def check_within_bound(counts_B: Ids, bound: int, pruning: Pruning) -> None:
     """Refuse images that need more tokens than an adaptive bundle has capacity for: dropping the rest would be a silent change.
+
+    Args:
+        counts_B: how many they need.
+        bound: how many they may have.
+        pruning: of the bundle.
 
     Raises:
         InputError: with the largest count.
     """
-    if counts_B.max() > pruning.max_tokens:
+    if counts_B.max() > bound:
         raise InputError(
-            f"needs {counts_B.max()} visual tokens by the rule of {pruning.pruner}, this bundle has capacity for {pruning.max_tokens}",
+            f"needs {counts_B.max()} visual tokens by the rule of {pruning.pruner}, this bundle has capacity for {bound}",
             subject=f"image {int(counts_B.argmax()) + 1} of {len(counts_B)}",
             hint="build with a larger --keep-bound, or with a fixed --keep",
         )
@@ -453,7 +458,7 @@ def as_many_as_kept(
     Raises:
         InputError: as `check_within_bound`.
     """
-    check_within_bound(counts_B, pruning)
+    check_within_bound(counts_B, kept_indices_BK.shape[1], pruning)
     longest = int(counts_B.max())
     return VisualTokens(
         embeds=embeds_BKH[:, :longest], kept_indices=kept_indices_BK[:, :longest], kept_counts=counts_B
@@ -461,6 +466,6 @@ def as_many_as_kept(
 
 
 def _kept_in_words(pruning: Pruning) -> str:
-    if pruning.keep_mode == "adaptive":
+    if pruning.finds_count:
         return f"what each image needs, at most {pruning.max_tokens}"
     return f"{pruning.kept_after_last_stage} of every image"

@@ -38,6 +38,7 @@ from gap_export.runtime.session import (
     Prefilled,
     Spliced,
     VisualTokens,
+    as_many_as_kept,
     check_within_bound,
     kept_of_stages,
     padded_together,
@@ -127,10 +128,14 @@ class TensorRTSession(Lifetime):
         vision.prepare({**pixels, **extra})
         embeds = self._tensor(vision, "visual_embeds")
         vision.run({"visual_embeds": embeds.address})
-        counts_B = vision.download(KEPT_COUNTS) if pruning.keep_mode == "adaptive" else None
-        if counts_B is not None:
-            check_within_bound(counts_B, pruning)
-        return VisualTokens(embeds=embeds, kept_indices=vision.download("kept_indices"), kept_counts=counts_B)
+        kept_BK = vision.download("kept_indices")
+        if not pruning.finds_count:
+            return VisualTokens(embeds=embeds, kept_indices=kept_BK)
+        counts_B = vision.download(KEPT_COUNTS)
+        if pruning.keep_mode == "bounded":  # one image; many of them are put together on the host
+            return as_many_as_kept(np.asarray(embeds), kept_BK, counts_B, pruning)
+        check_within_bound(counts_B, kept_BK.shape[1], pruning)
+        return VisualTokens(embeds=embeds, kept_indices=kept_BK, kept_counts=counts_B)
 
     def embeds_together(self, rows: Sequence[Sequence[Buffer]], longest: int) -> Buffer:
         """Embeddings [1, K, H] of the images of every row as one batch [B, longest, H]."""

@@ -316,7 +316,7 @@ def single_because(session: Session, manifest: Manifest) -> str | None:
     """
     if manifest.pruning.stages:
         return f"{manifest.pruning.pruner} drops tokens inside the decoder, and every stage has a cache of its own length"
-    if manifest.pruning.keep_mode == "adaptive":
+    if manifest.pruning.finds_count:
         return "images themselves decide how many tokens they keep"
     if manifest.spec.reads_image_slots:
         return "its attention mask looks at where the images of a prompt are"

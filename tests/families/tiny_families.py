@@ -106,6 +106,11 @@ def ranged(pruner: str) -> Options:
     return {"pruner": pruner, "keep": "0.1:0.3:1.0"}
 
 
+def adaptive(pruner: str) -> Options:
+    """Every image finds its own count."""
+    return {"pruner": pruner, "keep": "adaptive", "keep_bound": 0.9}
+
+
 def fixed(pruner: str, **changes: Any) -> Options:
     return {"pruner": pruner, "keep": 0.3, **changes}
 
@@ -134,7 +139,13 @@ def _qwen_vl(
     """Patches of 4 pixels, four to a token; windows of two by two tokens; three sections of M-RoPE."""
     builds = {1: (ranged("divprune"), fixed("dart"), other), 2: (of_two,)}
     return _family(
-        name, published, native_inputs, builds, engines, mrope_ids, (more, ranged("spatial"), *by_attention())
+        name,
+        published,
+        native_inputs,
+        builds,
+        engines,
+        mrope_ids,
+        (more, adaptive("prumerge"), ranged("spatial"), *by_attention()),
     )
 
 
@@ -192,6 +203,7 @@ TILES = (
             )
         },
         {1: ("cls_attention", "spatial")},
+        more=(adaptive("prumerge"), {**adaptive("prumerge_plus"), "positions": "shifted"}),
     ),
     _family(
         "llava_next_mistral",
@@ -205,7 +217,7 @@ TILES = (
         anyres_inputs,
         {1: (ranged("divprune"), fixed("tile_attention")), 2: (ranged("tile_attention"),)},
         {1: ("divprune", "tile_attention", "prumerge")},
-        more=(fixed("dart"), ranged("spatial"), *by_attention()),
+        more=(fixed("dart"), adaptive("prumerge_plus"), ranged("spatial"), *by_attention()),
     ),
     _family(
         "internvl",
@@ -216,7 +228,11 @@ TILES = (
             2: (ranged("cls_attention"),),
         },
         {1: ("cls_attention", "spatial")},
-        more=(ranged("spatial"), *(fixed(pruner) for pruner in ("visionzip", "prumerge", "prumerge_plus"))),
+        more=(
+            adaptive("prumerge"),
+            ranged("spatial"),
+            *(fixed(pruner) for pruner in ("visionzip", "prumerge", "prumerge_plus")),
+        ),
     ),
 )
 """Families whose images become tiles: a whole image and up to six tiles, an end of line after every row of tokens in LLaVA's."""

@@ -62,8 +62,8 @@ def test_expressions_go_where_they_are_looked_at() -> None:
 
 
 def test_an_image_that_needs_more_than_there_is_room_for() -> None:
-    check_within_bound(np.array([2, 9]), ADAPTIVE)
+    check_within_bound(np.array([2, 9]), ADAPTIVE.max_tokens, ADAPTIVE)
     with pytest.raises(InputError, match="needs 12 visual tokens") as caught:
-        check_within_bound(np.array([2, 12, 3]), ADAPTIVE)
+        check_within_bound(np.array([2, 12, 3]), ADAPTIVE.max_tokens, ADAPTIVE)
     assert caught.value.subject == "image 2 of 3"
     assert "--keep-bound" in caught.value.hint

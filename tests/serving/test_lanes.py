@@ -340,10 +340,10 @@ def session_of(*, rows: bool = True, most: int | None = None) -> Any:
 
 
 def manifest_of(**changes: Any) -> Any:
-    pruning = SimpleNamespace(stages=(), keep_mode="fixed", pruner="x")
+    pruning = SimpleNamespace(stages=(), finds_count=False, pruner="x")
     spec = SimpleNamespace(reads_image_slots=False, position_rows=1)
     pruning.__dict__.update(
-        {name: value for name, value in changes.items() if name in ("stages", "keep_mode")}
+        {name: value for name, value in changes.items() if name in ("stages", "finds_count")}
     )
     spec.__dict__.update({name: value for name, value in changes.items() if name == "reads_image_slots"})
     return SimpleNamespace(pruning=pruning, spec=spec, capacity=8)
@@ -357,7 +357,7 @@ def manifest_of(**changes: Any) -> Any:
         (session_of(most=1), manifest_of(), "engines of fake in this bundle take one request at a time"),
         (session_of(rows=False), manifest_of(), "caches of fake have no rows that come and go"),
         (session_of(), manifest_of(stages=(1,)), "every stage has a cache of its own length"),
-        (session_of(), manifest_of(keep_mode="adaptive"), "decide how many tokens they keep"),
+        (session_of(), manifest_of(finds_count=True), "decide how many tokens they keep"),
         (session_of(), manifest_of(reads_image_slots=True), "looks at where the images of a prompt are"),
     ],
 )

@@ -213,7 +213,7 @@ def _recipe_faults(manifest: Manifest) -> Faults:
         ("pruning.merged_id", pruning.merged_id, recipe.merged_id),
         ("pruning.keep", pruning.keep, keep),
         ("pruning.keep_range", pruning.keep_range, keep_range),
-        ("pruning.keep_mode", pruning.keep_mode == "adaptive", recipe.keep == "adaptive"),
+        ("pruning.keep_mode", pruning.finds_count, recipe.keep == "adaptive"),
         ("max_new_tokens", manifest.max_new_tokens, recipe.max_new_tokens),
         ("box.codec", manifest.box.codec, recipe.box_format or manifest.box.codec),
         ("capacity", manifest.capacity, recipe.capacity or manifest.capacity),

@@ -29,7 +29,9 @@ def pruning_faults(manifest: Manifest) -> Faults:
         if not 0 < least <= pruning.keep <= most <= 1:
             yield f"pruning.keep_range is {shown(pruning.keep_range)} around keep {pruning.keep}"
     differ = model.token_range is not None
-    if pruning.keep_mode not in (("ratio", "dynamic") if differ else ("fixed", "dynamic", "adaptive")):
+    if pruning.keep_mode not in (
+        ("ratio", "dynamic", "bounded") if differ else ("fixed", "dynamic", "adaptive")
+    ):
         images = "images differ in size" if differ else "images are of one size"
         yield f"pruning.keep_mode is {pruning.keep_mode}, and {images}"
     counts, told = (
@@ -61,7 +63,7 @@ def _counts(pruning: Pruning, visual_tokens: int, tokens: TokenRange | None) -> 
 
     never = tokens.never_pruned
     return (
-        share_of(smallest, tokens.min_tokens),
+        pruning.pruner_min_tokens if pruning.finds_count else share_of(smallest, tokens.min_tokens),
         share_of(typical, tokens.typical_tokens) + never,
         min(visual_tokens, share_of(largest, tokens.max_tokens) + never),
     )
@@ -73,8 +75,8 @@ def _nearest(share: float, count: int) -> int:
 
 def _stage_faults(manifest: Manifest, stages: tuple[Stage, ...]) -> Faults:
     model, pruning, capacity = manifest.spec, manifest.pruning, manifest.capacity
-    if pruning.keep_mode == "adaptive":
-        yield "pruning.keep_mode is adaptive, and stages keep a share of every image"
+    if pruning.finds_count:
+        yield f"pruning.keep_mode is {pruning.keep_mode}, and stages keep a share of every image"
     if model.attention_mask != "causal":
         yield f"pruning.stages are given, and the attention mask is {model.attention_mask}"
     ends = [0, *itertools.accumulate(stage.layers for stage in stages)]

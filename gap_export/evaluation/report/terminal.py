@@ -194,6 +194,8 @@ def keeping(pruning: Pruning, visual_tokens: int) -> str:
         return (
             f"keep {pruning.min_tokens} to {pruning.max_tokens} of {visual_tokens}, {pruning.kept} by default"
         )
+    if pruning.keep_mode == "bounded":
+        return f"keep what each image needs, at most {pruning.keep:g} of it, {pruning.max_tokens} of {visual_tokens}"
     if pruning.keep_mode == "adaptive":
         return f"keep what each image needs, at most {pruning.max_tokens} of {visual_tokens}"
     return f"keep {pruning.kept} of {visual_tokens}"

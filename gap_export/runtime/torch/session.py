@@ -100,8 +100,9 @@ class TorchSession(Lifetime):
         batch = self._extract_features(pixels, text_ids_BL)
         choices = [self._choose(image, keep_count) for image in batch]
         adaptive = pruning.keep_mode == "adaptive"
-        if adaptive:
-            check_within_bound(np.array([choice.needed for choice in choices]), pruning)
+        if pruning.finds_count:
+            needed_B = np.array([choice.needed for choice in choices])
+            check_within_bound(needed_B, pruning.max_tokens if keep_count is None else keep_count, pruning)
         embeds, places = zip(*map(self._model.tokens, batch, choices), strict=True)
         counts_B = np.array([len(kept_K) for kept_K in places], np.int64)
         kept_BK = np.full((len(places), counts_B.max()), PAD, np.int64)
@@ -340,10 +341,9 @@ class TorchSession(Lifetime):
         pruning = self._pruning
         pruner = "none" if pruning.stages else pruning.pruner
         features = _in_float64(image.shown)
-        if pruning.keep_mode == "adaptive":
-            choice = reference.choose_adaptive(
-                pruning.pruner, features, pruning.max_tokens, merged_id=pruning.merged_id
-            )
+        if pruning.finds_count:
+            bound = pruning.max_tokens if keep_count is None else keep_count
+            choice = reference.choose_adaptive(pruning.pruner, features, bound, merged_id=pruning.merged_id)
         else:
             choice = reference.choose(
                 pruner,
