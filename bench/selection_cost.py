@@ -74,8 +74,8 @@ def few_of_clip(tower: Json) -> Json:
 
 
 def few_of_qwen25(tower: Json) -> Json:
-    """A layer that attends to all, as the last one does, in which attention received is computed."""
-    return {**tower, "depth": 1, "fullatt_block_indexes": [0]}
+    """A layer that attends within windows, and one that attends to all, in which attention received is computed."""
+    return {**tower, "depth": 2, "fullatt_block_indexes": [1]}
 
 
 CASES = (
