@@ -30,7 +30,7 @@ def test_a_shallow_tower_differs_in_its_depth_alone(cost: ModuleType) -> None:
         assert changed in ({"num_hidden_layers"}, {"depth", "fullatt_block_indexes"})
         # The last layer is one that attends to all, as in the whole tower.
         assert tower.get("fullatt_block_indexes", [31])[-1] == 31
-        assert shallow.get("fullatt_block_indexes", [1])[-1] == 1
+        assert shallow.get("fullatt_block_indexes", [0])[-1] == shallow.get("depth", 1) - 1
 
 
 def test_graphs_are_timed_in_turns_and_the_first_round_warms_up(cost: ModuleType) -> None:
