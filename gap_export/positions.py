@@ -124,7 +124,7 @@ class Placement:
         if self.stage_counts is not None:
             inputs["stage_counts"] = self.stage_counts
             longest_J = self.stage_lengths.max(axis=0)
-            inputs |= {f"stage_slots.{stage}": longest for stage, longest in enumerate(longest_J, 1)}
+            inputs |= {f"stage_slots.{stage}": np.array(most) for stage, most in enumerate(longest_J, 1)}
         return inputs | {f"write_index.{stage}": slot for stage, slot in enumerate(self.stage_write_index, 1)}
 
 

@@ -201,7 +201,7 @@ def test_models(command: Command) -> None:
     assert by_name["shikra"]["needs"]["base"] == "huggyllama/llama-7b"
     assert "prumerge" in by_name["llava"]["pruners"]
     assert "prumerge" in by_name["minigpt-v2"]["pruners"]
-    assert "fastv" not in by_name["qwen2-vl"]["pruners"]
+    assert "fastv" in by_name["qwen2-vl"]["pruners"]
     shown = command("models").out
     assert all(name in shown for name in by_name)
     formats = {each["name"]: each for each in record["box_formats"]}
@@ -247,7 +247,7 @@ def test_keep_outside_its_range(keep: str, command: Command, recipe_file: Path, 
         (["--prune-layers", "2"], ["cls_attention", "no layer to choose"]),
         (["--pruner", "fastv", "--prune-layers", "2"], ["prune_layers 2", "from 1 to 1"]),
         (["--pruner", "pyramiddrop"], ["more than 3 layers, this one has 2"]),
-        (["--pruner", "fastv", "--keep", "0.1:1.0"], ["fastv", "give one fraction"]),
+        (["--pruner", "divprune", "--keep", "adaptive"], ["divprune", "give a fraction or a range"]),
         (["--checkpoint", "/does/not/exist"], ["/does/not/exist", "is not a folder"]),
     ],
     ids=lambda value: " ".join(value),
@@ -679,7 +679,7 @@ def test_inspect_of_a_decoder_that_drops_tokens(command: Command, deep_bundle: B
         "T_pre + K_s + T_post + t",
     ]
     shown = command("inspect", folder).out
-    assert "keep 9 of 36 at the end, 20.5 in the mean over layers" in shown
+    assert "keep 9 of 36 at the end (36, 23, 14, 9 by stage), 20.5 in the mean over layers" in shown
     assert "write_index.3" in shown
     renumbered = deep_bundle(pruner="pyramiddrop", positions="shifted").folder
     stages = json.loads(command("inspect", renumbered, "--json").out)["stages"]

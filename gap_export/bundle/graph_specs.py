@@ -102,10 +102,10 @@ class GraphSpecs:
     def stage_dim(self, number: int) -> Dim:
         """Slots of a prompt in a later stage."""
         stage, text = self.pruning.stages[number], self.max_text - self.images
-        fewest = 1 if self.pruning.stage_counts_are_told else stage.kept
+        least = 1 if self.pruning.stage_counts_are_told else stage.kept
         return Dim(
             name=f"stage_{number}",
-            minimum=self.images * fewest + 1,
+            minimum=self.images * least + 1,
             optimum=text + self.images * stage.kept,
             maximum=text + self.images * stage.max_kept,
         )

@@ -311,7 +311,7 @@ class StagedSplice(Splice):
 
 
 class StagedSpliceSeveral(SpliceSeveral):
-    """The same for prompts with several images, whose counts are told."""
+    """Splice of several images for such a decoder; calls are told what later stages have (`stage_counts`)."""
 
     def __init__(self, embedding: nn.Embedding, *, dropped: None, **options: Any) -> None:
         super().__init__(embedding, gives_image_slots=True, **options)

@@ -32,7 +32,7 @@ class KeepCounts:
         return max((count for count in self.calls if count is not None), default=None)
 
     def gone(self, batch: ImageBatch) -> list[int] | None:
-        """How many tokens of a prompt every later stage does not see, of the prompt that loses fewest; None where that is not told.
+        """How many tokens of a prompt every later stage does not see, of the prompt that loses least; None where that is not told.
 
         Args:
             batch: of the images.
@@ -93,7 +93,7 @@ def check_keep(pruning: Pruning, model: ModelSpec, keep: float | None) -> None:
     """
     if keep is None:
         return
-    if model.token_range is None and not pruning.stages:
+    if model.token_range is None and not pruning.stage_counts_are_told:
         count = prune.kept_count(keep, model.visual_tokens)
         vision_inputs(pruning, reads_text=False, text_ids_BL=None, keep_count=count)
         return

@@ -307,17 +307,17 @@ class OnnxRuntimeSession(Lifetime):
         self, cache: dict[str, Region], embeds: Buffer, placement: Placement
     ) -> tuple[NDArray[np.float32], list[Ids]]:
         """Logits [B, V] of each row's last token, after several; and the slots [B, T] that are left in every later stage."""
-        rows = placement.position_ids.shape[-2]
-        logits = self._memory.zeros((rows, self._model.vocabulary), "float32")
-        numbers, graph = placement.decoder_inputs(), self._prompt_graph
-        binding = self._decoder_binding(graph, cache, embeds, numbers, {"logits": logits})
-        spec = self._bundle.manifest.graphs[graph].spec
-        slots = [tensor.name for tensor in spec.outputs if tensor.name.startswith(KEPT_SLOTS)]
-        for name in slots:
-            binding.bind_output(name)  # to the host
+        memory, graph, rows = self._memory, self._prompt_graph, placement.position_ids.shape[-2]
+        outputs = {"logits": memory.zeros((rows, self._model.vocabulary), "float32")}
+        if graph == "prefill":
+            outputs |= {
+                f"{KEPT_SLOTS}{stage}": memory.zeros((rows, length), "int64")
+                for stage, length in enumerate(self._lengths(placement)[1:], 1)
+            }
+        binding = self._decoder_binding(graph, cache, embeds, placement.decoder_inputs(), outputs)
         self._execute(graph, binding)
-        given = binding.get_outputs()[-len(slots) :] if slots else []  # in the order in which they were bound
-        return self._memory.read(logits), [value.numpy() for value in given]
+        logits, *slots = (memory.read(region) for region in outputs.values())
+        return logits, slots
 
     def _free(self) -> None:
         self._decodes.clear()
@@ -355,14 +355,17 @@ class OnnxRuntimeSession(Lifetime):
         """Of every stage: what the prompt writes, padding included, or where its tokens end, and the slots reserved after that."""
         if reserve is None:
             return None
-        length = placement.position_ids.shape[-1]
-        written = self._bundle.manifest.cache_layout.lengths_of(length)
-        if placement.stage_counts is not None:
-            written = [length, *map(int, placement.stage_lengths.max(axis=0))]
         return [
             max(int(slots.max()), own) + reserve
-            for slots, own in zip(placement.slots_of_stages, written, strict=True)
+            for slots, own in zip(placement.slots_of_stages, self._lengths(placement), strict=True)
         ]
+
+    def _lengths(self, placement: Placement) -> list[int]:
+        """Tokens of a prompt in every stage, padding included."""
+        length = placement.position_ids.shape[-1]
+        if placement.stage_counts is not None:
+            return [length, *map(int, placement.stage_lengths.max(axis=0))]
+        return self._bundle.manifest.cache_layout.lengths_of(length)
 
     def _lay_out(self, layout: Layout) -> None:
         if self._cache.lay_out(layout):

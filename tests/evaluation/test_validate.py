@@ -149,5 +149,5 @@ def test_baselines_take_the_ranges_that_the_bundle_brings(
 def test_a_text_tower_that_nothing_reads_is_refused(
     tiny_bundle: Callable[..., Bundle], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="has no text tower"):
+    with pytest.raises(InputError, match="and this one has"):
         validate.validate(tiny_bundle(), limit=1, text_tower=tmp_path / "tower")

@@ -12,8 +12,8 @@ from gap_export.bundle.manifest import Manifest
 from gap_export.runtime.conversation.prompts import ChatPrompts
 from gap_export.runtime.grounder import Grounder
 from gap_export.runtime.session import Session
-from gap_export.runtime.torch.session import TextReference
 from gap_export.runtime.torch.staged import open_reference
+from gap_export.runtime.torch.text_reference import TextReference
 from tests.families.answers import Asked, noise
 from tests.families.spoken import SpokenFamily, endless
 from tests.families.talk_truth import (

@@ -189,14 +189,16 @@ def test_every_pruner_before_the_decoder_works_without_text(name: str, tmp_path:
             assert plan_for(recipe, spec).pruning.pruner == row.name
 
 
-@pytest.mark.parametrize("pruner", ["text_similarity", "fastv"])
-def test_pruners_that_ask_for_more_are_refused(pruner: str, tmp_path: Path) -> None:
-    """A text tower, or a rule for how many tokens to keep: other reasons, other hints."""
-    recipe = Recipe(name="x", checkpoint="x", pruner=pruner)
+@pytest.mark.parametrize(
+    "changes", [{"pruner": "text_similarity"}, {"pruner": "fastv", "prune_layers": (99,)}], ids=str
+)
+def test_pruners_that_ask_for_more_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    """A text tower, or a deeper decoder: other reasons, other hints."""
+    recipe = Recipe(name="x", checkpoint="x", **changes)
     spec = open_family(PUBLISHED["Qwen2.5-VL-7B-Instruct, old names"].make(tmp_path)).spec(recipe)
     with pytest.raises(RecipeError) as caught:
         plan_for(recipe, spec)
-    assert "dart" in caught.value.hint
+    assert ("dart" if "prune_layers" not in changes else "the pruner's own: 2") in caught.value.hint
 
 
 def test_squares_are_not_asked_for(tmp_path: Path) -> None:

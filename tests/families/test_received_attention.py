@@ -111,13 +111,16 @@ def test_windows_alone_show_no_attention(tiny_family: Families) -> None:
     family.config.vision_config.fullatt_block_indexes = []
     with pytest.raises(RecipeError, match="needs attention, which this vision tower does not show") as caught:
         plan_for(recipe, family.spec(recipe))
-    assert caught.value.hint == "these work on it: divprune, dart, random, spatial, none"
+    assert (
+        caught.value.hint
+        == "these work on it: divprune, dart, random, spatial, none, fastv, pyramiddrop, sparsevlm"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("qwen3_vl", {"pruner": "sparsevlm"}, "needs a decoder of more than 3 layers, this one has 2"),
+        ("qwen3_vl", {"pruner": "sparsevlm"}, "needs a decoder of more than 3 layers, this one has"),
         ("llava_onevision", {"pruner": "fastv", "prune_layers": (2,)}, "takes one layer from 1 to 1"),
         ("qwen2_vl", {"pruner": "divprune", "prune_layers": (1,)}, "drops no tokens inside the decoder"),
     ],
@@ -133,10 +136,8 @@ def test_what_a_family_cannot_have_is_refused_by_one_line(
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("changes", [{"keep": "adaptive"}, {"merged_id": "centroid"}], ids=str)
-def test_what_needs_one_size_is_refused(changes: dict[str, Any], tiny_family: Families) -> None:
+def test_what_needs_one_grid_is_refused(tiny_family: Families) -> None:
     family, recipe = family_of(tiny_family("qwen2_vl"), "prumerge")
-    with pytest.raises(RecipeError, match=r"visual tokens, and this model's differ|same grid of patches"):
-        plan_for(
-            recipe.model_validate({**json.loads(recipe.model_dump_json()), **changes}), family.spec(recipe)
-        )
+    recipe = recipe.model_validate({**json.loads(recipe.model_dump_json()), "merged_id": "centroid"})
+    with pytest.raises(RecipeError, match="same grid of patches"):
+        plan_for(recipe, family.spec(recipe))

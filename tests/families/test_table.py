@@ -34,14 +34,21 @@ def test_pruners_follow_from_what_there_is() -> None:
     assert set(families.row("llava").pruners) == set(prune.names())
     by_attention = {"cls_attention", "tile_attention", "prumerge", "prumerge_plus", "visionzip", "vispruner"}
     without = {"divprune", "dart", "random", "spatial", "none", "text_similarity", "trim", "cdpruner"}
-    assert set(families.row("llava_onevision").pruners) == without | by_attention
+    inside = {"fastv", "pyramiddrop", "sparsevlm"}
+    assert set(families.row("llava_onevision").pruners) == without | by_attention | inside
     assert {"fastv", "prumerge", "visionzip"} <= set(families.row("minigpt_v2").pruners)
     assert "trim" in families.row("minigpt_v2").pruners
     row = families.row("qwen3_vl")
     assert row.lacks(prune.row("visionzip")) == ""
     assert row.lacks(prune.row("spatial")) == ""
     assert row.lacks(prune.row("trim")) == ""
-    assert row.lacks(prune.row("fastv")) == "images of one size"
+    assert row.lacks(prune.row("fastv")) == ""
+    assert (
+        dataclasses.replace(row, attention_mask="image_blocks").lacks(prune.row("fastv")) == "a causal mask"
+    )
+    assert (
+        dataclasses.replace(row, missing_features=("attention",)).lacks(prune.row("visionzip")) == "attention"
+    )
 
 
 @pytest.mark.parametrize("name", families.names())

@@ -112,7 +112,7 @@ def test_ids_that_are_counted_again_are_found(deep_graph: GraphExporter) -> None
 
 def test_indices_that_are_not_those_of_the_choice_are_found(deep_graph: GraphExporter) -> None:
     model = ir.load(deep_graph("prefill", pruner="fastv", positions=GAP).path)
-    (kept,) = (v for v in model.graph.outputs if v.name == "kept_indices.1")
+    (kept,) = (v for v in model.graph.outputs if v.name == "kept_slots.1")
     maker = kept.producer()
     assert maker is not None
     assert maker.op_type == "GatherElements"
@@ -122,7 +122,7 @@ def test_indices_that_are_not_those_of_the_choice_are_found(deep_graph: GraphExp
     maker.replace_input_with(1, other.outputs[0])
     report = lint(model)
     assert not report.verdict.survives
-    assert {finding.node for finding in report.findings} == {"kept_indices.1"}
+    assert {finding.node for finding in report.findings} == {"kept_slots.1"}
 
 
 def test_score_order_is_found_where_raster_order_is_the_policy(deep_graph: GraphExporter) -> None:

@@ -140,7 +140,7 @@ def test_other_words_keep_other_tokens(tiny_bundle: Callable[..., Bundle], image
 
 def test_an_expression_longer_than_the_tower_reads(tiny_bundle: Callable[..., Bundle]) -> None:
     grounder = Grounder(tiny_bundle(pruner="text_similarity"))
-    with pytest.raises(InputError, match="has 15 tokens for the text tower, which reads 12") as caught:
+    with pytest.raises(InputError, match="has 15 tokens, and the pruner reads 12") as caught:
         grounder.text_ids(["the red mug left of the blue cat on the left of it"])
     assert "by 3 tokens" in caught.value.hint
 

@@ -96,8 +96,10 @@ def test_a_tower_that_shows_no_attention_is_told_what_works() -> None:
 
 def test_advice_names_only_what_works_on_the_tower() -> None:
     with pytest.raises(RecipeError, match="looks at the expression") as caught:
-        prune.check_text(prune.row("trim"), ("attention",), differ=True, has_text_tower=False, published=None)
-    assert caught.value.hint.endswith("or use one of divprune, dart, random, spatial, none")
+        prune.check_text(prune.row("trim"), ("attention",), has_text_tower=False, published=None)
+    assert caught.value.hint.endswith(
+        "or use one of divprune, dart, random, spatial, none, fastv, pyramiddrop, sparsevlm"
+    )
     with pytest.raises(RecipeError, match="has no rule of its own") as caught:
         prune.check_adaptive(prune.row("divprune"), ("attention",))
     assert caught.value.hint == "give a fraction or a range, or use one of trim"

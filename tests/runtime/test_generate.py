@@ -72,7 +72,9 @@ class FakeSession:
             text_after=after,
             visual_tokens=VISUAL,
             policy=self.policy,
-            stages=self.stages,
+            stage_counts=np.tile(np.array(self.stages, np.int64), (len(before), 1, 1))
+            if self.stages
+            else None,
         )
         return Spliced(embeds="spliced", placement=placement)
 

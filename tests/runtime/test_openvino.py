@@ -44,6 +44,14 @@ def answer(session: Session, pixels: Floats, ids: Ids, **options: Any) -> Genera
     return generate(session, of_one_size(pixels, 36), ids, **given)
 
 
+def told(bundle: Bundle, pixels: Floats) -> dict[str, Any]:
+    """What a bundle is told of a batch whose later stages follow the request."""
+    manifest = bundle.manifest
+    if not manifest.pruning.stage_counts_are_told:
+        return {}
+    return {"keep_counts": keep_counts(manifest.pruning, manifest.spec, of_one_size(pixels, 36), None)}
+
+
 def apart(one: Generation, other: Generation) -> float:
     return float(max(np.abs(a - b).max() for a, b in zip(one.logits, other.logits, strict=True)))
 
@@ -69,13 +77,9 @@ def test_answers_are_those_of_onnx_runtime(
     pixels = np.resize(pixels, (rows, *pixels.shape[1:]))
     with open_session(bundle, threads=1) as true, open_session(bundle, "openvino", threads=1) as session:
         for some in (slice(0, rows), slice(0, 1), slice(0, rows)):
-            if bundle.manifest.pruning.stage_counts_are_told:
-                images = of_one_size(pixels[some], 36)
-                options = {
-                    "keep_counts": keep_counts(bundle.manifest.pruning, bundle.manifest.spec, images, None)
-                }
-            expected = answer(true, pixels[some], ragged_ids[some], **options)
-            mine = answer(session, pixels[some], ragged_ids[some], **options)
+            given = {**options, **told(bundle, pixels[some])}
+            expected = answer(true, pixels[some], ragged_ids[some], **given)
+            mine = answer(session, pixels[some], ragged_ids[some], **given)
             assert mine.tokens == expected.tokens
             assert apart(mine, expected) < 1e-4
             for kept, wanted in zip(mine.every_kept_indices, expected.every_kept_indices, strict=True):

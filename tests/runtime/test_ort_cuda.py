@@ -24,7 +24,7 @@ from gap_export.runtime import ort_graph, ort_memory
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.onnxruntime_package import ort
 from gap_export.runtime.ort import OnnxRuntimeSession
-from tests.runtime.test_openvino import BUNDLES, answer
+from tests.runtime.test_openvino import BUNDLES, answer, told
 
 BuildBundle = Callable[..., Bundle]
 Floats = NDArray[np.float32]
@@ -152,8 +152,9 @@ def test_answers_are_those_on_the_host(
     ):
         assert session.backend == "onnxruntime:cuda:1"
         for some in (slice(0, 1), slice(0, rows), slice(0, 1)):
-            expected = answer(true, pixels[some], ragged_ids[some], **options)
-            mine = answer(session, pixels[some], ragged_ids[some], **options)
+            given = {**options, **told(bundle, pixels[some])}
+            expected = answer(true, pixels[some], ragged_ids[some], **given)
+            mine = answer(session, pixels[some], ragged_ids[some], **given)
             assert mine.tokens == expected.tokens
             for one, other in zip(mine.logits, expected.logits, strict=True):
                 np.testing.assert_allclose(one, other, atol=1e-5)

@@ -28,7 +28,7 @@ def scoring_queries(pruner: str, image_NH: Floats, text_TH: Floats) -> tuple[lis
     Returns:
         (rows, by how little, relative, a text token became a scoring query or not).
     """
-    if pruner != "sparsevlm" or len(text_TH) == 1:
+    if pruner != "sparsevlm" or len(text_TH) <= 1:
         return [-1], np.inf
     alike = image_NH @ text_TH.T
     shares = np.exp(alike - alike.max(axis=1, keepdims=True))

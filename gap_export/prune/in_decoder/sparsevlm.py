@@ -4,6 +4,7 @@ Source: SparseVLM (arXiv 2410.04417), version 1.5 of its published code.
 
 - Scoring queries: of the text after the last image, the tokens whose relevance is above the mean. Relevance: softmax over that text of
   the dot products of image and text embeddings, mean over the images, before layer 0.
+- Where no text follows, the last visual token decides.
 - Score of a visual token: attention of these to it in the layer that just ran, mean over heads and queries.
 - Of r dropped tokens the best int(0.3 r) + 1 are recycled: clustered into a tenth as many (rounded down, plus one) by DPC-kNN
   (density peaks; Du et al. 2016) on their hidden states, each cluster becoming its mean. A merged token stands where the
@@ -45,10 +46,9 @@ def scoring_queries(prompt: Prompt) -> QueryRows:
     embeds_BSH, end_B1 = prompt.embeds_BSH, prompt.images_end_B[:, None]
     # From the last visual token on, so that there are two rows or more: torch specialises graphs to a single one.
     rows_BR = end_B1 - 1 + torch.arange(prompt.most_text)
-    own_BR = (rows_BR >= end_B1) & (rows_BR <= prompt.last_index_B[:, None])
-    rows_BR = torch.minimum(
-        rows_BR, prompt.last_index_B[:, None]
-    )  # (a later stage has no row behind its last token)
+    last_B1 = prompt.last_index_B[:, None]
+    own_BR = (rows_BR >= torch.minimum(end_B1, last_B1)) & (rows_BR <= last_B1)
+    rows_BR = torch.minimum(rows_BR, last_B1)  # (a later stage has no row behind its last token)
     text_BRH = take(embeds_BSH, rows_BR).float()
     alike_BSR = torch.matmul(embeds_BSH.float(), text_BRH.transpose(1, 2))
     shares_BSR = torch.where(own_BR[:, None], alike_BSR, _NEVER).softmax(dim=-1)
@@ -87,7 +87,7 @@ def select(scores_BS: Tensor, hidden_BSH: Tensor, image: Image) -> Kept:
 
 
 def merged_counts(before_B: Tensor, kept_B: Tensor) -> Tensor:
-    """[B] int64: how many of the kept tokens are merged (`Schedule.merged`): the fewest that, with those chosen, are as many."""
+    """[B] int64: how many of the kept tokens are merged (`Schedule.merged`): the smallest count that, with those chosen, is as many."""
     least_B = before_B - kept_B
     dropped_B = least_B
     for _ in range(_ROUNDS):

@@ -61,7 +61,7 @@ class Image:
         before_B: int64, how many those are.
         kept_B: int64, how many of them the stage that begins has, merged ones included; at least one.
         most_kept: not exceeded by any of these; symbolic while a graph is traced.
-        most_before: the same of `before_B`.
+        most_before: not exceeded by any of `before_B`; symbolic too.
     """
 
     is_mine_BS: Tensor

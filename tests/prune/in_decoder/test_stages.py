@@ -54,12 +54,12 @@ def prompt_of(
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_scoring_queries_of_ragged_prompts(name: str) -> None:
-    visual, texts = 9, [(3, 7), (0, 1), (5, 4), (2, 2)]
+    visual, texts = 9, [(3, 7), (0, 1), (5, 4), (2, 2), (4, 0)]
     for seed in range(20):
         prompt, embeds = prompt_of(np.random.default_rng(seed), visual, texts)
         found = stages.load(name).scoring_queries(prompt)
         assert found.weights_BR.dtype == torch.float32
-        torch.testing.assert_close(found.weights_BR.sum(dim=1), torch.ones(4))
+        torch.testing.assert_close(found.weights_BR.sum(dim=1), torch.ones(5))
         for row, (before, after) in enumerate(texts):
             image, text = (
                 embeds[row, before : before + visual],
