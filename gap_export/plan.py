@@ -266,7 +266,7 @@ def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, toke
     most = prune.share_of(largest, tokens.max_tokens, pruner.min_tokens) + tokens.never_pruned
     most = min(most, spec.visual_tokens)
     if keep_mode == "bounded":
-        least = pruner.min_tokens
+        least = min(pruner.min_tokens, tokens.min_tokens)
     return _Counts(keep_mode, keeps[1], least, typical, most)
 
 
@@ -288,40 +288,31 @@ def _stages(
     if not first_layers:
         return ()
 
-    def of(keep: float, tokens: int) -> tuple[tuple[int, int], ...]:
-        """(kept, merged) of every later stage."""
-        if spec.token_range is None:
-            cuts = schedules.cuts_for(
+    schedule = prune.row(recipe.pruner).load_schedule()
+    keeps = recipe.keep if isinstance(recipe.keep, tuple) else (counts.keep,) * 3
+    if spec.token_range is None:
+        for keep in keeps:  # of images of one size, a share that leaves nothing is refused
+            schedules.cuts_for(
                 recipe.pruner,
                 keep,
-                visual_tokens=tokens,
+                visual_tokens=counts.kept,
                 layers=spec.layers,
                 prune_layers=recipe.prune_layers,
             )
-            return tuple((cut.kept, cut.merged) for cut in cuts)
-        schedule = prune.row(recipe.pruner).load_schedule()
-        kept = schedule.counts(keep, tokens)
-        return tuple((k, schedule.merged(b, k) or 0) for b, k in pairwise((tokens, *kept)))
-
-    keeps = recipe.keep if isinstance(recipe.keep, tuple) else (counts.keep,) * 3
-    of(keeps[0], counts.kept)  # (the smallest share must leave something)
-    typical, largest = of(keeps[1], counts.kept), of(keeps[-1], counts.max_tokens)
-    firsts, entering, most = (0, *first_layers), (counts.kept, 0), (counts.max_tokens, 0)
+    typical = (counts.kept, *schedule.counts(keeps[1], counts.kept))
+    most = (counts.max_tokens, *schedule.most(keeps[0], keeps[-1], counts.max_tokens))
+    merged = (0, *(schedule.merged(before, kept) or 0 for before, kept in pairwise(typical)))
     return tuple(
         Stage(
             first_layer=first,
             layers=end - first,
             kept=kept,
             max_kept=max_kept,
-            merged=merged,
+            merged=of_these,
             capacity=min(capacity, in_slot_steps(capacity - recipe.images * (counts.max_tokens - max_kept))),
         )
-        for first, end, (kept, merged), (max_kept, _) in zip(
-            firsts,
-            (*first_layers, spec.layers),
-            (entering, *typical),
-            (most, *largest),
-            strict=True,
+        for first, end, kept, of_these, max_kept in zip(
+            (0, *first_layers), (*first_layers, spec.layers), typical, merged, most, strict=True
         )
     )
 

@@ -207,6 +207,13 @@ def test_requests_choose_a_share_inside_the_decoder() -> None:
     assert specs.splice.inputs[-1].shape[1:] == (1, 3)
 
 
+def test_caches_hold_the_largest_count_of_a_range() -> None:
+    """SparseVLM's first stage has more at keep 0.07 than at 0.2."""
+    pruning = plan_for(recipe_with(pruner="sparsevlm", keep="0.05:0.07:0.2"), DEEP).pruning
+    assert (pruning.stages[1].kept, pruning.stages[1].max_kept) == (312, 312)
+    assert all(stage.kept <= stage.max_kept for stage in pruning.stages)
+
+
 def test_a_shallow_decoder_is_told_what_it_lacks() -> None:
     with pytest.raises(RecipeError, match="more than 3 layers, this one has 1"):
         plan_for(recipe_with(pruner="pyramiddrop"), FACTS)

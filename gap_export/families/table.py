@@ -41,7 +41,6 @@ class FamilyRow:
         visual_tokens: how many an image has, as text.
         position_rows: rows of position ids: 3 for M-RoPE (time, height, width).
         missing_features: what pruners cannot read from the tower (`ModelSpec.missing_features`), of models as published.
-        dynamic: whether images differ in how many visual tokens they have.
         attention_mask: which tokens see which in the decoder; see `ModelSpec.attention_mask`.
         text_by: what reads the expression for pruners that look at it: CLIP's text tower, put beside the vision tower, or the decoder's own token
             embedding, where no text tower shares a space with the vision tower.
@@ -59,7 +58,6 @@ class FamilyRow:
     visual_tokens: str = ""
     position_rows: int = 1
     missing_features: tuple[VisionFeature, ...] = ()
-    dynamic: bool = False
     attention_mask: AttentionMask = "causal"
     text_by: Literal["clip", "embeddings"] = "clip"
     recognises: Callable[[Checkpoint], bool] | None = None
@@ -197,7 +195,6 @@ def _qwen_vl(name: str, title: str, published: str, visual_tokens: str) -> Famil
         visual_tokens=visual_tokens,
         position_rows=3,
         missing_features=_NO_CLASS_TOKEN,
-        dynamic=True,
         text_by="embeddings",
     )
 
@@ -259,7 +256,6 @@ for _row in (
         box=_PADDED_SQUARE,
         published="`llava-hf/llava-v1.6-vicuna-7b-hf`, `-mistral-7b-hf`",
         visual_tokens="by the image: tiles, and ends of lines that are never pruned",
-        dynamic=True,
     ),
     FamilyRow(
         name="llava_onevision",
@@ -271,7 +267,6 @@ for _row in (
         published="`llava-hf/llava-onevision-qwen2-7b-ov-hf`; no class token",
         visual_tokens="by the image",
         missing_features=_NO_CLASS_TOKEN,
-        dynamic=True,
         text_by="embeddings",
     ),
     FamilyRow(
@@ -284,7 +279,6 @@ for _row in (
         published="`OpenGVLab/InternVL3-*-hf`",
         visual_tokens="by the image: 256 per tile",
         missing_features=_NO_CLASS_TOKEN,
-        dynamic=True,
         text_by="embeddings",
     ),
     _qwen_vl(

@@ -166,8 +166,10 @@ def _splice(embedding: nn.Embedding, spec: ModelSpec, plan: Plan, image_token_id
     kind: Any
     if pruning.stages:
         kind = StagedSpliceSeveral if plan.images > 1 else StagedSplice
-        dropped = tuple(pruning.kept - stage.kept for stage in pruning.stages[1:])
-        options["dropped"] = None if pruning.stage_counts_are_told else dropped
+        options["gives_image_slots"] = True
+        if plan.images == 1:
+            dropped = tuple(pruning.kept - stage.kept for stage in pruning.stages[1:])
+            options["dropped"] = None if pruning.stage_counts_are_told else dropped
     else:
         kind = SpliceSeveral if plan.images > 1 else Splice
         options["gives_image_slots"] = spec.reads_image_slots
@@ -235,7 +237,13 @@ class _Dependencies:
             mode = plan.pruning.keep_mode if plan.pruning.count_is_given else "fixed"
             mode = "ratio" if mode == "dynamic" else mode
             return _with_pruning(
-                plan, positions=order, pruner="none", keep=1.0, keep_mode=mode, keep_range=None, stages=()
+                plan,
+                positions=PositionPolicy.GAP,
+                pruner="none",
+                keep=1.0,
+                keep_mode=mode,
+                keep_range=None,
+                stages=(),
             )
         return _with_pruning(plan, positions=order)
 

@@ -280,7 +280,7 @@ class StagedSplice(Splice):
     """
 
     def __init__(self, embedding: nn.Embedding, *, dropped: tuple[int, ...] | None, **options: Any) -> None:
-        super().__init__(embedding, gives_image_slots=True, **options)
+        super().__init__(embedding, **options)
         self._dropped = dropped
 
     def forward(
@@ -312,9 +312,6 @@ class StagedSplice(Splice):
 
 class StagedSpliceSeveral(SpliceSeveral):
     """Splice of several images for such a decoder; calls are told what later stages have (`stage_counts`)."""
-
-    def __init__(self, embedding: nn.Embedding, *, dropped: None, **options: Any) -> None:
-        super().__init__(embedding, gives_image_slots=True, **options)
 
     def forward(  # type: ignore[override]
         self,

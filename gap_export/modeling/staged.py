@@ -11,8 +11,8 @@ How many tokens of each image a stage has is a constant of the graph, or, where 
 every call: `stage_counts` for each image, and `stage_slots.J`, the tokens of the longest row, as an extent. Features of DeepStack
 (`ModelSpec.deepstack_levels`) that are still to be added go where their token goes.
 
-The layers of transformers are traced unchanged, one by one. Nobody computes an attention map: the queries of the few rows that
-decide are held against the keys, once per cut.
+The layers of transformers are traced unchanged, one by one. Nobody computes an attention map of the prompt: the queries of the rows that
+decide, of the text at most, are held against the keys, once per cut.
 
 Shape letters: B batch, S tokens of a stage, T of the one that begins, I images of a prompt, J later stages, R scoring queries, H decoder
 width; X position ids of a token: one, or the three of M-RoPE in front of B.
@@ -153,7 +153,11 @@ class Prefill(_StagedDecoder):
     ) -> None:
         super().__init__(language_model, lm_head, plan, deepstack_levels=deepstack_levels)
         self._pruner, self._policy = stages.load(plan.pruning.pruner), plan.pruning.positions
-        self._told, self._images = plan.pruning.stage_counts_are_told, plan.images
+        self._told, self._images, self._max_text = (
+            plan.pruning.stage_counts_are_told,
+            plan.images,
+            plan.max_text,
+        )
 
     def forward(
         self,
@@ -197,7 +201,7 @@ class Prefill(_StagedDecoder):
         counts = self._counts(tokens, told)
         first_slot = torch.zeros_like(last_index)
         cache, probe, kept = SlotCache(past, first_slot), AttentionProbe(), []
-        queries = self._pruner.scoring_queries(self._prompt(tokens, last_index, counts))
+        queries = self._pruner.scoring_queries(self._prompt(tokens, last_index))
         for number, stage in enumerate(self._stages):
             if number:
                 scores_BS = self._scores(tokens, queries, stage.first_layer, probe)
@@ -225,13 +229,13 @@ class Prefill(_StagedDecoder):
         extents = tuple(slots_T.shape[0] for slots_T in slots)
         return _Counts(counts_BIJ.unbind(-1), extents, extents)
 
-    def _prompt(self, tokens: _Tokens, last_index: Tensor, counts: _Counts) -> Prompt:
+    def _prompt(self, tokens: _Tokens, last_index: Tensor) -> Prompt:
         is_image_BS = tokens.of_image(0)
         for number in range(1, self._images):
             is_image_BS = is_image_BS | tokens.of_image(number)
         length = tokens.hidden_BSH.shape[1]
-        # The last stage has all text, and a token of every image.
-        most_text = counts.slots[-1] if self._told else length - self._images * tokens.most + 1
+        # (A constant where counts are told: what is behind the images follows from no extent then.)
+        most_text = self._max_text + 1 if self._told else length - self._images * tokens.most + 1
         end_B = tokens.first_BI[:, -1] + tokens.count_BI[:, -1]
         return Prompt(tokens.hidden_BSH, is_image_BS, end_B, last_index, most_text)
 

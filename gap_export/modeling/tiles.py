@@ -21,7 +21,7 @@ from torch import Tensor
 from gap_export import prune
 from gap_export.modeling import selection
 from gap_export.plan import Plan
-from gap_export.positions import PAD
+from gap_export.positions import PAD, PositionPolicy
 from gap_export.prune import order
 
 Gather = Callable[[Tensor], Tensor]
@@ -138,6 +138,8 @@ def with_newlines(
         torch.cat([embeds_BKH, ends_BRH], dim=1),
         None if selected.counts_B is None else selected.counts_B + newlines_R.shape[0],
     )
-    ordered = order.in_decoder_order(both, plan.pruning.positions)
+    # What is pruned later enters in raster order, whatever the policy does with it then.
+    policy = PositionPolicy.GAP if plan.pruning.stages else plan.pruning.positions
+    ordered = order.in_decoder_order(both, policy)
     assert ordered.patches_BKE is not None
     return selection.outputs(ordered.patches_BKE, ordered)

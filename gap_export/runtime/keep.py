@@ -8,7 +8,7 @@ import numpy as np
 
 from gap_export import prune
 from gap_export.bundle.manifest import ModelSpec, Pruning
-from gap_export.errors import InputError
+from gap_export.errors import BundleError, InputError, shown
 from gap_export.inputs.batch import ImageBatch
 from gap_export.positions import Ids
 from gap_export.runtime.session import vision_inputs
@@ -28,8 +28,19 @@ class KeepCounts:
 
     @property
     def most(self) -> int | None:
-        """Of the image that keeps most as it enters the decoder; None where no call is told."""
+        """Of the image that keeps most before the decoder, tokens that are never pruned not counted; None where no call is told."""
         return max((count for count in self.calls if count is not None), default=None)
+
+    def entering(self, batch: ImageBatch, default: int) -> list[int]:
+        """How many tokens of every image enter the decoder, or enter it at most.
+
+        Args:
+            batch: of the images.
+            default: where calls are not told.
+        """
+        never = (batch.visual_tokens - batch.prunable).tolist()
+        calls = self.calls if len(self.calls) == len(never) else self.calls * len(never)
+        return [default if count is None else count + more for count, more in zip(calls, never, strict=True)]
 
     def gone(self, batch: ImageBatch) -> list[int] | None:
         """How many tokens of a prompt every later stage does not see, of the prompt that loses least; None where that is not told.
@@ -58,18 +69,37 @@ def keep_counts(pruning: Pruning, model: ModelSpec, batch: ImageBatch, keep: flo
         RecipeError: no fraction.
     """
     check_keep(pruning, model, keep)
+    _check_stages(pruning)
     share = pruning.keep if keep is None else keep
     stages = _stage_counts(pruning, batch, share) if pruning.stage_counts_are_told else None
     # What is dropped inside the decoder enters it.
     entering = 1.0 if pruning.stages else share
+    if not pruning.count_is_given:
+        return KeepCounts((None,) * len(batch.calls), stages)
     if model.token_range is not None:
         at_least = pruning.pruner_min_tokens
         counts = tuple(prune.share_of(entering, int(tokens), at_least) for tokens in batch.prunable)
         return KeepCounts(counts, stages)
-    chosen = keep is not None and pruning.count_is_given
-    return KeepCounts(
-        (prune.kept_count(share, model.visual_tokens) if chosen else None,) * len(batch.calls), stages
-    )
+    count = None if keep is None else prune.kept_count(share, model.visual_tokens)
+    return KeepCounts((count,) * len(batch.calls), stages)
+
+
+def _check_stages(pruning: Pruning) -> None:
+    """Refuse a bundle whose stages are not those of its pruner: a manifest can say anything.
+
+    Raises:
+        BundleError: they are not.
+    """
+    row = prune.row(pruning.pruner)
+    expected: tuple[int, ...] = ()
+    if row.in_decoder and pruning.stages:
+        expected = (pruning.kept, *row.load_schedule().counts(pruning.keep, pruning.kept))
+    if row.in_decoder != bool(pruning.stages) or expected != tuple(stage.kept for stage in pruning.stages):
+        raise BundleError(
+            f"has stages of {shown(tuple(stage.kept for stage in pruning.stages))} tokens, and {row.name} has {shown(expected)}",
+            subject="manifest.json, pruning.stages",
+            hint="the bundle is damaged: build it again",
+        )
 
 
 def _stage_counts(pruning: Pruning, batch: ImageBatch, share: float) -> Ids:
@@ -99,7 +129,7 @@ def check_keep(pruning: Pruning, model: ModelSpec, keep: float | None) -> None:
         return
     if pruning.keep_range is None and keep != pruning.keep:
         raise InputError(
-            f"cannot be chosen: this bundle keeps {pruning.keep:g} of every image",
+            f"cannot be chosen: this bundle keeps {'at most ' if pruning.finds_count else ''}{pruning.keep:g} of every image",
             subject=f"keep {keep:g}",
             hint="build it with a range: --keep 0.1:1.0",
         )

@@ -61,6 +61,7 @@ OTHERS = (
     Case("qwen2_vl", "fastv", 2, (("positions", "permuted"),)),
     Case("qwen2_5_vl", "pyramiddrop", 2, (("positions", "shifted"),)),
     Case("qwen3_vl", "fastv", 1, (("prune_layers", (1,)),)),
+    Case("llava_next", "fastv", 1, (("positions", "permuted"),)),
 )
 usual = pytest.mark.parametrize("case", [USUAL], ids=str)
 every = pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gap_export.bundle.manifest import ModelSpec, Pruning, Stage
-from gap_export.errors import InputError
+from gap_export.errors import BundleError, InputError
 from gap_export.inputs.batch import ImageBatch, of_one_size
 from gap_export.inputs.layouts import TokenRange
 from gap_export.positions import PositionPolicy
@@ -83,7 +83,7 @@ def test_counts_of_stages_follow_every_image() -> None:
         Stage(first_layer=0, layers=2, kept=40, capacity=64),
         Stage(first_layer=2, layers=2, kept=10, capacity=48),
     ]
-    inside = pruning(pruner="fastv", stages=stages)
+    inside = pruning(pruner="fastv", kept=40, max_tokens=40, stages=stages)
     counts = keep_counts(inside, MODEL, IMAGES, None)
     assert counts.calls == (6, 40, 4)
     assert counts.stages is not None
@@ -94,6 +94,21 @@ def test_counts_of_stages_follow_every_image() -> None:
     assert keep_counts(pruning(), MODEL, IMAGES, None).gone(IMAGES) is None
     with pytest.raises(InputError, match="cannot be chosen"):
         keep_counts(inside, MODEL, IMAGES, 0.5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pruner": "none"}, {"pruner": "sparsevlm"}, {"keep": 0.5}, {"stages": []}], ids=str
+)
+def test_stages_that_are_not_those_of_the_pruner_are_refused(changes: dict[str, Any]) -> None:
+    """A manifest can say anything: one line, before anything is computed."""
+    stages = [
+        Stage(first_layer=0, layers=2, kept=40, capacity=64),
+        Stage(first_layer=2, layers=2, kept=10, capacity=48),
+    ]
+    inside = pruning(**{"pruner": "fastv", "kept": 40, "max_tokens": 40, "stages": stages, **changes})
+    with pytest.raises(BundleError, match="has stages of") as caught:
+        keep_counts(inside, MODEL, IMAGES, None)
+    assert caught.value.hint == "the bundle is damaged: build it again"
 
 
 class Padding:

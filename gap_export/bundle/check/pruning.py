@@ -63,7 +63,9 @@ def _counts(pruning: Pruning, visual_tokens: int, tokens: TokenRange | None) -> 
 
     never = tokens.never_pruned
     return (
-        pruning.pruner_min_tokens if pruning.finds_count else share_of(smallest, tokens.min_tokens),
+        min(pruning.pruner_min_tokens, tokens.min_tokens)
+        if pruning.finds_count
+        else share_of(smallest, tokens.min_tokens),
         share_of(typical, tokens.typical_tokens) + never,
         min(visual_tokens, share_of(largest, tokens.max_tokens) + never),
     )

@@ -48,16 +48,24 @@ class Candidate:
     keep: float | None = None
 
     @property
-    def kept(self) -> int:
+    def entering(self) -> int:
         """Visual tokens of the longest image as they enter the decoder."""
-        told = None if self.keep_counts is None else self.keep_counts.most
-        return self.bundle.manifest.pruning.kept if told is None else told
+        kept = self.bundle.manifest.pruning.kept
+        return kept if self.keep_counts is None else max(self.keep_counts.entering(self.images, kept))
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens that are left of it at the end of the decoder."""
+        pruning = self.bundle.manifest.pruning
+        if self.keep_counts is not None and self.keep_counts.stages is not None:
+            return int(self.keep_counts.stages[:, :, -1].max())
+        return pruning.kept_after_last_stage if pruning.stages else self.entering
 
     @property
     def prompt_slots(self) -> int:
         """Text tokens and visual tokens of the longest row as it enters the decoder; the placeholder itself takes no slot."""
         images = self.bundle.manifest.prompt.images
-        return int(self.input_ids_BT.shape[1]) - images + images * self.kept
+        return int(self.input_ids_BT.shape[1]) - images + images * self.entering
 
     def capacities(self, new_tokens: int) -> tuple[int, ...]:
         """Cache slots of every stage that the session lays out for the request."""

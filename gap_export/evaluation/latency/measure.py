@@ -200,7 +200,7 @@ def _row(each: Candidate, samples_RQ: NDArray[np.float64], new_tokens: int, devi
         positions=pruning.positions,
         pruner=pruning.pruner,
         keep=pruning.keep if each.keep is None else each.keep,
-        kept=pruning.kept_after_last_stage if each.keep is None else each.kept,
+        kept=each.kept,
         visual_tokens=model.visual_tokens,
         batch=batch,
         prompt_slots=each.prompt_slots,

@@ -68,11 +68,13 @@ class Schedule:
         layers: depth of the decoder -> layers before which the original drops tokens, scaled to that depth.
         shares: keep -> share of the visual tokens of every later stage; the last is keep.
         clusters: how many tokens so many dropped ones are merged into.
+        turns: keeps between which every share rises or falls with keep; the ends 0 and 1 not named.
     """
 
     layers: Callable[[int], tuple[float, ...]]
     shares: Callable[[float], tuple[float, ...]]
     clusters: Callable[[int], int] = lambda dropped: 0
+    turns: tuple[float, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -116,6 +118,18 @@ class Schedule:
             found.append(before)
         return tuple(found)
 
+    def most(self, smallest: float, largest: float, visual_tokens: int) -> tuple[int, ...]:
+        """The largest counts of every later stage that any keep of a range gives.
+
+        Args:
+            smallest: keep.
+            largest: keep.
+            visual_tokens: N of the image.
+        """
+        inside = (keep for keep in self.turns if smallest < keep < largest)
+        counts = [self.counts(keep, visual_tokens) for keep in (smallest, *inside, largest)]
+        return tuple(map(max, zip(*counts, strict=True)))
+
 
 def recycled_count(dropped: int) -> int:
     """How many of the tokens that SparseVLM drops are recycled: the better 30 %."""
@@ -149,6 +163,7 @@ SPARSEVLM = Schedule(
     layers=lambda layers: (layers * 3 / 32, layers * 7 / 32, layers / 2),
     shares=_sparse_shares,
     clusters=cluster_count,
+    turns=tuple(last for _, _, last in _SPARSE[1:]),
 )
 
 

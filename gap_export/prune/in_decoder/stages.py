@@ -29,7 +29,7 @@ class Prompt:
         is_image_BS: which slots hold visual tokens.
         images_end_B: int64, the slot behind the last image.
         last_index_B: int64, slot of the last real token.
-        most_text: tokens that may follow the last image, the last visual token counted as one; symbolic while a graph is traced.
+        most_text: tokens that may follow the last image, the last visual token counted as one, or more than that; may be symbolic.
     """
 
     embeds_BSH: Tensor

@@ -54,14 +54,8 @@ class SeenImages:
             return [real] if images == 1 or counts is None else [int(count) for count in counts.reshape(-1)]
         if pruning.keep_mode == "adaptive":
             return [pruning.max_tokens] * images
-        told = (None,) * images if self.keep_counts is None else self.keep_counts.calls
-        if self.batch.one_size:
-            return [pruning.kept if told[0] is None else told[0]] * images
-        never = self.batch.visual_tokens - self.batch.prunable
-        return [
-            (pruning.kept if count is None else count) + int(extra)
-            for count, extra in zip(told, never, strict=True)
-        ]
+        told = self.keep_counts or KeepCounts((None,) * images)
+        return told.entering(self.batch, pruning.kept)
 
     def kept_indices(self) -> list[Ids]:
         """[K] int64 raster indices of what was kept of every image; nothing before it was encoded."""
@@ -151,6 +145,12 @@ def check_fits(manifest: Manifest, ids: Sequence[int], seen: Sequence[SeenImages
     text = sum(id_ != IMAGE for id_ in ids)
     visual = sum(sum(each.kept(manifest)) for each in seen)
     needed, capacity = text + visual + new_tokens - 1, manifest.capacity
+    layout = manifest.cache_layout
+    gone = seen[0].keep_counts.gone(seen[0].batch) if seen and seen[0].keep_counts is not None else None
+    of_stages = layout.lengths_of(needed, gone) if seen else [needed] * len(layout.runs)
+    for least, most in zip(of_stages, layout.capacities, strict=True):
+        if least > most:  # a later stage may be full before the first one is
+            needed, capacity = least, most
     if needed > capacity:
         raise InputError(
             f"has {text} text tokens and {visual} visual tokens, and with {new_tokens} new tokens needs {needed} slots of a cache of {capacity}",

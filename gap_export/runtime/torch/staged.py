@@ -1,7 +1,7 @@
 """The reference of decoders that drop tokens between their layers: transformers' own layers, eager, one row at a time.
 
 Nothing of the export path is used here. Attention maps are whole ones, caught by hooks on the attention of each layer; the choice
-is that of `prune/reference_in_decoder.py`; a row has no padding, and each layer's cache is as long as what it has seen.
+is that of `prune/in_decoder/reference.py`; a row has no padding, and each layer's cache is as long as what it has seen.
 """
 
 from __future__ import annotations

@@ -164,6 +164,25 @@ def test_counts_are_those_of_the_schedule(name: str, keep: float, visual: int) -
     assert schedule.counts(keep, visual)[-1] == prune.kept_count(keep, visual)
 
 
+@given(
+    name=st.sampled_from(INSIDE),
+    keeps=st.lists(st.floats(0.01, 1.0), min_size=3, max_size=3).map(sorted),
+    visual=st.integers(1, 3000),
+)
+def test_no_keep_of_a_range_has_more_than_the_most(name: str, keeps: list[float], visual: int) -> None:
+    """SparseVLM's first stage has more tokens at a smaller keep, between some of its schedules."""
+    smallest, chosen, largest = keeps
+    schedule = prune.row(name).load_schedule()
+    most = schedule.most(smallest, largest, visual)
+    assert all(kept <= bound for kept, bound in zip(schedule.counts(chosen, visual), most, strict=True))
+
+
+def test_the_first_stage_of_sparsevlm_turns() -> None:
+    schedule = prune.row("sparsevlm").load_schedule()
+    assert schedule.counts(113 / 576, 576)[0] < schedule.counts(39 / 576, 576)[0]
+    assert schedule.most(0.05, 0.2, 576)[0] == 312
+
+
 def test_keeping_all_keeps_all_of_any_image() -> None:
     for name in INSIDE:
         schedule = prune.row(name).load_schedule()

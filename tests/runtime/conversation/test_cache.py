@@ -22,6 +22,7 @@ from gap_export.inputs.batch import ImageBatch, of_one_size
 from gap_export.inputs.chat.tokens import IMAGE
 from gap_export.positions import Placement, PositionPolicy, place
 from gap_export.runtime.conversation.cache import ConversationCache, SeenImages, check_fits
+from gap_export.runtime.keep import KeepCounts
 from gap_export.runtime.session import Prefilled, Spliced, VisualTokens
 
 PLACEHOLDER, VISUAL, LONGEST, CAPACITY = 7, 5, 6, 200
@@ -366,3 +367,18 @@ def test_frequencies_that_follow_the_length_are_computed_anew() -> None:
         talk.read([1] * count, [], [])
         talk.said([1] * count, [], [])
         assert talk.session.caches_begun == begun
+
+
+def test_a_later_stage_may_be_full_before_the_first() -> None:
+    """It has slots to spare for the largest image; a small one loses few tokens, and the answer goes on in all stages."""
+    manifest = manifest_of(Kind(left=(5,)))
+    runs = (CacheRun(layers=1, capacity=100), CacheRun(layers=1, capacity=40))
+    manifest.cache_layout, manifest.capacity = CacheLayout(runs, static=False), 100
+    batch = ImageBatch(({},), np.array([10]), np.array([10]))
+    seen = [SeenImages(batch, KeepCounts((10,), np.array([[[5]]])))]
+    check_fits(manifest, [1] * 30 + [IMAGE], seen, 6)
+    with pytest.raises(InputError, match="needs 41 slots of a cache of 40"):
+        check_fits(manifest, [1] * 31 + [IMAGE], seen, 6)
+    check_fits(manifest, [1] * 30, [], 11)
+    with pytest.raises(InputError, match="needs 41 slots of a cache of 40"):
+        check_fits(manifest, [1] * 31, [], 11)
