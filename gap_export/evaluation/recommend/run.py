@@ -28,6 +28,7 @@ from gap_export.evaluation.refer.dataset import Dataset, open_dataset
 from gap_export.evaluation.refer.evaluate import evaluate, questions_of
 from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.results import EvalRun, check_pyarrow
+from gap_export.evaluation.refer.run import Work
 from gap_export.evaluation.sweep.request import all_pruners
 from gap_export.files import FolderLock, check_folder, scratch_folder
 from gap_export.pipeline.build import build
@@ -46,7 +47,7 @@ class Prepared:
     Attributes:
         request: what is tried.
         dataset: that is asked about.
-        asking: expressions per point.
+        work: expressions by image, all of them asked at every point, and what is left out.
         store: its folder.
         variants: bundles, the unpruned one first.
         left_out: what cannot be.
@@ -55,7 +56,7 @@ class Prepared:
 
     request: PrunerRequest
     dataset: Dataset
-    asking: int
+    work: Work
     store: Store
     variants: tuple[Variant, ...]
     left_out: tuple[LeftOut, ...]
@@ -158,8 +159,7 @@ def prepare(
     lock = FolderLock(out)
     with lock.kept():
         store = open_store(out, _settings(request, dataset, model), replace=replace)
-    asking = len(questions.work.expressions)
-    return Prepared(request, dataset, asking, store, (BASELINE, *variants), tuple(left_out), lock)
+    return Prepared(request, dataset, questions.work, store, (BASELINE, *variants), tuple(left_out), lock)
 
 
 def run(
@@ -187,7 +187,7 @@ def run(
         remaining = {variant: prepared.remaining(variant) for variant in prepared.variants}
         remaining = {variant: places for variant, places in remaining.items() if places}
         if remaining:
-            expressions = prepared.asking * sum(map(len, remaining.values()))
+            expressions = len(prepared.work.expressions) * sum(map(len, remaining.values()))
             progress.stage("starting", total=expressions + (WARMUP + request.requests) * len(remaining))
             work = _Work(prepared, scratch, progress)
             for variant, places in remaining.items():
