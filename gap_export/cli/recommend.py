@@ -30,7 +30,7 @@ from gap_export.cli.options import (
 from gap_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.recommend.record import Recommendation
+    from gap_export.evaluation.recommend.record import LeftOut, Recommendation
     from gap_export.evaluation.recommend.request import Place
     from gap_export.evaluation.recommend.run import Prepared
     from gap_export.evaluation.refer.results import EvalRun
@@ -217,8 +217,16 @@ def _run(prepared: Prepared, max_accuracy_drop: float, plot: bool) -> Recommenda
                     f"{place.label}: {accuracy:.2f} %, {speedup:.2f} times as fast; {progress.time_left()}"
                 )
 
+        def failed(left_out: LeftOut) -> None:
+            console.say((f"{left_out.pruner} is left out", "yellow"), f": {left_out.reason}")
+
         return run(
-            prepared, max_accuracy_drop=max_accuracy_drop, plot=plot, progress=progress, finished=finished
+            prepared,
+            max_accuracy_drop=max_accuracy_drop,
+            plot=plot,
+            progress=progress,
+            finished=finished,
+            failed=failed,
         )
 
 
