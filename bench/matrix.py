@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -274,10 +275,10 @@ def difference(exported: Any, reference: Any) -> str:
 @cache
 def sources(recipe: str) -> str:
     """What an outcome depends on: every source of the package, the recipe, and the scripts that make a cell."""
-    scripts = (Path(__file__), Path(small_checkpoints.__file__))
+    scripts = (Path(__file__), *small_checkpoints.sources())
     files = [*Path(gap.__file__).parent.rglob("*.py"), known_recipes()[recipe], *scripts]
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(set(files)):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -286,14 +287,18 @@ def sources(recipe: str) -> str:
 def append(log: Path, cell: Cell, outcome: Outcome) -> None:
     """One line more."""
     line = {"sources": sources(cell.recipe), "cell": asdict(cell), "outcome": asdict(outcome)}
-    with log.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(line) + "\n")
+    with log.open("ab+") as out:
+        if out.tell():
+            out.seek(-1, os.SEEK_END)
+            if out.read() != b"\n":
+                out.write(b"\n")  # the line before was cut off, and is not to take this one with it
+        out.write(json.dumps(line).encode() + b"\n")
 
 
 def read(log: Path) -> Done:
     """What was done before with the same sources; a line that was cut off counts as not written."""
     done: Done = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []:
         try:
             content = json.loads(line)
         except json.JSONDecodeError:

@@ -12,6 +12,7 @@ line printed is the record, also stored in bench/results/.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -20,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gap_export import prune
-from gap_export.checkpoint.random_weights import published, write_checkpoint
+from gap_export.checkpoint import random_weights
+from gap_export.checkpoint.random_weights import Published, published, write_checkpoint
 from gap_export.recipe.recipe import load_recipe
 
 MOST_OF_VISION = pruners.MOST_OF_VISION
@@ -161,7 +163,7 @@ class Bench:
         shallow = {**whole, "vision_config": case.shallow(whole["vision_config"])}
         self._checkpoints = {}
         for depth, config in (("whole", whole), ("shallow", shallow)):
-            target = scratch / f"selection-{case.recipe}-{depth}"
+            target = scratch / checkpoint_name(case, depth, replace(original, config=config))
             if not target.exists():
                 console.print(f"{case.recipe}: writing {target.name}")
                 write_checkpoint(target, replace(original, config=config))
@@ -211,6 +213,12 @@ class Bench:
             return time.process_time() - began
 
         return run
+
+
+def checkpoint_name(case: Case, depth: str, content: Published) -> str:
+    """Of the folder: with a hash of all that is written there."""
+    whole = json.dumps([asdict(content), Path(random_weights.__file__).read_text(encoding="utf-8")])
+    return f"selection-{case.recipe}-{depth}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 
 def measured(bench: Bench, names: Sequence[str], rounds: int) -> Json:

@@ -6,6 +6,7 @@ the decoder cut it into as many stages. Tokenizers know the special tokens that 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gap_export.checkpoint.random_weights import published
+from gap_export.checkpoint.random_weights import CONFIGS, published
+from gap_export.environment import versions
 from gap_export.recipe.recipe import Recipe
 from tests.families.plain_models import llama_shapes, random_weights
 from tests.families.reduced import BOS, EOS, HEADS, HIDDEN, IMAGE_TOKEN, PAD, VOCABULARY, WIDTH, reduced
@@ -26,6 +28,8 @@ Shapes = dict[str, tuple[int, ...]]
 Fields = dict[str, Any]
 """Of a recipe."""
 
+ROOT = Path(__file__).resolve().parents[1]
+_WRITERS = ("torch", "transformers", "tokenizers", "safetensors")
 LAYERS = 4
 """Of every decoder."""
 UNKNOWN = 3
@@ -53,12 +57,14 @@ def ensure(recipe: Recipe, folder: Path) -> Fields:
 
     Args:
         recipe: of a published model.
-        folder: for this recipe's checkpoint; those of CLIP lie beside it, one for all recipes.
+        folder: for this recipe's checkpoint; behind its name comes a hash of what makes it. Those of CLIP lie beside it, one for all recipes.
 
     Returns:
         Fields of the recipe that name what was written.
     """
     assert recipe.family is not None
+    folder = folder.with_name(f"{folder.name}-{made_of(recipe.checkpoint, recipe.family, recipe.prompt)}")
+    clip = folder.with_name(f"clip-{made_of()}")
     write = _ORIGINALS.get(recipe.family)
     complete = folder / "complete"
     if not complete.exists():
@@ -74,10 +80,27 @@ def ensure(recipe: Recipe, folder: Path) -> Fields:
         fields["base"] = folder / "base"
     if recipe.vision_tower is not None:
         own = folder / "eva_vit_g.pth"
-        fields["vision_tower"] = own if own.exists() else _ensure_clip(folder.parent / "clip")
+        fields["vision_tower"] = own if own.exists() else _ensure_clip(clip)
     if recipe.text_tower is not None:
-        fields["text_tower"] = _ensure_clip(folder.parent / "clip")
+        fields["text_tower"] = _ensure_clip(clip)
     return {name: str(path) for name, path in fields.items()}
+
+
+def sources() -> list[Path]:
+    """Files that say what checkpoints hold: this one, what it takes from the tests of families, and the published layouts."""
+    tests = [
+        path for path in (ROOT / "tests" / "families").rglob("*.py") if not path.name.startswith("test_")
+    ]
+    package = (ROOT / "gap_export" / "checkpoint").rglob("*.py")
+    return sorted([Path(__file__).resolve(), *tests, *package, *CONFIGS.glob("*.json")])
+
+
+def made_of(*more: str | None) -> str:
+    """Hash of what a checkpoint is made from: the sources, the libraries that write it, and what else is given."""
+    digest = hashlib.sha256(json.dumps([*more, versions(_WRITERS)], sort_keys=True).encode())
+    for path in sources():
+        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _write_published(recipe: Recipe, target: Path) -> None:

@@ -12,6 +12,7 @@ from gap_export.terminal import Terminal
 
 if TYPE_CHECKING:
     from gap_export.evaluation.refer.dataset import Dataset
+    from gap_export.evaluation.refer.run import Work
     from gap_export.parallel.ray import Cluster
 
 app = typer.Typer(
@@ -26,6 +27,9 @@ console = Terminal(stderr=True)
 """Messages go to standard error; standard output carries results."""
 out = Terminal(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
 
+_SHOWN = 5
+"""Names of images that are not there."""
+
 
 def print_json(record: dict[str, Any]) -> None:
     """The record alone, as one line."""
@@ -38,6 +42,17 @@ def list_skipped(dataset: Dataset) -> None:
         console.say((f"{len(dataset.skipped)} rows were skipped", "yellow"), ":")
     for row in dataset.skipped:
         console.say(f"  {row.where}: {row.why}")
+
+
+def warn_of_missing(work: Work) -> None:
+    """Say which images are not there, and how many expressions are left out with them."""
+    if not work.missing:
+        return
+    named = ", ".join(work.missing[:_SHOWN]) + (" ..." if len(work.missing) > _SHOWN else "")
+    console.say(
+        (f"{len(work.missing)} images are not there", "yellow"),
+        f", so {len(work.not_asked)} expressions are neither asked nor scored: {named}",
+    )
 
 
 def cluster_of(ray: bool, workers: int, ray_address: str | None) -> Cluster | None:

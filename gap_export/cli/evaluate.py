@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gap_export import bounds
-from gap_export.cli.app import cluster_of, console, list_skipped, out, print_json
+from gap_export.cli.app import cluster_of, console, list_skipped, out, print_json, warn_of_missing
 from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     AnyBackendOption,
@@ -37,9 +37,8 @@ from gap_export.cli.progress import progress_shown
 if TYPE_CHECKING:
     from gap_export.bundle.folder import Bundle
     from gap_export.evaluation.refer.dataset import Dataset
-    from gap_export.evaluation.refer.run import EvalRecord, Work
+    from gap_export.evaluation.refer.run import EvalRecord
 
-_SHOWN = 5
 
 _PredictionsOption = Annotated[
     Path | None,
@@ -145,7 +144,7 @@ def evaluate(
         )
         cluster = cluster_of(ray, workers or 2, ray_address)
         prepared = prepare(bundle, dataset, options, out=output, replace=replace)
-        _warn_of_missing(prepared.work)
+        warn_of_missing(prepared.work)
         if options.share:
             _say_unshared(prepared.bundle)
         with progress_shown() as progress:
@@ -195,16 +194,6 @@ def _check_workers(workers: int | None, ray: bool) -> None:
             subject=f"--workers {workers}",
             hint="add --ray",
         )
-
-
-def _warn_of_missing(work: Work) -> None:
-    if not work.missing:
-        return
-    named = ", ".join(work.missing[:_SHOWN]) + (" ..." if len(work.missing) > _SHOWN else "")
-    console.say(
-        (f"{len(work.missing)} images are not there", "yellow"),
-        f", so {len(work.not_asked)} expressions are neither asked nor scored: {named}",
-    )
 
 
 def _say_unshared(bundle: Bundle) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gap_export import bounds
-from gap_export.cli.app import console, list_skipped, out, print_json
+from gap_export.cli.app import console, list_skipped, out, print_json, warn_of_missing
 from gap_export.cli.numbers import number
 from gap_export.cli.options import (
     BackendOption,
@@ -21,7 +21,6 @@ from gap_export.cli.options import (
     PrecisionHintOption,
     ProtocolOption,
     ProviderOption,
-    ReplaceOption,
     RescaleBoxesOption,
     SkipBadRowsOption,
     SplitOption,
@@ -31,7 +30,7 @@ from gap_export.cli.options import (
 from gap_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
-    from gap_export.evaluation.recommend.record import Recommendation
+    from gap_export.evaluation.recommend.record import LeftOut, Recommendation
     from gap_export.evaluation.recommend.request import Place
     from gap_export.evaluation.recommend.run import Prepared
     from gap_export.evaluation.refer.results import EvalRun
@@ -86,12 +85,22 @@ def recommend(
     precision_hint: PrecisionHintOption = None,
     provider: ProviderOption = None,
     threads: ThreadsOption = 0,
-    plot: Annotated[bool, typer.Option(help="With --pruners: draw recommend.png (needs matplotlib).")] = True,
-    replace: ReplaceOption = False,
+    plot: Annotated[
+        bool | None,
+        typer.Option(
+            help="With --pruners: draw recommend.png (needs matplotlib).", show_default="plot, with --pruners"
+        ),
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            help="Discard evaluations of the bundle with other settings; with --pruners, the whole recommendation with other settings in the output folder."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The smallest keep ratio within the accuracy tolerance, and its speedup; with --pruners, the fastest pruner and keep ratio. Exit 1 when there is none."""
-    _check_form(bundle, pruners, model, output)
+    _check_form(bundle, pruners, model, output, plot)
     from gap_export.evaluation.recommend.show import tables, verdict
     from gap_export.evaluation.refer.dataset import open_dataset
 
@@ -103,7 +112,10 @@ def recommend(
     runtime = runtime_of(backend, device, precision_hint, provider, bundle)
     if bundle is not None:
         from gap_export.evaluation.recommend.bundle import recommend as recommended
+        from gap_export.evaluation.refer.run import work_of
 
+        if dataset.source is not None:
+            warn_of_missing(work_of(dataset.expressions[:limit], dataset.source))
         with progress_shown() as progress:
             result = recommended(
                 bundle,
@@ -142,7 +154,10 @@ def recommend(
             threads=threads,
             rescale_boxes=rescale_boxes,
         )
-        result = _run(prepare(request, dataset, output, replace=replace, plot=plot), max_accuracy_drop, plot)
+        plot = plot is not False
+        prepared = prepare(request, dataset, output, replace=replace, plot=plot)
+        warn_of_missing(prepared.work)
+        result = _run(prepared, max_accuracy_drop, plot)
     if as_json:
         print_json(result.model_dump())
     else:
@@ -154,7 +169,9 @@ def recommend(
     raise typer.Exit(0 if result.choice is not None else 1)
 
 
-def _check_form(bundle: Path | None, pruners: str | None, model: str | None, output: Path | None) -> None:
+def _check_form(
+    bundle: Path | None, pruners: str | None, model: str | None, output: Path | None, plot: bool | None
+) -> None:
     """Refuse options of one form in the other: a bundle by itself, or pruners with a model and a folder.
 
     Raises:
@@ -175,6 +192,12 @@ def _check_form(bundle: Path | None, pruners: str | None, model: str | None, out
             )
         if bundle is None and value is None:
             raise InputError("is needed with --pruners", subject=name, hint=two_forms)
+    if bundle is not None and plot is not None:
+        raise InputError(
+            f"has no place beside the bundle {bundle}",
+            subject="--plot" if plot else "--no-plot",
+            hint=two_forms,
+        )
 
 
 def _run(prepared: Prepared, max_accuracy_drop: float, plot: bool) -> Recommendation:
@@ -194,8 +217,16 @@ def _run(prepared: Prepared, max_accuracy_drop: float, plot: bool) -> Recommenda
                     f"{place.label}: {accuracy:.2f} %, {speedup:.2f} times as fast; {progress.time_left()}"
                 )
 
+        def failed(left_out: LeftOut) -> None:
+            console.say((f"{left_out.pruner} is left out", "yellow"), f": {left_out.reason}")
+
         return run(
-            prepared, max_accuracy_drop=max_accuracy_drop, plot=plot, progress=progress, finished=finished
+            prepared,
+            max_accuracy_drop=max_accuracy_drop,
+            plot=plot,
+            progress=progress,
+            finished=finished,
+            failed=failed,
         )
 
 

@@ -8,6 +8,7 @@ A file is listed before it is written, beside what lies there until then: so at 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -107,14 +108,28 @@ class ListedFolder:
         with writing(path):
             there = sha256_of(path) if is_plain(path) else None
         if there is not None and there not in self._files.get(name, ()):
-            raise BundleError(
-                "was changed since it was written",
-                subject=str(path),
-                hint="move it away and run the same command again",
-            )
+            raise _changed(path)
         self._files[name] = (wanted,) if there in (None, wanted) else (there, wanted)
         self.write_listing()
         write_atomically(path, content)
+
+    def remove(self, name: str) -> None:
+        """Remove a file that was written here; none is there where there was none.
+
+        Args:
+            name: path in the folder, with `/`.
+
+        Raises:
+            BundleError: it cannot be removed, or what lies there is not what was written.
+        """
+        path = self.path / name
+        with writing(path):
+            if os.path.lexists(path):
+                if not is_plain(path) or sha256_of(path) not in self._files.get(name, ()):
+                    raise _changed(path)
+                path.unlink()
+        if self._files.pop(name, None) is not None:
+            self.write_listing()
 
     def write_listing(self) -> None:
         """List what lies there, in a folder of an older version that listed nothing.
@@ -124,6 +139,14 @@ class ListedFolder:
         """
         listing = _Listing(kind=self._kind, files=dict(sorted(self._files.items())))
         write_atomically(self.path / FILES, listing.model_dump_json(indent=1) + "\n")
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(
+        "was changed since it was written",
+        subject=str(path),
+        hint="move it away and run the same command again",
+    )
 
 
 def _present(folder: Path, kind: FolderKind) -> dict[str, tuple[str, ...]]:

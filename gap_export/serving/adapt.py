@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 from gap_export.bundle.folder import Bundle
 from gap_export.errors import BundleError, GapExportError, InputError, RecipeError
-from gap_export.evaluation.bundle_reports import RECOMMENDATION, read_report
+from gap_export.evaluation.bundle_reports import RECOMMENDATION
+from gap_export.evaluation.recommend.of_bundle import read_recommendation
 from gap_export.evaluation.recommend.record import Point, Recommendation
 from gap_export.runtime.keep import check_keep
 
@@ -157,14 +158,13 @@ def controller(bundle: Bundle, adapt: str, max_drop: float, target_delay: float)
 
 
 def _record(bundle: Bundle) -> Recommendation:
-    command = f"recommend {bundle.folder}"
-    record = read_report(bundle, RECOMMENDATION, Recommendation, command=command)
+    record = read_recommendation(bundle)
     if record is None or record.manifest_sha256 != bundle.manifest_sha256:
         there = (bundle.reports / RECOMMENDATION).exists()
         raise BundleError(
             "is of another build of this bundle" if there else "is not there",
             subject=str(bundle.reports / RECOMMENDATION),
-            hint=f"measure what each ratio loses first: gap-export {command}",
+            hint=f"measure what each ratio loses first: gap-export recommend {bundle.folder}",
         )
     return record
 

@@ -94,9 +94,38 @@ def test_an_interrupted_run_continues(
     with log.open("a") as out:
         out.write(json.dumps({"sources": "x"})[:-3])  # killed while it was written
     assert matrix.read(log) == {cell: outcome}
+    other = cell_of(matrix, "fastv")
+    matrix.append(log, other, outcome)
+    assert matrix.read(log) == {cell: outcome, other: outcome}, "it does not swallow the next"
     assert matrix.sources("llava") != matrix.sources("qwen2-vl")
     monkeypatch.setattr(matrix, "sources", lambda recipe: "another")
     assert matrix.read(log) == {}
+
+
+def test_a_checkpoint_that_is_there_is_of_the_same_sources(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = matrix.small_checkpoints
+    written: list[Path] = []
+
+    def write(folder: Path) -> None:
+        (folder / "checkpoint").mkdir()
+        written.append(folder)
+
+    monkeypatch.setitem(made._ORIGINALS, "shikra", write)
+    monkeypatch.setattr(made, "_ensure_clip", lambda folder: folder)
+    recipe = load_recipe("shikra")
+    names = {path.name for path in made.sources()}
+    assert {"small_checkpoints.py", "reduced.py", "plain_models.py", "random_weights.py"} <= names
+    first = made.ensure(recipe, tmp_path / "shikra")
+    assert made.ensure(recipe, tmp_path / "shikra") == first
+    assert len(written) == 1
+    changed = tmp_path / "reduced.py"
+    changed.write_text("VOCABULARY = 5")
+    monkeypatch.setattr(made, "sources", lambda: [changed])
+    second = made.ensure(recipe, tmp_path / "shikra")
+    assert len(written) == 2
+    assert all(second[name] != first[name] for name in first)
 
 
 def generation(**changes: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,13 @@ def test_a_shallow_tower_differs_in_its_depth_alone(cost: ModuleType) -> None:
         # The last layer is one that attends to all, as in the whole tower.
         assert tower.get("fullatt_block_indexes", [31])[-1] == 31
         assert shallow.get("fullatt_block_indexes", [0])[-1] == shallow.get("depth", 1) - 1
+
+
+def test_a_checkpoint_of_another_configuration_lies_elsewhere(cost: ModuleType) -> None:
+    (case, *_), original = cost.CASES, published(load_recipe("llava").checkpoint)
+    deeper = replace(original, config={**original.config, "num_hidden_layers": 5})
+    names = [cost.checkpoint_name(case, "whole", content) for content in (original, original, deeper)]
+    assert names[0] == names[1] != names[2]
 
 
 def test_graphs_are_timed_in_turns_and_the_first_round_warms_up(cost: ModuleType) -> None:

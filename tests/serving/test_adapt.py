@@ -212,6 +212,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused(BundleError, "is of another build of this bundle", f"gap-export recommend {tmp_path}")
     path.write_text('{"manifest_sha256": "' + "a" * 64 + '"}')
     refused(InputError, "run gap-export recommend")
+    of_pruners = record_of({1.0: 0.0, 0.5: 0.0}).model_dump() | {"chosen_pruner": "dart", "left_out": ()}
+    for point, pruner, time in zip(of_pruners["points"], ("none", "dart"), (8.0, 4.0), strict=True):
+        point |= {"pruner": pruner, "front": pruner == "dart", "manifest_sha256": "a" * 64}
+        point |= {"ttft_ms": time, "speedup": 8.0 / time}
+    path.write_text(Recommendation.model_validate(of_pruners).text())
+    refused(InputError, "is of several pruners", f"gap-export recommend {tmp_path}")
     path.unlink()
     record_of(LOWS).write(path)
     refused(

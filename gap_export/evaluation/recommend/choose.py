@@ -126,13 +126,14 @@ def choose_pruner(
 def _point(first: EvalRun, run: EvalRun, keep: float, max_accuracy_drop: float, **more: Any) -> Point:
     """One point against the first, with a paired interval."""
     against = compare(first, run, _NO_THRESHOLDS, worst=0)
+    low = min(against.low, against.difference)  # (they differ by rounding, where all images say the same)
     return Point(
         keep=keep,
         mean_kept=run.record.mean_kept,
         accuracy=against.subject_accuracy,
         difference=against.difference,
-        low=against.low,
-        high=against.high,
-        inside=against.low >= -max_accuracy_drop,
+        low=low,
+        high=max(against.high, against.difference),
+        inside=low >= -max_accuracy_drop,
         **more,
     )

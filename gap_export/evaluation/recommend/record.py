@@ -6,6 +6,7 @@ fastest within it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -13,6 +14,9 @@ from pydantic import Field, model_validator
 
 from gap_export.evaluation.recommend.front import pareto_front
 from gap_export.records import Amount, Change, Count, Flag, Number, Record, Share, Text
+
+_ROUNDING = 1e-6
+"""By which numbers may differ that are computed from each other."""
 
 
 def _of_pruners() -> Any:
@@ -165,7 +169,7 @@ def _check_pruners(points: Sequence[Point], left_out: Sequence[LeftOut] | None) 
     """Refuse what is no record of many bundles.
 
     Raises:
-        ValueError: a point lacks something, comes twice, or is not on the front as it says.
+        ValueError: a point lacks something, comes twice, is not on the front as it says, or is not what it says against the first.
     """
     for point in points:
         if None in (point.pruner, point.front, point.manifest_sha256, point.ttft_ms, point.speedup):
@@ -180,3 +184,28 @@ def _check_pruners(points: Sequence[Point], left_out: Sequence[LeftOut] | None) 
     for point, on_front in zip(points, front, strict=True):
         if point.front != on_front:
             raise ValueError(f"front is {point.front} at {point.label}, by accuracy and ttft_ms it is not so")
+    for point in points:
+        _check_against(point, points[0])
+
+
+def _check_against(point: Point, first: Point) -> None:
+    """Refuse a point whose numbers are not those against the first, but for rounding.
+
+    Raises:
+        ValueError: names point and field.
+    """
+    if not point.low - _ROUNDING <= point.difference <= point.high + _ROUNDING:
+        raise ValueError(
+            f"difference is {point.difference:g} at {point.label}, and does not lie from low {point.low:g} to high {point.high:g}"
+        )
+    if abs(point.difference - (point.accuracy - first.accuracy)) > _ROUNDING:
+        raise ValueError(
+            f"difference is {point.difference:g} at {point.label}, and accuracy {point.accuracy:g}, "
+            f"where that of the first point is {first.accuracy:g}"
+        )
+    speedup = point.speedup or 0.0
+    if not math.isclose(speedup * point.time_ms, first.time_ms, rel_tol=_ROUNDING):
+        raise ValueError(
+            f"speedup is {speedup:g} at {point.label}, and ttft_ms {point.time_ms:g}, "
+            f"where that of the first point is {first.time_ms:g}"
+        )

@@ -7,7 +7,8 @@ the unpruned model is measured in the same interleaved rounds as every bundle's,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from gap_export.evaluation.refer.dataset import Dataset, open_dataset
 from gap_export.evaluation.refer.evaluate import evaluate, questions_of
 from gap_export.evaluation.refer.protocols import protocol_of
 from gap_export.evaluation.refer.results import EvalRun, check_pyarrow
+from gap_export.evaluation.refer.run import Work
 from gap_export.evaluation.sweep.request import all_pruners
-from gap_export.files import FolderLock, check_folder, scratch_folder
+from gap_export.files import FolderLock, check_folder, is_file, scratch_folder
 from gap_export.pipeline.build import build
 from gap_export.pipeline.opened import OpenedModel, open_model
 from gap_export.progress import SILENT, Prefixed, Progress
@@ -46,7 +48,7 @@ class Prepared:
     Attributes:
         request: what is tried.
         dataset: that is asked about.
-        asking: expressions per point.
+        work: expressions by image, all of them asked at every point, and what is left out.
         store: its folder.
         variants: bundles, the unpruned one first.
         left_out: what cannot be.
@@ -55,7 +57,7 @@ class Prepared:
 
     request: PrunerRequest
     dataset: Dataset
-    asking: int
+    work: Work
     store: Store
     variants: tuple[Variant, ...]
     left_out: tuple[LeftOut, ...]
@@ -158,8 +160,7 @@ def prepare(
     lock = FolderLock(out)
     with lock.kept():
         store = open_store(out, _settings(request, dataset, model), replace=replace)
-    asking = len(questions.work.expressions)
-    return Prepared(request, dataset, asking, store, (BASELINE, *variants), tuple(left_out), lock)
+    return Prepared(request, dataset, questions.work, store, (BASELINE, *variants), tuple(left_out), lock)
 
 
 def run(
@@ -169,6 +170,7 @@ def run(
     plot: bool = True,
     progress: Progress = SILENT,
     finished: Callable[[Place, EvalRun, float], None] = lambda place, run, speedup: None,
+    failed: Callable[[LeftOut], None] = lambda left_out: None,
 ) -> Recommendation:
     """Ask and measure what is not finished, then write record and plot into the folder.
 
@@ -178,31 +180,64 @@ def run(
         plot: draw it.
         progress: told of every stage, every answer and every round.
         finished: told of every point that was finished now, with its evaluation and how many times as fast its first token comes.
+        failed: told of every bundle that could not be built, and is left out.
 
     Raises:
-        GapExportError: a bundle could not be built or asked. What was answered and measured before is kept.
+        GapExportError: a finished point is damaged, the unpruned bundle or none of the others could be built, or one could not be asked. What was
+            answered and measured before is kept.
     """
     store, request = prepared.store, prepared.request
+    not_built: list[LeftOut] = []
     with prepared.lock, scratch_folder(beside=store.folder, purpose="sweeping") as scratch:
+        for place in prepared.points:
+            if place in store:
+                store.measured(place)  # what is damaged is to be known before the long work
         remaining = {variant: prepared.remaining(variant) for variant in prepared.variants}
         remaining = {variant: places for variant, places in remaining.items() if places}
         if remaining:
-            expressions = prepared.asking * sum(map(len, remaining.values()))
+            expressions = len(prepared.work.expressions) * sum(map(len, remaining.values()))
             progress.stage("starting", total=expressions + (WARMUP + request.requests) * len(remaining))
             work = _Work(prepared, scratch, progress)
+            first_error: GapExportError | None = None
             for variant, places in remaining.items():
-                for place, answered, speedup in work(variant, places):
+                try:
+                    bundle = work.built(variant)
+                except GapExportError as error:
+                    if variant == BASELINE:
+                        raise
+                    first_error = first_error or error
+                    not_built.append(_not_built(variant, places, error))
+                    failed(not_built[-1])
+                    progress.advance(len(prepared.work.expressions) * len(places) + WARMUP + request.requests)
+                    continue
+                for place, answered, speedup in work(bundle, variant, places):
                     finished(place, answered, speedup)
+            if first_error is not None and not any(place in store for place in prepared.points[1:]):
+                raise first_error
         record = choose_pruner(
-            [store.measured(place) for place in prepared.points],
+            [store.measured(place) for place in prepared.points if place in store],
             max_accuracy_drop,
             ttft_ms=store.finished(BASELINE.points[0]).ttft_ms,
-            left_out=prepared.left_out,
+            left_out=(*prepared.left_out, *not_built),
         )
+        if not _is_written(store.folder / RECORD, record.text()):
+            store.results.remove(PLOT)  # it is of another record, and may not be drawn anew
         store.results.write(RECORD, record.text())
         if plot:
             store.results.write(PLOT, plotting.png(figure(record)))
         return record
+
+
+def _not_built(variant: Variant, places: Sequence[Place], error: GapExportError) -> LeftOut:
+    return LeftOut(
+        pruner=variant.pruner,
+        keeps=tuple(place.keep for place in places),
+        reason=f"could not be built: {error.subject}: {error.message}",
+    )
+
+
+def _is_written(path: Path, content: str) -> bool:
+    return is_file(path) and path.read_bytes() == content.encode()
 
 
 class _Work:
@@ -222,19 +257,25 @@ class _Work:
         self._tracer = Tracer(user_folder())
         self._baseline = self._built(BASELINE)
 
-    def __call__(self, variant: Variant, places: Sequence[Place]) -> list[tuple[Place, EvalRun, float]]:
+    def built(self, variant: Variant) -> Bundle:
+        """One bundle; that of the unpruned model is there already.
+
+        Raises:
+            GapExportError: names the bundle.
+        """
+        return self._baseline if variant == BASELINE else self._built(variant)
+
+    def __call__(
+        self, bundle: Bundle, variant: Variant, places: Sequence[Place]
+    ) -> list[tuple[Place, EvalRun, float]]:
         """Finish points of one bundle: each with its evaluation and how many times as fast its first token comes.
 
         Raises:
             GapExportError: names the bundle.
         """
-        try:
-            bundle = self._baseline if variant == BASELINE else self._built(variant)
+        with _named(variant):
             runs = [self._evaluated(bundle, variant, place) for place in places]
             times = self._timed(bundle, variant, places)
-        except GapExportError as error:
-            error.subject = f"{variant.label}: {error.subject}"
-            raise
         for place, answered, pair in zip(places, runs, times, strict=True):
             self._prepared.store.save(place, bundle.manifest_sha256, answered, pair)
         if variant != BASELINE:
@@ -245,13 +286,14 @@ class _Work:
         ]
 
     def _built(self, variant: Variant) -> Bundle:
-        return build(
-            variant.recipe(self._prepared.request),
-            self._scratch / variant.name,
-            golden=False,
-            tracer=self._tracer,
-            progress=Prefixed(self._progress, variant.label),
-        ).bundle
+        with _named(variant):
+            return build(
+                variant.recipe(self._prepared.request),
+                self._scratch / variant.name,
+                golden=False,
+                tracer=self._tracer,
+                progress=Prefixed(self._progress, variant.label),
+            ).bundle
 
     def _evaluated(self, bundle: Bundle, variant: Variant, place: Place) -> EvalRun:
         request = self._prepared.request
@@ -284,6 +326,16 @@ class _Work:
                 ]
                 times = first_token_ms(candidates, requests=request.requests, progress=progress)
         return [(times[place.label], times[BASELINE.label]) for place in places]
+
+
+@contextmanager
+def _named(variant: Variant) -> Iterator[None]:
+    """Errors name the bundle that they are of."""
+    try:
+        yield
+    except GapExportError as error:
+        error.subject = f"{variant.label}: {error.subject}"
+        raise
 
 
 def _settings(request: PrunerRequest, dataset: Dataset, model: OpenedModel) -> Settings:

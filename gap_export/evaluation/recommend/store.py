@@ -123,8 +123,12 @@ class Store:
         self.settings = settings
 
     def __contains__(self, place: Place) -> bool:
-        """Whether a point is finished."""
-        return os.path.lexists(self.folder / self._name(place))
+        """Whether a point is finished.
+
+        Raises:
+            BundleError: its file is damaged.
+        """
+        return os.path.lexists(self.folder / self._name(place)) and bool(self.finished(place))
 
     def evaluation(self, place: Place) -> Path:
         """Folder of a point's evaluation."""

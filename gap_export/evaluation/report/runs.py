@@ -15,12 +15,12 @@ from gap_export.bundle.folder import MANIFEST, Bundle, open_bundle
 from gap_export.errors import GapExportError, InputError
 from gap_export.evaluation.bundle_reports import (
     PARITY,
-    RECOMMENDATION,
     STALE,
     read_report,
     states,
 )
 from gap_export.evaluation.parity import ParityReport
+from gap_export.evaluation.recommend.of_bundle import read_recommendation
 from gap_export.evaluation.recommend.record import Recommendation
 from gap_export.evaluation.refer.journal import Settings, read_settings
 from gap_export.evaluation.refer.results import (
@@ -143,7 +143,7 @@ class Evaluated:
         """What `recommend` left in the bundle, if that was this build of it, about the same expressions."""
         if self.bundle is None:
             return None
-        found = read_report(self.bundle, RECOMMENDATION, Recommendation, command="recommend")
+        found = read_recommendation(self.bundle)
         if found is None:
             return None
         same = (found.protocol, found.expressions) == (self.run.record.protocol, len(self.run.ids))

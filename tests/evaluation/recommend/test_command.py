@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,7 +13,10 @@ import pytest
 import yaml
 
 from gap_export import cli
+from gap_export.errors import InputError
 from gap_export.evaluation.recommend.record import Recommendation
+from gap_export.evaluation.refer.dataset import Dataset
+from gap_export.evaluation.refer.image_source import InMemory
 from gap_export.evaluation.sweep.request import all_pruners
 from tests.evaluation.recommend.conftest import LIMIT, REQUESTS, Made, RequestOf
 
@@ -43,6 +47,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         ("-o {out}", "-o alone is neither"),
         ("bundle --pruners all", "--pruners all: has no place beside the bundle bundle"),
         ("bundle --model shapes", "--model shapes: has no place beside"),
+        ("bundle --plot", "--plot: has no place beside the bundle bundle"),
+        ("bundle --no-plot", "--no-plot: has no place beside the bundle bundle"),
         ("bundle -o {out}", "has no place beside the bundle bundle"),
         ("--pruners all -o {out}", "--model: is needed with --pruners"),
         ("--pruners all --model shapes", "--output: is needed with --pruners"),
@@ -90,6 +96,39 @@ def test_a_finished_run_is_read_and_printed(
     assert "Pareto front of 5 points" in printed
     assert f"stored in {out}" in printed.replace("\n", "")
     assert (out / "recommend.png").read_bytes() == (made.folder / "recommend.png").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["bundle", "pruners"])
+def test_images_that_are_not_there_are_said_to_be(
+    form: str,
+    request_of: RequestOf,
+    scenes: Dataset,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert scenes.source is not None
+    names = list(dict.fromkeys(expression.image for expression in scenes.expressions))
+    images = InMemory({name: scenes.source.open(name) for name in names[1:3]})
+    three = tuple(each for each in scenes.expressions if each.image in names[:3])
+    lacking = dataclasses.replace(scenes, expressions=three, source=images)
+    monkeypatch.setattr("gap_export.evaluation.refer.dataset.open_dataset", lambda *_, **__: lacking)
+
+    def stop(*_: object, **__: object) -> None:
+        raise InputError("is begun", subject="the work", hint="")
+
+    for function in ("bundle.recommend", "run.run"):
+        monkeypatch.setattr(f"gap_export.evaluation.recommend.{function}", stop)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        yaml.safe_dump(request_of().recipe.model_dump(mode="json", exclude_none=True, exclude={"name"}))
+    )
+    line = ["bundle"] if form == "bundle" else ["--pruners", "random", "--model", recipe, "-o", tmp_path / "out"]  # fmt: skip
+    _, _, words = command(*line, "--keep", "0.5,0.25")
+    assert f"1 images are not there, so 3 expressions are neither asked nor scored: {names[0]}" in " ".join(
+        words.split()
+    )
+    assert "is begun" in words
 
 
 @pytest.mark.long

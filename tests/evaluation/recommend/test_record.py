@@ -86,6 +86,15 @@ def test_a_record_of_pruners_comes_back_as_it_was() -> None:
         (lambda it: it["points"][0].update(keep=0.9), "begin with keep 1"),
         (lambda it: it["points"].append(it["points"][1]), "comes twice"),
         (lambda it: it["points"].pop(), "at least two"),
+        (lambda it: it["points"][1].update(low=-0.005), "does not lie from low -0.005 to high 0"),
+        (lambda it: it["points"][1].update(high=-0.012), "does not lie from low"),
+        (
+            lambda it: it["points"][1].update(accuracy=0.8),
+            "difference is -0.01 at dart, keep 0.5, and accuracy",
+        ),
+        (lambda it: it["points"][0].update(difference=0.1, high=0.2), "difference is 0.1 at none, keep 1"),
+        (lambda it: it["points"][0].update(speedup=1.1), "speedup is 1.1 at none, keep 1"),
+        (lambda it: it["points"][1].update(speedup=1.9), "speedup is 1.9 at dart, keep 0.5, and ttft_ms 5"),
     ],
 )
 def test_a_record_of_pruners_that_contradicts_itself(change: Any, words: str) -> None:

@@ -235,6 +235,66 @@ def test_an_error_names_its_bundle(
     assert caught.value.subject == "dart, keep 0.25:0.5: vision.onnx"
 
 
+def test_the_error_of_the_unpruned_bundle_names_it(
+    request_of: RequestOf, scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise SessionError("was refused", subject="vision.onnx", hint="mend it")
+
+    monkeypatch.setattr(run, "build", refuses)
+    with pytest.raises(SessionError) as caught:
+        run.run(run.prepare(request_of(), scenes, tmp_path / "out"))
+    assert caught.value.subject == "none, keep 1: vision.onnx"
+
+
+def test_a_bundle_that_cannot_be_built_is_left_out_and_tried_again(
+    request_of: RequestOf, scenes: Dataset, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, told = run.build, []
+
+    def refuses(recipe: Any, *args: Any, **options: Any) -> Any:
+        if recipe.pruner == "dart":
+            raise SessionError("was refused", subject="vision.onnx", hint="mend it")
+        return build(recipe, *args, **options)
+
+    monkeypatch.setattr(run, "build", refuses)
+    request, progress = request_of(pruners=("dart", "spatial"), keeps=(0.5,)), Recorded()
+    record = run.run(run.prepare(request, scenes, finished), progress=progress, failed=told.append)
+    assert [point.label for point in record.points] == ["none, keep 1", "spatial, keep 0.5"]
+    assert record.left_out is not None
+    (left_out,) = record.left_out
+    assert (left_out.pruner, left_out.keeps) == ("dart", (0.5,))
+    assert left_out.reason == "could not be built: dart, keep 0.5: vision.onnx: was refused"
+    assert told == [left_out]
+    assert progress.totals == [sum(progress.counts)]
+    monkeypatch.setattr(run, "build", build)
+    record = run.run(run.prepare(request, scenes, finished))
+    assert record.left_out == ()
+    assert len(record.points) == 3
+
+
+def test_a_plot_is_of_the_record_beside_it(
+    made: Made, finished: Path, request_of: RequestOf, scenes: Dataset
+) -> None:
+    plot = finished / "recommend.png"
+    run.run(run.prepare(request_of(), scenes, finished, plot=False), plot=False)
+    assert plot.read_bytes() == (made.folder / "recommend.png").read_bytes(), "the same record"
+    run.run(run.prepare(request_of(), scenes, finished, plot=False), plot=False, max_accuracy_drop=0.5)
+    assert not plot.exists()
+    run.run(run.prepare(request_of(), scenes, finished), max_accuracy_drop=0.5)
+    assert plot.exists()
+
+
+def test_what_is_damaged_is_known_before_anything_is_built(
+    request_of: RequestOf, scenes: Dataset, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "build", None)
+    shutil.rmtree(finished / "evaluations" / "random-keep0.5")
+    request = request_of(pruners=("random", "dart"))
+    with pytest.raises(BundleError, match="holds no finished evaluation under unc"):
+        run.run(run.prepare(request, scenes, finished))
+
+
 # What was changed by hand
 
 

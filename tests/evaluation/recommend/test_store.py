@@ -102,6 +102,14 @@ def test_a_point_that_is_missing_is_not_finished(store: Store) -> None:
         store.finished(PLACE)
 
 
+def test_a_point_that_is_damaged_is_not_taken_for_finished(store: Store) -> None:
+    point = store.folder / "points" / f"{PLACE.name}.json"
+    point.parent.mkdir()
+    point.write_text("{}\n")
+    with pytest.raises(BundleError, match=PLACE.name):
+        assert PLACE in store
+
+
 def test_folders_of_other_kinds_are_told(store: Store, tmp_path: Path) -> None:
     """An evaluation is no recommendation, and a recommendation no evaluation."""
     with pytest.raises(BundleError, match="holds no recommendation"):

@@ -77,6 +77,24 @@ def test_what_was_taken_on_another_build_is_stale(recommended: Path, tmp_path: P
     )
 
 
+def test_a_recommendation_of_several_pruners_is_not_that_of_the_bundle(
+    recommended: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(recommended, bundle)
+    shutil.copytree(recommended.with_name("bundle.runs"), tmp_path / "bundle.runs")
+    path = bundle / "reports" / "recommend.json"
+    record = json.loads(path.read_text())
+    record["points"] = record["points"][:2]
+    for point, pruner, time in zip(record["points"], ("none", "dart"), (8.0, 4.0), strict=True):
+        point |= {"pruner": pruner, "front": pruner == "dart", "manifest_sha256": "m"}
+        point |= {"ttft_ms": time, "speedup": 8.0 / time}
+    path.unlink()
+    path.write_text(json.dumps(record | {"chosen": 0.5, "chosen_pruner": "dart", "left_out": []}))
+    with pytest.raises(InputError, match="is of several pruners"):
+        open_runs([bundle], "unc")
+
+
 def test_runs_that_do_not_compare(evaluated: Path, tmp_path: Path) -> None:
     gap_export("eval", evaluated / "bundle", *LIMIT[:2], "--limit", 3, "--threads", 1, "-o", tmp_path / "few")
     with pytest.raises(InputError, match="answer different expressions"):
