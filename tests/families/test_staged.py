@@ -317,9 +317,8 @@ def test_graphs_that_are_taken_for_the_same_are(deep_checkpoint: Path, tiny_opti
     assert one["splice"][0] == other["splice"][0]
     assert {name for name in one if one[name] == other[name]} == {"vision", "embed"}
     shifted, permuted = (keys(pruner="fastv", positions=policy) for policy in ("shifted", "permuted"))
-    assert {name for name in shifted if shifted[name] == permuted[name]} == {"embed", "decode", "splice"} - {
-        "splice"
-    }
+    same = {name for name in shifted if shifted[name] == permuted[name]}
+    assert same == {"vision", "embed", "decode"}, "what is pruned later is encoded in raster order"
     assert keys(pruner="fastv")["decode"] != shifted["decode"]
 
 
