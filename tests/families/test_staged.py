@@ -129,7 +129,7 @@ def test_keeping_everything_is_the_whole_decoder(
 
 
 @pytest.mark.parametrize(
-    "pruner", [name if name == "sparsevlm" else pytest.param(name, marks=pytest.mark.long) for name in INSIDE]
+    "pruner", [name if name == "fastv" else pytest.param(name, marks=pytest.mark.long) for name in INSIDE]
 )
 def test_a_share_that_is_chosen_is_the_share_that_is_built(
     pruner: str, deep_bundle: DeepBundle, pixels: Pixels, questions: Ids

@@ -61,7 +61,7 @@ BUNDLES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a range": ("tiny_bundle", {"keep": "0.1:0.5:1.0"}, {"keep_counts": KeepCounts((4,))}),
     "adaptive": ("tiny_bundle", {"pruner": "prumerge", "keep": "adaptive"}, {}),
     "stages": ("deep_bundle", {"pruner": "fastv"}, {}),
-    "stages of a range": ("deep_bundle", {"pruner": "sparsevlm", "keep": "0.15:0.25:1.0"}, {}),
+    "stages of a range": ("deep_bundle", {"pruner": "fastv", "keep": "0.15:0.25:1.0"}, {}),
     "shifted": ("tiny_bundle", {"positions": "shifted"}, {}),
 }
 
