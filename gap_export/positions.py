@@ -103,13 +103,18 @@ class Placement:
         return (self.next_slot, *self.stage_next_slot)
 
     @property
-    def stage_lengths(self) -> Ids:
-        """[B, J]: tokens of every prompt in every later stage, where counts are told."""
+    def stage_dropped(self) -> Ids:
+        """[B, I, J]: tokens of every image that every later stage does not see, where counts are told."""
         assert self.image_slots is not None
         assert self.stage_counts is not None
         entered_BI = self.image_slots[:, :, 1] - self.image_slots[:, :, 0]
-        gone_BJ = (entered_BI[:, :, None] - self.stage_counts).sum(axis=1)
-        lengths_BJ: Ids = self.last_index[:, None] + 1 - gone_BJ
+        dropped_BIJ: Ids = entered_BI[:, :, None] - self.stage_counts
+        return dropped_BIJ
+
+    @property
+    def stage_lengths(self) -> Ids:
+        """[B, J]: tokens of every prompt in every later stage, where counts are told."""
+        lengths_BJ: Ids = self.last_index[:, None] + 1 - self.stage_dropped.sum(axis=1)
         return lengths_BJ
 
     def decoder_inputs(self) -> dict[str, Ids]:

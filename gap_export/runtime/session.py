@@ -381,10 +381,15 @@ def _kept_of_stage(slots_BT: Ids, placement: Placement, later: int) -> Ids:
         rows.append(
             np.concatenate([s[(s >= first) & (s < behind)] - first for s, first, behind in of_images])
         )
-    kept_BK = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
-    for number, kept_K in enumerate(rows):
-        kept_BK[number, : len(kept_K)] = kept_K
-    return kept_BK
+    return rows_of_ids(rows)
+
+
+def rows_of_ids(rows: Sequence[Ids]) -> Ids:
+    """[B, K] int64, short rows filled with `PAD` at the end."""
+    ids_BK = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
+    for number, ids_K in enumerate(rows):
+        ids_BK[number, : len(ids_K)] = ids_K
+    return ids_BK
 
 
 def together(session: Encoder, parts: Sequence[VisualTokens], batch: ImageBatch) -> VisualTokens:
@@ -400,10 +405,8 @@ def together(session: Encoder, parts: Sequence[VisualTokens], batch: ImageBatch)
     step = batch.per_prompt
     rows = [parts[first : first + step] for first in range(0, len(parts), step)]
     kept_rows = [np.concatenate([part.kept_indices[0] for part in row]) for row in rows]
-    longest = max(map(len, kept_rows))
-    kept_BK = np.full((len(rows), longest), PAD, np.int64)
-    for number, kept_K in enumerate(kept_rows):
-        kept_BK[number, : len(kept_K)] = kept_K
+    kept_BK = rows_of_ids(kept_rows)
+    longest = kept_BK.shape[1]
     counts = np.array([part.kept_indices.shape[1] for part in parts], np.int64)
     margins = [
         min((float(part.margins[0]) for part in row if part.margins is not None), default=None)

@@ -145,10 +145,8 @@ def check_fits(manifest: Manifest, ids: Sequence[int], seen: Sequence[SeenImages
     text = sum(id_ != IMAGE for id_ in ids)
     visual = sum(sum(each.kept(manifest)) for each in seen)
     needed, capacity = text + visual + new_tokens - 1, manifest.capacity
-    layout = manifest.cache_layout
-    gone = seen[0].keep_counts.gone(seen[0].batch) if seen and seen[0].keep_counts is not None else None
-    of_stages = layout.lengths_of(needed, gone) if seen else [needed] * len(layout.runs)
-    for least, most in zip(of_stages, layout.capacities, strict=True):
+    of_stages = _lengths(manifest, seen, needed)
+    for least, most in zip(of_stages, manifest.cache_layout.capacities, strict=True):
         if least > most:  # a later stage may be full before the first one is
             needed, capacity = least, most
     if needed > capacity:
@@ -320,10 +318,9 @@ class ConversationCache:
         """Of every stage, what the conversation and its answer take; never more than there are."""
         text = sum(id_ != IMAGE for id_ in ids)
         whole = text + sum(sum(each.kept(self._manifest)) for each in seen) + new_tokens
-        layout = self._manifest.cache_layout
-        gone = seen[0].keep_counts.gone(seen[0].batch) if seen and seen[0].keep_counts is not None else None
-        lengths = layout.lengths_of(whole, gone) if seen else [whole] * self._stages
-        return [min(length, most) for length, most in zip(lengths, layout.capacities, strict=True)]
+        lengths = _lengths(self._manifest, seen, whole)
+        capacities = self._manifest.cache_layout.capacities
+        return [min(length, most) for length, most in zip(lengths, capacities, strict=True)]
 
     def _read(
         self, ids: Sequence[int], seen: Sequence[SeenImages], slots: Sequence[int]
@@ -455,6 +452,15 @@ def _longest_text(manifest: Manifest) -> int:
     """Tokens that one call of the graphs takes."""
     (text,) = (tensor.shape[-1] for tensor in manifest.graphs["embed"].spec.inputs)
     return text if isinstance(text, int) else text.maximum
+
+
+def _lengths(manifest: Manifest, seen: Sequence[SeenImages], length: int) -> list[int]:
+    """Tokens of every stage, of a conversation that has `length` in the first."""
+    layout = manifest.cache_layout
+    if not seen:
+        return [length] * len(layout.runs)
+    counts = seen[0].keep_counts
+    return layout.lengths_of(length, None if counts is None else counts.gone(seen[0].batch))
 
 
 def _length(ids: Sequence[int], seen: Sequence[SeenImages]) -> int:

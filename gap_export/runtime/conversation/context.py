@@ -107,10 +107,8 @@ def _dropped(placement: Placement) -> list[list[int]]:
     """Of every image of a prompt, how many tokens every later stage does not see."""
     if placement.stage_counts is None:
         return [[int(placement.next_slot[0] - later[0]) for later in placement.stage_next_slot]]
-    assert placement.image_slots is not None
-    entered_I = placement.image_slots[0, :, 1] - placement.image_slots[0, :, 0]
-    gone_IJ: list[list[int]] = (entered_I[:, None] - placement.stage_counts[0]).tolist()
-    return gone_IJ
+    dropped_IJ: list[list[int]] = placement.stage_dropped[0].tolist()
+    return dropped_IJ
 
 
 def text_placement(at: Mark, tokens: int, rows: int, image_slots: Ids | None = None) -> Placement:

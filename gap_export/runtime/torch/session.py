@@ -36,6 +36,7 @@ from gap_export.runtime.session import (
     Spliced,
     VisualTokens,
     check_within_bound,
+    rows_of_ids,
     vision_inputs,
 )
 from gap_export.runtime.torch.text_reference import TextReader
@@ -105,15 +106,12 @@ class TorchSession(Lifetime):
             check_within_bound(needed_B, pruning.max_tokens if keep_count is None else keep_count, pruning)
         embeds, places = zip(*map(self._model.tokens, batch, choices), strict=True)
         counts_B = np.array([len(kept_K) for kept_K in places], np.int64)
-        kept_BK = np.full((len(places), counts_B.max()), PAD, np.int64)
-        for row, kept_K in enumerate(places):
-            kept_BK[row, : counts_B[row]] = kept_K
         # One score decides, and is as long for every image: what differs can be told to be a tie token by token.
         by_score = pruning.pruner == "cls_attention" and self._model.grid is not None
         scores = [image.shown.attention for image in batch] if by_score else []
         return VisualTokens(
             embeds=list(embeds) if adaptive else torch.stack(embeds),
-            kept_indices=kept_BK,
+            kept_indices=rows_of_ids(places),
             kept_counts=counts_B if adaptive else None,
             scores=np.stack([score.numpy() for score in scores if score is not None]) if scores else None,
             margins=None if scores else np.array([choice.margin for choice in choices]),

@@ -22,9 +22,9 @@ from gap_export import families, prune
 from gap_export.bundle.manifest import Pruning, Stage
 from gap_export.families.reference import ReferenceModel, open_model
 from gap_export.families.reference.qwen_vl import Stacked
-from gap_export.positions import PAD, Ids, Placement, PositionPolicy
+from gap_export.positions import Ids, Placement, PositionPolicy
 from gap_export.prune.in_decoder.stages import load
-from gap_export.runtime.session import Buffer, Prefilled
+from gap_export.runtime.session import Buffer, Prefilled, rows_of_ids
 from gap_export.runtime.torch.session import TorchSession, as_loaded, shorten
 from gap_export.runtime.torch.text_reference import TextReader
 
@@ -118,7 +118,7 @@ class StagedTorchSession(TorchSession):
             logits.append(self._whole_prompt(row, placement.stage_counts[number]))
         return Prefilled(
             np.stack(logits),
-            tuple(_padded(stage) for stage in zip(*(row.kept for row in self._rows), strict=True)),
+            tuple(rows_of_ids(stage) for stage in zip(*(row.kept for row in self._rows), strict=True)),
             np.array([row.margin for row in self._rows]),
         )
 
@@ -245,14 +245,6 @@ class StagedTorchSession(TorchSession):
         last_H = self._decoder.norm(self._hidden(hidden_SX)[-1])
         logits_V: NDArray[np.float32] = self._model.lm_head(last_H).float().numpy()
         return logits_V
-
-
-def _padded(rows: Sequence[Ids]) -> Ids:
-    """[B, K] int64, short rows filled with `PAD` at the end."""
-    kept_BK = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
-    for number, kept_K in enumerate(rows):
-        kept_BK[number, : len(kept_K)] = kept_K
-    return kept_BK
 
 
 def open_reference(
