@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "gap_export"
 DECOMPOSED = "gap_export_in_matmuls"
-"""For towers below a choice of varying length: TensorRT-RTX 1.7 crashes while it builds a graph that has both a fused
-`Attention` and a loop whose extents vary."""
+"""For towers below a choice of one token after the other: TensorRT-RTX 1.7 crashes while it builds a graph that has both a fused
+`Attention` and a loop."""
 
 OPSET = 24
 _SEQUENCE_AXIS = 2

@@ -22,8 +22,7 @@ def pruner_of(plan: Plan) -> str:
 
 def tower_attention(plan: Plan) -> str:
     """Which attention the vision tower is built with."""
-    varies = plan.pruning.count_is_given and prune.row(pruner_of(plan)).sequential
-    return DECOMPOSED if varies else IMPLEMENTATION
+    return DECOMPOSED if prune.row(pruner_of(plan)).sequential else IMPLEMENTATION
 
 
 def select(plan: Plan, features: prune.VisionFeatures[Tensor], keep_count: Tensor | None) -> prune.Selected:

@@ -7,7 +7,8 @@ instruction that ends it; here it is the expression. It averages over pieces of 
 texts; here texts longer than the context of the text tower are refused when they are given.
 
 The choice is sequential: K steps. The gain of a token is r_i^2 times the part of it that the chosen ones do not span: the
-diagonal of the Schur complement of s, so that a step is one update of rank one, O(N^2). (Taken from s and not from the kernel, no
+diagonal of the Schur complement of s. A step adds one row to the factor of s (Cholesky's, rows of the chosen ones; fast greedy
+choice of arXiv 1709.05135), O(K N). (Taken from s and not from the kernel, no
 small r is lost to rounding.) Where hardly anything of a token is left, rounding would decide; such tokens go by r alone.
 """
 
@@ -41,20 +42,23 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
         raise ValueError("cdpruner needs projected tokens")
     weight_BN = relevance(features).square()
     tokens_BNH = normalize(features.projected.float(), dim=-1)
+    cosine_BNN = torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
     tokens_N = torch.arange(features.visual_tokens)
 
-    def step(state: tuple[Tensor, ...], _: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Choose, and take away from all tokens what the chosen one spans."""
-        cosine_BNN, left_BN = state
+    def step(state: tuple[Tensor, ...], number: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Choose, and take away from all tokens what the chosen one spans beyond those before it."""
+        factor_BKN, left_BN = state
         gain_BN = torch.where(left_BN == _CHOSEN, _CHOSEN, weight_BN * left_BN.clamp(min=SPANNED))
         chosen_B1 = gain_BN.argmax(dim=-1, keepdim=True)
-        row_BN = take(cosine_BNN, chosen_B1)[:, 0]
+        before_BKN = factor_BKN.gather(2, chosen_B1[:, :, None].expand(-1, kept, -1))
+        row_BN = (take(cosine_BNN, chosen_B1) - torch.matmul(before_BKN.transpose(1, 2), factor_BKN))[:, 0]
         pivot_B1 = row_BN.gather(1, chosen_B1)
-        share_BN = torch.where(pivot_B1 > SPANNED, row_BN / pivot_B1.clamp(min=SPANNED), 0.0)
+        row_BN = torch.where(pivot_B1 > SPANNED, row_BN / pivot_B1.clamp(min=SPANNED).sqrt(), 0.0)
         is_out_BN = (left_BN == _CHOSEN) | (tokens_N == chosen_B1)
-        left_BN = torch.where(is_out_BN, _CHOSEN, (left_BN - row_BN * share_BN).clamp(min=0.0))
-        return (cosine_BNN - row_BN[:, :, None] * share_BN[:, None], left_BN), chosen_B1[:, 0].clone()
+        left_BN = torch.where(is_out_BN, _CHOSEN, (left_BN - row_BN.square()).clamp(min=0.0))
+        place_B1N = number.reshape(1, 1, 1).expand_as(row_BN[:, None])
+        return (factor_BKN.scatter(1, place_B1N, row_BN[:, None]), left_BN), chosen_B1[:, 0].clone()
 
-    cosine_BNN = torch.matmul(tokens_BNH, tokens_BNH.transpose(1, 2))
-    _, chosen_KB = sequential(step, (cosine_BNN, torch.ones_like(weight_BN)), kept)
+    nothing_BKN = weight_BN.new_zeros(1, kept, 1).expand(weight_BN.shape[0], -1, weight_BN.shape[1]).clone()
+    _, chosen_KB = sequential(step, (nothing_BKN, torch.ones_like(weight_BN)), kept)
     return Selected(chosen_KB.transpose(0, 1))

@@ -11,6 +11,7 @@ import pytest
 from gap_export import prune
 from gap_export.errors import RecipeError
 from gap_export.positions import MergedId
+from gap_export.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,14 @@ def test_tensorrt_builds_a_tower_in_half_precision(
 ) -> None:
     """Scores are computed in float32 and features stay what they are: types must not meet."""
     builds_in_tensorrt(name)
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if prune.row(name).sequential])
+def test_tensorrt_builds_a_tower_below_a_loop(builds_in_tensorrt: Callable[..., None], name: str) -> None:
+    """It crashes where the tower's attention is one fused node, and the loop is longer than those of the tiny tower."""
+    shapes = load_recipe("shapes")
+    fields = ("checkpoint", "text_tower", "prompt", "max_text", "keep")
+    builds_in_tensorrt(name, **{field: getattr(shapes, field) for field in fields})
 
 
 @pytest.mark.parametrize("merged_id", [MergedId.MAX_KEPT, MergedId.CENTROID])
