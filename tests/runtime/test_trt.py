@@ -29,6 +29,7 @@ from gap_export.inputs.batch import of_one_size
 from gap_export.positions import PAD, PositionPolicy, advance
 from gap_export.runtime import trt
 from gap_export.runtime.generate import generate
+from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.trt import TensorRTSession
 from gap_export.runtime.trt_graph import LoadedGraph
@@ -478,10 +479,14 @@ def test_a_bundle_without_engines(tmp_path: Path, write_small_bundle: Any) -> No
 # A decoder that drops tokens: two engines over one cache
 
 
+FIXED_STAGES = {"pruner": "pyramiddrop", "positions": PositionPolicy.GAP, "capacity": 80}
+STAGES_OF_A_RANGE = {"pruner": "fastv", "keep": "0.15:0.25:1.0", "capacity": 80}
+
+
 @pytest.fixture
-def staged(deep_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def staged(request: pytest.FixtureRequest, deep_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """(session on the stand-in, its device, what the engines were asked to do, the bundle)."""
-    plain = deep_bundle(pruner="pyramiddrop", positions=PositionPolicy.GAP, capacity=80)
+    plain = deep_bundle(**getattr(request, "param", FIXED_STAGES))
     engines = {
         name: Engine(
             file=graph.file,
@@ -498,15 +503,19 @@ def staged(deep_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return TensorRTSession(bundle), device, log, bundle
 
 
+@pytest.mark.parametrize(
+    "staged", [FIXED_STAGES, STAGES_OF_A_RANGE], indirect=True, ids=["fixed", "of a range"]
+)
 def test_a_decoder_that_drops_tokens_agrees_with_onnx_runtime(
     staged: Any, pixels: Any, questions: Any
 ) -> None:
     session, _, log, bundle = staged
+    manifest, batch = bundle.manifest, of_one_size(pixels, 36)
+    given: dict[str, Any] = {"max_new_tokens": 4, "eos_token_ids": (), "keep_logits": True}
+    if manifest.pruning.stage_counts_are_told:
+        given["keep_counts"] = keep_counts(manifest.pruning, manifest.spec, batch, None)
     ours, theirs = (
-        generate(
-            each, of_one_size(pixels, 36), questions, max_new_tokens=4, eos_token_ids=(), keep_logits=True
-        )
-        for each in (session, OnnxRuntimeSession(bundle, threads=1))
+        generate(each, batch, questions, **given) for each in (session, OnnxRuntimeSession(bundle, threads=1))
     )
     assert ours.tokens == theirs.tokens
     for mine, reference in zip(ours.every_kept_indices, theirs.every_kept_indices, strict=True):

@@ -55,7 +55,17 @@ def verdict(record: Recommendation) -> str:
             f"no smaller keep ratio is sure to lose at most {allowed}; more expressions narrow the intervals"
         )
     changes = f"accuracy {100 * choice.difference:+.2f} points, {100 * choice.low:+.2f} at worst"
-    return f"{choice.label}: first token {_speed(choice)}, {changes}"
+    return f"{choice.label}: first token {_speed(choice)}, {changes}{_still_possible(choice, record.expressions)}"
+
+
+def _still_possible(choice: Point, expressions: int) -> str:
+    """What an interval of no width hides: of few expressions none changes, and resampling them shows nothing else (rule of three)."""
+    if not choice.low == choice.difference == choice.high == 0:
+        return ""
+    points = 100 * min(1.0, 3 / expressions)
+    return (
+        f"; none of {expressions} expressions changed, which does not exclude a loss of {points:.2g} points"
+    )
 
 
 def _cells(point: Point, record: Recommendation) -> tuple[str | Text, ...]:

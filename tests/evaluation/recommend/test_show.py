@@ -57,7 +57,14 @@ def test_the_front_of_pruners_and_what_was_left_out() -> None:
     assert left_out == ["trim", "0.5, 0.25", "has no text tower"]
     assert verdict(record) == (
         "dart, keep 0.5: first token 2.00 times as fast, accuracy +0.00 points, +0.00 at worst"
+        "; none of 400 expressions changed, which does not exclude a loss of 0.75 points"
     )
+
+
+def test_an_interval_of_some_width_speaks_for_itself() -> None:
+    record = choose_pruner(measured(dart=(0.5, 0.895, 0.5)), 0.02, ttft_ms=50.0)
+    assert record.chosen_pruner == "dart"
+    assert "exclude" not in verdict(record)
 
 
 def test_nothing_to_take_among_pruners() -> None:
