@@ -76,6 +76,11 @@ _RULES = (
         "TopK takes at most 3840: keep fewer visual tokens, or choose a pruner that does not rank so many",
     ),
     _rule(
+        r"Shape tensor Scan\S* is not initialized",
+        "a loop whose number of rounds follows from the size of an image, as that of vispruner, cannot be built: choose another "
+        "pruner, or run the graph in ONNX Runtime",
+    ),
+    _rule(
         r"must have same input types|has type \w+ but must have type|Found unsupported input type",
         "networks are strongly typed and nothing is converted on its own: put a Cast in front of the node",
     ),

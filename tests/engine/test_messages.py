@@ -31,6 +31,11 @@ def told(*complaints: Complaint) -> GapExportError:
             EngineError,
             "Cast",
         ),
+        (
+            "Myelin ([create_shape_context.cpp:936: infer] Shape tensor Scan_951_shapeInput is not initialized.)",
+            EngineError,
+            "choose another pruner",
+        ),
         ("first input has type Bool but must have type Float, Half", EngineError, "Cast"),
         ("Plugin not found, are the plugin name, version, and namespace correct?", EngineError, "plain ONNX"),
         ("Attention operation was not supported by a dedicated kernel.", EngineError, "head sizes"),

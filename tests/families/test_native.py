@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gap_export.bundle.folder import open_bundle
-from gap_export.errors import RecipeError
+from gap_export.errors import EngineError, RecipeError
 from gap_export.evaluation.validate_text import validate_text
 from tests.families.answers import Asked, Families, assert_equal, prompts
-from tests.families.contract import Case, Contract
+from tests.families.contract import ENGINES, Case, Contract
 from tests.families.tiny_families import NATIVE, ranged
 from tests.graph.read_tokens import off, off_prefixes
 from tests.prose import prose
@@ -28,6 +28,17 @@ def usual_of(tiny_family: Families, name: str) -> Asked:
 
 class TestNativeResolution(Contract):
     families = NATIVE
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("name", [*(family.name for family in NATIVE), "llava_next", "internvl"])
+    def test_what_engines_lack_is_refused(self, tiny_family: Families, name: str) -> None:
+        """The number of its rounds follows from the image."""
+        pytest.importorskip(
+            "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gap-export[rtx]'"
+        )
+        with pytest.raises(EngineError, match="graph vision") as refused:
+            tiny_family(name).bundle(**ranged("vispruner"), **ENGINES)
+        assert "choose another pruner, or run the graph in ONNX Runtime" in refused.value.hint
 
     def test_places_of_patches_show(self, tiny_family: Families, usual: Case) -> None:
         asked = usual.asked(tiny_family)

@@ -174,7 +174,7 @@ NATIVE = (
         "Qwen/Qwen2.5-VL-7B-Instruct",
         fixed("prumerge", positions="shifted"),
         ranged("cls_attention"),
-        {1: ("dart", "divprune", "prumerge_plus")},
+        {1: ("dart", "divprune", "cdpruner", "prumerge_plus")},
         fixed("divprune", positions="shifted"),
     ),
     _qwen_vl(
@@ -202,7 +202,7 @@ TILES = (
                 fixed("cls_attention", positions="permuted"),
             )
         },
-        {1: ("cls_attention", "spatial")},
+        {1: ("cls_attention", "spatial", "divprune")},
         more=(adaptive("prumerge"), {**adaptive("prumerge_plus"), "positions": "shifted"}),
     ),
     _family(
@@ -227,7 +227,7 @@ TILES = (
             1: (ranged("cls_attention"), fixed("tile_attention"), fixed("vispruner")),
             2: (ranged("cls_attention"),),
         },
-        {1: ("cls_attention", "spatial")},
+        {1: ("cls_attention", "spatial", "cdpruner")},
         more=(
             adaptive("prumerge"),
             ranged("spatial"),
