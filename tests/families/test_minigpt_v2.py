@@ -228,7 +228,14 @@ def test_images_are_stretched(build: Bundles) -> None:
     assert seen[-200:].max() < 50
 
 
-@pytest.mark.parametrize("pruner", ["divprune", "dart", "vispruner", "spatial", "fastv"])
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("divprune", "vispruner", "spatial")),
+        "dart",
+        "fastv",
+    ],
+)
 def test_other_strategies_build(pruner: str, build: Bundles) -> None:
     layers = {"prune_layers": [1]} if pruner == "fastv" else {}
     assert build(pruner=pruner, max_new_tokens=4, **layers).manifest.pruning.pruner == pruner

@@ -12,6 +12,9 @@ from tests.exported import GraphExporter
 
 pytestmark = pytest.mark.slow
 
+SLOWLY_TRACED = [
+    (pruner, policy) for pruner in ("sparsevlm", "pyramiddrop") for policy in ("shifted", "permuted")
+]
 GAP, SHIFTED, PERMUTED = PositionPolicy.GAP, PositionPolicy.SHIFTED, PositionPolicy.PERMUTED
 
 
@@ -47,8 +50,14 @@ def gathers_of_ids(model: ir.Model) -> list[ir.Node]:
     return found
 
 
-@pytest.mark.parametrize("policy", PositionPolicy)
-@pytest.mark.parametrize("pruner", prune.names(in_decoder=True))
+@pytest.mark.parametrize(
+    ("pruner", "policy"),
+    [
+        pytest.param(pruner, policy, marks=pytest.mark.long if (pruner, policy) in SLOWLY_TRACED else ())
+        for pruner in prune.names(in_decoder=True)
+        for policy in PositionPolicy
+    ],
+)
 def test_both_graphs_carry_what_their_policy_says(
     pruner: str, policy: PositionPolicy, deep_graph: GraphExporter
 ) -> None:
@@ -62,14 +71,14 @@ def test_both_graphs_carry_what_their_policy_says(
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_renumbered_stages_do_not_pass_for_gap(name: str, deep_graph: GraphExporter) -> None:
-    report = lint(ir.load(deep_graph(name, pruner="pyramiddrop", positions=SHIFTED).path))
+    report = lint(ir.load(deep_graph(name, pruner="fastv", positions=SHIFTED).path))
     assert not report.verdict.survives
     assert "rope-reads-position-ids" in rules(report)
 
 
 def test_only_later_stages_may_renumber(deep_graph: GraphExporter) -> None:
     """Under a policy that renumbers, an id must still reach the layers it is read in."""
-    model = ir.load(deep_graph("decode", pruner="pyramiddrop", positions=SHIFTED).path)
+    model = ir.load(deep_graph("decode", pruner="fastv", positions=SHIFTED).path)
     (ids,) = (v for v in model.graph.inputs if v.name == "position_ids")
     (other,) = (v for v in model.graph.inputs if v.name == "write_index")
     wide = ir.node("Unsqueeze", [other, ir.Value(name="axis")])

@@ -65,7 +65,14 @@ def test_tensorrt_builds_a_tower_in_half_precision(
     builds_in_tensorrt(name)
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if prune.row(name).sequential])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "divprune" else pytest.param(name, marks=pytest.mark.long)
+        for name in STRATEGIES
+        if prune.row(name).sequential
+    ],
+)
 def test_tensorrt_builds_a_tower_below_a_loop(builds_in_tensorrt: Callable[..., None], name: str) -> None:
     """It crashes where the tower's attention is one fused node, and the loop is longer than those of the tiny tower."""
     shapes = load_recipe("shapes")
