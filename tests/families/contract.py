@@ -105,6 +105,11 @@ class Contract:
         for batch in (2, 1):
             assert_equal(asked.answer_of("openvino", batch), asked.true_answer(batch))
 
+    @pytest.mark.long
+    def test_openvino_answers_of_every_build(self, tiny_family: Families, build: Case) -> None:
+        asked = build.asked(tiny_family)
+        assert_equal(asked.answer_of("openvino", 2), asked.true_answer(2))
+
     def test_cuda_has_kernels(self, tiny_family: Families, build: Case) -> None:
         """By the list of the pinned release; a tower may do without, its nodes then run on the CPU, and that is said."""
         bundle = build.asked(tiny_family).bundle

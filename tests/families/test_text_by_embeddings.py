@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from gap_export.bundle.folder import Bundle
-from gap_export.errors import BundleError, CheckpointError, InputError
+from gap_export.errors import BundleError, CheckpointError, InputError, SessionWarning
 from gap_export.families.reference import open_model as open_reference_model
 from gap_export.inputs.prompt import encode_text
 from gap_export.inputs.tokenizer import load_tokenizer
 from gap_export.positions import PAD, Ids
+from gap_export.runtime.backends import open_session
 from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.torch.reference import open_torch
 from gap_export.runtime.torch.staged import open_reference
@@ -64,6 +66,23 @@ def test_graphs_answer_as_the_reference(name: str, pruner: str, tiny_family: Fam
     assert not np.array_equal(first.kept_indices, other.kept_indices), "it is read"
     alone = answer(asked.session, bundle, asked.batch(1), text_ids_BL=ids_of(bundle, WORDS[:1]))
     assert_equal(alone, answer(reference, bundle, asked.batch(1), text_ids_BL=ids_of(bundle, WORDS[:1])))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "pruner"), CASES)
+def test_openvino_reads_the_expression(name: str, pruner: str, tiny_family: Families) -> None:
+    asked = asked_of(tiny_family, name, pruner)
+    ids = ids_of(asked.bundle, WORDS[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SessionWarning)  # of a loop that it leaves to ONNX Runtime
+        session = open_session(asked.bundle, "openvino", threads=1)
+    with session:
+        for keep in (None, 0.15):
+            mine, theirs = (
+                answer(each, asked.bundle, asked.batch(2), keep, text_ids_BL=ids)
+                for each in (session, asked.session)
+            )
+            assert_equal(mine, theirs)
 
 
 @pytest.mark.long
