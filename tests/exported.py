@@ -14,6 +14,11 @@ from gap_export.pipeline.opened import OpenedModel, open_model
 from gap_export.plan import Plan, plan_for
 from gap_export.recipe.recipe import Recipe
 
+SLOWLY_TRACED = [
+    (pruner, policy) for pruner in ("sparsevlm", "pyramiddrop") for policy in ("shifted", "permuted")
+]
+"""Pruners inside the decoder, with policies, whose tests are long."""
+
 
 @dataclass(frozen=True)
 class ExportedGraph:

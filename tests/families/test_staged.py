@@ -26,7 +26,7 @@ from gap_export.runtime.generate import Generation, generate
 from gap_export.runtime.keep import keep_counts
 from gap_export.runtime.ort import OnnxRuntimeSession
 from gap_export.runtime.session import VisualTokens
-from tests.exported import GraphExporter
+from tests.exported import SLOWLY_TRACED, GraphExporter
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +37,6 @@ Pixels = NDArray[np.float32]
 INSIDE = prune.names(in_decoder=True)
 GAP = PositionPolicy.GAP
 VISUAL, NEW = 36, 5
-SLOWLY_TRACED = [
-    (pruner, policy) for pruner in ("sparsevlm", "pyramiddrop") for policy in ("shifted", "permuted")
-]
 
 
 def answer(session: Any, pixels: Pixels, ids: Ids, **options: Any) -> Generation:

@@ -547,13 +547,23 @@ def test_prompts_and_tokens_share_one_cache(staged: Any, pixels: Any, questions:
     assert not device.blocks, "everything is given back, once"
 
 
+@pytest.mark.parametrize(
+    "staged",
+    [
+        pytest.param(FIXED_STAGES, id="fixed"),
+        pytest.param({**FIXED_STAGES, "pruner": "pyramiddrop"}, id="four", marks=pytest.mark.long),
+    ],
+    indirect=True,
+)
 def test_a_full_stage_is_refused(staged: Any, pixels: Any, questions: Any) -> None:
     session = staged[0]
     spliced = session.splice(questions, session.encode({"pixel_values": pixels}))
     session.prefill(spliced.embeds, spliced.placement)
     turn = advance(spliced.placement)
     full = session.capacities[1]
-    beyond = replace(turn, stage_write_index=(turn.stage_write_index[0] * 0 + full,))
+    beyond = replace(
+        turn, stage_write_index=(turn.stage_write_index[0] * 0 + full, *turn.stage_write_index[1:])
+    )
     with pytest.raises(SessionError, match=f"has {full} slots, this call needs {full + 1}"):
         session.step(np.array([1, 1, 1, 1]), beyond)
 
