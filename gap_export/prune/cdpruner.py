@@ -26,6 +26,8 @@ from gap_export.prune.scan import sequential
 SPANNED = 1e-5
 """A token of which no more is left lies in the span of the chosen ones."""
 _SMALLEST = 1e-6
+_CHOICES_PER_STEP = 4
+"""A step copies the factor once, however many rows it adds."""
 _CHOSEN = -1.0
 
 
@@ -46,19 +48,33 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
     tokens_N = torch.arange(features.visual_tokens)
 
     def step(state: tuple[Tensor, ...], number: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Choose, and take away from all tokens what the chosen one spans beyond those before it."""
+        """Choose some, one by one, and take away from all tokens what each spans beyond those before it."""
         factor_BKN, left_BN = state
-        gain_BN = torch.where(left_BN == _CHOSEN, _CHOSEN, weight_BN * left_BN.clamp(min=SPANNED))
-        chosen_B1 = gain_BN.argmax(dim=-1, keepdim=True)
-        before_BKN = factor_BKN.gather(2, chosen_B1[:, :, None].expand(-1, kept, -1))
-        row_BN = (take(cosine_BNN, chosen_B1) - torch.matmul(before_BKN.transpose(1, 2), factor_BKN))[:, 0]
-        pivot_B1 = row_BN.gather(1, chosen_B1)
-        row_BN = torch.where(pivot_B1 > SPANNED, row_BN / pivot_B1.clamp(min=SPANNED).sqrt(), 0.0)
-        is_out_BN = (left_BN == _CHOSEN) | (tokens_N == chosen_B1)
-        left_BN = torch.where(is_out_BN, _CHOSEN, (left_BN - row_BN.square()).clamp(min=0.0))
-        place_B1N = number.reshape(1, 1, 1).expand_as(row_BN[:, None])
-        return (factor_BKN.scatter(1, place_B1N, row_BN[:, None]), left_BN), chosen_B1[:, 0].clone()
+        chosen: list[Tensor] = []
+        rows: list[Tensor] = []
+        for _ in range(_CHOICES_PER_STEP):
+            gain_BN = torch.where(left_BN == _CHOSEN, _CHOSEN, weight_BN * left_BN.clamp(min=SPANNED))
+            chosen_B1 = gain_BN.argmax(dim=-1, keepdim=True)
+            before_BKN = factor_BKN.gather(2, chosen_B1[:, :, None].expand(-1, factor_BKN.shape[1], -1))
+            row_BN = (take(cosine_BNN, chosen_B1) - torch.matmul(before_BKN.transpose(1, 2), factor_BKN))[
+                :, 0
+            ]
+            for earlier_BN in rows:
+                row_BN = row_BN - earlier_BN.gather(1, chosen_B1) * earlier_BN
+            pivot_B1 = row_BN.gather(1, chosen_B1)
+            row_BN = torch.where(pivot_B1 > SPANNED, row_BN / pivot_B1.clamp(min=SPANNED).sqrt(), 0.0)
+            is_out_BN = (left_BN == _CHOSEN) | (tokens_N == chosen_B1)
+            left_BN = torch.where(is_out_BN, _CHOSEN, (left_BN - row_BN.square()).clamp(min=0.0))
+            chosen.append(chosen_B1)
+            rows.append(row_BN)
+        new_BUN = torch.stack(rows, dim=1)
+        places_U = number * _CHOICES_PER_STEP + torch.arange(_CHOICES_PER_STEP)
+        factor_BKN = factor_BKN.scatter(1, places_U[None, :, None].expand_as(new_BUN), new_BUN)
+        return (factor_BKN, left_BN), torch.cat(chosen, dim=1)
 
-    nothing_BKN = weight_BN.new_zeros(1, kept, 1).expand(weight_BN.shape[0], -1, weight_BN.shape[1]).clone()
-    _, chosen_KB = sequential(step, (nothing_BKN, torch.ones_like(weight_BN)), kept)
-    return Selected(chosen_KB.transpose(0, 1))
+    # Two or more, because torch specialises graphs to a single one; so the last choices are too many.
+    steps = kept // _CHOICES_PER_STEP + 2
+    nothing_BKN = weight_BN.new_zeros(weight_BN.shape[0], steps * _CHOICES_PER_STEP, weight_BN.shape[1])
+    _, chosen_TBU = sequential(step, (nothing_BKN, torch.ones_like(weight_BN)), steps)
+    # (Gathered, not sliced: the exporter does not follow that there are as many.)
+    return Selected(chosen_TBU.transpose(0, 1).flatten(1).index_select(1, torch.arange(kept)))

@@ -24,7 +24,7 @@ from gap_export.prune.order import ranks, take
 from gap_export.prune.scan import sequential
 
 DROPPED_PER_ROUND = 8
-_LESS_THAN_ANY = -2.0
+_LESS_THAN_ANY = -4.0  # below every cosine, also when added to one
 _DROPPED = -1
 
 
@@ -48,9 +48,9 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
         drops_B1 = torch.minimum((left_B1 - wanted).clamp(max=DROPPED_PER_ROUND), evens_B1)
         is_left_BN = place_BN >= 0
         is_odd_BN, is_even_BN = is_left_BN & (place_BN % 2 == 1), is_left_BN & (place_BN % 2 == 0)
-        beside_odd_BN = torch.where(is_odd_BN, 0.0, 2 * _LESS_THAN_ANY)
+        beside_odd_BN = torch.where(is_odd_BN, 0.0, _LESS_THAN_ANY)
         closest_BN = (alike_BNN + beside_odd_BN[:, None]).amax(dim=-1)
-        rank_BN = ranks(closest_BN.masked_fill(~is_even_BN, 2 * _LESS_THAN_ANY))
+        rank_BN = ranks(closest_BN.masked_fill(~is_even_BN, _LESS_THAN_ANY))
         even_place_BN = torch.where(rank_BN < drops_B1, _DROPPED, rank_BN - drops_B1)
         odd_place_BN = evens_B1 - drops_B1 + place_BN // 2
         moved_BN = torch.where(is_even_BN, even_place_BN, torch.where(is_odd_BN, odd_place_BN, _DROPPED))
