@@ -13,7 +13,6 @@ from gap_export.bundle.manifest import KeepMode, ModelSpec, Pruning, Stage
 from gap_export.errors import RecipeError
 from gap_export.inputs.batch import TokenRange
 from gap_export.inputs.prompt import TextTower
-from gap_export.positions import MergedId
 from gap_export.precision import Activations, one_of, precision
 from gap_export.prune.in_decoder import schedules
 from gap_export.recipe.ranges import CALIBRATE
@@ -236,12 +235,6 @@ def _counts(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec) -> _Counts:
 
 def _counts_of_range(recipe: Recipe, pruner: prune.Pruner, spec: ModelSpec, tokens: TokenRange) -> _Counts:
     """Where images differ in how many visual tokens they have: every image keeps the same share, or at most that."""
-    if recipe.merged_id is MergedId.CENTROID and pruner.merges:
-        raise RecipeError(
-            "needs images that all have the same grid of patches, and this model's differ",
-            subject="merged_id centroid",
-            hint="use last_visual or max_kept",
-        )
     keep_mode: KeepMode
     if recipe.keep == "adaptive":
         prune.check_adaptive(pruner, spec.missing_features)

@@ -288,18 +288,6 @@ def test_requests_may_choose_the_share() -> None:
     assert plan_for(recipe_with(keep="0.1:1.0"), FACTS).pruning.keep_range == (0.1, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pruner": "prumerge", "merged_id": "centroid"}, "images that all have the same grid of patches"),
-    ],
-)
-def test_what_needs_images_of_one_size(changes: dict[str, Any], message: str) -> None:
-    tower = TextTower(checkpoint="x", context=8, width=4, vocabulary=64, aligned_inversely=True)
-    with pytest.raises(RecipeError, match=message):
-        plan_for(recipe_with(**changes), MANY, tower if changes["pruner"] == "trim" else None)
-
-
 def test_ranges_go_with_precisions_that_have_use_for_them() -> None:
     for precision in ("fp8", "nvfp4"):
         with pytest.raises(RecipeError, match="needs activation ranges") as caught:

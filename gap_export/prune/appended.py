@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gap_export.positions import PAD, MergedId
+from gap_export.prune import VisionFeatures
 from gap_export.prune.order import merged_index
 
 
@@ -30,10 +31,10 @@ class Layout:
     is_appended_BK: Tensor
     is_rest_BN: Tensor
 
-    def indices(self, merged_id: MergedId, weights_BN: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def indices(self, merged_id: MergedId, features: VisionFeatures[Tensor], weights_BN: Tensor) -> Tensor:
         """[B, K] int64; `weights_BN` are the shares of the patches in the appended token."""
         own_BK = torch.where(self.is_own_BK, self.ranked_BK, PAD)
-        appended_B1 = merged_index(merged_id, kept_BM=own_BK, weights_BN=weights_BN, grid=grid)
+        appended_B1 = merged_index(merged_id, features, kept_BM=own_BK, weights_BN=weights_BN)
         return torch.where(self.is_appended_BK, appended_B1, own_BK)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gap_export.positions import MergedId, PositionPolicy
-from gap_export.prune import Selected
+from gap_export.prune import Selected, VisionFeatures
+from gap_export.prune.grids import nearest_to_centre
 
 _AFTER_ALL = 1 << 16
 """Stands for the index of padding in a sort: above every raster index, and times K still an int32."""
@@ -48,32 +49,24 @@ def in_decoder_order(selected: Selected, policy: PositionPolicy) -> Selected:
 
 
 def merged_index(
-    merged_id: MergedId, *, kept_BM: Tensor, weights_BN: Tensor, grid: tuple[int, int] | None
+    merged_id: MergedId, features: VisionFeatures[Tensor], *, kept_BM: Tensor, weights_BN: Tensor
 ) -> Tensor:
     """The raster index that a token stands for which was merged from many patches.
 
     Args:
         merged_id: the rule.
+        features: of the batch.
         kept_BM: raster indices of the patches that were kept; `PAD` among them counts for nothing.
         weights_BN: share of each patch in the merged token, not negative; need not sum to one.
-        grid: (rows, columns); None where images differ.
 
     Returns:
         [B, 1] int64.
 
     Raises:
-        ValueError: a centroid without a grid.
+        ValueError: a centroid of tokens that lie on no grid.
     """
     if merged_id is MergedId.LAST_VISUAL:
         return torch.full_like(kept_BM[:, :1], weights_BN.shape[1] - 1)
     if merged_id is MergedId.MAX_KEPT:
         return kept_BM.amax(dim=1, keepdim=True)
-    if grid is None:
-        raise ValueError("a centroid needs patches that lie on one grid")
-    rows, columns = grid
-    shares_BN = weights_BN.float() / weights_BN.float().sum(dim=1, keepdim=True)
-    places_N2 = torch.stack(
-        [torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)], dim=1
-    )
-    nearest_B2 = (torch.matmul(shares_BN, places_N2.float()) + 0.5).floor().to(torch.int64)
-    return nearest_B2[:, :1] * columns + nearest_B2[:, 1:]
+    return nearest_to_centre(features.laid_out, weights_BN)

@@ -77,6 +77,6 @@ def merged_into(
     rest_BN = scores_BN * layout.is_rest_BN
     weights_BKN = own_BKN + rest_BN[:, None] * layout.is_appended_BK[:, :, None]
     return Selected(
-        layout.indices(merged_id, rest_BN, features.grid),
+        layout.indices(merged_id, features, rest_BN),
         torch.matmul(weights_BKN, patches_BNE.float()).to(patches_BNE.dtype),
     )

@@ -11,14 +11,13 @@ throughout, so that K and the extents of the grids may be known when the graph r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gap_export.positions import MergedId
 from gap_export.prune import Selected, VisionFeatures
-from gap_export.prune.features import Extent, Grid
+from gap_export.prune.grids import extents
 
 
 def used_rows(grid: tuple[int, int], kept: int) -> int:
@@ -30,7 +29,7 @@ def used_rows(grid: tuple[int, int], kept: int) -> int:
 
 def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id: MergedId) -> Selected:
     """Choose K tokens of every image."""
-    rows_G, columns_G, first_G = _extents(features.laid_out)
+    rows_G, columns_G, first_G = extents(features.laid_out)
     # Grids share the points by where their tokens begin among the N; a grid may get none.
     cut_G, end_G = (
         kept * token_G // features.visual_tokens for token_G in (first_G, first_G + rows_G * columns_G)
@@ -49,23 +48,6 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
     column_K = (2 * (within_K - first_K) + 1) * columns_K // (2 * (end_K - first_K))
     indices_K = at_K + row_K * columns_K + column_K
     return Selected(indices_K.expand(features.patches.shape[0], -1))
-
-
-def _extents(grids: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor]:
-    """[G] int64 each of all grids, those that stand for several repeated: rows, columns, and which token is the first."""
-    rows, columns, firsts = [], [], []
-    offset: Extent = 0
-    for grid in grids:
-        tokens = grid.rows * grid.columns
-        rows.append(_of_each(grid.rows, grid.count))
-        columns.append(_of_each(grid.columns, grid.count))
-        firsts.append(offset + torch.arange(grid.count) * tokens)
-        offset = offset + grid.count * tokens
-    return torch.cat(rows), torch.cat(columns), torch.cat(firsts)
-
-
-def _of_each(extent: Extent, count: int) -> Tensor:
-    return extent.expand(count) if isinstance(extent, Tensor) else torch.full((count,), extent)
 
 
 def _used_rows(rows_G: Tensor, columns_G: Tensor, kept_G: Tensor) -> Tensor:

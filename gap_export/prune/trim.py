@@ -62,6 +62,6 @@ def _with_mean(features: VisionFeatures[Tensor], layout: Layout, merged_id: Merg
     shares_BN = layout.is_rest_BN / layout.is_rest_BN.sum(dim=-1, keepdim=True)
     mean_B1E = torch.matmul(shares_BN[:, None], patches_BNE.float()).to(patches_BNE.dtype)
     return Selected(
-        layout.indices(merged_id, shares_BN, features.grid),
+        layout.indices(merged_id, features, shares_BN),
         torch.where(layout.is_appended_BK[..., None], mean_B1E, take(patches_BNE, layout.ranked_BK)),
     )

@@ -61,7 +61,7 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
     tokens_BKE = tokens_BKE.to(patches_BNE.dtype)
     if class_token_BE is None:
         return Selected(chosen_BK, tokens_BKE)
-    class_B1 = merged_index(merged_id, kept_BM=chosen_BK, weights_BN=scores_BN, grid=features.grid)
+    class_B1 = merged_index(merged_id, features, kept_BM=chosen_BK, weights_BN=scores_BN)
     return Selected(
         torch.where(is_class_K, class_B1, chosen_BK),
         torch.where(is_class_K[:, None], class_token_BE[:, None], tokens_BKE),

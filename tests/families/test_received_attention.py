@@ -134,10 +134,3 @@ def test_what_a_family_cannot_have_is_refused_by_one_line(
         plan_for(recipe, family.spec(recipe))
     assert "\n" not in caught.value.message
     assert caught.value.hint
-
-
-def test_what_needs_one_grid_is_refused(tiny_family: Families) -> None:
-    family, recipe = family_of(tiny_family("qwen2_vl"), "prumerge")
-    recipe = recipe.model_validate({**json.loads(recipe.model_dump_json()), "merged_id": "centroid"})
-    with pytest.raises(RecipeError, match="same grid of patches"):
-        plan_for(recipe, family.spec(recipe))

@@ -106,9 +106,9 @@ def ranged(pruner: str) -> Options:
     return {"pruner": pruner, "keep": "0.1:0.3:1.0"}
 
 
-def adaptive(pruner: str) -> Options:
+def adaptive(pruner: str, **changes: Any) -> Options:
     """Every image finds its own count."""
-    return {"pruner": pruner, "keep": "adaptive", "keep_bound": 0.9}
+    return {"pruner": pruner, "keep": "adaptive", "keep_bound": 0.9, **changes}
 
 
 def fixed(pruner: str, **changes: Any) -> Options:
@@ -145,7 +145,7 @@ def _qwen_vl(
         builds,
         engines,
         mrope_ids,
-        (more, adaptive("prumerge"), ranged("spatial"), *by_attention()),
+        (more, adaptive("prumerge", merged_id="centroid"), ranged("spatial"), *by_attention()),
     )
 
 
@@ -198,12 +198,12 @@ TILES = (
                 ranged("cls_attention"),
                 fixed("tile_attention"),
                 fixed("visionzip"),
-                fixed("prumerge"),
+                fixed("prumerge", merged_id="centroid"),
                 fixed("cls_attention", positions="permuted"),
             )
         },
         {1: ("cls_attention", "spatial", "divprune")},
-        more=(adaptive("prumerge"), {**adaptive("prumerge_plus"), "positions": "shifted"}),
+        more=(adaptive("prumerge"), adaptive("prumerge_plus", positions="shifted")),
     ),
     _family(
         "llava_next_mistral",
@@ -217,7 +217,12 @@ TILES = (
         anyres_inputs,
         {1: (ranged("divprune"), fixed("tile_attention")), 2: (ranged("tile_attention"),)},
         {1: ("divprune", "tile_attention", "prumerge")},
-        more=(fixed("dart"), adaptive("prumerge_plus"), ranged("spatial"), *by_attention()),
+        more=(
+            fixed("dart"),
+            adaptive("prumerge_plus", merged_id="centroid"),
+            ranged("spatial"),
+            *by_attention(),
+        ),
     ),
     _family(
         "internvl",
@@ -229,7 +234,7 @@ TILES = (
         },
         {1: ("cls_attention", "spatial", "cdpruner")},
         more=(
-            adaptive("prumerge"),
+            adaptive("prumerge", merged_id="centroid"),
             ranged("spatial"),
             *(fixed(pruner) for pruner in ("visionzip", "prumerge", "prumerge_plus")),
         ),

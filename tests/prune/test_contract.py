@@ -299,7 +299,7 @@ def test_a_grid_is_not_made_up() -> None:
     loose = replace(features(), grid=None)
     with pytest.raises(ValueError, match="lie on grids"):
         select("spatial", loose, 5)
-    with pytest.raises(ValueError, match="one grid"):
+    with pytest.raises(ValueError, match="lie on grids"):
         prune.load("trim").select(loose, 5, seed=0, merged_id=MergedId.CENTROID)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gap_export.positions import MergedId, PositionPolicy, prompt_position_ids
-from gap_export.prune import Selected, order
+from gap_export.prune import Selected, VisionFeatures, order
 
 GRID = (4, 5)
 
@@ -40,7 +40,8 @@ def test_places_of_a_merged_token(rule: MergedId, index: int) -> None:
     weights = torch.zeros(1, 20)
     weights[0, [5, 7, 16]] = torch.tensor([0.1, 0.1, 0.2])
     kept = torch.tensor([[3, 12, 4]])
-    assert order.merged_index(rule, kept_BM=kept, weights_BN=weights, grid=GRID).tolist() == [[index]]
+    features = VisionFeatures(torch.empty(1, 20, 1), grid=GRID)
+    assert order.merged_index(rule, features, kept_BM=kept, weights_BN=weights).tolist() == [[index]]
 
 
 @pytest.mark.parametrize("policy", list(PositionPolicy))

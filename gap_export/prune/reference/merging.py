@@ -68,7 +68,7 @@ def trim(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: M
     margin.cut(logits[ranked] / np.abs(logits).max(), kept - 1, relative=False)
     own, rest = [int(token) for token in ranked[: kept - 1]], np.sort(ranked[kept - 1 :])
     weights = {int(token): 1.0 for token in rest}
-    index = _merged_index(merged_id, own, weights, features, margin)
+    index = merged_index(merged_id, own, weights, features, margin)
     patches_NX = features.added_up
     features_KE = np.concatenate([patches_NX[own], patches_NX[rest].mean(axis=0)[None]])
     return Choice(np.array([*own, index], np.int64), features_KE, margin.smallest)
@@ -106,32 +106,47 @@ def _merge_neighbours(
         rows.append(row)
     rest = sorted(set(range(len(scores_N))) - set(own))
     rows.append(scores_N[rest] @ patches_NX[rest])
-    index = _merged_index(merged_id, own, dict(zip(rest, scores_N[rest], strict=True)), features, margin)
+    index = merged_index(merged_id, own, dict(zip(rest, scores_N[rest], strict=True)), features, margin)
     return Choice(np.array([*own, index], np.int64), np.array(rows), margin.smallest, merge_margin.smallest)
 
 
-def _merged_index(
+def merged_index(
     merged_id: MergedId,
     own: list[int],
     weights: dict[int, float],
     features: VisionFeatures[Floats],
     margin: Margin,
 ) -> int:
+    """The index of what was merged.
+
+    Args:
+        merged_id: the rule.
+        own: indices of what was kept.
+        weights: of every token that went into it.
+        features: of the image.
+        margin: of all choices.
+    """
     if merged_id is MergedId.LAST_VISUAL:
         return len(features.patches) - 1
     if merged_id is MergedId.MAX_KEPT:
         return max(own)
-    grid = features.grid
-    assert grid is not None
-    total = sum(weights.values())
+    sizes = [(each.rows, each.columns) for each in features.laid_out for _ in range(each.count)]
+    lies = [(number, row, column) for number, size in enumerate(sizes) for row, column in np.ndindex(*size)]
+    on_grid = [0.0] * len(sizes)
+    for token, weight in weights.items():
+        on_grid[lies[token][0]] += weight
+    heaviest = descending(np.array(on_grid))
+    margin.cut(np.array(on_grid)[heaviest], 1, relative=True)
+    total = on_grid[heaviest[0]]
     centre = [
-        sum(weight * divmod(token, grid[1])[axis] for token, weight in weights.items()) / total
-        for axis in (0, 1)
+        sum(weight * lies[token][axis] for token, weight in weights.items() if lies[token][0] == heaviest[0])
+        / total
+        for axis in (1, 2)
     ]
     # Halfway between two patches is as much a tie as two equal scores.
     margin.smallest = min(margin.smallest, *(abs(value - np.floor(value) - 0.5) for value in centre))
     row, column = (int(np.floor(value + 0.5)) for value in centre)
-    return row * grid[1] + column
+    return lies.index((int(heaviest[0]), row, column))
 
 
 def visionzip(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_id: MergedId) -> Choice:
@@ -155,5 +170,5 @@ def visionzip(features: VisionFeatures[Floats], kept: int, *, seed: int, merged_
     rows += [patches_NX[t] + (np.mean(gathered[t], axis=0) if gathered[t] else 0.0) for t in targets]
     chosen = [*dominant, *targets]
     if class_tokens:
-        chosen = [_merged_index(merged_id, chosen, dict(enumerate(scores)), features, margin), *chosen]
+        chosen = [merged_index(merged_id, chosen, dict(enumerate(scores)), features, margin), *chosen]
     return Choice(np.array(chosen, np.int64), np.array(rows), margin.smallest, merge_margin.smallest)
