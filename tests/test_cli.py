@@ -681,9 +681,18 @@ def test_inspect_of_a_decoder_that_drops_tokens(command: Command, deep_bundle: B
     shown = command("inspect", folder).out
     assert "keep 9 of 36 at the end (36, 23, 14, 9 by stage), 20.5 in the mean over layers" in shown
     assert "write_index.3" in shown
-    renumbered = deep_bundle(pruner="fastv", positions="shifted").folder
-    stages = json.loads(command("inspect", renumbered, "--json").out)["stages"]
-    assert [stage["reads_ids"] for stage in stages] == ["position_ids", "its slots"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pruner", "later"), [("fastv", 1), pytest.param("pyramiddrop", 3, marks=pytest.mark.long)]
+)
+def test_inspect_of_stages_that_are_renumbered(
+    command: Command, deep_bundle: BuildBundle, pruner: str, later: int
+) -> None:
+    folder = deep_bundle(pruner=pruner, positions="shifted").folder
+    stages = json.loads(command("inspect", folder, "--json").out)["stages"]
+    assert [stage["reads_ids"] for stage in stages] == ["position_ids"] + ["its slots"] * later
 
 
 @pytest.mark.slow

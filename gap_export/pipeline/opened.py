@@ -108,6 +108,9 @@ def open_model(
         RecipeError: an option that this model has no use for, or ranges that cannot be read.
         InputError: a calibration text that cannot be read, or is too short.
     """
+    pruner = prune.row(recipe.pruner)  # a name that is none is told before anything is fetched
+    if reads_text is None:
+        reads_text = pruner.needs_text
     progress.stage("reading the checkpoint")
     random = recipe.weights == "random"
     folder = (
@@ -121,8 +124,6 @@ def open_model(
             subject=str(checkpoint.folder),
             hint="use a recipe of the checkpoint's family",
         )
-    if reads_text is None:
-        reads_text = prune.row(recipe.pruner).needs_text
     kind = row.load()
     unused = [companion.name for companion in kind.companions(checkpoint) if not companion.used]
     recipe = recipe.model_copy(update=dict.fromkeys(unused))

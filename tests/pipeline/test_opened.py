@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.errors import CheckpointError, CheckpointWarning
+from gap_export.errors import CheckpointError, CheckpointWarning, RecipeError
 from gap_export.modeling.hf_config import llama_config
 from gap_export.pipeline.build import build
 from gap_export.pipeline.opened import OpenedModel, open_model
@@ -43,6 +43,12 @@ def refused(
         return caught.value
 
     return attempt
+
+
+def test_a_name_that_is_no_pruner_is_told_before_anything_is_fetched(tiny_options: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate({**tiny_options, "checkpoint": "nobody/nothing", "pruner": "fastvv"})
+    with pytest.raises(RecipeError, match="did you mean 'fastv'"):
+        open_model(recipe)
 
 
 @pytest.fixture

@@ -62,11 +62,13 @@ BUNDLES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adaptive": ("tiny_bundle", {"pruner": "prumerge", "keep": "adaptive"}, {}),
     "stages": ("deep_bundle", {"pruner": "fastv"}, {}),
     "stages of a range": ("deep_bundle", {"pruner": "fastv", "keep": "0.15:0.25:1.0"}, {}),
+    "stages of a range, merged": ("deep_bundle", {"pruner": "sparsevlm", "keep": "0.15:0.25:1.0"}, {}),
     "shifted": ("tiny_bundle", {"positions": "shifted"}, {}),
 }
+KINDS = [pytest.param(kind, marks=pytest.mark.long) if "merged" in kind else kind for kind in BUNDLES]
 
 
-@pytest.mark.parametrize("kind", BUNDLES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_onnx_runtime(
     kind: str, request: pytest.FixtureRequest, pixels: Floats, ragged_ids: Ids
 ) -> None:

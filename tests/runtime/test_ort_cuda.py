@@ -24,7 +24,7 @@ from gap_export.runtime import ort_graph, ort_memory
 from gap_export.runtime.backends import open_session
 from gap_export.runtime.onnxruntime_package import ort
 from gap_export.runtime.ort import OnnxRuntimeSession
-from tests.runtime.test_openvino import BUNDLES, answer, told
+from tests.runtime.test_openvino import BUNDLES, KINDS, answer, told
 
 BuildBundle = Callable[..., Bundle]
 Floats = NDArray[np.float32]
@@ -138,7 +138,7 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> Crossings:
     return counted
 
 
-@pytest.mark.parametrize("kind", BUNDLES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_on_the_host(
     kind: str, request: pytest.FixtureRequest, pixels: Floats, ragged_ids: Ids, crossings: Crossings
 ) -> None:
