@@ -17,6 +17,7 @@ from gap_export.bundle.check.files import CHAT_TEMPLATE
 from gap_export.bundle.folder import MANIFEST, REPORTS, Bundle, open_bundle, write_manifest
 from gap_export.bundle.hashes import record_of
 from gap_export.bundle.manifest import Engine, EngineTarget, Graph, Manifest
+from gap_export.engine.isolated import Builder
 from gap_export.environment import BUILD_PACKAGES, check_build_extra, versions
 from gap_export.errors import BundleError
 from gap_export.files import FolderLock, atomic_folder
@@ -165,22 +166,21 @@ def build_engines(
         MissingRequirementError: the builder is not installed, or no space on the disk.
     """
     engines: dict[EngineTarget, dict[str, Engine]] = {}
-    for target in recipe.targets:
-        if target == "onnx":
-            continue
-        from gap_export.engine.build import engine_from_graph
-
-        engines[target] = {}
-        for name, graph in graphs.items():
-            progress.stage(f"building the {target} engine of {name}")
-            engines[target][name] = engine_from_graph(
-                folder / graph.file,
-                graph.spec,
-                target=target,
-                compute_capabilities=recipe.devices,
-                folder=folder,
-                progress=Prefixed(progress, f"{target} engine of {name}"),
-            )
+    with Builder() as builder:
+        for target in recipe.targets:
+            if target == "onnx":
+                continue
+            engines[target] = {}
+            for name, graph in graphs.items():
+                progress.stage(f"building the {target} engine of {name}")
+                engines[target][name] = builder.engine_from_graph(
+                    folder / graph.file,
+                    graph.spec,
+                    target=target,
+                    compute_capabilities=recipe.devices,
+                    folder=folder,
+                    progress=Prefixed(progress, f"{target} engine of {name}"),
+                )
     return engines
 
 
