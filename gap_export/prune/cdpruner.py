@@ -6,8 +6,8 @@ to 0..1. The original scales over the whole batch; here every image is scaled by
 instruction that ends it; here it is the expression. It averages over pieces of long
 texts; here texts longer than the context of the text tower are refused when they are given.
 
-The choice is sequential: K steps. The gain of a token is r_i^2 times the part of it that the chosen ones do not span: the
-diagonal of the Schur complement of s. A step adds one row to the factor of s (Cholesky's, rows of the chosen ones; fast greedy
+The choice is sequential. The gain of a token is r_i^2 times the part of it that the chosen ones do not span: the
+diagonal of the Schur complement of s. A choice adds one row to the factor of s (Cholesky's, rows of the chosen ones; fast greedy
 choice of arXiv 1709.05135), O(K N). (Taken from s and not from the kernel, no
 small r is lost to rounding.) Where hardly anything of a token is left, rounding would decide; such tokens go by r alone.
 """
@@ -27,7 +27,7 @@ SPANNED = 1e-5
 """A token of which no more is left lies in the span of the chosen ones."""
 _SMALLEST = 1e-6
 _CHOICES_PER_STEP = 4
-"""A step copies the factor once, however many rows it adds."""
+"""A step of the loop copies the factor once, however many rows are added to it."""
 _CHOSEN = -1.0
 
 
