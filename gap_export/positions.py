@@ -68,7 +68,8 @@ class MergedId(StrEnum):
     MAX_KEPT = "max_kept"
     """The last patch that was kept."""
     CENTROID = "centroid"
-    """The patch nearest to the weighted centre, in rows and columns, of the patches it was merged from."""
+    """The patch nearest to the weighted centre, in rows and columns, of the patches it was merged from; of several grids (tiles), on the one that
+    most of the weight lies on."""
 
 
 @dataclass(frozen=True)

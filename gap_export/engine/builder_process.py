@@ -1,7 +1,7 @@
 """The other side of `isolated`: a library's builder, in a process that it may crash, and that ends when its standard input does.
 
-Requests are the arguments of `engine_from_graph`; every stage is sent as it begins, then the engine or the error. All are pickled: both
-sides are this package, of one version.
+Requests come on standard input; answers go to a pipe of their own, for libraries print to standard output. A request is the arguments of
+`engine_from_graph`; every stage is told as it begins, then the engine or the error is. All are pickled: both sides are this package.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from typing import IO, Any
 from gap_export.bundle.manifest import Engine, EngineTarget
 from gap_export.bundle.spec import GraphSpec
 from gap_export.engine.build import engine_from_graph
+from gap_export.errors import GapExportError
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,52 @@ class _Sent:
         """Nothing: a builder counts within its stages."""
 
 
-def main() -> None:
-    """Build one engine after another."""
+def main(answers: int) -> None:
+    """Build one engine after another, and never return.
+
+    Args:
+        answers: descriptor of the pipe.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other side's
-    sent = _Sent(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
-    requests = queue.SimpleQueue[Request]()
-    threading.Thread(target=_read, args=(requests,), daemon=True).start()
-    while True:
-        request = requests.get()
+    os.set_inheritable(answers, False)  # what a library starts must not hold it open
+    try:
+        sent = _Sent(os.fdopen(answers, "wb"))
+        requests = queue.SimpleQueue[Request]()
+        threading.Thread(target=_read, args=(requests,), daemon=True).start()
+        while True:
+            sent.send(_answer(requests.get(), sent))
+    except BaseException:
+        _end()
+
+
+def _answer(request: Request, sent: _Sent) -> Answer:
+    try:
+        return engine_from_graph(**vars(request), progress=sent)
+    except GapExportError as error:
+        return error
+    except Exception as error:  # a bug: where it is would be lost on the way
+        said = traceback.format_exc()
         try:
-            sent.send(engine_from_graph(**vars(request), progress=sent))
-        except Exception as error:
-            sent.send(error)
+            told: Exception = pickle.loads(pickle.dumps(error))
+        except Exception:
+            told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.add_note(said)
+        return told
 
 
 def _read(requests: queue.SimpleQueue[Any]) -> None:
-    """Take requests until the other side has ended, and waits for no answer."""
-    while True:
-        try:
+    """Take requests; end the process with its input, whatever the builder does."""
+    try:
+        while True:
             requests.put(pickle.load(sys.stdin.buffer))
-        except EOFError:
-            os._exit(0)  # not even the builder is waited for
+    except EOFError:
+        os._exit(0)
+    except BaseException:
+        _end()
 
 
-if __name__ == "__main__":
-    main()
+def _end() -> None:
+    """At once: what Python does at its end would wait for both threads."""
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)

@@ -6,12 +6,15 @@ does not interrupt.
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,18 +26,27 @@ from gap_export.engine.library import TARGETS
 from gap_export.errors import EngineError, GapExportError, MissingRequirementError, in_one_line
 from gap_export.progress import SILENT, Progress
 
-_START = "import sys; sys.path[:] = sys.argv[1:]; from gap_export.engine.builder_process import main; main()"
+_START = "import sys; sys.path[:] = sys.argv[2:]; from gap_export.engine.builder_process import main; main(int(sys.argv[1]))"
 _SECONDS_TO_END = 10.0
-"""For a process whose output has ended."""
+"""For a process whose answers have ended."""
 _LAST_BYTES = 4096
+"""Of what it printed."""
+_OUT_OF_MEMORY = re.compile("bad_alloc|out of memory|MemoryError", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Process:
+    running: subprocess.Popen[bytes]
+    requests: IO[bytes]
+    answers: IO[bytes]
+    printed: IO[bytes]
 
 
 class Builder:
-    """`engine_from_graph`, elsewhere. The process is started for the first engine, and ended with the block."""
+    """`engine_from_graph`, elsewhere, one at a time. The process is started for the first engine, and ended with the block."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._printed: IO[bytes] | None = None
+        self._process: _Process | None = None
 
     def engine_from_graph(
         self,
@@ -53,26 +65,35 @@ class Builder:
             MissingRequirementError: something is missing; memory, where the system ended the process.
         """
         request = Request(graph.absolute(), spec, target, tuple(compute_capabilities), folder.absolute())
-        answer = self._ask(request)
-        while isinstance(answer, Stage):
-            progress.stage(answer.message)
-            answer = self._next()
+        process = self._process = self._process or _start()
+        try:
+            answer = _ask(process, request)
+            while isinstance(answer, Stage):
+                progress.stage(answer.message)
+                answer = _next(process)
+        except (
+            BaseException
+        ):  # of the progress, Ctrl-C: what else the process says is no answer to the next request
+            self.close()
+            raise
         if answer is None:
+            fault = _fault(process, TARGETS[target].title, f"graph {spec.name}")
+            self.close()
             scratch_of(request.folder, target, spec.name).unlink(missing_ok=True)
-            raise self._fault(target, spec.name)
+            raise fault
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def close(self) -> None:
         """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-        if self._printed is not None:
-            self._printed.close()
-            self._printed = None
+        if self._process is None:
+            return
+        self._process.running.kill()
+        self._process.running.communicate()
+        self._process.answers.close()
+        self._process.printed.close()
+        self._process = None
 
     def __enter__(self) -> Builder:
         return self
@@ -80,60 +101,77 @@ class Builder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: Request) -> Answer | None:
-        if self._process is None:
-            self._start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        try:
-            pickle.dump(request, self._process.stdin)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        return self._next()
 
-    def _start(self) -> None:
-        self._printed = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, *filter(None, sys.path)],
+def _start() -> _Process:
+    answers, told = os.pipe()
+    printed = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
+    folders = map(os.path.abspath, sys.path)
+    try:
+        running = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START, str(told), *folders],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._printed,
+            stdout=printed,
+            stderr=printed,
+            pass_fds=(told,),
             start_new_session=True,  # Ctrl-C in a terminal does not reach it
         )
+    finally:
+        os.close(told)
+    assert running.stdin is not None
+    return _Process(running, running.stdin, os.fdopen(answers, "rb"), printed)
 
-    def _next(self) -> Answer | None:
-        """What comes next; None where the process has ended."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        try:
-            answer: Answer = pickle.load(self._process.stdout)
-        except (EOFError, pickle.UnpicklingError):  # the latter: in the middle of an answer
-            return None
-        return answer
 
-    def _fault(self, target: EngineTarget, name: str) -> GapExportError:
-        """Of a process that ended without an answer."""
-        assert self._process is not None
-        assert self._printed is not None
-        try:
-            code = self._process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            code = 0
-        self._printed.seek(max(0, self._printed.seek(0, 2) - _LAST_BYTES))
-        printed = self._printed.read().decode(errors="replace").strip().splitlines()
-        self.close()
-        title, subject = TARGETS[target].title, f"graph {name}"
-        if code == -signal.SIGKILL:
-            return MissingRequirementError(
-                f"the system ended {title}'s builder, as it does where memory runs out",
-                subject=subject,
-                hint="free memory, or build on a machine with more",
-            )
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        said = f": {in_one_line(printed[-1])}" if printed else ""
+def _ask(process: _Process, request: Request) -> Answer | None:
+    try:
+        pickle.dump(request, process.requests)
+        process.requests.flush()
+    except BrokenPipeError:
+        return None
+    return _next(process)
+
+
+def _next(process: _Process) -> Answer | None:
+    """What comes next; None where the process has ended."""
+    try:
+        answer: Answer = pickle.load(process.answers)
+    except (EOFError, pickle.UnpicklingError):  # the latter: in the middle of an answer
+        return None
+    return answer
+
+
+def _fault(process: _Process, title: str, subject: str) -> GapExportError:
+    """Of a process that ended without an answer."""
+    try:
+        code = process.running.wait(_SECONDS_TO_END)
+    except subprocess.TimeoutExpired:  # it said what is no answer
+        code = 0
+    printed = process.printed
+    printed.seek(max(0, printed.seek(0, os.SEEK_END) - _LAST_BYTES))
+    lines = printed.read().decode(errors="replace").strip().splitlines()
+    last = f", and printed last: {in_one_line(lines[-1].strip())}" if lines else ""
+    if code == -signal.SIGKILL or any(map(_OUT_OF_MEMORY.search, lines)):
+        return MissingRequirementError(
+            f"ran out while {title} built the engine ({_how(code)})",
+            subject=f"memory, {subject}",
+            hint="free memory, or build on a machine with more",
+        )
+    if code < 0:
         return EngineError(
-            f"{title}'s builder crashed on it ({how}){said}",
+            f"{title}'s builder crashed on it ({_how(code)}){last}",
             subject=subject,
             hint="build with another pruner or precision, or for onnx alone; the crash is the library's own",
         )
+    return EngineError(
+        f"the process that builds its engine ended ({_how(code)}){last}",
+        subject=subject,
+        hint="run the command again, or build for onnx alone; if it ends so again, please report this",
+    )
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -72,8 +72,8 @@ def select(features: VisionFeatures[Tensor], kept: int, *, seed: int, merged_id:
         factor_BKN = factor_BKN.scatter(1, places_U[None, :, None].expand_as(new_BUN), new_BUN)
         return (factor_BKN, left_BN), torch.cat(chosen, dim=1)
 
-    # Two or more, because torch specialises graphs to a single one; so the last choices are too many.
-    steps = kept // _CHOICES_PER_STEP + 2
+    # (Two or more: torch specialises graphs to a single one.) The last choices may be too many.
+    steps = torch.sym_max(2, (kept + _CHOICES_PER_STEP - 1) // _CHOICES_PER_STEP)
     nothing_BKN = weight_BN.new_zeros(weight_BN.shape[0], steps * _CHOICES_PER_STEP, weight_BN.shape[1])
     _, chosen_TBU = sequential(step, (nothing_BKN, torch.ones_like(weight_BN)), steps)
     # (Gathered, not sliced: the exporter does not follow that there are as many.)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from gap_export.bundle.manifest import EngineTarget
+from gap_export.bundle.spec import GraphSpec, TensorSpec
 from gap_export.engine.build import engine_from_graph, scratch_of
 from gap_export.engine.isolated import Builder
 from gap_export.errors import EngineError, MissingRequirementError
@@ -22,6 +22,8 @@ from gap_export.progress import Stages
 pytest.importorskip("onnx", reason="the test graphs are made with onnx")
 
 Library = Callable[[str], None]
+FLOATS = TensorSpec(name="x", dtype="float32", shape=(2, 8))
+RESULT = TensorSpec(name="y", dtype="float32", shape=(2, 8))
 
 
 @pytest.fixture
@@ -43,6 +45,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     return put
 
 
+def void(_: Any) -> None:
+    """Nothing."""
+
+
 def built(builder: Any, made: Any, target: EngineTarget = "tensorrt-rtx", **options: Any) -> Any:
     graph, spec = made
     return builder.engine_from_graph(
@@ -52,7 +58,7 @@ def built(builder: Any, made: Any, target: EngineTarget = "tensorrt-rtx", **opti
 
 def process_of(builder: Builder) -> subprocess.Popen[bytes]:
     assert builder._process is not None
-    return builder._process
+    return builder._process.running
 
 
 class TestRealEngines:
@@ -95,6 +101,30 @@ class TestRealEngines:
         assert builder._process is None
         assert not (graph.parent / "engines/tensorrt-rtx/decoder.engine").exists()
 
+    def test_what_an_interrupted_engine_would_say_is_not_the_next_ones(
+        self, builder: Builder, make_decoder: Any, make_graph: Any
+    ) -> None:
+        """Where whoever builds goes on after an exception, in the same block."""
+
+        def fail(_: str) -> None:
+            raise RuntimeError("of the progress")
+
+        first = make_decoder()
+        with pytest.raises(RuntimeError, match="of the progress"):
+            built(builder, first, progress=Stages(fail))
+        second = make_graph([FLOATS], [RESULT], lambda graph: void(graph.op("Relu", "x", to="y")))
+        record = built(builder, second)
+        assert record.file == "engines/tensorrt-rtx/vision.engine"
+
+
+SEND = """
+import os, pickle, sys
+from gap_export.engine.builder_process import Stage
+said = pickle.dumps(Stage("half"))
+os.write(int(sys.argv[1]), {})
+os.kill(os.getpid(), 11)
+"""
+
 
 @pytest.mark.parametrize(
     ("code", "error", "words"),
@@ -105,16 +135,29 @@ class TestRealEngines:
             r"graph decoder: TensorRT-RTX's builder crashed on it \(SIGSEGV\) \(build with another pruner",
         ),
         (
-            "import os, sys; print('terminate: bad_alloc', file=sys.stderr, flush=True); os.abort()",
+            "import os; os.write(2, b'terminate called\\n   what(): no kernel\\n'); os.abort()",
             EngineError,
-            r"crashed on it \(SIGABRT\): terminate: bad_alloc",
+            r"crashed on it \(SIGABRT\), and printed last: what\(\): no kernel \(",
         ),
-        ("import os; os._exit(3)", EngineError, r"crashed on it \(exit code 3\)"),
+        (
+            "import os; os.write(2, b'terminate called\\n   what(): std::bad_alloc\\n'); os.abort()",
+            MissingRequirementError,
+            r"memory, graph decoder: ran out while TensorRT-RTX built the engine \(SIGABRT\)",
+        ),
         (
             "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
             MissingRequirementError,
-            "as it does where memory runs out",
+            r"memory, graph decoder: ran out .* \(SIGKILL\)",
         ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 3)", EngineError, r"\(signal 37\)"),
+        ("import os; os._exit(3)", EngineError, r"the process that builds its engine ended \(exit code 3\)"),
+        (
+            "raise SystemExit('no licence')",
+            EngineError,
+            r"\(exit code 1\), and printed last: SystemExit: no licence",
+        ),
+        (SEND.format("said"), EngineError, r"crashed on it \(SIGSEGV\)"),
+        (SEND.format("said[:-3]"), EngineError, r"crashed on it \(SIGSEGV\)"),
     ],
 )
 def test_a_process_that_ends_is_a_line(
@@ -132,9 +175,58 @@ def test_a_process_that_ends_is_a_line(
         assert not scratch.exists()
 
 
+def test_a_request_that_cannot_be_read_is_a_line(
+    builder: Builder, library: Library, make_decoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the package was replaced meanwhile, by one in which a class has another name."""
+    library("")
+    graph, spec = make_decoder()
+
+    class Renamed(GraphSpec):
+        pass
+
+    monkeypatch.setattr(sys.modules[__name__], "Renamed", Renamed, raising=False)
+    Renamed.__qualname__, Renamed.__module__ = "Renamed", __name__
+    renamed = Renamed.model_validate(spec.model_dump())
+    with pytest.raises(EngineError, match=r"exit code 1\), and printed last: .*Error"):
+        built(builder, (graph, renamed))
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        ("raise RuntimeError('a bug')", RuntimeError, "a bug"),
+        ("class Own(Exception): pass\nraise Own('of its own')", Exception, "of its own"),
+        (
+            "class Own(Exception):\n    def __init__(self, *, name): super().__init__(name)\nraise Own(name='worse')",
+            RuntimeError,
+            "Own: worse",
+        ),
+    ],
+)
+def test_a_bug_is_shown_where_it_is(
+    code: str, error: type[Exception], words: str, builder: Builder, library: Library, make_decoder: Any
+) -> None:
+    library(code)
+    with pytest.raises(error, match=words) as caught:
+        built(builder, make_decoder())
+    assert "tensorrt_rtx.py" in "".join(caught.value.__notes__)
+
+
 def test_what_a_library_prints_is_no_answer(builder: Builder, library: Library, make_decoder: Any) -> None:
     library("import os; print('banner', flush=True); os.write(1, b'from C'); raise ImportError('no GPU')")
     with pytest.raises(MissingRequirementError, match="does not load: no GPU"):
+        built(builder, make_decoder())
+
+
+def test_modules_are_found_as_they_are_here(
+    builder: Builder, library: Library, make_decoder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the working folder too, as where Python was started in a checkout."""
+    library("raise ImportError('the one beside it')")
+    monkeypatch.setattr(sys, "path", [""] + [each for each in sys.path if each != str(tmp_path / "modules")])
+    monkeypatch.chdir(tmp_path / "modules")
+    with pytest.raises(MissingRequirementError, match="the one beside it"):
         built(builder, make_decoder())
 
 
@@ -193,4 +285,3 @@ def test_ctrl_c_in_the_terminal_is_the_commands(
     with pytest.raises(MissingRequirementError, match="still there"):
         built(builder, make_decoder())
     assert os.getpgid(process_of(builder).pid) != os.getpgid(0)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

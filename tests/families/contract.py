@@ -36,7 +36,6 @@ ENGINES = {
     "targets": ("onnx", "tensorrt-rtx"),
     "compute_capabilities": ("8.6",),
     "precision": "fp16",
-    "merged_id": "centroid",  # the one rule that computes more than a maximum
 }
 
 
@@ -75,6 +74,11 @@ class Contract:
         for family in self.families:
             builds = (*family.builds[self.images], *(family.more if self.images == 1 else ()))
             engines = [ranged(pruner) | ENGINES for pruner in family.engines.get(self.images, ())]
+            engines += [
+                {**options, "merged_id": "centroid"}
+                for options in engines
+                if options["pruner"] == "prumerge_plus"
+            ]
             scored = [options for options in builds if options["pruner"] in BY_ATTENTION]
             for argument, recipes in (
                 ("usual", builds[:1]),

@@ -12,8 +12,9 @@ import pytest
 
 from gap_export.bundle.folder import Bundle, open_bundle
 from gap_export.checkpoint import open_checkpoint
-from gap_export.errors import BundleError, CheckpointError, GapExportError
+from gap_export.errors import BundleError, CheckpointError, EngineError, GapExportError
 from gap_export.families import open_family
+from gap_export.graph.trace_cache import Tracer
 from gap_export.pipeline.build import build
 from gap_export.positions import PositionPolicy
 from gap_export.recipe.recipe import Recipe
@@ -55,6 +56,20 @@ def test_weights_are_linked_and_graphs_are_small(tiny_bundle: BuildBundle, tiny_
 def test_stretched_images_have_boxes_of_the_image(tiny_options: dict[str, Any]) -> None:
     recipe = Recipe.model_validate({**tiny_options, "fit": "stretch"})
     assert open_family(open_checkpoint(Path(recipe.checkpoint))).box(recipe).frame == "image"
+
+
+def test_a_builder_that_crashes_is_a_line_and_leaves_no_bundle(
+    tiny_options: dict[str, Any], tracer: Tracer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module that it imports first ends the process: not this one."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "tensorrt_rtx.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.syspath_prepend(modules)
+    recipe = Recipe.model_validate({**tiny_options, "targets": ("onnx", "tensorrt-rtx")})
+    with pytest.raises(EngineError, match=r"graph vision: TensorRT-RTX's builder crashed on it \(SIGSEGV\)"):
+        build(recipe, tmp_path / "out", golden=False, tracer=tracer)
+    assert [path.name for path in tmp_path.iterdir()] == ["modules"]
 
 
 def test_the_same_recipe_may_be_built_over_its_own_bundle(
