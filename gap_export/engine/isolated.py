@@ -6,6 +6,7 @@ does not interrupt.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -23,7 +24,7 @@ from gap_export.bundle.spec import GraphSpec
 from gap_export.engine.build import scratch_of
 from gap_export.engine.builder_process import Answer, Request, Stage
 from gap_export.engine.library import TARGETS
-from gap_export.errors import EngineError, GapExportError, MissingRequirementError, in_one_line
+from gap_export.errors import EngineError, GapExportError, MissingRequirementError, first_line, in_one_line
 from gap_export.progress import SILENT, Progress
 
 _START = "import sys; sys.path[:] = sys.argv[2:]; from gap_export.engine.builder_process import main; main(int(sys.argv[1]))"
@@ -71,10 +72,8 @@ class Builder:
             while isinstance(answer, Stage):
                 progress.stage(answer.message)
                 answer = _next(process)
-        except (
-            BaseException
-        ):  # of the progress, Ctrl-C: what else the process says is no answer to the next request
-            self.close()
+        except BaseException:  # of the progress, or Ctrl-C
+            self.close()  # what else the process says is no answer to the next request
             raise
         if answer is None:
             fault = _fault(process, TARGETS[target].title, f"graph {spec.name}")
@@ -103,22 +102,31 @@ class Builder:
 
 
 def _start() -> _Process:
-    answers, told = os.pipe()
-    printed = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
     folders = map(os.path.abspath, sys.path)
-    try:
-        running = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(told), *folders],
-            stdin=subprocess.PIPE,
-            stdout=printed,
-            stderr=printed,
-            pass_fds=(told,),
-            start_new_session=True,  # Ctrl-C in a terminal does not reach it
-        )
-    finally:
-        os.close(told)
+    with contextlib.ExitStack() as opened:
+        try:
+            ends = os.pipe()
+            answers = opened.enter_context(os.fdopen(ends[0], "rb"))
+            told = opened.enter_context(os.fdopen(ends[1], "wb"))
+            printed = opened.enter_context(tempfile.TemporaryFile())
+            running = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, str(told.fileno()), *folders],
+                stdin=subprocess.PIPE,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=(told.fileno(),),
+                start_new_session=True,  # Ctrl-C in a terminal does not reach it
+            )
+        except OSError as error:
+            raise MissingRequirementError(
+                f"could not be started: {first_line(error)}",
+                subject="a process that builds engines",
+                hint="free memory and space for temporary files, and run the command again",
+            ) from error
+        told.close()
+        opened.pop_all()  # closed with the process
     assert running.stdin is not None
-    return _Process(running, running.stdin, os.fdopen(answers, "rb"), printed)
+    return _Process(running, running.stdin, answers, printed)
 
 
 def _ask(process: _Process, request: Request) -> Answer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -173,6 +174,19 @@ def test_a_process_that_ends_is_a_line(
             built(builder, (graph, spec))
         assert "\n" not in str(caught.value)
         assert not scratch.exists()
+
+
+def test_a_process_that_cannot_be_started_is_a_line(
+    builder: Builder, make_decoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    opened = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(MissingRequirementError, match="Cannot allocate memory"):
+        built(builder, make_decoder())
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_request_that_cannot_be_read_is_a_line(
