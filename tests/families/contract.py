@@ -32,11 +32,7 @@ from tests.families.reduced import IMAGE_TOKEN
 from tests.families.tiny_families import BY_ATTENTION, Inputs, Options, TinyFamily, ranged
 from tests.unpruned import gather_ids
 
-ENGINES = {
-    "targets": ("onnx", "tensorrt-rtx"),
-    "compute_capabilities": ("8.6",),
-    "precision": "fp16",
-}
+ENGINES = {"targets": ("onnx", "tensorrt-rtx"), "compute_capabilities": ("8.6",), "precision": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Contract:
         for family in self.families:
             builds = (*family.builds[self.images], *(family.more if self.images == 1 else ()))
             engines = [ranged(pruner) | ENGINES for pruner in family.engines.get(self.images, ())]
-            engines += [
+            engines += [  # the rule for merged tokens that looks at the grids
                 {**options, "merged_id": "centroid"}
                 for options in engines
                 if options["pruner"] == "prumerge_plus"

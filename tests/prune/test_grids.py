@@ -13,6 +13,7 @@ from gap_export.prune import Grid, VisionFeatures
 from gap_export.prune.grids import nearest_to_centre
 from gap_export.prune.reference.choice import Margin
 from gap_export.prune.reference.merging import merged_index
+from tests.prune.test_spatial import in_tensors, tokens_of
 
 WHOLE_AND_LINES = (Grid(2, 2), Grid(2, 3))
 sides = st.integers(1, 24)
@@ -21,10 +22,6 @@ GRIDS = st.one_of(
     st.tuples(st.builds(Grid, st.integers(1, 16), st.integers(1, 16)), st.builds(Grid, sides, sides)),
     st.tuples(st.builds(Grid, st.integers(1, 12), st.integers(1, 12), st.integers(1, 9))),
 )
-
-
-def tokens_of(grids: tuple[Grid, ...]) -> int:
-    return sum(grid.rows * grid.columns * grid.count for grid in grids)
 
 
 def nearest(grids: tuple[Grid, ...], *weights: dict[int, float]) -> list[int]:
@@ -40,11 +37,7 @@ def test_both_find_the_same(grids: tuple[Grid, ...], as_tensors: bool, seed: int
     weights_BN = generator.random((2, tokens_of(grids))) ** generator.integers(1, 20)
     weights_BN[:, generator.random(tokens_of(grids)) < 0.5] = 0.0
     assume(weights_BN.any(axis=1).all())
-    given_as = grids
-    if as_tensors:
-        given_as = tuple(
-            Grid(torch.tensor([each.rows]), torch.tensor([each.columns]), each.count) for each in grids
-        )
+    given_as = in_tensors(grids) if as_tensors else grids
     found = nearest_to_centre(given_as, torch.from_numpy(weights_BN)).tolist()
     told = VisionFeatures(np.empty((tokens_of(grids), 1)), grid=None, grids=grids)
     for (index,), weights_N in zip(found, weights_BN, strict=True):

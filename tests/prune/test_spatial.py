@@ -21,13 +21,14 @@ def tokens_of(grids: tuple[Grid, ...]) -> int:
     return sum(grid.rows * grid.columns * grid.count for grid in grids)
 
 
+def in_tensors(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+    """Of extents that are known when the graph runs."""
+    return tuple(Grid(torch.tensor([each.rows]), torch.tensor([each.columns]), each.count) for each in grids)
+
+
 def chosen(grids: tuple[Grid, ...], kept: int, *, as_tensors: bool = False) -> list[int]:
     """What the tensor code chooses, of extents that are numbers or tensors, in both images of a batch."""
-    given_as = grids
-    if as_tensors:
-        given_as = tuple(
-            Grid(torch.tensor([each.rows]), torch.tensor([each.columns]), each.count) for each in grids
-        )
+    given_as = in_tensors(grids) if as_tensors else grids
     features = VisionFeatures(torch.empty(2, tokens_of(grids), 1), grid=None, grids=given_as)
     selected = prune.load("spatial").select(features, kept, seed=0, merged_id=MergedId.LAST_VISUAL)
     first, second = selected.indices_BK.tolist()
