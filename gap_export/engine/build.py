@@ -63,17 +63,14 @@ def engine_from_graph(
     library = load_library(target)
     profiles = profiles_from_spec(spec)
     capabilities = _capabilities(library, compute_capabilities)
-    out = _engine_file(folder, target, spec.name)
+    out = engine_file(folder, target, spec.name)
     with library.log.collecting() as log:
         builder = _builder(library)
         network = _network_from_graph(library, builder, graph, log)
         _hold_against_spec(library, network, spec, graph)
         _let_fp32_attention_decompose(library, network)
         config = _config(library, builder, profiles, capabilities)
-        scratch = scratch_of(folder, target, spec.name)
-        _write_engine(
-            library, builder, network, config, spec=spec, out=out, scratch=scratch, log=log, progress=progress
-        )
+        _write_engine(library, builder, network, config, spec=spec, out=out, log=log, progress=progress)
     return Engine(
         file=out.relative_to(folder).as_posix(),
         target=target,
@@ -83,14 +80,14 @@ def engine_from_graph(
     )
 
 
-def scratch_of(folder: Path, target: EngineTarget, name: str) -> Path:
-    """Where an engine lies while it is written."""
-    out = _engine_file(folder, target, name)
-    return out.with_name(f".{out.name}.writing")
-
-
-def _engine_file(folder: Path, target: EngineTarget, name: str) -> Path:
+def engine_file(folder: Path, target: EngineTarget, name: str) -> Path:
+    """Where the engine of a graph lies in a bundle."""
     return folder / "engines" / target / f"{name}.engine"
+
+
+def scratch_of(out: Path) -> Path:
+    """Where an engine lies while it is written."""
+    return out.with_name(f".{out.name}.writing")
 
 
 def supported_compute_capabilities(library: Library) -> list[str]:
@@ -244,11 +241,11 @@ def _write_engine(
     *,
     spec: GraphSpec,
     out: Path,
-    scratch: Path,
     log: Sequence[Message],
     progress: Progress,
 ) -> None:
-    """Build into `scratch` and rename it, so that `out` is whole or absent."""
+    """Build into a file beside `out` and rename it, so that `out` is whole or absent."""
+    scratch = scratch_of(out)
     subject = f"graph {spec.name}"
     try:
         with writing(out, kind=MissingRequirementError, hint="free disk space, or choose another folder"):

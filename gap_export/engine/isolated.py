@@ -21,7 +21,7 @@ from typing import IO
 
 from gap_export.bundle.manifest import Engine, EngineTarget
 from gap_export.bundle.spec import GraphSpec
-from gap_export.engine.build import scratch_of
+from gap_export.engine.build import engine_file, scratch_of
 from gap_export.engine.builder_process import Answer, Request, Stage
 from gap_export.engine.library import TARGETS
 from gap_export.errors import EngineError, GapExportError, MissingRequirementError, first_line, in_one_line
@@ -78,7 +78,7 @@ class Builder:
         if answer is None:
             fault = _fault(process, TARGETS[target].title, f"graph {spec.name}")
             self.close()
-            scratch_of(request.folder, target, spec.name).unlink(missing_ok=True)
+            scratch_of(engine_file(request.folder, target, spec.name)).unlink(missing_ok=True)
             raise fault
         if isinstance(answer, Exception):
             raise answer

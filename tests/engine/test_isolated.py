@@ -15,7 +15,7 @@ import pytest
 
 from gap_export.bundle.manifest import EngineTarget
 from gap_export.bundle.spec import GraphSpec, TensorSpec
-from gap_export.engine.build import engine_from_graph, scratch_of
+from gap_export.engine.build import engine_file, engine_from_graph, scratch_of
 from gap_export.engine.isolated import Builder
 from gap_export.errors import EngineError, MissingRequirementError
 from gap_export.progress import Stages
@@ -166,7 +166,7 @@ def test_a_process_that_ends_is_a_line(
 ) -> None:
     library(code)
     graph, spec = make_decoder()
-    scratch = scratch_of(graph.parent, "tensorrt-rtx", spec.name)
+    scratch = scratch_of(engine_file(graph.parent, "tensorrt-rtx", spec.name))
     scratch.parent.mkdir(parents=True)
     scratch.write_bytes(b"half")
     for _ in range(2):  # a new process, the second time
